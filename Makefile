@@ -1,0 +1,42 @@
+# Two commands to know: make demo, make test. Each sets up what it needs in .venv first.
+SHELL := /bin/bash
+PY := .venv/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint format bench lock clean distclean
+
+help:  ## This list
+	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 18
+
+setup:  ## Create .venv and install everything (PYTHON=python3.12: with that interpreter)
+	@scripts/setup.sh
+
+demo: setup  ## Train on generated images with two workers and show samples, in ./demo
+	$(PY) -m m2d demo $(ARGS)
+
+test: setup  ## All tests; make test ARGS="tests/data -k decode" for some
+	$(PY) -m pytest --durations=15 $(ARGS)
+
+lint: setup  ## Style, types and who may import whom
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+
+format: setup  ## Rewrite the sources as ruff formats them
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: setup  ## Side-by-side measurements: every bench/*.py in turn
+	@set -e; for file in bench/*.py; do echo "== $$file"; $(PY) "$$file" $(ARGS); done
+
+lock: setup  ## Write requirements.lock from the versions in .venv
+	$(PY) scripts/lock.py
+
+clean:  ## Remove caches, build output and ./demo; experiments and .venv stay
+	rm -rf build dist demo bench/out *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean  ## The same, and .venv
+	rm -rf .venv

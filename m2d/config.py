@@ -1,0 +1,131 @@
+"""The typed configuration of a training run. It only nests what each room owns; nothing heavy is imported here."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from m2d.data.settings import DataConfig
+from m2d.errors import ConfigError
+from m2d.models.settings import (
+    AutoencoderConfig,
+    ConditioningConfig,
+    DiscriminatorConfig,
+    FeatureExtractorConfig,
+    PerceptualConfig,
+    ProjectorConfig,
+    UNetConfig,
+)
+from m2d.training.settings import LossWeights, OptimizerConfig, RayConfig, SavingConfig, ScheduleConfig
+
+PRESETS_DIR = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. The flags that people know stand at the top; the rest belongs to its room."""
+
+    data_root: str | None = None  # a folder of class folders: a path or a URI (s3://, gs://)
+    experiments_dir: str = "./experiments"  # path or URI; with several nodes it must be storage that all of them see
+    name: str = "m2d"
+    seed: int = 0
+    stage: Literal["joint", "latent"] = "joint"
+    init_checkpoint: str | None = None  # start from this checkpoint's networks; stage latent needs one
+    epochs: int = 100  # passes over the training split
+    max_steps: int | None = None  # optimiser steps; ends the run before its epochs do
+    batch_size: int = 32  # images a worker and micro-batch
+    gradient_accumulation_steps: int = 1
+    num_workers: int = 1  # 0: train in the calling process, for a debugger
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: bf16 on a GPU that has it, otherwise no
+    compile: bool = False  # torch.compile of both phases
+    channels_last: bool = True
+    fresh: bool = False  # start a new experiment although an unfinished one of this name exists
+    use_wandb: bool = False
+    wandb_project: str = "m2d"
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"
+    verbose: bool = False  # show Ray's own bars and messages
+    data: DataConfig = field(default_factory=DataConfig)
+    feature_extractor: FeatureExtractorConfig = field(default_factory=FeatureExtractorConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss_weights: LossWeights = field(default_factory=LossWeights)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    saving: SavingConfig = field(default_factory=SavingConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ConfigError(f"max_steps is {self.max_steps}; it must be at least 1")
+        if self.num_workers < 0:
+            raise ConfigError(f"num_workers is {self.num_workers}; it must be 0 (this process) or more")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; it must be at least 0")
+        if not self.name or any(character in self.name for character in "/\\ \t\n"):
+            raise ConfigError(f"name is {self.name!r}; use letters, digits, '.', '_' and '-'")
+        if self.stage == "latent" and self.init_checkpoint is None:
+            raise ConfigError("stage latent trains on a frozen VAE; name a joint run's checkpoint by --init_checkpoint")
+        if self.autoencoder.pretrained is None:
+            self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        size, down = self.data.image_size, self.autoencoder.downsampling
+        latent, levels = size // down, 2 ** (len(self.unet.block_channels) - 1)
+        if size % down or latent % levels:
+            raise ConfigError(
+                f"data.image_size {size} gives latents of {latent} x {latent}, which {len(self.unet.block_channels)} "
+                f"U-Net levels cannot halve evenly; use an image size that divides by {down * levels}"
+            )
+
+    @property
+    def checked_data_root(self) -> str:
+        """data_root, or ConfigError where it was not given."""
+        if self.data_root is None:
+            raise ConfigError("data_root is not set; name the folder that holds the class folders by --data_root")
+        return self.data_root
+
+
+# What may differ between a run and its resumption: where it runs and how it talks, never what it computes.
+RESUMABLE_CHANGES = frozenset(
+    {"fresh", "use_wandb", "wandb_project", "wandb_mode", "verbose", "experiments_dir", "ray", "data_root"}
+)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config as plain values, for YAML."""
+    values: dict[str, Any] = dataclasses.asdict(config)
+    return values
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`key: old -> new` for every value that differs and matters to the run's result."""
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        if not prefix and key in RESUMABLE_CHANGES:
+            continue
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            changed.append(f"{prefix}{key}: {before} -> {after}")
+    return changed
+
+
+def preset_path(name: str) -> Path:
+    """The YAML of a preset. Raises ConfigError that lists the known ones."""
+    path = PRESETS_DIR / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"preset {name} is not known; choose from {' '.join(preset_names())}")
+    return path
+
+
+def preset_names() -> list[str]:
+    """The presets that come with M2D."""
+    return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))

@@ -1,0 +1,1 @@
+"""Images in: catalog, split, decoding, demo data and the training stream."""

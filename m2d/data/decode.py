@@ -1,0 +1,243 @@
+"""Encoded bytes to RGB pixels, for everything that an ISIC folder really holds. Called by the scan and by the stream.
+
+Knows nothing of files, labels or Ray. Safe in many threads at once: it neither reads nor sets Pillow's global switches.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.ExifTags import Base as ExifTag
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+MIN_SIDE = 8  # pixels; anything less is an icon or a spacer, not a photograph of skin
+
+
+class ImageRejected(Exception):
+    """This file cannot be used as an image; `reason` says why in one line, without the file's name."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_image(encoded: bytes, *, max_pixels: int) -> np.ndarray:
+    """The whole picture at full size: uint8 [H, W, 3], RGB, contiguous, turned as its EXIF orientation says.
+
+    Transparency is laid on white, 16-bit grey is scaled to 8 bits, of several frames the first counts.
+    max_pixels: larger images are refused from their header, before any pixel is decoded.
+    Raises ImageRejected for bytes that are no whole JPEG, PNG, BMP, TIFF or WEBP image.
+    """
+    image = _open(encoded, max_pixels)
+    try:
+        image.load()
+        upright = _upright(_opaque(image), _orientation(image))
+        return np.array(upright.convert("RGB"))
+    except ImageRejected:
+        raise
+    except Exception as error:
+        raise _unreadable(image, error) from error
+
+
+def decode_resized(encoded: bytes, size: int, *, max_pixels: int) -> np.ndarray:
+    """The centre square at `size` pixels: uint8 [size, size, 3], RGB, contiguous.
+
+    The shorter side becomes `size` (antialiased bicubic) and the longer one is cropped about its centre. A JPEG is
+    decoded at the smallest of 1/1, 1/2, 1/4, 1/8 that leaves the shorter side at `size` or more, which is faster and
+    within a few grey levels of the full way. Otherwise as decode_image.
+    """
+    image = _open(encoded, max_pixels)
+    try:
+        draft = image.draft(None, (size, size)) if isinstance(image, JpegImageFile) else None
+        image.load()
+        opaque = _opaque(image)
+        # A draft of 300 rows at 1/8 has 38, but the picture covers 37.5 of them: the draft's box keeps the fraction.
+        width, height = draft[1][2:] if draft else opaque.size
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        # A centred square stays centred when turned, so the turn comes last, on the few pixels that are left.
+        square = opaque.resize(
+            (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=2.0
+        )
+        return np.array(_upright(square, _orientation(image)).convert("RGB"))
+    except ImageRejected:
+        raise
+    except Exception as error:
+        raise _unreadable(image, error) from error
+
+
+def probe_image(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
+    """(width, height) in pixels after the EXIF turn, once every byte of the picture has proved readable.
+
+    Raises ImageRejected exactly where decode_image would.
+    """
+    image = _open(encoded, max_pixels)
+    width, height = image.size
+    try:
+        if isinstance(image, JpegImageFile):
+            image.draft(None, (1, 1))  # entropy decoding still reads all of the file; only the inverse DCT gets cheaper
+        image.load()
+        _opaque(image)
+        return (height, width) if _orientation(image) in _QUARTER_TURNED else (width, height)
+    except ImageRejected:
+        raise
+    except Exception as error:
+        raise _unreadable(image, error) from error
+
+
+class _Tiff(TiffImageFile):
+    """Without Pillow's own size guard, which warns or raises at a fixed size; max_pixels has been checked already."""
+
+    def load_prepare(self) -> None:
+        if self._im is None:
+            self.im = Image.new(self.mode, getattr(self, "_tile_size", self.size)).im
+        super().load_prepare()
+
+
+_SIGNATURES: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
+    (b"\xff\xd8\xff", JpegImageFile),  # also MPO: its first picture is an ordinary JPEG
+    (b"\x89PNG\r\n\x1a\n", PngImageFile),
+    (b"BM", BmpImageFile),
+    (b"II*\0", _Tiff),
+    (b"MM\0*", _Tiff),
+    (b"II+\0", _Tiff),
+    (b"MM\0+", _Tiff),
+)
+# (offset, signature, name): only so that the reason can name what the file is.
+_REFUSED_SIGNATURES = (
+    (0, b"GIF8", "GIF"),
+    (4, b"ftypheic", "HEIC"),
+    (4, b"ftypheix", "HEIC"),
+    (4, b"ftypmif1", "HEIF"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"jP  ", "JPEG 2000"),
+    (128, b"DICM", "DICOM"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"%PDF", "PDF"),
+    (0, b"PK\x03\x04", "ZIP"),
+)
+_TURNS = {  # EXIF orientation -> what makes it upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_END_OF_JPEG = b"\xff\xd9"
+_QUARTER_TURNED = (5, 6, 7, 8)
+
+
+def _open(encoded: bytes, max_pixels: int) -> ImageFile.ImageFile:
+    """Read the header alone. The plugin is called directly: Image.open applies Pillow's process-wide size guard."""
+    if not encoded:
+        raise ImageRejected("the file is empty")
+    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
+        # The WebP plugin allocates two canvases as it opens, so its size is read by hand first.
+        _check_size(*_webp_size(encoded), max_pixels)
+        plugin: type[ImageFile.ImageFile] | None = WebPImageFile
+    else:
+        plugin = next((plugin for signature, plugin in _SIGNATURES if encoded.startswith(signature)), None)
+    if plugin is None:
+        names = (name for offset, signature, name in _REFUSED_SIGNATURES if encoded.startswith(signature, offset))
+        found = next(names, None)
+        expected = " ".join(FORMATS)
+        raise ImageRejected(f"the real format is {found}, not one of {expected}" if found else f"not one of {expected}")
+    try:
+        image = plugin(io.BytesIO(encoded))
+    except Exception as error:
+        raise ImageRejected(f"unreadable {plugin.format}: {_one_line(error)}") from error
+    _check_size(*image.size, max_pixels)
+    if plugin is JpegImageFile and encoded.endswith(bytes(64)) and not encoded.rstrip(b"\0").endswith(_END_OF_JPEG):
+        # A download that broke off in a preallocated file. libjpeg takes the zeros for codes and paints a grey tail.
+        raise ImageRejected("truncated JPEG: zeros in place of its tail")
+    return image
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise ImageRejected(f"{width} x {height} is more than max_pixels = {max_pixels}")
+    if min(width, height) < MIN_SIDE:
+        raise ImageRejected(f"{width} x {height} is too small; each side must have at least {MIN_SIDE} pixels")
+
+
+def _webp_size(encoded: bytes) -> tuple[int, int]:
+    """(width, height) from a WebP header. Layout: RFC 9649, sections 2.5 to 2.7; VP8 frame header: RFC 6386, 9.1."""
+    head = encoded[:30]
+    if len(head) == 30:
+        if head[12:16] == b"VP8X":
+            return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+        if head[12:16] == b"VP8L":
+            packed = int.from_bytes(head[21:25], "little")
+            return (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
+        if head[12:16] == b"VP8 ":
+            return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+    raise ImageRejected("unreadable WEBP: broken header")
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """An 8-bit L or RGB picture of a loaded image of any mode."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_eight_bit(image))
+    if image.has_transparency_data:
+        straight = image.convert("LA") if image.mode == "La" else image
+        pixels = straight.convert("RGBA")
+        background = Image.new("RGB", pixels.size, "white")
+        background.paste(pixels, mask=pixels.getchannel("A"))
+        return background
+    if image.mode in ("L", "RGB"):
+        return image
+    return image.convert("L" if image.mode == "1" else "RGB")
+
+
+def _eight_bit(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W] of a 16-bit (or wider) grey image; Pillow's own conversion clips at 255 instead of scaling.
+
+    Integers are scaled by their depth (16 bits: v / 257). Floats tell no depth: [0, 1], [0, 255] and [0, 65535] are
+    told apart by their maximum.
+    """
+    values = np.asarray(image)
+    if image.mode == "F":
+        if not np.isfinite(values).all():
+            raise ImageRejected("holds values that are not finite")
+        peak = next((peak for peak in (1.0, 255.0, 65535.0) if values.max() <= peak), None)
+        if peak is None:
+            raise ImageRejected("holds floating-point values above 65535, whose scale is not known")
+        return np.rint(values.clip(0, None) * (255.0 / peak)).astype(np.uint8)
+    full_scale = 65535
+    if isinstance(image, TiffImageFile):
+        full_scale = min(full_scale, (1 << image.tag_v2.get(BITSPERSAMPLE, (16,))[0]) - 1)  # 12-bit scanners exist
+    if values.max() > 65535:
+        raise ImageRejected("holds integers above 65535, whose scale is not known")
+    clipped = values.astype(np.int32).clip(0, full_scale)
+    return ((clipped * 255 + full_scale // 2) // full_scale).astype(np.uint8)
+
+
+def _orientation(image: ImageFile.ImageFile) -> int:
+    """EXIF orientation, 1 to 8, still to be applied. Ask after load().
+
+    A PNG may keep its EXIF behind the pixels, and Pillow turns a TIFF itself while it loads.
+    """
+    try:
+        return int(image.getexif().get(ExifTag.Orientation, 1))
+    except Exception:  # broken EXIF in a sound picture: every viewer shows it unturned
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
+
+
+def _unreadable(image: ImageFile.ImageFile, error: Exception) -> ImageRejected:
+    return ImageRejected(f"unreadable {image.format}: {_one_line(error)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

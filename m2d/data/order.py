@@ -1,0 +1,113 @@
+"""Which image stands at which row of the training stream. Pure arithmetic on a seed: every process answers the same,
+so nothing is shuffled, stored or sent, and a run resumes at any row. The local and the Ray stream both ask here.
+"""
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from m2d.data.settings import Balance
+from m2d.errors import DataError
+
+CLASS_EXPONENT: dict[Balance, float] = {"natural": 1.0, "sqrt": 0.5, "balanced": 0.0}  # a class weighs count^exponent
+CACHED_EPOCHS = 3  # a batch touches two epochs at most; one more lets a resumed reader look back
+ORDER_STREAM, PICK_STREAM, VIEW_STREAM = 0, 1, 2  # independent uses of one seed
+
+
+class StreamOrder:
+    """The endless stream of (catalog row, view), epoch after epoch, without replacement inside an epoch.
+
+    rows_per_epoch: N, the number of catalog rows, whatever the balance.
+    """
+
+    def __init__(self, labels: np.ndarray, *, balance: Balance, views: int, seed: int) -> None:
+        """labels: int64 [N], class of each catalog row. views: 1, 4 or 8. Raises DataError when there is no row."""
+        if len(labels) == 0:
+            raise DataError("the training split has no image; lower data.val_fraction and data.test_fraction")
+        self.rows_per_epoch = len(labels)
+        self._labels = np.asarray(labels, dtype=np.int64)
+        self._balance: Balance = balance
+        self._views = views
+        self._seed = seed
+        self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def lookup(self, stream_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """stream_rows: int64 [M], any order, any chunking. Returns catalog rows int64 [M] and views int8 [M]."""
+        stream_rows = np.asarray(stream_rows, dtype=np.int64)
+        epochs, offsets = np.divmod(stream_rows, self.rows_per_epoch)
+        catalog_rows = np.empty_like(stream_rows)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            catalog_rows[here] = self._epoch(int(epoch))[offsets[here]]
+        views = _hash(stream_rows, self._seed) % np.uint64(self._views)
+        return catalog_rows, views.astype(np.int8)
+
+    def expected_counts(self) -> np.ndarray:
+        """float64 [N]: how often each row is expected in one epoch; sums to N."""
+        _, inverse, counts = np.unique(self._labels, return_inverse=True, return_counts=True)
+        weights = counts.astype(np.float64) ** CLASS_EXPONENT[self._balance]
+        per_row = self.rows_per_epoch * (weights / weights.sum()) / counts
+        return np.asarray(per_row[inverse], dtype=np.float64)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if epoch in self._epochs:
+            self._epochs.move_to_end(epoch)
+            return self._epochs[epoch]
+        picked = np.arange(self.rows_per_epoch) if self._balance == "natural" else self._pick(epoch)
+        rows: np.ndarray = picked[_permutation(self.rows_per_epoch, self._seed, ORDER_STREAM, epoch)]
+        self._epochs[epoch] = rows
+        while len(self._epochs) > CACHED_EPOCHS:
+            self._epochs.popitem(last=False)
+        return rows
+
+    def _pick(self, epoch: int) -> np.ndarray:
+        """N catalog rows by systematic resampling (Kitagawa 1996), int64 [N], grouped by class.
+
+        Each row stands floor or ceil of its expectation times, and so does each class as a whole, because the extra
+        picks walk through the classes one by one. Whole parts are dealt out exactly; only fractions are floats.
+        """
+        shuffled = _permutation(self.rows_per_epoch, self._seed, PICK_STREAM, epoch)
+        rows = shuffled[np.argsort(self._labels[shuffled], kind="stable")]  # by class, in random order inside a class
+        expected = self.expected_counts()[rows]
+        whole = np.floor(expected + 1e-9)  # 2.9999999999999996 is three
+        extras = self.rows_per_epoch - int(whole.sum())
+        ends = np.minimum(np.cumsum(np.maximum(expected - whole, 0.0)), extras)
+        ends[-1] = extras  # the sum in exact arithmetic
+        # 20 bits, so that start < 1 is not rounded up to 1 when it is added to a large end
+        start = (_generator(self._seed, PICK_STREAM, epoch, 1).random_raw() >> 44) / 2.0**20
+        extra = np.diff(np.floor(ends + start), prepend=0.0)
+        return np.repeat(rows, (whole + extra).astype(np.int64))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_epochs": OrderedDict()}  # permutations are cheap to redo and dear to send
+
+
+def worker_rows(micro_batch: int, *, batch_size: int, rank: int, world_size: int) -> np.ndarray:
+    """Stream rows of one worker's micro-batch, int64 [batch_size].
+
+    micro_batch counts from the run's start: step * accumulation + k. Together the workers cover each stream row once.
+    """
+    first = (micro_batch * world_size + rank) * batch_size
+    return np.arange(first, first + batch_size, dtype=np.int64)
+
+
+def _generator(*words: int) -> np.random.PCG64:
+    """Raw bits only: numpy promises to keep a bit generator's stream, but not what Generator makes of it (NEP 19)."""
+    return np.random.PCG64(np.random.SeedSequence(words))
+
+
+def _permutation(size: int, *words: int) -> np.ndarray:
+    """A seeded permutation, int64 [size]: the order of random 64-bit keys."""
+    keys = np.asarray(_generator(*words).random_raw(size), dtype=np.uint64)
+    return np.argsort(keys, kind="stable")
+
+
+def _hash(stream_rows: np.ndarray, seed: int) -> np.ndarray:
+    """uint64 [M], splitmix64 (Steele, Lea, Flood 2014) at position stream_row: a random number without state."""
+    start = np.uint64(_generator(seed, VIEW_STREAM).random_raw())
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        mixed = start + (stream_rows.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.asarray(mixed ^ (mixed >> np.uint64(31)), dtype=np.uint64)

@@ -1,0 +1,232 @@
+"""The training stream on Ray Data: one execution for the whole rest of a run, each worker's rows fixed by arithmetic.
+
+The dataset is a range of block numbers. One block is some consecutive micro-batches of one worker. A task looks up
+which images those are (m2d.data.order) and decodes them (m2d.data.reader); Ray deals the blocks out to the workers.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.exceptions
+import torch
+from ray.data.collate_fn import NumpyBatchCollateFn
+from ray.train import DataConfig
+
+from m2d.data.order import StreamOrder, worker_rows
+from m2d.data.reader import ImageReader
+from m2d.errors import M2DError, TrainingError
+
+BLOCK_IMAGES = 512  # a task costs Ray 15 to 25 ms, so it should decode for some hundred
+BLOCK_BYTES = 48 * 2**20  # of pixels; a handful of blocks a core are in flight
+BLOCKS_PER_READ = 1000
+ENCODED_CHUNK_BYTES = 256 * 2**20  # the driver holds one chunk at a time on its way to the object store
+OPEN_STREAMS = 2  # a worker process may serve the training and the validation stream in turn
+PREFETCHED_BATCHES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan:
+    """Which micro-batches stand in which block. Blocks are dealt out in turn: block b is for worker b % num_workers."""
+
+    batch_size: int
+    num_workers: int
+    start_micro_batch: int
+    num_micro_batches: int  # of each worker
+    block_micro_batches: int
+
+    @property
+    def num_blocks(self) -> int:
+        """Of all workers together. Each has as many, and its last one may be shorter, equally so for all."""
+        return -(-self.num_micro_batches // self.block_micro_batches) * self.num_workers
+
+    def stream_rows(self, block: int) -> np.ndarray:
+        """The stream rows of a block, int64 [micro-batches * batch_size]."""
+        turn, rank = divmod(block, self.num_workers)
+        first = turn * self.block_micro_batches
+        stop = min(first + self.block_micro_batches, self.num_micro_batches)
+        micro_batches = range(self.start_micro_batch + first, self.start_micro_batch + stop)
+        shape = {"batch_size": self.batch_size, "rank": rank, "world_size": self.num_workers}
+        return np.concatenate([worker_rows(micro_batch, **shape) for micro_batch in micro_batches])
+
+
+def build_stream(
+    reader: ImageReader,
+    order: StreamOrder,
+    *,
+    batch_size: int,
+    num_workers: int,
+    start_micro_batch: int,
+    num_micro_batches: int,
+    object_store_share: float,
+    read_cpus: float,
+) -> ray.data.Dataset:
+    """Micro-batches start_micro_batch .. start_micro_batch + num_micro_batches - 1 of every worker, decoded on demand.
+
+    TorchTrainer splits it under `stream_data_config`, as streaming_split(num_workers, equal=True) does; each worker
+    reads its shard with `iterate_stream` and the same numbers. Call it in a process that lives as long as the run.
+    object_store_share: encoded files are put into the object store once, if they fit this share of each node's store;
+    otherwise tasks read data_root. read_cpus: logical CPUs of a decoding task.
+    Columns: images uint8 [S, S, 3], labels, catalog_rows, stream_rows int64, views int8, substituted bool.
+    """
+    plan = BlockPlan(
+        batch_size=batch_size,
+        num_workers=num_workers,
+        start_micro_batch=start_micro_batch,
+        num_micro_batches=num_micro_batches,
+        block_micro_batches=_block_micro_batches(batch_size, num_micro_batches, reader.image_size),
+    )
+    chunks = _put_encoded(reader) if reader.sizes.sum() <= object_store_share * _smallest_store() else []
+    source = ray.put(_Source(reader, order, chunks))
+    # A range with a task for each block costs Ray 1.8 ms and 8 KB each before the first batch: minutes in a long run.
+    # So few tasks emit the block numbers, and a repartition cuts them into one-row blocks as they are needed.
+    blocks = ray.data.range(plan.num_blocks, override_num_blocks=-(-plan.num_blocks // BLOCKS_PER_READ), concurrency=1)
+    stream = blocks.repartition(target_num_rows_per_block=1, strict=False).map_batches(
+        _DecodeBlock(source, plan).decode, batch_size=None, num_cpus=read_cpus, zero_copy_batch=True
+    )
+    context = stream.context
+    context.target_max_block_size = None  # a block that Ray cuts in two would be dealt out to two workers
+    context.execution_options.preserve_order = True
+    context.execution_no_progress_timeout_s = -1  # a worker may well evaluate for half an hour between two batches
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    return stream
+
+
+def stream_data_config() -> DataConfig:
+    """For TorchTrainer(dataset_config=...): equal shards, blocks dealt out to the workers in turn."""
+    options = ray.data.ExecutionOptions(preserve_order=True)
+    return DataConfig(execution_options=options, enable_shard_locality=False)
+
+
+def iterate_stream(
+    shard: ray.data.DataIterator,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    start_micro_batch: int,
+    num_micro_batches: int,
+    pin_memory: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The micro-batches of worker `rank` from its shard of `build_stream`, each full, on the CPU.
+
+    Yields images uint8 [B, S, S, 3], labels, catalog_rows, stream_rows int64 [B], views int8 [B], substituted bool [B].
+    The consumer owns them: a background thread copies them out of the object store.
+    Raises TrainingError when Ray delivers other rows than the arithmetic assigns to this worker, and the M2DError that
+    a decoding task raised.
+    """
+    batches = iter(
+        shard.iter_torch_batches(
+            batch_size=batch_size,
+            prefetch_batches=PREFETCHED_BATCHES,
+            collate_fn=_OwnedTensors(),
+            device="cpu",
+            pin_memory=pin_memory,
+        )
+    )
+    try:
+        for micro_batch in range(start_micro_batch, start_micro_batch + num_micro_batches):
+            batch = cast(dict[str, torch.Tensor] | None, next(batches, None))
+            if batch is None:
+                raise TrainingError(
+                    f"data stream: worker {rank} of {world_size} got no rows for micro-batch {micro_batch}: the stream "
+                    "ends earlier. Build it with the numbers that iterate_stream is given."
+                )
+            found = batch["stream_rows"].numpy()
+            expected = worker_rows(micro_batch, batch_size=batch_size, rank=rank, world_size=world_size)
+            if not np.array_equal(found, expected):
+                raise TrainingError(
+                    f"data stream: worker {rank} of {world_size} got rows {found[0]}..{found[-1]} for micro-batch "
+                    f"{micro_batch} in place of {expected[0]}..{expected[-1]}: Ray Data did not deal the blocks out in "
+                    "turn. Pass dataset_config=stream_data_config() to the trainer, and build the stream for as many "
+                    "workers as it starts and for the micro-batch at which they start."
+                )
+            yield batch
+    except ray.exceptions.RayError as error:
+        cause = _user_error(error)
+        if cause is None:
+            raise
+        raise cause from error
+    finally:
+        cast(Any, batches).close()  # lets Ray stop decoding ahead
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What every decoding task needs, sent to each node once."""
+
+    reader: ImageReader
+    order: StreamOrder
+    chunks: "list[ray.ObjectRef[pa.ChunkedArray]]"  # encoded bytes; none: rows are read from storage
+
+
+@dataclass(frozen=True)
+class _DecodeBlock:
+    """The map function. Small, for Ray sends it with each task: the source is fetched once by each worker process."""
+
+    source: "ray.ObjectRef[_Source]"
+    plan: BlockPlan
+
+    def decode(self, block: Any) -> Any:  # dict[str, np.ndarray] each; Ray's own type takes no narrower one
+        source = _open_source(self.source)
+        rows = self.plan.stream_rows(int(block["id"][0]))
+        return source.reader.read(*source.order.lookup(rows)) | {"stream_rows": rows}
+
+
+class _OwnedTensors(NumpyBatchCollateFn):
+    def __call__(self, batch: dict[str, np.ndarray]) -> Any:  # dict[str, torch.Tensor]; Ray's own type is unbound
+        return {name: torch.from_numpy(np.array(column)) for name, column in batch.items()}
+
+
+# Of this worker process, so that the next task finds permutations cached and bad files known.
+_open_sources: OrderedDict[str, _Source] = OrderedDict()
+
+
+def _open_source(reference: "ray.ObjectRef[_Source]") -> _Source:
+    key = reference.hex()
+    if key not in _open_sources:
+        source = ray.get(reference)
+        if source.chunks:
+            # No copy: the arrays lie in the object store's memory.
+            pieces = [piece for chunk in ray.get(source.chunks) for piece in chunk.chunks]
+            source.reader.attach(pa.chunked_array(pieces, type=pa.large_binary()))
+        _open_sources[key] = source
+        while len(_open_sources) > OPEN_STREAMS:
+            _open_sources.popitem(last=False)
+    return _open_sources[key]
+
+
+def _put_encoded(reader: ImageReader) -> "list[ray.ObjectRef[pa.ChunkedArray]]":
+    """All encoded files as Arrow chunks in the object store."""
+    chunk_of_row = np.cumsum(reader.sizes) // ENCODED_CHUNK_BYTES
+    bounds = [0, *(np.flatnonzero(np.diff(chunk_of_row)) + 1).tolist(), len(reader)]
+    return [ray.put(reader.load_encoded(first, stop)) for first, stop in pairwise(bounds)]
+
+
+def _smallest_store() -> float:
+    """Object store of the smallest node that can decode, in bytes: each such node gets a copy of the encoded files."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return min((node.get("object_store_memory", 0.0) for node in nodes if node.get("CPU", 0) > 0), default=0.0)
+
+
+def _block_micro_batches(batch_size: int, num_micro_batches: int, image_size: int) -> int:
+    images = min(BLOCK_IMAGES, BLOCK_BYTES // (3 * image_size**2))
+    return max(1, min(images // batch_size, -(-num_micro_batches // 4)))  # of a short run every core gets a share
+
+
+def _user_error(error: BaseException | None) -> M2DError | None:
+    """The M2DError that a task raised, out of Ray's wrappings."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, M2DError) and not isinstance(error, ray.exceptions.RayError):
+            return type(error)(str(error).splitlines()[0])  # Ray appends advice on its own settings
+        error = getattr(error, "cause", None) or error.__cause__
+    return None

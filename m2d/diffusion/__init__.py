@@ -1,0 +1,1 @@
+"""The maths of the flow: path, solvers, guidance. Pure torch."""

@@ -1,0 +1,25 @@
+"""Errors that a user can mend. The command line prints them as one line and exits with 2; anything else is a bug."""
+
+
+class M2DError(Exception):
+    """What is wrong, where, and what to do, in one line."""
+
+
+class ConfigError(M2DError):
+    """A setting has a value that cannot work."""
+
+
+class DataError(M2DError):
+    """A dataset cannot be used as it is."""
+
+
+class CheckpointError(M2DError):
+    """A checkpoint is missing, broken, or made by something else."""
+
+
+class ExperimentError(M2DError):
+    """An experiment directory cannot be created, found or continued."""
+
+
+class TrainingError(M2DError):
+    """Training cannot go on; the message names the cause."""

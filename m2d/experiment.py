@@ -1,0 +1,223 @@
+"""One experiment directory: NAME_YYYYMMDD_HHMMSS with everything a run reads and leaves.
+
+The root may be a path or a URI. For a URI the run works in a local staging directory and `publish` copies it over.
+"""
+
+import fcntl
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+import yaml
+
+from m2d import __version__
+from m2d.config import differences
+from m2d.data.storage import open_storage
+from m2d.errors import ExperimentError
+
+FOLDERS = (
+    "checkpoints", "logs", "outputs", "generated_images", "cache", "wandb", "configs", "code_backup", "metrics",
+    "visualizations",
+)  # fmt: skip
+INFO = "experiment_info.json"
+CONFIG = "configs/config.yaml"
+REPORTED_PACKAGES = ("torch", "torchvision", "ray", "diffusers", "timm", "lpips", "numpy", "pyarrow", "pillow", "wandb")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A directory on this machine, and the URI it is published to (None where the two are the same)."""
+
+    path: Path
+    remote: str | None = None
+
+    @property
+    def name(self) -> str:
+        """NAME_YYYYMMDD_HHMMSS."""
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    def info(self) -> dict[str, Any]:
+        """experiment_info.json; empty where there is none."""
+        path = self.path / INFO
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def update_info(self, **values: Any) -> None:
+        """Merge values into experiment_info.json, atomically."""
+        _write_text(self.path / INFO, json.dumps({**self.info(), **values}, indent=2, default=str))
+        self.publish(INFO)
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration the experiment was made with."""
+        loaded: dict[str, Any] = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        return loaded
+
+    def publish(self, relative: str = "") -> None:
+        """Copy a file or folder (default: everything) to the remote root. Nothing to do for a local one."""
+        if self.remote is None:
+            return
+        filesystem, root = open_storage(self.remote)
+        source, target = self.path / relative, f"{root}/{relative}".rstrip("/")
+        if source.is_dir():
+            filesystem.create_dir(target, recursive=True)
+        pyarrow.fs.copy_files(
+            str(source), target, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=filesystem
+        )
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Hold the experiment for this process. Raises ExperimentError where another process trains in it."""
+        with (self.path / ".running.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ExperimentError(
+                    f"{self.path} is being trained by another process; wait for it, or start beside it with --fresh"
+                ) from None
+            yield
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process holds it now."""
+        try:
+            with self.running():
+                return False
+        except ExperimentError:
+            return True
+
+
+def open_experiment(root: str, name: str, config: dict[str, Any], *, fresh: bool, command: list[str]) -> tuple[Experiment, bool]:
+    """The experiment to train in, and whether it continues an earlier run.
+
+    Re-running a command goes on with the newest unfinished experiment of its name. Raises ExperimentError, with the
+    difference, where that one was made with another configuration.
+    """
+    unfinished = [experiment for experiment in list_experiments(root, name) if experiment.info().get("state") != "done"]
+    unfinished = [experiment for experiment in unfinished if experiment.info().get("state") != "superseded"]
+    if fresh:
+        for experiment in unfinished:
+            if not experiment.is_running:
+                experiment.update_info(state="superseded")
+    elif unfinished:
+        experiment = unfinished[-1]
+        changed = differences(experiment.config(), config)
+        if changed:
+            raise ExperimentError(
+                f"{experiment.path} is unfinished and was made with other settings ({'; '.join(changed)}); "
+                "repeat its command to go on, or start anew with --fresh or another --name"
+            )
+        return experiment, True
+    return _create(root, name, config, command), False
+
+
+def list_experiments(root: str, name: str | None = None) -> list[Experiment]:
+    """Experiments under a root, oldest first; those of one name only where it is given."""
+    pattern = re.compile(rf"{re.escape(name) if name else '.+'}_\d{{8}}_\d{{6}}")
+    if "://" in root:
+        filesystem, base = open_storage(root)
+        selector = pyarrow.fs.FileSelector(base, allow_not_found=True)
+        names = sorted(i.base_name for i in filesystem.get_file_info(selector) if pattern.fullmatch(i.base_name))
+        return [_staged(root, found) for found in names]
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        return []
+    found = [child for child in folder.iterdir() if pattern.fullmatch(child.name) and (child / INFO).is_file()]
+    return [Experiment(path.resolve()) for path in sorted(found, key=lambda path: path.name[-15:])]
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine of this process, for the record."""
+    packages = {}
+    for package in REPORTED_PACKAGES:
+        try:
+            packages[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            packages[package] = None
+    return {"m2d": __version__, "python": platform.python_version(), "platform": platform.platform(), **packages}
+
+
+def _create(root: str, name: str, config: dict[str, Any], command: list[str]) -> Experiment:
+    remote = "://" in root
+    base = Path(tempfile.gettempdir()) / "m2d-staging" if remote else Path(root).expanduser()
+    while True:
+        path = base / f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:
+            time.sleep(0.2)  # the name counts seconds
+        except OSError as error:
+            raise ExperimentError(f"experiments_dir: {root} cannot be written ({error.strerror}); name another") from None
+    experiment = Experiment(path.resolve(), f"{root.rstrip('/')}/{path.name}" if remote else None)
+    for folder in FOLDERS:
+        (path / folder).mkdir()
+    _write_text(path / CONFIG, yaml.safe_dump(config, sort_keys=False))
+    experiment.update_info(
+        name=path.name,
+        state="running",
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        command=" ".join(command),
+        versions=environment(),
+        git=_back_up_code(path / "code_backup"),
+    )
+    experiment.publish()
+    return experiment
+
+
+def _staged(root: str, name: str) -> Experiment:
+    """A remote experiment's small files and checkpoints, fetched where this machine does not hold them."""
+    staging = Path(tempfile.gettempdir()) / "m2d-staging" / name
+    experiment = Experiment(staging, f"{root.rstrip('/')}/{name}")
+    if not (staging / INFO).is_file():
+        filesystem, base = open_storage(f"{root.rstrip('/')}/{name}")
+        staging.mkdir(parents=True, exist_ok=True)
+        pyarrow.fs.copy_files(
+            base, str(staging), source_filesystem=filesystem, destination_filesystem=pyarrow.fs.LocalFileSystem()
+        )
+    return experiment
+
+
+def _back_up_code(target: Path) -> dict[str, Any]:
+    """Copy the package's sources; returns the commit and whether the tree had changes (None without git)."""
+    package = Path(__file__).parent
+    shutil.copytree(package, target / "m2d", ignore=shutil.ignore_patterns("__pycache__"))
+    script = Path(sys.argv[0])
+    if script.suffix == ".py" and script.is_file() and script.parent.name != "m2d":
+        shutil.copy2(script, target / script.name)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *arguments], cwd=package, capture_output=True, text=True, timeout=20, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout
+
+    commit, changes = git("rev-parse", "HEAD"), git("diff", "HEAD", "--", ".")
+    if changes:
+        (target / "uncommitted.patch").write_text(changes, encoding="utf-8")
+    return {"commit": commit.strip() if commit else None, "uncommitted_changes": bool(changes) if commit else None}
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

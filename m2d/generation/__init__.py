@@ -1,0 +1,1 @@
+"""Generation: requests, the generator and what it writes."""

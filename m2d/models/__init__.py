@@ -1,0 +1,1 @@
+"""The networks. Pure torch: no Ray, no wandb, nothing from the rooms above."""

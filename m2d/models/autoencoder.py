@@ -1,0 +1,76 @@
+"""The autoencoder: diffusers AutoencoderKL from scratch, from a folder, or from a hub id, behind encode and decode."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from m2d.errors import CheckpointError
+from m2d.models.settings import AutoencoderConfig
+
+
+class Autoencoder(nn.Module):
+    """Images [B, 3, H, W] in [-1, 1] to a Gaussian over latents [B, C, h, w] and back.
+
+    Latents are as the VAE gives them; `Denoiser.normalize` puts them on the U-Net's scale.
+    """
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels a latent cell, along one side."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    def encode(self, images: Tensor) -> DiagonalGaussianDistribution:
+        """The posterior of images [B, 3, H, W] in [-1, 1]."""
+        return self.vae.encode(images).latent_dist
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images [B, 3, H, W], about [-1, 1], of latents [B, C, h, w]."""
+        return self.vae.decode(latents).sample
+
+
+def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder:
+    """A new or pretrained autoencoder. Raises CheckpointError where `pretrained` cannot be loaded."""
+    if config.pretrained is not None:
+        return Autoencoder(_pretrained(config.pretrained))
+    levels = len(config.block_channels)
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(config.block_channels),
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_groups,
+        sample_size=image_size,
+        mid_block_add_attention=config.mid_attention,
+        scaling_factor=1.0,  # the latent batch norm scales; a constant on top would be a second truth
+    )
+    return Autoencoder(vae)
+
+
+def _pretrained(location: str) -> AutoencoderKL:
+    try:
+        folder = Path(location)
+        if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+            location = str(folder / "vae")
+        vae: AutoencoderKL = AutoencoderKL.from_pretrained(location, torch_dtype=torch.float32)
+    except (OSError, ValueError, EnvironmentError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"autoencoder.pretrained: {location} is neither a folder with an AutoencoderKL nor a hub id that can be "
+            f"reached ({first_line}); give a local folder"
+        ) from None
+    return vae

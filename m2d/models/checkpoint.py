@@ -1,0 +1,174 @@
+"""The checkpoint: a directory of safetensors and YAML that generation loads. No pickle anywhere.
+
+    checkpoint.yaml            what it is: step, stage, image size, classes, extractor, settings of the networks
+    vae/  unet/                load in plain diffusers (the U-Net's weights are the averaged ones)
+    conditioning.safetensors   averaged condition encoder, feature statistics and latent batch norm
+    training/                  what resuming needs besides (m2d.training.saving)
+    complete.json              written last: a directory without it is not a checkpoint
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from m2d.classes import CLASSES
+from m2d.errors import CheckpointError
+from m2d.models.autoencoder import Autoencoder
+from m2d.models.conditioning import ConditionEncoder
+from m2d.models.settings import ConditioningConfig
+from m2d.models.unet import Denoiser
+
+FORMAT = 1
+COMPLETE = "complete.json"
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What checkpoint.yaml says."""
+
+    step: int
+    stage: str
+    image_size: int
+    feature_extractor: str
+    feature_dim: int
+    num_patches: int
+    conditioning: dict[str, Any]
+    config: dict[str, Any]  # the run's resolved configuration
+    classes: tuple[str, ...] = CLASSES
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A loaded checkpoint, ready to generate: averaged weights, eval mode, no gradients."""
+
+    path: str
+    sha256: str  # over everything that shapes an image
+    info: CheckpointInfo
+    autoencoder: Autoencoder
+    denoiser: Denoiser
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side."""
+        return self.info.image_size
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+        return self.info.step
+
+    @property
+    def stage(self) -> str:
+        """joint or latent."""
+        return self.info.stage
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)."""
+        return self.denoiser.latent_shape(self.image_size, self.autoencoder.downsampling)
+
+
+def write_inference_files(
+    directory: Path, info: CheckpointInfo, autoencoder: Autoencoder, unet: UNet2DConditionModel, tensors: dict[str, Any]
+) -> None:
+    """Write all but training/ and complete.json. tensors: `vae` and `denoiser` (averaged) state dicts on the CPU."""
+    autoencoder.vae.save_config(directory / "vae")
+    unet.save_config(directory / "unet")
+    denoiser: dict[str, Tensor] = tensors["denoiser"]
+    weights = {name.removeprefix("unet."): tensor for name, tensor in denoiser.items() if name.startswith("unet.")}
+    rest = {name: tensor for name, tensor in denoiser.items() if not name.startswith("unet.")}
+    save_tensors(tensors["vae"], directory / "vae" / WEIGHTS)
+    save_tensors(weights, directory / "unet" / WEIGHTS)
+    save_tensors(rest, directory / "conditioning.safetensors")
+    document = {"format": FORMAT, **vars(info), "classes": list(info.classes)}
+    (directory / "checkpoint.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors with the metadata that diffusers asks for."""
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})
+
+
+def mark_complete(directory: Path) -> None:
+    """List every file with its size; from now on the directory is a checkpoint."""
+    files = {
+        str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()
+    }
+    (directory / COMPLETE).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+
+
+def read_info(path: str | Path) -> CheckpointInfo:
+    """checkpoint.yaml of a complete checkpoint. Raises CheckpointError."""
+    directory = Path(path)
+    if not directory.is_dir():
+        raise CheckpointError(f"checkpoint: {path} is not a directory; name one such as EXPERIMENT/checkpoints/best")
+    if not (directory / COMPLETE).is_file():
+        inside = sorted(child.name for child in directory.iterdir() if (child / COMPLETE).is_file())
+        hint = f"did you mean {directory / inside[-1]}?" if inside else "name one that holds complete.json"
+        raise CheckpointError(f"checkpoint: {path} is not a complete checkpoint; {hint}")
+    _check_files(directory)
+    document = yaml.safe_load((directory / "checkpoint.yaml").read_text(encoding="utf-8"))
+    if document.pop("format", None) != FORMAT:
+        raise CheckpointError(f"checkpoint: {path} has another format than {FORMAT}; use the M2D version that wrote it")
+    document["classes"] = tuple(document["classes"])
+    if document["classes"] != CLASSES:
+        raise CheckpointError(f"checkpoint: {path} was trained on classes {' '.join(document['classes'])}")
+    return CheckpointInfo(**document)
+
+
+def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Load for generation. Raises CheckpointError where it is missing, incomplete or broken."""
+    info = read_info(path)
+    directory = Path(path)
+    try:
+        vae = AutoencoderKL.from_pretrained(directory / "vae", local_files_only=True)
+        unet = UNet2DConditionModel.from_pretrained(directory / "unet", local_files_only=True)
+        conditioning = ConditionEncoder(ConditioningConfig(**info.conditioning), info.feature_dim)
+        denoiser = Denoiser(unet, conditioning, int(unet.config.in_channels))
+        rest = load_file(directory / "conditioning.safetensors")
+        missing, unexpected = denoiser.load_state_dict(rest, strict=False)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be loaded: {str(error).splitlines()[0]}") from None
+    missing = [name for name in missing if not name.startswith("unet.")]
+    if missing or unexpected:
+        raise CheckpointError(f"checkpoint: {path} lacks {missing} and has unknown {unexpected}")
+    return Checkpoint(
+        path=str(path),
+        sha256=_inference_hash(directory),
+        info=info,
+        autoencoder=_frozen(Autoencoder(vae), device),
+        denoiser=_frozen(denoiser, device),
+    )
+
+
+def _frozen(network: NetworkT, device: str | torch.device) -> NetworkT:
+    return network.eval().requires_grad_(False).to(device)
+
+
+def _check_files(directory: Path) -> None:
+    listed = json.loads((directory / COMPLETE).read_text(encoding="utf-8"))["files"]
+    for name, size in listed.items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise CheckpointError(f"checkpoint: {path} is missing or cut short; take another checkpoint")
+
+
+def _inference_hash(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for name in ("vae/config.json", f"vae/{WEIGHTS}", "unet/config.json", f"unet/{WEIGHTS}", "conditioning.safetensors"):
+        with (directory / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

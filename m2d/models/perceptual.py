@@ -1,0 +1,76 @@
+"""Perceptual distances between images: LPIPS where its weights can be had, a feature extractor's maps otherwise."""
+
+import contextlib
+import io
+import warnings
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2d.models.feature_extractor import FeatureExtractor
+
+PerceptualKind = Literal["lpips", "features"]
+
+
+class FeatureDistance(nn.Module):
+    """Distance of feature maps, unit-normalised over channels: LPIPS without its learned channel weights.
+
+    Source: Zhang et al., arXiv 1801.03924, eq. 1 with w = 1. The maps are taken at the images' own size.
+    """
+
+    def __init__(self, extractor: FeatureExtractor) -> None:
+        super().__init__()
+        # Held outside the module tree: the extractor is frozen and belongs to the caller, so it is in no checkpoint.
+        self._extractor = [extractor]
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """images, targets: [B, 3, H, W] in [-1, 1]. Returns [B], 0 for equal images."""
+        extractor = self._extractor[0]
+        first, second = (extractor.pyramid(((x + 1) * 127.5 - extractor.mean) / extractor.std) for x in (images, targets))
+        total = images.new_zeros(images.shape[0])
+        for a, b in zip(first, second, strict=True):
+            difference = F.normalize(a, dim=1, eps=1e-6) - F.normalize(b, dim=1, eps=1e-6)
+            total = total + difference.square().sum(dim=1).mean(dim=(1, 2))
+        return total / len(first)
+
+
+class LpipsDistance(nn.Module):
+    """The `lpips` package's distance, frozen."""
+
+    def __init__(self, net: str) -> None:
+        super().__init__()
+        self._network = [_load_lpips(net)]
+
+    def to(self, *args: object, **kwargs: object) -> "LpipsDistance":
+        """Moves the hidden network too."""
+        self._network[0].to(*args, **kwargs)
+        return self
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """images, targets: [B, 3, H, W] in [-1, 1]. Returns [B]."""
+        distance: Tensor = self._network[0](images, targets)
+        return distance.flatten()
+
+
+def lpips_available(net: str) -> tuple[bool, str]:
+    """Whether LPIPS can be built here, and why not. It needs torchvision's ImageNet weights, from cache or network."""
+    try:
+        _load_lpips(net)
+    except Exception as error:
+        return False, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return True, ""
+
+
+def build_perceptual(kind: PerceptualKind, extractor: FeatureExtractor, net: str = "vgg") -> nn.Module:
+    """The distance of that kind; both take images in [-1, 1] and give one number an image."""
+    return LpipsDistance(net) if kind == "lpips" else FeatureDistance(extractor)
+
+
+def _load_lpips(net: str) -> nn.Module:
+    import lpips
+
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls torchvision by arguments that were renamed since
+        network: nn.Module = lpips.LPIPS(net=net, verbose=False)
+    return network.eval().requires_grad_(False)

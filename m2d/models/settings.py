@@ -1,0 +1,136 @@
+"""Settings of the networks. Light on purpose: the command line reads them before torch is imported."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from m2d.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureExtractorConfig:
+    """The frozen network whose features guide and align the U-Net."""
+
+    name: str = "efficientnet-lite0"
+    weights: str | None = None  # a local file; None: the extractor's own default
+    input_size: int | None = None  # pixels a side fed to the extractor; None: its native size
+    statistics_images: int = 1024  # training images from which the feature mean and deviation are taken
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and not Path(self.weights).is_file():
+            raise ConfigError(f"feature_extractor.weights: {self.weights} is not a file; give the path of a local one")
+        if self.input_size is not None:
+            _require(
+                self.input_size >= 32 and self.input_size % 32 == 0,
+                f"feature_extractor.input_size is {self.input_size}; it must be a multiple of 32",
+            )
+        _require(
+            self.statistics_images >= 2,
+            f"feature_extractor.statistics_images is {self.statistics_images}; it must be at least 2",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """diffusers AutoencoderKL: from scratch by shape, or `pretrained` from a local folder or hub id."""
+
+    pretrained: str | None = None
+    block_channels: list[int] = field(default_factory=lambda: [64, 128, 256])  # one entry a level; halves between
+    layers_per_block: int = 1
+    latent_channels: int = 8
+    norm_groups: int = 16
+    mid_attention: bool = False
+
+    def __post_init__(self) -> None:
+        _require(len(self.block_channels) >= 1, "autoencoder.block_channels is empty; give one width a level")
+        for width in self.block_channels:
+            _require(
+                width % self.norm_groups == 0,
+                f"autoencoder.block_channels has {width}; every width must divide by norm_groups {self.norm_groups}",
+            )
+        _require(self.latent_channels >= 1, "autoencoder.latent_channels must be at least 1")
+        _require(self.layers_per_block >= 1, "autoencoder.layers_per_block must be at least 1")
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels a latent cell, along one side, of a network built from scratch."""
+        return int(2 ** (len(self.block_channels) - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """diffusers UNet2DConditionModel on normalised latents."""
+
+    block_channels: list[int] = field(default_factory=lambda: [128, 256, 256])
+    layers_per_block: int = 2
+    attention_levels: list[bool] = field(default_factory=lambda: [False, True, True])  # cross-attention at each level
+    head_dim: int = 32
+    norm_groups: int = 32
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            len(self.attention_levels) == len(self.block_channels),
+            f"unet.attention_levels has {len(self.attention_levels)} entries and unet.block_channels "
+            f"{len(self.block_channels)}; give one a level",
+        )
+        for width in self.block_channels:
+            _require(
+                width % self.norm_groups == 0 and width % self.head_dim == 0,
+                f"unet.block_channels has {width}; every width must divide by norm_groups {self.norm_groups} "
+                f"and head_dim {self.head_dim}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditioningConfig:
+    """What the U-Net's cross-attention reads: one class token and a few feature tokens."""
+
+    context_dim: int = 256
+    feature_tokens: int = 4
+    class_dropout: float = 0.1  # probability, a sample
+    feature_dropout: float = 0.3  # probability, a sample; independent of the class
+    feature_noise: float = 0.5  # largest noise level added to the standardised feature; drawn uniformly from [0, this]
+
+    def __post_init__(self) -> None:
+        for name in ("class_dropout", "feature_dropout"):
+            _require(0 <= getattr(self, name) <= 1, f"conditioning.{name} is {getattr(self, name)}; it is a probability")
+        _require(self.feature_noise >= 0, f"conditioning.feature_noise is {self.feature_noise}; it must be at least 0")
+        _require(self.feature_tokens >= 1, "conditioning.feature_tokens must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """The alignment projector: a per-cell MLP on the U-Net's middle block (U-REPA: project, then upsample)."""
+
+    hidden_dim: int = 512
+
+    def __post_init__(self) -> None:
+        _require(self.hidden_dim >= 1, "projector.hidden_dim must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerceptualConfig:
+    """The perceptual distance of reconstructions."""
+
+    kind: Literal["lpips", "features"] | None = None  # None: lpips where its weights can be had, else features
+    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    """PatchGAN on reconstructions (hinge loss); off by default in the small presets."""
+
+    enabled: bool = False
+    channels: int = 64
+    layers: int = 3
+    start_step: int = 2000  # the generator's adversarial term begins here; the discriminator learns from step 0
+
+    def __post_init__(self) -> None:
+        _require(self.channels >= 1 and self.layers >= 1, "discriminator.channels and .layers must be at least 1")
+        _require(self.start_step >= 0, "discriminator.start_step must be at least 0")

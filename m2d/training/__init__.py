@@ -1,0 +1,1 @@
+"""Training: losses, the step, the loop of one worker and the driver."""

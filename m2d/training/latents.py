@@ -1,0 +1,96 @@
+"""The latent stage's cache: posterior mean and std and the extractor's features of every (image, view), in fp16.
+
+Each worker encodes its share of the shards into the experiment's cache; a shard that is there is not made again.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from m2d.data.reader import ImageReader
+from m2d.training.batch import LatentBatch
+from m2d.training.reduce import barrier
+from m2d.training.step import Networks, extract
+
+SHARD = 1024  # (image, view) pairs a file
+
+
+class LatentTable:
+    """Cached latents, entry = row * views + view. Shards are memory-mapped; workers of a machine share the pages."""
+
+    def __init__(self, folder: Path, views: int, labels: np.ndarray, num_entries: int) -> None:
+        self._shards = [load_file(folder / _name(start)) for start in range(0, num_entries, SHARD)]
+        self._views = views
+        self._labels = torch.from_numpy(labels)
+
+    def batch(self, rows: np.ndarray, views: np.ndarray) -> LatentBatch:
+        """The batch of catalog rows int64 [B] in views int8 [B]."""
+        places = [divmod(int(entry), SHARD) for entry in rows * self._views + views]
+        columns = {
+            name: torch.stack([self._shards[shard][name][offset] for shard, offset in places])
+            for name in self._shards[0]
+        }
+        return LatentBatch(**columns, labels=self._labels[torch.from_numpy(rows)])
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance [C] of the sampled latents over everything cached: E[mean], E[mean^2 + std^2] - E[mean]^2."""
+        count, first, second = 0, torch.zeros(()), torch.zeros(())
+        for shard in self._shards:
+            mean, std = shard["mean"].double(), shard["std"].double()
+            count += mean.numel() // mean.shape[1]
+            first = first + mean.sum(dim=(0, 2, 3))
+            second = second + (mean.square() + std.square()).sum(dim=(0, 2, 3))
+        return (first / count).float(), (second / count - (first / count).square()).float()
+
+
+@torch.no_grad()
+def cache_latents(
+    networks: Networks,
+    reader: ImageReader,
+    folder: Path,
+    *,
+    views: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatentTable:
+    """Encode what is missing, then open the table. Entries: every row of the reader in every view."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = len(reader) * views
+    for number, start in enumerate(range(0, entries, SHARD)):
+        if number % world_size != rank or (folder / _name(start)).is_file():
+            continue
+        indices = np.arange(start, min(start + SHARD, entries))
+        parts = [
+            _encode(networks, reader, indices[i : i + batch_size], views, device)
+            for i in range(0, len(indices), batch_size)
+        ]
+        columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        partial = folder / f".{_name(start)}.{rank}.partial"
+        save_file(columns, partial)
+        partial.replace(folder / _name(start))
+        if progress is not None:
+            progress(min(start + SHARD, entries), entries)
+    barrier()
+    return LatentTable(folder, views, reader.labels, entries)
+
+
+def _encode(
+    networks: Networks, reader: ImageReader, entries: np.ndarray, views: int, device: torch.device
+) -> dict[str, Tensor]:
+    read = reader.read(entries // views, (entries % views).astype(np.int8))
+    pixels = torch.from_numpy(read["images"]).to(device).permute(0, 3, 1, 2)
+    posterior = networks.autoencoder.encode(pixels.float() / 127.5 - 1.0)
+    features = extract(networks.extractor, pixels)
+    columns = {"mean": posterior.mean, "std": posterior.std, "cls": features.cls, "patches": features.patches}
+    return {name: column.half().cpu().contiguous() for name, column in columns.items()}
+
+
+def _name(start: int) -> str:
+    return f"latents_{start:09d}.safetensors"

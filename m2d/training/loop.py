@@ -1,0 +1,78 @@
+"""The worker loop inside Ray Train: connects `train_worker` to the stream, the device and the reports of a Ray worker."""
+
+import logging
+from collections.abc import Iterator
+
+import ray.data
+import ray.train
+import ray.train.torch
+import torch
+from torch import Tensor
+
+from m2d.data.stream import build_stream, iterate_stream
+from m2d.training.plan import RunPlan
+from m2d.training.saving import complete_checkpoints
+from m2d.training.worker import train_worker
+
+
+class RayLink:
+    """A Ray Train worker's rank, device, shard and reports."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        context = ray.train.get_context()
+        self.plan = plan
+        self.rank = context.get_world_rank()
+        self.world_size = context.get_world_size()
+        self.device: torch.device = ray.train.torch.get_device()
+
+    def images(self, first_micro_batch: int, num_micro_batches: int) -> Iterator[dict[str, Tensor]]:
+        """See WorkerLink."""
+        return iterate_stream(
+            ray.train.get_dataset_shard("train"),
+            batch_size=self.plan.config.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_micro_batch=first_micro_batch,
+            num_micro_batches=num_micro_batches,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def report(self, metrics: dict[str, float], checkpoint: str | None) -> None:
+        """See WorkerLink. The checkpoint already lies in the experiment, so Ray is told of it and copies nothing."""
+        ray.train.report(
+            metrics,
+            checkpoint=None if checkpoint is None else ray.train.Checkpoint(checkpoint),
+            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
+        )
+
+
+def ray_worker(loop_config: dict[str, RunPlan]) -> None:
+    """TorchTrainer's train_loop_per_worker."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    plan = loop_config["plan"]
+    train_worker(plan, RayLink(plan))
+
+
+class StreamFactory:
+    """Makes the training stream anew for each worker group, from where the newest checkpoint stands."""
+
+    def __init__(self, plan: RunPlan) -> None:
+        self.plan = plan
+
+    def __call__(self) -> ray.data.Dataset:
+        """The rest of the run's rows."""
+        plan = self.plan
+        checkpoints = complete_checkpoints(plan.experiment.checkpoints)
+        step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+        first, count = plan.micro_batches_from(step)
+        reader = plan.reader("train")
+        return build_stream(
+            reader,
+            plan.order(reader),
+            batch_size=plan.config.batch_size,
+            num_workers=plan.world_size,
+            start_micro_batch=first,
+            num_micro_batches=count,
+            object_store_share=plan.config.data.object_store_share,
+            read_cpus=plan.config.data.read_cpus,
+        )

@@ -1,0 +1,75 @@
+"""The arithmetic of a run, worked out once by the driver and handed to every worker."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from m2d.config import TrainConfig
+from m2d.data.catalog import read_catalog
+from m2d.data.order import StreamOrder
+from m2d.data.reader import ImageReader
+from m2d.experiment import Experiment
+from m2d.models.perceptual import PerceptualKind
+from m2d.training.step import Precision
+
+CATALOG = "cache/catalog.parquet"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a worker needs to know. Small: it is sent to each."""
+
+    config: TrainConfig
+    experiment: Experiment
+    world_size: int
+    train_images: int
+    precision: Precision
+    perceptual: PerceptualKind
+
+    @property
+    def global_batch(self) -> int:
+        """Images an optimiser step."""
+        return self.config.batch_size * self.config.gradient_accumulation_steps * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every training image has been seen once (under `natural`); the last one may straddle."""
+        return -(-self.train_images // self.global_batch)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        steps = self.config.epochs * self.steps_per_epoch
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+    @property
+    def save_every(self) -> int:
+        """Steps from checkpoint to checkpoint."""
+        return self.config.saving.every_steps or self.steps_per_epoch
+
+    def micro_batches_from(self, step: int) -> tuple[int, int]:
+        """(first micro-batch, number of micro-batches) of one worker from `step` to the end."""
+        k = self.config.gradient_accumulation_steps
+        return step * k, (self.total_steps - step) * k
+
+    def reader(self, split: str) -> ImageReader:
+        """Reads the images of a split."""
+        config = self.config
+        return ImageReader(
+            self.catalog(split),
+            config.checked_data_root,
+            image_size=config.data.image_size,
+            max_pixels=config.data.max_pixels,
+        )
+
+    def order(self, reader: ImageReader) -> StreamOrder:
+        """The order of the training stream."""
+        data = self.config.data
+        return StreamOrder(reader.labels, balance=data.balance, views=data.views, seed=self.config.seed)
+
+    def catalog(self, split: str) -> pa.Table:
+        """The experiment's catalog rows of a split."""
+        catalog = read_catalog(str(Path(self.experiment.path) / CATALOG))
+        return catalog.filter(pc.equal(catalog["split"], split))

@@ -1,0 +1,186 @@
+"""Checkpoints of a run: snapshot on the device's time, write in the background, keep the last few and the best.
+
+A checkpoint appears whole or not at all: it is written under a temporary name, listed in complete.json, then renamed.
+"""
+
+import json
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from m2d.errors import CheckpointError, TrainingError
+from m2d.models.checkpoint import COMPLETE, CheckpointInfo, mark_complete, save_tensors, write_inference_files
+from m2d.training.step import Networks
+
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything of a moment, copied to the CPU, so that training can go on while it is written."""
+
+    info: CheckpointInfo
+    networks: Networks  # for their configurations only
+    state: dict[str, Any]  # of the step, tensors on the CPU
+    random_state: Tensor
+    metrics: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        """Directory name; sorts by step."""
+        return f"step_{self.info.step:08d}"
+
+
+def take_snapshot(
+    info: CheckpointInfo, networks: Networks, state: dict[str, Any], metrics: dict[str, float]
+) -> Snapshot:
+    """Copy the step's state to the CPU. This is all that the training loop waits for."""
+    return Snapshot(info, networks, _to_cpu(state), torch.get_rng_state(), dict(metrics))
+
+
+def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
+    """Write a whole checkpoint as `directory`, atomically."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    training = partial / "training"
+    training.mkdir(parents=True)
+    state = snapshot.state
+    averaged = {name: tensor for name, tensor in state["ema"].items() if name != "ema_updates"}
+    vae = {name.removeprefix("vae."): tensor for name, tensor in state["networks"]["autoencoder"].items()}
+    write_inference_files(
+        partial, snapshot.info, snapshot.networks.autoencoder, snapshot.networks.denoiser.unet,
+        {"vae": vae, "denoiser": averaged},
+    )  # fmt: skip
+    for name, tensors in state["networks"].items():
+        if name != "autoencoder":  # vae/ holds it
+            save_tensors(tensors, training / f"{name}.safetensors")
+    for name, optimizer in state["optimizers"].items():
+        moments = {
+            f"{index}.{key}": tensor for index, entry in optimizer["state"].items() for key, tensor in entry.items()
+        }
+        save_tensors(moments, training / f"optimizer_{name}.safetensors")
+    counters = {"ema_updates": state["ema"]["ema_updates"], "skipped": state["skipped"], "random_state": snapshot.random_state}
+    save_tensors(counters, training / "counters.safetensors")
+    document = {"metrics": snapshot.metrics, "scaler": state["scaler"], "position": state.get("position", {})}
+    (training / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    mark_complete(partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def load_training_state(directory: Path, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The step's state from a checkpoint, in the shape of `state` (a fresh step's state_dict), and state.json.
+
+    Raises CheckpointError where it was written for inference only.
+    """
+    training = directory / "training"
+    if not (training / "state.json").is_file():
+        raise CheckpointError(f"checkpoint: {directory} holds no training state; start from it by --init_checkpoint")
+    document = json.loads((training / "state.json").read_text(encoding="utf-8"))
+    counters = load_file(training / "counters.safetensors")
+    averaged = load_file(directory / "conditioning.safetensors")
+    averaged |= {f"unet.{k}": v for k, v in load_file(directory / "unet" / "diffusion_pytorch_model.safetensors").items()}
+    vae = load_file(directory / "vae" / "diffusion_pytorch_model.safetensors")
+    networks = {"autoencoder": {f"vae.{name}": tensor for name, tensor in vae.items()}}
+    for name in state["networks"]:
+        if name != "autoencoder":
+            networks[name] = load_file(training / f"{name}.safetensors")
+    optimizers = {}
+    for name, fresh in state["optimizers"].items():
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in load_file(training / f"optimizer_{name}.safetensors").items():
+            index, _, moment = key.partition(".")
+            entries.setdefault(int(index), {})[moment] = tensor
+        optimizers[name] = {"state": entries, "param_groups": fresh["param_groups"]}
+    torch.set_rng_state(counters["random_state"])
+    return {
+        "networks": networks,
+        "ema": {**averaged, "ema_updates": counters["ema_updates"]},
+        "optimizers": optimizers,
+        "scaler": document["scaler"],
+        "skipped": counters["skipped"],
+    }, document
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first."""
+    return sorted(path for path in directory.glob("step_*") if (path / COMPLETE).is_file())
+
+
+class CheckpointKeeper:
+    """Writes snapshots one at a time in a thread, keeps the last k and the best (lowest score)."""
+
+    def __init__(self, directory: Path, keep_last: int) -> None:
+        self.directory = directory
+        self.keep_last = keep_last
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="m2d-checkpoint")
+        self._pending: Future[Path] | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def save(self, snapshot: Snapshot, score: float) -> None:
+        """Begin to write; waits only for a write that is still under way."""
+        self.wait()
+        self._pending = self._thread.submit(self._write, snapshot, score)
+
+    def wait(self) -> Path | None:
+        """The last checkpoint once it is whole. Raises TrainingError where it could not be written."""
+        if self._pending is None:
+            return None
+        try:
+            return self._pending.result()
+        except OSError as error:
+            raise TrainingError(
+                f"a checkpoint could not be written to {self.directory}: {error}; the one before it is intact, "
+                "make room and run the same command again"
+            ) from None
+        finally:
+            self._pending = None
+
+    def _write(self, snapshot: Snapshot, score: float) -> Path:
+        path = self.directory / snapshot.name
+        write_snapshot(snapshot, path)
+        best = read_best(self.directory)
+        if best is None or score <= best[1]:
+            record = json.dumps({"checkpoint": path.name, "score": score})
+            temporary = self.directory / f".{BEST}.json.partial"
+            temporary.write_text(record, encoding="utf-8")
+            temporary.rename(self.directory / f"{BEST}.json")
+            link = self.directory / f".{BEST}.partial"
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name)
+            link.replace(self.directory / BEST)
+        self._forget_old()
+        return path
+
+    def _forget_old(self) -> None:
+        best = read_best(self.directory)
+        kept = {path.name for path in complete_checkpoints(self.directory)[-self.keep_last :]}
+        for path in complete_checkpoints(self.directory):
+            if path.name not in kept and (best is None or path.name != best[0]):
+                (path / COMPLETE).unlink()  # first: half a deletion must not look like a checkpoint
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def read_best(directory: Path) -> tuple[str, float] | None:
+    """(checkpoint name, score) of the best checkpoint so far."""
+    path = directory / f"{BEST}.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return str(record["checkpoint"]), float(record["score"])
+
+
+def _to_cpu(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_cpu(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_to_cpu(entry) for entry in value]
+    return value

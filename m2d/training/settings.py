@@ -1,0 +1,102 @@
+"""Settings of the training room. Light on purpose: the command line reads them before torch is imported."""
+
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Literal
+
+from m2d.errors import ConfigError
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the joint objective. The first four are the ones that a sweep searches."""
+
+    diffusion: float = 1.0
+    reconstruction: float = 0.5
+    alignment: float = 0.3  # on the U-Net; the VAE's share is `alignment_vae`
+    perceptual: float = 0.2
+    alignment_vae: float = 0.1
+    manifold: float = 3.0  # times `alignment`: U-REPA's w
+    kl: float = 1e-6  # of the sum over a latent, as in REPA-E
+    adversarial: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, weight in vars(self).items():
+            _require(isfinite(weight) and weight >= 0, f"loss_weights.{name} is {weight}; it must be a number of at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW for each network; the learning rate is a function of the step, so a resumed run needs no scheduler state."""
+
+    lr_autoencoder: float = 1e-4
+    lr_denoiser: float = 1e-4
+    lr_discriminator: float = 1e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_fraction: float = 0.05  # of the peak rate, where cosine ends
+    warmup_steps: int = 100  # linear, counted from the step at which the network starts to learn
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # of each network's gradient
+
+    def __post_init__(self) -> None:
+        for name in ("lr_autoencoder", "lr_denoiser", "lr_discriminator"):
+            rate = getattr(self, name)
+            _require(isfinite(rate) and rate > 0, f"optimizer.{name} is {rate}; it must be above 0")
+        _require(len(self.betas) == 2, f"optimizer.betas is {self.betas}; give two numbers")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must be at least 0")
+        _require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction is {self.final_fraction}; it is a fraction")
+        _require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """What happens when, in steps."""
+
+    vae_warmup_steps: int = 0  # the VAE learns alone so long; counted inside the run's total
+    ema_decay: float = 0.9999
+    ema_warmup: float = 10.0  # decay at step n is at most (1 + n) / (ema_warmup + n)
+    log_every_steps: int = 10
+    max_skipped_in_row: int = 50  # non-finite steps one after the other, before the run ends with an error
+
+    def __post_init__(self) -> None:
+        _require(self.vae_warmup_steps >= 0, "schedule.vae_warmup_steps must be at least 0")
+        _require(0 <= self.ema_decay < 1, f"schedule.ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        _require(self.ema_warmup >= 1, f"schedule.ema_warmup is {self.ema_warmup}; it must be at least 1")
+        _require(self.log_every_steps >= 1, "schedule.log_every_steps must be at least 1")
+        _require(self.max_skipped_in_row >= 1, "schedule.max_skipped_in_row must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingConfig:
+    """Checkpoints and validation. A checkpoint is also written at the end of the run."""
+
+    every_steps: int | None = None  # None: at the end of every epoch
+    keep_last: int = 2  # besides the best one
+    validation_images: int = 256  # the same ones each time
+
+    def __post_init__(self) -> None:
+        _require(
+            self.every_steps is None or self.every_steps >= 1,
+            f"saving.every_steps is {self.every_steps}; it must be at least 1",
+        )
+        _require(self.keep_last >= 1, f"saving.keep_last is {self.keep_last}; it must be at least 1")
+        _require(self.validation_images >= 1, "saving.validation_images must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayConfig:
+    """What a training worker asks of the Ray cluster."""
+
+    cpus_per_worker: float = 1.0
+    max_failures: int = 3  # times a lost worker group is started again from the newest checkpoint
+    threads_per_worker: int | None = None  # torch threads on a CPU worker; None: cores / workers
+
+    def __post_init__(self) -> None:
+        _require(self.cpus_per_worker > 0, f"ray.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
+        _require(self.max_failures >= -1, "ray.max_failures must be -1 (without limit) or more")

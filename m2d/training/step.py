@@ -1,0 +1,304 @@
+"""One training step, in pure torch: runs in a test, a notebook or a bare GPU box as well as in a Ray worker.
+
+Design section 5. `JointStep` trains VAE and U-Net together as REPA-E does; `LatentStep` trains the U-Net alone on cached
+posteriors. Both skip a step whose loss or gradient is not finite, count it, and leave every tensor as it was.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from m2d.errors import TrainingError
+from m2d.models.autoencoder import Autoencoder
+from m2d.models.discriminator import PatchDiscriminator
+from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.projector import AlignmentProjector
+from m2d.models.unet import Denoiser
+from m2d.training.batch import Draws, ImageBatch, LatentBatch
+from m2d.training.ema import Ema
+from m2d.training.losses import adversarial_loss, discriminator_loss
+from m2d.training.phases import AutoencoderPhase, DenoiserPhase, frozen
+from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
+from m2d.training.update import Optimized, guarded_update, learning_rate
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass
+class Networks:
+    """What is trained, and what is frozen beside it."""
+
+    autoencoder: Autoencoder
+    denoiser: Denoiser
+    projector: AlignmentProjector
+    extractor: FeatureExtractor
+    discriminator: PatchDiscriminator | None = None
+
+    def trained(self) -> dict[str, nn.Module]:
+        """Name to module, of those that a checkpoint holds."""
+        modules: dict[str, nn.Module] = {
+            "autoencoder": self.autoencoder,
+            "denoiser": self.denoiser,
+            "projector": self.projector,
+        }
+        if self.discriminator is not None:
+            modules["discriminator"] = self.discriminator
+        return modules
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """What the step needs to know of the run."""
+
+    weights: LossWeights
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    precision: Precision
+    total_steps: int
+    discriminator_start: int = 0
+    compile: bool = False
+
+
+class _Step:
+    """The parts that both stages share: precision, DDP, the guarded update, EMA and the scalars."""
+
+    def __init__(self, networks: Networks, config: StepConfig, device: torch.device) -> None:
+        self.networks = networks
+        self.config = config
+        self.device = device
+        self.denoiser_phase = DenoiserPhase(networks.denoiser, networks.projector)
+        if config.compile:
+            self.denoiser_phase.compile()
+        self.ema = Ema(networks.denoiser, config.schedule.ema_decay, config.schedule.ema_warmup)
+        self.optimized: dict[str, Optimized] = {
+            "denoiser": Optimized(self.denoiser_phase, config.optimizer, config.optimizer.lr_denoiser)
+        }
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self._sums: dict[str, Tensor] = {}
+        self._steps_summed = 0
+        self.skipped = torch.zeros((), device=device)
+        self.skipped_in_row = torch.zeros((), device=device)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The forward pass's precision."""
+        if self.config.precision == "no":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    def read_scalars(self) -> dict[str, float]:
+        """Means since the last call. The only place that waits for the device.
+
+        Raises TrainingError where too many steps in a row were skipped, naming the losses that were not finite.
+        """
+        scalars = {name: (total / self._steps_summed).item() for name, total in self._sums.items()}
+        scalars["skipped_steps"] = self.skipped.item()
+        in_row = int(self.skipped_in_row.item())
+        if in_row >= self.config.schedule.max_skipped_in_row:
+            bad = [name for name, value in scalars.items() if not torch.isfinite(torch.tensor(value))]
+            raise TrainingError(
+                f"{in_row} steps in a row had a loss or gradient that is not finite ({', '.join(bad) or 'gradients'}); "
+                "lower the learning rates or use --mixed_precision no, and run again to go on from the last checkpoint"
+            )
+        self._sums, self._steps_summed = {}, 0
+        return scalars
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs: networks, EMA, optimisers, fp16 scaler, counters."""
+        return {
+            "networks": {name: module.state_dict() for name, module in self.networks.trained().items()},
+            "ema": self.ema.state_dict(),
+            "optimizers": {name: network.optimizer.state_dict() for name, network in self.optimized.items()},
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped.clone(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`; strict."""
+        for name, module in self.networks.trained().items():
+            module.load_state_dict(state["networks"][name])
+        self.ema.load_state_dict(state["ema"])
+        for name, network in self.optimized.items():
+            network.optimizer.load_state_dict(state["optimizers"][name])
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped.copy_(state["skipped"])
+
+    def _backward(self, loss: Tensor, micro_batches: int) -> None:
+        self.scaler.scale(loss / micro_batches).backward()
+
+    def _finish(self, active: dict[str, Optimized], losses: dict[str, Tensor], norm_before: list[Tensor]) -> None:
+        """Update the active networks, or undo what the forward passes changed, and add up the scalars."""
+        accepted, norms = guarded_update(list(active.values()), torch.stack(list(losses.values())), self.scaler)
+        latent_norm = self.networks.denoiser.latent_norm
+        for buffer, before in zip((latent_norm.running_mean, latent_norm.running_var), norm_before, strict=True):
+            buffer.copy_(torch.where(accepted, buffer, before))
+        if "denoiser" in active:
+            self.ema.update(self.networks.denoiser, accepted)
+        self.skipped += (~accepted).float()
+        self.skipped_in_row = torch.where(accepted, 0.0, self.skipped_in_row + 1)
+        scalars = {f"loss/{name}": loss for name, loss in losses.items()}
+        scalars |= {f"gradient_norm/{name}": norm for name, norm in zip(active, norms, strict=True)}
+        for name, scalar in scalars.items():
+            scalar = scalar.detach().float()
+            self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
+        self._steps_summed += 1
+
+    def _set_rate(self, name: str, step: int, first_step: int) -> None:
+        network, config = self.optimized[name], self.config
+        network.set_rate(learning_rate(config.optimizer, network.peak_rate, step, first_step, config.total_steps))
+
+    def _norm_buffers(self) -> list[Tensor]:
+        latent_norm = self.networks.denoiser.latent_norm
+        return [latent_norm.running_mean.clone(), latent_norm.running_var.clone()]
+
+
+class JointStep(_Step):
+    """VAE and U-Net together. The diffusion loss never reaches the VAE; the alignment loss does."""
+
+    def __init__(
+        self, networks: Networks, perceptual: nn.Module, config: StepConfig, device: torch.device, distributed: bool = False
+    ) -> None:
+        super().__init__(networks, config, device)
+        optimizer = config.optimizer
+        self.autoencoder_phase = AutoencoderPhase(networks.autoencoder, perceptual)
+        if config.compile:
+            self.autoencoder_phase.compile()
+        self.optimized["autoencoder"] = Optimized(networks.autoencoder, optimizer, optimizer.lr_autoencoder)
+        if networks.discriminator is not None:
+            self.optimized["discriminator"] = Optimized(
+                networks.discriminator, optimizer, optimizer.lr_discriminator
+            )
+        self._autoencoder = _parallel(self.autoencoder_phase, device) if distributed else self.autoencoder_phase
+        self._denoiser = _parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
+        self._discriminator: nn.Module | None = networks.discriminator
+        if networks.discriminator is not None and distributed:
+            self._discriminator = _parallel(networks.discriminator, device)
+
+    def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:
+        """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
+        warming = step < self.config.schedule.vae_warmup_steps
+        norm_before = self._norm_buffers()
+        totals: dict[str, Tensor] = {}
+        for number, (batch, draws) in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            with ExitStack() as stack:
+                if not last:  # gradients are added up here and reduced over workers once, with the last micro-batch
+                    for phase in (self._autoencoder, self._denoiser, self._discriminator):
+                        if isinstance(phase, DistributedDataParallel):
+                            stack.enter_context(phase.no_sync())
+                losses = self._micro_batch(batch, draws.to(self.device), step, warming, len(micro_batches))
+            for name, loss in losses.items():
+                share = loss.detach() / len(micro_batches)
+                totals[name] = totals[name] + share if name in totals else share
+        active = {"autoencoder": self.optimized["autoencoder"]}
+        self._set_rate("autoencoder", step, 0)
+        if not warming:
+            active["denoiser"] = self.optimized["denoiser"]
+            self._set_rate("denoiser", step, self.config.schedule.vae_warmup_steps)
+        if "discriminator" in self.optimized:
+            active["discriminator"] = self.optimized["discriminator"]
+            self._set_rate("discriminator", step, 0)
+        self._finish(active, totals, norm_before)
+
+    def _micro_batch(
+        self, batch: ImageBatch, draws: Draws, step: int, warming: bool, micro_batches: int
+    ) -> dict[str, Tensor]:
+        """Forward and backward of every part; returns the unweighted losses."""
+        weights = self.config.weights
+        pixels = batch.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        labels = batch.labels.to(self.device, non_blocking=True)
+        images = pixels.float() / 127.5 - 1.0
+        with self.autocast():
+            features = None if warming else extract(self.networks.extractor, pixels)
+            vae = self._autoencoder(images, draws.posterior)
+            losses = {"reconstruction": vae.reconstruction, "perceptual": vae.perceptual, "kl": vae.kl}
+            total = (
+                weights.reconstruction * vae.reconstruction + weights.perceptual * vae.perceptual + weights.kl * vae.kl
+            )
+            if features is not None and weights.alignment_vae > 0:
+                losses["alignment_vae"] = self.denoiser_phase.align_autoencoder(vae.latents, labels, features, draws)
+                total = total + weights.alignment_vae * losses["alignment_vae"]
+            discriminator = self.networks.discriminator
+            if discriminator is not None:
+                with frozen(discriminator):
+                    losses["adversarial"] = adversarial_loss(discriminator(vae.reconstructed))
+                started = step >= self.config.discriminator_start
+                total = total + (weights.adversarial if started else 0.0) * losses["adversarial"]
+        self._backward(total, micro_batches)
+        if self._discriminator is not None:
+            # One call on both halves: DDP allows one forward a backward.
+            with self.autocast():
+                logits = self._discriminator(torch.cat([images, vae.reconstructed.detach()]))
+                losses["discriminator"] = discriminator_loss(*logits.chunk(2))
+            self._backward(losses["discriminator"], micro_batches)
+        latents = vae.latents.detach()
+        if features is None:
+            self.networks.denoiser.latent_norm(latents)  # its statistics are ready when the U-Net joins
+            return losses
+        with self.autocast():
+            flow = self._denoiser(latents, labels, features, draws)
+        losses |= {"diffusion": flow.diffusion, "alignment": flow.alignment, "manifold": flow.manifold}
+        self._backward(
+            weights.diffusion * flow.diffusion
+            + weights.alignment * (flow.alignment + weights.manifold * flow.manifold),
+            micro_batches,
+        )
+        return losses
+
+
+class LatentStep(_Step):
+    """The U-Net alone, on cached posteriors of a frozen VAE; the latent batch norm's statistics stay as they are."""
+
+    def __init__(self, networks: Networks, config: StepConfig, device: torch.device, distributed: bool = False) -> None:
+        super().__init__(networks, config, device)
+        networks.autoencoder.requires_grad_(False)
+        self._denoiser = _parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
+
+    def __call__(self, micro_batches: Sequence[tuple[LatentBatch, Draws]], step: int) -> None:
+        """One optimiser step over the micro-batches."""
+        weights = self.config.weights
+        norm_before = self._norm_buffers()
+        totals: dict[str, Tensor] = {}
+        for number, (batch, cpu_draws) in enumerate(micro_batches):
+            draws = cpu_draws.to(self.device)
+            mean, std, cls, patches, labels = (
+                tensor.to(self.device, non_blocking=True)
+                for tensor in (batch.mean, batch.std, batch.cls, batch.patches, batch.labels)
+            )
+            latents = mean.float() + std.float() * draws.posterior
+            synchronise = number == len(micro_batches) - 1 or not isinstance(self._denoiser, DistributedDataParallel)
+            with nullcontext() if synchronise else self._denoiser.no_sync():  # type: ignore[union-attr,operator]
+                with self.autocast():
+                    flow = self._denoiser(latents, labels, Features(cls.float(), patches.float()), draws, False)
+                losses = {"diffusion": flow.diffusion, "alignment": flow.alignment, "manifold": flow.manifold}
+                self._backward(
+                    weights.diffusion * flow.diffusion
+                    + weights.alignment * (flow.alignment + weights.manifold * flow.manifold),
+                    len(micro_batches),
+                )
+            for name, loss in losses.items():
+                share = loss.detach() / len(micro_batches)
+                totals[name] = totals[name] + share if name in totals else share
+        self._set_rate("denoiser", step, 0)
+        self._finish({"denoiser": self.optimized["denoiser"]}, totals, norm_before)
+
+
+@torch.no_grad()
+def extract(extractor: FeatureExtractor, pixels: Tensor) -> Features:
+    """Features of uint8 images [B, 3, H, W] in float32."""
+    features: Features = extractor(extractor.preprocess(pixels))
+    return Features(cls=features.cls.float(), patches=features.patches.float())
+
+
+def _parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    return DistributedDataParallel(
+        module,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,  # the only buffers that move are the latent norm's, already equal on every worker
+        gradient_as_bucket_view=True,
+    )

@@ -1,0 +1,269 @@
+"""The driver of a training run: checks, opens the experiment, scans the data, starts the workers, shows progress."""
+
+import dataclasses
+import logging
+
+import sys
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from m2d.classes import CLASSES
+from m2d.cluster import ray_cluster
+from m2d.config import TrainConfig, as_dict
+from m2d.data.catalog import catalog_hash, class_counts, read_catalog, scan_dataset, write_catalog, write_rejected
+from m2d.data.local import iterate_local
+from m2d.errors import ConfigError, DataError, M2DError, TrainingError
+from m2d.experiment import Experiment, open_experiment
+from m2d.models.perceptual import PerceptualKind, lpips_available
+from m2d.training.console import Console
+from m2d.training.plan import CATALOG, RunPlan
+from m2d.training.saving import complete_checkpoints
+from m2d.training.step import Precision
+from m2d.training.worker import train_worker
+
+
+def train(config: TrainConfig) -> Experiment:
+    """Train to the end, starting or resuming. Returns the experiment.
+
+    Raises an M2DError for what a user can mend. Everything written so far stays; running the same command goes on.
+    """
+    config = _absolute(config)
+    console = Console()
+    data_root = config.checked_data_root
+    on_gpu = _gpus_wanted(config)
+    experiment, resumed = open_experiment(
+        config.experiments_dir, config.name, as_dict(config), fresh=config.fresh, command=sys.argv
+    )
+    with experiment.running(), _log_file(experiment):
+        console.say(f"experiment: {experiment.path}{' (resumed)' if resumed else ''}")
+        try:
+            catalog = _catalog(config, experiment, data_root, console)
+            degraded: list[str] = []
+            plan = RunPlan(
+                config=config,
+                experiment=experiment,
+                world_size=max(config.num_workers, 1),
+                train_images=_count(catalog, "train"),
+                precision=_precision(config, on_gpu),
+                perceptual=_perceptual(config, degraded),
+            )
+            _announce(plan, catalog, on_gpu, degraded, console)
+            if _steps_done(plan) < plan.total_steps:
+                with console.progress(experiment.path / "metrics" / "train.jsonl", plan.total_steps, _steps_done(plan)):
+                    _run_workers(plan, on_gpu)
+        except BaseException as error:
+            experiment.update_info(state="failed", error=f"{type(error).__name__}: {error}"[:2000])
+            raise
+        experiment.update_info(state="done", finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), error=None)
+        console.say(f"done: {_steps_done(plan)} steps; best checkpoint: {experiment.checkpoints / 'best'}")
+    return experiment
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Workers may start in another directory, so local paths become absolute here."""
+
+    def absolute(location: str | None) -> str | None:
+        return location if location is None or "://" in location else str(Path(location).expanduser().resolve())
+
+    return dataclasses.replace(
+        config,
+        data_root=absolute(config.data_root),
+        experiments_dir=absolute(config.experiments_dir) or "",
+        init_checkpoint=absolute(config.init_checkpoint),
+    )
+
+
+def _catalog(config: TrainConfig, experiment: Experiment, data_root: str, console: Console) -> pa.Table:
+    path = str(experiment.path / CATALOG)
+    if Path(path).is_file():
+        return read_catalog(path)
+    with console.counting("scanning images") as progress:
+        scan = scan_dataset(data_root, config.data, progress)
+    write_catalog(scan.catalog, path)
+    if len(scan.rejected):
+        rejected = str(experiment.path / "cache" / "rejected.csv")
+        write_rejected(scan.rejected, rejected)
+        for row in scan.rejected.slice(0, 10).to_pylist():
+            console.say(f"rejected: {row['path']}: {row['reason']}")
+        console.say(f"rejected {len(scan.rejected)} files; all of them with reasons: {rejected}")
+    if len(scan.duplicates):
+        console.say(f"left out {len(scan.duplicates)} exact duplicates")
+    counts = {split: class_counts(scan.catalog, split) for split in ("train", "val", "test")}
+    experiment.update_info(
+        dataset={
+            "root": data_root,
+            "images": len(scan.catalog),
+            "rejected": len(scan.rejected),
+            "duplicates": len(scan.duplicates),
+            "sha256": catalog_hash(scan.catalog),
+            "counts": counts,
+        }
+    )
+    return scan.catalog
+
+
+def _count(catalog: pa.Table, split: str) -> int:
+    count = sum(class_counts(catalog, split).values())
+    if count == 0:
+        raise DataError(f"the {split} split is empty; lower data.val_fraction and data.test_fraction, or add images")
+    return count
+
+
+def _gpus_wanted(config: TrainConfig) -> bool:
+    return bool(torch.cuda.is_available())
+
+
+def _precision(config: TrainConfig, on_gpu: bool) -> Precision:
+    if config.mixed_precision is not None:
+        return config.mixed_precision
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+
+
+def _perceptual(config: TrainConfig, degraded: list[str]) -> PerceptualKind:
+    kind = config.perceptual.kind
+    if kind == "features":
+        return "features"
+    available, reason = lpips_available(config.perceptual.lpips_net)
+    if available:
+        return "lpips"
+    if kind == "lpips":
+        raise ConfigError(
+            f"perceptual.kind is lpips, whose {config.perceptual.lpips_net} weights cannot be had here ({reason}); "
+            "put torchvision's file into the torch hub cache, or use --perceptual.kind features"
+        )
+    degraded.append(f"LPIPS weights cannot be had ({reason}): the perceptual loss uses the feature extractor's maps")
+    return "features"
+
+
+def _announce(plan: RunPlan, catalog: pa.Table, on_gpu: bool, degraded: list[str], console: Console) -> None:
+    config = plan.config
+    if not on_gpu:
+        degraded.append("no GPU: training runs on CPU cores")
+    if config.feature_extractor.name == "efficientnet-lite0":
+        degraded.append("features come from ImageNet EfficientNet-Lite0, not from PanDerm")
+    counts = class_counts(catalog, "train")
+    device = f"{plan.world_size} x {torch.cuda.get_device_name()}" if on_gpu else f"{plan.world_size} CPU worker(s)"
+    console.say(
+        f"training {config.stage} on {device}, {plan.precision} precision: {plan.total_steps} steps of "
+        f"{plan.global_batch} images at {config.data.image_size} px, {plan.steps_per_epoch} steps an epoch"
+    )
+    console.say(f"training images: {' '.join(f'{code} {counts[code]}' for code in CLASSES)}")
+    for line in degraded:
+        console.warn(line)
+    plan.experiment.update_info(
+        state="running",
+        device=device,
+        precision=plan.precision,
+        perceptual=plan.perceptual,
+        degraded=degraded,
+        total_steps=plan.total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        world_size=plan.world_size,
+    )
+
+
+def _steps_done(plan: RunPlan) -> int:
+    checkpoints = complete_checkpoints(plan.experiment.checkpoints)
+    return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+
+
+def _run_workers(plan: RunPlan, on_gpu: bool) -> None:
+    if plan.config.num_workers == 0:
+        train_worker(plan, _LocalLink(plan, torch.device("cuda" if on_gpu else "cpu")))
+        return
+    workers, data = plan.world_size, plan.config.data
+    needed = workers * plan.config.ray.cpus_per_worker + data.read_cpus + 1
+    with ray_cluster(verbose=plan.config.verbose, min_cpus=needed):
+        _fit(plan, on_gpu)
+
+
+def _fit(plan: RunPlan, on_gpu: bool) -> None:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from m2d.data.stream import stream_data_config
+    from m2d.training.loop import StreamFactory, ray_worker
+
+    config = plan.config
+    trainer = TorchTrainer(
+        ray_worker,
+        train_loop_config={"plan": plan},
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=plan.world_size,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": config.ray.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
+        ),
+        run_config=RunConfig(
+            name="checkpoints",
+            storage_path=plan.experiment.remote or str(plan.experiment.path),
+            failure_config=FailureConfig(max_failures=config.ray.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=None),  # m2d.training.saving keeps and deletes
+        ),
+        datasets={"train": StreamFactory(plan)} if config.stage == "joint" else None,
+        dataset_config=stream_data_config(),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _cause(error, plan) from error
+
+
+def _cause(error: Exception, plan: RunPlan) -> Exception:
+    """The user's error inside Ray's, or one line that says where the logs are."""
+    failures: dict[int, Any] = getattr(error, "worker_failures", {}) or {}
+    seen: list[BaseException] = [error, *failures.values()]
+    while seen:
+        current = seen.pop()
+        if isinstance(current, M2DError):
+            return type(current)(str(current))
+        seen += [e for e in (current.__cause__, current.__context__, getattr(current, "cause", None)) if e is not None]
+    return TrainingError(f"a worker failed: {str(error).strip().splitlines()[-1]}; its log: {plan.experiment.path / 'logs'}")
+
+
+class _LocalLink:
+    """The calling process as the only worker: no Ray, so a debugger can step through."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, plan: RunPlan, device: torch.device) -> None:
+        self.plan = plan
+        self.device = device
+
+    def images(self, first_micro_batch: int, num_micro_batches: int) -> Iterator[dict[str, Tensor]]:
+        """See WorkerLink."""
+        reader = self.plan.reader("train")
+        return iterate_local(
+            reader,
+            self.plan.order(reader),
+            batch_size=self.plan.config.batch_size,
+            rank=0,
+            world_size=1,
+            start_micro_batch=first_micro_batch,
+            num_micro_batches=num_micro_batches,
+        )
+
+    def report(self, metrics: dict[str, float], checkpoint: str | None) -> None:
+        """Nobody to tell."""
+
+
+class _log_file:
+    """Messages of the driver, kept in logs/driver.log."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.handler = logging.FileHandler(experiment.path / "logs" / "driver.log")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+
+    def __enter__(self) -> None:
+        logging.getLogger("m2d").addHandler(self.handler)
+
+    def __exit__(self, *exception: object) -> None:
+        logging.getLogger("m2d").removeHandler(self.handler)
+        self.handler.close()

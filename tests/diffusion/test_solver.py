@@ -1,0 +1,153 @@
+"""Solvers are held to flows with a closed form.
+
+Data N(m, s^2): x_t ~ N((1 - t) m, var_t) with var_t = (1 - t)^2 s^2 + t^2, so E[v | x_t] is linear in x_t and noise eps
+flows to m + s eps. Mixtures in one dimension: the flow keeps the order of points, so noise eps flows to the point with
+the same cumulative probability.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from m2d.diffusion.settings import SOLVERS, Solver
+from m2d.diffusion.solver import solve, time_grid
+
+Flow = Callable[[Tensor, Tensor], Tensor]
+MEANS = torch.tensor([-2.0, 1.5], dtype=torch.float64)
+STDS = torch.tensor([0.3, 0.6], dtype=torch.float64)
+WEIGHTS = torch.tensor([0.35, 0.65], dtype=torch.float64)
+
+
+def gaussian_velocity(mean: float | Tensor, std: float | Tensor) -> Flow:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        var = (1 - t) ** 2 * std**2 + t**2
+        return -mean + (t - (1 - t) * std**2) / var * (x - (1 - t) * mean)
+
+    return velocity
+
+
+def mixture_velocity(x: Tensor, t: Tensor) -> Tensor:
+    """Posterior mean over the components of each one's Gaussian velocity."""
+    var = (1 - t) ** 2 * STDS**2 + t**2
+    offset = x[..., None] - (1 - t) * MEANS
+    posterior = torch.softmax(WEIGHTS.log() - 0.5 * var.log() - 0.5 * offset**2 / var, dim=-1)
+    return (posterior * (-MEANS + (t - (1 - t) * STDS**2) / var * offset)).sum(-1)
+
+
+def seeded_noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def gaussian_error(solver: Solver, steps: int) -> float:
+    """Root mean square distance to m + s eps."""
+    start = seeded_noise(2048, 1)
+    end = solve(gaussian_velocity(mean=2.0, std=0.5), start, steps=steps, solver=solver)
+    return (end - (2.0 + 0.5 * start)).square().mean().sqrt().item()
+
+
+def mixture_error(solver: Solver, evaluations: int) -> float:
+    """Root mean square difference of the cumulative probabilities of start and end."""
+    start = seeded_noise(2048, 1)
+    end = solve(mixture_velocity, start, steps=evaluations // 2 if solver == "heun" else evaluations, solver=solver)
+    reached = (WEIGHTS * torch.special.ndtr((end[..., None] - MEANS) / STDS)).sum(-1)
+    return float((reached - torch.special.ndtr(start)).square().mean().sqrt())
+
+
+@pytest.mark.parametrize(("solver", "tolerance"), [("euler", 4e-3), ("heun", 2e-5), ("dpmpp", 2e-4), ("unipc", 5e-5)])
+def test_each_solver_converges_to_the_gaussian(solver: Solver, tolerance: float) -> None:
+    assert gaussian_error(solver, steps=256) < tolerance
+
+
+@pytest.mark.parametrize(("solver", "tolerance"), [("euler", 2e-3), ("heun", 2e-5), ("dpmpp", 1e-4), ("unipc", 2e-5)])
+def test_each_solver_converges_to_the_mixture(solver: Solver, tolerance: float) -> None:
+    assert mixture_error(solver, evaluations=256) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("solver", "order", "slack"), [("euler", 1.0, 0.1), ("heun", 2.0, 0.1), ("dpmpp", 2.0, 0.35), ("unipc", 2.0, 0.2)]
+)
+def test_halving_the_step_divides_the_error_by_two_to_the_order(solver: Solver, order: float, slack: float) -> None:
+    ratio = torch.tensor(gaussian_error(solver, 64) / gaussian_error(solver, 128))
+    assert_close(ratio.log2().item(), order, atol=slack, rtol=0)
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpmpp", "unipc"])
+@pytest.mark.parametrize("evaluations", [8, 24, 50])
+def test_higher_order_beats_euler_at_the_same_number_of_evaluations(solver: Solver, evaluations: int) -> None:
+    assert mixture_error(solver, evaluations) < 0.4 * mixture_error("euler", evaluations)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_channels_flow_apart_from_each_other(solver: Solver) -> None:
+    mean = torch.tensor([0.0, 3.0, -1.0]).view(1, 3, 1, 1)
+    std = torch.tensor([1.0, 0.2, 0.7]).view(1, 3, 1, 1)
+    start = seeded_noise(4, 3, 2, 2).float()
+    end = solve(gaussian_velocity(mean, std), start, steps=200, solver=solver)
+    assert_close(end, mean + std * start, atol=1.5e-2 if solver == "euler" else 1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_one_step_over_constant_velocity_is_exact(solver: Solver) -> None:
+    """With the data a single point x_0, eps - x_0 is constant along the path."""
+    start, clean = seeded_noise(2, 3).float(), torch.tensor([[1.0, 2.0, 3.0]])
+    end = solve(lambda x, t: start - clean, start, steps=1, solver=solver)
+    assert_close(end, clean.expand(2, 3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("solver", "evaluations"), [("euler", 7), ("heun", 14), ("dpmpp", 7), ("unipc", 7)])
+def test_the_network_runs_as_often_as_promised(solver: Solver, evaluations: int) -> None:
+    times: list[float] = []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        assert t.device.type == "cpu"
+        assert t.ndim == 0
+        times.append(float(t))
+        return torch.zeros_like(x)
+
+    solve(velocity, torch.zeros(1, 1), steps=7, solver=solver)
+    assert len(times) == evaluations
+    assert max(times) == pytest.approx(1.0, abs=2e-6)
+    assert sorted({round(t, 4) for t in times if t > 0}) == [round(k / 7, 4) for k in range(1, 8)]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_state_stays_in_float32_when_the_network_does_not(solver: Solver) -> None:
+    exact = gaussian_velocity(mean=2.0, std=0.5)
+    seen: set[torch.dtype] = set()
+
+    def bfloat16_velocity(x: Tensor, t: Tensor) -> Tensor:
+        seen.add(x.dtype)
+        return exact(x, t).bfloat16()
+
+    start = seeded_noise(64, 1).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        end = solve(bfloat16_velocity, start, steps=50, solver=solver)
+    assert seen == {torch.float32}
+    assert end.dtype == torch.float32
+    # Rounding each velocity of about 2 to eight bits leaves about 2^-8; a state in bf16 would drift much further.
+    assert_close(end, solve(exact, start, steps=50, solver=solver), atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_caller_s_autocast_does_not_reach_the_solver(solver: Solver) -> None:
+    """The generator puts one autocast around all steps; diffusers' UniPC contains an einsum, which autocast knows."""
+    start, velocity = seeded_noise(64, 1).float(), gaussian_velocity(mean=2.0, std=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = solve(velocity, start, steps=10, solver=solver)
+    assert torch.equal(under_autocast, solve(velocity, start, steps=10, solver=solver))
+
+
+def test_the_grid_is_uniform_from_1_to_0_and_the_shift_moves_it_to_the_noise() -> None:
+    assert_close(time_grid(4), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0], dtype=torch.float64))
+    shifted = time_grid(4, shift=3.0)
+    assert_close(shifted, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_shifted_grid_ends_at_the_same_place(solver: Solver) -> None:
+    start = seeded_noise(64, 1)
+    end = solve(gaussian_velocity(mean=2.0, std=0.5), start, steps=256, solver=solver, shift=2.0)
+    assert_close(end, 2.0 + 0.5 * start, atol=2e-2 if solver == "euler" else 2e-3, rtol=0)

@@ -1,0 +1,48 @@
+"""Seeds and noise never change: an image made years apart is the same one."""
+
+import torch
+from torch.testing import assert_close
+
+from m2d.generation.request import class_requests, noise_for, sample_seed
+
+
+def test_seeds_are_pinned() -> None:
+    assert sample_seed(0, "MEL", 0) == 8_532_279_590_024_149_053
+    assert 0 <= sample_seed(0, "MEL", 0) < 2**63
+
+
+def test_noise_is_pinned() -> None:
+    assert_close(
+        noise_for(0, (1, 2, 2)),
+        torch.tensor([-1.8313078, -0.1773544, 0.0382792, -0.4029516]).view(1, 2, 2),
+        atol=1e-6,
+        rtol=0,
+    )
+
+
+def test_seeds_of_runs_classes_and_indices_are_distinct() -> None:
+    seeds = {sample_seed(run, label, index) for run in (0, 1) for label in ("MEL", "NV") for index in range(5000)}
+    assert len(seeds) == 20_000
+
+
+def test_every_bit_of_a_seed_counts() -> None:
+    """torch's CPU generator drops all but 32 of them."""
+    assert not torch.equal(noise_for(5, (8,)), noise_for(5 + 2**32, (8,)))
+    assert not torch.equal(noise_for(5, (8,)), noise_for(5 + 2**62, (8,)))
+
+
+def test_noise_is_standard_normal_and_touches_no_global_state() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    noise = noise_for(3, (4, 100, 100))
+    assert noise.dtype == torch.float32
+    assert torch.equal(torch.get_rng_state(), before)
+    assert_close(noise.mean().item(), 0.0, atol=5 / 200, rtol=0)
+    assert_close(noise.var().item(), 1.0, atol=5 * (2 / 40_000) ** 0.5, rtol=0)
+
+
+def test_more_samples_keep_the_first_ones() -> None:
+    few = class_requests(["DF", "MEL"], num_samples=2, run_seed=4)
+    many = class_requests(["DF", "MEL", "NV"], num_samples=5, run_seed=4)
+    assert set(few) < set(many)
+    assert [request.image_id for request in few] == ["DF_000000", "MEL_000000", "DF_000001", "MEL_000001"]

@@ -1,0 +1,48 @@
+"""Settings of a generation run refuse what cannot work, in one line."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from m2d.classes import CLASSES
+from m2d.errors import ConfigError
+from m2d.generation.settings import GenerateConfig
+
+
+def test_classes_are_read_in_any_letter_case_and_put_in_order() -> None:
+    assert GenerateConfig(checkpoint="c", classes=" mel,Df, mel,").class_codes == ("DF", "MEL")
+
+
+def test_no_classes_means_all() -> None:
+    assert GenerateConfig(checkpoint="c").class_codes == CLASSES
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes": "MEL,MOLE"}, "classes: MOLE is not known; choose from AKIEC,BCC,BKL,DF,MEL,NV,VASC"),
+        ({"classes": " ,"}, "classes is empty"),
+        ({"checkpoint": ""}, "checkpoint is empty"),
+        ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"solver": "rk45"}, "solver is rk45; known: euler heun dpmpp unipc"),
+        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+        ({"guidance_interval": (0.8, 0.2)}, "guidance_interval is"),
+        ({"guidance_interval": (0.0, 1.2)}, "guidance_interval is"),
+        ({"mixed_precision": "fp8"}, "mixed_precision is fp8; known: no bf16 fp16"),
+    ],
+)
+def test_a_bad_setting_is_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        GenerateConfig(**{"checkpoint": "c", **settings})
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_reading_the_settings_does_not_import_torch() -> None:
+    program = "import sys, m2d.generation.settings; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
