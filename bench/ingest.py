@@ -5,7 +5,8 @@ python bench/ingest.py --data_root ../shared/ham10000 --image_size 128 --output 
 Every contender decodes for a consumer that does nothing. Repetitions are interleaved (A B C, A B C), so that a busy
 machine hurts all alike. Each repetition starts its contender anew; images before `warmup` are not timed, and the seconds
 to the first batch stand in a column of their own. No contender is at its end when the clock stops, so nothing that was
-decoded ahead of the warm-up is a gift.
+decoded ahead of the warm-up is a gift. CPU microseconds an image are those of this process and all its descendants (Ray's
+own among them): they say what a contender costs even where other programs share the cores.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import ray.data
 import torch
@@ -44,7 +46,7 @@ Batches = Iterator[int]  # sizes of batches as they arrive
 
 @dataclass(frozen=True)
 class Measurement:
-    """One contender on one dataset."""
+    """All repetitions of one contender on one dataset."""
 
     dataset: str
     contender: str
@@ -53,6 +55,16 @@ class Measurement:
     highest: float
     repetitions: int
     first_batch_s: float  # median
+    cpu_us: float  # CPU microseconds an image, median
+
+
+@dataclass(frozen=True)
+class Run:
+    """One repetition of one contender."""
+
+    first_batch_s: float
+    images_per_s: float
+    cpu_us: float
 
 
 @dataclass(frozen=True)
@@ -133,42 +145,41 @@ def main(
 
 def measure(dataset: str, workload: Workload, repetitions: int) -> list[Measurement]:
     """Every contender `repetitions` times, interleaved."""
-    rates: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    firsts: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    runs: dict[str, list[Run]] = {name: [] for name in CONTENDERS}
     for repetition in range(repetitions):
         for name, contender in CONTENDERS.items():
-            first, rate = timed(contender, workload)
-            firsts[name].append(first)
-            rates[name].append(rate)
-            print(f"{dataset}, repetition {repetition + 1}: {name} {rate:,.0f} images/s", flush=True)
+            run = timed(contender, workload)
+            runs[name].append(run)
+            print(f"{dataset}, repetition {repetition + 1}: {name} {run.images_per_s:,.0f} images/s", flush=True)
     return [
         Measurement(
-            dataset,
-            name,
-            statistics.median(rates[name]),
-            min(rates[name]),
-            max(rates[name]),
-            repetitions,
-            statistics.median(firsts[name]),
+            dataset=dataset,
+            contender=name,
+            images_per_s=statistics.median(run.images_per_s for run in of_name),
+            lowest=min(run.images_per_s for run in of_name),
+            highest=max(run.images_per_s for run in of_name),
+            repetitions=repetitions,
+            first_batch_s=statistics.median(run.first_batch_s for run in of_name),
+            cpu_us=statistics.median(run.cpu_us for run in of_name),
         )
-        for name in CONTENDERS
+        for name, of_name in runs.items()
     ]
 
 
-def timed(contender: Callable[[Workload], Batches], workload: Workload) -> tuple[float, float]:
-    """Seconds to the first batch, and images/s between the warm-up and the end."""
+def timed(contender: Callable[[Workload], Batches], workload: Workload) -> Run:
+    """One repetition."""
     start = time.perf_counter()
     batches = contender(workload)
     seen = next(batches)
     first = time.perf_counter() - start
     while seen < workload.warmup:
         seen += next(batches)
-    warm, warm_seen = time.perf_counter(), seen
+    warm, warm_cpu, warm_seen = time.perf_counter(), _cpu_seconds(), seen
     while seen < workload.warmup + workload.images:
         seen += next(batches)
-    rate = (seen - warm_seen) / (time.perf_counter() - warm)
+    images, seconds, cpu = seen - warm_seen, time.perf_counter() - warm, _cpu_seconds() - warm_cpu
     batches.close()  # type: ignore[attr-defined]
-    return first, rate
+    return Run(first, images / seconds, 1e6 * cpu / images)
 
 
 def decode_limit(workload: Workload) -> Batches:
@@ -257,17 +268,31 @@ def enlarge(data_root: Path, count: int) -> Path:
 
 def report(measurements: list[Measurement]) -> None:
     """A plain table; the ratio columns divide by the faster DataLoader and by read_images."""
-    print(f"\n{'dataset':28} {'contender':26} {'images/s':>9} {'lowest':>8} {'highest':>8} {'first s':>8} ", end="")
+    print(
+        f"\n{'dataset':28} {'contender':26} {'images/s':>9} {'lowest':>8} {'highest':>8} {'first s':>8} {'CPU us':>7} ",
+        end="",
+    )
     print(f"{'x DataLoader':>12} {'x read_images':>13}")
     for row in measurements:
         peers = {peer.contender: peer.images_per_s for peer in measurements if peer.dataset == row.dataset}
         loader = max(rate for name, rate in peers.items() if name.startswith("DataLoader"))
         print(
             f"{row.dataset:28} {row.contender:26} {row.images_per_s:9,.0f} {row.lowest:8,.0f} {row.highest:8,.0f} "
-            f"{row.first_batch_s:8.2f} {row.images_per_s / loader:12.2f} "
+            f"{row.first_batch_s:8.2f} {row.cpu_us:7,.0f} {row.images_per_s / loader:12.2f} "
             f"{row.images_per_s / peers['ray.data.read_images']:13.2f}"
         )
     print(f"median, lowest and highest of {measurements[0].repetitions} interleaved repetitions")
+
+
+def _cpu_seconds() -> float:
+    """Of this process and everything below it that lives."""
+    seconds = 0.0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            seconds += times.user + times.system
+    return seconds
 
 
 class _Images(torch.utils.data.Dataset[Any]):

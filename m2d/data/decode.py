@@ -148,7 +148,8 @@ def _open(encoded: bytes, max_pixels: int) -> ImageFile.ImageFile:
         names = (name for offset, signature, name in _REFUSED_SIGNATURES if encoded.startswith(signature, offset))
         found = next(names, None)
         expected = " ".join(FORMATS)
-        raise ImageRejected(f"the real format is {found}, not one of {expected}" if found else f"not one of {expected}")
+        content = f"the real format is {found}" if found else "the content is no image"
+        raise ImageRejected(f"{content}, not one of {expected}")
     try:
         image = plugin(io.BytesIO(encoded))
     except Exception as error:

@@ -95,8 +95,11 @@ class ImageReader:
             if decoded is None:
                 shown_rows[slot], decoded = self._substitute(int(row))
             viewed = apply_view(decoded, int(views[slot]))
-            for channel in range(3):  # five times as fast as one copy of interleaved, turned pixels
-                images[slot, :, :, channel] = viewed[:, :, channel]
+            if viewed.strides[1:] == decoded.strides[1:]:
+                images[slot] = viewed  # rows lie whole in memory
+            else:
+                for channel in range(3):  # five times as fast as one copy of turned, interleaved pixels
+                    images[slot, :, :, channel] = viewed[:, :, channel]
         return {
             "images": images,
             "labels": self.labels[shown_rows],

@@ -5,6 +5,7 @@ import io
 import warnings
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,6 +28,12 @@ class FeatureDistance(nn.Module):
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """images, targets: [B, 3, H, W] in [-1, 1]. Returns [B], 0 for equal images."""
         extractor = self._extractor[0]
+        # Depthwise convolutions are slower in bf16 than in float32 on CPUs, and unit-normalising loses what bf16 keeps.
+        with torch.autocast(images.device.type, enabled=False):
+            return self._distance(extractor, images.float(), targets.float())
+
+    @staticmethod
+    def _distance(extractor: FeatureExtractor, images: Tensor, targets: Tensor) -> Tensor:
         first, second = (extractor.pyramid(((x + 1) * 127.5 - extractor.mean) / extractor.std) for x in (images, targets))
         total = images.new_zeros(images.shape[0])
         for a, b in zip(first, second, strict=True):

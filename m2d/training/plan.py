@@ -45,6 +45,11 @@ class RunPlan:
         return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
 
     @property
+    def vae_warmup_steps(self) -> int:
+        """Steps in which the VAE learns alone."""
+        return round(self.config.schedule.vae_warmup_fraction * self.total_steps)
+
+    @property
     def save_every(self) -> int:
         """Steps from checkpoint to checkpoint."""
         return self.config.saving.every_steps or self.steps_per_epoch

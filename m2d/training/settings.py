@@ -58,14 +58,17 @@ class OptimizerConfig:
 class ScheduleConfig:
     """What happens when, in steps."""
 
-    vae_warmup_steps: int = 0  # the VAE learns alone so long; counted inside the run's total
+    vae_warmup_fraction: float = 0.0  # of the run's steps, in which the VAE learns alone before the U-Net joins
     ema_decay: float = 0.9999
     ema_warmup: float = 10.0  # decay at step n is at most (1 + n) / (ema_warmup + n)
     log_every_steps: int = 10
     max_skipped_in_row: int = 50  # non-finite steps one after the other, before the run ends with an error
 
     def __post_init__(self) -> None:
-        _require(self.vae_warmup_steps >= 0, "schedule.vae_warmup_steps must be at least 0")
+        _require(
+            0 <= self.vae_warmup_fraction <= 1,
+            f"schedule.vae_warmup_fraction is {self.vae_warmup_fraction}; it must be in [0, 1]",
+        )
         _require(0 <= self.ema_decay < 1, f"schedule.ema_decay is {self.ema_decay}; it must be in [0, 1)")
         _require(self.ema_warmup >= 1, f"schedule.ema_warmup is {self.ema_warmup}; it must be at least 1")
         _require(self.log_every_steps >= 1, "schedule.log_every_steps must be at least 1")

@@ -60,6 +60,7 @@ class StepConfig:
     schedule: ScheduleConfig
     precision: Precision
     total_steps: int
+    vae_warmup_steps: int = 0
     discriminator_start: int = 0
     compile: bool = False
 
@@ -181,7 +182,7 @@ class JointStep(_Step):
 
     def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:
         """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
-        warming = step < self.config.schedule.vae_warmup_steps
+        warming = step < self.config.vae_warmup_steps
         norm_before = self._norm_buffers()
         totals: dict[str, Tensor] = {}
         for number, (batch, draws) in enumerate(micro_batches):
@@ -199,7 +200,7 @@ class JointStep(_Step):
         self._set_rate("autoencoder", step, 0)
         if not warming:
             active["denoiser"] = self.optimized["denoiser"]
-            self._set_rate("denoiser", step, self.config.schedule.vae_warmup_steps)
+            self._set_rate("denoiser", step, self.config.vae_warmup_steps)
         if "discriminator" in self.optimized:
             active["discriminator"] = self.optimized["discriminator"]
             self._set_rate("discriminator", step, 0)

@@ -70,6 +70,7 @@ class _Run:
             schedule=config.schedule,
             precision=plan.precision,
             total_steps=plan.total_steps,
+            vae_warmup_steps=plan.vae_warmup_steps,
             discriminator_start=config.discriminator.start_step,
             compile=config.compile,
         )

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from pyarrow import fs
 
 from m2d.classes import CLASSES
 from m2d.data.catalog import (
@@ -183,6 +184,26 @@ def test_a_uri_and_a_path_give_one_catalog(tmp_path: Path) -> None:
     files = {"MEL/sub/a.png": encoded_image(0, "PNG"), "metadata.csv": b"image_id,lesion_id\na,L1\n"}
     root = build_dataset(tmp_path, files)
     assert scan_dataset(tmp_path.as_uri(), DataConfig()).catalog.equals(scan_dataset(root + "/", DataConfig()).catalog)
+
+
+def test_an_object_store_is_scanned_and_written_like_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec's memory filesystem has keys and no real folders, as S3 and GCS do."""
+    memory = pytest.importorskip("fsspec").filesystem("memory")
+    for key, content in {
+        "MEL/sub/a.png": encoded_image(0, "PNG"),
+        "NV/b.png": b"",
+        "metadata.csv": b"image_id,lesion_id\na,L1\n",
+    }.items():
+        memory.pipe(f"/bucket/ISIC/{key}", content)
+    store = fs.PyFileSystem(fs.FSSpecHandler(memory))
+    monkeypatch.setattr("m2d.data.catalog.open_storage", lambda location: (store, location.removeprefix("mem:/")))
+    scan = scan_dataset("mem://bucket/ISIC", DataConfig())
+    assert lesions_of(scan) == {"MEL/sub/a.png": "L1"}
+    assert reasons_of(scan) == {"NV/b.png": "the file is empty"}
+    write_catalog(scan.catalog, "mem://bucket/out/catalog.parquet")
+    assert read_catalog("mem://bucket/out/catalog.parquet").equals(scan.catalog)
+    with pytest.raises(DataError, match="does not exist"):
+        scan_dataset("mem://bucket/elsewhere", DataConfig())
 
 
 def test_class_folders_may_be_links(tmp_path: Path) -> None:

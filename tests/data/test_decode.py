@@ -113,9 +113,10 @@ def test_compressed_tiff_is_turned_once() -> None:
     assert probe_image(encoded, max_pixels=LIMIT) == (32, 64)
 
 
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG"])
 @pytest.mark.parametrize("block", [b"MM\0*\xff\xff\xff\xffnonsense", b"nonsense", b""])
-def test_broken_exif_leaves_a_sound_picture_unturned(block: bytes) -> None:
-    encoded = encode(four_corners(), "JPEG", exif=b"Exif\0\0" + block)
+def test_broken_exif_leaves_a_sound_picture_unturned(image_format: str, block: bytes) -> None:
+    encoded = encode(four_corners(), image_format, exif=b"Exif\0\0" + block)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert corners_of(decode_image(encoded, max_pixels=LIMIT)) == TURNED[1]
@@ -449,18 +450,9 @@ def test_threads_with_different_limits_do_not_disturb_each_other() -> None:
 def test_damaged_bytes_give_a_picture_or_a_reason_and_nothing_else() -> None:
     """Seeded fuzzing: no other exception may ever reach a run."""
     generator = np.random.default_rng(0)
-    originals = [
-        encode(four_corners(), image_format, **options)
-        for image_format, options in [
-            ("JPEG", {}),
-            ("PNG", {}),
-            ("BMP", {}),
-            ("TIFF", {}),
-            ("TIFF", {"compression": "tiff_lzw"}),
-            ("WEBP", {}),
-            ("JPEG", {"exif": with_orientation(6)}),
-        ]
-    ]
+    originals = [encode(four_corners(), image_format) for image_format in ("JPEG", "PNG", "BMP", "TIFF", "WEBP")]
+    originals.append(encode(four_corners(), "TIFF", compression="tiff_lzw"))
+    originals.append(encode(four_corners(), "JPEG", exif=with_orientation(6)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for original in originals:
