@@ -3,10 +3,10 @@
 python bench/ingest.py --data_root ../shared/ham10000 --image_size 128 --output bench/out/ingest.json
 
 Every contender decodes for a consumer that does nothing. Repetitions are interleaved (A B C, A B C), so that a busy
-machine hurts all alike. Each repetition starts its contender anew; images before `warmup` are not timed, and the seconds
-to the first batch stand in a column of their own. No contender is at its end when the clock stops, so nothing that was
-decoded ahead of the warm-up is a gift. CPU microseconds an image are those of this process and all its descendants (Ray's
-own among them): they say what a contender costs even where other programs share the cores.
+machine hurts all alike. Each repetition starts its contender anew; the first `warmup` images are not timed, and the
+seconds to the first batch stand in a column of their own. No contender is at its end when the clock stops, so nothing
+that was decoded ahead of the warm-up is a gift. CPU microseconds an image are of this process and its descendants,
+Ray's own among them: they say what a contender costs even where other programs share the cores.
 """
 
 import contextlib
@@ -81,6 +81,7 @@ class Workload:
 
     @property
     def micro_batches(self) -> int:
+        """Of all workers together, and more than are consumed."""
         return (self.images + self.warmup) // self.batch_size + SPARE_MICRO_BATCHES
 
 
@@ -177,8 +178,9 @@ def timed(contender: Callable[[Workload], Batches], workload: Workload) -> Run:
     warm, warm_cpu, warm_seen = time.perf_counter(), _cpu_seconds(), seen
     while seen < workload.warmup + workload.images:
         seen += next(batches)
-    images, seconds, cpu = seen - warm_seen, time.perf_counter() - warm, _cpu_seconds() - warm_cpu
+    images, seconds, end_cpu = seen - warm_seen, time.perf_counter() - warm, _cpu_seconds()
     batches.close()  # type: ignore[attr-defined]
+    cpu = sum(used - warm_cpu.get(process, 0.0) for process, used in end_cpu.items())
     return Run(first, images / seconds, 1e6 * cpu / images)
 
 
@@ -268,11 +270,8 @@ def enlarge(data_root: Path, count: int) -> Path:
 
 def report(measurements: list[Measurement]) -> None:
     """A plain table; the ratio columns divide by the faster DataLoader and by read_images."""
-    print(
-        f"\n{'dataset':28} {'contender':26} {'images/s':>9} {'lowest':>8} {'highest':>8} {'first s':>8} {'CPU us':>7} ",
-        end="",
-    )
-    print(f"{'x DataLoader':>12} {'x read_images':>13}")
+    print(f"\n{'dataset':28} {'contender':26} {'images/s':>9} {'lowest':>8} {'highest':>8} ", end="")
+    print(f"{'first s':>8} {'CPU us':>7} {'x DataLoader':>12} {'x read_images':>13}")
     for row in measurements:
         peers = {peer.contender: peer.images_per_s for peer in measurements if peer.dataset == row.dataset}
         loader = max(rate for name, rate in peers.items() if name.startswith("DataLoader"))
@@ -284,14 +283,14 @@ def report(measurements: list[Measurement]) -> None:
     print(f"median, lowest and highest of {measurements[0].repetitions} interleaved repetitions")
 
 
-def _cpu_seconds() -> float:
+def _cpu_seconds() -> dict[psutil.Process, float]:
     """Of this process and everything below it that lives."""
-    seconds = 0.0
+    seconds = {}
     me = psutil.Process()
     for process in [me, *me.children(recursive=True)]:
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
-            seconds += times.user + times.system
+            seconds[process] = times.user + times.system
     return seconds
 
 

@@ -1,9 +1,15 @@
 """Fixtures that all tests share. One Ray cluster serves the whole run; never `ray stop` it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from PIL import Image
+
+PaintImages = Callable[[Path, dict[str, int]], pa.Table]
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +34,35 @@ def ray_cluster() -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def paint_images() -> PaintImages:
+    """A function that fills class folders with small PNGs, no two alike, and returns their catalog."""
+    from m2d.data.catalog import CATALOG_SCHEMA
+
+    def paint(data_root: Path, counts: dict[str, int]) -> pa.Table:
+        rows = []
+        generator = np.random.default_rng(0)
+        for label, count in counts.items():
+            (data_root / label).mkdir(parents=True)
+            for number in range(count):
+                path = data_root / label / f"{label}_{number}.png"
+                pixels = generator.integers(0, 256, size=(5, 6, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((48, 40), Image.Resampling.BICUBIC).save(path)
+                rows.append(
+                    {
+                        "image_id": path.stem,
+                        "path": path.relative_to(data_root).as_posix(),
+                        "label": label,
+                        "lesion_id": path.stem,
+                        "width": 48,
+                        "height": 40,
+                        "bytes": path.stat().st_size,
+                        "sha256": "",
+                        "split": "train",
+                    }
+                )
+        return pa.Table.from_pylist(rows, schema=CATALOG_SCHEMA)
+
+    return paint

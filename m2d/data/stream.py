@@ -8,20 +8,22 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
-import torch
 from ray.data.collate_fn import NumpyBatchCollateFn
-from ray.train import DataConfig
 
 from m2d.data.order import StreamOrder, worker_rows
 from m2d.data.reader import ImageReader
 from m2d.errors import M2DError, TrainingError
+
+if TYPE_CHECKING:  # every decoding process imports this file, and it needs neither: seconds and 200 MB each
+    import torch
+    from ray.train import DataConfig
 
 BLOCK_IMAGES = 512  # a task costs Ray 15 to 25 ms, so it should decode for some hundred
 BLOCK_BYTES = 48 * 2**20  # of pixels; a handful of blocks a core are in flight
@@ -99,8 +101,10 @@ def build_stream(
     return stream
 
 
-def stream_data_config() -> DataConfig:
+def stream_data_config() -> "DataConfig":
     """For TorchTrainer(dataset_config=...): equal shards, blocks dealt out to the workers in turn."""
+    from ray.train import DataConfig
+
     options = ray.data.ExecutionOptions(preserve_order=True)
     return DataConfig(execution_options=options, enable_shard_locality=False)
 
@@ -114,7 +118,7 @@ def iterate_stream(
     start_micro_batch: int,
     num_micro_batches: int,
     pin_memory: bool = False,
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> "Iterator[dict[str, torch.Tensor]]":
     """The micro-batches of worker `rank` from its shard of `build_stream`, each full, on the CPU.
 
     Yields images uint8 [B, S, S, 3], labels, catalog_rows, stream_rows int64 [B], views int8 [B], substituted bool [B].
@@ -133,7 +137,7 @@ def iterate_stream(
     )
     try:
         for micro_batch in range(start_micro_batch, start_micro_batch + num_micro_batches):
-            batch = cast(dict[str, torch.Tensor] | None, next(batches, None))
+            batch = cast("dict[str, torch.Tensor] | None", next(batches, None))
             if batch is None:
                 raise TrainingError(
                     f"data stream: worker {rank} of {world_size} got no rows for micro-batch {micro_batch}: the stream "
@@ -182,6 +186,8 @@ class _DecodeBlock:
 
 class _OwnedTensors(NumpyBatchCollateFn):
     def __call__(self, batch: dict[str, np.ndarray]) -> Any:  # dict[str, torch.Tensor]; Ray's own type is unbound
+        import torch
+
         return {name: torch.from_numpy(np.array(column)) for name, column in batch.items()}
 
 

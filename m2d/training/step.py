@@ -125,7 +125,7 @@ class _Step:
             module.load_state_dict(state["networks"][name])
         self.ema.load_state_dict(state["ema"])
         for name, network in self.optimized.items():
-            network.optimizer.load_state_dict(state["optimizers"][name])
+            network.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped.copy_(state["skipped"])
 

@@ -1,6 +1,7 @@
 """One guarded optimiser update for several networks: clip, check, step, all on the device, without a host wait."""
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,18 @@ class Optimized:
             weight_decay=config.weight_decay,
             fused=True,  # its kernel skips the update on the device where found_inf is 1
         )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The optimiser's state, its moments laid out in memory as their parameters are.
+
+        The fused kernel walks parameter and moments side by side through memory: a channels_last parameter beside
+        contiguous moments, as they come from a file, would be updated with other elements' moments.
+        """
+        self.optimizer.load_state_dict(state)
+        for parameter, entry in self.optimizer.state.items():
+            for name, moment in entry.items():
+                if moment.shape == parameter.shape:
+                    entry[name] = torch.empty_like(parameter).copy_(moment)
 
     def set_rate(self, rate: float) -> None:
         """Learning rate of the next update."""

@@ -1,0 +1,150 @@
+import pickle
+
+import numpy as np
+import pytest
+
+from m2d.data.order import StreamOrder, worker_rows
+from m2d.data.settings import Balance
+from m2d.errors import DataError
+
+COUNTS = np.array([28, 44, 93, 10, 95, 570, 12])  # a tenth of HAM10000
+LABELS = np.random.default_rng(0).permutation(np.repeat(np.arange(7), COUNTS))
+ROWS = len(LABELS)
+BALANCES: tuple[Balance, ...] = ("natural", "sqrt", "balanced")
+
+
+def order(balance: Balance = "sqrt", *, views: int = 8, seed: int = 1) -> StreamOrder:
+    return StreamOrder(LABELS, balance=balance, views=views, seed=seed)
+
+
+def epoch(number: int) -> np.ndarray:
+    return np.arange(number * ROWS, (number + 1) * ROWS)
+
+
+@pytest.mark.parametrize("number", [0, 1, 1000])
+def test_a_natural_epoch_shows_each_row_once(number: int) -> None:
+    catalog_rows, _ = order("natural").lookup(epoch(number))
+    assert sorted(catalog_rows) == list(range(ROWS))
+
+
+def test_nothing_is_lost_or_repeated_where_a_batch_straddles_two_epochs() -> None:
+    stream = order("natural")
+    batches = [
+        stream.lookup(np.arange(start, start + 64))[0] for start in range(0, 64 * ROWS, 64)
+    ]  # 64 epochs, exactly
+    counts = np.bincount(np.concatenate(batches), minlength=ROWS)
+    assert (counts == 64).all()
+
+
+@pytest.mark.parametrize(("balance", "exponent"), [("natural", 1.0), ("sqrt", 0.5), ("balanced", 0.0)])
+@pytest.mark.parametrize("number", [0, 7])
+def test_counts_are_floor_or_ceil_of_the_expectation(balance: Balance, exponent: float, number: int) -> None:
+    """A class has a share of count^exponent over its sum, a row that over the count; both rows and classes keep it."""
+    catalog_rows, _ = order(balance).lookup(epoch(number))
+    of_class = ROWS * COUNTS**exponent / (COUNTS**exponent).sum()
+    of_row = (of_class / COUNTS)[LABELS]
+    for counts, expected in (
+        (np.bincount(catalog_rows, minlength=ROWS), of_row),
+        (np.bincount(LABELS[catalog_rows], minlength=7), of_class),
+    ):
+        assert (counts >= np.floor(expected + 1e-9)).all()
+        assert (counts <= np.ceil(expected - 1e-9)).all()
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_equal_classes_are_natural_under_every_balance(balance: Balance) -> None:
+    """Ten rows a class: each expectation is one, though 1/7 has no exact float."""
+    stream = StreamOrder(np.repeat(np.arange(7), 10), balance=balance, views=8, seed=0)
+    for number in range(20):
+        catalog_rows, _ = stream.lookup(np.arange(number * 70, (number + 1) * 70))
+        assert sorted(catalog_rows) == list(range(70))
+
+
+def test_over_many_epochs_each_row_of_a_large_class_has_its_turn() -> None:
+    catalog_rows, _ = order("balanced").lookup(np.arange(60 * ROWS))
+    counts = np.bincount(catalog_rows, minlength=ROWS)[LABELS == 5]  # 0.21 expected in one epoch
+    assert counts.mean() == pytest.approx(60 * ROWS / 7 / 570, rel=0.01)
+    assert counts.min() > 0
+
+
+def test_a_class_without_rows_takes_no_share() -> None:
+    stream = StreamOrder(np.array([0, 0, 0, 6]), balance="balanced", views=1, seed=0)
+    catalog_rows, _ = stream.lookup(np.arange(400))
+    assert np.count_nonzero(catalog_rows == 3) == 200
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_lookup_is_the_same_whatever_the_chunking_and_the_process(balance: Balance) -> None:
+    rows = np.arange(3 * ROWS + 17)
+    whole, whole_views = order(balance).lookup(rows)
+    shuffled = np.random.default_rng(1).permutation(rows)
+    stream = pickle.loads(pickle.dumps(order(balance)))  # noqa: S301
+    for chunk in np.array_split(shuffled, 50):  # five epochs in each, more than are cached
+        catalog_rows, views = stream.lookup(chunk)
+        np.testing.assert_array_equal(catalog_rows, whole[chunk])
+        np.testing.assert_array_equal(views, whole_views[chunk])
+
+
+def test_a_used_order_pickles_without_its_permutations() -> None:
+    fresh, used = order(), order()
+    used.lookup(np.arange(3 * ROWS))
+    assert len(pickle.dumps(used)) == len(pickle.dumps(fresh))
+
+
+@pytest.mark.parametrize("balance", BALANCES)
+def test_epochs_and_seeds_differ(balance: Balance) -> None:
+    first, first_views = order(balance).lookup(epoch(0))
+    for rows, views in (order(balance).lookup(epoch(1)), order(balance, seed=2).lookup(epoch(0))):
+        assert np.count_nonzero(rows == first) < 0.05 * ROWS
+        assert np.count_nonzero(views == first_views) < 0.25 * ROWS  # 1/8 by chance
+
+
+def test_the_stream_is_the_one_it_was() -> None:
+    """A changed number here means that no interrupted run can be resumed: an order is part of what a seed promises."""
+    catalog_rows, views = StreamOrder(np.array([0, 0, 0, 0, 5, 5, 1]), balance="sqrt", views=8, seed=3).lookup(
+        np.arange(9)
+    )
+    assert catalog_rows.tolist() == [2, 4, 1, 4, 5, 6, 3, 6, 5]
+    assert views.tolist() == [0, 4, 6, 0, 6, 0, 4, 2, 3]
+
+
+def test_a_shuffle_leaves_no_trace_of_the_catalogs_order() -> None:
+    catalog_rows, _ = order("natural").lookup(epoch(3))
+    assert abs(np.corrcoef(catalog_rows, np.arange(ROWS))[0, 1]) < 4 / np.sqrt(ROWS)
+
+
+@pytest.mark.parametrize("views", [4, 8])
+def test_views_are_uniform(views: int) -> None:
+    _, drawn = order(views=views).lookup(np.arange(80_000))
+    counts = np.bincount(drawn, minlength=views)
+    assert len(counts) == views
+    chi_square = ((counts - 80_000 / views) ** 2 / (80_000 / views)).sum()
+    assert chi_square < 26  # 1 in 2,000 by chance, of 7 degrees of freedom; the draw itself is fixed
+
+
+def test_an_image_is_seen_in_other_views_in_other_epochs() -> None:
+    catalog_rows, views = order("natural").lookup(np.arange(64 * ROWS))
+    seen = np.zeros((ROWS, 8), dtype=bool)
+    seen[catalog_rows, views] = True
+    assert seen.mean() > 0.99
+
+
+def test_one_view_is_the_image_as_it_is() -> None:
+    _, views = order(views=1).lookup(np.arange(1000))
+    assert views.dtype == np.int8
+    assert not views.any()
+
+
+def test_an_empty_split_is_an_error_for_the_user() -> None:
+    with pytest.raises(DataError, match="no image"):
+        StreamOrder(np.array([], dtype=np.int64), balance="sqrt", views=8, seed=0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_workers_together_cover_the_stream_once(world_size: int) -> None:
+    rows = [
+        worker_rows(micro_batch, batch_size=4, rank=rank, world_size=world_size)
+        for micro_batch in range(5)
+        for rank in range(world_size)
+    ]
+    np.testing.assert_array_equal(np.concatenate(rows), np.arange(4 * 5 * world_size))

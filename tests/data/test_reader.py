@@ -1,0 +1,135 @@
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from m2d.classes import CLASSES
+from m2d.data.decode import decode_resized
+from m2d.data.reader import ImageReader
+from m2d.data.views import apply_view
+from m2d.errors import DataError
+
+COUNTS = {"DF": 3, "MEL": 4, "NV": 5}  # catalog rows 0-2, 3-6, 7-11
+AS_IT_IS = np.zeros(12, dtype=np.int8)
+SIZE, MAX_PIXELS = 16, 10_000
+
+
+@pytest.fixture
+def catalog(tmp_path: Path, paint_images: Any) -> pa.Table:
+    return paint_images(tmp_path, COUNTS)
+
+
+def reader_of(catalog: pa.Table, data_root: Path) -> ImageReader:
+    return ImageReader(catalog, str(data_root), image_size=SIZE, max_pixels=MAX_PIXELS)
+
+
+def path_of(catalog: pa.Table, data_root: Path, row: int) -> Path:
+    return data_root / catalog.column("path")[row].as_py()
+
+
+def test_each_row_is_its_own_file_in_the_view_that_was_asked_for(catalog: pa.Table, tmp_path: Path) -> None:
+    rows = np.array([11, 0, 5, 0, 3, 4, 8, 9])
+    views = np.arange(8, dtype=np.int8)
+    columns = reader_of(catalog, tmp_path).read(rows, views)
+    for image, row, view in zip(columns["images"], rows, views):
+        decoded = decode_resized(path_of(catalog, tmp_path, row).read_bytes(), SIZE, max_pixels=MAX_PIXELS)
+        np.testing.assert_array_equal(image, apply_view(decoded, int(view)))
+    assert columns["labels"].tolist() == [CLASSES.index(catalog.column("label")[int(row)].as_py()) for row in rows]
+    np.testing.assert_array_equal(columns["catalog_rows"], rows)
+    np.testing.assert_array_equal(columns["views"], views)
+    assert not columns["substituted"].any()
+
+
+def test_columns_have_the_shapes_and_types_of_the_contract(catalog: pa.Table, tmp_path: Path) -> None:
+    columns = reader_of(catalog, tmp_path).read(np.arange(12), AS_IT_IS)
+    assert {name: (column.dtype, column.shape) for name, column in columns.items()} == {
+        "images": (np.uint8, (12, SIZE, SIZE, 3)),
+        "labels": (np.int64, (12,)),
+        "catalog_rows": (np.int64, (12,)),
+        "views": (np.int8, (12,)),
+        "substituted": (np.bool_, (12,)),
+    }
+
+
+def test_attached_bytes_give_the_same_images_without_the_files(catalog: pa.Table, tmp_path: Path) -> None:
+    reader = reader_of(catalog, tmp_path)
+    expected = reader.read(np.arange(12), AS_IT_IS)
+    halves = [reader.load_encoded(0, 5), reader.load_encoded(5)]
+    for row in range(12):
+        path_of(catalog, tmp_path, row).unlink()
+    other = pickle.loads(pickle.dumps(reader))  # noqa: S301
+    other.attach(pa.chunked_array([*halves[0].chunks, *halves[1].chunks]))
+    found = other.read(np.arange(12), AS_IT_IS)
+    assert not found["substituted"].any()
+    np.testing.assert_array_equal(found["images"], expected["images"])
+
+
+def test_encoded_bytes_stay_out_of_the_pickle(catalog: pa.Table, tmp_path: Path) -> None:
+    reader = reader_of(catalog, tmp_path)
+    bare = len(pickle.dumps(reader))
+    reader.attach(reader.load_encoded())
+    reader.read(np.arange(12), AS_IT_IS)
+    assert len(pickle.dumps(reader)) == bare
+
+
+def test_bytes_of_another_catalog_are_refused(catalog: pa.Table, tmp_path: Path) -> None:
+    reader = reader_of(catalog, tmp_path)
+    with pytest.raises(ValueError, match="11 encoded images for a catalog of 12"):
+        reader.attach(reader.load_encoded(1))
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
+def test_a_file_gone_bad_is_replaced_by_the_next_of_its_class(
+    catalog: pa.Table, tmp_path: Path, damage: str, attached: bool
+) -> None:
+    good = reader_of(catalog, tmp_path).read(np.arange(12), AS_IT_IS)["images"]
+    for row in (4, 5, 11):
+        path = path_of(catalog, tmp_path, row)
+        content = path.read_bytes()
+        path.unlink()
+        if damage != "missing":
+            path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
+    reader = reader_of(catalog, tmp_path)
+    if attached:
+        reader.attach(reader.load_encoded())
+    for _ in range(2):  # the second time from memory of what is bad
+        columns = reader.read(np.arange(12), AS_IT_IS)
+        shown = np.array([0, 1, 2, 3, 6, 6, 6, 7, 8, 9, 10, 7])  # 4 and 5 -> 6; 11 is its class's last -> 7, its first
+        np.testing.assert_array_equal(columns["catalog_rows"], shown)
+        np.testing.assert_array_equal(columns["images"], good[shown])
+        assert np.flatnonzero(columns["substituted"]).tolist() == [4, 5, 11]
+
+
+def test_a_substitute_keeps_the_view(catalog: pa.Table, tmp_path: Path) -> None:
+    path_of(catalog, tmp_path, 0).unlink()
+    reader = reader_of(catalog, tmp_path)
+    turned = reader.read(np.array([0, 1]), np.array([4, 4], dtype=np.int8))
+    np.testing.assert_array_equal(turned["images"][0], turned["images"][1])
+
+
+def test_the_loss_of_a_whole_class_is_an_error_that_names_a_file_and_the_reason(
+    catalog: pa.Table, tmp_path: Path
+) -> None:
+    for row in range(3):
+        path_of(catalog, tmp_path, row).write_bytes(b"no image")
+    reader = reader_of(catalog, tmp_path)
+    assert not reader.read(np.arange(3, 12), AS_IT_IS[3:])["substituted"].any()
+    with pytest.raises(DataError, match=r"DF/DF_1\.png .*not one of JPEG PNG.* images of DF") as error:
+        reader.read(np.array([1]), AS_IT_IS[:1])
+    assert "\n" not in str(error.value)
+
+
+def test_an_image_above_max_pixels_is_not_decoded(catalog: pa.Table, tmp_path: Path) -> None:
+    reader = ImageReader(catalog, str(tmp_path), image_size=SIZE, max_pixels=48 * 40 - 1)
+    with pytest.raises(DataError, match="max_pixels"):
+        reader.read(np.array([0]), AS_IT_IS[:1])
+
+
+def test_a_uri_is_read_as_a_path_is(catalog: pa.Table, tmp_path: Path) -> None:
+    by_uri = ImageReader(catalog, tmp_path.as_uri(), image_size=SIZE, max_pixels=MAX_PIXELS)
+    expected = reader_of(catalog, tmp_path).read(np.arange(12), AS_IT_IS)
+    np.testing.assert_array_equal(by_uri.read(np.arange(12), AS_IT_IS)["images"], expected["images"])

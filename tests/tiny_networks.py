@@ -1,0 +1,82 @@
+"""The smallest networks of the real kinds, for tests that count or compare: 16 px images, 8 x 8 latents, 8 features."""
+
+import torch
+from torch import Tensor, nn
+
+from m2d.models.autoencoder import build_autoencoder
+from m2d.models.discriminator import PatchDiscriminator
+from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.perceptual import FeatureDistance
+from m2d.models.projector import AlignmentProjector
+from m2d.models.settings import AutoencoderConfig, ConditioningConfig, UNetConfig
+from m2d.models.unet import build_denoiser, middle_channels
+from m2d.training.batch import Draws, ImageBatch, draw
+from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
+from m2d.training.step import JointStep, Networks, StepConfig
+
+IMAGE_SIZE = 16
+LATENT_SHAPE = (4, 8, 8)
+FEATURE_DIM = 8
+CONDITIONING = ConditioningConfig(context_dim=16, feature_tokens=2)
+AUTOENCODER = AutoencoderConfig(block_channels=[8, 16], latent_channels=4, norm_groups=4)
+UNET = UNetConfig(
+    block_channels=[16, 32], layers_per_block=1, attention_levels=[False, True], head_dim=8, norm_groups=8
+)
+CPU = torch.device("cpu")
+
+
+class TinyExtractor(FeatureExtractor):
+    """A frozen random convolution with the extractor's interface: 2 x 2 patches."""
+
+    def __init__(self) -> None:
+        super().__init__("tiny", FEATURE_DIM, IMAGE_SIZE, torch.full((3,), 127.0), torch.full((3,), 128.0))
+        self.network = nn.Conv2d(3, FEATURE_DIM, 8, stride=8).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Features:
+        patches = self.network(x).flatten(2).transpose(1, 2)
+        return Features(cls=patches.mean(dim=1), patches=patches)
+
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        return [self.network(x)]
+
+
+def tiny_networks(discriminator: bool = False) -> Networks:
+    """The same weights each time. The U-Net's last layer is drawn too: at its zero start nothing would reach the rest."""
+    torch.manual_seed(0)
+    autoencoder = build_autoencoder(AUTOENCODER, IMAGE_SIZE)
+    denoiser = build_denoiser(UNET, CONDITIONING, latent_channels=4, latent_size=8, feature_dim=FEATURE_DIM)
+    nn.init.normal_(denoiser.unet.conv_out.weight, std=0.1)
+    return Networks(
+        autoencoder=autoencoder,
+        denoiser=denoiser,
+        projector=AlignmentProjector(middle_channels(denoiser), 16, FEATURE_DIM),
+        extractor=TinyExtractor(),
+        discriminator=PatchDiscriminator(8, 1) if discriminator else None,
+    )
+
+
+def tiny_step(networks: Networks, *, distributed: bool = False, weights: LossWeights | None = None, **settings: object):
+    """A JointStep with plain settings."""
+    config = StepConfig(
+        weights=weights or LossWeights(kl=1e-3),
+        optimizer=OptimizerConfig(lr_autoencoder=1e-3, lr_denoiser=1e-3, warmup_steps=0, clip_norm=1e6),
+        schedule=ScheduleConfig(ema_decay=0.9, max_skipped_in_row=3),
+        precision="no",
+        total_steps=100,
+        **settings,
+    )
+    return JointStep(networks, FeatureDistance(networks.extractor), config, CPU, distributed)
+
+
+def tiny_batch(size: int = 4, seed: int = 0) -> tuple[ImageBatch, Draws]:
+    """Random images and their draws."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (size, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 7, (size,), generator=generator)
+    return ImageBatch(images, labels), draw(generator, size, LATENT_SHAPE, FEATURE_DIM, CONDITIONING)
+
+
+def part(batch: tuple[ImageBatch, Draws], start: int, stop: int) -> tuple[ImageBatch, Draws]:
+    """Samples start..stop of a batch."""
+    images, draws = batch
+    return ImageBatch(images.images[start:stop], images.labels[start:stop]), draws.part(start, stop)

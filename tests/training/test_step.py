@@ -1,0 +1,276 @@
+"""Who gets which gradient, and what a bad step leaves behind."""
+
+import copy
+
+import pytest
+import torch
+from tiny_networks import FEATURE_DIM, LATENT_SHAPE, part, tiny_batch, tiny_networks, tiny_step
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import m2d.training.step as step_module
+from m2d.errors import TrainingError
+from m2d.models.perceptual import FeatureDistance
+from m2d.training.batch import LatentBatch
+from m2d.training.phases import AutoencoderPhase, DenoiserPhase, frozen
+from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
+from m2d.training.step import LatentStep, Networks, StepConfig, extract
+
+NO_LOSS = {
+    "diffusion": 0.0, "reconstruction": 0.0, "alignment": 0.0, "perceptual": 0.0, "alignment_vae": 0.0, "kl": 0.0
+}  # fmt: skip
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def moved(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
+    return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+
+
+def gradients(networks: Networks) -> dict[str, Tensor]:
+    return {
+        f"{module_name}.{name}": parameter.grad.clone()
+        for module_name, module in networks.trained().items()
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@pytest.fixture
+def captured_gradients(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
+    """The gradients at the moment of the update, by network and parameter; nothing is updated."""
+    found: dict[str, Tensor] = {}
+    networks_seen: list[Networks] = []
+
+    original_init = step_module._Step.__init__
+
+    def remember(self, networks, config, device):  # type: ignore[no-untyped-def]
+        networks_seen.append(networks)
+        original_init(self, networks, config, device)
+
+    def capture(optimized, losses, scaler):  # type: ignore[no-untyped-def]
+        found.clear()
+        found.update(gradients(networks_seen[-1]))
+        return torch.tensor(True), [torch.zeros(()) for _ in optimized]
+
+    monkeypatch.setattr(step_module._Step, "__init__", remember)
+    monkeypatch.setattr(step_module, "guarded_update", capture)
+    return found
+
+
+def phases(networks: Networks) -> tuple[AutoencoderPhase, DenoiserPhase]:
+    perceptual = FeatureDistance(networks.extractor)
+    return AutoencoderPhase(networks.autoencoder, perceptual), DenoiserPhase(networks.denoiser, networks.projector)
+
+
+def test_the_diffusion_loss_gives_the_vae_no_gradient() -> None:
+    networks = tiny_networks()
+    before = weights_of(networks.autoencoder)
+    step = tiny_step(networks, weights=LossWeights(**{**NO_LOSS, "diffusion": 1.0}))
+    step([tiny_batch()], 0)
+    assert moved(networks.autoencoder, before) == set()
+
+
+def test_latents_with_a_gradient_are_refused_by_the_unets_half() -> None:
+    networks = tiny_networks()
+    vae, unet = phases(networks)
+    batch, draws = tiny_batch()
+    pixels = batch.images.permute(0, 3, 1, 2)
+    out = vae(pixels.float() / 127.5 - 1, draws.posterior)
+    with pytest.raises(ValueError, match="detached"):
+        unet(out.latents, batch.labels, extract(networks.extractor, pixels), draws)
+
+
+def test_the_alignment_loss_reaches_the_encoder_and_nothing_else() -> None:
+    networks = tiny_networks()
+    vae, unet = phases(networks)
+    batch, draws = tiny_batch()
+    pixels = batch.images.permute(0, 3, 1, 2)
+    out = vae(pixels.float() / 127.5 - 1, draws.posterior)
+    unet.align_autoencoder(out.latents, batch.labels, extract(networks.extractor, pixels), draws).backward()
+    touched = {name for name, gradient in gradients(networks).items() if gradient.abs().sum() > 0}
+    assert "autoencoder.vae.encoder.conv_in.weight" in touched
+    assert all(name.startswith(("autoencoder.vae.encoder", "autoencoder.vae.quant_conv")) for name in touched)
+
+
+def test_a_step_with_only_vae_losses_leaves_the_unet_untouched() -> None:
+    networks = tiny_networks()
+    unet = {name: weights_of(module) for name, module in networks.trained().items()}
+    step = tiny_step(networks, weights=LossWeights(**{**NO_LOSS, "reconstruction": 1.0, "alignment_vae": 1.0}))
+    step([tiny_batch()], 0)
+    assert moved(networks.denoiser, unet["denoiser"]) == {"latent_norm.running_mean", "latent_norm.running_var"}
+    assert moved(networks.projector, unet["projector"]) == set()
+    assert moved(networks.autoencoder, unet["autoencoder"]) != set()
+
+
+def test_a_step_with_only_unet_losses_leaves_the_vae_untouched() -> None:
+    networks = tiny_networks()
+    before = {name: weights_of(module) for name, module in networks.trained().items()}
+    step = tiny_step(networks, weights=LossWeights(**{**NO_LOSS, "diffusion": 1.0, "alignment": 1.0}))
+    step([tiny_batch()], 0)
+    assert moved(networks.autoencoder, before["autoencoder"]) == set()
+    assert "unet.conv_in.weight" in moved(networks.denoiser, before["denoiser"])
+    assert moved(networks.projector, before["projector"]) == set(before["projector"])
+
+
+def test_the_feature_extractor_never_moves() -> None:
+    networks = tiny_networks(discriminator=True)
+    before = weights_of(networks.extractor)
+    step = tiny_step(networks)
+    for number in range(3):
+        step([tiny_batch(seed=number)], number)
+    assert moved(networks.extractor, before) == set()
+    assert all(parameter.grad is None for parameter in networks.extractor.parameters())
+
+
+def test_every_trained_parameter_gets_a_gradient(captured_gradients: dict[str, Tensor]) -> None:
+    networks = tiny_networks(discriminator=True)
+    step = tiny_step(networks)
+    step([tiny_batch(8)], 0)
+    expected = {f"{n}.{p}" for n, module in networks.trained().items() for p, _ in module.named_parameters()}
+    assert set(captured_gradients) == expected
+
+
+def test_the_vae_warms_up_alone_while_the_latent_norm_follows() -> None:
+    networks = tiny_networks()
+    before = {name: weights_of(module) for name, module in networks.trained().items()}
+    step = tiny_step(networks, vae_warmup_steps=1)
+    step([tiny_batch()], 0)
+    assert moved(networks.autoencoder, before["autoencoder"]) != set()
+    assert moved(networks.denoiser, before["denoiser"]) == {"latent_norm.running_mean", "latent_norm.running_var"}
+    assert "loss/diffusion" not in step.read_scalars()
+    step([tiny_batch()], 1)
+    assert "unet.conv_in.weight" in moved(networks.denoiser, before["denoiser"])
+
+
+def test_accumulating_micro_batches_equals_one_batch(
+    captured_gradients: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The latent norm's batch statistics differ by nature, so both runs normalise by the running ones."""
+    batch = tiny_batch(8)
+    collected = []
+    for micro_batches in ([batch], [part(batch, 0, 2), part(batch, 2, 4), part(batch, 4, 6), part(batch, 6, 8)]):
+        networks = tiny_networks(discriminator=True)
+        norm = networks.denoiser.latent_norm
+        monkeypatch.setattr(norm, "forward", norm.normalize)
+        tiny_step(networks)(micro_batches, 0)
+        collected.append(dict(captured_gradients))
+    one, accumulated = collected
+    for name, gradient in one.items():
+        assert_close(accumulated[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    poison: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks = tiny_networks(discriminator=True)
+    step = tiny_step(networks)
+    step([tiny_batch(seed=1)], 0)
+    before = copy.deepcopy(step.state_dict())
+    if poison == "loss":
+        monkeypatch.setattr(step_module, "discriminator_loss", lambda real, fake: real.mean() * 0 + float("inf"))
+    else:
+        original = torch.nn.utils.clip_grad_norm_
+
+        def poisoned(parameters, max_norm):  # type: ignore[no-untyped-def]
+            parameters[0].grad.view(-1)[0] = float("nan")
+            return original(parameters, max_norm)
+
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    step([tiny_batch(seed=2)], 1)
+    after = step.state_dict()
+    assert after.pop("skipped").item() == before.pop("skipped").item() + 1
+    rates = [group.pop("lr") for state in (before, after) for o in state["optimizers"].values() for group in o["param_groups"]]
+    assert rates  # the rate of the next step may be set; nothing else may differ
+    assert_close(after, before, rtol=0, atol=0)
+
+
+def test_training_goes_on_after_a_skipped_step() -> None:
+    networks = tiny_networks()
+    step = tiny_step(networks)
+    images, draws = tiny_batch()
+    draws.noise.fill_(float("nan"))
+    step([(images, draws)], 0)
+    before = weights_of(networks.denoiser)
+    step([tiny_batch(seed=3)], 1)
+    assert "unet.conv_in.weight" in moved(networks.denoiser, before)
+    assert all(torch.isfinite(tensor).all() for tensor in networks.denoiser.state_dict().values())
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_loss() -> None:
+    step = tiny_step(tiny_networks())
+    for number in range(3):
+        images, draws = tiny_batch(seed=number)
+        draws.noise.fill_(float("nan"))
+        step([(images, draws)], number)
+    with pytest.raises(TrainingError, match=r"3 steps in a row .*loss/diffusion"):
+        step.read_scalars()
+
+
+def test_averages_follow_the_weights_by_the_stated_decay() -> None:
+    networks = tiny_networks()
+    start = networks.denoiser.unet.conv_in.weight.detach().clone()
+    step = tiny_step(networks)
+    step([tiny_batch()], 0)
+    new = networks.denoiser.unet.conv_in.weight.detach()
+    decay = 1 / 10  # (1 + n) / (10 + n) at n = 0
+    assert_close(step.ema.module.unet.conv_in.weight, decay * start + (1 - decay) * new)
+
+
+def test_state_survives_a_round_trip() -> None:
+    first = tiny_step(tiny_networks(discriminator=True))
+    first([tiny_batch(seed=1)], 0)
+    second = tiny_step(tiny_networks(discriminator=True))
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for step in (first, second):
+        step([tiny_batch(seed=2)], 1)
+    assert_close(second.state_dict(), first.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision_stays_near_float32(precision: str, captured_gradients: dict[str, Tensor]) -> None:
+    """fp16 scales its gradients before the update; the comparison divides that out."""
+    collected = []
+    for mode in ("no", precision):
+        networks = tiny_networks()
+        step = tiny_step(networks)
+        object.__setattr__(step.config, "precision", mode)
+        step.scaler = torch.amp.GradScaler("cpu", enabled=mode == "fp16")
+        step([tiny_batch(8)], 0)
+        scale = step.scaler.get_scale() if mode == "fp16" else 1.0
+        flat = torch.cat([(gradient / scale).flatten() for gradient in captured_gradients.values()])
+        collected.append(flat)
+    exact, reduced = collected
+    assert torch.nn.functional.cosine_similarity(exact, reduced, dim=0) > 0.99
+
+
+def test_the_latent_stage_trains_the_unet_alone_and_keeps_the_latent_scale() -> None:
+    networks = tiny_networks()
+    before = {name: weights_of(module) for name, module in networks.trained().items()}
+    config = StepConfig(
+        weights=LossWeights(), optimizer=OptimizerConfig(warmup_steps=0), schedule=ScheduleConfig(), precision="no",
+        total_steps=10,
+    )  # fmt: skip
+    step = LatentStep(networks, config, torch.device("cpu"))
+    _, draws = tiny_batch(4)
+    batch = LatentBatch(
+        mean=torch.randn(4, *LATENT_SHAPE).half(), std=torch.rand(4, *LATENT_SHAPE).half(),
+        cls=torch.randn(4, FEATURE_DIM).half(), patches=torch.randn(4, 4, FEATURE_DIM).half(),
+        labels=torch.tensor([0, 1, 2, 3]),
+    )  # fmt: skip
+    step([(batch, draws)], 0)
+    assert moved(networks.autoencoder, before["autoencoder"]) == set()
+    changed = moved(networks.denoiser, before["denoiser"])
+    assert "unet.conv_in.weight" in changed
+    assert not {name for name in changed if name.startswith("latent_norm")}
+
+
+def test_frozen_thaws_only_what_it_froze() -> None:
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    module[0].requires_grad_(False)
+    with frozen(module):
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert [parameter.requires_grad for parameter in module.parameters()] == [False, False, True, True]
