@@ -1,20 +1,18 @@
 """The one parser: `python -m m2d COMMAND` and jobs/*.py are the same commands.
 
-Every setting is a flag (--batch_size and --batch-size alike), a key of a --config file, or part of a --preset; later
-ones win. Heavy packages are imported after the arguments are known to be good.
+Every setting is a flag (--batch_size and --batch-size alike), a key of a --config file, or part of a --preset; flags
+win over files, a later file over an earlier one. Heavy packages are imported after the arguments are known to be good.
 """
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser
-
 from m2d import __version__
+from m2d.arguments import parse_arguments
 from m2d.config import TrainConfig, preset_names, preset_path
-from m2d.errors import ConfigError, M2DError
+from m2d.errors import M2DError
 from m2d.generation.settings import GenerateConfig
 
 
@@ -44,10 +42,10 @@ def _generate(config: GenerateConfig) -> None:
 class DemoConfig:
     """The demo: images, a training run with two workers, samples."""
 
-    directory: str = "./demo"
-    images: int = 700
+    directory: str = "./demo"  # where images, experiment and samples go
+    images: int = 700  # rendered ones, of all classes together
     num_samples: int = 6  # per class
-    fresh: bool = False
+    fresh: bool = False  # render and train anew
 
 
 def _demo(config: DemoConfig) -> None:
@@ -95,58 +93,19 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     spec = COMMANDS[command]
     description = spec.description
     if spec.presets:
-        description += f" --preset NAME stands for --config with settings that come with M2D: {', '.join(preset_names())}."
-    parser = _Parser(prog=f"python -m m2d {command}", description=description)
-    parser.add_argument("--config", action=ActionConfigFile, help="a YAML file of settings; may be given more than once")
-    parser.add_class_arguments(spec.config, nested_key=None)
-    try:
-        values = parser.parse_args(_spelled_out(arguments, spec.config))
-        for key in ("config", "preset"):
-            values.pop(key, None)
-        return spec.config(**vars(parser.instantiate(values)))
-    except _ArgumentProblem as problem:
-        raise ConfigError(" ".join(str(problem).split())) from None
+        description += f" Presets: {', '.join(preset_names())}."
+    return parse_arguments(
+        spec.config,
+        arguments,
+        prog=f"python -m m2d {command}",
+        description=description,
+        preset_path=preset_path if spec.presets else None,
+    )
 
 
 def _run(command: str, arguments: list[str]) -> None:
     config = parse(command, arguments)
     COMMANDS[command].run(config)
-
-
-class _ArgumentProblem(Exception):
-    pass
-
-
-class _Parser(ArgumentParser):
-    """jsonargparse's parser, whose errors come back instead of ending the process with a usage text."""
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
-        cause: BaseException | None = ex
-        while cause is not None:
-            if isinstance(cause, M2DError):
-                raise cause
-            cause = cause.__cause__ or cause.__context__
-        raise _ArgumentProblem(message)
-
-
-def _spelled_out(arguments: Sequence[str], config: type) -> list[str]:
-    """Dashes in a flag's name become underscores, a bare switch (--fresh) gets its `true`, a preset its file."""
-    switches = {f"--{field.name}" for field in dataclasses.fields(config) if field.type in (bool, "bool")}
-    spelled: list[str] = []
-    for position, argument in enumerate(arguments):
-        if spelled and spelled[-1] == "--preset":
-            spelled[-1] = "--config"
-            argument = str(preset_path(argument))
-        elif argument.startswith("--preset="):
-            argument = f"--config={preset_path(argument.partition('=')[2])}"
-        elif argument.startswith("--"):
-            name, equals, value = argument.partition("=")
-            argument = "--" + name[2:].replace("-", "_") + equals + value
-            following = arguments[position + 1] if position + 1 < len(arguments) else "--"
-            if argument in switches and following.startswith("--"):
-                argument += "=true"
-        spelled.append(argument)
-    return spelled
 
 
 def _overview() -> str:

@@ -1,6 +1,7 @@
 """The typed configuration of a training run. It only nests what each room owns; nothing heavy is imported here."""
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,22 +28,22 @@ class TrainConfig:
 
     data_root: str | None = None  # a folder of class folders: a path or a URI (s3://, gs://)
     experiments_dir: str = "./experiments"  # path or URI; with several nodes it must be storage that all of them see
-    name: str = "m2d"
-    seed: int = 0
-    stage: Literal["joint", "latent"] = "joint"
+    name: str = "m2d"  # of the experiment; its directory is NAME_YYYYMMDD_HHMMSS
+    seed: int = 0  # of weights, order, noise and dropout; the split has data.split_seed
+    stage: Literal["joint", "latent"] = "joint"  # latent: the U-Net alone, on the cached latents of a trained VAE
     init_checkpoint: str | None = None  # start from this checkpoint's networks; stage latent needs one
     epochs: int = 100  # passes over the training split
     max_steps: int | None = None  # optimiser steps; ends the run before its epochs do
     batch_size: int = 32  # images a worker and micro-batch
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = 1  # micro-batches an optimiser step
     num_workers: int = 1  # 0: train in the calling process, for a debugger
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: bf16 on a GPU that has it, otherwise no
     compile: bool = False  # torch.compile of both phases
-    channels_last: bool = True
+    channels_last: bool = True  # memory layout of the networks; usually the faster one
     fresh: bool = False  # start a new experiment although an unfinished one of this name exists
-    use_wandb: bool = False
-    wandb_project: str = "m2d"
-    wandb_mode: Literal["online", "offline", "disabled"] = "online"
+    use_wandb: bool = False  # besides the JSON lines and CSV that are always written
+    wandb_project: str = "m2d"  # where the run appears on wandb
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"  # offline: `wandb sync` sends it later
     verbose: bool = False  # show Ray's own bars and messages
     data: DataConfig = field(default_factory=DataConfig)
     feature_extractor: FeatureExtractorConfig = field(default_factory=FeatureExtractorConfig)
@@ -68,12 +69,18 @@ class TrainConfig:
             raise ConfigError(f"num_workers is {self.num_workers}; it must be 0 (this process) or more")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0")
-        if not self.name or any(character in self.name for character in "/\\ \t\n"):
+        if not re.fullmatch(r"[\w.-]+", self.name, flags=re.ASCII):
             raise ConfigError(f"name is {self.name!r}; use letters, digits, '.', '_' and '-'")
         if self.stage == "latent" and self.init_checkpoint is None:
             raise ConfigError("stage latent trains on a frozen VAE; name a joint run's checkpoint by --init_checkpoint")
         if self.autoencoder.pretrained is None:
             self._check_sizes()
+        smallest = 3 * 2**self.discriminator.layers
+        if self.discriminator.enabled and self.data.image_size < smallest:
+            raise ConfigError(
+                f"data.image_size {self.data.image_size} is too small for discriminator.layers "
+                f"{self.discriminator.layers}, which need {smallest} pixels; use fewer layers"
+            )
 
     def _check_sizes(self) -> None:
         size, down = self.data.image_size, self.autoencoder.downsampling
@@ -86,9 +93,11 @@ class TrainConfig:
 
     @property
     def checked_data_root(self) -> str:
-        """data_root, or ConfigError where it was not given."""
+        """data_root, or ConfigError where it was not given or is no folder of this machine."""
         if self.data_root is None:
             raise ConfigError("data_root is not set; name the folder that holds the class folders by --data_root")
+        if "://" not in self.data_root and not Path(self.data_root).expanduser().is_dir():
+            raise ConfigError(f"data_root: {self.data_root} is not a folder; name the one that holds the class folders")
         return self.data_root
 
 

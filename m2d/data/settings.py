@@ -18,7 +18,7 @@ class DataConfig:
     views: Literal[1, 4, 8] = 8  # 1: as is; 4: flips and the half turn; 8: also the quarter turns
     val_fraction: float = 0.1  # of lesions
     test_fraction: float = 0.1  # of lesions; never trained on, kept for evaluation
-    split_seed: int = 0
+    split_seed: int = 0  # another seed, other lesions in each split
     class_map: dict[str, str] = field(default_factory=dict)  # folder name -> class code
     max_pixels: int = 100_000_000  # larger images are rejected (decompression bombs)
     object_store_share: float = 0.3  # encoded bytes stay in Ray's object store while they fit this share of it

@@ -19,7 +19,7 @@ class GenerateConfig(SamplingSettings):
     classes: str | None = None  # comma-separated codes, any letter case; None: all seven
     num_samples: int = 8  # per class
     seed: int = 0  # of the run; every image has its own, made from this, its class and its index
-    batch_size: int = 32
+    batch_size: int = 32  # images at once; does not change them
     device: str | None = None  # None: cuda where there is one, otherwise cpu
     mixed_precision: Precision | None = None  # None: bf16 on a GPU that has it, otherwise no
 

@@ -37,7 +37,8 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], about [-1, 1], of latents [B, C, h, w]."""
-        return self.vae.decode(latents).sample
+        images: Tensor = self.vae.decode(latents).sample
+        return images
 
 
 def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder:

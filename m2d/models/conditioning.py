@@ -64,4 +64,5 @@ class ConditionEncoder(nn.Module):
             tokens = tokens + self.noise_level_embedding(level.unsqueeze(1)).unsqueeze(1)
             if drop_feature is not None:
                 tokens = torch.where(drop_feature.view(-1, 1, 1), null.to(tokens.dtype), tokens)
-        return self.norm(torch.cat([class_token, tokens], dim=1))
+        context: Tensor = self.norm(torch.cat([class_token, tokens], dim=1))
+        return context

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d.errors import CheckpointError, ConfigError
-
-KNOWN_EXTRACTORS = ("efficientnet-lite0",)
+from m2d.models.settings import KNOWN_EXTRACTORS
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,13 @@ def load_feature_extractor(name: str, weights: str | None = None, input_size: in
     path = Path(weights) if weights is not None else _packaged_lite0()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"feature extractor weights {path} cannot be read as plain tensors: {error}") from None
+    except Exception as error:  # whatever a broken file makes of torch's reader
+        raise CheckpointError(
+            f"feature extractor weights {path} cannot be read as plain tensors ({type(error).__name__}); give a state dict "
+            "saved by torch.save"
+        ) from None
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise CheckpointError(f"feature extractor weights {path} hold something else than named tensors")
     return EfficientNetLite0(state, input_size or 224)
 
 

@@ -23,7 +23,7 @@ class AlignmentProjector(nn.Module):
     def forward(self, middle: Tensor, num_patches: int) -> Tensor:
         """num_patches: N = g^2 of the extractor. Returns [B, N, D]."""
         grid = round(num_patches**0.5)
-        projected = self.layers(middle)
+        projected: Tensor = self.layers(middle)
         if projected.shape[-2:] != (grid, grid):
             projected = F.interpolate(projected, size=(grid, grid), mode="bilinear", align_corners=False)
         return projected.flatten(2).transpose(1, 2)

@@ -6,6 +6,8 @@ from typing import Literal
 
 from m2d.errors import ConfigError
 
+KNOWN_EXTRACTORS = ("efficientnet-lite0",)
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -16,12 +18,16 @@ def _require(condition: bool, message: str) -> None:
 class FeatureExtractorConfig:
     """The frozen network whose features guide and align the U-Net."""
 
-    name: str = "efficientnet-lite0"
+    name: str = "efficientnet-lite0"  # ImageNet weights that come with a package, so it works offline
     weights: str | None = None  # a local file; None: the extractor's own default
     input_size: int | None = None  # pixels a side fed to the extractor; None: its native size
     statistics_images: int = 1024  # training images from which the feature mean and deviation are taken
 
     def __post_init__(self) -> None:
+        _require(
+            self.name in KNOWN_EXTRACTORS,
+            f"feature_extractor.name is {self.name}; known: {' '.join(KNOWN_EXTRACTORS)}",
+        )
         if self.weights is not None and not Path(self.weights).is_file():
             raise ConfigError(f"feature_extractor.weights: {self.weights} is not a file; give the path of a local one")
         if self.input_size is not None:
@@ -39,14 +45,15 @@ class FeatureExtractorConfig:
 class AutoencoderConfig:
     """diffusers AutoencoderKL: from scratch by shape, or `pretrained` from a local folder or hub id."""
 
-    pretrained: str | None = None
+    pretrained: str | None = None  # a local folder or a hub id; the shape below is then its own
     block_channels: list[int] = field(default_factory=lambda: [64, 128, 256])  # one entry a level; halves between
-    layers_per_block: int = 1
-    latent_channels: int = 8
-    norm_groups: int = 16
-    mid_attention: bool = False
+    layers_per_block: int = 1  # residual blocks a level; the decoder has one more
+    latent_channels: int = 8  # numbers kept of each latent cell
+    norm_groups: int = 16  # of the group norms; every width must divide by it
+    mid_attention: bool = False  # self-attention at the lowest resolution
 
     def __post_init__(self) -> None:
+        _require(self.norm_groups >= 1, f"autoencoder.norm_groups is {self.norm_groups}; it must be at least 1")
         _require(len(self.block_channels) >= 1, "autoencoder.block_channels is empty; give one width a level")
         for width in self.block_channels:
             _require(
@@ -66,14 +73,17 @@ class AutoencoderConfig:
 class UNetConfig:
     """diffusers UNet2DConditionModel on normalised latents."""
 
-    block_channels: list[int] = field(default_factory=lambda: [128, 256, 256])
-    layers_per_block: int = 2
+    block_channels: list[int] = field(default_factory=lambda: [128, 256, 256])  # one entry a level; halves between
+    layers_per_block: int = 2  # residual blocks a level; the way up has one more
     attention_levels: list[bool] = field(default_factory=lambda: [False, True, True])  # cross-attention at each level
-    head_dim: int = 32
-    norm_groups: int = 32
-    gradient_checkpointing: bool = False
+    head_dim: int = 32  # channels an attention head
+    norm_groups: int = 32  # of the group norms; every width must divide by it
+    gradient_checkpointing: bool = False  # less memory, about a third more time
 
     def __post_init__(self) -> None:
+        _require(len(self.block_channels) >= 1, "unet.block_channels is empty; give one width a level")
+        for name in ("layers_per_block", "head_dim", "norm_groups"):
+            _require(getattr(self, name) >= 1, f"unet.{name} is {getattr(self, name)}; it must be at least 1")
         _require(
             len(self.attention_levels) == len(self.block_channels),
             f"unet.attention_levels has {len(self.attention_levels)} entries and unet.block_channels "
@@ -91,8 +101,8 @@ class UNetConfig:
 class ConditioningConfig:
     """What the U-Net's cross-attention reads: one class token and a few feature tokens."""
 
-    context_dim: int = 256
-    feature_tokens: int = 4
+    context_dim: int = 256  # width of a token
+    feature_tokens: int = 4  # tokens that the cls feature becomes
     class_dropout: float = 0.1  # probability, a sample
     feature_dropout: float = 0.3  # probability, a sample; independent of the class
     feature_noise: float = 0.5  # largest noise level added to the standardised feature; drawn uniformly from [0, this]
@@ -102,13 +112,14 @@ class ConditioningConfig:
             _require(0 <= getattr(self, name) <= 1, f"conditioning.{name} is {getattr(self, name)}; it is a probability")
         _require(self.feature_noise >= 0, f"conditioning.feature_noise is {self.feature_noise}; it must be at least 0")
         _require(self.feature_tokens >= 1, "conditioning.feature_tokens must be at least 1")
+        _require(self.context_dim >= 1, "conditioning.context_dim must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
     """The alignment projector: a per-cell MLP on the U-Net's middle block (U-REPA: project, then upsample)."""
 
-    hidden_dim: int = 512
+    hidden_dim: int = 512  # width of the MLP
 
     def __post_init__(self) -> None:
         _require(self.hidden_dim >= 1, "projector.hidden_dim must be at least 1")
@@ -119,18 +130,22 @@ class PerceptualConfig:
     """The perceptual distance of reconstructions."""
 
     kind: Literal["lpips", "features"] | None = None  # None: lpips where its weights can be had, else features
-    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"
+    lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"  # LPIPS's backbone
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
     """PatchGAN on reconstructions (hinge loss); off by default in the small presets."""
 
-    enabled: bool = False
-    channels: int = 64
-    layers: int = 3
+    enabled: bool = False  # train one, and the VAE against it
+    channels: int = 64  # of the first layer; doubled by each further one, at most to eight times
+    layers: int = 3  # halvings; 3 judge patches of 70 pixels, 2 of 34, 1 of 16
     start_step: int = 2000  # the generator's adversarial term begins here; the discriminator learns from step 0
 
     def __post_init__(self) -> None:
-        _require(self.channels >= 1 and self.layers >= 1, "discriminator.channels and .layers must be at least 1")
+        _require(
+            self.channels >= 4 and self.channels % 4 == 0,
+            f"discriminator.channels is {self.channels}; it must be a multiple of 4",
+        )
+        _require(self.layers >= 1, f"discriminator.layers is {self.layers}; it must be at least 1")
         _require(self.start_step >= 0, "discriminator.start_step must be at least 0")

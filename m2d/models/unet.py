@@ -42,7 +42,8 @@ class Denoiser(nn.Module):
 
     def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """d x_t / d t, [B, C, h, w], at t [B] in [0, 1]."""
-        return self.unet(x_t, t * TIME_SCALE, context, return_dict=False)[0]
+        velocity: Tensor = self.unet(x_t, t * TIME_SCALE, context, return_dict=False)[0]
+        return velocity
 
     def velocity_and_middle(self, x_t: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """The velocity and the middle block's output [B, M, h', w'] of the same pass."""

@@ -16,14 +16,14 @@ def _require(condition: bool, message: str) -> None:
 class LossWeights:
     """Weights of the joint objective. The first four are the ones that a sweep searches."""
 
-    diffusion: float = 1.0
-    reconstruction: float = 0.5
+    diffusion: float = 1.0  # velocity error, on the U-Net alone
+    reconstruction: float = 0.5  # mean absolute error of the VAE's images
     alignment: float = 0.3  # on the U-Net; the VAE's share is `alignment_vae`
-    perceptual: float = 0.2
-    alignment_vae: float = 0.1
+    perceptual: float = 0.2  # distance of the VAE's images, LPIPS or the extractor's
+    alignment_vae: float = 0.1  # on the VAE, through the frozen U-Net
     manifold: float = 3.0  # times `alignment`: U-REPA's w
     kl: float = 1e-6  # of the sum over a latent, as in REPA-E
-    adversarial: float = 0.1
+    adversarial: float = 0.1  # on the VAE, where discriminator.enabled
 
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
@@ -34,14 +34,14 @@ class LossWeights:
 class OptimizerConfig:
     """AdamW for each network; the learning rate is a function of the step, so a resumed run needs no scheduler state."""
 
-    lr_autoencoder: float = 1e-4
-    lr_denoiser: float = 1e-4
-    lr_discriminator: float = 1e-4
-    schedule: Literal["constant", "cosine"] = "constant"
+    lr_autoencoder: float = 1e-4  # peak learning rate
+    lr_denoiser: float = 1e-4  # of the U-Net, the conditioning and the projector
+    lr_discriminator: float = 1e-4  # where discriminator.enabled
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rates, after their warm-up
     final_fraction: float = 0.05  # of the peak rate, where cosine ends
     warmup_steps: int = 100  # linear, counted from the step at which the network starts to learn
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # AdamW's
+    weight_decay: float = 0.0  # AdamW's
     clip_norm: float = 1.0  # of each network's gradient
 
     def __post_init__(self) -> None:
@@ -59,9 +59,9 @@ class ScheduleConfig:
     """What happens when, in steps."""
 
     vae_warmup_fraction: float = 0.0  # of the run's steps, in which the VAE learns alone before the U-Net joins
-    ema_decay: float = 0.9999
+    ema_decay: float = 0.9999  # of the averaged weights that generation uses, a step
     ema_warmup: float = 10.0  # decay at step n is at most (1 + n) / (ema_warmup + n)
-    log_every_steps: int = 10
+    log_every_steps: int = 10  # scalars to metrics/ and wandb
     max_skipped_in_row: int = 50  # non-finite steps one after the other, before the run ends with an error
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class SavingConfig:
 class RayConfig:
     """What a training worker asks of the Ray cluster."""
 
-    cpus_per_worker: float = 1.0
+    cpus_per_worker: float = 1.0  # logical ones, a budget and no limit
     max_failures: int = 3  # times a lost worker group is started again from the newest checkpoint
     threads_per_worker: int | None = None  # torch threads on a CPU worker; None: cores / workers
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-
+import shutil
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -58,7 +58,10 @@ def train(config: TrainConfig) -> Experiment:
                 with console.progress(experiment.path / "metrics" / "train.jsonl", plan.total_steps, _steps_done(plan)):
                     _run_workers(plan, on_gpu)
         except BaseException as error:
-            experiment.update_info(state="failed", error=f"{type(error).__name__}: {error}"[:2000])
+            if isinstance(error, M2DError) and not (experiment.path / CATALOG).is_file():
+                shutil.rmtree(experiment.path)  # nothing was begun: a wrong data_root leaves no trace
+            else:
+                experiment.update_info(state="failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise
         experiment.update_info(state="done", finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), error=None)
         console.say(f"done: {_steps_done(plan)} steps; best checkpoint: {experiment.checkpoints / 'best'}")

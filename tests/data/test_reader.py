@@ -104,6 +104,13 @@ def test_a_file_gone_bad_is_replaced_by_the_next_of_its_class(
         assert np.flatnonzero(columns["substituted"]).tolist() == [4, 5, 11]
 
 
+def test_the_only_good_file_of_a_class_stands_for_all(catalog: pa.Table, tmp_path: Path) -> None:
+    for row in (0, 2):
+        path_of(catalog, tmp_path, row).unlink()
+    columns = reader_of(catalog, tmp_path).read(np.array([0, 1, 2]), AS_IT_IS[:3])
+    assert columns["catalog_rows"].tolist() == [1, 1, 1]
+
+
 def test_a_substitute_keeps_the_view(catalog: pa.Table, tmp_path: Path) -> None:
     path_of(catalog, tmp_path, 0).unlink()
     reader = reader_of(catalog, tmp_path)

@@ -1,0 +1,136 @@
+"""Training on Ray: two DDP workers, the stream, the checkpoints, and a worker lost on the way."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from m2d.classes import CLASSES
+from m2d.cli import parse
+from m2d.config import TrainConfig
+from m2d.errors import ConfigError
+from m2d.generation.run import generate
+from m2d.generation.settings import GenerateConfig
+from m2d.models.checkpoint import load_checkpoint
+from m2d.training.saving import complete_checkpoints, read_best
+from m2d.training.trainer import train
+
+TINY = [
+    "--data.image_size", "16", "--perceptual.kind", "features", "--feature_extractor.input_size", "32",
+    "--feature_extractor.statistics_images", "16", "--autoencoder.block_channels", "[8,16]",
+    "--autoencoder.latent_channels", "4", "--autoencoder.norm_groups", "4", "--unet.block_channels", "[16,32]",
+    "--unet.layers_per_block", "1", "--unet.attention_levels", "[false,true]", "--unet.head_dim", "8",
+    "--unet.norm_groups", "8", "--conditioning.context_dim", "16", "--projector.hidden_dim", "16",
+    "--saving.validation_images", "8", "--batch_size", "4", "--schedule.log_every_steps", "1",
+    "--ray.threads_per_worker", "1", "--ray.cpus_per_worker", "1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    generator = torch.Generator().manual_seed(0)
+    for index, code in enumerate(CLASSES):
+        (root / code).mkdir()
+        for number in range(10):
+            pixels = torch.randint(0, 120, (24, 32, 3), generator=generator) + 15 * index
+            Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / code / f"{code}_{number}.png")
+    return root
+
+
+def config_of(data_root: Path, root: Path, *more: str) -> TrainConfig:
+    places = ["--data_root", str(data_root), "--experiments_dir", str(root), "--name", "run"]
+    config: TrainConfig = parse("train", [*places, *TINY, *more])
+    return config
+
+
+def records(experiment: Path, name: str) -> list[dict[str, float]]:
+    lines = (experiment / "metrics" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_two_workers_train_both_stages_and_the_result_generates(
+    ray_cluster: None, data_root: Path, tmp_path: Path
+) -> None:
+    settings = ["--num_workers", "2", "--max_steps", "6", "--saving.every_steps", "3", "--schedule.vae_warmup_fraction", "0.3"]
+    joint = train(config_of(data_root, tmp_path / "joint", *settings))
+    assert joint.info()["state"] == "done"
+    assert [record["step"] for record in records(joint.path, "train")] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records(joint.path, "validation")] == [3, 6]
+    assert "loss/diffusion" not in records(joint.path, "train")[0]
+    assert {"loss/diffusion", "loss/alignment", "loss/reconstruction", "images_per_s", "data_wait_share"} <= set(
+        records(joint.path, "train")[-1]
+    )
+    names = [path.name for path in complete_checkpoints(joint.checkpoints)]
+    assert names == ["step_00000003", "step_00000006"]
+    best = read_best(joint.checkpoints)
+    measured = {f"step_{record['step']:08d}": record["val/perceptual"] for record in records(joint.path, "validation")}
+    assert best is not None
+    assert best[0] == min(measured, key=lambda name: measured[name])
+
+    start = joint.checkpoints / "step_00000006"
+    latent = train(
+        config_of(
+            data_root, tmp_path / "latent", "--num_workers", "2", "--max_steps", "4", "--stage", "latent",
+            "--init_checkpoint", str(start), "--data.views", "4", "--saving.every_steps", "4",
+        )
+    )  # fmt: skip
+    before, after = load_checkpoint(start), load_checkpoint(latent.checkpoints / "step_00000004")
+    assert after.stage == "latent"
+    for name, tensor in before.autoencoder.state_dict().items():
+        assert torch.equal(after.autoencoder.state_dict()[name], tensor), name
+    assert before.sha256 != after.sha256
+
+    output = generate(
+        GenerateConfig(checkpoint=str(latent.checkpoints / "best"), num_samples=1, classes="df,mel", steps=2)
+    )
+    assert sorted(path.parent.name for path in output.rglob("*.png") if path.parent != output) == ["DF", "MEL"]
+    assert output.is_relative_to(latent.path / "generated_images")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint_and_the_run_ends_whole(
+    ray_cluster: None, data_root: Path, tmp_path: Path
+) -> None:
+    """SIGKILL to one of two workers in mid-run: Ray starts the group again, and the loop resumes."""
+    import psutil
+
+    config = config_of(
+        data_root, tmp_path, "--num_workers", "2", "--max_steps", "40", "--saving.every_steps", "5", "--saving.keep_last", "9"
+    )
+    killed: list[int] = []
+
+    def kill_one_worker() -> None:
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and not killed:
+            experiments = list(tmp_path.glob("run_*"))
+            if experiments and complete_checkpoints(experiments[0] / "checkpoints"):
+                for process in psutil.process_iter(["cmdline"]):
+                    if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
+                        os.kill(process.pid, signal.SIGKILL)
+                        killed.append(process.pid)
+                        return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_one_worker)
+    killer.start()
+    experiment = train(config)
+    killer.join()
+    assert killed
+    assert [record["step"] for record in records(experiment.path, "train")] == list(range(1, 41))
+    assert complete_checkpoints(experiment.checkpoints)[-1].name == "step_00000040"
+
+
+def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="data_root is not set"):
+        train(parse("train", ["--experiments_dir", str(tmp_path / "experiments")]))
+    assert not (tmp_path / "experiments").exists()
