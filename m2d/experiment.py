@@ -1,12 +1,16 @@
 """One experiment directory: NAME_YYYYMMDD_HHMMSS with everything a run reads and leaves.
 
-The root may be a path or a URI. For a URI the run works in a local staging directory and `publish` copies it over.
+The root may be a path or a URI. For a URI the run works in a staging directory of this machine; `publish` copies it to
+the root and `fetch` brings it to a machine that does not hold it.
 """
 
 import fcntl
+import hashlib
 import json
+import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +29,7 @@ import yaml
 
 from m2d import __version__
 from m2d.config import differences
-from m2d.data.storage import open_storage
+from m2d.data.storage import copy_changed, inside, open_storage, without_secrets
 from m2d.errors import ExperimentError
 
 FOLDERS = (
@@ -34,6 +38,7 @@ FOLDERS = (
 )  # fmt: skip
 INFO = "experiment_info.json"
 CONFIG = "configs/config.yaml"
+_COMPLETE_CHECKPOINT = re.compile(r"checkpoints/(step_\d+)/complete\.json")
 REPORTED_PACKAGES = ("torch", "torchvision", "ray", "diffusers", "timm", "lpips", "numpy", "pyarrow", "pillow", "wandb")
 
 
@@ -70,16 +75,46 @@ class Experiment:
         return loaded
 
     def publish(self, relative: str = "") -> None:
-        """Copy a file or folder (default: everything) to the remote root. Nothing to do for a local one."""
+        """Copy what changed in a file or folder (default: everything) to the remote root. Does nothing for a local one.
+
+        Raises ExperimentError where the root cannot be written.
+        """
         if self.remote is None:
             return
-        filesystem, root = open_storage(self.remote)
-        source, target = self.path / relative, f"{root}/{relative}".rstrip("/")
-        if source.is_dir():
-            filesystem.create_dir(target, recursive=True)
-        pyarrow.fs.copy_files(
-            str(source), target, source_filesystem=pyarrow.fs.LocalFileSystem(), destination_filesystem=filesystem
-        )
+
+        def wanted(name: str) -> bool:
+            # Hidden: locks and half-written files. `best` is a link; best.json says the same.
+            return not any(part.startswith(".") for part in Path(name).parts) and "best" not in Path(name).parts
+
+        try:
+            copy_changed(str(self.path / relative), inside(self.remote, relative) if relative else self.remote, wanted)
+        except OSError as error:
+            raise _unreachable(self.remote, "written", error) from None
+
+    def fetch(self) -> None:
+        """Bring a remote experiment to this machine where it is further there: its newest and best checkpoint and the rest.
+
+        Raises ExperimentError where the root cannot be read.
+        """
+        if self.remote is None:
+            return
+        try:
+            filesystem, root = open_storage(self.remote)
+            there = _complete_checkpoints(filesystem, root)
+            here = _complete_checkpoints(pyarrow.fs.LocalFileSystem(), str(self.path))
+            if here and (not there or here[-1] >= there[-1]):
+                return
+            copy_changed(inside(self.remote, "checkpoints/best.json"), str(self.checkpoints / "best.json"), bool) if (
+                filesystem.get_file_info(f"{root}/checkpoints/best.json").type == pyarrow.fs.FileType.File
+            ) else None
+            kept = {there[-1] if there else "", self._best()}
+            copy_changed(
+                self.remote,
+                str(self.path),
+                lambda name: not name.startswith("checkpoints/step_") or Path(name).parts[1] in kept,
+            )
+        except OSError as error:
+            raise _unreachable(self.remote, "read", error) from None
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 
 import pyarrow as pa
 from pyarrow import fs
@@ -30,6 +31,41 @@ def open_storage(location: str) -> tuple[fs.FileSystem, str]:
             "give a local path or a URI of file://, s3://, gs://, abfs:// or hdfs://"
         ) from error
     return filesystem, path
+
+
+def inside(location: str, name: str) -> str:
+    """The location of `name` in the folder at `location`; a URI's ?options stay at its end."""
+    folder, mark, options = location.partition("?") if _URI.match(location) else (location, "", "")
+    return f"{folder.rstrip('/')}/{name}{mark}{options}"
+
+
+def copy_changed(source: str, target: str, wanted: Callable[[str], bool]) -> None:
+    """Copy what is new or changed in a file or folder to another place.
+
+    source, target: locations (see open_storage). wanted: whether to copy the file of this path relative to `source`.
+    Files under 1 MiB are always copied; larger ones where they are missing or of another size there. A file called
+    complete.json comes last: it says that what lies beside it is whole. Raises OSError.
+    """
+    filesystem, root = open_storage(source)
+    target_filesystem, target_root = open_storage(target)
+    if filesystem.get_file_info(root).type == fs.FileType.File:
+        _copy_file(filesystem, root, target_filesystem, target_root)
+        return
+    there = {info.path[len(target_root) + 1 :]: info.size for info in _files(target_filesystem, target_root)}
+    found = {info.path[len(root) + 1 :]: info.size for info in _files(filesystem, root)}
+    for name in sorted(found, key=lambda name: (name.endswith("complete.json"), name)):
+        if wanted(name) and (found[name] < 2**20 or there.get(name) != found[name]):
+            _copy_file(filesystem, f"{root}/{name}", target_filesystem, f"{target_root}/{name}")
+
+
+def _files(filesystem: fs.FileSystem, root: str) -> list[fs.FileInfo]:
+    selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
+    return [info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File]
+
+
+def _copy_file(source: fs.FileSystem, path: str, target: fs.FileSystem, target_path: str) -> None:
+    target.create_dir(target_path.rpartition("/")[0], recursive=True)
+    fs.copy_files(path, target_path, source_filesystem=source, destination_filesystem=target)
 
 
 def without_secrets(text: str) -> str:

@@ -66,10 +66,11 @@ class Console:
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
         )  # fmt: skip
         with Progress(*columns, console=self.rich, transient=False) as bar:
+            since = time.time()
             task = bar.add_task("starting workers", total=total, completed=start)
             while True:
                 ended = stop.wait(1.0)
-                record = _newest(metrics, start)
+                record = _newest(metrics, since)
                 if record:
                     bar.update(task, completed=record["step"], description=_describe(record))
                 if ended:
@@ -77,10 +78,10 @@ class Console:
 
     def _show_lines(self, metrics: Path, total: int, start: int, stop: threading.Event) -> None:
         shown, at = start, 0.0
-        began = time.monotonic()
+        began, since = time.monotonic(), time.time()
         while True:
             ended = stop.wait(1.0)
-            record = _newest(metrics, start)
+            record = _newest(metrics, since)
             due = time.monotonic() - at >= PLAIN_SECONDS or ended
             if record and record["step"] > shown and due:
                 shown, at = record["step"], time.monotonic()
@@ -90,9 +91,10 @@ class Console:
                 return
 
 
-def _newest(metrics: Path, start: int) -> dict[str, Any] | None:
+def _newest(metrics: Path, since: float) -> dict[str, Any] | None:
+    """The last record, unless it is one of an earlier run whose steps will be taken again."""
     records = MetricsLog(metrics.parent, metrics.stem).read()
-    return records[-1] if records and records[-1]["step"] > start else None
+    return records[-1] if records and records[-1]["time"] >= since else None
 
 
 def _describe(record: dict[str, Any]) -> str:

@@ -194,6 +194,9 @@ def _fit(plan: RunPlan, on_gpu: bool) -> None:
     from m2d.training.loop import StreamFactory, ray_worker
 
     config = plan.config
+    # Ray's own list of reported checkpoints must all exist, but m2d.training.saving deletes old ones; resuming reads the
+    # directory, so Ray starts each time with an empty list.
+    (plan.experiment.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     trainer = TorchTrainer(
         ray_worker,
         train_loop_config={"plan": plan},

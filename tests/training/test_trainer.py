@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from m2d.classes import CLASSES
 from m2d.cli import parse
@@ -98,6 +101,27 @@ def test_two_workers_train_both_stages_and_the_result_generates(
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_run_on_ray_goes_on_from_its_newest_checkpoint_though_older_ones_were_deleted(
+    ray_cluster: None, data_root: Path, tmp_path: Path
+) -> None:
+    settings = ["--num_workers", "2", "--max_steps", "12", "--saving.every_steps", "3", "--saving.keep_last", "2"]
+    config = config_of(data_root, tmp_path, *settings)
+    first = train(config)
+    unbroken = load_file(first.checkpoints / "step_00000012" / "training" / "denoiser.safetensors")
+    shutil.rmtree(first.checkpoints / "step_00000012")  # as if it had died after step 9's was whole
+    for name in ("best", "best.json"):
+        (first.checkpoints / name).unlink()
+    first.update_info(state="running")
+    second = train(config)
+    assert second.path == first.path
+    assert [record["step"] for record in records(second.path, "train")] == list(range(1, 13))
+    resumed = load_file(second.checkpoints / "step_00000012" / "training" / "denoiser.safetensors")
+    for name, tensor in unbroken.items():
+        assert_close(resumed[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint_and_the_run_ends_whole(
     ray_cluster: None, data_root: Path, tmp_path: Path
 ) -> None:
@@ -114,8 +138,8 @@ def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint_and_the_run_end
         while time.monotonic() < deadline and not killed:
             experiments = list(tmp_path.glob("run_*"))
             if experiments and complete_checkpoints(experiments[0] / "checkpoints"):
-                for process in psutil.process_iter(["cmdline"]):
-                    if any("RayTrainWorker" in part for part in process.info["cmdline"] or []):
+                for process in psutil.Process().children(recursive=True):  # this test's own cluster, no other
+                    if any("RayTrainWorker" in part for part in process.cmdline()):
                         os.kill(process.pid, signal.SIGKILL)
                         killed.append(process.pid)
                         return
