@@ -35,7 +35,9 @@ def parse_arguments(
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     parser.usage = f"{prog} {'[--preset NAME] ' if preset_path else ''}[--config FILE] [--SETTING VALUE ...]"
     if preset_path:
-        parser.add_argument("--preset", metavar="NAME", help="settings that come with M2D; stands for --config with its file")
+        parser.add_argument(
+            "--preset", metavar="NAME", help="settings that come with M2D; stands for --config with its file"
+        )
     parser.add_argument(
         "--config", metavar="FILE", action=ActionConfigFile, help="a YAML file of settings; may be given more than once"
     )
@@ -97,9 +99,7 @@ def _explain(parser: ArgumentParser, config: type) -> None:
         action.help = comments.get(action.dest, action.help)
 
 
-def _spelled_out(
-    arguments: Sequence[str], config: type, preset_path: Callable[[str], Path] | None
-) -> list[str]:
+def _spelled_out(arguments: Sequence[str], config: type, preset_path: Callable[[str], Path] | None) -> list[str]:
     """As jsonargparse wants them: --preset as --config, files before flags, underscores, and `true` for a bare switch."""
     kinds = dict(setting_types(config))
     files: list[str] = []

@@ -1,11 +1,14 @@
 """The only place that calls ray.init: joins the cluster that RAY_ADDRESS names, or starts one on this machine, quietly."""
 
+import atexit
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from m2d.errors import ConfigError
 
@@ -24,9 +27,16 @@ def ray_cluster(*, verbose: bool = False, min_cpus: float = 1.0) -> Iterator[Non
         yield
         return
     joined = bool(os.environ.get("RAY_ADDRESS"))
-    options: dict[str, object] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if joined:
-        ray.init(address="auto", **options)
+        try:
+            ray.init(address="auto", **options)
+        except ConnectionError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"RAY_ADDRESS: no Ray cluster answers at {os.environ['RAY_ADDRESS']} ({reason}); start one there, or unset "
+                "RAY_ADDRESS to use this machine"
+            ) from None
     else:
         _use_private_token()
         cpus = max(os.cpu_count() or 1, int(min_cpus + 0.999))
@@ -61,6 +71,7 @@ def _use_private_token() -> None:
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ or home_token.is_file():
         return
     folder = Path(tempfile.mkdtemp(prefix="m2d-ray-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / "auth_token"
     path.touch(mode=0o600)
     path.write_text(os.urandom(32).hex(), encoding="utf-8")

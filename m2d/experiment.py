@@ -38,7 +38,6 @@ FOLDERS = (
 )  # fmt: skip
 INFO = "experiment_info.json"
 CONFIG = "configs/config.yaml"
-_COMPLETE_CHECKPOINT = re.compile(r"checkpoints/(step_\d+)/complete\.json")
 REPORTED_PACKAGES = ("torch", "torchvision", "ray", "diffusers", "timm", "lpips", "numpy", "pyarrow", "pillow", "wandb")
 
 
@@ -83,8 +82,8 @@ class Experiment:
             return
 
         def wanted(name: str) -> bool:
-            # Hidden: locks and half-written files. `best` is a link; best.json says the same.
-            return not any(part.startswith(".") for part in Path(name).parts) and "best" not in Path(name).parts
+            # Hidden: locks and half-written files. checkpoints/best is a link; best.json says the same.
+            return not name.startswith("checkpoints/best/") and not any(p.startswith(".") for p in Path(name).parts)
 
         try:
             copy_changed(str(self.path / relative), inside(self.remote, relative) if relative else self.remote, wanted)
@@ -92,27 +91,27 @@ class Experiment:
             raise _unreachable(self.remote, "written", error) from None
 
     def fetch(self) -> None:
-        """Bring a remote experiment to this machine where it is further there: its newest and best checkpoint and the rest.
+        """Bring a remote experiment to this machine where it is further there: all but its older checkpoints.
 
         Raises ExperimentError where the root cannot be read.
         """
         if self.remote is None:
             return
         try:
-            filesystem, root = open_storage(self.remote)
-            there = _complete_checkpoints(filesystem, root)
+            there = _complete_checkpoints(*open_storage(self.remote))
             here = _complete_checkpoints(pyarrow.fs.LocalFileSystem(), str(self.path))
             if here and (not there or here[-1] >= there[-1]):
                 return
-            copy_changed(inside(self.remote, "checkpoints/best.json"), str(self.checkpoints / "best.json"), bool) if (
-                filesystem.get_file_info(f"{root}/checkpoints/best.json").type == pyarrow.fs.FileType.File
-            ) else None
-            kept = {there[-1] if there else "", self._best()}
-            copy_changed(
-                self.remote,
-                str(self.path),
-                lambda name: not name.startswith("checkpoints/step_") or Path(name).parts[1] in kept,
-            )
+            copy_changed(self.remote, str(self.path), lambda name: not name.startswith("checkpoints/step_"))
+            record = self.checkpoints / "best.json"
+            best = json.loads(record.read_text(encoding="utf-8"))["checkpoint"] if record.is_file() else None
+            for checkpoint in {*there[-1:], best} - {None}:
+                copy_changed(
+                    inside(self.remote, f"checkpoints/{checkpoint}"), str(self.checkpoints / checkpoint), _anything
+                )
+            if best is not None:
+                (self.checkpoints / "best").unlink(missing_ok=True)
+                (self.checkpoints / "best").symlink_to(best)
         except OSError as error:
             raise _unreachable(self.remote, "read", error) from None
 
@@ -138,7 +137,9 @@ class Experiment:
             return True
 
 
-def open_experiment(root: str, name: str, config: dict[str, Any], *, fresh: bool, command: list[str]) -> tuple[Experiment, bool]:
+def open_experiment(
+    root: str, name: str, config: dict[str, Any], *, fresh: bool, command: list[str]
+) -> tuple[Experiment, bool]:
     """The experiment to train in, and whether it continues an earlier run.
 
     Re-running a command goes on with the newest unfinished experiment of its name. Raises ExperimentError, with the
@@ -152,6 +153,7 @@ def open_experiment(root: str, name: str, config: dict[str, Any], *, fresh: bool
                 experiment.update_info(state="superseded")
     elif unfinished:
         experiment = unfinished[-1]
+        experiment.fetch()
         changed = differences(experiment.config(), config)
         if changed:
             raise ExperimentError(
@@ -166,20 +168,24 @@ def list_experiments(root: str, name: str | None = None) -> list[Experiment]:
     """Experiments under a root, oldest first; those of one name only where it is given."""
     pattern = re.compile(rf"{re.escape(name) if name else '.+'}_\d{{8}}_\d{{6}}")
     if "://" in root:
-        filesystem, base = open_storage(root)
-        selector = pyarrow.fs.FileSelector(base, allow_not_found=True)
-        names = sorted(i.base_name for i in filesystem.get_file_info(selector) if pattern.fullmatch(i.base_name))
-        return [_staged(root, found) for found in names]
+        try:
+            filesystem, base = open_storage(root)
+            found = filesystem.get_file_info(pyarrow.fs.FileSelector(base, allow_not_found=True))
+            names = [info.base_name for info in found if pattern.fullmatch(info.base_name)]
+            staged = [_staged(root, name) for name in sorted(names, key=_created)]
+        except OSError as error:
+            raise _unreachable(root, "read", error) from None
+        return [experiment for experiment in staged if experiment.info()]
     folder = Path(root).expanduser()
     if not folder.is_dir():
         return []
-    found = [child for child in folder.iterdir() if pattern.fullmatch(child.name) and (child / INFO).is_file()]
-    return [Experiment(path.resolve()) for path in sorted(found, key=lambda path: path.name[-15:])]
+    paths = [child for child in folder.iterdir() if pattern.fullmatch(child.name) and (child / INFO).is_file()]
+    return [Experiment(path.resolve()) for path in sorted(paths, key=lambda path: _created(path.name))]
 
 
 def environment() -> dict[str, Any]:
     """Versions and machine of this process, for the record."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for package in REPORTED_PACKAGES:
         try:
             packages[package] = metadata.version(package)
@@ -190,7 +196,7 @@ def environment() -> dict[str, Any]:
 
 def _create(root: str, name: str, config: dict[str, Any], command: list[str]) -> Experiment:
     remote = "://" in root
-    base = Path(tempfile.gettempdir()) / "m2d-staging" if remote else Path(root).expanduser()
+    base = _staging(root) if remote else Path(root).expanduser()
     while True:
         path = base / f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
         try:
@@ -199,16 +205,17 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
         except FileExistsError:
             time.sleep(0.2)  # the name counts seconds
         except OSError as error:
-            raise ExperimentError(f"experiments_dir: {root} cannot be written ({error.strerror}); name another") from None
-    experiment = Experiment(path.resolve(), f"{root.rstrip('/')}/{path.name}" if remote else None)
+            raise _unreachable(root, "written", error) from None
+    experiment = Experiment(path.resolve(), inside(root, path.name) if remote else None)
     for folder in FOLDERS:
         (path / folder).mkdir()
     _write_text(path / CONFIG, yaml.safe_dump(config, sort_keys=False))
+    experiment.publish(CONFIG)  # before the info, which makes the folder an experiment
     experiment.update_info(
         name=path.name,
         state="running",
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        command=" ".join(command),
+        command=without_secrets(shlex.join(command)),
         versions=environment(),
         git=_back_up_code(path / "code_backup"),
     )
@@ -217,16 +224,38 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
 
 
 def _staged(root: str, name: str) -> Experiment:
-    """A remote experiment's small files and checkpoints, fetched where this machine does not hold them."""
-    staging = Path(tempfile.gettempdir()) / "m2d-staging" / name
-    experiment = Experiment(staging, f"{root.rstrip('/')}/{name}")
-    if not (staging / INFO).is_file():
-        filesystem, base = open_storage(f"{root.rstrip('/')}/{name}")
-        staging.mkdir(parents=True, exist_ok=True)
-        pyarrow.fs.copy_files(
-            base, str(staging), source_filesystem=filesystem, destination_filesystem=pyarrow.fs.LocalFileSystem()
-        )
+    """A remote experiment as far as a list needs it: its info and its configuration."""
+    experiment = Experiment(_staging(root) / name, inside(root, name))
+    assert experiment.remote is not None
+    copy_changed(experiment.remote, str(experiment.path), {INFO, CONFIG}.__contains__)
     return experiment
+
+
+def _staging(root: str) -> Path:
+    """Where experiments of a remote root lie on this machine; another root's, or another user's, lie elsewhere."""
+    key = hashlib.sha256(root.encode()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"m2d-staging-{os.getuid()}" / key
+
+
+def _created(name: str) -> str:
+    return name[-len("YYYYMMDD_HHMMSS") :]
+
+
+def _complete_checkpoints(filesystem: pyarrow.fs.FileSystem, root: str) -> list[str]:
+    """Names of an experiment's complete checkpoints, oldest first."""
+    folders = filesystem.get_file_info(pyarrow.fs.FileSelector(f"{root}/checkpoints", allow_not_found=True))
+    names = sorted(info.base_name for info in folders if info.base_name.startswith("step_"))
+    markers = filesystem.get_file_info([f"{root}/checkpoints/{name}/complete.json" for name in names])
+    return [name for name, marker in zip(names, markers) if marker.type == pyarrow.fs.FileType.File]
+
+
+def _anything(name: str) -> bool:
+    return True
+
+
+def _unreachable(root: str, done: str, error: OSError) -> ExperimentError:
+    reason = error.strerror or without_secrets(" ".join(str(error).split()))
+    return ExperimentError(f"experiments_dir: {without_secrets(root)} cannot be {done} ({reason}); name another")
 
 
 def _back_up_code(target: Path) -> dict[str, Any]:

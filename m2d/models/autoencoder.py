@@ -67,11 +67,18 @@ def _pretrained(location: str) -> AutoencoderKL:
         folder = Path(location)
         if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
             location = str(folder / "vae")
-        vae: AutoencoderKL = AutoencoderKL.from_pretrained(location, torch_dtype=torch.float32)
-    except (OSError, ValueError, EnvironmentError) as error:
-        first_line = str(error).strip().splitlines()[0]
+        vae, loading = AutoencoderKL.from_pretrained(location, torch_dtype=torch.float32, output_loading_info=True)
+    except Exception as error:  # diffusers, huggingface_hub, safetensors and torch each have their own
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
             f"autoencoder.pretrained: {location} is neither a folder with an AutoencoderKL nor a hub id that can be "
             f"reached ({first_line}); give a local folder"
         ) from None
-    return vae
+    strangers = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
+    if strangers:  # diffusers warns and leaves such tensors at random values
+        raise CheckpointError(
+            f"autoencoder.pretrained: the weights in {location} do not fit its config.json: {len(strangers)} tensors are "
+            f"missing or not known, the first is {strangers[0]}; take the folder of an AutoencoderKL"
+        )
+    loaded: AutoencoderKL = vae
+    return loaded

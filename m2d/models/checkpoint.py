@@ -1,15 +1,15 @@
 """The checkpoint: a directory of safetensors and YAML that generation loads. No pickle anywhere.
 
-    checkpoint.yaml            what it is: step, stage, image size, classes, extractor, settings of the networks
-    vae/  unet/                load in plain diffusers (the U-Net's weights are the averaged ones)
-    conditioning.safetensors   averaged condition encoder, feature statistics and latent batch norm
-    training/                  what resuming needs besides (m2d.training.saving)
-    complete.json              written last: a directory without it is not a checkpoint
+checkpoint.yaml            what it is: step, stage, image size, classes, extractor, settings of the networks
+vae/  unet/                load in plain diffusers (the U-Net's weights are the averaged ones)
+conditioning.safetensors   averaged condition encoder, feature statistics and latent batch norm
+training/                  what resuming needs besides (m2d.training.saving)
+complete.json              written last: a directory without it is not a checkpoint
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,17 +114,29 @@ def read_info(path: str | Path) -> CheckpointInfo:
     if not directory.is_dir():
         raise CheckpointError(f"checkpoint: {path} is not a directory; name one such as EXPERIMENT/checkpoints/best")
     if not (directory / COMPLETE).is_file():
-        inside = sorted(child.name for child in directory.iterdir() if (child / COMPLETE).is_file())
-        hint = f"did you mean {directory / inside[-1]}?" if inside else "name one that holds complete.json"
+        inside = sorted(
+            marker.parent for marker in [*directory.glob("*/" + COMPLETE), *directory.glob("checkpoints/*/" + COMPLETE)]
+        )
+        hint = f"did you mean {inside[-1]}?" if inside else "name one that holds complete.json"
         raise CheckpointError(f"checkpoint: {path} is not a complete checkpoint; {hint}")
     _check_files(directory)
-    document = yaml.safe_load((directory / "checkpoint.yaml").read_text(encoding="utf-8"))
-    if document.pop("format", None) != FORMAT:
-        raise CheckpointError(f"checkpoint: {path} has another format than {FORMAT}; use the M2D version that wrote it")
-    document["classes"] = tuple(document["classes"])
-    if document["classes"] != CLASSES:
-        raise CheckpointError(f"checkpoint: {path} was trained on classes {' '.join(document['classes'])}")
-    return CheckpointInfo(**document)
+    try:
+        document = yaml.safe_load((directory / "checkpoint.yaml").read_text(encoding="utf-8"))
+        written_as = document.pop("format", None)
+        info = CheckpointInfo(**document) if written_as == FORMAT else None
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint: {directory / 'checkpoint.yaml'} is damaged ({_first_line(error)})"
+        ) from None
+    if info is None:
+        raise CheckpointError(
+            f"checkpoint: {path} is of format {written_as}, this M2D reads {FORMAT}; use the version that wrote it"
+        )
+    if tuple(info.classes) != CLASSES:
+        raise CheckpointError(
+            f"checkpoint: {path} was trained on classes {' '.join(info.classes)}, this M2D has {' '.join(CLASSES)}"
+        )
+    return replace(info, classes=CLASSES)
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -132,8 +144,8 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     info = read_info(path)
     directory = Path(path)
     try:
-        vae = AutoencoderKL.from_pretrained(directory / "vae", local_files_only=True)
-        unet = UNet2DConditionModel.from_pretrained(directory / "unet", local_files_only=True)
+        vae = _strictly(AutoencoderKL, directory / "vae")
+        unet = _strictly(UNet2DConditionModel, directory / "unet")
         conditioning = ConditionEncoder(ConditioningConfig(**info.conditioning), info.feature_dim)
         denoiser = Denoiser(unet, conditioning, int(unet.config.in_channels))
         rest = load_file(directory / "conditioning.safetensors")
@@ -141,7 +153,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(f"checkpoint: {path} cannot be loaded ({_first_line(error)}); take another one") from None
     missing = [name for name in missing if not name.startswith("unet.")]
     if missing or unexpected:
         raise CheckpointError(f"checkpoint: {path} lacks {missing} and has unknown {unexpected}")
@@ -154,12 +166,29 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     )
 
 
+def _strictly(network: type[NetworkT], folder: Path) -> NetworkT:
+    """diffusers would warn of a missing tensor and leave it at random values."""
+    loaded, told = network.from_pretrained(folder, local_files_only=True, output_loading_info=True)  # type: ignore[attr-defined]
+    strangers = [*told["missing_keys"], *told["unexpected_keys"], *told["mismatched_keys"]]
+    if strangers:
+        raise CheckpointError(f"checkpoint: the weights in {folder} do not fit its config.json: {strangers[0]}")
+    network_loaded: NetworkT = loaded
+    return network_loaded
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _frozen(network: NetworkT, device: str | torch.device) -> NetworkT:
     return network.eval().requires_grad_(False).to(device)
 
 
 def _check_files(directory: Path) -> None:
-    listed = json.loads((directory / COMPLETE).read_text(encoding="utf-8"))["files"]
+    try:
+        listed = dict(json.loads((directory / COMPLETE).read_text(encoding="utf-8"))["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint: {directory / COMPLETE} is damaged ({_first_line(error)})") from None
     for name, size in listed.items():
         path = directory / name
         if not path.is_file() or path.stat().st_size != size:
@@ -168,7 +197,13 @@ def _check_files(directory: Path) -> None:
 
 def _inference_hash(directory: Path) -> str:
     digest = hashlib.sha256()
-    for name in ("vae/config.json", f"vae/{WEIGHTS}", "unet/config.json", f"unet/{WEIGHTS}", "conditioning.safetensors"):
+    for name in (
+        "vae/config.json",
+        f"vae/{WEIGHTS}",
+        "unet/config.json",
+        f"unet/{WEIGHTS}",
+        "conditioning.safetensors",
+    ):
         with (directory / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,9 @@ class FeatureDistance(nn.Module):
 
     @staticmethod
     def _distance(extractor: FeatureExtractor, images: Tensor, targets: Tensor) -> Tensor:
-        first, second = (extractor.pyramid(((x + 1) * 127.5 - extractor.mean) / extractor.std) for x in (images, targets))
+        first, second = (
+            extractor.pyramid(((x + 1) * 127.5 - extractor.mean) / extractor.std) for x in (images, targets)
+        )
         total = images.new_zeros(images.shape[0])
         for a, b in zip(first, second, strict=True):
             difference = F.normalize(a, dim=1, eps=1e-6) - F.normalize(b, dim=1, eps=1e-6)
@@ -49,14 +51,15 @@ class LpipsDistance(nn.Module):
         super().__init__()
         self._network = [_load_lpips(net)]
 
-    def to(self, *args: object, **kwargs: object) -> "LpipsDistance":
+    def to(self, *args: Any, **kwargs: Any) -> "LpipsDistance":
         """Moves the hidden network too."""
         self._network[0].to(*args, **kwargs)
         return self
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """images, targets: [B, 3, H, W] in [-1, 1]. Returns [B]."""
-        distance: Tensor = self._network[0](images, targets)
+        with torch.autocast(images.device.type, enabled=False):
+            distance: Tensor = self._network[0](images.float(), targets.float())
         return distance.flatten()
 
 

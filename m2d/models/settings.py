@@ -109,7 +109,9 @@ class ConditioningConfig:
 
     def __post_init__(self) -> None:
         for name in ("class_dropout", "feature_dropout"):
-            _require(0 <= getattr(self, name) <= 1, f"conditioning.{name} is {getattr(self, name)}; it is a probability")
+            _require(
+                0 <= getattr(self, name) <= 1, f"conditioning.{name} is {getattr(self, name)}; it is a probability"
+            )
         _require(self.feature_noise >= 0, f"conditioning.feature_noise is {self.feature_noise}; it must be at least 0")
         _require(self.feature_tokens >= 1, "conditioning.feature_tokens must be at least 1")
         _require(self.context_dim >= 1, "conditioning.context_dim must be at least 1")

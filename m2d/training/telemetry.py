@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
 
@@ -54,14 +54,21 @@ class MetricsLog:
 class Wandb:
     """A wandb run that never stops training: what fails is said once and then left."""
 
-    def __init__(self, folder: Path, project: str, name: str, mode: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        project: str,
+        name: str,
+        mode: Literal["online", "offline", "disabled"],
+        config: dict[str, Any],
+    ) -> None:
         self._run: Any = None
         os.environ.setdefault("WANDB_SILENT", "true")
         try:
             import wandb
 
             self._run = wandb.init(
-                project=project, name=name, id=name, resume="allow", mode=mode, dir=str(folder), config=config,
+                project=project, name=name, id=name, resume="allow", mode=mode, dir=str(folder), config=config
             )
         except Exception as error:
             logger.warning("wandb is off for this run: %s", error)
@@ -78,4 +85,8 @@ class Wandb:
     def finish(self) -> None:
         """Send what is left."""
         if self._run is not None:
-            self._run.finish(quiet=True)
+            try:
+                self._run.finish()
+            except Exception as error:
+                logger.warning("wandb could not send the end of the run: %s", error)
+            self._run = None
