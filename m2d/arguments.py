@@ -1,4 +1,4 @@
-"""Command-line arguments for a dataclass of settings: every field is a flag, and its trailing comment is the flag's help.
+"""Command-line arguments for a dataclass of settings: each field is a flag, its trailing comment the flag's help.
 
 m2d.cli calls it. It knows no command and imports nothing heavy.
 """
@@ -100,7 +100,7 @@ def _explain(parser: ArgumentParser, config: type) -> None:
 
 
 def _spelled_out(arguments: Sequence[str], config: type, preset_path: Callable[[str], Path] | None) -> list[str]:
-    """As jsonargparse wants them: --preset as --config, files before flags, underscores, and `true` for a bare switch."""
+    """As jsonargparse wants them: --preset as --config, files first, underscores, `true` for a bare switch."""
     kinds = dict(setting_types(config))
     files: list[str] = []
     flags: list[str] = []

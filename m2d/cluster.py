@@ -1,4 +1,4 @@
-"""The only place that calls ray.init: joins the cluster that RAY_ADDRESS names, or starts one on this machine, quietly."""
+"""The only place that calls ray.init: joins the cluster that RAY_ADDRESS names or starts one here, quietly."""
 
 import atexit
 import logging
@@ -34,8 +34,8 @@ def ray_cluster(*, verbose: bool = False, min_cpus: float = 1.0) -> Iterator[Non
         except ConnectionError as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"RAY_ADDRESS: no Ray cluster answers at {os.environ['RAY_ADDRESS']} ({reason}); start one there, or unset "
-                "RAY_ADDRESS to use this machine"
+                f"RAY_ADDRESS: no Ray cluster answers at {os.environ['RAY_ADDRESS']} ({reason}); start one there, or "
+                "unset RAY_ADDRESS to use this machine"
             ) from None
     else:
         _use_private_token()

@@ -4,7 +4,6 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-
 from m2d.classes import CLASSES
 from m2d.config import TrainConfig
 from m2d.data.demo import write_demo_dataset
@@ -18,7 +17,7 @@ NAME = "demo"
 
 
 def run_demo(directory: str, images: int, num_samples: int, fresh: bool) -> Path:
-    """Run the demo in a directory; returns its report. Run again, it goes on where it stopped or shows what is there."""
+    """Run the demo in a directory; returns its report. Run again, it goes on where it stopped."""
     root = Path(directory).resolve()
     data_root, experiments = root / "data", root / "experiments"
     counts = write_demo_dataset(data_root, total=images)

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,12 @@ class Experiment:
             here = _complete_checkpoints(pyarrow.fs.LocalFileSystem(), str(self.path))
             if here and (not there or here[-1] >= there[-1]):
                 return
+            _make_folders(self.path)  # object stores know no empty ones
             copy_changed(self.remote, str(self.path), lambda name: not name.startswith("checkpoints/step_"))
             record = self.checkpoints / "best.json"
             best = json.loads(record.read_text(encoding="utf-8"))["checkpoint"] if record.is_file() else None
-            for checkpoint in {*there[-1:], best} - {None}:
-                copy_changed(
-                    inside(self.remote, f"checkpoints/{checkpoint}"), str(self.checkpoints / checkpoint), _anything
-                )
+            for name in {*there[-1:], *([best] if best else [])}:
+                copy_changed(inside(self.remote, f"checkpoints/{name}"), str(self.checkpoints / name), _anything)
             if best is not None:
                 (self.checkpoints / "best").unlink(missing_ok=True)
                 (self.checkpoints / "best").symlink_to(best)
@@ -207,14 +206,13 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
         except OSError as error:
             raise _unreachable(root, "written", error) from None
     experiment = Experiment(path.resolve(), inside(root, path.name) if remote else None)
-    for folder in FOLDERS:
-        (path / folder).mkdir()
+    _make_folders(path)
     _write_text(path / CONFIG, yaml.safe_dump(config, sort_keys=False))
     experiment.publish(CONFIG)  # before the info, which makes the folder an experiment
     experiment.update_info(
         name=path.name,
         state="running",
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=without_secrets(shlex.join(command)),
         versions=environment(),
         git=_back_up_code(path / "code_backup"),
@@ -247,6 +245,11 @@ def _complete_checkpoints(filesystem: pyarrow.fs.FileSystem, root: str) -> list[
     names = sorted(info.base_name for info in folders if info.base_name.startswith("step_"))
     markers = filesystem.get_file_info([f"{root}/checkpoints/{name}/complete.json" for name in names])
     return [name for name, marker in zip(names, markers) if marker.type == pyarrow.fs.FileType.File]
+
+
+def _make_folders(path: Path) -> None:
+    for folder in FOLDERS:
+        (path / folder).mkdir(parents=True, exist_ok=True)
 
 
 def _anything(name: str) -> bool:

@@ -16,14 +16,16 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 1000px; margin: 2rem auto; padding: 0 1rem }}
 h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.15rem; margin-top: 2rem }}
-table {{ border-collapse: collapse }} td, th {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: left }}
+table {{ border-collapse: collapse }}
+td, th {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: left }}
 td.n {{ text-align: right; font-variant-numeric: tabular-nums }} img {{ max-width: 100% }}
 .swatch {{ display: inline-block; width: .8em; height: .8em; margin-right: .5em; border: 1px solid #888 }}
 .note {{ background: #fff6dd; padding: .5rem .8rem; border-left: 4px solid #e69f00; margin: .4rem 0 }}
 .wide {{ overflow-x: auto }}
 </style>
 <h1>{title}</h1><p>{summary}</p>{notes}
-<h2>Synthetic samples</h2><p>{samples_text}</p><img alt="synthetic samples, a row for each class" src="{samples}">
+<h2>Synthetic samples</h2><p>{samples_text}</p>
+<img alt="synthetic samples, a row for each class" src="{samples}">
 <h2>Training</h2><img alt="loss curves" src="{curves}">
 <h2>Validation</h2><div class="wide"><table>{validation}</table></div>
 <h2>Images by class</h2><div class="wide"><table>{counts}</table></div>
@@ -46,8 +48,9 @@ def write_report(experiment: Experiment, samples: Path) -> Path:
     page = PAGE.format(
         title=html.escape(f"M2D: {experiment.name}"),
         summary=html.escape(
-            f"{info['total_steps']} steps on {info['device']}, {info['precision']} precision, on {dataset['images']} images "
-            f"({dataset['rejected']} files rejected, {dataset['duplicates']} duplicates left out)."
+            f"{info['total_steps']} steps on {info['device']}, {info['precision']} precision, "
+            f"on {dataset['images']} images ({dataset['rejected']} files rejected, "
+            f"{dataset['duplicates']} duplicates left out)."
         ),
         notes="".join(f'<p class="note">{html.escape(line)}</p>' for line in info.get("degraded", [])),
         samples_text=html.escape(_samples_text(samples)),

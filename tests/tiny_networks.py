@@ -41,7 +41,7 @@ class TinyExtractor(FeatureExtractor):
 
 
 def tiny_networks(discriminator: bool = False) -> Networks:
-    """The same weights each time. The U-Net's last layer is drawn too: at its zero start nothing would reach the rest."""
+    """The same weights each time. The U-Net's last layer is drawn too: its zero start would stop every gradient."""
     torch.manual_seed(0)
     autoencoder = build_autoencoder(AUTOENCODER, IMAGE_SIZE)
     denoiser = build_denoiser(UNET, CONDITIONING, latent_channels=4, latent_size=8, feature_dim=FEATURE_DIM)

@@ -70,12 +70,12 @@ class StreamOrder:
         shuffled = _permutation(self.rows_per_epoch, self._seed, PICK_STREAM, epoch)
         rows = shuffled[np.argsort(self._labels[shuffled], kind="stable")]  # by class, in random order inside a class
         expected = self.expected_counts()[rows]
-        whole = np.floor(expected + 1e-9)  # 2.9999999999999996 is three
+        whole = np.floor(expected)
         extras = self.rows_per_epoch - int(whole.sum())
-        ends = np.minimum(np.cumsum(np.maximum(expected - whole, 0.0)), extras)
+        ends = np.minimum(np.cumsum(expected - whole), extras)
         ends[-1] = extras  # the sum in exact arithmetic
-        # 20 bits, so that start < 1 is not rounded up to 1 when it is added to a large end
-        start = (_generator(self._seed, PICK_STREAM, epoch, 1).random_raw() >> 44) / 2.0**20
+        # A start well inside (0, 1): a sum that floats make 0.9999999999999997 counts as the one that it is
+        start = ((_generator(self._seed, PICK_STREAM, epoch, 1).random_raw() >> 44) + 0.5) / 2.0**20
         extra = np.diff(np.floor(ends + start), prepend=0.0)
         return np.repeat(rows, (whole + extra).astype(np.int64))
 

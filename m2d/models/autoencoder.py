@@ -77,8 +77,8 @@ def _pretrained(location: str) -> AutoencoderKL:
     strangers = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
     if strangers:  # diffusers warns and leaves such tensors at random values
         raise CheckpointError(
-            f"autoencoder.pretrained: the weights in {location} do not fit its config.json: {len(strangers)} tensors are "
-            f"missing or not known, the first is {strangers[0]}; take the folder of an AutoencoderKL"
+            f"autoencoder.pretrained: the weights in {location} do not fit its config.json: {len(strangers)} tensors "
+            f"are missing or not known, the first is {strangers[0]}; take the folder of an AutoencoderKL"
         )
     loaded: AutoencoderKL = vae
     return loaded

@@ -45,8 +45,8 @@ class ConditionEncoder(nn.Module):
     ) -> Tensor:
         """Context tokens.
 
-        labels: int64 [B]; NUM_CLASSES is the null class. cls: [B, D] raw features, or None for no feature at all (sampling;
-        in training every parameter must get a gradient, so drop features by drop_feature there).
+        labels: int64 [B]; NUM_CLASSES is the null class. cls: [B, D] raw features, or None for no feature at all
+        (sampling; in training every parameter must get a gradient, so drop features by drop_feature there).
         drop_feature: bool [B], True where the feature is left out. noise: [B, D] standard normal, scaled by
         noise_level [B] (0 where None). Returns [B, 1 + K, context_dim].
         """

@@ -106,11 +106,13 @@ def load_feature_extractor(name: str, weights: str | None = None, input_size: in
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken file makes of torch's reader
         raise CheckpointError(
-            f"feature extractor weights {path} cannot be read as plain tensors ({type(error).__name__}); give a state dict "
-            "saved by torch.save"
+            f"feature extractor weights {path} cannot be read as plain tensors ({type(error).__name__}); give a state "
+            "dict saved by torch.save"
         ) from None
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(f"feature extractor weights {path} hold something else than named tensors")
+        raise CheckpointError(
+            f"feature extractor weights {path} hold something else than named tensors; give a state dict"
+        )
     return EfficientNetLite0(state, input_size or 224)
 
 

@@ -36,7 +36,7 @@ class Denoiser(nn.Module):
         return self.latent_norm.denormalize(normalized)
 
     def context(self, labels: Tensor, cls: Tensor | None = None) -> Tensor:
-        """Cross-attention context [B, L, Dc] of labels int64 [B] (NUM_CLASSES: null) and raw features [B, D] or None."""
+        """Cross-attention context [B, L, Dc] of labels int64 [B] (NUM_CLASSES: null), raw features [B, D] or None."""
         tokens: Tensor = self.conditioning(labels, cls)
         return tokens
 

@@ -63,7 +63,8 @@ class Console:
 
     def _show_bar(self, metrics: Path, total: int, start: int, stop: threading.Event) -> None:
         columns = (
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}")
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"),
         )  # fmt: skip
         with Progress(*columns, console=self.rich, transient=False) as bar:
             since = time.time()
@@ -86,7 +87,9 @@ class Console:
             if record and record["step"] > shown and due:
                 shown, at = record["step"], time.monotonic()
                 left = (total - shown) * (at - began) / max(shown - start, 1)
-                self.say(f"step {shown}/{total}  epoch {record['epoch']:.2f}  {_describe(record)}  {left / 60:.1f} min left")
+                self.say(
+                    f"step {shown}/{total}  epoch {record['epoch']:.2f}  {_describe(record)}  {left / 60:.1f} min left"
+                )
             if ended:
                 return
 

@@ -1,20 +1,24 @@
 """Exponential moving average of a module's parameters and float buffers, without a host synchronisation."""
 
 import copy
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 
-class Ema:
+
+class Ema(Generic[NetworkT]):
     """Keeps `module`, a frozen copy that follows the trained one.
 
     Decay at update n is min(decay, (1 + n) / (warmup + n)), so that early averages forget the random start. Buffers are
     averaged too: the latent batch norm's statistics must suit the averaged weights (REPA-E).
     """
 
-    def __init__(self, source: nn.Module, decay: float, warmup: float = 10.0) -> None:
-        self.module = copy.deepcopy(source).eval().requires_grad_(False)
+    def __init__(self, source: NetworkT, decay: float, warmup: float = 10.0) -> None:
+        self.module: NetworkT = copy.deepcopy(source)
+        self.module.eval().requires_grad_(False)
         self.decay = decay
         self.warmup = warmup
         self.updates = torch.zeros((), device=next(source.parameters()).device)

@@ -37,7 +37,7 @@ class LatentTable:
         return LatentBatch(**columns, labels=self._labels[torch.from_numpy(rows)])
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance [C] of the sampled latents over everything cached: E[mean], E[mean^2 + std^2] - E[mean]^2."""
+        """Mean and variance [C] of sampled latents over all entries: E[mean], E[mean^2 + std^2] - E[mean]^2."""
         count, first, second = 0, torch.zeros(()), torch.zeros(())
         for shard in self._shards:
             mean, std = shard["mean"].double(), shard["std"].double()

@@ -1,4 +1,4 @@
-"""The worker loop inside Ray Train: connects `train_worker` to the stream, the device and the reports of a Ray worker."""
+"""The worker loop inside Ray Train: gives `train_worker` the stream, the device and the reports of a Ray worker."""
 
 import logging
 from collections.abc import Iterator

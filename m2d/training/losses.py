@@ -11,7 +11,7 @@ def diffusion_loss(velocity: Tensor, target: Tensor) -> Tensor:
 
 
 def reconstruction_loss(reconstructed: Tensor, images: Tensor) -> Tensor:
-    """Mean absolute error, [B, 3, H, W] in [-1, 1] each. Source: REPA-E's code (its paper says MSE; issue #29 there)."""
+    """Mean absolute error, [B, 3, H, W] in [-1, 1] each. Source: REPA-E's code (its paper says MSE; its issue 29)."""
     return F.l1_loss(reconstructed.float(), images.float())
 
 

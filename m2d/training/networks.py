@@ -11,7 +11,7 @@ from m2d.errors import CheckpointError
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import load_checkpoint
 from m2d.models.discriminator import PatchDiscriminator
-from m2d.models.feature_extractor import FeatureExtractor, load_feature_extractor
+from m2d.models.feature_extractor import load_feature_extractor
 from m2d.models.projector import AlignmentProjector
 from m2d.models.unet import build_denoiser, middle_channels
 from m2d.training.step import Networks
@@ -49,7 +49,7 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
 def _place(module: nn.Module, device: torch.device, channels_last: bool) -> None:
     module.to(device)
     if channels_last:
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module.to(memory_format=torch.channels_last)
 
 
 def _start_from(path: str, networks: Networks) -> None:

@@ -65,7 +65,11 @@ def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
             f"{index}.{key}": tensor for index, entry in optimizer["state"].items() for key, tensor in entry.items()
         }
         save_tensors(moments, training / f"optimizer_{name}.safetensors")
-    counters = {"ema_updates": state["ema"]["ema_updates"], "skipped": state["skipped"], "random_state": snapshot.random_state}
+    counters = {
+        "ema_updates": state["ema"]["ema_updates"],
+        "skipped": state["skipped"],
+        "random_state": snapshot.random_state,
+    }
     save_tensors(counters, training / "counters.safetensors")
     document = {"metrics": snapshot.metrics, "scaler": state["scaler"], "position": state.get("position", {})}
     (training / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
@@ -85,7 +89,9 @@ def load_training_state(directory: Path, state: dict[str, Any]) -> tuple[dict[st
     document = json.loads((training / "state.json").read_text(encoding="utf-8"))
     counters = load_file(training / "counters.safetensors")
     averaged = load_file(directory / "conditioning.safetensors")
-    averaged |= {f"unet.{k}": v for k, v in load_file(directory / "unet" / "diffusion_pytorch_model.safetensors").items()}
+    averaged |= {
+        f"unet.{k}": v for k, v in load_file(directory / "unet" / "diffusion_pytorch_model.safetensors").items()
+    }
     vae = load_file(directory / "vae" / "diffusion_pytorch_model.safetensors")
     networks = {"autoencoder": {f"vae.{name}": tensor for name, tensor in vae.items()}}
     for name in state["networks"]:

@@ -27,12 +27,14 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
-            _require(isfinite(weight) and weight >= 0, f"loss_weights.{name} is {weight}; it must be a number of at least 0")
+            _require(
+                isfinite(weight) and weight >= 0, f"loss_weights.{name} is {weight}; it must be a number of at least 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW for each network; the learning rate is a function of the step, so a resumed run needs no scheduler state."""
+    """AdamW for each network. The learning rate follows from the step alone, so resuming needs no scheduler state."""
 
     lr_autoencoder: float = 1e-4  # peak learning rate
     lr_denoiser: float = 1e-4  # of the U-Net, the conditioning and the projector

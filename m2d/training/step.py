@@ -1,7 +1,7 @@
 """One training step, in pure torch: runs in a test, a notebook or a bare GPU box as well as in a Ray worker.
 
-Design section 5. `JointStep` trains VAE and U-Net together as REPA-E does; `LatentStep` trains the U-Net alone on cached
-posteriors. Both skip a step whose loss or gradient is not finite, count it, and leave every tensor as it was.
+`JointStep` trains VAE and U-Net together as REPA-E does (arXiv 2504.10483); `LatentStep` trains the U-Net alone on
+cached posteriors. Both skip a step whose loss or gradient is not finite, count it, and leave every tensor as it was.
 """
 
 from collections.abc import Sequence
@@ -162,7 +162,12 @@ class JointStep(_Step):
     """VAE and U-Net together. The diffusion loss never reaches the VAE; the alignment loss does."""
 
     def __init__(
-        self, networks: Networks, perceptual: nn.Module, config: StepConfig, device: torch.device, distributed: bool = False
+        self,
+        networks: Networks,
+        perceptual: nn.Module,
+        config: StepConfig,
+        device: torch.device,
+        distributed: bool = False,
     ) -> None:
         super().__init__(networks, config, device)
         optimizer = config.optimizer
@@ -171,9 +176,7 @@ class JointStep(_Step):
             self.autoencoder_phase.compile()
         self.optimized["autoencoder"] = Optimized(networks.autoencoder, optimizer, optimizer.lr_autoencoder)
         if networks.discriminator is not None:
-            self.optimized["discriminator"] = Optimized(
-                networks.discriminator, optimizer, optimizer.lr_discriminator
-            )
+            self.optimized["discriminator"] = Optimized(networks.discriminator, optimizer, optimizer.lr_discriminator)
         self._autoencoder = _parallel(self.autoencoder_phase, device) if distributed else self.autoencoder_phase
         self._denoiser = _parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
         self._discriminator: nn.Module | None = networks.discriminator
@@ -273,7 +276,7 @@ class LatentStep(_Step):
             )
             latents = mean.float() + std.float() * draws.posterior
             synchronise = number == len(micro_batches) - 1 or not isinstance(self._denoiser, DistributedDataParallel)
-            with nullcontext() if synchronise else self._denoiser.no_sync():  # type: ignore[union-attr,operator]
+            with nullcontext() if synchronise else self._denoiser.no_sync():  # type: ignore[operator]
                 with self.autocast():
                     flow = self._denoiser(latents, labels, Features(cls.float(), patches.float()), draws, False)
                 losses = {"diffusion": flow.diffusion, "alignment": flow.alignment, "manifold": flow.manifold}

@@ -5,7 +5,8 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ def train(config: TrainConfig) -> Experiment:
     config = _absolute(config)
     console = Console()
     data_root = config.checked_data_root
-    on_gpu = _gpus_wanted(config)
     experiment, resumed = open_experiment(
         config.experiments_dir, config.name, as_dict(config), fresh=config.fresh, command=sys.argv
     )
@@ -44,28 +44,40 @@ def train(config: TrainConfig) -> Experiment:
         console.say(f"experiment: {experiment.path}{' (resumed)' if resumed else ''}")
         try:
             catalog = _catalog(config, experiment, data_root, console)
-            degraded: list[str] = []
-            plan = RunPlan(
-                config=config,
-                experiment=experiment,
-                world_size=max(config.num_workers, 1),
-                train_images=_count(catalog, "train"),
-                precision=_precision(config, on_gpu),
-                perceptual=_perceptual(config, degraded),
-            )
-            _announce(plan, catalog, on_gpu, degraded, console)
-            if _steps_done(plan) < plan.total_steps:
-                with console.progress(experiment.path / "metrics" / "train.jsonl", plan.total_steps, _steps_done(plan)):
-                    _run_workers(plan, on_gpu)
+            with _resources(config):
+                _train_in(config, experiment, catalog, console)
         except BaseException as error:
             if isinstance(error, M2DError) and not (experiment.path / CATALOG).is_file():
                 shutil.rmtree(experiment.path)  # nothing was begun: a wrong data_root leaves no trace
             else:
                 experiment.update_info(state="failed", error=f"{type(error).__name__}: {error}"[:2000])
             raise
-        experiment.update_info(state="done", finished=datetime.now(timezone.utc).isoformat(timespec="seconds"), error=None)
-        console.say(f"done: {_steps_done(plan)} steps; best checkpoint: {experiment.checkpoints / 'best'}")
+        experiment.update_info(state="done", finished=datetime.now(UTC).isoformat(timespec="seconds"), error=None)
+        console.say(f"done; best checkpoint: {experiment.checkpoints / 'best'}")
     return experiment
+
+
+def _train_in(config: TrainConfig, experiment: Experiment, catalog: pa.Table, console: Console) -> None:
+    """Plan and run, once the data is known and the resources are there."""
+    degraded: list[str] = []
+    on_gpu = _on_gpu(config)
+    plan = RunPlan(
+        config=config,
+        experiment=experiment,
+        world_size=max(config.num_workers, 1),
+        train_images=_count(catalog, "train"),
+        precision=_precision(config, on_gpu),
+        perceptual=_perceptual(config, degraded),
+    )
+    _announce(plan, catalog, on_gpu, degraded, console)
+    done = _steps_done(plan)
+    if done >= plan.total_steps:
+        return
+    with console.progress(experiment.path / "metrics" / "train.jsonl", plan.total_steps, done):
+        if config.num_workers == 0:
+            train_worker(plan, _LocalLink(plan, torch.device("cuda" if on_gpu else "cpu")))
+        else:
+            _fit(plan, on_gpu)
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -118,14 +130,33 @@ def _count(catalog: pa.Table, split: str) -> int:
     return count
 
 
-def _gpus_wanted(config: TrainConfig) -> bool:
-    return bool(torch.cuda.is_available())
+def _resources(config: TrainConfig) -> AbstractContextManager[None]:
+    """Ray, unless the calling process trains."""
+    if config.num_workers == 0:
+        return nullcontext()
+    needed = config.num_workers * config.ray.cpus_per_worker + config.data.read_cpus + 1
+    return ray_cluster(verbose=config.verbose, min_cpus=needed)
+
+
+def _on_gpu(config: TrainConfig) -> bool:
+    """Whether workers get a GPU each: this process's, or the cluster's (where the driver may have none)."""
+    if config.num_workers == 0:
+        return torch.cuda.is_available()
+    import ray
+
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if 0 < gpus < config.num_workers:
+        raise ConfigError(f"num_workers is {config.num_workers} and the cluster has {gpus:g} GPUs; lower --num_workers")
+    return bool(gpus)
 
 
 def _precision(config: TrainConfig, on_gpu: bool) -> Precision:
     if config.mixed_precision is not None:
         return config.mixed_precision
-    return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "no"
+    if not on_gpu:
+        return "no"
+    known_without = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
+    return "fp16" if known_without else "bf16"
 
 
 def _perceptual(config: TrainConfig, degraded: list[str]) -> PerceptualKind:
@@ -151,7 +182,8 @@ def _announce(plan: RunPlan, catalog: pa.Table, on_gpu: bool, degraded: list[str
     if config.feature_extractor.name == "efficientnet-lite0":
         degraded.append("features come from ImageNet EfficientNet-Lite0, not from PanDerm")
     counts = class_counts(catalog, "train")
-    device = f"{plan.world_size} x {torch.cuda.get_device_name()}" if on_gpu else f"{plan.world_size} CPU worker(s)"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
+    device = f"{plan.world_size} x {gpu}" if on_gpu else f"{plan.world_size} CPU worker(s)"
     console.say(
         f"training {config.stage} on {device}, {plan.precision} precision: {plan.total_steps} steps of "
         f"{plan.global_batch} images at {config.data.image_size} px, {plan.steps_per_epoch} steps an epoch"
@@ -176,16 +208,6 @@ def _steps_done(plan: RunPlan) -> int:
     return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 
 
-def _run_workers(plan: RunPlan, on_gpu: bool) -> None:
-    if plan.config.num_workers == 0:
-        train_worker(plan, _LocalLink(plan, torch.device("cuda" if on_gpu else "cpu")))
-        return
-    workers, data = plan.world_size, plan.config.data
-    needed = workers * plan.config.ray.cpus_per_worker + data.read_cpus + 1
-    with ray_cluster(verbose=plan.config.verbose, min_cpus=needed):
-        _fit(plan, on_gpu)
-
-
 def _fit(plan: RunPlan, on_gpu: bool) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -194,7 +216,7 @@ def _fit(plan: RunPlan, on_gpu: bool) -> None:
     from m2d.training.loop import StreamFactory, ray_worker
 
     config = plan.config
-    # Ray's own list of reported checkpoints must all exist, but m2d.training.saving deletes old ones; resuming reads the
+    # Ray asks that every checkpoint on its own list exist, but m2d.training.saving deletes old ones; resuming reads the
     # directory, so Ray starts each time with an empty list.
     (plan.experiment.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     trainer = TorchTrainer(
@@ -230,7 +252,9 @@ def _cause(error: Exception, plan: RunPlan) -> Exception:
         if isinstance(current, M2DError):
             return type(current)(str(current))
         seen += [e for e in (current.__cause__, current.__context__, getattr(current, "cause", None)) if e is not None]
-    return TrainingError(f"a worker failed: {str(error).strip().splitlines()[-1]}; its log: {plan.experiment.path / 'logs'}")
+    return TrainingError(
+        f"a worker failed: {str(error).strip().splitlines()[-1]}; its log: {plan.experiment.path / 'logs'}"
+    )
 
 
 class _LocalLink:

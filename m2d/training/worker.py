@@ -158,9 +158,7 @@ class _Run:
         config = self.plan.config
         generator = torch.Generator(self.link.device)
         generator.manual_seed(draws_seed(config.seed, micro_batch, self.link.rank))
-        return draw(
-            generator, config.batch_size, self.latent_shape, self.networks.extractor.dim, config.conditioning
-        )
+        return draw(generator, config.batch_size, self.latent_shape, self.networks.extractor.dim, config.conditioning)
 
     def _log_scalars(self, step: int, speed: dict[str, float]) -> None:
         scalars = self.step.read_scalars()

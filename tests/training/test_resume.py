@@ -30,7 +30,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """70 noisy images of a class-dependent colour: 56 of them train, so an epoch is 14 steps and 8 stands in its middle."""
+    """70 noisy images of a class-dependent colour; 56 train, so an epoch is 14 steps and 8 stands in its middle."""
     root = tmp_path_factory.mktemp("data")
     generator = torch.Generator().manual_seed(0)
     for index, code in enumerate(CLASSES):

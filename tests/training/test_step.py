@@ -163,9 +163,7 @@ def test_accumulating_micro_batches_equals_one_batch(
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
-    poison: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(poison: str, monkeypatch: pytest.MonkeyPatch) -> None:
     networks = tiny_networks(discriminator=True)
     step = tiny_step(networks)
     step([tiny_batch(seed=1)], 0)
@@ -183,7 +181,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     step([tiny_batch(seed=2)], 1)
     after = step.state_dict()
     assert after.pop("skipped").item() == before.pop("skipped").item() + 1
-    rates = [group.pop("lr") for state in (before, after) for o in state["optimizers"].values() for group in o["param_groups"]]
+    rates = [
+        group.pop("lr")
+        for state in (before, after)
+        for o in state["optimizers"].values()
+        for group in o["param_groups"]
+    ]
     assert rates  # the rate of the next step may be set; nothing else may differ
     assert_close(after, before, rtol=0, atol=0)
 

@@ -63,7 +63,16 @@ def records(experiment: Path, name: str) -> list[dict[str, float]]:
 def test_two_workers_train_both_stages_and_the_result_generates(
     ray_cluster: None, data_root: Path, tmp_path: Path
 ) -> None:
-    settings = ["--num_workers", "2", "--max_steps", "6", "--saving.every_steps", "3", "--schedule.vae_warmup_fraction", "0.3"]
+    settings = [
+        "--num_workers",
+        "2",
+        "--max_steps",
+        "6",
+        "--saving.every_steps",
+        "3",
+        "--schedule.vae_warmup_fraction",
+        "0.3",
+    ]
     joint = train(config_of(data_root, tmp_path / "joint", *settings))
     assert joint.info()["state"] == "done"
     assert [record["step"] for record in records(joint.path, "train")] == [1, 2, 3, 4, 5, 6]
@@ -129,7 +138,16 @@ def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint_and_the_run_end
     import psutil
 
     config = config_of(
-        data_root, tmp_path, "--num_workers", "2", "--max_steps", "40", "--saving.every_steps", "5", "--saving.keep_last", "9"
+        data_root,
+        tmp_path,
+        "--num_workers",
+        "2",
+        "--max_steps",
+        "40",
+        "--saving.every_steps",
+        "5",
+        "--saving.keep_last",
+        "9",
     )
     killed: list[int] = []
 
