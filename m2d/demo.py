@@ -4,8 +4,9 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+from m2d.arguments import parse_arguments
 from m2d.classes import CLASSES
-from m2d.config import TrainConfig
+from m2d.config import TrainConfig, preset_path
 from m2d.data.demo import write_demo_dataset
 from m2d.experiment import list_experiments
 from m2d.generation.run import generate
@@ -40,8 +41,8 @@ def run_demo(directory: str, images: int, num_samples: int, fresh: bool) -> Path
 
 def _config(data_root: Path, experiments: Path, fresh: bool) -> TrainConfig:
     """The demo preset, in the demo's folders."""
-    from m2d.cli import parse
-
     places = ["--data_root", str(data_root), "--experiments_dir", str(experiments), "--name", NAME]
-    config: TrainConfig = parse("train", ["--preset", "demo", *places])
+    config = parse_arguments(
+        TrainConfig, ["--preset", "demo", *places], prog="demo", description="", preset_path=preset_path
+    )
     return dataclasses.replace(config, fresh=fresh)

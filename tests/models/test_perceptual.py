@@ -1,0 +1,133 @@
+"""Perceptual distances: a closed form with an extractor of known maps, and the properties of a distance."""
+
+import pytest
+import torch
+import torch.hub
+from torch import Tensor
+from torch.testing import assert_close
+
+from m2d.models import perceptual
+from m2d.models.feature_extractor import FeatureExtractor, load_feature_extractor
+from m2d.models.perceptual import FeatureDistance, LpipsDistance, build_perceptual, lpips_available
+
+
+class ImageItself(FeatureExtractor):
+    """The pyramid is the image and its half, in the units of [-1, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__("itself", 3, 4, torch.full((3,), 127.5), torch.full((3,), 127.5))
+        self.weight = torch.nn.Parameter(torch.ones(()), requires_grad=False)
+        self.dtypes: list[torch.dtype] = []
+
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        x = x * self.weight
+        self.dtypes.append((x.flatten(2) @ torch.ones(x.shape[2] * x.shape[3], 1)).dtype)  # matmul obeys autocast
+        return [x, x[..., ::2, ::2]]
+
+
+def test_orthogonal_pixels_are_two_apart() -> None:
+    """|a/|a| - b/|b||^2 = 2 for orthogonal pixel vectors, at any length; half the pixels differ, so 1."""
+    images, targets = torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
+    images[:, 0] = 0.5
+    targets[:, 0], targets[:, 0, :, :2] = 0.25, 0.0
+    targets[:, 1, :, :2] = 1.0
+    assert_close(FeatureDistance(ImageItself())(images, targets), torch.tensor([1.0]))
+
+
+def test_opposite_pixels_are_four_apart_in_every_map() -> None:
+    images = torch.full((2, 3, 4, 4), 0.3)
+    assert_close(FeatureDistance(ImageItself())(images, -images), torch.tensor([4.0, 4.0]))
+
+
+@pytest.fixture(scope="module")
+def distance() -> FeatureDistance:
+    return FeatureDistance(load_feature_extractor("efficientnet-lite0", input_size=64))
+
+
+def some_images(seed: int) -> Tensor:
+    """Smooth random images [2, 3, 32, 32] in [-1, 1]."""
+    coarse = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=(32, 32), mode="nearest")
+
+
+def test_equal_images_are_zero_apart(distance: FeatureDistance) -> None:
+    assert distance(some_images(0), some_images(0)).tolist() == [0.0, 0.0]
+
+
+def test_it_is_symmetric(distance: FeatureDistance) -> None:
+    there, back = distance(some_images(0), some_images(1)), distance(some_images(1), some_images(0))
+    assert_close(there, back)
+
+
+def test_it_grows_with_blur(distance: FeatureDistance) -> None:
+    sharp = some_images(0)
+    blurred = [
+        torch.nn.functional.avg_pool2d(torch.nn.functional.pad(sharp, (r, r, r, r), mode="reflect"), 2 * r + 1, stride=1)
+        for r in (1, 2, 4)
+    ]
+    distances = torch.stack([distance(images, sharp) for images in blurred])
+    assert (distances.diff(dim=0) > 0).all()
+
+
+def test_the_gradient_reaches_the_images_and_not_the_extractor() -> None:
+    extractor = load_feature_extractor("efficientnet-lite0", input_size=64)
+    images = some_images(0).requires_grad_()
+    FeatureDistance(extractor)(images, some_images(1)).sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in extractor.parameters())
+
+
+def test_inside_autocast_it_computes_in_float32() -> None:
+    extractor = ImageItself()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = FeatureDistance(extractor)(some_images(0).bfloat16(), some_images(1))
+    assert {*extractor.dtypes, result.dtype} == {torch.float32}
+
+
+def test_the_extractor_is_in_no_state_dict() -> None:
+    assert build_perceptual("features", ImageItself()).state_dict() == {}
+
+
+@pytest.fixture
+def no_weights_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise OSError("the network is not to be had\nmore lines")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
+    for module in ("alexnet", "vgg", "squeezenet", "_api"):  # each took the name for itself
+        monkeypatch.setattr(f"torchvision.models.{module}.load_state_dict_from_url", refuse, raising=False)
+
+
+@pytest.mark.usefixtures("no_weights_to_be_had")
+def test_lpips_without_weights_says_why_in_one_line() -> None:
+    assert lpips_available("alex") == (False, "the network is not to be had")
+
+
+@pytest.fixture
+def lpips_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LPIPS's own learned channel weights on a random SqueezeNet: the form of the thing, without a download."""
+    import lpips
+
+    build = lpips.LPIPS
+    monkeypatch.setattr(lpips, "LPIPS", lambda **options: build(**{**options, "pnet_rand": True}))
+
+
+@pytest.mark.usefixtures("lpips_of_random_weights")
+def test_lpips_gives_one_number_an_image_and_zero_for_equal_ones() -> None:
+    network = LpipsDistance("squeeze")
+    images = torch.cat([some_images(0)] * 2)
+    targets = torch.cat([some_images(0), some_images(1)])
+    distances = network(torch.nn.functional.interpolate(images, 64), torch.nn.functional.interpolate(targets, 64))
+    assert distances.shape == (4,)
+    assert distances[:2].tolist() == [0.0, 0.0]
+    assert (distances[2:] > 0).all()
+
+
+@pytest.mark.usefixtures("lpips_of_random_weights")
+def test_lpips_is_frozen_and_moves_with_its_module() -> None:
+    assert perceptual.lpips_available("squeeze") == (True, "")
+    network = LpipsDistance("squeeze").to(torch.float64)
+    parameters = list(network._network[0].parameters())
+    assert {parameter.dtype for parameter in parameters} == {torch.float64}
+    assert not any(parameter.requires_grad for parameter in parameters)
