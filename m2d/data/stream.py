@@ -1,12 +1,14 @@
 """The training stream on Ray Data: one execution for the whole rest of a run, each worker's rows fixed by arithmetic.
 
-The dataset is a range of block numbers. One block is some consecutive micro-batches of one worker. A task looks up
-which images those are (m2d.data.order) and decodes them (m2d.data.reader); Ray deals the blocks out to the workers.
+The dataset is a list of block numbers. One block is some consecutive micro-batches of one worker. A task looks up which
+images those are (m2d.data.order) and decodes them (m2d.data.reader), into a single row of tensors, which Ray cannot cut
+in two; Ray deals the blocks out to the workers in turn.
 """
 
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +17,9 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.exceptions
+from ray.data.block import BlockMetadata
 from ray.data.collate_fn import NumpyBatchCollateFn
+from ray.data.datasource import Datasource, ReadTask
 
 from m2d.data.order import StreamOrder, worker_rows
 from m2d.data.reader import ImageReader
@@ -27,10 +31,10 @@ if TYPE_CHECKING:  # every decoding process imports this file, and it needs neit
 
 BLOCK_IMAGES = 512  # a task costs Ray 15 to 25 ms, so it should decode for some hundred
 BLOCK_BYTES = 48 * 2**20  # of pixels; a handful of blocks a core are in flight
-BLOCKS_PER_READ = 1000
+BLOCKS_PER_TASK = 1000  # of the tasks that number them
 ENCODED_CHUNK_BYTES = 256 * 2**20  # the driver holds one chunk at a time on its way to the object store
 OPEN_STREAMS = 2  # a worker process may serve the training and the validation stream in turn
-PREFETCHED_BATCHES = 2
+PREFETCHED_BLOCKS = 1  # of each worker, beside the one that it consumes and those in the object store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +79,6 @@ def build_stream(
     reads its shard with `iterate_stream` and the same numbers. Call it in a process that lives as long as the run.
     object_store_share: encoded files are put into the object store once, if they fit this share of each node's store;
     otherwise tasks read data_root. read_cpus: logical CPUs of a decoding task.
-    Columns: images uint8 [S, S, 3], labels, catalog_rows, stream_rows int64, views int8, substituted bool.
     """
     plan = BlockPlan(
         batch_size=batch_size,
@@ -86,14 +89,14 @@ def build_stream(
     )
     chunks = _put_encoded(reader) if reader.sizes.sum() <= object_store_share * _smallest_store() else []
     source = ray.put(_Source(reader, order, chunks))
-    # A range with a task for each block costs Ray 1.8 ms and 8 KB each before the first batch: minutes in a long run.
-    # So few tasks emit the block numbers, and a repartition cuts them into one-row blocks as they are needed.
-    blocks = ray.data.range(plan.num_blocks, override_num_blocks=-(-plan.num_blocks // BLOCKS_PER_READ), concurrency=1)
-    stream = blocks.repartition(target_num_rows_per_block=1, strict=False).map_batches(
-        _DecodeBlock(source, plan).decode, batch_size=None, num_cpus=read_cpus, zero_copy_batch=True
-    )
+    # ray.data.range with a task for each block costs Ray 1.8 ms and 8 KB each before the first batch: minutes in a long
+    # run. So few tasks number the blocks. They ask for no CPU: they would not share the last one with decoding.
+    numbers = _BlockNumbers(plan.num_blocks)
+    stream: ray.data.Dataset = ray.data.read_datasource(
+        numbers, override_num_blocks=numbers.num_tasks, num_cpus=0, concurrency=1
+    ).map_batches(_DecodeBlock(source, plan).decode, batch_size=None, num_cpus=read_cpus, zero_copy_batch=True)
     context = stream.context
-    context.target_max_block_size = None  # a block that Ray cuts in two would be dealt out to two workers
+    context.target_max_block_size = 1  # byte: each row, a block's number or its images, is a block of its own
     context.execution_options.preserve_order = True
     context.execution_no_progress_timeout_s = -1  # a worker may well evaluate for half an hour between two batches
     context.enable_progress_bars = False
@@ -126,18 +129,19 @@ def iterate_stream(
     Raises TrainingError when Ray delivers other rows than the arithmetic assigns to this worker, and the M2DError that
     a decoding task raised.
     """
-    batches = iter(
+    blocks = iter(
         shard.iter_torch_batches(
-            batch_size=batch_size,
-            prefetch_batches=PREFETCHED_BATCHES,
+            batch_size=1,
+            prefetch_batches=PREFETCHED_BLOCKS,
             collate_fn=_OwnedTensors(),
             device="cpu",
             pin_memory=pin_memory,
         )
     )
+    batches = _cut(cast("Iterator[dict[str, torch.Tensor]]", blocks), batch_size)
     try:
         for micro_batch in range(start_micro_batch, start_micro_batch + num_micro_batches):
-            batch = cast("dict[str, torch.Tensor] | None", next(batches, None))
+            batch = next(batches, None)
             if batch is None:
                 raise TrainingError(
                     f"data stream: worker {rank} of {world_size} got no rows for micro-batch {micro_batch}: the stream "
@@ -159,7 +163,7 @@ def iterate_stream(
             raise
         raise cause from error
     finally:
-        cast(Any, batches).close()  # lets Ray stop decoding ahead
+        cast(Any, blocks).close()  # lets Ray stop decoding ahead
 
 
 @dataclass(frozen=True)
@@ -180,15 +184,49 @@ class _DecodeBlock:
 
     def decode(self, block: Any) -> Any:  # dict[str, np.ndarray] each; Ray's own type takes no narrower one
         source = _open_source(self.source)
-        rows = self.plan.stream_rows(int(block["id"][0]))
-        return source.reader.read(*source.order.lookup(rows)) | {"stream_rows": rows}
+        rows = self.plan.stream_rows(int(block["block"][0]))
+        columns = source.reader.read(*source.order.lookup(rows)) | {"stream_rows": rows}
+        return {name: column[np.newaxis] for name, column in columns.items()}
+
+
+class _BlockNumbers(Datasource):
+    """0 .. count - 1, in few tasks and many blocks of one number each."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._count = count
+        self.num_tasks = -(-count // BLOCKS_PER_TASK)
+
+    def estimate_inmemory_data_size(self) -> int:
+        return 8 * self._count
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        starts = range(0, self._count, BLOCKS_PER_TASK)
+        return [self._task(start, min(start + BLOCKS_PER_TASK, self._count)) for start in starts]
+
+    @staticmethod
+    def _task(start: int, stop: int) -> ReadTask:
+        count = stop - start
+        metadata = BlockMetadata(num_rows=count, size_bytes=8 * count, input_files=None, exec_stats=None)
+        return ReadTask(partial(_number_blocks, start, stop), metadata)
+
+
+def _number_blocks(start: int, stop: int) -> Iterator[pa.Table]:
+    for block in range(start, stop):
+        yield pa.table({"block": np.array([block])})
 
 
 class _OwnedTensors(NumpyBatchCollateFn):
     def __call__(self, batch: dict[str, np.ndarray]) -> Any:  # dict[str, torch.Tensor]; Ray's own type is unbound
         import torch
 
-        return {name: torch.from_numpy(np.array(column)) for name, column in batch.items()}
+        return {name: torch.from_numpy(np.array(column[0])) for name, column in batch.items()}
+
+
+def _cut(blocks: "Iterator[dict[str, torch.Tensor]]", batch_size: int) -> "Iterator[dict[str, torch.Tensor]]":
+    for block in blocks:
+        for first in range(0, len(block["stream_rows"]), batch_size):
+            yield {name: column[first : first + batch_size] for name, column in block.items()}
 
 
 # Of this worker process, so that the next task finds permutations cached and bad files known.

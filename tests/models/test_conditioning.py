@@ -61,7 +61,7 @@ def test_the_noise_level_is_told_even_where_the_noise_happens_to_be_zero() -> No
 
 
 def test_noise_is_scaled_in_standardised_units() -> None:
-    """A feature of mean + std * (1 + 0.5 n) without noise has the projection of mean + std with noise n at level 0.5."""
+    """mean + std with noise n at level 0.5 is the clean feature mean + std * (1 + 0.5 n)."""
     network, noise = encoder(), features(2)
     mean, std = torch.arange(DIM).float(), torch.arange(1, DIM + 1).float()
     network.set_statistics(mean, std)

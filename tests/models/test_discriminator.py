@@ -9,7 +9,7 @@ from m2d.models.discriminator import PatchDiscriminator
 
 @pytest.mark.parametrize(("layers", "pixels"), [(1, 16), (2, 34), (3, 70)])
 def test_a_logit_sees_a_patch_of_the_published_size(layers: int, pixels: int) -> None:
-    """16, 34 and 70 pixels: Isola et al., appendix 6.1.2. Group norms are taken out, for their statistics see it all."""
+    """16, 34 and 70 pixels: Isola et al., appendix 6.1.2. Without group norms, whose statistics see it all."""
     network = PatchDiscriminator(4, layers)
     for number, stage in enumerate(network.stages):
         if isinstance(stage, nn.GroupNorm):

@@ -62,7 +62,9 @@ def test_it_is_symmetric(distance: FeatureDistance) -> None:
 def test_it_grows_with_blur(distance: FeatureDistance) -> None:
     sharp = some_images(0)
     blurred = [
-        torch.nn.functional.avg_pool2d(torch.nn.functional.pad(sharp, (r, r, r, r), mode="reflect"), 2 * r + 1, stride=1)
+        torch.nn.functional.avg_pool2d(
+            torch.nn.functional.pad(sharp, (r, r, r, r), mode="reflect"), 2 * r + 1, stride=1
+        )
         for r in (1, 2, 4)
     ]
     distances = torch.stack([distance(images, sharp) for images in blurred])

@@ -24,7 +24,7 @@ def test_tokens_stand_row_by_row() -> None:
 
 
 def test_cells_are_projected_before_they_are_upsampled() -> None:
-    """silu(silu(.)) of two cells, then bilinear to four: 1/4 and 3/4 of the way. The other order gives other numbers."""
+    """Bilinear from two cells to four goes 1/4 and 3/4 of the way between silu(silu(.)) of them."""
     left, right = -4.0, 8.0
     middle = torch.tensor([[left, right], [left, right]]).view(1, 1, 2, 2)
     a, b = F.silu(F.silu(torch.tensor([left, right]))).tolist()

@@ -1,0 +1,234 @@
+"""The command line: files and flags in their order, one line and exit code 2 for what a user can mend."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from m2d.arguments import setting_comments, setting_types
+from m2d.cli import COMMANDS, main, main_from_shell, parse
+from m2d.config import TrainConfig, as_dict
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def train_config(*arguments: str) -> TrainConfig:
+    config: TrainConfig = parse("train", arguments)
+    return config
+
+
+def file_of(tmp_path: Path, text: str, name: str = "settings.yaml") -> str:
+    path = tmp_path / name
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("flag", ["--batch_size", "--batch-size"])
+@pytest.mark.parametrize("equals", [True, False], ids=["equals", "blank"])
+def test_dashes_and_underscores_are_the_same(flag: str, equals: bool) -> None:
+    assert train_config(*([f"{flag}=5"] if equals else [flag, "5"])).batch_size == 5
+
+
+def test_dashes_in_a_nested_flag_are_the_same_too() -> None:
+    assert train_config("--loss-weights.alignment-vae", "0.5").loss_weights.alignment_vae == 0.5
+
+
+def test_a_dash_in_a_value_stays() -> None:
+    assert train_config("--name", "my-run", "--wandb-project=a-b").name == "my-run"
+    assert train_config("--wandb-project=a-b").wandb_project == "a-b"
+
+
+def test_a_folders_own_name_keeps_its_dashes() -> None:
+    config = train_config("--data.class-map.basal-cell", "BCC", "--data.class_map.other_one", "NV")
+    assert config.data.class_map == {"basal-cell": "BCC", "other_one": "NV"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--fresh"], ["--fresh", "--epochs", "3"], ["--fresh", "true"], ["--fresh=true"]]
+)
+def test_a_switch_may_stand_bare(arguments: list[str]) -> None:
+    assert train_config(*arguments).fresh is True
+
+
+def test_a_nested_switch_may_stand_bare() -> None:
+    assert train_config("--discriminator.enabled").discriminator.enabled is True
+
+
+def test_a_switch_can_be_turned_off() -> None:
+    assert train_config("--channels_last", "false").channels_last is False
+
+
+def test_the_flags_that_people_know_are_there() -> None:
+    known = """epochs max_steps batch_size num_workers use_wandb wandb_project gradient_accumulation_steps
+    mixed_precision data_root experiments_dir name seed"""
+    assert set(known.split()) <= dict(setting_types(TrainConfig)).keys()
+
+
+def test_a_config_after_a_preset_wins(tmp_path: Path) -> None:
+    preset = train_config("--preset", "demo")
+    config = train_config("--preset", "demo", "--config", file_of(tmp_path, "batch_size: 3\nunet: {head_dim: 16}"))
+    assert (config.batch_size, config.unet.head_dim) == (3, 16)
+    assert config.unet.block_channels == preset.unet.block_channels  # what the file leaves out stays the preset's
+
+
+def test_flags_win_over_files_wherever_they_stand(tmp_path: Path) -> None:
+    path = file_of(tmp_path, "batch_size: 3\nepochs: 4")
+    for arguments in (
+        ["--batch_size", "9", "--preset", "demo", "--config", path],
+        ["--preset=demo", f"--config={path}", "--batch_size=9"],
+    ):
+        config = train_config(*arguments)
+        assert (config.batch_size, config.epochs, config.name) == (9, 4, "demo")
+
+
+def test_printed_config_read_back_is_the_same_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [
+        "--preset",
+        "ham-64",
+        "--mixed_precision",
+        "no",
+        "--data.class_map.mole",
+        "NV",
+        "--loss_weights.kl",
+        "1e-8",
+    ]
+    with pytest.raises(SystemExit, match="0"):
+        parse("train", [*given, "--print_config"])
+    path = file_of(tmp_path, capsys.readouterr().out)
+    assert train_config("--config", path) == train_config(*given)
+
+
+def test_a_runs_own_config_file_is_a_config_file(tmp_path: Path) -> None:
+    """configs/config.yaml of an experiment repeats it."""
+    config = train_config("--preset", "demo", "--max_steps", "7")
+    assert train_config("--config", file_of(tmp_path, yaml.safe_dump(as_dict(config)))) == config
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = "train") -> str:
+    """What the command says on stderr: exactly one line, nothing on stdout, exit code 2."""
+    with pytest.raises(SystemExit) as ended:
+        main(command, arguments)
+    captured = capsys.readouterr()
+    assert (ended.value.code, captured.out) == (2, "")
+    lines = captured.err.splitlines()
+    assert len(lines) == 1
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bogus", "3"], "--bogus is not known; --help lists them all"),
+        (["--batchsize", "3"], "--batchsize is not known; did you mean --batch_size?"),
+        (["--image_size", "64"], "--image_size is not known; did you mean --data.image_size?"),
+        (["--epoch", "3"], "--epoch is not known; did you mean --epochs?"),
+        (["--batch_size", "many"], "batch_size is many; it must be a whole number"),
+        (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--max_steps", "1.5"], "max_steps is 1.5; it must be a whole number or null"),
+        (["--mixed_precision", "fp8"], "mixed_precision is fp8; it must be no, bf16, fp16 or null"),
+        (["--fresh", "maybe"], "fresh is maybe; it must be true or false"),
+        (["--data.views", "3"], "data.views is 3; it must be 1, 4 or 8"),
+        (["--unet.block_channels", "3"], "unet.block_channels is 3; it must be a list"),
+        (["--loss_weights.kl", "-1"], "loss_weights.kl is -1.0; it must be a number of at least 0"),
+        (["--preset", "ham-65"], "preset ham-65 is not known; choose from demo"),
+        (["--preset"], "--preset needs a name"),
+        (["--config", "--fresh"], "--config needs a file"),
+        (["--config", "/no/such.yaml"], "config: /no/such.yaml is not a file"),
+        (
+            ["--stage", "latent"],
+            "stage latent trains on a frozen VAE; name a joint run's checkpoint by --init_checkpoint",
+        ),
+        (["--data.class_map.mole", "XYZ"], "data.class_map maps mole to XYZ; known classes: AKIEC"),
+    ],
+)
+def test_a_wrong_argument_is_refused_in_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refusal(capsys, *arguments).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bogus: 1", "bogus is not a setting"),
+        ("unet: {head_dimm: 8}", "unet.head_dimm is not a setting; did you mean unet.head_dim?"),
+        ("batch_size: x", "batch_size is x; it must be a whole number"),
+        ("mixed_precision: no", "mixed_precision is False; it must be no, bf16, fp16 or null; in a file write 'no'"),
+        ("batch_size: 0", "batch_size is 0; it must be at least 1"),
+        ("a: [", "config: not a YAML file"),
+        ("- a\n- b", "config: not a YAML file"),
+    ],
+)
+def test_a_wrong_file_is_refused_in_one_line(
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refusal(capsys, "--config", file_of(tmp_path, text)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "data_root is not set"), (["--data_root", "/no/such/folder"], "data_root: /no/such/folder is not a folder")],
+)
+def test_training_without_data_is_refused_before_anything_is_made(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(capsys, "--preset", "demo", *arguments).startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_generating_without_a_checkpoint_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "checkpoint" in refusal(capsys, command="generate")
+
+
+def test_an_unknown_command_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main_from_shell(["trian"])
+    assert capsys.readouterr().err == f"error: command trian is not known; choose from {' '.join(COMMANDS)}\n"
+
+
+def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "train", COMMANDS["train"].__class__("", TrainConfig, interrupt))
+    with pytest.raises(SystemExit, match="130"):
+        main("train", [])
+    assert "run the same command again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_setting_explains_itself(command: str) -> None:
+    """By the comment at the end of its line, which --help shows."""
+    config = COMMANDS[command].config
+    assert dict(setting_types(config)).keys() - dict(setting_comments(config)).keys() == set()
+
+
+def test_help_shows_what_each_setting_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse("train", ["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--batch_size BATCH_SIZE images a worker and micro-batch (type: int, default: 32)" in text
+    assert "--preset NAME" in text
+
+
+def test_the_job_and_the_module_are_the_same_command() -> None:
+    arguments = ["--preset", "demo", "--batch-size", "3", "--fresh", "--print_config"]
+    said = [
+        subprocess.run([sys.executable, *program, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        for program in (["jobs/train.py"], ["-m", "m2d", "train"])
+    ]
+    assert said[0].stdout == said[1].stdout
+    assert yaml.safe_load(said[0].stdout)["batch_size"] == 3
+
+
+def test_the_shell_sees_exit_code_two_and_no_traceback() -> None:
+    command = [sys.executable, "jobs/train.py", "--batch_size", "0"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "error: batch_size is 0; it must be at least 1\n")

@@ -1,0 +1,127 @@
+"""How M2D reaches Ray, without starting any: what is set, what is refused, what is left alone."""
+
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from m2d.cluster import quiet, ray_cluster
+from m2d.errors import ConfigError
+
+
+class PretendedRay:
+    """Remembers what it was asked, in place of ray.init and its friends."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, cpus: float = 4.0, initialized: bool = False) -> None:
+        self.init_options: list[dict[str, Any]] = []
+        self.shutdowns = 0
+        self.cpus = cpus
+        monkeypatch.setattr(ray, "is_initialized", lambda: initialized)
+        monkeypatch.setattr(ray, "init", self.init)
+        monkeypatch.setattr(ray, "shutdown", self.shutdown)
+        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": self.cpus})
+
+    def init(self, **options: Any) -> None:
+        self.init_options.append(options)
+
+    def shutdown(self) -> None:
+        self.shutdowns += 1
+
+
+@pytest.fixture(autouse=True)
+def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No cluster to join and no token in the home directory; what the code sets is undone."""
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_DATA_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def test_a_cluster_of_our_own_has_the_cpus_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = PretendedRay(monkeypatch, cpus=100)
+    with ray_cluster(min_cpus=99.5):
+        pass
+    assert pretended.init_options[0]["num_cpus"] == 100
+    assert "address" not in pretended.init_options[0]
+
+
+def test_a_cluster_of_our_own_is_seen_by_this_machine_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = PretendedRay(monkeypatch)
+    with ray_cluster():
+        pass
+    assert pretended.init_options[0]["dashboard_host"] == "127.0.0.1"
+
+
+def test_it_is_shut_down_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = PretendedRay(monkeypatch)
+    with pytest.raises(RuntimeError, match="inside"), ray_cluster():
+        raise RuntimeError("inside")
+    assert pretended.shutdowns == 1
+
+
+def test_a_connection_that_exists_is_used_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = PretendedRay(monkeypatch, initialized=True)
+    with ray_cluster():
+        pass
+    assert (pretended.init_options, pretended.shutdowns) == ([], 0)
+
+
+def test_a_named_cluster_is_joined_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = PretendedRay(monkeypatch)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with ray_cluster():
+        pass
+    assert pretended.init_options[0]["address"] == "auto"
+    assert "num_cpus" not in pretended.init_options[0]
+
+
+def test_a_named_cluster_that_is_too_small_is_refused_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretended = PretendedRay(monkeypatch, cpus=2)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with (
+        pytest.raises(ConfigError, match="has 2 CPUs and the run needs 3; lower --num_workers"),
+        ray_cluster(min_cpus=3),
+    ):
+        pass
+    assert pretended.shutdowns == 1
+
+
+def test_a_named_cluster_that_does_not_answer_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nMore.")
+
+    PretendedRay(monkeypatch)
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.1:6379") as refusal, ray_cluster():
+        pass
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_access_token_is_for_the_user_alone_and_not_in_the_home_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    PretendedRay(monkeypatch)
+    with ray_cluster():
+        path = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert len(bytes.fromhex(path.read_text())) == 32
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_that_the_user_has_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    PretendedRay(monkeypatch)
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("theirs")
+    with ray_cluster():
+        assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+
+
+def test_bars_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet(verbose=True)
+    assert "RAY_DATA_DISABLE_PROGRESS_BARS" not in os.environ
+    quiet(verbose=False)
+    assert os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] == "1"

@@ -1,0 +1,191 @@
+"""The configuration tree: presets that fit together, values that are refused, what a resumed run may change."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from m2d.cli import parse
+from m2d.config import RESUMABLE_CHANGES, TrainConfig, as_dict, differences, preset_names, preset_path
+from m2d.errors import ConfigError
+from m2d.models.autoencoder import build_autoencoder
+from m2d.models.discriminator import PatchDiscriminator
+from m2d.models.projector import AlignmentProjector
+from m2d.models.settings import (
+    AutoencoderConfig,
+    ConditioningConfig,
+    DiscriminatorConfig,
+    FeatureExtractorConfig,
+    ProjectorConfig,
+    UNetConfig,
+)
+from m2d.models.unet import build_denoiser, middle_channels
+
+
+def test_the_promised_presets_are_there() -> None:
+    assert {"demo", "ham-64", "ham-128", "isic-256"} <= set(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+@torch.no_grad()
+def test_a_presets_networks_fit_one_another(name: str) -> None:
+    """A forward pass of every network it trains, on the meta device: shapes without numbers."""
+    config: TrainConfig = parse("train", ["--preset", name])
+    size, feature_dim, patches = config.data.image_size, 1280, 16
+    with torch.device("meta"):
+        autoencoder = build_autoencoder(config.autoencoder, size).eval()
+        side = size // autoencoder.downsampling
+        denoiser = build_denoiser(
+            config.unet,
+            config.conditioning,
+            latent_channels=autoencoder.latent_channels,
+            latent_size=side,
+            feature_dim=feature_dim,
+        ).eval()
+        projector = AlignmentProjector(middle_channels(denoiser), config.projector.hidden_dim, feature_dim)
+        images = torch.zeros(1, 3, size, size)
+        latents = autoencoder.encode(images).mean
+        context = denoiser.context(torch.zeros(1, dtype=torch.int64), torch.zeros(1, feature_dim))
+        velocity, middle = denoiser.velocity_and_middle(latents, torch.zeros(1), context)
+        assert latents.shape == velocity.shape == (1, autoencoder.latent_channels, side, side)
+        assert projector(middle, patches).shape == (1, patches, feature_dim)
+        assert autoencoder.decode(latents).shape == images.shape
+        if config.discriminator.enabled:
+            assert PatchDiscriminator(config.discriminator.channels, config.discriminator.layers)(images).numel() > 0
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_a_preset_opens_by_saying_what_it_is_for(name: str) -> None:
+    text = preset_path(name).read_text()
+    assert text.startswith("# ")
+    assert yaml.safe_load(text)["name"] == name
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=f"choose from {' '.join(preset_names())}"):
+        preset_path("ham-65")
+
+
+def refusal_of(make: type, **settings: object) -> str:
+    with pytest.raises(ConfigError) as refusal:
+        make(**settings)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("max_steps", 0),
+        ("num_workers", -1),
+        ("seed", -1),
+        ("name", ""),
+        ("name", "a/b"),
+        ("name", "a b"),
+        ("name", "a\nb"),
+        ("name", "*"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_its_name(setting: str, value: object) -> None:
+    assert refusal_of(TrainConfig, **{setting: value}).startswith(f"{setting} is ")
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "named"),
+    [
+        (FeatureExtractorConfig, {"name": "resnet999"}, "feature_extractor.name"),
+        (FeatureExtractorConfig, {"weights": "/no/such/file"}, "feature_extractor.weights"),
+        (FeatureExtractorConfig, {"input_size": 100}, "feature_extractor.input_size"),
+        (FeatureExtractorConfig, {"statistics_images": 1}, "feature_extractor.statistics_images"),
+        (AutoencoderConfig, {"block_channels": []}, "autoencoder.block_channels"),
+        (AutoencoderConfig, {"block_channels": [20], "norm_groups": 16}, "autoencoder.block_channels"),
+        (AutoencoderConfig, {"norm_groups": 0}, "autoencoder.norm_groups"),
+        (UNetConfig, {"block_channels": [], "attention_levels": []}, "unet.block_channels"),
+        (UNetConfig, {"attention_levels": [True]}, "unet.attention_levels"),
+        (UNetConfig, {"block_channels": [32, 64, 80]}, "unet.block_channels"),
+        (UNetConfig, {"head_dim": 0}, "unet.head_dim"),
+        (UNetConfig, {"layers_per_block": 0}, "unet.layers_per_block"),
+        (ConditioningConfig, {"class_dropout": 1.5}, "conditioning.class_dropout"),
+        (ConditioningConfig, {"feature_noise": float("nan")}, "conditioning.feature_noise"),
+        (ConditioningConfig, {"feature_tokens": 0}, "conditioning.feature_tokens"),
+        (ConditioningConfig, {"context_dim": 0}, "conditioning.context_dim"),
+        (ProjectorConfig, {"hidden_dim": 0}, "projector.hidden_dim"),
+        (DiscriminatorConfig, {"channels": 6}, "discriminator.channels"),
+        (DiscriminatorConfig, {"layers": 0}, "discriminator.layers"),
+        (DiscriminatorConfig, {"start_step": -1}, "discriminator.start_step"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused(make: type, settings: dict[str, object], named: str) -> None:
+    assert refusal_of(make, **settings).startswith(named)
+
+
+def test_latents_that_the_unet_cannot_halve_are_refused_with_a_size_that_works() -> None:
+    """72 / 4 = 18, which two halvings do not divide; 4 * 4 = 16 is the unit."""
+    message = refusal_of(TrainConfig, data=dataclasses.replace(TrainConfig().data, image_size=72))
+    assert "18 x 18" in message
+    assert message.endswith("divides by 16")
+
+
+def test_an_image_too_small_for_the_discriminator_is_refused() -> None:
+    """Three halvings of 16 leave 2 x 2, of which two 4 x 4 kernels leave nothing."""
+    small = dataclasses.replace(TrainConfig().data, image_size=16)
+    settings = {"data": small, "discriminator": DiscriminatorConfig(enabled=True, layers=3)}
+    assert "discriminator.layers" in refusal_of(TrainConfig, **settings)
+    TrainConfig(data=small, discriminator=DiscriminatorConfig(enabled=True, layers=2))
+
+
+def test_stage_latent_needs_a_checkpoint() -> None:
+    assert "--init_checkpoint" in refusal_of(TrainConfig, stage="latent")
+    TrainConfig(stage="latent", init_checkpoint="somewhere")
+
+
+def test_a_data_root_that_is_not_set_or_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--data_root"):
+        _ = TrainConfig().checked_data_root
+    with pytest.raises(ConfigError, match="is not a folder"):
+        _ = TrainConfig(data_root=str(tmp_path / "nothing")).checked_data_root
+    assert TrainConfig(data_root=str(tmp_path)).checked_data_root == str(tmp_path)
+
+
+def test_a_remote_data_root_is_left_to_the_scan() -> None:
+    assert TrainConfig(data_root="s3://bucket/ISIC").checked_data_root == "s3://bucket/ISIC"
+
+
+def test_a_config_survives_yaml() -> None:
+    values = as_dict(TrainConfig(max_steps=3, data=dataclasses.replace(TrainConfig().data, class_map={"mole": "NV"})))
+    assert yaml.safe_load(yaml.safe_dump(values)) == values
+
+
+def test_what_may_change_on_resuming_is_no_difference() -> None:
+    moved = TrainConfig(
+        fresh=True,
+        use_wandb=True,
+        wandb_project="other",
+        wandb_mode="offline",
+        verbose=True,
+        experiments_dir="/elsewhere",
+        data_root="/mnt/copy",
+        ray=dataclasses.replace(TrainConfig().ray, max_failures=9),
+    )
+    assert differences(as_dict(TrainConfig()), as_dict(moved)) == []
+
+
+def test_what_may_not_change_is_named_with_both_values() -> None:
+    config = TrainConfig()
+    other = dataclasses.replace(config, seed=5, loss_weights=dataclasses.replace(config.loss_weights, kl=0.5))
+    assert differences(as_dict(config), as_dict(other)) == ["loss_weights.kl: 1e-06 -> 0.5", "seed: 0 -> 5"]
+
+
+def test_a_nested_setting_is_not_excused_by_its_last_name() -> None:
+    """`verbose` at the top may change; a `verbose` inside a group would matter."""
+    assert differences({"group": {"verbose": 1}}, {"group": {"verbose": 2}}) == ["group.verbose: 1 -> 2"]
+
+
+def test_what_may_change_are_settings_that_exist() -> None:
+    """A renamed setting must not stay behind in the list."""
+    assert {field.name for field in dataclasses.fields(TrainConfig)} >= RESUMABLE_CHANGES

@@ -1,0 +1,309 @@
+"""One experiment directory: what it holds, when it is continued, and a remote root that any machine can go on from."""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from m2d import experiment as experiment_module
+from m2d.config import TrainConfig, as_dict
+from m2d.data.storage import inside
+from m2d.errors import ExperimentError
+from m2d.experiment import FOLDERS, Experiment, list_experiments, open_experiment
+
+CONFIG = as_dict(TrainConfig(name="tiny"))
+COMMAND = ["jobs/train.py", "--name", "tiny", "--data_root", "/my data"]
+
+
+@pytest.fixture(autouse=True)
+def staging_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Remote experiments are staged in the temporary directory."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+
+
+def opened(root: Path | str, config: dict[str, Any] = CONFIG, *, name: str = "tiny", fresh: bool = False) -> Experiment:
+    return open_experiment(str(root), name, config, fresh=fresh, command=COMMAND)[0]
+
+
+def continued(root: Path | str, config: dict[str, Any] = CONFIG) -> bool:
+    return open_experiment(str(root), "tiny", config, fresh=False, command=COMMAND)[1]
+
+
+def test_its_name_is_name_date_and_time(tmp_path: Path) -> None:
+    assert re.fullmatch(r"tiny_\d{8}_\d{6}", opened(tmp_path / "runs").name)
+
+
+def test_it_holds_every_promised_folder(tmp_path: Path) -> None:
+    promised = """checkpoints logs outputs generated_images cache wandb configs code_backup metrics visualizations"""
+    folders = {path.name for path in opened(tmp_path / "runs").path.iterdir() if path.is_dir()}
+    assert folders == set(promised.split()) == set(FOLDERS)
+
+
+def test_it_records_versions_commit_command_and_state(tmp_path: Path) -> None:
+    info = opened(tmp_path / "runs").info()
+    assert info["command"] == "jobs/train.py --name tiny --data_root '/my data'"
+    assert info["state"] == "running"
+    assert {"m2d", "python", "torch", "ray", "diffusers"} <= info["versions"].keys()
+    assert set(info["git"]) == {"commit", "uncommitted_changes"}
+
+
+def test_it_keeps_the_resolved_configuration_and_the_source(tmp_path: Path) -> None:
+    experiment = opened(tmp_path / "runs")
+    assert experiment.config() == CONFIG
+    source = Path(experiment_module.__file__)
+    assert (experiment.path / "code_backup" / "m2d" / source.name).read_text() == source.read_text()
+
+
+def test_access_keys_in_the_command_are_not_kept(tmp_path: Path) -> None:
+    command = ["train", "--data_root", "s3://key:word@bucket/ISIC?secret_token=hidden"]
+    info = open_experiment(str(tmp_path), "tiny", CONFIG, fresh=False, command=command)[0].info()
+    assert "word" not in info["command"]
+    assert "hidden" not in info["command"]
+
+
+def test_the_info_is_merged(tmp_path: Path) -> None:
+    experiment = opened(tmp_path / "runs")
+    experiment.update_info(device="cpu")
+    assert experiment.info()["device"] == "cpu"
+    assert experiment.info()["state"] == "running"
+
+
+def test_the_same_command_continues_an_unfinished_one(tmp_path: Path) -> None:
+    first = opened(tmp_path)
+    first.update_info(state="failed")
+    assert opened(tmp_path).path == first.path
+
+
+def test_what_may_change_on_resuming_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    opened(tmp_path)
+    assert continued(tmp_path, {**CONFIG, "verbose": True, "data_root": "/elsewhere"})
+
+
+def test_a_changed_setting_is_refused_by_its_name(tmp_path: Path) -> None:
+    opened(tmp_path)
+    changed = {**CONFIG, "loss_weights": {**CONFIG["loss_weights"], "kl": 0.5}}
+    with pytest.raises(ExperimentError, match=r"\(loss_weights\.kl: 1e-06 -> 0\.5\).*--fresh") as refusal:
+        opened(tmp_path, changed)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_finished_one_is_not_continued(tmp_path: Path) -> None:
+    opened(tmp_path).update_info(state="done")
+    assert not continued(tmp_path, {**CONFIG, "seed": 9})
+
+
+def test_fresh_starts_anew_and_the_old_one_is_never_continued(tmp_path: Path) -> None:
+    old = opened(tmp_path)
+    new = opened(tmp_path, {**CONFIG, "seed": 9}, fresh=True)
+    assert old.info()["state"] == "superseded"
+    assert opened(tmp_path, {**CONFIG, "seed": 9}).path == new.path
+    new.update_info(state="done")
+    assert not continued(tmp_path)
+
+
+def test_fresh_leaves_a_running_one_alone(tmp_path: Path) -> None:
+    old = opened(tmp_path)
+    with old.running():
+        assert opened(tmp_path, fresh=True).path != old.path
+    assert old.info()["state"] == "running"
+
+
+def test_another_name_is_another_experiment(tmp_path: Path) -> None:
+    """Also where one name begins with the other."""
+    opened(tmp_path, name="tiny_long")
+    assert not continued(tmp_path)
+
+
+def test_two_of_one_second_get_two_directories(tmp_path: Path) -> None:
+    assert opened(tmp_path, fresh=True).path != opened(tmp_path, fresh=True).path
+
+
+def test_a_second_process_is_refused_while_one_trains(tmp_path: Path) -> None:
+    experiment = opened(tmp_path)
+    program = f"""
+from pathlib import Path
+from m2d.errors import ExperimentError
+from m2d.experiment import Experiment
+try:
+    with Experiment(Path({str(experiment.path)!r})).running():
+        print("entered")
+except ExperimentError as error:
+    print(error)
+"""
+
+    def try_to_enter() -> str:
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+    with experiment.running():
+        assert "is being trained by another process" in try_to_enter()
+    assert try_to_enter() == "entered\n"
+
+
+def test_the_lock_of_a_dead_process_holds_nobody_up(tmp_path: Path) -> None:
+    experiment = opened(tmp_path)
+    program = f"""
+import os
+from pathlib import Path
+from m2d.experiment import Experiment
+with Experiment(Path({str(experiment.path)!r})).running():
+    os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
+    assert not experiment.is_running
+
+
+def make(root: Path, name: str, **info: str) -> None:
+    (root / name / "configs").mkdir(parents=True)
+    (root / name / "experiment_info.json").write_text(json.dumps({"state": "done", **info}))
+    (root / name / "configs" / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["path", "uri"])
+def test_the_list_goes_by_time_and_leaves_out_what_is_no_experiment(tmp_path: Path, remote: bool) -> None:
+    root = tmp_path / "runs"
+    for name in ("b_20250101_000000", "a_20250102_000000", "a_20241231_235959"):
+        make(root, name)
+    (root / "a_20250103_000000").mkdir()
+    (root / "notes.txt").write_text("")
+    location = root.as_uri() if remote else str(root)
+    assert [e.name for e in list_experiments(location)] == [
+        "a_20241231_235959",
+        "b_20250101_000000",
+        "a_20250102_000000",
+    ]
+    assert [e.name for e in list_experiments(location, "a")] == ["a_20241231_235959", "a_20250102_000000"]
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["path", "uri"])
+def test_a_root_that_is_not_there_yet_is_empty(tmp_path: Path, remote: bool) -> None:
+    root = tmp_path / "not yet"
+    assert list_experiments(root.as_uri() if remote else str(root)) == []
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["path", "uri"])
+def test_a_root_that_cannot_be_written_is_refused_in_one_line(tmp_path: Path, remote: bool) -> None:
+    (tmp_path / "file").write_text("in the way")
+    root = tmp_path / "file" / "runs"
+    with pytest.raises(ExperimentError, match=r"experiments_dir: .* cannot be") as refusal:
+        opened(root.as_uri() if remote else root)
+    assert "\n" not in str(refusal.value)
+
+
+def save_checkpoint(experiment: Experiment, step: int, *, best: int | None = None, content: bytes = b"weights") -> None:
+    folder = experiment.checkpoints / f"step_{step:08d}"
+    folder.mkdir()
+    (folder / "weights.safetensors").write_bytes(content)
+    (folder / "complete.json").write_text("{}")
+    if best is not None:
+        record = {"checkpoint": f"step_{best:08d}", "score": 1.0}
+        (experiment.checkpoints / "best.json").write_text(json.dumps(record))
+        (experiment.checkpoints / "best").unlink(missing_ok=True)
+        (experiment.checkpoints / "best").symlink_to(f"step_{best:08d}")
+
+
+def on_another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One whose temporary directory holds nothing of the run."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "other"))
+
+
+def test_a_remote_root_holds_all_that_was_published(tmp_path: Path) -> None:
+    root = tmp_path / "bucket"
+    experiment = opened(root.as_uri())
+    save_checkpoint(experiment, 5, best=5)
+    (experiment.path / "metrics" / "train.jsonl").write_text("{}\n")
+    (experiment.path / "metrics" / ".half.partial").write_text("")
+    experiment.publish()
+    there = root / experiment.name
+    assert (there / "checkpoints" / "step_00000005" / "weights.safetensors").read_bytes() == b"weights"
+    assert (there / "metrics" / "train.jsonl").read_text() == "{}\n"
+    assert (there / "configs" / "config.yaml").is_file()
+    assert (there / "code_backup" / "m2d" / "experiment.py").is_file()
+    assert not (there / "metrics" / ".half.partial").exists()
+    assert not (there / "checkpoints" / "best").exists()  # a link, which best.json stands for
+
+
+def test_a_published_change_of_the_info_is_seen_there(tmp_path: Path) -> None:
+    root = tmp_path / "bucket"
+    experiment = opened(root.as_uri())
+    experiment.update_info(state="done")
+    assert json.loads((root / experiment.name / "experiment_info.json").read_text())["state"] == "done"
+
+
+def test_a_large_file_that_is_there_already_is_not_copied_again(tmp_path: Path) -> None:
+    root = tmp_path / "bucket"
+    experiment = opened(root.as_uri())
+    save_checkpoint(experiment, 5, content=bytes(2**20))
+    experiment.publish("checkpoints/step_00000005")
+    there = root / experiment.name / "checkpoints" / "step_00000005" / "weights.safetensors"
+    before = there.stat().st_mtime_ns
+    experiment.publish()
+    assert there.stat().st_mtime_ns == before
+
+
+def test_another_machine_goes_on_from_the_newest_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = (tmp_path / "bucket").as_uri()
+    experiment = opened(root)
+    for step, best in ((1, 1), (2, 2), (3, 2)):
+        save_checkpoint(experiment, step, best=best)
+    experiment.publish()
+    on_another_machine(monkeypatch, tmp_path)
+    resumed, continues = open_experiment(root, "tiny", CONFIG, fresh=False, command=COMMAND)
+    assert continues
+    assert resumed.path != experiment.path
+    fetched = sorted(path.name for path in resumed.checkpoints.iterdir())
+    assert fetched == ["best", "best.json", "step_00000002", "step_00000003"]  # the best and the newest
+    assert (resumed.checkpoints / "best").resolve().name == "step_00000002"
+    assert all((resumed.path / folder).is_dir() for folder in FOLDERS)
+
+
+def test_a_machine_that_fell_behind_catches_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = (tmp_path / "bucket").as_uri()
+    first = opened(root)
+    save_checkpoint(first, 1, best=1)
+    first.publish()
+    home = tempfile.gettempdir()
+    on_another_machine(monkeypatch, tmp_path)
+    save_checkpoint(opened(root), 2, best=2)
+    opened(root).publish()
+    monkeypatch.setattr(tempfile, "tempdir", home)
+    assert (opened(root).checkpoints / "step_00000002" / "complete.json").is_file()
+
+
+def test_a_machine_that_is_ahead_keeps_its_own(tmp_path: Path) -> None:
+    """Killed between writing a checkpoint and publishing it."""
+    root = (tmp_path / "bucket").as_uri()
+    experiment = opened(root)
+    save_checkpoint(experiment, 1, best=1)
+    experiment.publish()
+    save_checkpoint(experiment, 2, best=2)
+    assert json.loads((opened(root).checkpoints / "best.json").read_text())["checkpoint"] == "step_00000002"
+
+
+def test_listing_a_remote_root_fetches_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = (tmp_path / "bucket").as_uri()
+    experiment = opened(root)
+    save_checkpoint(experiment, 1, best=1)
+    experiment.publish()
+    on_another_machine(monkeypatch, tmp_path)
+    (listed,) = list_experiments(root)
+    files = sorted(str(path.relative_to(listed.path)) for path in listed.path.rglob("*") if path.is_file())
+    assert files == ["configs/config.yaml", "experiment_info.json"]
+
+
+def test_two_remote_roots_are_staged_apart(tmp_path: Path) -> None:
+    for root in ("one", "two"):
+        make(tmp_path / root, "a_20250101_000000", made_in=root)
+    listed = [list_experiments((tmp_path / root).as_uri())[0].info()["made_in"] for root in ("one", "two")]
+    assert listed == ["one", "two"]
+
+
+def test_options_of_a_uri_stay_at_its_end() -> None:
+    assert inside("s3://bucket/runs/?region=x", "a_1") == "s3://bucket/runs/a_1?region=x"
+    assert inside("/what?/runs", "a_1") == "/what?/runs/a_1"

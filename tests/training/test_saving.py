@@ -1,0 +1,102 @@
+"""Checkpoints appear whole or not at all; the last few and the best stay."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_networks import FEATURE_DIM, IMAGE_SIZE, tiny_batch, tiny_networks, tiny_step
+from torch.testing import assert_close
+
+import m2d.training.saving as saving
+from m2d.errors import CheckpointError, TrainingError
+from m2d.models.checkpoint import CheckpointInfo
+from m2d.training.saving import (
+    CheckpointKeeper,
+    Snapshot,
+    complete_checkpoints,
+    load_training_state,
+    read_best,
+    take_snapshot,
+    write_snapshot,
+)
+from m2d.training.step import JointStep
+
+
+def snapshot_of(step: JointStep, number: int) -> Snapshot:
+    info = CheckpointInfo(
+        step=number, stage="joint", image_size=IMAGE_SIZE, feature_extractor="tiny", feature_dim=FEATURE_DIM,
+        num_patches=4, conditioning={"context_dim": 16, "feature_tokens": 2}, config={},
+    )  # fmt: skip
+    state = step.state_dict() | {"position": {"step": number}}
+    return take_snapshot(info, step.networks, state, {"val/psnr_db": 20.0})
+
+
+@pytest.fixture(scope="module")
+def step() -> JointStep:
+    made = tiny_step(tiny_networks(discriminator=True))
+    made([tiny_batch()], 0)
+    return made
+
+
+def test_the_last_ones_and_the_best_are_kept(step: JointStep, tmp_path: Path) -> None:
+    keeper = CheckpointKeeper(tmp_path, keep_last=2)
+    for number, score in enumerate([0.9, 0.1, 0.5, 0.4, 0.3], start=1):
+        keeper.save(snapshot_of(step, number), score)
+    keeper.wait()
+    kept = [int(path.name.removeprefix("step_")) for path in complete_checkpoints(tmp_path)]
+    assert kept == [2, 4, 5]
+    assert read_best(tmp_path) == ("step_00000002", 0.1)
+    assert (tmp_path / "best").resolve().name == "step_00000002"
+
+
+def test_a_snapshot_does_not_follow_the_training_that_goes_on(step: JointStep, tmp_path: Path) -> None:
+    snapshot = snapshot_of(step, 1)
+    before = snapshot.state["networks"]["denoiser"]["unet.conv_in.weight"].clone()
+    step([tiny_batch(seed=5)], 1)
+    assert torch.equal(snapshot.state["networks"]["denoiser"]["unet.conv_in.weight"], before)
+    assert not torch.equal(step.networks.denoiser.unet.conv_in.weight, before)
+
+
+def test_the_training_state_comes_back_as_it_was(step: JointStep, tmp_path: Path) -> None:
+    write_snapshot(snapshot_of(step, 7), tmp_path / "step_00000007")
+    fresh = tiny_step(tiny_networks(discriminator=True))
+    state, document = load_training_state(tmp_path / "step_00000007", fresh.state_dict())
+    fresh.load_state_dict(state)
+    assert document["position"] == {"step": 7}
+    assert document["metrics"] == {"val/psnr_db": 20.0}
+    expected, found = step.state_dict(), fresh.state_dict()
+    for optimizer in (*expected["optimizers"].values(), *found["optimizers"].values()):
+        optimizer.pop("param_groups")  # settings of the run, not of its past
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_write_that_fails_leaves_the_checkpoint_before_it_and_says_what_to_do(
+    step: JointStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = CheckpointKeeper(tmp_path, keep_last=2)
+    keeper.save(snapshot_of(step, 1), 0.5)
+    keeper.wait()
+
+    def full_disk(tensors: object, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saving, "save_tensors", full_disk)
+    keeper.save(snapshot_of(step, 2), 0.4)
+    with pytest.raises(TrainingError, match="No space left on device; the one before it is intact"):
+        keeper.wait()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000001"]
+    assert read_best(tmp_path) == ("step_00000001", 0.5)
+
+
+def test_what_a_crash_left_half_written_is_no_checkpoint_and_is_written_anew(step: JointStep, tmp_path: Path) -> None:
+    (tmp_path / ".step_00000003.partial" / "training").mkdir(parents=True)
+    (tmp_path / "step_00000003").mkdir()
+    assert complete_checkpoints(tmp_path) == []
+    write_snapshot(snapshot_of(step, 3), tmp_path / "step_00000003")
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000003"]
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_resuming_from_an_inference_only_copy_is_refused(step: JointStep, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no training state"):
+        load_training_state(tmp_path, step.state_dict())
