@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m2d.config import as_dict
 from m2d.data.order import worker_rows
 from m2d.models.checkpoint import CheckpointInfo
 from m2d.models.perceptual import build_perceptual
@@ -87,7 +88,7 @@ class _Run:
         self.wandb: Wandb | None = None
         if self.leads and config.use_wandb:
             folder = plan.experiment.path
-            self.wandb = Wandb(folder, config.wandb_project, plan.experiment.name, config.wandb_mode, vars(config))
+            self.wandb = Wandb(folder, config.wandb_project, plan.experiment.name, config.wandb_mode, as_dict(config))
         self.validation_reader = plan.reader("val") if len(plan.catalog("val")) else None
         self.reported: dict[str, float] = {}
 
