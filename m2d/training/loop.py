@@ -72,7 +72,7 @@ class StreamFactory:
             batch_size=plan.config.batch_size,
             num_workers=plan.world_size,
             start_micro_batch=first,
-            num_micro_batches=count,
+            num_micro_batches=max(count, 1),  # a group restarted after the last checkpoint asks for none of them
             object_store_share=plan.config.data.object_store_share,
             read_cpus=plan.config.data.read_cpus,
         )
