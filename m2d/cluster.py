@@ -12,6 +12,8 @@ from typing import Any
 
 from m2d.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
 def ray_cluster(*, verbose: bool = False, min_cpus: float = 1.0) -> Iterator[None]:
@@ -39,9 +41,15 @@ def ray_cluster(*, verbose: bool = False, min_cpus: float = 1.0) -> Iterator[Non
             ) from None
     else:
         _use_private_token()
-        cpus = max(os.cpu_count() or 1, int(min_cpus + 0.999))
-        # Without the dashboard's state API, stopped Tune trials never free their CPUs (reference/ray.md).
-        ray.init(num_cpus=cpus, include_dashboard=True, dashboard_host="127.0.0.1", **options)
+        options["num_cpus"] = max(os.cpu_count() or 1, int(min_cpus + 0.999))
+        # Without the dashboard, whose state API Train asks, stopped Tune trials never free their CPUs.
+        options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        try:
+            ray.init(**options)
+        except Exception:  # Ray gives its processes 30 s to start, whatever else the machine does; they are warm now
+            logger.warning("Ray did not start in time; trying once more", exc_info=True)
+            ray.shutdown()
+            ray.init(**options)
     try:
         if ray.cluster_resources().get("CPU", 0) < min_cpus:
             raise ConfigError(

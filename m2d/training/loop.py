@@ -50,7 +50,21 @@ def ray_worker(loop_config: dict[str, RunPlan]) -> None:
     """TorchTrainer's train_loop_per_worker."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     plan = loop_config["plan"]
-    train_worker(plan, RayLink(plan))
+    link = RayLink(plan)
+    logger = logging.getLogger("m2d")
+    folder = plan.experiment.path / "logs"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"worker_{link.rank}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger.addHandler(handler)
+    try:
+        train_worker(plan, link)
+    except Exception:
+        logger.exception("worker %d of %d failed", link.rank, link.world_size)
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 class StreamFactory:
