@@ -81,7 +81,7 @@ class _Step:
         }
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._sums: dict[str, Tensor] = {}
-        self._steps_summed = 0
+        self._counts: dict[str, int] = {}  # a loss may join in the middle of an interval
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_row = torch.zeros((), device=device)
 
@@ -97,7 +97,7 @@ class _Step:
 
         Raises TrainingError where too many steps in a row were skipped, naming the losses that were not finite.
         """
-        scalars = {name: (total / self._steps_summed).item() for name, total in self._sums.items()}
+        scalars = {name: (total / self._counts[name]).item() for name, total in self._sums.items()}
         scalars["skipped_steps"] = self.skipped.item()
         in_row = int(self.skipped_in_row.item())
         if in_row >= self.config.schedule.max_skipped_in_row:
@@ -106,7 +106,7 @@ class _Step:
                 f"{in_row} steps in a row had a loss or gradient that is not finite ({', '.join(bad) or 'gradients'}); "
                 "lower the learning rates or use --mixed_precision no, and run again to go on from the last checkpoint"
             )
-        self._sums, self._steps_summed = {}, 0
+        self._sums, self._counts = {}, {}
         return scalars
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class _Step:
         for name, scalar in scalars.items():
             scalar = scalar.detach().float()
             self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
-        self._steps_summed += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def _set_rate(self, name: str, step: int, first_step: int) -> None:
         network, config = self.optimized[name], self.config

@@ -213,6 +213,20 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_name_the_loss() -> None:
         step.read_scalars()
 
 
+def test_a_loss_that_joins_late_is_averaged_over_its_own_steps() -> None:
+    step = tiny_step(tiny_networks(), vae_warmup_steps=3)
+    for number in range(3):
+        step([tiny_batch()], number)
+    step.read_scalars()
+    step([tiny_batch(seed=9)], 3)
+    alone = step.read_scalars()["loss/diffusion"]
+    again = tiny_step(tiny_networks(), vae_warmup_steps=3)
+    for number in range(3):
+        again([tiny_batch()], number)
+    again([tiny_batch(seed=9)], 3)
+    assert again.read_scalars()["loss/diffusion"] == pytest.approx(alone)
+
+
 def test_averages_follow_the_weights_by_the_stated_decay() -> None:
     networks = tiny_networks()
     start = networks.denoiser.unet.conv_in.weight.detach().clone()
