@@ -1,12 +1,16 @@
 """Fixtures that all tests share. One Ray cluster serves the whole run; never `ray stop` it."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+
+# Before torch is imported: the networks here are tiny, and threads that wait for each other cost more than they give.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 from PIL import Image
 
 PaintImages = Callable[[Path, dict[str, int]], pa.Table]
