@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 # Before torch is imported: the networks here are tiny, and threads that wait for each other cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-from PIL import Image
 
 PaintImages = Callable[[Path, dict[str, int]], pa.Table]
 
