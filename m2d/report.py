@@ -48,7 +48,7 @@ def write_report(experiment: Experiment, samples: Path) -> Path:
     page = PAGE.format(
         title=html.escape(f"M2D: {experiment.name}"),
         summary=html.escape(
-            f"{info['total_steps']} steps on {info['device']}, {info['precision']} precision, "
+            f"{info['total_steps']} steps on {info['device']}, {info['precision']}, "
             f"on {dataset['images']} images ({dataset['rejected']} files rejected, "
             f"{dataset['duplicates']} duplicates left out)."
         ),

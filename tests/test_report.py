@@ -22,7 +22,7 @@ def experiment(tmp_path: Path) -> Experiment:
     made = Experiment(root)
     counts = {split: dict.fromkeys(CLASSES, number) for split, number in (("train", 31), ("val", 4), ("test", 5))}
     made.update_info(
-        total_steps=20, device="2 CPU worker(s)", precision="no", versions={"torch": "2.15.0", "wandb": None},
+        total_steps=20, device="2 CPU worker(s)", precision="float32", versions={"torch": "2.15.0", "wandb": None},
         degraded=["no GPU: training runs on CPU cores <really>"],
         dataset={"images": 280, "rejected": 3, "duplicates": 1, "counts": counts},
     )  # fmt: skip

@@ -4,6 +4,7 @@ import contextlib
 import io
 import warnings
 from typing import Any, Literal
+from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,8 @@ def lpips_available(net: str) -> tuple[bool, str]:
     try:
         _load_lpips(net)
     except Exception as error:
+        if isinstance(error, URLError):  # its own text is a socket's error number
+            return False, "no network to fetch them from, and not in the torch hub cache"
         return False, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return True, ""
 

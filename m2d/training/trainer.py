@@ -28,6 +28,8 @@ from m2d.training.saving import complete_checkpoints
 from m2d.training.step import Precision
 from m2d.training.worker import train_worker
 
+PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
+
 
 def train(config: TrainConfig) -> Experiment:
     """Train to the end, starting or resuming. Returns the experiment.
@@ -185,7 +187,7 @@ def _announce(plan: RunPlan, catalog: pa.Table, on_gpu: bool, degraded: list[str
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
     device = f"{plan.world_size} x {gpu}" if on_gpu else f"{plan.world_size} CPU worker(s)"
     console.say(
-        f"training {config.stage} on {device}, {plan.precision} precision: {plan.total_steps} steps of "
+        f"training {config.stage} on {device}, {PRECISION_NAMES[plan.precision]}: {plan.total_steps} steps of "
         f"{plan.global_batch} images at {config.data.image_size} px, {plan.steps_per_epoch} steps an epoch"
     )
     console.say(f"training images: {' '.join(f'{code} {counts[code]}' for code in CLASSES)}")
@@ -194,7 +196,7 @@ def _announce(plan: RunPlan, catalog: pa.Table, on_gpu: bool, degraded: list[str
     plan.experiment.update_info(
         state="running",
         device=device,
-        precision=plan.precision,
+        precision=PRECISION_NAMES[plan.precision],
         perceptual=plan.perceptual,
         degraded=degraded,
         total_steps=plan.total_steps,

@@ -167,6 +167,8 @@ class _Run:
         mean = all_reduce_sum(torch.tensor([scalars[name] for name in names], device=self.link.device))
         values = dict(zip(names, (mean / self.link.world_size).tolist(), strict=True)) | speed
         for name, network in self.step.optimized.items():
+            if name == "denoiser" and self.table is None and step <= self.plan.vae_warmup_steps:
+                continue  # it does not learn yet
             values[f"learning_rate/{name}"] = float(network.optimizer.param_groups[0]["lr"])
         values["epoch"] = step * self.plan.global_batch / self.plan.train_images
         if self.link.device.type == "cuda":
