@@ -10,35 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
+from tiny_run import TINY, write_images
 
-from m2d.classes import CLASSES
-
-STEPS, EVERY = 60, 8
+STEPS, EVERY = 60, 8  # an epoch is 14 steps, so 8 stands in its middle
 SETTINGS = [
-    "--num_workers", "0", "--max_steps", str(STEPS), "--batch_size", "4", "--saving.every_steps", str(EVERY),
-    "--schedule.log_every_steps", "1", "--schedule.vae_warmup_fraction", "0.1", "--data.image_size", "16",
-    "--data.balance", "natural", "--perceptual.kind", "features", "--feature_extractor.input_size", "32",
-    "--feature_extractor.statistics_images", "16", "--autoencoder.block_channels", "[8,16]",
-    "--autoencoder.latent_channels", "4", "--autoencoder.norm_groups", "4", "--unet.block_channels", "[16,32]",
-    "--unet.layers_per_block", "1", "--unet.attention_levels", "[false,true]", "--unet.head_dim", "8",
-    "--unet.norm_groups", "8", "--conditioning.context_dim", "16", "--projector.hidden_dim", "16",
-    "--saving.validation_images", "4", "--saving.keep_last", "20", "--ray.threads_per_worker", "1",
+    *TINY, "--num_workers", "0", "--max_steps", str(STEPS), "--saving.every_steps", str(EVERY), "--data.balance",
+    "natural", "--schedule.vae_warmup_fraction", "0.1", "--saving.keep_last", "20",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """70 noisy images of a class-dependent colour; 56 train, so an epoch is 14 steps and 8 stands in its middle."""
-    root = tmp_path_factory.mktemp("data")
-    generator = torch.Generator().manual_seed(0)
-    for index, code in enumerate(CLASSES):
-        (root / code).mkdir()
-        for number in range(10):
-            pixels = torch.randint(0, 120, (24, 32, 3), generator=generator) + 15 * index
-            Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / code / f"{code}_{number}.png")
-    return root
+    return write_images(tmp_path_factory.mktemp("data"))
 
 
 def command(data_root: Path, experiments: Path) -> list[str]:

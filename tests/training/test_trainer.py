@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
+from tiny_run import TINY, write_images
 from torch.testing import assert_close
 
-from m2d.classes import CLASSES
 from m2d.cli import parse
 from m2d.config import TrainConfig
 from m2d.errors import ConfigError
@@ -24,27 +23,10 @@ from m2d.models.checkpoint import load_checkpoint
 from m2d.training.saving import complete_checkpoints, read_best
 from m2d.training.trainer import train
 
-TINY = [
-    "--data.image_size", "16", "--perceptual.kind", "features", "--feature_extractor.input_size", "32",
-    "--feature_extractor.statistics_images", "16", "--autoencoder.block_channels", "[8,16]",
-    "--autoencoder.latent_channels", "4", "--autoencoder.norm_groups", "4", "--unet.block_channels", "[16,32]",
-    "--unet.layers_per_block", "1", "--unet.attention_levels", "[false,true]", "--unet.head_dim", "8",
-    "--unet.norm_groups", "8", "--conditioning.context_dim", "16", "--projector.hidden_dim", "16",
-    "--saving.validation_images", "8", "--batch_size", "4", "--schedule.log_every_steps", "1",
-    "--ray.threads_per_worker", "1", "--ray.cpus_per_worker", "1",
-]  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    generator = torch.Generator().manual_seed(0)
-    for index, code in enumerate(CLASSES):
-        (root / code).mkdir()
-        for number in range(10):
-            pixels = torch.randint(0, 120, (24, 32, 3), generator=generator) + 15 * index
-            Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / code / f"{code}_{number}.png")
-    return root
+    return write_images(tmp_path_factory.mktemp("data"))
 
 
 def config_of(data_root: Path, root: Path, *more: str) -> TrainConfig:
