@@ -69,7 +69,7 @@ def write_report(experiment: Experiment, samples: Path) -> Path:
 def _samples_text(samples: Path) -> str:
     recipe = json.loads((samples / "generation.json").read_text(encoding="utf-8"))
     settings = recipe.get("recipe", recipe)
-    known = ("solver", "steps", "guidance_scale", "guidance_interval", "seed")
+    known = ("solver", "steps", "guidance_scale", "guidance_interval", "feature", "feature_temperature", "seed")
     return "Settings: " + ", ".join(f"{key} {settings[key]}" for key in known if key in settings)
 
 

@@ -9,7 +9,7 @@ The class folders are what m2d.data reads, so a run's output is also a dataset.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ from PIL import Image, PngImagePlugin
 from m2d.classes import CLASSES
 from m2d.errors import ConfigError
 from m2d.generation.request import SampleRequest
-from m2d.generation.settings import GenerateConfig, Precision
+from m2d.generation.settings import Feature, GenerateConfig, Precision
 
 RECORD_NAME = "generation.json"
 MANIFEST_NAME = "manifest.parquet"
@@ -43,6 +43,9 @@ MANIFEST_SCHEMA = pa.schema(
         ("solver", pa.string()),
         ("steps", pa.int64()),
         ("precision", pa.string()),
+        ("feature", pa.string()),  # prior or none
+        ("feature_temperature", pa.float64()),  # null without a prior
+        ("feature_weak", pa.bool_()),  # the prior knows few images of the class
         ("checkpoint", pa.string()),  # sha256
         ("sha256", pa.string()),  # of the PNG file
         ("width", pa.int64()),
@@ -63,11 +66,13 @@ class Recipe:
     guidance_scale: float
     guidance_interval: tuple[float, float]
     precision: str
+    feature: str
+    feature_temperature: float | None  # None where no feature is drawn
     mode: str = "standard"
 
     @classmethod
-    def of(cls, config: GenerateConfig, *, checkpoint_sha256: str, precision: Precision) -> Self:
-        """The part of a run's settings that shapes pixels; `precision` is the one decided, never None."""
+    def of(cls, config: GenerateConfig, *, checkpoint_sha256: str, precision: Precision, feature: Feature) -> Self:
+        """The part of a run's settings that shapes pixels; `precision` and `feature` are those decided, never None."""
         low, high = config.guidance_interval
         return cls(
             checkpoint=checkpoint_sha256,
@@ -77,6 +82,8 @@ class Recipe:
             guidance_scale=float(config.guidance_scale),  # 2 and 2.0 are one recipe
             guidance_interval=(float(low), float(high)),
             precision=precision,
+            feature=feature,
+            feature_temperature=float(config.feature_temperature) if feature == "prior" else None,
         )
 
     @property
@@ -92,18 +99,20 @@ class Recipe:
 class ImageFolder:
     """The images of one recipe on disk. `images` maps the id of each complete one to its manifest row."""
 
-    def __init__(self, root: Path, recipe: Recipe) -> None:
+    def __init__(self, root: Path, recipe: Recipe, weak_classes: Iterable[str] = ()) -> None:
         self.root = root
         self.recipe = recipe
+        self.weak_classes = frozenset(weak_classes)
         self.images: dict[str, dict[str, Any]] = {}
 
     @classmethod
-    def open(cls, root: Path, recipe: Recipe) -> Self:
+    def open(cls, root: Path, recipe: Recipe, weak_classes: Iterable[str] = ()) -> Self:
         """Create the folder, or continue it: complete images of this recipe are kept, broken ones made again.
 
+        weak_classes: those of the checkpoint whose feature prior is weak; the manifest marks their images.
         Raises ConfigError where the folder holds another run's images, or cannot be written.
         """
-        folder = cls(root, recipe)
+        folder = cls(root, recipe, weak_classes)
         try:
             root.mkdir(parents=True, exist_ok=True)
             folder._claim()
@@ -201,6 +210,9 @@ class ImageFolder:
             "solver": recipe.solver,
             "steps": recipe.steps,
             "precision": recipe.precision,
+            "feature": recipe.feature,
+            "feature_temperature": recipe.feature_temperature,
+            "feature_weak": label in self.weak_classes,
             "checkpoint": recipe.checkpoint,
             "sha256": hashlib.sha256(encoded).hexdigest(),
             "width": width,

@@ -1,4 +1,4 @@
-"""One image asked for, its seed and its noise: the same for every batch size, worker and device."""
+"""One image asked for, its seeds and its noise: the same for every batch size, worker and device."""
 
 import hashlib
 from collections.abc import Iterable
@@ -36,6 +36,16 @@ def class_requests(classes: Iterable[str], *, num_samples: int, run_seed: int) -
 def sample_seed(run_seed: int, label: str, index: int) -> int:
     """Seed in [0, 2^63) of one image: a SHA-256, so it is the same in every process and Python version."""
     digest = hashlib.sha256(f"{run_seed}/{label}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def feature_seed(seed: int) -> int:
+    """Seed in [0, 2^63) of the guiding feature of the image with this seed: a stream of its own.
+
+    The first 63 bits of the SHA-256 of `<seed>/feature`. Latents and features of one image must not share numbers: a
+    model could not have seen them correlated.
+    """
+    digest = hashlib.sha256(f"{seed}/feature".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from m2d.diffusion.feature_prior import WEAK_BELOW
 from m2d.errors import ConfigError
 from m2d.generation.contact_sheet import contact_sheet
 from m2d.generation.generator import Generator, pick_device
@@ -29,8 +30,8 @@ _PLAIN_LINE_EVERY_S = 10.0
 def generate(config: GenerateConfig) -> Path:
     """Make the images that are missing, then the manifest and the contact sheet. Returns the output folder.
 
-    Raises CheckpointError, or ConfigError for an output folder of other settings, a device that is not there, or a
-    batch that does not fit it.
+    Raises CheckpointError, DataError for a class that the feature prior has no image of, or ConfigError for an output
+    folder of other settings, a device or a prior that is not there, or a batch that does not fit.
     """
     device = pick_device(config.device)
     checkpoint = load_checkpoint(config.checkpoint, str(device))
@@ -40,13 +41,30 @@ def generate(config: GenerateConfig) -> Path:
         batch_size=config.batch_size,
         device=str(device),
         mixed_precision=config.mixed_precision,
+        feature=config.feature,
+        feature_temperature=config.feature_temperature,
     )
-    recipe = Recipe.of(config, checkpoint_sha256=checkpoint.sha256, precision=generator.precision)
+    prior = checkpoint.prior if generator.feature == "prior" else None
+    weak = prior.weak if prior else []
+    if prior:
+        prior.require(config.class_codes)
+    recipe = Recipe.of(
+        config, checkpoint_sha256=checkpoint.sha256, precision=generator.precision, feature=generator.feature
+    )
     root = Path(config.output) if config.output else default_output(str(checkpoint.path), recipe)
-    folder = ImageFolder.open(root, recipe)
+    folder = ImageFolder.open(root, recipe, weak)
     requests = class_requests(config.class_codes, num_samples=config.num_samples, run_seed=config.seed)
     missing = [request for request in requests if request.image_id not in folder.images]
-    _say(f"generating {len(missing):,} of {len(requests):,} images on {device} (precision {generator.precision})")
+    _say(
+        f"generating {len(missing):,} of {len(requests):,} images on {device} (precision {generator.precision}, "
+        f"feature {generator.feature})"
+    )
+    weak_here = [code for code in config.class_codes if code in weak]
+    if weak_here:
+        _say(
+            f"warning: fewer than {WEAK_BELOW} training images stand behind the features of {', '.join(weak_here)}; "
+            "look at these images before you use them (the manifest marks them feature_weak)"
+        )
 
     began = time.monotonic()
     try:
@@ -58,7 +76,8 @@ def generate(config: GenerateConfig) -> Path:
     caption = (
         f"Synthetic images, not patients. Checkpoint {checkpoint.sha256[:12]}, step {checkpoint.step:,}; "
         f"{config.solver}, {config.steps} steps; guidance {config.guidance_scale:g} at t in "
-        f"[{config.guidance_interval[0]:g}, {config.guidance_interval[1]:g}]; seed {config.seed}; "
+        f"[{config.guidance_interval[0]:g}, {config.guidance_interval[1]:g}]; "
+        f"{_feature_text(recipe, weak_here)}; seed {config.seed}; "
         f"{checkpoint.image_size} x {checkpoint.image_size} px."
     )
     _write_sheet(folder, requests, caption)
@@ -81,6 +100,13 @@ def _generate_missing(generator: Generator, folder: ImageFolder, missing: list[S
             for request, image in zip(batch, images, strict=True):
                 folder.write_image(request, image)
             progress.advance(len(batch))
+
+
+def _feature_text(recipe: Recipe, weak: list[str]) -> str:
+    if recipe.feature == "none":
+        return "the class alone, no feature"
+    rough = f" (few images of {', '.join(weak)})" if weak else ""
+    return f"features drawn from the class prior at temperature {recipe.feature_temperature:g}{rough}"
 
 
 def _write_sheet(folder: ImageFolder, requests: list[SampleRequest], caption: str) -> None:

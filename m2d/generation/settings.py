@@ -1,6 +1,7 @@
 """Settings of a generation run. Light on purpose: the command line reads them before torch is imported."""
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import Literal, get_args
 
 from m2d.classes import CLASSES
@@ -8,6 +9,7 @@ from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import ConfigError
 
 Precision = Literal["no", "bf16", "fp16"]
+Feature = Literal["prior", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,8 @@ class GenerateConfig(SamplingSettings):
     classes: str | None = None  # comma-separated codes, any letter case; None: all seven
     num_samples: int = 8  # per class
     seed: int = 0  # of the run; every image has its own, made from this, its class and its index
+    feature: Feature | None = None  # drawn from the checkpoint's prior, or the class alone; None: prior if it has one
+    feature_temperature: float = 1.0  # spread of the drawn features; 0: the class mean for every image
     batch_size: int = 32  # images at once; does not change them
     device: str | None = None  # None: cuda where there is one, otherwise cpu
     mixed_precision: Precision | None = None  # None: bf16 on a GPU that has it, otherwise no
@@ -34,6 +38,13 @@ class GenerateConfig(SamplingSettings):
             raise ConfigError(f"seed is {self.seed}; it must be at least 0")
         if self.mixed_precision not in (None, *get_args(Precision)):
             raise ConfigError(f"mixed_precision is {self.mixed_precision}; known: {' '.join(get_args(Precision))}")
+        if self.feature not in (None, *get_args(Feature)):
+            raise ConfigError(f"feature is {self.feature}; known: {' '.join(get_args(Feature))}")
+        if not (isfinite(self.feature_temperature) and self.feature_temperature >= 0):
+            raise ConfigError(
+                f"feature_temperature is {self.feature_temperature}; it must be a number of at least 0 "
+                "(1: spread as the training features)"
+            )
         _ = self.class_codes  # a wrong class is reported before anything is loaded
 
     @property

@@ -3,6 +3,7 @@
 checkpoint.yaml            what it is: step, stage, image size, classes, extractor, settings of the networks
 vae/  unet/                load in plain diffusers (the U-Net's weights are the averaged ones)
 conditioning.safetensors   averaged condition encoder, feature statistics and latent batch norm
+feature_prior.safetensors  what generation draws its guiding features from; older checkpoints have none
 training/                  what resuming needs besides (m2d.training.saving)
 complete.json              written last: a directory without it is not a checkpoint
 """
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from m2d.classes import CLASSES
+from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError
 from m2d.models.autoencoder import Autoencoder
 from m2d.models.conditioning import ConditionEncoder
@@ -30,6 +32,7 @@ FORMAT = 1
 COMPLETE = "complete.json"
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PRIOR = "feature_prior.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Checkpoint:
     info: CheckpointInfo
     autoencoder: Autoencoder
     denoiser: Denoiser
+    prior: FeaturePrior | None = None  # None: written without one, so a class alone guides
 
     @property
     def image_size(self) -> int:
@@ -79,9 +83,16 @@ class Checkpoint:
 
 
 def write_inference_files(
-    directory: Path, info: CheckpointInfo, autoencoder: Autoencoder, unet: UNet2DConditionModel, tensors: dict[str, Any]
+    directory: Path,
+    info: CheckpointInfo,
+    autoencoder: Autoencoder,
+    unet: UNet2DConditionModel,
+    tensors: dict[str, Any],
+    prior: FeaturePrior | None = None,
 ) -> None:
     """Write all but training/ and complete.json. tensors: `vae` and `denoiser` (averaged) state dicts on the CPU."""
+    if prior is not None and prior.dim != info.feature_dim:
+        raise ValueError(f"the prior's features have {prior.dim} dimensions, the checkpoint's {info.feature_dim}")
     autoencoder.vae.save_config(directory / "vae")
     unet.save_config(directory / "unet")
     denoiser: dict[str, Tensor] = tensors["denoiser"]
@@ -90,6 +101,8 @@ def write_inference_files(
     save_tensors(tensors["vae"], directory / "vae" / WEIGHTS)
     save_tensors(weights, directory / "unet" / WEIGHTS)
     save_tensors(rest, directory / "conditioning.safetensors")
+    if prior is not None:
+        save_tensors(prior.tensors(), directory / PRIOR)
     document = {"format": FORMAT, **vars(info), "classes": list(info.classes)}
     (directory / "checkpoint.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
 
@@ -138,6 +151,14 @@ def read_info(path: str | Path) -> CheckpointInfo:
     return replace(info, classes=CLASSES)
 
 
+def read_prior(path: str | Path) -> FeaturePrior | None:
+    """The feature prior of a complete checkpoint, on the CPU; None where it was written without one.
+
+    Raises CheckpointError where it is damaged or its features are not those that the checkpoint was trained with.
+    """
+    return _read_prior(Path(path), read_info(path))
+
+
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Load for generation. Raises CheckpointError where it is missing, incomplete or broken."""
     info = read_info(path)
@@ -162,7 +183,24 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         info=info,
         autoencoder=_frozen(Autoencoder(vae), device),
         denoiser=_frozen(denoiser, device),
+        prior=_read_prior(directory, info),
     )
+
+
+def _read_prior(directory: Path, info: CheckpointInfo) -> FeaturePrior | None:
+    path = directory / PRIOR
+    if not path.is_file():
+        return None
+    try:
+        prior = FeaturePrior.from_tensors(load_file(path))
+    except Exception as error:
+        raise CheckpointError(f"checkpoint: {path} cannot be used ({_first_line(error)}); take another one") from None
+    if prior.dim != info.feature_dim:
+        raise CheckpointError(
+            f"checkpoint: {path} is of features with {prior.dim} dimensions, the checkpoint's have {info.feature_dim}; "
+            "take another one"
+        )
+    return prior
 
 
 def _strictly(network: type[NetworkT], folder: Path) -> NetworkT:
@@ -196,13 +234,10 @@ def _check_files(directory: Path) -> None:
 
 def _inference_hash(directory: Path) -> str:
     digest = hashlib.sha256()
-    for name in (
-        "vae/config.json",
-        f"vae/{WEIGHTS}",
-        "unet/config.json",
-        f"unet/{WEIGHTS}",
-        "conditioning.safetensors",
-    ):
+    names = ["vae/config.json", f"vae/{WEIGHTS}", "unet/config.json", f"unet/{WEIGHTS}", "conditioning.safetensors"]
+    if (directory / PRIOR).is_file():  # without one the hash is what it was before there were priors
+        names.append(PRIOR)
+    for name in names:
         with (directory / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

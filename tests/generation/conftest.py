@@ -1,9 +1,13 @@
 """A tiny real U-Net and VAE: seconds to build, 16-pixel images."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
+from m2d.classes import CLASSES, class_index
+from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo
 from m2d.models.settings import AutoencoderConfig, ConditioningConfig, UNetConfig
@@ -49,6 +53,21 @@ def make_checkpoint() -> Checkpoint:
     )
 
 
+def make_prior(counts: dict[str, int]) -> FeaturePrior:
+    """Fitted to so many random 6-dimensional features a class; the classes' means are apart."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.tensor([class_index(code) for code, count in counts.items() for _ in range(count)])
+    means = 5 * torch.randn(len(CLASSES), 6, generator=generator)
+    return FeaturePrior.fit(means[labels] + torch.randn(len(labels), 6, generator=generator), labels)
+
+
 @pytest.fixture(scope="session")
 def checkpoint() -> Checkpoint:
+    """Without a feature prior, as old ones are."""
     return make_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def prior_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """The same with a prior of four classes: DF has few images."""
+    return replace(checkpoint, sha256="c0ffee" + 58 * "1", prior=make_prior({"BKL": 40, "DF": 5, "MEL": 40, "NV": 90}))

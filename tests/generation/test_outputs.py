@@ -23,6 +23,8 @@ RECIPE = Recipe(
     guidance_scale=1.5,
     guidance_interval=(0.0, 0.8),
     precision="no",
+    feature="prior",
+    feature_temperature=1.0,
 )
 REQUEST = SampleRequest(label="MEL", index=3, seed=2**62 + 1)
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
@@ -52,6 +54,15 @@ def test_the_manifest_has_a_row_an_image(tmp_path: Path) -> None:
     assert mel["sha256"] == hashlib.sha256((tmp_path / mel["path"]).read_bytes()).hexdigest()
     assert (mel["width"], mel["height"], mel["solver"], mel["guidance_high"]) == (16, 16, "heun", 0.8)
     assert mel["created"].tzinfo is not None
+
+
+def test_the_manifest_marks_the_images_of_a_weak_class(tmp_path: Path) -> None:
+    folder = ImageFolder.open(tmp_path, RECIPE, ["DF"])
+    folder.write_image(REQUEST, IMAGE)
+    folder.write_image(SampleRequest(label="DF", index=0, seed=1), IMAGE)
+    rows = pq.read_table(folder.write_manifest()).to_pylist()
+    assert [(row["class"], row["feature_weak"]) for row in rows] == [("DF", True), ("MEL", False)]
+    assert {(row["feature"], row["feature_temperature"]) for row in rows} == {("prior", 1.0)}
 
 
 def test_a_folder_is_continued(tmp_path: Path) -> None:
@@ -142,6 +153,8 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
         {"guidance_scale": 2.0},
         {"guidance_interval": (0.1, 0.8)},
         {"precision": "bf16"},
+        {"feature": "none"},
+        {"feature_temperature": 0.5},
         {"mode": "interpolate"},
     ],
 )
@@ -156,8 +169,16 @@ def test_how_many_images_and_how_they_are_batched_is_not_in_the_hash() -> None:
             checkpoint="c", guidance_scale=2.0, num_samples=99, classes="MEL", batch_size=1, output="elsewhere"
         ),
     ]
-    one, other = (Recipe.of(config, checkpoint_sha256="ab", precision="no") for config in configs)
+    one, other = (Recipe.of(config, checkpoint_sha256="ab", precision="no", feature="prior") for config in configs)
     assert one.hash == other.hash
+
+
+def test_a_recipe_says_how_features_were_drawn_or_that_none_were() -> None:
+    asked = GenerateConfig(checkpoint="c", feature_temperature=0.5)
+    drawn = Recipe.of(asked, checkpoint_sha256="ab", precision="no", feature="prior")
+    assert (drawn.feature, drawn.feature_temperature) == ("prior", 0.5)
+    alone = Recipe.of(GenerateConfig(checkpoint="c"), checkpoint_sha256="ab", precision="no", feature="none")
+    assert (alone.feature, alone.feature_temperature) == ("none", None)
 
 
 def test_images_lie_in_the_experiment_of_their_checkpoint() -> None:

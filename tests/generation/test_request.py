@@ -3,12 +3,25 @@
 import torch
 from torch.testing import assert_close
 
-from m2d.generation.request import class_requests, noise_for, sample_seed
+from m2d.generation.request import class_requests, feature_seed, noise_for, sample_seed
 
 
 def test_seeds_are_pinned() -> None:
     assert sample_seed(0, "MEL", 0) == 8_532_279_590_024_149_053
     assert 0 <= sample_seed(0, "MEL", 0) < 2**63
+
+
+def test_the_seed_of_a_feature_is_pinned_and_not_that_of_the_noise() -> None:
+    """The digits are those of: printf %s 0/feature | sha256sum, its first 16 hex digits halved."""
+    assert feature_seed(0) == 5_787_994_909_331_505_814
+    seeds = range(1000)
+    assert not {feature_seed(seed) for seed in seeds} & set(seeds)
+
+
+def test_the_noise_of_a_feature_is_independent_of_the_noise_of_its_latents() -> None:
+    pairs = [(noise_for(seed, (100,)), noise_for(feature_seed(seed), (100,))) for seed in range(100)]
+    latents, features = (torch.cat(part) for part in zip(*pairs, strict=True))
+    assert abs(torch.corrcoef(torch.stack([latents, features]))[0, 1].item()) < 5 / 100
 
 
 def test_noise_is_pinned() -> None:

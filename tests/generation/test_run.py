@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from m2d.errors import CheckpointError, ConfigError
+from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.generation import run
 from m2d.generation.generator import Generator
 from m2d.generation.request import class_requests
@@ -102,6 +102,64 @@ def test_other_settings_go_elsewhere_or_are_refused(drawn: list[str], tmp_path: 
         run.generate(config(output=output, guidance_scale=3.0))
 
 
+@pytest.fixture
+def with_prior(drawn: list[str], prior_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """`drawn`, but the checkpoint has a prior in which DF is weak and VASC is not at all. Returns the experiment."""
+    tiny = replace(prior_checkpoint, path=str(tmp_path / "ham" / "checkpoints" / "step_1000"))
+    monkeypatch.setattr(run, "load_checkpoint", lambda path, device: tiny)
+    return tmp_path / "ham"
+
+
+def test_images_with_and_without_drawn_features_never_mix(with_prior: Path) -> None:
+    drawn_features, again = run.generate(config()), run.generate(config(feature="prior"))
+    assert again == drawn_features, "prior is what None decides where there is one"
+    alone, nearer = run.generate(config(feature="none")), run.generate(config(feature_temperature=0.5))
+    assert len({drawn_features, alone, nearer}) == 3
+    one, other, third = (pngs(root)["MEL_000000.png"] for root in (drawn_features, alone, nearer))
+    assert not _within_one_level(one, other)
+    assert not _within_one_level(one, third)
+    with pytest.raises(ConfigError, match="feature none there, prior here"):
+        run.generate(config(output=str(alone)))
+
+
+def test_a_weak_class_is_said_in_one_line_and_recorded(with_prior: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = run.generate(config())
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1
+    assert "fewer than 30 training images stand behind the features of DF;" in warnings[0]
+    rows = pq.read_table(root / "manifest.parquet").to_pylist()
+    assert {(row["class"], row["feature_weak"]) for row in rows} == {("DF", True), ("MEL", False)}
+    run.generate(config(feature="none"))
+    run.generate(config(classes="MEL"))
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_class_that_the_prior_does_not_know_stops_the_run_before_anything_is_made(
+    with_prior: Path, drawn: list[str]
+) -> None:
+    with pytest.raises(DataError, match=r"of VASC, .*--classes BKL,DF,MEL,NV\), .*--feature none\)") as caught:
+        run.generate(config(classes="MEL,VASC"))
+    assert "\n" not in str(caught.value)
+    assert drawn == []
+    assert not with_prior.exists()
+    run.generate(config(classes="MEL,VASC", feature="none", num_samples=1))
+
+
+def test_the_contact_sheet_says_what_guided(with_prior: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions: list[str] = []
+    real = run.contact_sheet
+
+    def recording(*args: Any, caption: str, **kwargs: Any) -> Image.Image:
+        captions.append(caption)
+        return real(*args, caption=caption, **kwargs)
+
+    monkeypatch.setattr(run, "contact_sheet", recording)
+    run.generate(config(feature_temperature=0.5))
+    run.generate(config(feature="none"))
+    assert "features drawn from the class prior at temperature 0.5 (few images of DF)" in captions[0]
+    assert "the class alone, no feature" in captions[1]
+
+
 def test_an_interrupted_run_keeps_and_lists_what_it_made(
     drawn: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -122,19 +180,26 @@ def test_an_interrupted_run_keeps_and_lists_what_it_made(
     assert len(drawn) == 2
 
 
-def test_a_checkpoint_on_disk_gives_the_images_of_the_one_in_memory(checkpoint: Checkpoint, tmp_path: Path) -> None:
+@pytest.mark.parametrize("which", ["checkpoint", "prior_checkpoint"])
+def test_a_checkpoint_on_disk_gives_the_images_of_the_one_in_memory(
+    which: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    checkpoint: Checkpoint = request.getfixturevalue(which)
     directory = tmp_path / "ham" / "checkpoints" / "best"
     for folder in ("vae", "unet"):
         (directory / folder).mkdir(parents=True)
     tensors = {"vae": checkpoint.autoencoder.vae.state_dict(), "denoiser": checkpoint.denoiser.state_dict()}
-    write_inference_files(directory, checkpoint.info, checkpoint.autoencoder, checkpoint.denoiser.unet, tensors)
+    write_inference_files(
+        directory, checkpoint.info, checkpoint.autoencoder, checkpoint.denoiser.unet, tensors, checkpoint.prior
+    )
     mark_complete(directory)
     settings = config(checkpoint=str(directory), classes="MEL", num_samples=1)
     root = run.generate(settings)
-    request = class_requests(["MEL"], num_samples=1, run_seed=0)
-    expected = Generator(checkpoint, settings, device="cpu").generate(request)[0]
+    expected = Generator(checkpoint, settings, device="cpu").generate(
+        class_requests(["MEL"], num_samples=1, run_seed=0)
+    )
     with Image.open(root / "MEL" / "MEL_000000.png") as image:
-        assert np.array_equal(np.asarray(image), expected)
+        assert np.array_equal(np.asarray(image), expected[0])
 
 
 def test_a_missing_checkpoint_is_a_one_line_error(tmp_path: Path) -> None:

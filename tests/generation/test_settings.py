@@ -33,6 +33,10 @@ def test_no_classes_means_all() -> None:
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"guidance_interval": (0.8, 0.2)}, "guidance_interval is"),
         ({"guidance_interval": (0.0, 1.2)}, "guidance_interval is"),
+        ({"feature": "real"}, "feature is real; known: prior none"),
+        ({"feature_temperature": -0.1}, "feature_temperature is -0.1; it must be a number of at least 0"),
+        ({"feature_temperature": float("nan")}, "feature_temperature is nan"),
+        ({"feature_temperature": float("inf")}, "feature_temperature is inf"),
         ({"mixed_precision": "fp8"}, "mixed_precision is fp8; known: no bf16 fp16"),
     ],
 )

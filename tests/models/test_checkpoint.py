@@ -1,5 +1,6 @@
 """A checkpoint that training wrote: plain diffusers reads it, M2D reads it, and a damaged one is refused."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -13,8 +14,18 @@ from safetensors.torch import load_file, save_file
 from tiny_networks import CONDITIONING, FEATURE_DIM, IMAGE_SIZE, tiny_batch, tiny_networks, tiny_step
 from torch.testing import assert_close
 
+from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError
-from m2d.models.checkpoint import COMPLETE, CheckpointInfo, load_checkpoint, mark_complete, read_info
+from m2d.models.checkpoint import (
+    COMPLETE,
+    PRIOR,
+    CheckpointInfo,
+    load_checkpoint,
+    mark_complete,
+    read_info,
+    read_prior,
+    write_inference_files,
+)
 from m2d.training.saving import take_snapshot, write_snapshot
 from m2d.training.step import JointStep
 
@@ -210,3 +221,87 @@ def test_a_folder_above_it_is_answered_with_the_newest_checkpoint(copy: Path, gi
 
 def test_reading_the_description_needs_no_weights(copy: Path) -> None:
     assert read_info(copy).step == 7
+
+
+def tiny_prior(dim: int = FEATURE_DIM) -> FeaturePrior:
+    features = torch.randn(60, dim, generator=torch.Generator().manual_seed(2))
+    return FeaturePrior.fit(features, torch.arange(60) % 3)
+
+
+@pytest.fixture
+def with_prior(written: tuple[Path, JointStep], tmp_path: Path) -> Path:
+    """Only the inference files, with a prior."""
+    networks = written[1].networks
+    directory = tmp_path / "with_prior"
+    for folder in ("vae", "unet"):
+        (directory / folder).mkdir(parents=True)
+    tensors = {"vae": networks.autoencoder.vae.state_dict(), "denoiser": networks.denoiser.state_dict()}
+    write_inference_files(directory, INFO, networks.autoencoder, networks.denoiser.unet, tensors, tiny_prior())
+    mark_complete(directory)
+    return directory
+
+
+def assert_draws_as(prior: FeaturePrior | None, expected: FeaturePrior) -> None:
+    assert prior is not None
+    labels, noise = torch.arange(3), torch.randn(3, expected.noise_dim)
+    assert torch.equal(prior.sample(labels, noise), expected.sample(labels, noise))
+    assert torch.equal(prior.counts, expected.counts)
+
+
+def test_a_feature_prior_comes_back_as_it_was(with_prior: Path) -> None:
+    assert_draws_as(load_checkpoint(with_prior).prior, tiny_prior())
+    assert_draws_as(read_prior(with_prior), tiny_prior())
+    assert PRIOR in json.loads((with_prior / COMPLETE).read_text())["files"]
+
+
+def test_a_checkpoint_without_a_prior_loads_and_has_the_hash_that_it_always_had(with_prior: Path) -> None:
+    with_one = load_checkpoint(with_prior).sha256
+    (with_prior / PRIOR).unlink()
+    mark_complete(with_prior)
+    checkpoint = load_checkpoint(with_prior)
+    assert checkpoint.prior is None
+    assert read_prior(with_prior) is None
+    weights = "diffusion_pytorch_model.safetensors"
+    names = ["vae/config.json", f"vae/{weights}", "unet/config.json", f"unet/{weights}", "conditioning.safetensors"]
+    digests = [hashlib.sha256((with_prior / name).read_bytes()).digest() for name in names]
+    assert checkpoint.sha256 == hashlib.sha256(b"".join(digests)).hexdigest()
+    assert checkpoint.sha256 != with_one
+
+
+def test_the_hash_changes_with_the_prior(with_prior: Path) -> None:
+    before = load_checkpoint(with_prior).sha256
+    tensors = load_file(with_prior / PRIOR)
+    save_file({**tensors, "mean": tensors["mean"] + 1.0}, with_prior / PRIOR, metadata={"format": "pt"})
+    assert load_checkpoint(with_prior).sha256 != before
+
+
+def test_a_prior_that_is_gone_is_named(with_prior: Path) -> None:
+    (with_prior / PRIOR).unlink()
+    assert f"{PRIOR} is missing" in refusal_of(with_prior)
+
+
+@pytest.mark.parametrize("damage", ["bytes", "a tensor missing", "not a number", "other features"])
+def test_a_prior_that_cannot_be_used_is_refused(with_prior: Path, damage: str) -> None:
+    path = with_prior / PRIOR
+    tensors = load_file(path)
+    match damage:
+        case "bytes":
+            path.write_bytes(b"\xff" * path.stat().st_size)
+        case "a tensor missing":
+            save_file({name: tensor for name, tensor in tensors.items() if name != "scale"}, path)
+        case "not a number":
+            save_file({**tensors, "isotropic": tensors["isotropic"] * float("nan")}, path)
+        case _:
+            save_file(tiny_prior(FEATURE_DIM + 1).tensors(), path)
+    mark_complete(with_prior)
+    assert str(path) in refusal_of(with_prior)
+    with pytest.raises(CheckpointError):
+        read_prior(with_prior)
+
+
+def test_a_prior_of_other_features_is_not_written(written: tuple[Path, JointStep], tmp_path: Path) -> None:
+    networks = written[1].networks
+    with pytest.raises(ValueError, match=f"{FEATURE_DIM + 1} dimensions, the checkpoint's {FEATURE_DIM}"):
+        write_inference_files(
+            tmp_path, INFO, networks.autoencoder, networks.denoiser.unet, {}, tiny_prior(FEATURE_DIM + 1)
+        )
