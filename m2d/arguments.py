@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from m2d.errors import ConfigError, M2DError
@@ -27,9 +28,11 @@ def parse_arguments(
     prog: str,
     description: str,
     preset_path: Callable[[str], Path] | None = None,
+    also_known: type | None = None,
 ) -> ConfigT:
     """The config that the arguments spell: defaults, then --preset and --config files as given, then flags.
 
+    also_known: another command's settings, whose files serve this one too; what only that one has is passed over.
     Raises ConfigError in one line; exits after --help and --print_config.
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
@@ -45,7 +48,8 @@ def parse_arguments(
     if {"-h", "--help"} & set(arguments):
         _explain(parser, config)
     try:
-        values = parser.parse_args(_spelled_out(arguments, config, preset_path))
+        passed_over = frozenset(_setting_names(also_known) - _setting_names(config))
+        values = parser.parse_args(_spelled_out(arguments, config, preset_path, passed_over))
         for key in ("config", "preset"):
             values.pop(key, None)
         return config(**vars(parser.instantiate(values)))
@@ -99,8 +103,16 @@ def _explain(parser: ArgumentParser, config: type) -> None:
         action.help = comments.get(action.dest, action.help)
 
 
-def _spelled_out(arguments: Sequence[str], config: type, preset_path: Callable[[str], Path] | None) -> list[str]:
-    """As jsonargparse wants them: --preset as --config, files first, underscores, `true` for a bare switch."""
+def _spelled_out(
+    arguments: Sequence[str],
+    config: type,
+    preset_path: Callable[[str], Path] | None,
+    passed_over: frozenset[str],
+) -> list[str]:
+    """As jsonargparse wants them: --preset as --config, files first, underscores, `true` for a bare switch.
+
+    A group that has a switch called `enabled` may stand bare too. passed_over: top-level keys left out of files.
+    """
     kinds = dict(setting_types(config))
     files: list[str] = []
     flags: list[str] = []
@@ -116,14 +128,38 @@ def _spelled_out(arguments: Sequence[str], config: type, preset_path: Callable[[
             file = preset_path(value) if preset_path and name == "--preset" else Path(value).expanduser()
             if not file.is_file():
                 raise ConfigError(f"config: {value} is not a file; give the path of a YAML file of settings")
-            files += ["--config", str(file)]
+            files += ["--config", _without_keys(file, passed_over)]
         elif name.startswith("--"):
             name = _with_underscores(name.removeprefix("--"), kinds)
-            bare_switch = kinds.get(name) is bool and not equals and (not waiting or waiting[0].startswith("--"))
+            bare = not equals and (not waiting or waiting[0].startswith("--"))
+            if bare and name not in kinds and f"{name}.enabled" in kinds:
+                name = f"{name}.enabled"
+            bare_switch = bare and kinds.get(name) is bool
             flags.append(f"--{name}=true" if bare_switch else f"--{name}{equals}{value}")
         else:
             flags.append(argument)
     return files + flags
+
+
+def _setting_names(config: type | None) -> set[str]:
+    """Top-level names, groups among them."""
+    return set() if config is None else {field.name for field in dataclasses.fields(config)}
+
+
+def _without_keys(file: Path, passed_over: frozenset[str]) -> str:
+    """What --config takes: the file's path, or where it holds keys to pass over, the text of what remains."""
+    if not passed_over:
+        return str(file)
+    try:
+        # As nodes, not values: what remains keeps its spelling, and jsonargparse reads YAML in its own way.
+        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return str(file)  # jsonargparse tells what is wrong with it
+    if not isinstance(root, yaml.MappingNode) or all(key.value not in passed_over for key, _ in root.value):
+        return str(file)
+    root.value = [(key, value) for key, value in root.value if key.value not in passed_over]
+    text: str = yaml.serialize(root)
+    return text
 
 
 def _with_underscores(name: str, kinds: dict[str, Any]) -> str:

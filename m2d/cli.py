@@ -12,7 +12,9 @@ from typing import Any
 from m2d import __version__
 from m2d.arguments import parse_arguments
 from m2d.config import TrainConfig, preset_names, preset_path
-from m2d.errors import M2DError
+from m2d.data.settings import SetupConfig
+from m2d.errors import ConfigError, M2DError
+from m2d.evaluation.settings import ProbeConfig
 from m2d.generation.settings import GenerateConfig
 
 
@@ -24,6 +26,7 @@ class Command:
     config: type
     run: Callable[[Any], None]
     presets: bool = False
+    also_known: type | None = None  # another command's settings: a file of that one serves this one too
 
 
 def _train(config: TrainConfig) -> None:
@@ -32,10 +35,22 @@ def _train(config: TrainConfig) -> None:
     train(config)
 
 
+def _setup_data(config: SetupConfig) -> None:
+    from m2d.data.prepare import setup_data
+
+    setup_data(config)
+
+
 def _generate(config: GenerateConfig) -> None:
     from m2d.generation.run import generate
 
     generate(config)
+
+
+def _probe(config: ProbeConfig) -> None:
+    from m2d.evaluation.probe import probe
+
+    probe(config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +71,15 @@ def _demo(config: DemoConfig) -> None:
 
 COMMANDS: dict[str, Command] = {
     "train": Command("Train on a folder of class folders; run again to resume.", TrainConfig, _train, presets=True),
+    "setup_data": Command(
+        "Scan a dataset, prepare its images and cache the extractor's features; run again to go on.",
+        SetupConfig,
+        _setup_data,
+        presets=True,
+        also_known=TrainConfig,
+    ),
     "generate": Command("Generate labelled images from a checkpoint.", GenerateConfig, _generate),
+    "evaluate probe": Command("Tell how well a linear probe on features knows the classes.", ProbeConfig, _probe),
     "demo": Command("Render demo images, train on them with two workers, generate samples.", DemoConfig, _demo),
 }
 
@@ -64,7 +87,7 @@ COMMANDS: dict[str, Command] = {
 def main(command: str, arguments: Sequence[str] | None = None) -> None:
     """Run one command as a script: exit code 0, or 2 after one line for what a user can mend."""
     try:
-        _run(command, list(sys.argv[1:] if arguments is None else arguments))
+        _run(*_whole_name(command, list(sys.argv[1:] if arguments is None else arguments)))
     except M2DError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -82,8 +105,8 @@ def main_from_shell(arguments: Sequence[str] | None = None) -> None:
     if given[0] == "--version":
         print(__version__)
         sys.exit(0)
-    if given[0] not in COMMANDS:
-        print(f"error: command {given[0]} is not known; choose from {' '.join(COMMANDS)}", file=sys.stderr)
+    if given[0] not in {name.split()[0] for name in COMMANDS}:
+        print(f"error: command {given[0]} is not known; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
     main(given[0], given[1:])
 
@@ -100,6 +123,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         prog=f"python -m m2d {command}",
         description=description,
         preset_path=preset_path if spec.presets else None,
+        also_known=spec.also_known,
     )
 
 
@@ -108,6 +132,21 @@ def _run(command: str, arguments: list[str]) -> None:
     COMMANDS[command].run(config)
 
 
+def _whole_name(command: str, arguments: list[str]) -> tuple[str, list[str]]:
+    """`evaluate` before `probe ...` is the command `evaluate probe`. Raises ConfigError that lists the known ones."""
+    whole = " ".join([command, *arguments[:1]])
+    if whole in COMMANDS:
+        return whole, arguments[1:]
+    if command in COMMANDS:
+        return command, arguments
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(_overview())
+        sys.exit(0)
+    known = ", ".join(name for name in COMMANDS if name.startswith(f"{command} "))
+    problem = "is not known" if arguments else "needs a word more"
+    raise ConfigError(f"command {whole} {problem}; choose from {known}")
+
+
 def _overview() -> str:
-    lines = [f"  {name:10} {command.description}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:14} {command.description}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: python -m m2d COMMAND [--help] ...", "", *lines])

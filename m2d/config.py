@@ -16,8 +16,9 @@ from m2d.models.settings import (
     PerceptualConfig,
     ProjectorConfig,
     UNetConfig,
+    parse_tap,
 )
-from m2d.training.settings import LossWeights, OptimizerConfig, RayConfig, SavingConfig, ScheduleConfig
+from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, RayConfig, SavingConfig, ScheduleConfig
 
 PRESETS_DIR = Path(__file__).parent / "presets"
 
@@ -28,6 +29,7 @@ class TrainConfig:
 
     data_root: str | None = None  # a folder of class folders: a path or a URI (s3://, gs://)
     experiments_dir: str = "./experiments"  # path or URI; with several nodes it must be storage that all of them see
+    cache_dir: str = "./cache"  # what setup_data prepared; read where it is there. A path that every node sees
     name: str = "m2d"  # of the experiment; its directory is NAME_YYYYMMDD_HHMMSS
     seed: int = 0  # of weights, order, noise and dropout; the split has data.split_seed
     stage: Literal["joint", "latent"] = "joint"  # latent: the U-Net alone, on the cached latents of a trained VAE
@@ -54,6 +56,7 @@ class TrainConfig:
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     loss_weights: LossWeights = field(default_factory=LossWeights)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     saving: SavingConfig = field(default_factory=SavingConfig)
@@ -75,6 +78,11 @@ class TrainConfig:
             raise ConfigError("stage latent trains on a frozen VAE; name a joint run's checkpoint by --init_checkpoint")
         if self.autoencoder.pretrained is None:
             self._check_sizes()
+        levels = len(self.unet.block_channels)
+        if parse_tap(self.alignment.tap)[1] >= levels:
+            raise ConfigError(
+                f"alignment.tap is {self.alignment.tap}; the U-Net has {levels} blocks each way, numbered from 0"
+            )
         smallest = 3 * 2**self.discriminator.layers
         if self.discriminator.enabled and self.data.image_size < smallest:
             raise ConfigError(
@@ -103,7 +111,7 @@ class TrainConfig:
 
 # What may differ between a run and its resumption: where it runs and how it talks, never what it computes.
 RESUMABLE_CHANGES = frozenset(
-    {"fresh", "use_wandb", "wandb_project", "wandb_mode", "verbose", "experiments_dir", "ray", "data_root"}
+    {"fresh", "use_wandb", "wandb_project", "wandb_mode", "verbose", "experiments_dir", "cache_dir", "ray", "data_root"}
 )
 
 

@@ -1,8 +1,10 @@
 """The command line: files and flags in their order, one line and exit code 2 for what a user can mend."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,6 +12,7 @@ import yaml
 from m2d.arguments import setting_comments, setting_types
 from m2d.cli import COMMANDS, main, main_from_shell, parse
 from m2d.config import TrainConfig, as_dict
+from m2d.data.settings import SetupConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -187,10 +190,68 @@ def test_generating_without_a_checkpoint_is_refused(capsys: pytest.CaptureFixtur
     assert "checkpoint" in refusal(capsys, command="generate")
 
 
+def test_a_preset_and_a_runs_own_config_serve_setup_data_too(tmp_path: Path) -> None:
+    """What is training's alone is passed over; what both have means the same."""
+    preset: SetupConfig = parse("setup_data", ["--preset", "ham-64", "--all"])
+    train = train_config("--preset", "ham-64", "--data_root", "images", "--cache_dir", "kept", "--seed", "3")
+    assert (preset.data, preset.feature_extractor) == (train.data, train.feature_extractor)
+    path = file_of(tmp_path, yaml.safe_dump(as_dict(train)))
+    assert parse("setup_data", ["--config", path, "--scan"]) == dataclasses.replace(
+        preset, all=False, scan=True, data_root="images", cache_dir="kept"
+    )
+
+
+def test_a_key_that_no_command_knows_is_refused_beside_those_that_are_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text, message in (
+        ("epochs: 3\nfeaturez: true", "featurez is not a setting; did you mean features?"),
+        ("epochs: 3\ndata: {image_sise: 64}", "data.image_sise is not a setting; did you mean data.image_size?"),
+    ):
+        assert refusal(capsys, "--config", file_of(tmp_path, text), command="setup_data").startswith(message)
+    only_training = file_of(tmp_path, "epochs: 3\nunet: {head_dim: 8}")
+    assert parse("setup_data", ["--config", only_training]) == SetupConfig()
+
+
+def test_a_flag_of_another_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Files are passed around; a flag was typed for this command."""
+    assert refusal(capsys, "--epochs", "3", command="setup_data").startswith("--epochs is not known")
+
+
+def test_a_file_keeps_its_spelling_where_keys_are_passed_over(tmp_path: Path) -> None:
+    """YAML reads 1e-1 and on as something else than what jsonargparse reads."""
+    path = file_of(tmp_path, "epochs: 3\ndata: {val_fraction: 1e-1, class_map: {on: NV, '1': BCC}}")
+    data = parse("setup_data", ["--config", path]).data
+    assert (data.val_fraction, data.class_map) == (0.1, train_config("--config", path).data.class_map)
+
+
+def test_a_group_with_a_switch_may_stand_bare() -> None:
+    assert parse("setup_data", ["--download", "--all"]).download.enabled is True
+    assert train_config("--discriminator", "--epochs", "3").discriminator.enabled is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data_root", "."], "nothing to do; give --all, or some of --download --scan --images --features"),
+        (["--all"], "data_root is not set"),
+        (["--all", "--data_root", "/no/such/folder"], "data_root: /no/such/folder is not a folder"),
+        (["--all", "--cache_dir", "s3://bucket/cache"], "cache_dir is a URI"),
+        (["--all", "--num_actors", "0"], "num_actors is 0; it must be at least 1"),
+    ],
+)
+def test_setting_data_up_for_nothing_or_nowhere_is_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert refusal(capsys, *arguments, command="setup_data").startswith(message)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unknown_command_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main_from_shell(["trian"])
-    assert capsys.readouterr().err == f"error: command trian is not known; choose from {' '.join(COMMANDS)}\n"
+    assert capsys.readouterr().err == f"error: command trian is not known; choose from {', '.join(COMMANDS)}\n"
 
 
 def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from m2d.models.settings import (
     ProjectorConfig,
     UNetConfig,
 )
-from m2d.models.unet import build_denoiser, middle_channels
+from m2d.models.unet import build_denoiser, tap_channels
 
 
 def test_the_promised_presets_are_there() -> None:
@@ -44,11 +44,11 @@ def test_a_presets_networks_fit_one_another(name: str) -> None:
             latent_size=side,
             feature_dim=feature_dim,
         ).eval()
-        projector = AlignmentProjector(middle_channels(denoiser), config.projector.hidden_dim, feature_dim)
+        projector = AlignmentProjector(tap_channels(denoiser), config.projector, feature_dim)
         images = torch.zeros(1, 3, size, size)
         latents = autoencoder.encode(images).mean
         context = denoiser.context(torch.zeros(1, dtype=torch.int64), torch.zeros(1, feature_dim))
-        velocity, middle = denoiser.velocity_and_middle(latents, torch.zeros(1), context)
+        velocity, middle = denoiser.velocity_and_tap(latents, torch.zeros(1), context)
         assert latents.shape == velocity.shape == (1, autoencoder.latent_channels, side, side)
         assert projector(middle, patches).shape == (1, patches, feature_dim)
         assert autoencoder.decode(latents).shape == images.shape

@@ -8,8 +8,8 @@ from m2d.models.discriminator import PatchDiscriminator
 from m2d.models.feature_extractor import FeatureExtractor, Features
 from m2d.models.perceptual import FeatureDistance
 from m2d.models.projector import AlignmentProjector
-from m2d.models.settings import AutoencoderConfig, ConditioningConfig, UNetConfig
-from m2d.models.unet import build_denoiser, middle_channels
+from m2d.models.settings import AutoencoderConfig, ConditioningConfig, ProjectorConfig, UNetConfig
+from m2d.models.unet import build_denoiser, tap_channels
 from m2d.training.batch import Draws, ImageBatch, draw
 from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
 from m2d.training.step import JointStep, Networks, StepConfig
@@ -22,6 +22,7 @@ AUTOENCODER = AutoencoderConfig(block_channels=[8, 16], latent_channels=4, norm_
 UNET = UNetConfig(
     block_channels=[16, 32], layers_per_block=1, attention_levels=[False, True], head_dim=8, norm_groups=8
 )
+PROJECTOR = ProjectorConfig(hidden_dim=16)
 CPU = torch.device("cpu")
 
 
@@ -29,7 +30,8 @@ class TinyExtractor(FeatureExtractor):
     """A frozen random convolution with the extractor's interface: 2 x 2 patches."""
 
     def __init__(self) -> None:
-        super().__init__("tiny", FEATURE_DIM, IMAGE_SIZE, torch.full((3,), 127.0), torch.full((3,), 128.0))
+        mean, std = torch.full((3,), 127.0), torch.full((3,), 128.0)
+        super().__init__("tiny", FEATURE_DIM, IMAGE_SIZE, mean, std, num_patches=4)
         self.network = nn.Conv2d(3, FEATURE_DIM, 8, stride=8).requires_grad_(False)
 
     def forward(self, x: Tensor) -> Features:
@@ -40,7 +42,7 @@ class TinyExtractor(FeatureExtractor):
         return [self.network(x)]
 
 
-def tiny_networks(discriminator: bool = False) -> Networks:
+def tiny_networks(discriminator: bool = False, tap: str = "middle", projector: ProjectorConfig = PROJECTOR) -> Networks:
     """The same weights each time. The U-Net's last layer is drawn too: its zero start would stop every gradient."""
     torch.manual_seed(0)
     autoencoder = build_autoencoder(AUTOENCODER, IMAGE_SIZE)
@@ -49,8 +51,9 @@ def tiny_networks(discriminator: bool = False) -> Networks:
     return Networks(
         autoencoder=autoencoder,
         denoiser=denoiser,
-        projector=AlignmentProjector(middle_channels(denoiser), 16, FEATURE_DIM),
+        projector=AlignmentProjector(tap_channels(denoiser, tap), projector, FEATURE_DIM),
         extractor=TinyExtractor(),
+        feature_dim=FEATURE_DIM,
         discriminator=PatchDiscriminator(8, 1) if discriminator else None,
     )
 

@@ -99,6 +99,19 @@ def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, in
     return Scan(catalog, _table(REJECTED_SCHEMA, sorted(rejected)), _table(DUPLICATES_SCHEMA, duplicates))
 
 
+def dataset_fingerprint(data_root: str, config: DataConfig) -> str:
+    """sha256 (hex) over path, size and time of change of every file that a scan reads; no file is opened.
+
+    Raises DataError where data_root or its folder names cannot be used as they are.
+    """
+    filesystem, root = open_storage(data_root)
+    folders = _class_folders(filesystem, root, without_secrets(data_root), config.class_map)
+    entries = [pair for name in folders for pair in _entries_below(filesystem, root, name)]
+    metadata = filesystem.get_file_info(posixpath.join(root, "metadata.csv"))
+    lines = (f"{path}\0{info.size}\0{info.mtime_ns}" for path, info in [*entries, ("metadata.csv", metadata)])
+    return hashlib.sha256("\0\0".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
+
+
 def write_catalog(catalog: pa.Table, path: str) -> None:
     """Write a catalog as Parquet to a local path or URI; a reader never meets half a file. Makes missing folders."""
     encoded = pa.BufferOutputStream()
@@ -125,9 +138,12 @@ def read_catalog(path: str) -> pa.Table:
 
 def write_rejected(rejected: pa.Table, path: str) -> None:
     """Write the rejected files as CSV with the columns path, reason to a local path or URI."""
-    encoded = pa.BufferOutputStream()
-    pa_csv.write_csv(rejected, encoded)
-    _write_whole(path, encoded.getvalue())
+    _write_csv(rejected, path)
+
+
+def write_duplicates(duplicates: pa.Table, path: str) -> None:
+    """Write the exact duplicates as CSV with the columns path, kept to a local path or URI."""
+    _write_csv(duplicates, path)
 
 
 def class_counts(catalog: pa.Table, split: str | None = None) -> dict[str, int]:
@@ -188,10 +204,15 @@ def _class_folders(filesystem: fs.FileSystem, root: str, shown: str, class_map: 
 
 def _files_below(filesystem: fs.FileSystem, root: str, folder: str) -> Iterator[str]:
     """Paths relative to root of all files at any depth of a class folder, hidden ones and debris left out."""
+    return (path for path, _ in _entries_below(filesystem, root, folder))
+
+
+def _entries_below(filesystem: fs.FileSystem, root: str, folder: str) -> Iterator[tuple[str, fs.FileInfo]]:
+    """The same with what the listing says of each file."""
     for entry in filesystem.get_file_info(fs.FileSelector(posixpath.join(root, folder), recursive=True)):
         path = posixpath.relpath(entry.path, root)
         if entry.type == fs.FileType.File and not any(_is_debris(part) for part in path.split("/")):
-            yield path
+            yield path, entry
 
 
 def _is_debris(name: str) -> bool:
@@ -334,6 +355,12 @@ def _table(schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> pa.Table:
     return pa.table(
         [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
     )
+
+
+def _write_csv(table: pa.Table, path: str) -> None:
+    encoded = pa.BufferOutputStream()
+    pa_csv.write_csv(table, encoded)
+    _write_whole(path, encoded.getvalue())
 
 
 def _write_whole(path: str, encoded: pa.Buffer) -> None:

@@ -1,4 +1,7 @@
-"""From catalog rows to pixels: reads, decodes, crops and turns. Knows nothing of the order or of Ray."""
+"""From catalog rows to pixels: reads, decodes (or takes what setup_data decoded), crops and turns.
+
+Knows nothing of the order or of Ray.
+"""
 
 import logging
 import posixpath
@@ -11,6 +14,7 @@ import pyarrow.fs
 
 from m2d.classes import CLASSES
 from m2d.data.decode import ImageRejected, decode_resized
+from m2d.data.prepared import PreparedImages, PreparedRows
 from m2d.data.storage import open_storage, without_secrets
 from m2d.data.views import apply_view
 from m2d.errors import DataError
@@ -24,7 +28,9 @@ MAX_SUBSTITUTES = 32  # so many bad files of one class in a row are a lost stora
 class ImageReader:
     """Decodes catalog rows at one size. Cheap to pickle: encoded bytes stay behind and are given back with `attach`.
 
-    labels: int64 [N], the class index of each catalog row. sizes: int64 [N], each file's length in bytes at the scan.
+    Rows that setup_data prepared are not decoded: their encoded bytes are raw pixels. The images are the same.
+    labels: int64 [N], the class index of each catalog row. sizes: int64 [N], the length of each row's encoded bytes:
+    of its file at the scan, or 3 S^2 where it is prepared.
     """
 
     def __init__(
@@ -35,10 +41,12 @@ class ImageReader:
         image_size: int,
         max_pixels: int,
         encoded: pa.ChunkedArray | None = None,
+        prepared: PreparedImages | None = None,
     ) -> None:
         """catalog: as m2d.data.catalog.CATALOG_SCHEMA; `path` (relative to data_root), `label` and `bytes` are read.
 
         encoded: large_binary [N], the files' bytes (see `load_encoded`); without it rows are read on demand.
+        prepared: images decoded at this size, found by `sha256`; rows that it lacks are decoded from their files.
         """
         self.data_root = data_root
         self.image_size = image_size
@@ -48,6 +56,12 @@ class ImageReader:
         self.labels: np.ndarray = index_of_code[codes.indices.to_numpy(zero_copy_only=False)]
         self.sizes: np.ndarray = catalog.column("bytes").to_numpy().astype(np.int64)
         self._paths = catalog.column("path").combine_chunks()
+        self._prepared: PreparedRows | None = None
+        if prepared is not None:
+            if prepared.image_size != image_size:
+                raise ValueError(f"images prepared at {prepared.image_size} px for a reader of {image_size} px")
+            self._prepared = prepared.rows(catalog.column("sha256").to_pylist())
+            self.sizes = np.where(self._prepared.present, 3 * image_size**2, self.sizes)
         self._bad: dict[int, str] = {}  # catalog row -> reason
         self._encoded: pa.ChunkedArray | None = None
         self._storage: tuple[pyarrow.fs.FileSystem, str] | None = None
@@ -70,13 +84,22 @@ class ImageReader:
         self._encoded = encoded
 
     def load_encoded(self, first: int = 0, stop: int | None = None) -> pa.ChunkedArray:
-        """The bytes of files first .. stop - 1 (all by default), large_binary.
+        """The bytes of files first .. stop - 1 (all by default), large_binary; of prepared rows their raw pixels.
 
         A file that cannot be read is null: `read` puts another in its place.
         """
-        rows = range(first, len(self) if stop is None else stop)
+        rows = np.arange(first, len(self) if stop is None else stop)
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            blobs = [encoded if isinstance(encoded, bytes) else None for encoded in pool.map(self._fetch_file, rows)]
+            fetched = self._fetch_unattached(rows, pool)
+        blobs: list[bytes | None] = []
+        for row, found in zip(rows.tolist(), fetched, strict=True):
+            if self._is_raw(row) and isinstance(found, bytes):  # its shard is damaged, but raw pixels are expected here
+                decoded = self._decode(row, found)
+                blobs.append(None if decoded is None else decoded.tobytes())
+            elif isinstance(found, np.ndarray):
+                blobs.append(found.tobytes())
+            else:
+                blobs.append(found if isinstance(found, bytes) else None)
         return pa.chunked_array([pa.array(blobs, type=pa.large_binary())])
 
     def read(self, catalog_rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
@@ -108,8 +131,13 @@ class ImageReader:
             "substituted": shown_rows != catalog_rows,
         }
 
-    def _decode(self, row: int, encoded: bytes | str) -> np.ndarray | None:
-        """uint8 [S, S, 3], or None and a note in `_bad` for a bad file. encoded: its bytes, or why there are none."""
+    def _decode(self, row: int, encoded: np.ndarray | bytes | str) -> np.ndarray | None:
+        """uint8 [S, S, 3], or None and a note in `_bad` for a bad file.
+
+        encoded: its pixels, its bytes, or why there are none.
+        """
+        if isinstance(encoded, np.ndarray):
+            return encoded
         if isinstance(encoded, bytes):
             try:
                 return decode_resized(encoded, self.image_size, max_pixels=self.max_pixels)
@@ -126,7 +154,7 @@ class ImageReader:
         for candidate in map(int, after[:MAX_SUBSTITUTES]):
             if candidate in self._bad:
                 continue
-            decoded = self._decode(candidate, self._fetch(candidate))
+            decoded = self._decode(candidate, self._fetch_many(np.array([candidate]))[0])
             if decoded is not None:
                 return candidate, decoded
         raise DataError(
@@ -135,23 +163,42 @@ class ImageReader:
             "Check that data_root can be reached, then scan it again."
         )
 
-    def _fetch_many(self, rows: np.ndarray) -> list[bytes | str]:
+    def _fetch_many(self, rows: np.ndarray) -> "list[np.ndarray | bytes | str]":
         if self._encoded is not None:
-            return [self._fetch(int(row)) for row in rows]
+            return [self._fetch_attached(int(row)) for row in rows]
         if self._threads is None:
             self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="m2d-read")
-        return list(self._threads.map(self._fetch, map(int, rows)))
+        return self._fetch_unattached(rows, self._threads)
 
-    def _fetch(self, row: int) -> bytes | str:
-        """A row's encoded bytes, or why there are none."""
+    def _fetch_attached(self, row: int) -> np.ndarray | bytes | str:
         if row in self._bad:
             return self._bad[row]
-        if self._encoded is None:
-            return self._fetch_file(row)
-        encoded: bytes | None = self._encoded[row].as_py()
-        return "could not be read when the run began" if encoded is None else encoded
+        assert self._encoded is not None
+        encoded = self._encoded[row]
+        if not encoded.is_valid:
+            return "could not be read when the run began"
+        if self._is_raw(row):
+            return np.frombuffer(encoded.as_buffer(), dtype=np.uint8).reshape(self.image_size, self.image_size, 3)
+        return bytes(encoded.as_buffer())
+
+    def _fetch_unattached(self, rows: np.ndarray, threads: ThreadPoolExecutor) -> "list[np.ndarray | bytes | str]":
+        """Of each row its pixels where they are prepared, otherwise its file's bytes, or why there are none."""
+        prepared = [None] * len(rows) if self._prepared is None else self._prepared.read(rows)
+        files = [int(row) for row, pixels in zip(rows, prepared, strict=True) if pixels is None]
+        from_files = threads.map(self._fetch_file, files)
+        return [next(from_files) if pixels is None else pixels for pixels in prepared]
+
+    def _is_raw(self, row: int) -> bool:
+        return self._prepared is not None and bool(self._prepared.present[row])
 
     def _fetch_file(self, row: int) -> bytes | str:
+        """A file's bytes, or why there are none."""
+        if row in self._bad:
+            return self._bad[row]
+        return self.fetch_file(row)
+
+    def fetch_file(self, row: int) -> bytes | str:
+        """The bytes of a row's file as it is now, or in one line why there are none."""
         if self._storage is None:
             self._storage = open_storage(self.data_root)
         filesystem, root = self._storage

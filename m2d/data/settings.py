@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from m2d.classes import CLASSES
+from m2d.data.isic_archive import COLLECTIONS, PUBLIC_API, SKIP, collection_number, is_web_address
 from m2d.errors import ConfigError
+from m2d.models.settings import FeatureExtractorConfig
 
 Balance = Literal["natural", "sqrt", "balanced"]
 
@@ -42,3 +44,75 @@ class DataConfig:
             raise ConfigError(f"data.object_store_share is {self.object_store_share}; it must be in (0, 0.8]")
         if self.read_cpus <= 0:
             raise ConfigError(f"data.read_cpus is {self.read_cpus}; it must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig:
+    """What is fetched from the ISIC archive's public API before the scan, and how patiently."""
+
+    enabled: bool = False  # fetch into data_root the images that it lacks; run again to go on
+    collection: int | str = "ham10000"  # ham10000, isic2018-task3, or a collection's number in the archive
+    limit: int | None = None  # images at most, in the archive's order; null: all
+    diagnoses: dict[str, str] = field(default_factory=dict)  # diagnosis in the archive's words -> class code, or skip
+    fresh_listing: bool = False  # ask the archive anew what the collection holds; the images are kept
+    connections: int = 8  # files fetched at the same time
+    retries: int = 5  # further attempts after a dropped connection, HTTP 429 or 5xx
+    timeout_s: float = 30.0  # silence after which a connection counts as dropped
+    api: str = PUBLIC_API  # address of the API; another one for a mirror
+
+    def __post_init__(self) -> None:
+        if collection_number(self.collection) is None:
+            raise ConfigError(
+                f"download.collection is {self.collection}; it must be one of {' '.join(COLLECTIONS)} or a number"
+            )
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"download.limit is {self.limit}; it must be at least 1, or null for all")
+        for name, code in self.diagnoses.items():
+            if code not in (*CLASSES, SKIP):
+                raise ConfigError(
+                    f"download.diagnoses maps {name} to {code}; known classes: {' '.join(CLASSES)}, or {SKIP}"
+                )
+        if not 1 <= self.connections <= 64:
+            raise ConfigError(f"download.connections is {self.connections}; it must be from 1 to 64")
+        if not 0 <= self.retries <= 100:
+            raise ConfigError(f"download.retries is {self.retries}; it must be from 0 to 100")
+        if not 0 < self.timeout_s <= 3600:
+            raise ConfigError(f"download.timeout_s is {self.timeout_s}; it must be above 0 and at most 3600")
+        if not is_web_address(self.api):
+            raise ConfigError(f"download.api is {self.api}; it must be an http or https address without a password")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetupConfig:
+    """The one-time work on a dataset. Settings that training has too mean the same, so a preset fits both."""
+
+    data_root: str | None = None  # a folder of class folders: a path or a URI (s3://, gs://)
+    cache_dir: str = "./cache"  # what is prepared lies here; a path on a disk that every node sees
+    all: bool = False  # scan, images and features
+    scan: bool = False  # check every image and write the catalog, where files or settings changed since the last time
+    images: bool = False  # keep every image decoded at data.image_size
+    features: bool = False  # keep the extractor's features of every image in every view
+    num_actors: int | None = None  # extractors at work; null: one a GPU, without GPUs one a core up to 8 a node
+    extract_batch_size: int | None = None  # images an extractor takes at once; null: 128 on a GPU, 16 on a CPU
+    shard_images: int = 256  # images, or features of one view, a file; a killed run loses the files in the making
+    verbose: bool = False  # show Ray's own bars and messages
+    data: DataConfig = field(default_factory=DataConfig)
+    feature_extractor: FeatureExtractorConfig = field(default_factory=FeatureExtractorConfig)
+    download: DownloadConfig = field(default_factory=DownloadConfig)
+
+    def __post_init__(self) -> None:
+        if "://" in self.cache_dir:
+            raise ConfigError("cache_dir is a URI; it must be a path on a disk that every node sees")
+        for name in ("num_actors", "extract_batch_size", "shard_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+    @property
+    def stages(self) -> frozenset[str]:
+        """Of scan, images and features those asked for. Raises ConfigError where nothing was asked for."""
+        names = ("scan", "images", "features")
+        asked = frozenset(name for name in names if self.all or getattr(self, name))
+        if not asked and not self.download.enabled:
+            raise ConfigError("nothing to do; give --all, or some of --download --scan --images --features")
+        return asked

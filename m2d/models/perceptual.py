@@ -3,16 +3,30 @@
 import contextlib
 import io
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2d.models.feature_extractor import FeatureExtractor
+from m2d.models.feature_extractor import LITE0, load_feature_extractor
 
 PerceptualKind = Literal["lpips", "features"]
+
+
+@runtime_checkable
+class FeaturePyramid(Protocol):
+    """A frozen network with feature maps of falling resolution, for images of any size."""
+
+    mean: Tensor  # [1, 3, 1, 1], of pixels in [0, 255]
+    std: Tensor
+
+    def pyramid(self, x: Tensor) -> list[Tensor]:
+        """Maps of images (pixel - mean) / std; differentiable."""
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As nn.Module's."""
 
 
 class FeatureDistance(nn.Module):
@@ -21,10 +35,15 @@ class FeatureDistance(nn.Module):
     Source: Zhang et al., arXiv 1801.03924, eq. 1 with w = 1. The maps are taken at the images' own size.
     """
 
-    def __init__(self, extractor: FeatureExtractor) -> None:
+    def __init__(self, extractor: FeaturePyramid) -> None:
         super().__init__()
-        # Held outside the module tree: the extractor is frozen and belongs to the caller, so it is in no checkpoint.
+        # Held outside the module tree: the extractor is frozen and may be the caller's, so it is in no checkpoint.
         self._extractor = [extractor]
+
+    def to(self, *args: Any, **kwargs: Any) -> "FeatureDistance":
+        """Moves the hidden extractor too: one that is nobody else's would stay behind."""
+        self._extractor[0].to(*args, **kwargs)
+        return self
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """images, targets: [B, 3, H, W] in [-1, 1]. Returns [B], 0 for equal images."""
@@ -34,7 +53,7 @@ class FeatureDistance(nn.Module):
             return self._distance(extractor, images.float(), targets.float())
 
     @staticmethod
-    def _distance(extractor: FeatureExtractor, images: Tensor, targets: Tensor) -> Tensor:
+    def _distance(extractor: FeaturePyramid, images: Tensor, targets: Tensor) -> Tensor:
         first, second = (
             extractor.pyramid(((x + 1) * 127.5 - extractor.mean) / extractor.std) for x in (images, targets)
         )
@@ -75,9 +94,17 @@ def lpips_available(net: str) -> tuple[bool, str]:
     return True, ""
 
 
-def build_perceptual(kind: PerceptualKind, extractor: FeatureExtractor, net: str = "vgg") -> nn.Module:
-    """The distance of that kind; both take images in [-1, 1] and give one number an image."""
-    return LpipsDistance(net) if kind == "lpips" else FeatureDistance(extractor)
+def build_perceptual(kind: PerceptualKind, extractor: nn.Module | None, net: str = "vgg") -> nn.Module:
+    """The distance of that kind; both take images in [-1, 1] and give one number an image.
+
+    "features" takes the maps of `extractor` where it has a pyramid, else those of the packaged EfficientNet-Lite0: a
+    ViT has no map finer than its patches, and cached features come with no network at all.
+    """
+    if kind == "lpips":
+        return LpipsDistance(net)
+    network = extractor if isinstance(extractor, FeaturePyramid) else load_feature_extractor(LITE0)
+    assert isinstance(network, FeaturePyramid)
+    return FeatureDistance(network)
 
 
 def _load_lpips(net: str) -> nn.Module:

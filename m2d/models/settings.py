@@ -1,12 +1,28 @@
 """Settings of the networks. Light on purpose: the command line reads them before torch is imported."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from m2d.errors import ConfigError
 
-KNOWN_EXTRACTORS = ("efficientnet-lite0",)
+KNOWN_EXTRACTORS = ("efficientnet-lite0", "panderm-large", "panderm-base")
+TIMM_PREFIX = "timm:"  # and the name of any timm model that has spatial features
+PANDERM_PREFIX = "panderm-"
+CROPS = ("whole", "official")
+Crop = Literal["whole", "official"]
+
+
+MIDDLE = "middle"
+
+
+def parse_tap(tap: str) -> tuple[str, int]:
+    """("down", 1) of `down_1`, ("middle", 0) of `middle`. Raises ConfigError for any other form."""
+    matched = re.fullmatch(r"(down|up)_(\d+)", tap)
+    if tap != MIDDLE and matched is None:
+        raise ConfigError(f"alignment.tap is {tap}; it must be middle, or down_K or up_K with K counted from 0")
+    return (matched[1], int(matched[2])) if matched else (MIDDLE, 0)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -14,27 +30,40 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def require_extractor(name: str, weights: str | None, input_size: int | None, crop: str) -> None:
+    """Raise ConfigError where an extractor cannot be built from these settings, as far as that shows without torch."""
+    known = name in KNOWN_EXTRACTORS or (name.startswith(TIMM_PREFIX) and name != TIMM_PREFIX)
+    _require(known, f"feature_extractor.name is {name}; known: {' '.join(KNOWN_EXTRACTORS)} {TIMM_PREFIX}MODEL")
+    _require(
+        weights is not None or not name.startswith(PANDERM_PREFIX),
+        f"feature_extractor.weights is not set, and {name} needs its file, which only its authors give out; "
+        "docs/panderm.md tells where",
+    )
+    if weights is not None and not Path(weights).is_file():
+        raise ConfigError(f"feature_extractor.weights: {weights} is not a file; give the path of a local one")
+    if input_size is not None and name in KNOWN_EXTRACTORS:
+        cell = 16 if name.startswith(PANDERM_PREFIX) else 32
+        _require(
+            input_size >= 32 and input_size % cell == 0,
+            f"feature_extractor.input_size is {input_size}; {name} needs a multiple of {cell}, at least 32",
+        )
+    elif input_size is not None:  # timm's models know for themselves which others they take
+        _require(input_size >= 1, f"feature_extractor.input_size is {input_size}; it must be at least 1")
+    _require(crop in CROPS, f"feature_extractor.crop is {crop}; known: {' '.join(CROPS)}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FeatureExtractorConfig:
     """The frozen network whose features guide and align the U-Net."""
 
-    name: str = "efficientnet-lite0"  # ImageNet weights that come with a package, so it works offline
-    weights: str | None = None  # a local file; None: the extractor's own default
+    name: str = "efficientnet-lite0"  # or panderm-large, panderm-base, timm:MODEL; this one works offline
+    weights: str | None = None  # a local file; None: the extractor's own (PanDerm has none: docs/panderm.md)
     input_size: int | None = None  # pixels a side fed to the extractor; None: its native size
-    statistics_images: int = 1024  # training images from which the feature mean and deviation are taken
+    crop: Crop = "whole"  # whole: resized whole, so patches lie where the U-Net's cells do; official: the centre
+    statistics_images: int = 2048  # training images to which feature moments and prior are fitted; all of rare classes
 
     def __post_init__(self) -> None:
-        _require(
-            self.name in KNOWN_EXTRACTORS,
-            f"feature_extractor.name is {self.name}; known: {' '.join(KNOWN_EXTRACTORS)}",
-        )
-        if self.weights is not None and not Path(self.weights).is_file():
-            raise ConfigError(f"feature_extractor.weights: {self.weights} is not a file; give the path of a local one")
-        if self.input_size is not None:
-            _require(
-                self.input_size >= 32 and self.input_size % 32 == 0,
-                f"feature_extractor.input_size is {self.input_size}; it must be a multiple of 32",
-            )
+        require_extractor(self.name, self.weights, self.input_size, self.crop)
         _require(
             self.statistics_images >= 2,
             f"feature_extractor.statistics_images is {self.statistics_images}; it must be at least 2",
@@ -119,8 +148,9 @@ class ConditioningConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorConfig:
-    """The alignment projector: a per-cell MLP on the U-Net's middle block (U-REPA: project, then upsample)."""
+    """The alignment projector on the output of a U-Net block (U-REPA: project, then upsample)."""
 
+    kind: Literal["mlp", "conv3x3"] = "mlp"  # mlp: U-REPA's, cell by cell; conv3x3: iREPA's single convolution
     hidden_dim: int = 512  # width of the MLP
 
     def __post_init__(self) -> None:

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from m2d.models.conditioning import ConditionEncoder
 from m2d.models.latent_norm import LatentNorm
-from m2d.models.settings import ConditioningConfig, UNetConfig
+from m2d.models.settings import MIDDLE, ConditioningConfig, UNetConfig, parse_tap
 
 TIME_SCALE = 1000.0  # the U-Net's sinusoidal embedding was made for steps 0..1000; t is in [0, 1]
 
@@ -45,35 +44,48 @@ class Denoiser(nn.Module):
         velocity: Tensor = self.unet(x_t, t * TIME_SCALE, context, return_dict=False)[0]
         return velocity
 
-    def velocity_and_middle(self, x_t: Tensor, t: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """The velocity and the middle block's output [B, M, h', w'] of the same pass."""
+    def velocity_and_tap(self, x_t: Tensor, t: Tensor, context: Tensor, tap: str = MIDDLE) -> tuple[Tensor, Tensor]:
+        """The velocity and a block's output [B, M, h', w'] of the same pass. tap: see `tap_channels`."""
         captured: list[Tensor] = []
 
-        def capture(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            captured.append(output)
+        def capture(module: nn.Module, inputs: Any, output: Any) -> None:
+            captured.append(output[0] if isinstance(output, tuple) else output)  # down blocks also give their skips
 
-        handle = self.unet.mid_block.register_forward_hook(capture)
+        handle = self._block(tap).register_forward_hook(capture)
         try:
             velocity = self.velocity(x_t, t, context)
         finally:
             handle.remove()
         return velocity, captured[0]
 
-    def middle(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
-        """Only as far as the middle block: [B, M, h', w']. The up path costs half and the alignment needs none of it.
+    def tapped(self, x_t: Tensor, t: Tensor, context: Tensor, tap: str = MIDDLE) -> Tensor:
+        """The block's output alone, [B, M, h', w'], without what comes after it where that can be left out.
 
-        The order of calls is that of UNet2DConditionModel.forward in diffusers 0.42, held to it by a test.
+        The way up costs half of a pass, and aligning the middle or a down block needs none of it. The order of calls is
+        that of UNet2DConditionModel.forward in diffusers 0.42, held to it by a test.
         """
+        side, number = parse_tap(tap)
+        if side == "up":
+            return self.velocity_and_tap(x_t, t, context, tap)[1]
         unet = self.unet
         embedding = unet.time_embedding(unet.get_time_embed(sample=x_t, timestep=t * TIME_SCALE), None)
         sample = unet.conv_in(x_t)
-        for block in unet.down_blocks:
+        for level, block in enumerate(unet.down_blocks):
             if getattr(block, "has_cross_attention", False):
                 sample, _ = block(hidden_states=sample, temb=embedding, encoder_hidden_states=context)
             else:
                 sample, _ = block(hidden_states=sample, temb=embedding)
+            if side == "down" and level == number:
+                down: Tensor = sample
+                return down
         middle: Tensor = unet.mid_block(sample, embedding, encoder_hidden_states=context)
         return middle
+
+    def _block(self, tap: str) -> nn.Module:
+        side, number = parse_tap(tap)
+        blocks = {"down": self.unet.down_blocks, "up": self.unet.up_blocks}
+        block: nn.Module = self.unet.mid_block if side == MIDDLE else blocks[side][number]
+        return block
 
 
 def build_denoiser(
@@ -102,7 +114,14 @@ def build_denoiser(
     return Denoiser(unet, ConditionEncoder(conditioning, feature_dim), latent_channels)
 
 
-@torch.no_grad()
-def middle_channels(denoiser: Denoiser) -> int:
-    """Channels M of the middle block."""
-    return int(denoiser.unet.config.block_out_channels[-1])
+def tap_channels(denoiser: Denoiser, tap: str = MIDDLE) -> int:
+    """Channels M of a block's output.
+
+    tap: `middle` (U-REPA's choice), `down_K` or `up_K`, the K-th block on the way down or up, from 0 in the order of
+    the pass. Raises ConfigError for a name that is none, or a block that this U-Net lacks.
+    """
+    widths = [int(width) for width in denoiser.unet.config.block_out_channels]
+    side, number = parse_tap(tap)
+    if side == MIDDLE:
+        return widths[-1]
+    return (widths if side == "down" else widths[::-1])[number]

@@ -10,25 +10,26 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from m2d.models.feature_extractor import Features
 from m2d.models.settings import ConditioningConfig
 
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """images: uint8 [B, H, W, 3]. labels: int64 [B]."""
+    """images: uint8 [B, H, W, 3]. labels: int64 [B]. features: cached ones, or None: the step extracts them."""
 
     images: Tensor
     labels: Tensor
+    features: Features | None = None
 
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """Cached posterior mean and std [B, C, h, w], features cls [B, D] and patches [B, N, D], labels int64 [B]."""
+    """Cached posterior mean and std [B, C, h, w], features, labels int64 [B]."""
 
     mean: Tensor
     std: Tensor
-    cls: Tensor
-    patches: Tensor
+    features: Features
     labels: Tensor
 
 

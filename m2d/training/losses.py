@@ -35,6 +35,17 @@ def manifold_loss(predicted: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(a @ a.transpose(1, 2), b @ b.transpose(1, 2))
 
 
+def spatially_normalized(patches: Tensor, gamma: float) -> Tensor:
+    """Target patches [B, N, D] with what all tokens of an image share taken back: (x - gamma mean) / (std + 1e-6).
+
+    Mean and (unbiased) deviation are over an image's N tokens, for each of the D dimensions. Spatial structure, not
+    global content, is what alignment profits from. Source: iREPA (arXiv 2512.10794), section 4, and its code.
+    """
+    patches = patches.float()
+    mean, std = patches.mean(dim=1, keepdim=True), patches.std(dim=1, keepdim=True)
+    return (patches - gamma * mean) / (std + 1e-6)
+
+
 def adversarial_loss(fake_logits: Tensor) -> Tensor:
     """The generator's side of the hinge loss: -mean of the discriminator's logits on reconstructions."""
     return -fake_logits.float().mean()

@@ -11,17 +11,22 @@ from m2d.errors import CheckpointError
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import load_checkpoint
 from m2d.models.discriminator import PatchDiscriminator
-from m2d.models.feature_extractor import load_feature_extractor
+from m2d.models.feature_extractor import FeatureExtractor, load_feature_extractor
 from m2d.models.projector import AlignmentProjector
-from m2d.models.unet import build_denoiser, middle_channels
+from m2d.models.settings import FeatureExtractorConfig
+from m2d.models.unet import build_denoiser, tap_channels
 from m2d.training.step import Networks
 
 
-def build_networks(config: TrainConfig, device: torch.device) -> Networks:
-    """New networks, the same on every worker (seeded), or those of `init_checkpoint`. Moved to the device."""
-    torch.manual_seed(config.seed)
-    extractor_config = config.feature_extractor
-    extractor = load_feature_extractor(extractor_config.name, extractor_config.weights, extractor_config.input_size)
+def build_networks(config: TrainConfig, device: torch.device, cached_dim: int | None = None) -> Networks:
+    """New networks, the same on every worker (seeded), or those of `init_checkpoint`. Moved to the device.
+
+    cached_dim: D of the cached features, with which no extractor is loaded; None: one is.
+    """
+    extractor = None if cached_dim is not None else build_extractor(config.feature_extractor)
+    torch.manual_seed(config.seed)  # after the extractor, whose construction draws too: cached or not, the same start
+    feature_dim = extractor.dim if extractor is not None else cached_dim
+    assert feature_dim is not None
     size = config.data.image_size
     autoencoder = build_autoencoder(config.autoencoder, size)
     denoiser = build_denoiser(
@@ -29,21 +34,28 @@ def build_networks(config: TrainConfig, device: torch.device) -> Networks:
         config.conditioning,
         latent_channels=autoencoder.latent_channels,
         latent_size=size // autoencoder.downsampling,
-        feature_dim=extractor.dim,
+        feature_dim=feature_dim,
     )
     networks = Networks(
         autoencoder=autoencoder,
         denoiser=denoiser,
-        projector=AlignmentProjector(middle_channels(denoiser), config.projector.hidden_dim, extractor.dim),
+        projector=AlignmentProjector(tap_channels(denoiser, config.alignment.tap), config.projector, feature_dim),
         extractor=extractor,
+        feature_dim=feature_dim,
     )
     if config.discriminator.enabled and config.stage == "joint":
         networks.discriminator = PatchDiscriminator(config.discriminator.channels, config.discriminator.layers)
     if config.init_checkpoint is not None:
-        _start_from(config.init_checkpoint, networks)
+        networks.denoiser_is_new = not _start_from(config.init_checkpoint, networks, config.feature_extractor.name)
     for module in (*networks.trained().values(), extractor):
-        _place(module, device, config.channels_last)
+        if module is not None:
+            _place(module, device, config.channels_last)
     return networks
+
+
+def build_extractor(config: FeatureExtractorConfig) -> FeatureExtractor:
+    """The extractor that the settings name."""
+    return load_feature_extractor(config.name, config.weights, config.input_size, config.crop)
 
 
 def _place(module: nn.Module, device: torch.device, channels_last: bool) -> None:
@@ -52,8 +64,11 @@ def _place(module: nn.Module, device: torch.device, channels_last: bool) -> None
         module.to(memory_format=torch.channels_last)
 
 
-def _start_from(path: str, networks: Networks) -> None:
-    """Take over the VAE, and the averaged denoiser and projector where their shapes are the same."""
+def _start_from(path: str, networks: Networks, extractor: str) -> bool:
+    """Take over the VAE, and the averaged denoiser and projector where they fit. Returns whether the denoiser did.
+
+    It does not where its shape is another, or where another extractor guided it.
+    """
     checkpoint = load_checkpoint(path)
     try:
         networks.autoencoder.load_state_dict(checkpoint.autoencoder.state_dict())
@@ -62,12 +77,14 @@ def _start_from(path: str, networks: Networks) -> None:
             f"init_checkpoint: the VAE of {path} has another shape than the autoencoder settings; use the settings it "
             "was trained with (its experiment's configs/config.yaml)"
         ) from None
-    try:
-        networks.denoiser.load_state_dict(checkpoint.denoiser.state_dict())
-    except RuntimeError:
+    theirs = checkpoint.denoiser.state_dict()
+    shapes = {name: tensor.shape for name, tensor in theirs.items()}
+    fits = shapes == {name: tensor.shape for name, tensor in networks.denoiser.state_dict().items()}
+    if not fits or checkpoint.info.feature_extractor != extractor:
         # A new U-Net on a tuned VAE is a recipe of its own (REPA-E's best FID); its latent scale is the VAE's, though.
         networks.denoiser.latent_norm.load_state_dict(checkpoint.denoiser.latent_norm.state_dict())
-        return
+        return False
+    networks.denoiser.load_state_dict(theirs)
     projector = Path(path) / "training" / "projector.safetensors"
     if projector.is_file():
         state = load_file(projector)
@@ -75,3 +92,4 @@ def _start_from(path: str, networks: Networks) -> None:
             name: tensor.shape for name, tensor in networks.projector.state_dict().items()
         }:
             networks.projector.load_state_dict(state)
+    return True

@@ -16,9 +16,17 @@ from m2d.diffusion.interpolant import interpolate, velocity_target
 from m2d.models.autoencoder import Autoencoder
 from m2d.models.feature_extractor import Features
 from m2d.models.projector import AlignmentProjector
+from m2d.models.settings import MIDDLE
 from m2d.models.unet import Denoiser
 from m2d.training.batch import Draws
-from m2d.training.losses import alignment_loss, diffusion_loss, kl_loss, manifold_loss, reconstruction_loss
+from m2d.training.losses import (
+    alignment_loss,
+    diffusion_loss,
+    kl_loss,
+    manifold_loss,
+    reconstruction_loss,
+    spatially_normalized,
+)
 
 
 @dataclass(frozen=True)
@@ -66,10 +74,14 @@ class DenoiserLosses:
 class DenoiserPhase(nn.Module):
     """Velocity and alignment on latents that carry no gradient."""
 
-    def __init__(self, denoiser: Denoiser, projector: AlignmentProjector) -> None:
+    def __init__(
+        self, denoiser: Denoiser, projector: AlignmentProjector, tap: str = MIDDLE, spatial_norm: float = 0.0
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.projector = projector
+        self.tap = tap
+        self.spatial_norm = spatial_norm
 
     def forward(
         self, latents: Tensor, labels: Tensor, features: Features, draws: Draws, update_norm: bool = True
@@ -88,12 +100,13 @@ class DenoiserPhase(nn.Module):
             noise_level=draws.feature_noise_level,
         )
         x_t = interpolate(clean, draws.noise, draws.t)
-        velocity, middle = denoiser.velocity_and_middle(x_t, draws.t, context)
-        predicted = self.projector(middle, features.patches.shape[1])
+        velocity, tapped = denoiser.velocity_and_tap(x_t, draws.t, context, self.tap)
+        target = self._target(features)
+        predicted = self.projector(tapped, target.shape[1])
         return DenoiserLosses(
             diffusion=diffusion_loss(velocity, velocity_target(clean, draws.noise)),
-            alignment=alignment_loss(predicted, features.patches),
-            manifold=manifold_loss(predicted, features.patches),
+            alignment=alignment_loss(predicted, target),
+            manifold=manifold_loss(predicted, target),
         )
 
     def align_autoencoder(self, latents: Tensor, labels: Tensor, features: Features, draws: Draws) -> Tensor:
@@ -104,10 +117,13 @@ class DenoiserPhase(nn.Module):
         with frozen(self):
             denoiser = self.denoiser
             clean = denoiser.normalize(latents)
-            middle = denoiser.middle(
-                interpolate(clean, draws.noise, draws.t), draws.t, denoiser.context(labels, features.cls)
-            )
-            return alignment_loss(self.projector(middle, features.patches.shape[1]), features.patches)
+            x_t = interpolate(clean, draws.noise, draws.t)
+            tapped = denoiser.tapped(x_t, draws.t, denoiser.context(labels, features.cls), self.tap)
+            target = self._target(features)
+            return alignment_loss(self.projector(tapped, target.shape[1]), target)
+
+    def _target(self, features: Features) -> Tensor:
+        return spatially_normalized(features.patches, self.spatial_norm) if self.spatial_norm else features.patches
 
 
 @contextmanager

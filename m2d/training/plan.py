@@ -8,7 +8,9 @@ import pyarrow.compute as pc
 
 from m2d.config import TrainConfig
 from m2d.data.catalog import read_catalog
+from m2d.data.feature_store import FeatureStore, FeatureTable
 from m2d.data.order import StreamOrder
+from m2d.data.prepared import PreparedImages
 from m2d.data.reader import ImageReader
 from m2d.experiment import Experiment
 from m2d.models.perceptual import PerceptualKind
@@ -27,6 +29,9 @@ class RunPlan:
     train_images: int
     precision: Precision
     perceptual: PerceptualKind
+    prepared: Path | None = None  # the folder where setup_data put decoded images, where it holds all of them
+    features: Path | None = None  # the same for features
+    extractor_key: str = ""
 
     @property
     def global_batch(self) -> int:
@@ -67,7 +72,19 @@ class RunPlan:
             config.checked_data_root,
             image_size=config.data.image_size,
             max_pixels=config.data.max_pixels,
+            prepared=None if self.prepared is None else PreparedImages.open(self.prepared, config.data.image_size),
         )
+
+    def feature_table(self, split: str) -> FeatureTable | None:
+        """Cached features of a split: every view in which its images are shown."""
+        if self.features is None:
+            return None
+        store = FeatureStore.open(self.features, self.extractor_key, self.config.data.image_size)
+        return store.table(self.catalog(split)["sha256"].to_pylist(), self.views(split))
+
+    def views(self, split: str) -> int:
+        """How many views of an image of a split are shown: one of validation images."""
+        return self.config.data.views if split == "train" else 1
 
     def order(self, reader: ImageReader) -> StreamOrder:
         """The order of the training stream."""

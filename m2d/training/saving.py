@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, TrainingError
 from m2d.models.checkpoint import COMPLETE, CheckpointInfo, mark_complete, save_tensors, write_inference_files
 from m2d.training.step import Networks
@@ -30,6 +31,7 @@ class Snapshot:
     state: dict[str, Any]  # of the step, tensors on the CPU
     random_state: Tensor
     metrics: dict[str, float]
+    prior: FeaturePrior | None = None
 
     @property
     def name(self) -> str:
@@ -38,10 +40,14 @@ class Snapshot:
 
 
 def take_snapshot(
-    info: CheckpointInfo, networks: Networks, state: dict[str, Any], metrics: dict[str, float]
+    info: CheckpointInfo,
+    networks: Networks,
+    state: dict[str, Any],
+    metrics: dict[str, float],
+    prior: FeaturePrior | None = None,
 ) -> Snapshot:
     """Copy the step's state to the CPU. This is all that the training loop waits for."""
-    return Snapshot(info, networks, _to_cpu(state), torch.get_rng_state(), dict(metrics))
+    return Snapshot(info, networks, _to_cpu(state), torch.get_rng_state(), dict(metrics), prior)
 
 
 def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
@@ -55,7 +61,7 @@ def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
     vae = {name.removeprefix("vae."): tensor for name, tensor in state["networks"]["autoencoder"].items()}
     write_inference_files(
         partial, snapshot.info, snapshot.networks.autoencoder, snapshot.networks.denoiser.unet,
-        {"vae": vae, "denoiser": averaged},
+        {"vae": vae, "denoiser": averaged}, snapshot.prior,
     )  # fmt: skip
     for name, tensors in state["networks"].items():
         if name != "autoencoder":  # vae/ holds it

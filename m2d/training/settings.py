@@ -5,6 +5,7 @@ from math import isfinite
 from typing import Literal
 
 from m2d.errors import ConfigError
+from m2d.models.settings import MIDDLE, parse_tap
 
 
 def _require(condition: bool, message: str) -> None:
@@ -30,6 +31,26 @@ class LossWeights:
             _require(
                 isfinite(weight) and weight >= 0, f"loss_weights.{name} is {weight}; it must be a number of at least 0"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig:
+    """How the U-Net is aligned with the extractor's patch features. How strongly: loss_weights."""
+
+    tap: str = MIDDLE  # the U-Net block that is aligned: middle, or down_K or up_K (K from 0, in the order of the pass)
+    spatial_norm: float = 0.0  # iREPA's gamma: this share of their mean is taken off the target patches; 0: as they are
+    stop_fraction: float = 1.0  # of the run's steps, after which the alignment ends (HASTE); 1: it never does
+
+    def __post_init__(self) -> None:
+        parse_tap(self.tap)
+        _require(
+            0 <= self.spatial_norm <= 1,
+            f"alignment.spatial_norm is {self.spatial_norm}; it must be in [0, 1] (iREPA uses 0.6 to 0.8)",
+        )
+        _require(
+            0 <= self.stop_fraction <= 1,
+            f"alignment.stop_fraction is {self.stop_fraction}; it must be in [0, 1]",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

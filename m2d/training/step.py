@@ -6,7 +6,7 @@ cached posteriors. Both skip a step whose loss or gradient is not finite, count 
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -22,8 +22,8 @@ from m2d.models.unet import Denoiser
 from m2d.training.batch import Draws, ImageBatch, LatentBatch
 from m2d.training.ema import Ema
 from m2d.training.losses import adversarial_loss, discriminator_loss
-from m2d.training.phases import AutoencoderPhase, DenoiserPhase, frozen
-from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
+from m2d.training.phases import AutoencoderPhase, DenoiserLosses, DenoiserPhase, frozen
+from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig
 from m2d.training.update import Optimized, guarded_update, learning_rate
 
 Precision = Literal["no", "bf16", "fp16"]
@@ -36,8 +36,10 @@ class Networks:
     autoencoder: Autoencoder
     denoiser: Denoiser
     projector: AlignmentProjector
-    extractor: FeatureExtractor
+    extractor: FeatureExtractor | None  # None where every feature comes from the cache
+    feature_dim: int  # D
     discriminator: PatchDiscriminator | None = None
+    denoiser_is_new: bool = True  # not taken from a checkpoint, so its feature statistics are yet to be fitted
 
     def trained(self) -> dict[str, nn.Module]:
         """Name to module, of those that a checkpoint holds."""
@@ -62,7 +64,12 @@ class StepConfig:
     total_steps: int
     vae_warmup_steps: int = 0
     discriminator_start: int = 0
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     compile: bool = False
+
+    def aligns(self, step: int) -> bool:
+        """Whether the alignment still acts at a step. Source: HASTE (arXiv 2505.16792): help early, then let go."""
+        return step < round(self.alignment.stop_fraction * self.total_steps)
 
 
 class _Step:
@@ -72,7 +79,10 @@ class _Step:
         self.networks = networks
         self.config = config
         self.device = device
-        self.denoiser_phase = DenoiserPhase(networks.denoiser, networks.projector)
+        alignment = config.alignment
+        self.denoiser_phase = DenoiserPhase(
+            networks.denoiser, networks.projector, alignment.tap, alignment.spatial_norm
+        )
         if config.compile:
             self.denoiser_phase.compile()
         self.ema = Ema(networks.denoiser, config.schedule.ema_decay, config.schedule.ema_warmup)
@@ -128,6 +138,12 @@ class _Step:
             network.load_state_dict(state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped.copy_(state["skipped"])
+
+    def _denoiser_total(self, flow: DenoiserLosses, step: int) -> Tensor:
+        """The weighted sum. A stopped alignment weighs nothing, but stays in it: DDP waits for every gradient."""
+        weights = self.config.weights
+        alignment = weights.alignment if self.config.aligns(step) else 0.0
+        return weights.diffusion * flow.diffusion + alignment * (flow.alignment + weights.manifold * flow.manifold)
 
     def _backward(self, loss: Tensor, micro_batches: int) -> None:
         self.scaler.scale(loss / micro_batches).backward()
@@ -218,13 +234,13 @@ class JointStep(_Step):
         labels = batch.labels.to(self.device, non_blocking=True)
         images = pixels.float() / 127.5 - 1.0
         with self.autocast():
-            features = None if warming else extract(self.networks.extractor, pixels)
+            features = None if warming else self._features(batch, pixels)
             vae = self._autoencoder(images, draws.posterior)
             losses = {"reconstruction": vae.reconstruction, "perceptual": vae.perceptual, "kl": vae.kl}
             total = (
                 weights.reconstruction * vae.reconstruction + weights.perceptual * vae.perceptual + weights.kl * vae.kl
             )
-            if features is not None and weights.alignment_vae > 0:
+            if features is not None and weights.alignment_vae > 0 and self.config.aligns(step):
                 losses["alignment_vae"] = self.denoiser_phase.align_autoencoder(vae.latents, labels, features, draws)
                 total = total + weights.alignment_vae * losses["alignment_vae"]
             discriminator = self.networks.discriminator
@@ -247,12 +263,14 @@ class JointStep(_Step):
         with self.autocast():
             flow = self._denoiser(latents, labels, features, draws)
         losses |= {"diffusion": flow.diffusion, "alignment": flow.alignment, "manifold": flow.manifold}
-        self._backward(
-            weights.diffusion * flow.diffusion
-            + weights.alignment * (flow.alignment + weights.manifold * flow.manifold),
-            micro_batches,
-        )
+        self._backward(self._denoiser_total(flow, step), micro_batches)
         return losses
+
+    def _features(self, batch: ImageBatch, pixels: Tensor) -> Features:
+        if batch.features is not None:
+            return on_device(batch.features, self.device)
+        assert self.networks.extractor is not None, "no extractor and no cached features"
+        return extract(self.networks.extractor, pixels)
 
 
 class LatentStep(_Step):
@@ -265,26 +283,21 @@ class LatentStep(_Step):
 
     def __call__(self, micro_batches: Sequence[tuple[LatentBatch, Draws]], step: int) -> None:
         """One optimiser step over the micro-batches."""
-        weights = self.config.weights
         norm_before = self._norm_buffers()
         totals: dict[str, Tensor] = {}
         for number, (batch, cpu_draws) in enumerate(micro_batches):
             draws = cpu_draws.to(self.device)
-            mean, std, cls, patches, labels = (
-                tensor.to(self.device, non_blocking=True)
-                for tensor in (batch.mean, batch.std, batch.cls, batch.patches, batch.labels)
+            mean, std, labels = (
+                tensor.to(self.device, non_blocking=True) for tensor in (batch.mean, batch.std, batch.labels)
             )
+            features = on_device(batch.features, self.device)
             latents = mean.float() + std.float() * draws.posterior
             synchronise = number == len(micro_batches) - 1 or not isinstance(self._denoiser, DistributedDataParallel)
             with nullcontext() if synchronise else self._denoiser.no_sync():  # type: ignore[operator]
                 with self.autocast():
-                    flow = self._denoiser(latents, labels, Features(cls.float(), patches.float()), draws, False)
+                    flow = self._denoiser(latents, labels, features, draws, False)
                 losses = {"diffusion": flow.diffusion, "alignment": flow.alignment, "manifold": flow.manifold}
-                self._backward(
-                    weights.diffusion * flow.diffusion
-                    + weights.alignment * (flow.alignment + weights.manifold * flow.manifold),
-                    len(micro_batches),
-                )
+                self._backward(self._denoiser_total(flow, step), len(micro_batches))
             for name, loss in losses.items():
                 share = loss.detach() / len(micro_batches)
                 totals[name] = totals[name] + share if name in totals else share
@@ -297,6 +310,14 @@ def extract(extractor: FeatureExtractor, pixels: Tensor) -> Features:
     """Features of uint8 images [B, 3, H, W] in float32."""
     features: Features = extractor(extractor.preprocess(pixels))
     return Features(cls=features.cls.float(), patches=features.patches.float())
+
+
+def on_device(features: Features, device: torch.device) -> Features:
+    """Features, cached ones in fp16 among them, as float32 on a device."""
+    return Features(
+        cls=features.cls.to(device, non_blocking=True).float(),
+        patches=features.patches.to(device, non_blocking=True).float(),
+    )
 
 
 def _parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:

@@ -17,12 +17,13 @@ from torch import Tensor
 from m2d.classes import CLASSES
 from m2d.cluster import ray_cluster
 from m2d.config import TrainConfig, as_dict
-from m2d.data.catalog import catalog_hash, class_counts, read_catalog, scan_dataset, write_catalog, write_rejected
+from m2d.data.catalog import class_counts
 from m2d.data.local import iterate_local
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
 from m2d.experiment import Experiment, open_experiment
 from m2d.models.perceptual import PerceptualKind, lpips_available
 from m2d.training.console import Console
+from m2d.training.dataset import prepared_parts, run_catalog
 from m2d.training.plan import CATALOG, RunPlan
 from m2d.training.saving import complete_checkpoints
 from m2d.training.step import Precision
@@ -45,7 +46,7 @@ def train(config: TrainConfig) -> Experiment:
     with experiment.running(), _log_file(experiment):
         console.say(f"experiment: {experiment.path}{' (resumed)' if resumed else ''}")
         try:
-            catalog = _catalog(config, experiment, data_root, console)
+            catalog = run_catalog(config, experiment, data_root, console)
             with _resources(config):
                 _train_in(config, experiment, catalog, console)
         except BaseException as error:
@@ -70,6 +71,7 @@ def _train_in(config: TrainConfig, experiment: Experiment, catalog: pa.Table, co
         train_images=_count(catalog, "train"),
         precision=_precision(config, on_gpu),
         perceptual=_perceptual(config, degraded),
+        **prepared_parts(config, experiment, catalog, console),
     )
     _announce(plan, catalog, on_gpu, degraded, console)
     done = _steps_done(plan)
@@ -93,36 +95,11 @@ def _absolute(config: TrainConfig) -> TrainConfig:
         data_root=absolute(config.data_root),
         experiments_dir=absolute(config.experiments_dir) or "",
         init_checkpoint=absolute(config.init_checkpoint),
+        cache_dir=absolute(config.cache_dir) or "",
+        feature_extractor=dataclasses.replace(
+            config.feature_extractor, weights=absolute(config.feature_extractor.weights)
+        ),
     )
-
-
-def _catalog(config: TrainConfig, experiment: Experiment, data_root: str, console: Console) -> pa.Table:
-    path = str(experiment.path / CATALOG)
-    if Path(path).is_file():
-        return read_catalog(path)
-    with console.counting("scanning images") as progress:
-        scan = scan_dataset(data_root, config.data, progress)
-    write_catalog(scan.catalog, path)
-    if len(scan.rejected):
-        rejected = str(experiment.path / "cache" / "rejected.csv")
-        write_rejected(scan.rejected, rejected)
-        for row in scan.rejected.slice(0, 10).to_pylist():
-            console.say(f"rejected: {row['path']}: {row['reason']}")
-        console.say(f"rejected {len(scan.rejected)} files; all of them with reasons: {rejected}")
-    if len(scan.duplicates):
-        console.say(f"left out {len(scan.duplicates)} exact duplicates")
-    counts = {split: class_counts(scan.catalog, split) for split in ("train", "val", "test")}
-    experiment.update_info(
-        dataset={
-            "root": data_root,
-            "images": len(scan.catalog),
-            "rejected": len(scan.rejected),
-            "duplicates": len(scan.duplicates),
-            "sha256": catalog_hash(scan.catalog),
-            "counts": counts,
-        }
-    )
-    return scan.catalog
 
 
 def _count(catalog: pa.Table, split: str) -> int:

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from m2d.data.reader import ImageReader
 from m2d.diffusion.interpolant import interpolate, velocity_target
 from m2d.models.unet import Denoiser
+from m2d.training.features import FeatureSource
 from m2d.training.losses import psnr
 from m2d.training.reduce import all_reduce_sum
-from m2d.training.step import Networks, extract
+from m2d.training.step import Networks
 
 SEED = 20261122  # of the choice of images and of their noise
 
@@ -27,6 +28,7 @@ def validate(
     averaged: Denoiser,
     perceptual: nn.Module,
     reader: ImageReader,
+    source: FeatureSource,
     *,
     images: int,
     batch_size: int,
@@ -51,9 +53,8 @@ def validate(
         reconstructed = autoencoder.decode(latents).float().clamp(-1, 1)
         clean = averaged.normalize(latents)
         t, noise = _fixed_noise(share, clean)
-        velocity = averaged.velocity(
-            interpolate(clean, noise, t), t, averaged.context(labels, extract(networks.extractor, pixels).cls)
-        )
+        cls = source.cls_of(pixels, read["catalog_rows"])
+        velocity = averaged.velocity(interpolate(clean, noise, t), t, averaged.context(labels, cls))
         error = (velocity - velocity_target(clean, noise)).square().flatten(1).mean(dim=1)
         distance = perceptual(reconstructed, targets)
         sums += torch.stack(

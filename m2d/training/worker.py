@@ -1,25 +1,27 @@
 """The loop of one worker, without Ray: start or resume, train, validate, save. Called by a Ray worker or in-process."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from m2d.config import as_dict
 from m2d.data.order import worker_rows
-from m2d.models.checkpoint import CheckpointInfo
+from m2d.diffusion.feature_prior import FeaturePrior
+from m2d.models.checkpoint import CheckpointInfo, read_prior
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw, draws_seed
+from m2d.training.features import FeatureSource, fit_features
 from m2d.training.latents import LatentTable, cache_latents
 from m2d.training.networks import build_networks
 from m2d.training.plan import RunPlan
 from m2d.training.reduce import all_reduce_sum, barrier
 from m2d.training.saving import CheckpointKeeper, complete_checkpoints, load_training_state, take_snapshot
-from m2d.training.step import JointStep, LatentStep, Networks, StepConfig, extract
+from m2d.training.step import JointStep, LatentStep, Networks, StepConfig
 from m2d.training.telemetry import MetricsLog, Wandb
 from m2d.training.validation import score, validate
 
@@ -42,26 +44,39 @@ def train_worker(plan: RunPlan, link: WorkerLink) -> None:
     """Train from the newest checkpoint, or from the start, to the plan's last step."""
     config = plan.config
     _set_up_torch(plan, link)
-    networks = build_networks(config, link.device)
+    features = plan.feature_table("train")
+    networks = build_networks(config, link.device, None if features is None else features.dim)
+    source = FeatureSource(link.device, networks.extractor, features)
     checkpoints = complete_checkpoints(plan.experiment.checkpoints)
+    prior = read_prior(checkpoints[-1]) if checkpoints else None
+    if prior is None:
+        prior = _fit_features(plan, networks, source, link, set_statistics=not checkpoints)
     table: LatentTable | None = None
-    if not checkpoints and config.init_checkpoint is None:
-        _fit_feature_statistics(plan, networks, link)
     if config.stage == "latent":
-        table = _latent_table(plan, networks, link)
+        table = _latent_table(plan, networks, source, link)
         if not checkpoints:
             mean, variance = table.moments()
             networks.denoiser.latent_norm.running_mean.copy_(mean)
             networks.denoiser.latent_norm.running_var.copy_(variance)
-    _Run(plan, link, networks, table).train()
+    _Run(plan, link, networks, source, prior, table).train()
 
 
 class _Run:
     """State of the loop."""
 
-    def __init__(self, plan: RunPlan, link: WorkerLink, networks: Networks, table: LatentTable | None) -> None:
+    def __init__(
+        self,
+        plan: RunPlan,
+        link: WorkerLink,
+        networks: Networks,
+        source: FeatureSource,
+        prior: FeaturePrior,
+        table: LatentTable | None,
+    ) -> None:
         config = plan.config
-        self.plan, self.link, self.networks, self.table = plan, link, networks, table
+        self.plan, self.link, self.networks, self.source, self.prior, self.table = (
+            plan, link, networks, source, prior, table,
+        )  # fmt: skip
         self.latent_shape = networks.denoiser.latent_shape(config.data.image_size, networks.autoencoder.downsampling)
         self.perceptual = build_perceptual(plan.perceptual, networks.extractor, config.perceptual.lpips_net)
         self.perceptual.to(link.device)
@@ -73,6 +88,7 @@ class _Run:
             total_steps=plan.total_steps,
             vae_warmup_steps=plan.vae_warmup_steps,
             discriminator_start=config.discriminator.start_step,
+            alignment=config.alignment,
             compile=config.compile,
         )
         distributed = link.world_size > 1
@@ -90,6 +106,7 @@ class _Run:
             folder = plan.experiment.path
             self.wandb = Wandb(folder, config.wandb_project, plan.experiment.name, config.wandb_mode, as_dict(config))
         self.validation_reader = plan.reader("val") if len(plan.catalog("val")) else None
+        self.validation_source = dataclasses.replace(source, table=plan.feature_table("val"))
         self.reported: dict[str, float] = {}
 
     def train(self) -> None:
@@ -144,8 +161,12 @@ class _Run:
     def _batches(self, start: int) -> Iterator[ImageBatch | LatentBatch]:
         first, count = self.plan.micro_batches_from(start)
         if self.table is None:
-            for batch in self.link.images(first, count):
-                yield ImageBatch(images=batch["images"], labels=batch["labels"])
+            warmup = self.plan.vae_warmup_steps * self.plan.config.gradient_accumulation_steps
+            for micro_batch, batch in enumerate(self.link.images(first, count), start=first):
+                features = None
+                if self.source.table is not None and micro_batch >= warmup:  # the VAE's warm-up needs none
+                    features = self.source.table.batch(batch["catalog_rows"].numpy(), batch["views"].numpy())
+                yield ImageBatch(images=batch["images"], labels=batch["labels"], features=features)
             return
         config = self.plan.config
         order = self.plan.order(self.plan.reader("train"))
@@ -159,7 +180,7 @@ class _Run:
         config = self.plan.config
         generator = torch.Generator(self.link.device)
         generator.manual_seed(draws_seed(config.seed, micro_batch, self.link.rank))
-        return draw(generator, config.batch_size, self.latent_shape, self.networks.extractor.dim, config.conditioning)
+        return draw(generator, config.batch_size, self.latent_shape, self.networks.feature_dim, config.conditioning)
 
     def _log_scalars(self, step: int, speed: dict[str, float]) -> None:
         scalars = self.step.read_scalars()
@@ -184,7 +205,7 @@ class _Run:
         measures: dict[str, float] = {}
         if self.validation_reader is not None:
             measures = validate(
-                self.networks, self.step.ema.module, self.perceptual, self.validation_reader,
+                self.networks, self.step.ema.module, self.perceptual, self.validation_reader, self.validation_source,
                 images=plan.config.saving.validation_images, batch_size=plan.config.batch_size,
                 rank=link.rank, world_size=link.world_size, device=link.device,
             )  # fmt: skip
@@ -192,7 +213,7 @@ class _Run:
         if self.keeper is not None and self.validation_log is not None:
             state = self.step.state_dict()
             state["position"] = {"step": done, "stream_row": done * plan.global_batch, "seed": plan.config.seed}
-            snapshot = take_snapshot(self._info(done), self.networks, state, measures)
+            snapshot = take_snapshot(self._info(done), self.networks, state, measures, self.prior)
             previous = self.keeper.wait()
             self.keeper.save(snapshot, score(measures, plan.config.stage))
             self.validation_log.write(done, measures)
@@ -210,16 +231,16 @@ class _Run:
 
     def _info(self, step: int) -> CheckpointInfo:
         config = self.plan.config
-        grid = self.networks.extractor.input_size // 32
         return CheckpointInfo(
             step=step,
             stage=config.stage,
             image_size=config.data.image_size,
             feature_extractor=config.feature_extractor.name,
-            feature_dim=self.networks.extractor.dim,
-            num_patches=grid * grid,
+            feature_dim=self.networks.feature_dim,
+            num_patches=self.source.num_patches,
             conditioning=vars(config.conditioning),
             config=self.plan.experiment.config(),
+            extractor_key=self.plan.extractor_key,
         )
 
 
@@ -232,26 +253,21 @@ def _set_up_torch(plan: RunPlan, link: WorkerLink) -> None:
         torch.backends.cudnn.allow_tf32 = True
 
 
-@torch.no_grad()
-def _fit_feature_statistics(plan: RunPlan, networks: Networks, link: WorkerLink) -> None:
-    """Mean and deviation of cls over some training images, each worker extracting a share."""
-    config, reader = plan.config, plan.reader("train")
-    chosen = np.random.default_rng(config.seed).permutation(len(reader))[: config.feature_extractor.statistics_images]
-    dim = networks.extractor.dim
-    sums = torch.zeros(2 * dim + 1, dtype=torch.float64, device=link.device)
-    share = np.sort(chosen)[link.rank :: link.world_size]
-    for start in range(0, len(share), config.batch_size):
-        rows = share[start : start + config.batch_size]
-        pixels = torch.from_numpy(reader.read(rows, np.zeros(len(rows), dtype=np.int8))["images"])
-        cls = extract(networks.extractor, pixels.to(link.device).permute(0, 3, 1, 2)).cls.double()
-        sums += torch.cat([cls.sum(dim=0), cls.square().sum(dim=0), cls.new_tensor([float(len(rows))])])
-    total = all_reduce_sum(sums)
-    mean = total[:dim] / total[-1]
-    variance = (total[dim : 2 * dim] / total[-1] - mean.square()).clamp(min=0)
-    networks.denoiser.conditioning.set_statistics(mean.float(), variance.sqrt().float())
+def _fit_features(
+    plan: RunPlan, networks: Networks, source: FeatureSource, link: WorkerLink, *, set_statistics: bool
+) -> FeaturePrior:
+    """The prior of the training split's features; a new denoiser also learns their mean and deviation."""
+    config = plan.config
+    fit = fit_features(
+        source, plan.reader("train"), dim=networks.feature_dim, images=config.feature_extractor.statistics_images,
+        batch_size=config.batch_size, seed=config.seed, rank=link.rank, world_size=link.world_size,
+    )  # fmt: skip
+    if set_statistics and networks.denoiser_is_new:
+        networks.denoiser.conditioning.set_statistics(fit.mean, fit.std)
+    return fit.prior
 
 
-def _latent_table(plan: RunPlan, networks: Networks, link: WorkerLink) -> LatentTable:
+def _latent_table(plan: RunPlan, networks: Networks, source: FeatureSource, link: WorkerLink) -> LatentTable:
     config = plan.config
 
     def progress(done: int, total: int) -> None:
@@ -259,7 +275,7 @@ def _latent_table(plan: RunPlan, networks: Networks, link: WorkerLink) -> Latent
             print(f"caching latents: {done} of {total} image views", flush=True)
 
     return cache_latents(
-        networks, plan.reader("train"), plan.experiment.path / "cache" / "latents",
+        networks, plan.reader("train"), source, plan.experiment.path / "cache" / "latents",
         views=config.data.views, batch_size=max(config.batch_size, 64), rank=link.rank,
-        world_size=link.world_size, device=link.device, progress=progress,
+        world_size=link.world_size, progress=progress,
     )  # fmt: skip

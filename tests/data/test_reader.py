@@ -1,3 +1,4 @@
+import hashlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from m2d.classes import CLASSES
 from m2d.data.decode import decode_resized
+from m2d.data.prepared import PreparedImages, write_images
 from m2d.data.reader import ImageReader
 from m2d.data.views import apply_view
 from m2d.errors import DataError
@@ -140,3 +142,104 @@ def test_a_uri_is_read_as_a_path_is(catalog: pa.Table, tmp_path: Path) -> None:
     by_uri = ImageReader(catalog, tmp_path.as_uri(), image_size=SIZE, max_pixels=MAX_PIXELS)
     expected = reader_of(catalog, tmp_path).read(np.arange(12), AS_IT_IS)
     np.testing.assert_array_equal(by_uri.read(np.arange(12), AS_IT_IS)["images"], expected["images"])
+
+
+# --- prepared images --------------------------------------------------------------------------------------------------
+
+
+def prepare(catalog: pa.Table, data_root: Path, cache: Path, rows: range) -> tuple[pa.Table, PreparedImages]:
+    """The catalog with its sums, and these rows of it prepared in shards of two."""
+    encoded = [path_of(catalog, data_root, row).read_bytes() for row in range(len(catalog))]
+    sums = [hashlib.sha256(content).hexdigest() for content in encoded]
+    for first in range(rows.start, rows.stop, 2):
+        part = range(first, min(first + 2, rows.stop))
+        pixels = np.stack([decode_resized(encoded[row], SIZE, max_pixels=MAX_PIXELS) for row in part])
+        write_images(cache, SIZE, [sums[row] for row in part], pixels)
+    found = PreparedImages.open(cache, SIZE)
+    assert found is not None
+    return catalog.set_column(catalog.column_names.index("sha256"), "sha256", pa.array(sums)), found
+
+
+def prepared_reader(catalog: pa.Table, data_root: Path, images: PreparedImages) -> ImageReader:
+    return ImageReader(catalog, str(data_root), image_size=SIZE, max_pixels=MAX_PIXELS, prepared=images)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_prepared_rows_are_the_decoded_ones_bit_for_bit_without_the_files(
+    catalog: pa.Table, tmp_path: Path, tmp_path_factory: Any, attached: bool
+) -> None:
+    rows, views = np.array([11, 0, 5, 0, 3, 4, 8, 9]), np.arange(8, dtype=np.int8)
+    expected = reader_of(catalog, tmp_path).read(rows, views)
+    catalog, images = prepare(catalog, tmp_path, tmp_path_factory.mktemp("cache"), range(12))
+    for row in range(12):
+        path_of(catalog, tmp_path, row).unlink()
+    reader = pickle.loads(pickle.dumps(prepared_reader(catalog, tmp_path, images)))  # noqa: S301
+    if attached:
+        reader.attach(reader.load_encoded())
+    found = reader.read(rows, views)
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_rows_that_are_not_prepared_are_decoded_from_their_files(
+    catalog: pa.Table, tmp_path: Path, tmp_path_factory: Any, attached: bool
+) -> None:
+    expected = reader_of(catalog, tmp_path).read(np.arange(12), AS_IT_IS)
+    catalog, images = prepare(catalog, tmp_path, tmp_path_factory.mktemp("cache"), range(3, 8))
+    for row in range(3, 8):
+        path_of(catalog, tmp_path, row).unlink()
+    reader = prepared_reader(catalog, tmp_path, images)
+    if attached:
+        halves = [reader.load_encoded(0, 5), reader.load_encoded(5)]
+        reader.attach(pa.chunked_array([*halves[0].chunks, *halves[1].chunks]))
+    found = reader.read(np.arange(12), AS_IT_IS)
+    assert not found["substituted"].any()
+    np.testing.assert_array_equal(found["images"], expected["images"])
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("damage", ["flipped", "gone"])
+def test_a_damaged_shard_is_decoded_around(
+    catalog: pa.Table, tmp_path: Path, tmp_path_factory: Any, damage: str, attached: bool
+) -> None:
+    expected = reader_of(catalog, tmp_path).read(np.arange(12), AS_IT_IS)
+    catalog, images = prepare(catalog, tmp_path, tmp_path_factory.mktemp("cache"), range(12))
+    reader = prepared_reader(catalog, tmp_path, images)
+    for path in images.files[1:3]:
+        content = bytearray(path.read_bytes())
+        path.unlink()
+        if damage == "flipped":
+            content[len(content) // 4] ^= 1  # the pixels are by far the largest part
+            path.write_bytes(content)
+    if attached:
+        reader.attach(reader.load_encoded())
+    found = reader.read(np.arange(12), AS_IT_IS)
+    assert not found["substituted"].any()
+    np.testing.assert_array_equal(found["images"], expected["images"])
+
+
+def test_sizes_are_those_of_raw_pixels_where_rows_are_prepared(
+    catalog: pa.Table, tmp_path: Path, tmp_path_factory: Any
+) -> None:
+    catalog, images = prepare(catalog, tmp_path, tmp_path_factory.mktemp("cache"), range(3, 8))
+    reader = prepared_reader(catalog, tmp_path, images)
+    lengths = [len(blob) for blob in reader.load_encoded().to_pylist()]
+    assert lengths[3:8] == [3 * SIZE * SIZE] * 5
+    assert reader.sizes.tolist() == lengths
+    assert lengths[:3] == [path_of(catalog, tmp_path, row).stat().st_size for row in range(3)]
+
+
+def test_pixels_stay_out_of_the_pickle(catalog: pa.Table, tmp_path: Path, tmp_path_factory: Any) -> None:
+    catalog, images = prepare(catalog, tmp_path, tmp_path_factory.mktemp("cache"), range(12))
+    reader = prepared_reader(catalog, tmp_path, images)
+    bare = len(pickle.dumps(reader))
+    reader.read(np.arange(12), AS_IT_IS)
+    assert len(pickle.dumps(reader)) == bare
+    assert bare - len(pickle.dumps(reader_of(catalog, tmp_path))) < 12 * SIZE * SIZE
+
+
+def test_images_prepared_at_another_size_are_refused(catalog: pa.Table, tmp_path: Path, tmp_path_factory: Any) -> None:
+    catalog, images = prepare(catalog, tmp_path, tmp_path_factory.mktemp("cache"), range(12))
+    with pytest.raises(ValueError, match="16 px for a reader of 24 px"):
+        ImageReader(catalog, str(tmp_path), image_size=24, max_pixels=MAX_PIXELS, prepared=images)

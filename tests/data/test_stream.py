@@ -1,3 +1,4 @@
+import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from m2d.data import stream as stream_module
 from m2d.data.local import iterate_local
 from m2d.data.order import StreamOrder, worker_rows
+from m2d.data.prepared import PreparedImages, write_images
 from m2d.data.reader import ImageReader
 from m2d.data.stream import BlockPlan, build_stream, iterate_stream, stream_data_config
 from m2d.errors import DataError, TrainingError
@@ -126,6 +128,28 @@ def test_a_resumed_ray_stream_is_the_tail_of_the_unbroken_one(
     """From an odd micro-batch, by another number of tasks, and with files in place of the object store."""
     for rank, batches in enumerate(streamed(reader, order, 7, 6, world=2, share=1e-9)):
         assert_same(batches, local(reader, order, 0, 13, rank=rank, world=2)[7:])
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("share", [0.3, 1e-9], ids=["object store", "shards"])
+def test_prepared_images_stream_as_decoded_ones_do(
+    ray_cluster: None, reader: ImageReader, order: StreamOrder, tmp_path: Path, paint_images: Any, share: float
+) -> None:
+    """All but the last rows are prepared, and their files are gone."""
+    root = tmp_path / "data"
+    catalog = paint_images(root, COUNTS)
+    paths = [root / path for path in catalog["path"].to_pylist()]
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    catalog = catalog.set_column(catalog.column_names.index("sha256"), "sha256", pa.array(sums))
+    pixels = reader.read(np.arange(ROWS), np.zeros(ROWS, dtype=np.int8))["images"]
+    for first, stop in ((0, 20), (20, 50)):
+        write_images(tmp_path / "cache", SIZE, sums[first:stop], pixels[first:stop])
+        for path in paths[first:stop]:
+            path.unlink()
+    images = PreparedImages.open(tmp_path / "cache", SIZE)
+    other = ImageReader(catalog, str(root), image_size=SIZE, max_pixels=10_000, prepared=images)
+    (batches,) = streamed(other, order, 0, 16, world=1, share=share)
+    assert_same(batches, local(reader, order, 0, 16))
 
 
 @pytest.mark.ray

@@ -1,16 +1,34 @@
-"""EfficientNet-Lite0 is the published network, its output has the promised form, and a wrong file is refused."""
+"""Preprocessing is torchvision's, keys follow what shapes the features, EfficientNet-Lite0 is the published network.
 
+PanDerm is in test_panderm.py, timm's models in test_timm_extractor.py.
+"""
+
+import hashlib
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
+from torchvision import transforms
 
 from m2d.errors import CheckpointError, ConfigError
-from m2d.models.feature_extractor import EfficientNetLite0, load_feature_extractor
+from m2d.models import feature_extractor
+from m2d.models.feature_extractor import (
+    EfficientNetLite0,
+    FeatureExtractor,
+    extractor_key,
+    file_sha256,
+    load_feature_extractor,
+)
+from m2d.models.panderm import MEAN, STD
+from m2d.models.settings import Crop, FeatureExtractorConfig
+
+HAM10000 = Path(__file__).resolve().parents[2].parent / "shared" / "ham10000"
 
 # Kernel, stride, expansion and repeats of the seven stages: the EfficientNet-Lite0 of the TensorFlow TPU repository.
 STAGES = ((3, 1, 1, 1), (3, 2, 6, 2), (5, 2, 6, 2), (3, 2, 6, 3), (5, 1, 6, 3), (5, 2, 6, 4), (3, 1, 6, 1))
@@ -29,7 +47,7 @@ def packaged_state() -> "OrderedDict[str, Tensor]":
 
 @pytest.fixture(scope="module")
 def extractor() -> EfficientNetLite0:
-    network = load_feature_extractor("efficientnet-lite0", input_size=96)
+    network = load_feature_extractor("efficientnet-lite0", input_size=96, crop="whole")
     assert isinstance(network, EfficientNetLite0)
     return network
 
@@ -81,8 +99,10 @@ def test_cls_is_the_mean_of_the_patches(extractor: EfficientNetLite0) -> None:
 
 @pytest.mark.parametrize("side", [32, 64, 128])
 def test_there_is_a_patch_for_every_32_by_32_pixels(side: int) -> None:
-    features = load_feature_extractor("efficientnet-lite0", input_size=side)(torch.zeros(1, 3, side, side))
+    extractor = load_feature_extractor("efficientnet-lite0", input_size=side)
+    features = extractor(torch.zeros(1, 3, side, side))
     assert features.cls.shape == (1, 1280)
+    assert features.patches.shape[1] == extractor.num_patches
     assert features.patches.shape == (1, (side // 32) ** 2, 1280)
 
 
@@ -191,3 +211,143 @@ def test_code_in_a_weights_file_never_runs(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         load_feature_extractor("efficientnet-lite0", str(tmp_path / "trap.pth"))
     assert not (tmp_path / "ran").exists()
+
+
+# --- preprocessing, the same for all extractors -----------------------------------------------------------------------
+
+
+def preprocessing(size: int, crop: Crop) -> FeatureExtractor:
+    """PanDerm's, without a network."""
+    mean, std = 255 * torch.tensor(MEAN), 255 * torch.tensor(STD)
+    return FeatureExtractor("panderm-large", 1024, size, mean, std, num_patches=196, crop=crop)
+
+
+def grey_level_error(image: Image.Image, size: int, crop: Crop) -> Tensor:
+    """How far preprocessing lies from torchvision's PIL transforms, in grey levels of 0..255, pixel by pixel.
+
+    Official: the transforms of PanDerm's builder.py at 224 px, with their ratio at other sizes.
+    """
+    resize = (
+        [transforms.Resize(size * 256 // 224), transforms.CenterCrop(size)]
+        if crop == "official"
+        else [transforms.Resize((size, size))]
+    )
+    published = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.228, 0.224, 0.225))]
+    expected = transforms.Compose([*resize, *published])(image)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+    found = preprocessing(size, crop).preprocess(pixels).squeeze(0)
+    return ((found - expected) * torch.tensor([0.228, 0.224, 0.225]).view(3, 1, 1) * 255).abs()
+
+
+@pytest.mark.parametrize("crop", ["official", "whole"])
+@pytest.mark.parametrize("size", [224, 256])
+@pytest.mark.parametrize("shape", [(450, 600), (600, 450), (64, 64), (300, 1001), (257, 255)])
+def test_noise_is_preprocessed_to_within_a_grey_level_of_torchvision(
+    shape: tuple[int, int], size: int, crop: Crop
+) -> None:
+    """Noise is the worst case: PIL rounds after each of its two passes, half a level each time; we do not round."""
+    noise = np.random.default_rng(0).integers(0, 256, size=(*shape, 3), dtype=np.uint8)
+    error = grey_level_error(Image.fromarray(noise), size, crop)
+    assert error.shape == (3, size, size)
+    assert error.max() <= 1.01
+    assert error.mean() <= 0.35
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not HAM10000.is_dir(), reason="../shared/ham10000 is not here")
+@pytest.mark.parametrize("crop", ["official", "whole"])
+def test_dermoscopy_images_are_preprocessed_to_within_a_grey_level_of_torchvision(crop: Crop) -> None:
+    paths = sorted(HAM10000.glob("*/*.jpg"))[::1000]
+    errors = [grey_level_error(Image.open(path).convert("RGB"), 224, crop) for path in paths]
+    assert torch.stack([error.max() for error in errors]).max() <= 1.01
+    assert torch.stack([error.mean() for error in errors]).mean() <= 0.35
+
+
+def test_whole_keeps_each_part_of_the_image_in_its_place() -> None:
+    """The right quarter of a wide image is the right quarter of the square."""
+    images = torch.zeros(1, 3, 64, 128, dtype=torch.uint8)
+    images[..., 96:] = 255
+    found = preprocessing(64, "whole").preprocess(images)
+    white = (1 - torch.tensor(MEAN)) / torch.tensor(STD)
+    assert_close(found[0, :, :, 50:], white.view(3, 1, 1).expand(3, 64, 14))
+
+
+def test_a_crop_that_is_not_known_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"feature_extractor\.crop is middle; known: whole official"):
+        FeatureExtractorConfig(crop="middle")  # type: ignore[arg-type]
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_is_name_hash_size_and_crop() -> None:
+    extractor = load_feature_extractor("efficientnet-lite0", input_size=96, crop="whole")
+    sha256 = hashlib.sha256(packaged_file().read_bytes()).hexdigest()
+    assert extractor.weights_sha256 == sha256
+    assert extractor.key == f"efficientnet-lite0-{sha256[:12]}-96-whole"
+
+
+def test_the_key_of_the_settings_is_the_extractors_and_builds_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_feature_extractor("efficientnet-lite0", None, None, "whole").key
+
+    def build(*arguments: object, **options: object) -> None:
+        pytest.fail("a network was built")
+
+    monkeypatch.setattr(feature_extractor.timm, "create_model", build)
+    assert extractor_key(FeatureExtractorConfig()) == expected
+
+
+def test_a_key_follows_the_files_content_not_its_name(tmp_path: Path) -> None:
+    def key(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        return extractor_key(FeatureExtractorConfig(name="panderm-base", weights=str(tmp_path / name)))
+
+    assert (
+        key("a.pth", b"one")
+        == key("b.pth", b"one")
+        == f"panderm-base-{hashlib.sha256(b'one').hexdigest()[:12]}-224-whole"
+    )
+    assert key("a.pth", b"two") != key("b.pth", b"one")
+
+
+@pytest.mark.parametrize("change", [{"input_size": 256}, {"crop": "official"}, {"name": "panderm-large"}])
+def test_a_key_follows_name_size_and_crop(tmp_path: Path, change: dict[str, object]) -> None:
+    (tmp_path / "file.pth").write_bytes(b"one")
+    settings: dict[str, object] = {"name": "panderm-base", "weights": str(tmp_path / "file.pth")}
+    first, second = (extractor_key(FeatureExtractorConfig(**s)) for s in (settings, settings | change))  # type: ignore[arg-type]
+    assert first != second
+
+
+def test_a_key_is_safe_as_a_folders_name() -> None:
+    extractor = FeatureExtractor("timm:a/b c.d-1_2", 1, 224, torch.zeros(3), torch.ones(3), num_patches=1)
+    assert extractor.key == "timm-a-b-c.d-1_2-000000000000-224-whole"
+
+
+def test_hashing_what_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"none\.pth cannot be read \(No such file or directory\)"):
+        file_sha256(tmp_path / "none.pth")
+
+
+def test_a_nan_in_the_file_is_refused(tmp_path: Path) -> None:
+    state = packaged_state()
+    state["_bn0.bias"] = torch.full_like(state["_bn0.bias"], float("nan"))
+    torch.save(state, tmp_path / "nan.pth")
+    with pytest.raises(CheckpointError, match=r"NaN or infinite values in _bn0\.bias"):
+        load_feature_extractor("efficientnet-lite0", str(tmp_path / "nan.pth"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"name": "panderm-large"}, "docs/panderm.md"),
+        ({"name": "panderm-huge"}, "known: efficientnet-lite0 panderm-large panderm-base timm:MODEL"),
+        ({"name": "timm:"}, "known:"),
+        ({"name": "efficientnet-lite0", "input_size": 48}, "multiple of 32"),
+        ({"name": "timm:resnet18", "input_size": 0}, "at least 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(settings: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=r"feature_extractor\.") as refusal:
+        FeatureExtractorConfig(**settings)  # type: ignore[arg-type]
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)

@@ -15,7 +15,7 @@ class ImageItself(FeatureExtractor):
     """The pyramid is the image and its half, in the units of [-1, 1]."""
 
     def __init__(self) -> None:
-        super().__init__("itself", 3, 4, torch.full((3,), 127.5), torch.full((3,), 127.5))
+        super().__init__("itself", 3, 4, torch.full((3,), 127.5), torch.full((3,), 127.5), num_patches=1)
         self.weight = torch.nn.Parameter(torch.ones(()), requires_grad=False)
         self.dtypes: list[torch.dtype] = []
 
@@ -89,6 +89,35 @@ def test_inside_autocast_it_computes_in_float32() -> None:
 
 def test_the_extractor_is_in_no_state_dict() -> None:
     assert build_perceptual("features", ImageItself()).state_dict() == {}
+
+
+class Patches(FeatureExtractor):
+    """An extractor without a pyramid, as PanDerm is."""
+
+    def __init__(self) -> None:
+        super().__init__("patches", 3, 4, torch.full((3,), 1.0), torch.full((3,), 1.0), num_patches=1)
+
+
+@pytest.mark.parametrize("extractor", [Patches(), None], ids=["a ViT", "cached features"])
+def test_where_there_is_no_pyramid_the_maps_are_the_packaged_lite0s(
+    extractor: FeatureExtractor | None, distance: FeatureDistance
+) -> None:
+    built = build_perceptual("features", extractor)
+    assert_close(built(some_images(0), some_images(1)), distance(some_images(0), some_images(1)))
+    assert built.state_dict() == {}
+
+
+def test_an_extractor_with_a_pyramid_is_taken_itself() -> None:
+    extractor = ImageItself()
+    build_perceptual("features", extractor)(some_images(0), some_images(1))
+    assert len(extractor.dtypes) == 2
+
+
+def test_the_hidden_extractor_moves_with_its_module() -> None:
+    built = build_perceptual("features", None).to("meta")
+    assert isinstance(built, FeatureDistance)
+    assert built._extractor[0].mean.is_meta
+    assert all(parameter.is_meta for parameter in built._extractor[0].parameters())
 
 
 @pytest.fixture

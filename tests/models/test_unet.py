@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from m2d.classes import NUM_CLASSES
-from m2d.models.settings import UNetConfig
-from m2d.models.unet import Denoiser, build_denoiser, middle_channels
+from m2d.errors import ConfigError
+from m2d.models.settings import UNetConfig, parse_tap
+from m2d.models.unet import Denoiser, build_denoiser, tap_channels
 
 SHAPE = (4, 8, 8)
+TAPS = ["down_0", "down_1", "middle", "up_0", "up_1"]
 
 
 def denoiser(config: UNetConfig = UNET) -> Denoiser:
@@ -24,29 +26,44 @@ def inputs(batch: int = 2) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, *SHAPE, generator=generator), torch.rand(batch, generator=generator)
 
 
+@pytest.mark.parametrize("tap", TAPS)
 @pytest.mark.parametrize("attends", [[False, True], [True, True], [True, False]])
 @torch.no_grad()
-def test_middle_equals_the_middle_block_of_the_whole_pass(attends: list[bool]) -> None:
+def test_a_short_pass_gives_what_the_whole_pass_has_at_its_block(attends: list[bool], tap: str) -> None:
     network = denoiser(UNetConfig(**{**vars(UNET), "attention_levels": attends}))
     x_t, t = inputs()
     context = network.context(torch.tensor([1, 5]), torch.randn(2, FEATURE_DIM))
-    velocity, middle = network.velocity_and_middle(x_t, t, context)
-    assert_close(network.middle(x_t, t, context), middle, rtol=0, atol=0)
+    velocity, tapped = network.velocity_and_tap(x_t, t, context, tap)
+    assert_close(network.tapped(x_t, t, context, tap), tapped, rtol=0, atol=0)
     assert_close(velocity, network.velocity(x_t, t, context), rtol=0, atol=0)
 
 
-def test_middle_channels_are_the_middle_blocks() -> None:
+@pytest.mark.parametrize(("tap", "side"), [("down_0", 4), ("down_1", 4), ("middle", 4), ("up_0", 8), ("up_1", 8)])
+def test_a_tap_is_the_block_of_its_name(tap: str, side: int) -> None:
+    """On 8 x 8 latents with two levels the first block down halves the side, and the first one up doubles it."""
     network = denoiser()
+    named = {"down": network.unet.down_blocks, "up": network.unet.up_blocks}
+    block = network.unet.mid_block if tap == "middle" else named[tap[:-2]][int(tap[-1])]
+    seen: list[Tensor] = []
+    block.register_forward_hook(lambda module, given, out: seen.append(out[0] if isinstance(out, tuple) else out))
     x_t, t = inputs()
-    middle = network.middle(x_t, t, network.context(torch.tensor([1, 5])))
-    assert middle.shape == (2, middle_channels(network), 4, 4)
+    tapped = network.tapped(x_t, t, network.context(torch.tensor([1, 5])), tap)
+    assert_close(tapped, seen[0], rtol=0, atol=0)
+    assert tapped.shape == (2, tap_channels(network, tap), side, side)
 
 
-def test_the_capture_leaves_no_hook_behind() -> None:
+@pytest.mark.parametrize("tap", TAPS)
+def test_the_capture_leaves_no_hook_behind(tap: str) -> None:
     network = denoiser()
     x_t, t = inputs()
-    network.velocity_and_middle(x_t, t, network.context(torch.tensor([1, 5])))
-    assert not network.unet.mid_block._forward_hooks
+    network.velocity_and_tap(x_t, t, network.context(torch.tensor([1, 5])), tap)
+    assert not any(module._forward_hooks for module in network.unet.modules())
+
+
+@pytest.mark.parametrize("name", ["mid", "down", "up_", "down_-1", "side_0", ""])
+def test_a_name_of_no_block_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"alignment\.tap is"):
+        parse_tap(name)
 
 
 def test_a_new_unet_predicts_zero() -> None:
@@ -71,7 +88,7 @@ def test_the_unet_receives_a_thousand_times_t() -> None:
     x_t, _ = inputs()
     t, context = torch.tensor([0.25, 1.0]), network.context(torch.tensor([1, 5]))
     network.velocity(x_t, t, context)
-    network.middle(x_t, t, context)
+    network.tapped(x_t, t, context)
     assert [moment.tolist() for moment in seen] == [[250.0, 1000.0]] * 2
 
 

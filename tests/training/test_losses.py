@@ -15,6 +15,7 @@ from m2d.training.losses import (
     manifold_loss,
     psnr,
     reconstruction_loss,
+    spatially_normalized,
 )
 
 
@@ -56,6 +57,25 @@ def test_manifold_loss_does_not_see_a_rotation_of_the_feature_space() -> None:
     target = torch.randn(2, 5, 3, generator=generator)
     rotation, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator))
     assert manifold_loss(target @ rotation, target).item() == pytest.approx(0.0, abs=1e-10)
+
+
+def test_spatial_normalisation_takes_a_share_of_the_tokens_mean_off_and_divides_by_their_deviation() -> None:
+    """Two tokens of two dimensions, by hand: means 4 and 0, unbiased deviations sqrt(8) and sqrt(2), gamma a half."""
+    patches = torch.tensor([[[2.0, 1.0], [6.0, -1.0]]])
+    expected = [[[(2 - 2) / math.sqrt(8), 1 / math.sqrt(2)], [(6 - 2) / math.sqrt(8), -1 / math.sqrt(2)]]]
+    assert_close(spatially_normalized(patches, 0.5), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_spatial_normalisation_is_of_each_image_by_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.randn(3, 4, 5, generator=generator) * torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1) + 7
+    together = spatially_normalized(patches, 1.0)
+    assert_close(together, torch.cat([spatially_normalized(image[None], 1.0) for image in patches]))
+    assert_close(together.mean(dim=1), torch.zeros(3, 5), atol=1e-4, rtol=0)
+
+
+def test_a_token_that_never_changes_stays_finite_under_spatial_normalisation() -> None:
+    assert torch.isfinite(spatially_normalized(torch.full((1, 4, 2), 3.0), 1.0)).all()
 
 
 def test_hinge_losses_take_their_textbook_values() -> None:

@@ -1,6 +1,7 @@
 """Who gets which gradient, and what a bad step leaves behind."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from torch.testing import assert_close
 
 import m2d.training.step as step_module
 from m2d.errors import TrainingError
+from m2d.models.feature_extractor import Features
 from m2d.models.perceptual import FeatureDistance
-from m2d.training.batch import LatentBatch
+from m2d.training.batch import Draws, ImageBatch, LatentBatch
 from m2d.training.phases import AutoencoderPhase, DenoiserPhase, frozen
-from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
+from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig
 from m2d.training.step import LatentStep, Networks, StepConfig, extract
 
 NO_LOSS = {
@@ -275,7 +277,7 @@ def test_the_latent_stage_trains_the_unet_alone_and_keeps_the_latent_scale() -> 
     _, draws = tiny_batch(4)
     batch = LatentBatch(
         mean=torch.randn(4, *LATENT_SHAPE).half(), std=torch.rand(4, *LATENT_SHAPE).half(),
-        cls=torch.randn(4, FEATURE_DIM).half(), patches=torch.randn(4, 4, FEATURE_DIM).half(),
+        features=Features(torch.randn(4, FEATURE_DIM).half(), torch.randn(4, 4, FEATURE_DIM).half()),
         labels=torch.tensor([0, 1, 2, 3]),
     )  # fmt: skip
     step([(batch, draws)], 0)
@@ -283,6 +285,101 @@ def test_the_latent_stage_trains_the_unet_alone_and_keeps_the_latent_scale() -> 
     changed = moved(networks.denoiser, before["denoiser"])
     assert "unet.conv_in.weight" in changed
     assert not {name for name in changed if name.startswith("latent_norm")}
+
+
+def with_features(batch: tuple[ImageBatch, Draws], networks: Networks) -> tuple[ImageBatch, Draws]:
+    """The batch as the cache would give it: features of the same pixels, in fp16."""
+    images, draws = batch
+    features = extract(networks.extractor, images.images.permute(0, 3, 1, 2))
+    cached = Features(features.cls.half(), features.patches.half())
+    return dataclasses.replace(images, features=cached), draws
+
+
+def test_cached_features_give_the_losses_and_gradients_that_extracted_ones_give(
+    captured_gradients: dict[str, Tensor],
+) -> None:
+    collected, losses = [], []
+    for cached in (False, True):
+        networks = tiny_networks()
+        batch = with_features(tiny_batch(), networks) if cached else tiny_batch()
+        step = tiny_step(networks)
+        if cached:
+            networks.extractor = None
+        step([batch], 0)
+        collected.append(dict(captured_gradients))
+        losses.append(step.read_scalars())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3, abs=1e-4)  # fp16 keeps 11 bits
+    assert set(collected[0]) == set(collected[1])
+    for name, gradient in collected[0].items():
+        assert_close(collected[1][name], gradient, rtol=2e-2, atol=1e-4)
+
+
+def test_a_stopped_alignment_leaves_the_gradient_of_the_diffusion_loss(captured_gradients: dict[str, Tensor]) -> None:
+    """100 steps in all: with stop_fraction 0.5, step 49 is the last that aligns."""
+    aligned, without = LossWeights(kl=1e-3), LossWeights(kl=1e-3, alignment=0.0, alignment_vae=0.0)
+    runs = {}
+    for name, weights, number in (("last", aligned, 49), ("stopped", aligned, 50), ("never", without, 50)):
+        step = tiny_step(tiny_networks(), weights=weights, alignment=AlignmentConfig(stop_fraction=0.5))
+        step([tiny_batch()], number)
+        runs[name] = dict(captured_gradients)
+        assert ("loss/alignment_vae" in step.read_scalars()) is (name == "last")
+    for name, gradient in runs["never"].items():
+        assert_close(runs["stopped"][name], gradient, rtol=1e-6, atol=1e-9)
+    assert runs["stopped"]["projector.layers.0.weight"].abs().sum() == 0
+    for name in ("projector.layers.0.weight", "denoiser.unet.conv_in.weight", "autoencoder.vae.encoder.conv_in.weight"):
+        assert not torch.allclose(runs["last"][name], runs["stopped"][name], rtol=1e-3)
+
+
+def test_the_latent_stages_alignment_stops_too(captured_gradients: dict[str, Tensor]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    batch = LatentBatch(
+        mean=torch.randn(4, *LATENT_SHAPE, generator=generator), std=torch.ones(4, *LATENT_SHAPE),
+        features=Features(torch.randn(4, FEATURE_DIM, generator=generator), torch.randn(4, 4, FEATURE_DIM)),
+        labels=torch.tensor([0, 1, 2, 3]),
+    )  # fmt: skip
+    config = StepConfig(
+        weights=LossWeights(), optimizer=OptimizerConfig(), schedule=ScheduleConfig(), precision="no",
+        total_steps=10, alignment=AlignmentConfig(stop_fraction=0.5),
+    )  # fmt: skip
+    moved_by = []
+    for number in (4, 5):
+        step = LatentStep(tiny_networks(), config, torch.device("cpu"))
+        step([(batch, tiny_batch(4)[1])], number)
+        moved_by.append(captured_gradients["projector.layers.0.weight"].abs().sum().item())
+    assert moved_by[0] > 0
+    assert moved_by[1] == 0
+
+
+@pytest.mark.parametrize("tap", ["down_0", "up_1"])
+def test_another_tap_aligns_both_halves(tap: str, captured_gradients: dict[str, Tensor]) -> None:
+    """The blocks up to the tap feel the U-Net's alignment, and so does the encoder below them."""
+    networks = tiny_networks(tap=tap)
+    weights = LossWeights(**{**NO_LOSS, "alignment": 1.0, "alignment_vae": 1.0})
+    tiny_step(networks, weights=weights, alignment=AlignmentConfig(tap=tap))([tiny_batch()], 0)
+    felt = {name for name, gradient in captured_gradients.items() if gradient.abs().sum() > 0}
+    assert "autoencoder.vae.encoder.conv_in.weight" in felt
+    assert "denoiser.unet.conv_in.weight" in felt
+    assert any(name.startswith("denoiser.unet.up_blocks.1") for name in felt) is (tap == "up_1")
+    assert not any(name.startswith("denoiser.unet.conv_out") for name in felt)
+
+
+def test_spatial_normalisation_changes_what_both_halves_are_aligned_with() -> None:
+    """Patches that say the same everywhere but for a small part: raw they are one direction, normalised they differ."""
+    networks = tiny_networks()
+    batch, draws = tiny_batch()
+    common = torch.full((4, 1, FEATURE_DIM), 100.0)
+    patches = common + torch.randn(4, 4, FEATURE_DIM, generator=torch.Generator().manual_seed(1))
+    features = Features(patches.mean(dim=1), patches)
+    by_hand = (patches - 0.8 * patches.mean(1, keepdim=True)) / (patches.std(1, keepdim=True) + 1e-6)
+    latents = torch.randn(4, *LATENT_SHAPE, generator=torch.Generator().manual_seed(2))
+    networks.denoiser.eval()
+    raw, normalised = (DenoiserPhase(networks.denoiser, networks.projector, spatial_norm=gamma) for gamma in (0.0, 0.8))
+    for loss in ("alignment", "manifold"):
+        expected = getattr(raw(latents, batch.labels, Features(features.cls, by_hand), draws, False), loss)
+        assert_close(getattr(normalised(latents, batch.labels, features, draws, False), loss), expected)
+    expected = raw.align_autoencoder(latents, batch.labels, Features(features.cls, by_hand), draws)
+    assert_close(normalised.align_autoencoder(latents, batch.labels, features, draws), expected)
+    assert not torch.isclose(raw.align_autoencoder(latents, batch.labels, features, draws), expected)
 
 
 def test_frozen_thaws_only_what_it_froze() -> None:

@@ -1,0 +1,6 @@
+"""Judge features: python jobs/evaluate.py probe --data_root /data/ISIC"""
+
+from m2d.cli import main
+
+if __name__ == "__main__":
+    main("evaluate")

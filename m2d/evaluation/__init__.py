@@ -1,0 +1,1 @@
+"""Judging: how well features tell the diagnoses apart."""

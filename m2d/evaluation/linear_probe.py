@@ -1,0 +1,76 @@
+"""The probe itself: logistic regression on standardised features. Knows nothing of images or files."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+
+from m2d.evaluation.classification_scores import confusion_matrix, scores
+
+MAX_ITERATIONS = 2000  # of L-BFGS
+C_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # few training images want the first, wide features of many images the last
+FOLDS = 3
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A fitted probe; standardises what it is given by the training images' mean and deviation."""
+
+    classifier: LogisticRegression
+    mean: np.ndarray  # [D]
+    std: np.ndarray  # [D]
+    converged: bool
+    iterations: int
+
+    @classmethod
+    def fit(cls, features: np.ndarray, labels: np.ndarray, *, c: float) -> "LinearProbe":
+        """Fit on features [N, D] and labels int64 [N], of at least two classes.
+
+        c: inverse strength of the squared L2 penalty against the summed cross-entropy, in which every class weighs the
+        same (class_weight "balanced"). PanDerm's authors penalise the norm instead of its square, with C = D K / 100;
+        that number means nothing here.
+        """
+        mean, std = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
+        # A feature that never changes (rounding aside) is 0 in training, whatever it is divided by, and gets no weight.
+        std = np.where(std > 1e-6 * std.max(), std, 1)
+        mean, std = mean.astype(features.dtype), std.astype(features.dtype)
+        classifier = LogisticRegression(C=c, class_weight="balanced", max_iter=MAX_ITERATIONS)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            classifier.fit((features - mean) / std, labels)
+        converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+        return cls(classifier, mean, std, converged, int(classifier.n_iter_.max()))
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """The class of each of [N, D], int64 [N]."""
+        labels: np.ndarray = self.classifier.predict((features - self.mean) / self.std)
+        return labels
+
+
+def choose_c(
+    features: np.ndarray, labels: np.ndarray, lesions: np.ndarray, *, num_classes: int, seed: int
+) -> dict[float, float]:
+    """Each c of C_GRID and the balanced accuracy that it reaches on held-out lesions of the training images.
+
+    Three folds, stratified by class, no lesion in two of them; what all folds predict is scored together, for a rare
+    class has but a few images in each. Empty where the lesions are so few that a fold leaves less than two classes.
+    """
+    if len(np.unique(lesions)) < FOLDS or np.bincount(labels).max() < FOLDS:
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with fewer images than folds
+        folds = list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(features, labels, lesions))
+    if any(len(np.unique(labels[fitted])) < 2 or not len(held_out) for fitted, held_out in folds):
+        return {}
+    predicted = {c: np.empty_like(labels) for c in C_GRID}
+    for fitted, held_out in folds:
+        for c in C_GRID:
+            probe = LinearProbe.fit(features[fitted], labels[fitted], c=c)
+            predicted[c][held_out] = probe.predict(features[held_out])
+    return {
+        c: float(scores(confusion_matrix(labels, calls, num_classes)).balanced_accuracy)
+        for c, calls in predicted.items()
+    }

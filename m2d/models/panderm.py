@@ -1,0 +1,236 @@
+"""PanDerm (Yan et al., Nature Medicine 2025): the published checkpoints as timm's Beit, loaded strictly or not at all.
+
+The weights are CC BY-NC-ND and come by hand; docs/panderm.md tells from where. Called by load_feature_extractor.
+Facts: SiyuanYan1/PanDerm, classification/models/modeling_finetune.py and builder.py.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from m2d.errors import CheckpointError
+from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.settings import Crop
+from m2d.models.weights_file import file_sha256, read_tensors, require_finite, some_of
+
+logger = logging.getLogger(__name__)
+
+PATCH = 16
+NATIVE_SIZE = 224
+# Not a slip: the authors' evaluation transform has 0.228 where ImageNet's usual numbers have 0.229 (builder.py:27-48).
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.228, 0.224, 0.225)
+CROP_PCT = NATIVE_SIZE / 256
+
+PREFIX = "encoder."  # of every encoder tensor in the published Large file, and of none in Base's
+# What pre-training leaves beside the encoder: CAEv2's regressor, decoder and teacher, its tokens, a head.
+EXTRAS = re.compile(r"(regresser|decoder|teacher|head)\.|(mask_token|rd_pos_embed)$")
+# What only fine-tuning makes.
+FINE_TUNED = re.compile(r"(^|\.)(fc_norm|rel_pos_bias)\.|relative_position_(bias_table|index)$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PanDermSize:
+    """One of the two published networks."""
+
+    title: str  # as the authors write it
+    architecture: str  # timm's name of the same shape
+    width: int
+    depth: int
+    file_name: str  # as published
+    sha256: str | None  # of the published file, where somebody has reported it
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the encoder: 15 a block and 6 besides. Query and value have a bias, the key has none."""
+        d = self.width
+        shapes: dict[str, tuple[int, ...]] = {
+            "cls_token": (1, 1, d),
+            "pos_embed": (1, (NATIVE_SIZE // PATCH) ** 2 + 1, d),
+            "patch_embed.proj.weight": (d, 3, PATCH, PATCH),
+            "patch_embed.proj.bias": (d,),
+        }
+        for i in range(self.depth):
+            block: dict[str, tuple[int, ...]] = {
+                "gamma_1": (d,),
+                "gamma_2": (d,),
+                "norm1.weight": (d,),
+                "norm1.bias": (d,),
+                "attn.q_bias": (d,),
+                "attn.v_bias": (d,),
+                "attn.qkv.weight": (3 * d, d),
+                "attn.proj.weight": (d, d),
+                "attn.proj.bias": (d,),
+                "norm2.weight": (d,),
+                "norm2.bias": (d,),
+                "mlp.fc1.weight": (4 * d, d),
+                "mlp.fc1.bias": (4 * d,),
+                "mlp.fc2.weight": (d, 4 * d),
+                "mlp.fc2.bias": (d,),
+            }
+            shapes.update((f"blocks.{i}.{name}", shape) for name, shape in block.items())
+        return shapes | {"norm.weight": (d,), "norm.bias": (d,)}
+
+
+SIZES = {
+    "panderm-large": PanDermSize(
+        title="PanDerm-Large",
+        architecture="beit_large_patch16_224",
+        width=1024,
+        depth=24,
+        file_name="panderm_ll_data6_checkpoint-499.pth",
+        sha256=None,
+    ),
+    "panderm-base": PanDermSize(
+        title="PanDerm-Base",
+        architecture="beit_base_patch16_224",
+        width=768,
+        depth=12,
+        file_name="panderm_bb_data6_checkpoint-499.pth",
+        sha256="be1e0fb108b3bc58721cb5195f136c948160799438f222acf1fd142230ac1ff1",  # reported twice, by third parties
+    ),
+}
+
+
+class PanDerm(FeatureExtractor):
+    """PanDerm's encoder: pre-norm ViT with layer scale, q and v bias without k bias, and a fixed position table.
+
+    cls and patches are the tokens after the final LayerNorm (eps 1e-6): cls is the authors' linear-probe feature.
+    N = (S / 16)^2. At other sizes than 224 the table's patch rows are resampled (bicubic, antialiased, timm's
+    resample_abs_pos_embed) and its class row is kept.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        encoder: Mapping[str, Tensor],
+        input_size: int = NATIVE_SIZE,
+        crop: Crop = "whole",
+        weights_sha256: str = "0" * 64,
+    ) -> None:
+        """encoder: exactly the tensors of SIZES[name].shapes(), float32; they become the network's own, uncopied."""
+        size = SIZES[name]
+        grid = input_size // PATCH
+        super().__init__(
+            name,
+            size.width,
+            input_size,
+            255 * torch.tensor(MEAN),
+            255 * torch.tensor(STD),
+            num_patches=grid * grid,
+            crop=crop,
+            crop_pct=CROP_PCT,
+            weights_sha256=weights_sha256,
+        )
+        with torch.device("meta"):  # no memory and no random numbers for tensors that are about to be replaced
+            network = timm.create_model(
+                size.architecture,
+                pretrained=False,
+                num_classes=0,
+                img_size=input_size,
+                use_abs_pos_emb=True,
+                use_rel_pos_bias=False,
+                use_shared_rel_pos_bias=False,
+                init_values=0.1,  # any number but 0 makes the gammas, which the file then fills
+                global_pool="token",  # "avg" would leave out the final norm
+            )
+        table = encoder["pos_embed"]
+        if input_size != NATIVE_SIZE:
+            table = resample_abs_pos_embed(table, new_size=[grid, grid], num_prefix_tokens=1)
+        network.load_state_dict({**encoder, "pos_embed": table}, strict=True, assign=True)
+        for block in network.blocks:  # a buffer of zeros that no file holds: the bias that the key has not
+            block.attn.k_bias = torch.zeros(size.width)
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Features:
+        """See FeatureExtractor.forward."""
+        tokens = self.network.forward_features(x)
+        return Features(cls=tokens[:, 0], patches=tokens[:, 1:])
+
+
+def load_panderm(name: str, path: Path, input_size: int | None, crop: Crop) -> PanDerm:
+    """PanDerm of that name from any published form of its file. Raises CheckpointError, one line, for any other."""
+    encoder = encoder_tensors(name, path, read_tensors(path))
+    require_finite(path, encoder)
+    sha256 = file_sha256(path)
+    known = SIZES[name].sha256
+    if known is not None and sha256 != known:
+        logger.warning(
+            "%s: %s fits tensor by tensor and is used, but its SHA-256 is %s, not %s as reported for the published "
+            "file: re-saved, or changed?", name, path, sha256, known,
+        )  # fmt: skip
+    return PanDerm(name, encoder, input_size or NATIVE_SIZE, crop, sha256)
+
+
+def encoder_tensors(name: str, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The encoder's tensors under timm's names, float32: all of them, in the right shapes, and nothing unknown beside.
+
+    tensors: as published, with or without the `encoder.` prefix and what pre-training left. path: for the message.
+    """
+    tuned = [tensor for tensor in tensors if FINE_TUNED.search(tensor)]
+    if tuned:
+        raise CheckpointError(
+            f"feature_extractor.weights: {path} is a fine-tuned PanDerm (it has {some_of(tuned, 2)}), a classifier of "
+            f"another form than the published encoder; give the pre-trained file {SIZES[name].file_name}"
+        )
+    prefixed = any(tensor.startswith(PREFIX) for tensor in tensors)
+    encoder: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    shapes = SIZES[name].shapes()
+    for published, tensor in tensors.items():
+        plain = published.removeprefix(PREFIX)
+        if (plain == published and EXTRAS.match(plain)) or plain.startswith("head."):
+            continue
+        if plain in shapes and (plain != published or not prefixed):
+            encoder[plain] = tensor
+        else:
+            unknown.append(published)
+    missing = [tensor for tensor in shapes if tensor not in encoder]
+    misfits = [
+        f"{tensor} is {_form(encoder[tensor])}, not {list(shape)}"
+        for tensor, shape in shapes.items()
+        if tensor in encoder and (tuple(encoder[tensor].shape) != shape or not encoder[tensor].is_floating_point())
+    ]
+    faults = [
+        f"{len(names)} {what} ({some_of(names, shown)})"
+        for names, what, shown in (
+            (missing, f"of {len(shapes)} tensors missing", 3),
+            (unknown, "unknown", 3),
+            (misfits, "of another shape", 1),
+        )
+        if names
+    ]
+    if faults:
+        raise CheckpointError(f"feature_extractor.weights: {path} is not {name}: {'; '.join(faults)}; "
+                              f"{_seems(name, tensors)}")  # fmt: skip
+    return {tensor: encoder[tensor].float().contiguous() for tensor in shapes}
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)}" if tensor.is_floating_point() else f"{list(tensor.shape)} of {tensor.dtype}"
+
+
+def _seems(name: str, tensors: Mapping[str, Tensor]) -> str:
+    """Which network the file holds, by its width and its number of blocks, and what to do."""
+    blocks = [re.match(rf"(?:{re.escape(PREFIX)})?blocks\.(\d+)\.", tensor) for tensor in tensors]
+    depth = 1 + max((int(block[1]) for block in blocks if block), default=-1)
+    widths = Counter(
+        tensor.shape[-1] for key, tensor in tensors.items() if key.endswith(("norm1.weight", "cls_token"))
+        if tensor.ndim
+    )  # fmt: skip
+    width = widths.most_common(1)[0][0] if widths else 0
+    for other, size in SIZES.items():
+        if (width, depth) != (size.width, size.depth):
+            continue
+        if other == name:
+            return f"it seems to be a changed {size.title}; download {size.file_name} again"
+        return f"it seems to be {size.title}: set feature_extractor.name to {other}, or give {SIZES[name].file_name}"
+    found = f"{depth} blocks of width {width}" if depth and width else "no blocks of a ViT"
+    return f"it seems to be no PanDerm ({found}); give {SIZES[name].file_name}"

@@ -1,0 +1,228 @@
+"""Any timm model with spatial features as a feature extractor: `timm:<model>`, from the hub or from a local file.
+
+Called by load_feature_extractor.
+"""
+
+import difflib
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg
+from torch import Tensor, nn
+
+from m2d.errors import CheckpointError, ConfigError
+from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.settings import TIMM_PREFIX, Crop
+from m2d.models.weights_file import file_sha256, read_tensors, require_finite, some_of, tensors_sha256
+
+
+class TimmExtractor(FeatureExtractor):
+    """A timm model without its classifier; mean, std, native size and crop_pct are timm's data config of it.
+
+    Vision transformers: cls is the class token after the final norm, or the model's own pooling where there is none or
+    where the final norm is for the pooled vector alone; patches are the tokens after the norm, without class and
+    register tokens. Other networks: patches are the cells of the last map, cls is their mean.
+    The resize is this package's antialiased bilinear one, also where timm's config says bicubic.
+    """
+
+    def __init__(self, name: str, network: nn.Module, input_size: int, crop: Crop, weights_sha256: str) -> None:
+        """Raises ConfigError where the network's features are no square grid, or it does not take that size."""
+        config = resolve_data_config(model=network)
+        network = network.eval().requires_grad_(False)
+        dim, num_patches = _measure(name, network, input_size)
+        super().__init__(
+            name,
+            dim,
+            input_size,
+            255 * torch.tensor(config["mean"]),
+            255 * torch.tensor(config["std"]),
+            num_patches=num_patches,
+            crop=crop,
+            crop_pct=config["crop_pct"],
+            squash=config["crop_mode"] == "squash",
+            weights_sha256=weights_sha256,
+        )
+        self.network = network
+
+    def forward(self, x: Tensor) -> Features:
+        """See FeatureExtractor.forward."""
+        return _features(self.network, x)
+
+
+def load_timm_extractor(name: str, path: Path | None, input_size: int | None, crop: Crop) -> TimmExtractor:
+    """The model of that name, from the hub where path is None, else from a file in timm's own tensor names.
+
+    Raises ConfigError where there is no such model, no network or no square grid; CheckpointError for a wrong file.
+    """
+    native = native_size(name)
+    if path is None:
+        network = _from_hub(name)
+        sha256 = tensors_sha256(network.state_dict())
+    else:
+        network = timm.create_model(_model(name), pretrained=False, num_classes=0)
+        _load_strictly(name, network, path)
+        sha256 = file_sha256(path)
+    side = input_size or native
+    if side != native:
+        _resize(name, network, side)
+    return TimmExtractor(name, network, side, crop, sha256)
+
+
+def native_size(name: str) -> int:
+    """Pixels a side that timm's config of `timm:<model>` names. Raises ConfigError for an unknown model."""
+    model = _model(name)
+    architecture = model.partition(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+        hint = f"near it: {' '.join(near)}" if near else "timm.list_models() lists them"
+        raise ConfigError(f"feature_extractor.name is {name}; timm has no such model; {hint}")
+    try:
+        config = get_pretrained_cfg(model, allow_unregistered=False)
+    except RuntimeError:
+        tags = timm.list_pretrained(f"{architecture}.*")
+        hint = f"known: {some_of(tags, 5)}" if tags else f"give {TIMM_PREFIX}{architecture} and a weights file"
+        raise ConfigError(
+            f"feature_extractor.name is {name}; timm has no such weights of {architecture}; {hint}"
+        ) from None
+    height, width = config.input_size[-2:]
+    if height != width:
+        raise ConfigError(f"feature_extractor.name is {name}, made for {height} x {width} images; give one for squares")
+    return int(height)
+
+
+def _model(name: str) -> str:
+    return name.removeprefix(TIMM_PREFIX)
+
+
+def _from_hub(name: str) -> nn.Module:
+    retries = logging.getLogger("huggingface_hub")  # it tells of each of its attempts; the last one's error is enough
+    level = retries.level
+    retries.setLevel(logging.ERROR)
+    try:
+        network: nn.Module = timm.create_model(_model(name), pretrained=True, num_classes=0)
+    except Exception as error:  # the hub's client raises its own, requests' and the socket's
+        reason = (str(error).strip().splitlines() or [""])[0].strip()
+        raise ConfigError(
+            f"feature_extractor.name is {name}, whose weights cannot be fetched from the hub "
+            f"({type(error).__name__}: {reason[:150]}); give a local file with --feature_extractor.weights"
+        ) from None
+    finally:
+        retries.setLevel(level)
+    return network
+
+
+def _load_strictly(name: str, network: Any, path: Path) -> None:
+    """The file's tensors into the network: all of them, save for a classifier, which the network here has not."""
+    tensors = read_tensors(path, accept_safetensors=True)
+    classifiers = network.pretrained_cfg["classifier"] or ()
+    dropped = tuple(f"{head}." for head in ([classifiers] if isinstance(classifiers, str) else classifiers))
+    wanted = network.state_dict()
+    state = {key: tensor for key, tensor in tensors.items() if key in wanted or not key.startswith(dropped)}
+    faults = [
+        f"{len(keys)} {what} ({some_of(keys)})"
+        for keys, what in (
+            ([key for key in wanted if key not in state], f"of {len(wanted)} tensors missing"),
+            ([key for key in state if key not in wanted], "unknown"),
+            (_misfits(state, wanted), "of another shape"),
+        )
+        if keys
+    ]
+    if faults:
+        raise CheckpointError(
+            f"feature_extractor.weights: {path} is not {name}: {'; '.join(faults)}; give a file in timm's tensor names"
+        )
+    require_finite(path, state)
+    network.load_state_dict(state, strict=True)
+
+
+def _misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{key} is {list(tensor.shape)}, not {list(wanted[key].shape)}"
+        for key, tensor in state.items()
+        if key in wanted and tensor.shape != wanted[key].shape
+    ]
+
+
+def _resize(name: str, network: Any, side: int) -> None:
+    """Fit position tables to another input size, as timm does it; convolutions need nothing."""
+    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+    patch = patch[0] if isinstance(patch, tuple) else patch
+    if isinstance(patch, int) and side % patch != 0:  # some would leave the rest of the image unseen, silently
+        raise ConfigError(f"feature_extractor.input_size is {side}; {name} needs a multiple of {patch}")
+    if not hasattr(network, "set_input_size"):
+        return  # whether it takes the size shows in the measuring pass
+    try:
+        network.set_input_size(img_size=(side, side))
+    except Exception as error:
+        raise _wrong_size(name, side, error) from None
+
+
+def _measure(name: str, network: nn.Module, side: int) -> tuple[int, int]:
+    """D and N, from one black image."""
+    try:
+        with torch.no_grad():
+            features = _features(network, torch.zeros(1, 3, side, side))
+    except _NoGridError as error:
+        raise ConfigError(
+            f"feature_extractor.name is {name}, whose features are no square grid ({error}); take another model"
+        ) from None
+    except Exception as error:  # whatever a network makes of a size that it does not take
+        raise _wrong_size(name, side, error) from None
+    if features.cls.shape[-1] != features.patches.shape[-1]:
+        raise ConfigError(
+            f"feature_extractor.name is {name}, whose pooled vector has {features.cls.shape[-1]} numbers and whose "
+            f"cells have {features.patches.shape[-1]}; take another model"
+        )
+    return int(features.patches.shape[2]), int(features.patches.shape[1])
+
+
+def _wrong_size(name: str, side: int, error: Exception) -> ConfigError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ConfigError(f"feature_extractor.input_size: {name} does not take {side} px ({reason[:120]}); give another")
+
+
+class _NoGridError(Exception):
+    """What the features are instead of a square grid."""
+
+
+def _features(network: Any, x: Tensor) -> Features:
+    found = network.forward_features(x)
+    if not isinstance(found, Tensor):
+        raise _NoGridError(f"a {type(found).__name__}")
+    if found.ndim == 4:
+        patches = _cells(found, channels_last=getattr(network, "output_fmt", "NCHW") == "NHWC")
+        return Features(cls=patches.mean(dim=1), patches=patches)
+    if found.ndim != 3:
+        raise _NoGridError(f"a tensor of {found.ndim} dimensions")
+    return _token_features(network, found)
+
+
+def _cells(found: Tensor, channels_last: bool) -> Tensor:
+    """[B, D, h, w] or [B, h, w, D] to [B, h w, D]."""
+    found = found.permute(0, 3, 1, 2) if channels_last else found
+    if found.shape[2] != found.shape[3]:
+        raise _NoGridError(f"{found.shape[2]} x {found.shape[3]} cells")
+    return found.flatten(2).transpose(1, 2)
+
+
+def _token_features(network: Any, tokens: Tensor) -> Features:
+    has_class_token = isinstance(getattr(network, "cls_token", None), Tensor)
+    prefix = int(getattr(network, "num_prefix_tokens", has_class_token))
+    count = tokens.shape[1] - prefix
+    if count < 1 or math.isqrt(count) ** 2 != count:
+        raise _NoGridError(f"{count} tokens")
+    # With fc_norm the final norm was trained on the mean of the tokens, and `norm` does nothing.
+    pooled_norm = getattr(network, "fc_norm", None)
+    norm_is_pooled = isinstance(getattr(network, "norm", None), nn.Identity) and isinstance(pooled_norm, nn.Module)
+    patches = tokens[:, prefix:]
+    if norm_is_pooled:
+        assert pooled_norm is not None
+        patches = pooled_norm(patches)
+    cls = tokens[:, 0] if has_class_token and not norm_is_pooled else network.forward_head(tokens, pre_logits=True)
+    return Features(cls=cls, patches=patches)

@@ -1,0 +1,259 @@
+"""The command from end to end on small images, and what it refuses in one line."""
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from PIL import Image
+
+from m2d.classes import CLASSES
+from m2d.cli import main, main_from_shell, parse
+from m2d.data.catalog import scan_dataset, write_catalog
+from m2d.data.settings import DataConfig
+from m2d.evaluation import cls_features
+
+COLOURS = dict(zip(CLASSES, ("red", "lime", "blue", "yellow", "black", "white", "magenta")))
+
+
+def paint(data_root: Path, lesions: dict[str, int], *, photographs: int = 2, seed: int = 0) -> str:
+    """Class folders of squares in the class's colour, each with noise of its own; metadata.csv tells the lesions."""
+    generator = np.random.default_rng(seed)
+    rows = ["image_id,lesion_id"]
+    for label, count in lesions.items():
+        (data_root / label).mkdir(parents=True)
+        for number in range(count * photographs):
+            image_id = f"{label}_{seed}_{number}"
+            noise = generator.integers(-9, 10, size=(40, 48, 3))
+            pixels = np.clip(np.array(Image.new("RGB", (48, 40), COLOURS[label])) + noise, 0, 255)
+            Image.fromarray(pixels.astype(np.uint8)).save(data_root / label / f"{image_id}.png")
+            rows.append(f"{image_id},lesion_{label}_{seed}_{number // photographs}")
+    (data_root / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return str(data_root)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Seven classes, eight lesions of two photographs each."""
+    return paint(tmp_path_factory.mktemp("data") / "skin", dict.fromkeys(CLASSES, 8))
+
+
+def arguments(tmp_path: Path, *more: str) -> list[str]:
+    places = ["--cache_dir", str(tmp_path / "cache"), "--output", str(tmp_path / "out")]
+    small = ["--feature_extractor.input_size", "32", "--bootstrap", "200", "--device", "cpu"]
+    split = ["--data.test_fraction", "0.25", "--data.val_fraction", "0"]
+    return ["probe", *places, *small, *split, *more]
+
+
+def run(tmp_path: Path, *more: str) -> dict:
+    main("evaluate", arguments(tmp_path, *more))
+    result: dict = json.loads((tmp_path / "out/probe.json").read_text())
+    return result
+
+
+def refusal(capsys: pytest.CaptureFixture[str], given: list[str]) -> str:
+    """The last line on stderr, with exit code 2 and no traceback."""
+    with pytest.raises(SystemExit, match="2"):
+        main("evaluate", given)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    return lines[-1].removeprefix("error: ")
+
+
+def catalogs(tmp_path: Path, data_root: str, train: pc.Expression, test: pc.Expression) -> list[str]:
+    """Flags that name two catalogs, each some rows of the dataset."""
+    whole = scan_dataset(data_root, DataConfig(val_fraction=0, test_fraction=0.25)).catalog
+    given = ["--data_root", data_root]
+    for name, rows in (("train", train), ("test", test)):
+        write_catalog(whole.filter(rows), str(tmp_path / f"{name}.parquet"))
+        given += [f"--{name}_catalog", str(tmp_path / f"{name}.parquet")]
+    return given
+
+
+TRAIN, TEST = pc.field("split") == "train", pc.field("split") == "test"
+
+
+def test_classes_that_colour_tells_apart_are_recognised(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(tmp_path, "--data_root", dataset)
+    assert result["balanced_accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert result["test"]["images"] == dict.fromkeys(CLASSES, 4)  # 2 of 8 lesions, 2 photographs each
+    assert result["test"]["lesions"] == dict.fromkeys(CLASSES, 2)
+    assert result["train"]["images"] == dict.fromkeys(CLASSES, 12)
+    assert (np.array(result["confusion"]) == 4 * np.eye(7)).all()
+    said = capsys.readouterr()
+    first = said.err.splitlines()[0]
+    assert first.startswith("linear probe of efficientnet-lite0-")
+    assert "-32-official on cpu: fits on 84 images (train split" in first
+    shown = " ".join(said.out.split())
+    assert "balanced accuracy" in shown
+    assert "0.797" in shown
+    assert "0.58" in shown
+    assert "100% of a class's images are recognised" in shown
+
+
+def test_the_table_is_also_a_csv_and_a_picture(dataset: str, tmp_path: Path) -> None:
+    result = run(tmp_path, "--data_root", dataset)
+    with (tmp_path / "out/probe.csv").open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [row["score"] for row in rows] == ["accuracy", "balanced accuracy", "macro-F1"] + ["recall"] * 7
+    assert [row["class"] for row in rows[3:]] == list(CLASSES)
+    assert float(rows[2]["value"]) == result["macro_f1"]["value"]
+    assert (rows[0]["images"], rows[0]["lesions"], rows[3]["images"]) == ("28", "14", "4")
+    with Image.open(tmp_path / "out/probe.png") as picture:
+        assert min(picture.size) > 400
+
+
+def test_a_second_probe_runs_no_extractor(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path, "--data_root", dataset)
+    assert first["extracted"] == 112
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the extractor was loaded")
+
+    monkeypatch.setattr(cls_features, "load_feature_extractor", refuse)
+    second = run(tmp_path, "--data_root", dataset)
+    assert second["extracted"] == 0
+    assert {**second, "extracted": 112, "seconds": 0, "created": ""} == {**first, "seconds": 0, "created": ""}
+
+
+def test_a_pair_of_catalogs_is_used_whole(dataset: str, tmp_path: Path) -> None:
+    other = paint(tmp_path / "other", dict.fromkeys(CLASSES, 3), seed=1)
+    for name, root in (("train", dataset), ("test", other)):
+        write_catalog(scan_dataset(root, DataConfig()).catalog, str(tmp_path / f"{name}.parquet"))
+    pair = ["--train_catalog", str(tmp_path / "train.parquet"), "--test_catalog", str(tmp_path / "test.parquet")]
+    result = run(tmp_path, "--data_root", dataset, "--test_data_root", other, *pair)
+    assert sum(result["train"]["images"].values()) == 112
+    assert sum(result["test"]["images"].values()) == 42
+
+
+def test_one_catalog_gives_its_own_train_and_test_split(dataset: str, tmp_path: Path) -> None:
+    whole = scan_dataset(dataset, DataConfig(val_fraction=0.25, test_fraction=0.125)).catalog
+    write_catalog(whole, str(tmp_path / "catalog.parquet"))
+    result = run(tmp_path, "--data_root", dataset, "--train_catalog", str(tmp_path / "catalog.parquet"))
+    assert sum(result["train"]["images"].values()) == 7 * 5 * 2  # of 8 lesions 2 validate and 1 tests
+    assert sum(result["test"]["images"].values()) == 7 * 1 * 2
+
+
+def test_a_lesion_on_both_sides_is_refused_by_name(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leaked = pc.field("image_id") == "MEL_0_0"  # one photograph of a lesion, the other stays in train
+    given = catalogs(tmp_path, dataset, ~leaked & (TRAIN | (pc.field("lesion_id") == "lesion_MEL_0_0")), TEST | leaked)
+    message = refusal(capsys, arguments(tmp_path, *given))
+    assert "share 1 lesion: lesion_MEL_0_0;" in message
+
+
+def test_an_image_on_both_sides_is_refused_by_name(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = catalogs(tmp_path, dataset, TRAIN, TEST)
+    test = scan_dataset(dataset, DataConfig(val_fraction=0, test_fraction=0.25)).catalog
+    copied = test.filter(TRAIN).slice(0, 1)
+    copied = copied.set_column(copied.column_names.index("lesion_id"), "lesion_id", pa.array(["under another name"]))
+    write_catalog(pa.concat_tables([test.filter(TEST), copied]), str(tmp_path / "test.parquet"))
+    message = refusal(capsys, arguments(tmp_path, *given))
+    assert f"share 1 image: {copied['sha256'][0].as_py()};" in message
+
+
+def test_classes_that_one_side_lacks_are_told(dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """DF cannot be learned, so its recall is 0; VASC is not tested, so it is in no mean: 5 of 6 recalls are 1."""
+    given = catalogs(tmp_path, dataset, TRAIN & (pc.field("label") != "DF"), TEST & (pc.field("label") != "VASC"))
+    result = run(tmp_path, *given)
+    assert result["balanced_accuracy"]["value"] == pytest.approx(5 / 6)
+    assert result["recall"]["DF"]["value"] == 0
+    assert "VASC" not in result["recall"]
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "no training images of DF: never called, recall 0" in shown
+    assert "no test images of VASC: left out of every mean" in shown
+
+
+def test_images_that_are_gone_are_counted_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_root = paint(tmp_path / "skin", {"MEL": 8, "NV": 8})
+    given = catalogs(tmp_path, data_root, TRAIN, TEST)
+    (tmp_path / "skin/NV/NV_0_3.png").unlink()
+    result = run(tmp_path, *given)
+    assert result["unreadable"] == ["NV/NV_0_3.png: is not there"]
+    assert sum(sum(result[side]["images"].values()) for side in ("train", "test")) == 31
+    assert "1 image could not be read and is left out: NV/NV_0_3.png: is not there" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+def test_catalogs_of_another_folder_are_refused(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = catalogs(tmp_path, dataset, TRAIN, TEST)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    message = refusal(capsys, arguments(tmp_path, *given, "--data_root", str(empty)))
+    assert message.startswith(f"probe: none of 112 images in {empty} can be read, the first: AKIEC/")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "data_root is not set; name the folder"),
+        (["--data_root", "/no/such/folder"], "data_root: /no/such/folder is not a folder"),
+        (["--test_catalog", "t.parquet"], "test_catalog is given without train_catalog"),
+        (["--test_data_root", "other"], "test_data_root is given without test_catalog"),
+        (["--c", "0"], "c is 0.0; it must be a number above 0"),
+        (["--bootstrap", "10"], "bootstrap is 10; it must be at least 100"),
+        (["--batch_size", "0"], "batch_size is 0; it must be at least 1"),
+        (["--device", "abacus"], "device is abacus, which cannot be used here"),
+        (["--cache_dir", "s3://bucket/cache"], "cache_dir is s3://bucket/cache; it must be a folder of this machine"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_one_line(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refusal(capsys, arguments(tmp_path, *given)).startswith(message)
+
+
+def test_a_catalog_that_is_not_there_is_refused(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = str(tmp_path / "none.parquet")
+    message = refusal(capsys, arguments(tmp_path, "--data_root", dataset, "--train_catalog", missing))
+    assert message.startswith(f"catalog: {missing} does not exist")
+
+
+def test_an_empty_test_split_is_refused(dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, arguments(tmp_path, "--data_root", dataset, "--data.test_fraction", "0"))
+    assert message.startswith(f"probe: the test side (test split of {dataset}) holds no image")
+
+
+def test_a_single_class_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_root = paint(tmp_path / "skin", {"NV": 8})
+    message = refusal(capsys, arguments(tmp_path, "--data_root", data_root))
+    assert "holds only images of NV; it needs two classes at least" in message
+
+
+def test_the_probe_shows_images_as_the_authors_do_unless_told() -> None:
+    assert parse("evaluate probe", []).feature_extractor.crop == "official"
+    assert parse("evaluate probe", ["--feature_extractor.input_size", "64"]).feature_extractor.crop == "official"
+    assert parse("evaluate probe", ["--feature_extractor.crop", "whole"]).feature_extractor.crop == "whole"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "command evaluate needs a word more; choose from evaluate probe"),
+        (["--data_root", "x"], "command evaluate --data_root is not known; choose from evaluate probe"),
+        (["prob"], "command evaluate prob is not known; choose from evaluate probe"),
+    ],
+)
+def test_evaluating_nothing_in_particular_says_what_there_is(
+    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refusal(capsys, given) == message
+
+
+def test_the_module_takes_the_command_as_two_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main_from_shell(["evaluate", "probe", "--c", "-1"])
+    assert capsys.readouterr().err == "error: c is -1.0; it must be a number above 0\n"
