@@ -33,7 +33,8 @@ from m2d.data.settings import DataConfig
 from m2d.training.features import spread_over_classes
 from m2d.training.trainer import train
 
-PRESET = ["--preset", "ham-64", "--perceptual.kind", "features", "--schedule.vae_warmup_fraction", "0"]
+PRESET = ["--preset", "ham-64"]
+JOINT = ["--perceptual.kind", "features", "--schedule.vae_warmup_fraction", "0"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _measure(name: str, root: Path, count: int, repetitions: int, views: int) ->
             run = ["--epochs", "1", "--num_workers", "0", "--experiments_dir", str(root / "runs"), "--fresh"]
             run += ["--cache_dir", str(cache if cached else root / "none"), "--name", f"run{repetition}{cached:d}"]
             with contextlib.redirect_stdout(io.StringIO()):
-                experiment = train(parse("train", [*place, *PRESET, *extractor, *run]))
+                experiment = train(parse("train", [*place, *PRESET, *JOINT, *extractor, *run]))
             seconds[cached].append(_epoch_seconds(experiment.path / "metrics" / "train.jsonl"))
             shutil.rmtree(experiment.path)
     without, with_cache = (statistics.median(seconds[cached]) for cached in (False, True))

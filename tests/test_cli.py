@@ -218,13 +218,6 @@ def test_a_flag_of_another_command_is_refused(capsys: pytest.CaptureFixture[str]
     assert refusal(capsys, "--epochs", "3", command="setup_data").startswith("--epochs is not known")
 
 
-def test_a_file_keeps_its_spelling_where_keys_are_passed_over(tmp_path: Path) -> None:
-    """YAML reads 1e-1 and on as something else than what jsonargparse reads."""
-    path = file_of(tmp_path, "epochs: 3\ndata: {val_fraction: 1e-1, class_map: {on: NV, '1': BCC}}")
-    data = parse("setup_data", ["--config", path]).data
-    assert (data.val_fraction, data.class_map) == (0.1, train_config("--config", path).data.class_map)
-
-
 def test_a_group_with_a_switch_may_stand_bare() -> None:
     assert parse("setup_data", ["--download", "--all"]).download.enabled is True
     assert train_config("--discriminator", "--epochs", "3").discriminator.enabled is True

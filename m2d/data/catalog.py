@@ -181,7 +181,7 @@ def _class_folders(filesystem: fs.FileSystem, root: str, shown: str, class_map: 
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"data_root: {shown} cannot be listed ({_one_line(error)}); check access to it") from error
     names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
-    names = [name for name in names if not _is_debris(name)]
+    names = [name for name in names if not is_debris(name)]
 
     known = {code.casefold(): code for code in CLASSES}
     known |= {folder.casefold(): code for folder, code in class_map.items()}
@@ -211,11 +211,12 @@ def _entries_below(filesystem: fs.FileSystem, root: str, folder: str) -> Iterato
     """The same with what the listing says of each file."""
     for entry in filesystem.get_file_info(fs.FileSelector(posixpath.join(root, folder), recursive=True)):
         path = posixpath.relpath(entry.path, root)
-        if entry.type == fs.FileType.File and not any(_is_debris(part) for part in path.split("/")):
+        if entry.type == fs.FileType.File and not any(is_debris(part) for part in path.split("/")):
             yield path, entry
 
 
-def _is_debris(name: str) -> bool:
+def is_debris(name: str) -> bool:
+    """Whether a file or folder of this name is hidden or left behind by an operating system."""
     return name.startswith(".") or name.casefold() in _DEBRIS
 
 

@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from m2d.data.decode import ImageRejected, decode_image
+from m2d.data.shards import whole_file
 from m2d.data.storage import open_storage, without_secrets
-from m2d.errors import CheckpointError, ConfigError, DataError
+from m2d.errors import CheckpointError, ConfigError
 from m2d.evaluation.progress import Progress
-from m2d.generation.outputs import replacing
 from m2d.models.feature_extractor import load_feature_extractor
 
 if TYPE_CHECKING:
@@ -87,7 +87,9 @@ def cls_features(
     if missing:
         extractor = load_feature_extractor(
             config.name, weights=config.weights, input_size=config.input_size, crop=config.crop
-        ).to(device=device, memory_format=torch.channels_last)  # on a CPU, half the time for a network of convolutions
+        )
+        # On a CPU convolutions take half the time so.
+        extractor = extractor.to(device).to(memory_format=torch.channels_last)
         with _CacheWriter(folder) as writer, Progress("extracting features", len(missing)) as progress:
             for batch in _decoded_batches(missing, extractor, batch_size, max_pixels):
                 good = [(image.sha256, pixels) for image, pixels in batch if isinstance(pixels, np.ndarray)]
@@ -207,15 +209,8 @@ class _CacheWriter:
             ids = np.stack([np.frombuffer(bytes.fromhex(sha256), dtype=np.uint8) for sha256 in self.pending])
             # Named by content, so that two probes at once never write different things to one name.
             name = f"cls_{hashlib.sha256(ids.tobytes()).hexdigest()[:16]}.safetensors"
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with replacing(self.folder / name) as stream:
-                    stream.write(save({"sha256": ids, "cls": np.stack(list(self.pending.values()))}))
-            except OSError as error:
-                raise DataError(
-                    f"cache_dir: {self.folder} cannot be written ({error.strerror or error}); make room or name "
-                    "another --cache_dir"
-                ) from None
+            with whole_file(self.folder / name) as partial:
+                partial.write_bytes(save({"sha256": ids, "cls": np.stack(list(self.pending.values()))}))
         self.pending = {}
         self.since = time.monotonic()
 

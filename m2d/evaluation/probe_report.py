@@ -14,7 +14,6 @@ from rich.table import Column, Table
 
 from m2d.classes import CLASSES
 from m2d.errors import DataError
-from m2d.generation.outputs import replacing
 
 FEW_LESIONS = 10  # of a class in the test images: its interval is then a rough one
 SHOWN_UNREADABLE = 5
@@ -152,8 +151,7 @@ def write_result(result: ProbeResult, folder: Path) -> None:
             ("probe.csv", _csv(result).encode()),
             ("probe.png", _picture(result)),
         ):
-            with replacing(folder / name) as stream:
-                stream.write(content)
+            (folder / name).write_bytes(content)
     except OSError as error:
         raise DataError(
             f"output: {folder} cannot be written ({error.strerror or error}); name another --output"
