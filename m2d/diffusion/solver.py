@@ -1,4 +1,4 @@
-"""From noise to data: solvers of dx/dt = v(x, t) along x_t = (1 - t) x_0 + t eps, from t = 1 to t = 0.
+"""From noise to data: solvers of dx/dt = v(x, t) along x_t = (1 - t) x_0 + t eps, from t = 1 (or less) to t = 0.
 
 A velocity is any callable; guidance and the network live behind it. Nothing here is random.
 """
@@ -19,19 +19,32 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 # The multistep solvers work in log((1 - t) / t), which is infinite at t = 1 (UniPC then solves a system with infinities
 # in it). The first step starts this much later; the noise is the same to seven digits.
 _BELOW_ONE = 1e-6
+_ABOVE_ZERO = 1e-6  # and at t = 0; there the path has arrived
 
 
 @torch.no_grad()
-def solve(velocity: Velocity, start: Tensor, *, steps: int, solver: Solver = "unipc", shift: float = 1.0) -> Tensor:
-    """Follow the flow from noise `start` at t = 1 to data at t = 0.
+def solve(
+    velocity: Velocity,
+    start: Tensor,
+    *,
+    steps: int,
+    solver: Solver = "unipc",
+    shift: float = 1.0,
+    start_time: float = 1.0,
+) -> Tensor:
+    """Follow the flow from `start` at t = start_time, noise at t = 1, to data at t = 0.
 
-    start: [B, ...] with at least two dimensions. Returns the same shape, in float32 whatever the network's type, or in
-    float64 if start is float64 (the multistep solvers still compute in float32, as diffusers does).
+    start: [B, ...] with at least two dimensions, a point x_t of the path at t = start_time in [0, 1]. Below 1e-6 it is
+    data already, to six digits, and is returned without a call of the network. Returns the same shape, in float32
+    whatever the network's type, or in float64 if start is float64 (the multistep solvers still compute in float32, as
+    diffusers does).
     The network runs `steps` times, or 2 `steps` times with heun.
     shift > 1 spends more of the steps near the noise, see `time_grid`.
     """
     start = start.to(torch.float64 if start.dtype == torch.float64 else torch.float32)
-    times = time_grid(steps, shift)
+    times = time_grid(steps, shift, start_time)
+    if start_time < _ABOVE_ZERO:
+        return start
     match solver:
         case "euler":
             return _euler(velocity, start, times)
@@ -43,12 +56,16 @@ def solve(velocity: Velocity, start: Tensor, *, steps: int, solver: Solver = "un
             return _multistep(UniPCMultistepScheduler(**_flow_options(None)), velocity, start, times)
 
 
-def time_grid(steps: int, shift: float = 1.0) -> Tensor:
-    """Times from 1 to 0, float64 [steps + 1] on the CPU: uniform, then t -> shift t / (1 + (shift - 1) t).
+def time_grid(steps: int, shift: float = 1.0, start_time: float = 1.0) -> Tensor:
+    """Times from start_time to 0, float64 [steps + 1] on the CPU: uniform, then t -> shift t / (1 + (shift - 1) t).
 
-    Source of the shift: Stable Diffusion 3 (arXiv 2403.03206), eq. 23.
+    The uniform times begin at the u that the shift leads to start_time, so u n steps from there are the last ones of n
+    steps from 1. Source of the shift: Stable Diffusion 3 (arXiv 2403.03206), eq. 23.
     """
-    times = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    if not 0 <= start_time <= 1:
+        raise ValueError(f"start_time is {start_time}; it must be in [0, 1]")
+    first = start_time / (start_time + shift * (1 - start_time))  # 1 at 1, exactly
+    times = torch.linspace(first, 0, steps + 1, dtype=torch.float64)
     return shift * times / (1 + (shift - 1) * times)
 
 

@@ -1,6 +1,6 @@
-"""A contact sheet: one row a class, so that a person sees at a glance what a model draws."""
+"""A contact sheet: one row a class, so that a person sees at a glance what a model draws. And strips of a walk."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -56,6 +56,17 @@ def contact_sheet(
         for column, image in enumerate(images):
             tile = Image.fromarray(image).resize((tile_w, tile_h), Image.Resampling.NEAREST)
             sheet.paste(tile, (_MARGIN + _LABEL_WIDTH + column * (tile_w + _GAP), y + (row_h - tile_h) // 2))
+    return sheet
+
+
+def strip(images: Sequence[np.ndarray], *, scale: int | None = None) -> Image.Image:
+    """Images uint8 [H, W, 3] of one size side by side, first to last. scale: as of contact_sheet."""
+    height, width = images[0].shape[:2]
+    scale = scale or max(1, -(-_TILE // max(height, width)))
+    sheet = Image.new("RGB", (len(images) * (width * scale + _GAP) - _GAP, height * scale), "white")
+    for column, image in enumerate(images):
+        tile = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        sheet.paste(tile, (column * (width * scale + _GAP), 0))
     return sheet
 
 

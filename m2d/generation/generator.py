@@ -1,90 +1,134 @@
-"""Requests in, uint8 images out, on one device. Runs without Ray: a driver, an actor or a notebook holds one."""
+"""Rows of a plan in, uint8 images out, on one device. Runs without Ray: a driver, an actor or a notebook holds one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m2d.classes import NUM_CLASSES, class_index
 from m2d.diffusion.guidance import GuidedVelocity
-from m2d.diffusion.settings import SamplingSettings
+from m2d.diffusion.settings import Solver
 from m2d.diffusion.solver import solve
 from m2d.errors import CheckpointError, ConfigError
-from m2d.generation.request import SampleRequest, feature_seed, noise_for
-from m2d.generation.settings import Feature, Precision
+from m2d.generation.plan import GuidingFeature, PlanRow
+from m2d.generation.references import read_reference, require_dim
+from m2d.generation.request import feature_seed, noise_for, slerp
+from m2d.generation.settings import Precision
 
 if TYPE_CHECKING:
     from m2d.models.checkpoint import Checkpoint
+    from m2d.models.feature_extractor import FeatureExtractor
 
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_REFERENCES_KEPT = 4096  # latents and features of so many input images; about 100 MB at 256 pixels
 
 
 class Generator:
-    """A checkpoint on a device, ready to draw. Loading happens once; `generate` may be called for ever."""
+    """A checkpoint on a device, ready to draw. Loading happens once; `generate` may be called for ever.
+
+    `generate` is `batches`, then `denoise` and `decode` for each batch; whoever wants to overlap calls those.
+    """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        settings: SamplingSettings,
         *,
         batch_size: int = 32,
         device: str | None = None,
         mixed_precision: Precision | None = None,
-        feature: Feature | None = None,
-        feature_temperature: float = 1.0,
+        extractor: FeatureExtractor | None = None,
+        compile: bool = False,  # noqa: A002 - the flag is called so
     ) -> None:
-        """Moves the checkpoint's networks to the device.
+        """Moves the checkpoint's networks, and the extractor, to the device.
 
-        None decides, see `pick_device`, `pick_precision` and `pick_feature`. feature_temperature scales the noise of
-        the features: 1 draws from the prior as it is, 0 gives every image of a class its mean.
+        None decides, see `pick_device` and `pick_precision`. extractor: for rows that a reference's feature guides, and
+        for `features`; see load_reference_extractor. compile: torch.compile the U-Net, for runs of many batches.
+        Raises ConfigError for an extractor that is not the checkpoint's.
         """
         self.checkpoint = checkpoint
-        self.settings = settings
         self.batch_size = batch_size
         self.device = pick_device(device)
         self.precision = pick_precision(mixed_precision, self.device)
-        self.feature = pick_feature(feature, checkpoint)
-        if self.feature == "none" and feature_temperature != 1:
-            raise ConfigError(
-                f"feature_temperature is {feature_temperature}, but no feature is drawn (feature none); leave it out"
-            )
-        self.feature_temperature = feature_temperature
-        self.denoiser = checkpoint.denoiser.to(self.device).eval()
-        self.autoencoder = checkpoint.autoencoder.to(self.device).eval()
+        self.denoiser = _placed(checkpoint.denoiser, self.device)
+        self.autoencoder = _placed(checkpoint.autoencoder, self.device)
+        if extractor is not None:
+            require_dim(extractor, checkpoint)
+        self.extractor = None if extractor is None else _placed(extractor, self.device)
+        if compile:
+            self.denoiser.unet.compile()
+        self._latents: OrderedDict[str, Tensor] = OrderedDict()
+        self._features: OrderedDict[str, Tensor] = OrderedDict()
 
-    def generate(self, requests: Sequence[SampleRequest]) -> np.ndarray:
-        """Images of the requests, uint8 [N, H, W, 3] RGB, in their order; batches of at most `batch_size`.
+    def generate(self, rows: Sequence[PlanRow]) -> np.ndarray:
+        """Images of the rows, uint8 [N, H, W, 3] RGB, in their order.
 
-        Raises CheckpointError where the model gives something that is not a number, and DataError for a class that
-        the feature prior has no image of.
+        Raises CheckpointError where the model gives something that is not a number, DataError for a class that the
+        feature prior has no image of and for a reference that cannot be read, and ConfigError for a row that needs a
+        prior or an extractor that is not there.
         """
-        batches = [
-            self._generate_batch(requests[first : first + self.batch_size])
-            for first in range(0, len(requests), self.batch_size)
-        ]
         size = self.checkpoint.image_size
-        return np.concatenate([np.empty((0, size, size, 3), np.uint8), *batches])
+        images = np.empty((len(rows), size, size, 3), np.uint8)
+        for batch in self.batches(rows):
+            images[batch] = self.decode(self.denoise([rows[place] for place in batch]))
+        return images
+
+    def batches(self, rows: Sequence[PlanRow]) -> list[list[int]]:
+        """Places in `rows` of each batch: at most `batch_size`, all of the same solver settings, in their order.
+
+        Only settings that every sample of a batch must share divide: classes, modes, features and positions may mix.
+        """
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for place, row in enumerate(rows):
+            alike.setdefault(_solver_settings(row), []).append(place)
+        return [
+            places[first : first + self.batch_size]
+            for places in alike.values()
+            for first in range(0, len(places), self.batch_size)
+        ]
 
     @torch.inference_mode()
-    def _generate_batch(self, requests: Sequence[SampleRequest]) -> np.ndarray:
-        noise = torch.stack([noise_for(request.seed, self.checkpoint.latent_shape) for request in requests])
-        labels = torch.tensor([class_index(request.label) for request in requests])
-        cls = self._draw_features(requests, labels)
+    def denoise(self, rows: Sequence[PlanRow]) -> Tensor:
+        """Normalised latents at t = 0, float32 [B, C, h, w] on the device, of one of the `batches`."""
+        row = rows[0]
+        start_time, steps = start_of(row)
+        latents = self._start(rows, start_time)
+        if start_time == 0:
+            return latents
+        labels = torch.tensor([class_index(row.label) for row in rows])
+        features = self._guiding_features(rows, labels)
         labels = labels.to(self.device)
         # One autocast around all steps, so that the cast weights are kept from step to step.
         with self._autocast(self.precision):
             velocity = GuidedVelocity(
                 self.denoiser,
-                self.denoiser.context(labels, cls),
+                self._context(labels, features),
                 self.denoiser.context(torch.full_like(labels, NUM_CLASSES)),
-                scale=self.settings.guidance_scale,
-                interval=self.settings.guidance_interval,
+                scale=row.guidance_scale,
+                interval=(row.guidance_low, row.guidance_high),
             )
-            latents = solve(velocity, noise.to(self.device), steps=self.settings.steps, solver=self.settings.solver)
+            return solve(velocity, latents, steps=steps, solver=cast(Solver, row.solver), start_time=start_time)
+
+    @torch.inference_mode()
+    def encode(self, paths: Sequence[str]) -> Tensor:
+        """Normalised latents, float32 [B, C, h, w] on the device: the posterior means of the images at `paths`.
+
+        In full precision: one pass for each image costs little beside the steps. Kept for the next call.
+        """
+
+        def means(pixels: Tensor) -> Tensor:
+            return self.denoiser.normalize(self.autoencoder.encode(pixels.float() / 127.5 - 1).mode())
+
+        return self._of_each(paths, self._latents, means)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """uint8 [B, H, W, 3] RGB of normalised latents [B, C, h, w]. Raises CheckpointError where they are no image."""
         # fp16 overflows in VAE decoders; one pass in full precision costs little beside the steps.
         with self._autocast("no" if self.precision == "fp16" else self.precision):
             images = self.autoencoder.decode(self.denoiser.denormalize(latents)).float()
@@ -95,19 +139,117 @@ class Generator:
             )
         return to_uint8(images)
 
-    def _draw_features(self, requests: Sequence[SampleRequest], labels: Tensor) -> Tensor | None:
-        """One feature an image, [B, D] on the device, or None where the class alone guides. labels: on the CPU.
+    @torch.inference_mode()
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """The extractor's cls features, float32 [N, D], of images uint8 [N, H, W, 3], in batches of `batch_size`."""
+        extractor = self._required_extractor()
+        parts = [
+            self._cls(torch.from_numpy(images[first : first + self.batch_size]).to(self.device).permute(0, 3, 1, 2))
+            for first in range(0, len(images), self.batch_size)
+        ]
+        return torch.cat(parts).cpu().numpy() if parts else np.empty((0, extractor.dim), np.float32)
 
-        Drawn on the CPU, so that every device gets the same.
-        """
+    def _start(self, rows: Sequence[PlanRow], start_time: float) -> Tensor:
+        """x_t at t = start_time: (1 - t) z + t eps, with z the reference's latents."""
+        noise = torch.stack([self._noise(row) for row in rows]).to(self.device) if start_time > 0 else None
+        if start_time == 1:
+            assert noise is not None
+            return noise
+        clean = self.encode([_reference(row) for row in rows])
+        return clean if noise is None else (1 - start_time) * clean + start_time * noise
+
+    def _noise(self, row: PlanRow) -> Tensor:
+        """[C, h, w] on the CPU."""
+        noise = noise_for(row.seed, self.checkpoint.latent_shape)
+        if row.mode != "interpolate":
+            return noise
+        assert row.seed_b is not None, f"{row.id} is no row of a checked plan"
+        assert row.position is not None, f"{row.id} is no row of a checked plan"
+        return slerp(noise, noise_for(row.seed_b, self.checkpoint.latent_shape), row.position)
+
+    def _context(self, labels: Tensor, features: Sequence[Tensor | None]) -> Tensor:
+        """Context tokens [B, L, Dc]; a sample without a feature gets the null tokens in its place."""
+        with_feature = [feature is not None for feature in features]
+        cls = torch.stack([feature for feature in features if feature is not None]) if any(with_feature) else None
+        if cls is None or all(with_feature):
+            return self.denoiser.context(labels, cls)
+        chosen = torch.tensor(with_feature, device=self.device)
+        guided, alone = self.denoiser.context(labels[chosen], cls), self.denoiser.context(labels[~chosen])
+        context = guided.new_empty(len(labels), *guided.shape[1:])
+        context[chosen], context[~chosen] = guided, alone.to(guided.dtype)
+        return context
+
+    def _guiding_features(self, rows: Sequence[PlanRow], labels: Tensor) -> list[Tensor | None]:
+        """One feature [D] an image on the device, None where the class alone guides. labels: on the CPU."""
+        features: list[Tensor | None] = [None] * len(rows)
+        drawn = [place for place, row in enumerate(rows) if row.feature == "prior"]
+        if drawn:
+            for place, feature in zip(drawn, self._drawn([rows[place] for place in drawn], labels[drawn]), strict=True):
+                features[place] = feature
+        own = [place for place, row in enumerate(rows) if row.feature == "reference"]
+        if own:
+            paths = [_reference(rows[place]) for place in own]
+            others = [rows[place].reference_b or path for place, path in zip(own, paths, strict=True)]
+            of_path = self._of_each([*paths, *others], self._features, self._cls)
+            for number, place in enumerate(own):
+                position = rows[place].position
+                a, b = of_path[number], of_path[len(own) + number]
+                features[place] = a if position is None else slerp(a, b, position)
+        return features
+
+    def _drawn(self, rows: Sequence[PlanRow], labels: Tensor) -> Tensor:
+        """[B, D] from the prior; drawn on the CPU, so that every device gets the same."""
         prior = self.checkpoint.prior
-        if self.feature == "none" or prior is None:
-            return None
-        noise = torch.stack([noise_for(feature_seed(request.seed), (prior.noise_dim,)) for request in requests])
-        return prior.sample(labels, self.feature_temperature * noise).to(self.device)
+        if prior is None:
+            raise ConfigError(_no_prior(self.checkpoint))
+        noise = torch.stack([noise_for(feature_seed(row.seed), (prior.noise_dim,)) for row in rows])
+        temperature = torch.tensor(
+            [1.0 if row.feature_temperature is None else row.feature_temperature for row in rows]
+        )
+        return prior.sample(labels, temperature[:, None] * noise).to(self.device)
+
+    def _cls(self, pixels: Tensor) -> Tensor:
+        """float32 [B, D] of uint8 [B, 3, H, W], in full precision, as training extracts them."""
+        extractor = self._required_extractor()
+        cls: Tensor = extractor(extractor.preprocess(pixels)).cls
+        return cls.float()
+
+    def _required_extractor(self) -> FeatureExtractor:
+        if self.extractor is None:
+            raise ConfigError(
+                "features of images are asked for, but the generator was given no extractor; see "
+                "m2d.generation.references.load_reference_extractor"
+            )
+        return self.extractor
+
+    def _of_each(
+        self, paths: Sequence[str], kept: OrderedDict[str, Tensor], compute: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """compute(uint8 [n, 3, H, W]) -> [n, ...] for the image at each path, each computed once while it is kept."""
+        found = {path: kept[path] for path in paths if path in kept}
+        missing = list(dict.fromkeys(path for path in paths if path not in found))
+        for first in range(0, len(missing), self.batch_size):
+            part = missing[first : first + self.batch_size]
+            pixels = np.stack([read_reference(path, self.checkpoint.image_size) for path in part])
+            values = compute(torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2))
+            found.update(zip(part, values, strict=True))
+        for path, value in found.items():
+            kept[path] = value
+            kept.move_to_end(path)
+        while len(kept) > _REFERENCES_KEPT:
+            kept.popitem(last=False)
+        return torch.stack([found[path] for path in paths])
 
     def _autocast(self, precision: Precision) -> torch.autocast:
         return torch.autocast(self.device.type, dtype=_DTYPES[precision], enabled=precision != "no")
+
+
+def start_of(row: PlanRow) -> tuple[float, int]:
+    """(t where a row's path begins, steps from there). Halves round to the even number of steps."""
+    if row.mode != "image2image":
+        return 1.0, row.steps
+    assert row.strength is not None, f"{row.id} is no row of a checked plan"
+    return row.strength, max(1, round(row.strength * row.steps))
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -137,13 +279,43 @@ def pick_precision(mixed_precision: Precision | None, device: torch.device) -> P
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
-def pick_feature(feature: Feature | None, checkpoint: Checkpoint) -> Feature:
+def pick_feature(feature: GuidingFeature | None, checkpoint: Checkpoint) -> GuidingFeature:
     """None: prior where the checkpoint has one, otherwise none. Raises ConfigError for a prior that is not there."""
     if feature == "prior" and checkpoint.prior is None:
-        raise ConfigError(
-            f"feature is prior, but the checkpoint {checkpoint.path} holds no feature prior; leave --feature out, or "
-            "take a checkpoint that was trained with this M2D"
-        )
+        raise ConfigError(_no_prior(checkpoint))
     if feature is not None:
         return feature
     return "none" if checkpoint.prior is None else "prior"
+
+
+def _no_prior(checkpoint: Checkpoint) -> str:
+    return (
+        f"feature is prior, but the checkpoint {checkpoint.path} holds no feature prior; leave --feature out, or "
+        "take a checkpoint that was trained with this M2D"
+    )
+
+
+def _placed(network: NetworkT, device: torch.device) -> NetworkT:
+    """On the device, to draw with. Convolutions on a GPU want their channels last; a CPU gains nothing by it."""
+    network = network.to(device).eval()
+    if device.type == "cuda":
+        anything: Any = network  # torch's stubs know this form of `to` for tensors alone
+        anything.to(memory_format=torch.channels_last)
+    return network
+
+
+def _solver_settings(row: PlanRow) -> tuple[Any, ...]:
+    """What the samples of one pass through the solver must share."""
+    start_time, steps = start_of(row)
+    if start_time == 0:
+        return (0.0,)  # no solver runs
+    return (start_time, row.solver, steps, row.guidance_scale, row.guidance_low, row.guidance_high)
+
+
+def _temperature(row: PlanRow) -> float:
+    return 1.0 if row.feature_temperature is None else row.feature_temperature
+
+
+def _reference(row: PlanRow) -> str:
+    assert row.reference is not None, f"{row.id} is no row of a checked plan"
+    return row.reference

@@ -1,167 +1,122 @@
-"""The folder of a generation run: labelled PNGs that say what they are, and one manifest.
+"""The folder of a generation run: labelled images that say what they are, what is done, and one manifest.
 
-    <output>/generation.json      what shapes the pixels; written first, guards the folder against other settings
-    <output>/MEL/MEL_000003.png   provenance in its text chunks
-    <output>/manifest.parquet     one row an image, rebuilt from the images
-The class folders are what m2d.data reads, so a run's output is also a dataset.
+    <output>/generation.json      what shapes the images; written first, guards the folder against other settings
+    <output>/plan.parquet         what is to be made
+    <output>/MEL/MEL_000003.png   or shards/*.tar, shards/*.parquet (m2d.generation.formats)
+    <output>/parts/*.parquet      what is done (m2d.generation.journal)
+    <output>/manifest.parquet     one row an image, rebuilt from what is done
+As class folders a run's output is what torchvision's ImageFolder and m2d.data read, each class folder a class.
 """
 
+import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from io import BytesIO
+import re
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Self
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from PIL import Image, PngImagePlugin
 
 from m2d.classes import CLASSES
 from m2d.errors import ConfigError
-from m2d.generation.request import SampleRequest
-from m2d.generation.settings import Feature, GenerateConfig, Precision
+from m2d.generation.formats import FORMATS, SHARDS, Format
+from m2d.generation.journal import JOURNAL_SCHEMA, PARTS, joined, read_parts, rejected_attempts, write_part
+from m2d.generation.recipe import Recipe, default_output
+from m2d.generation.whole_files import LEFTOVER, cannot_write, replacing
 
-RECORD_NAME = "generation.json"
-MANIFEST_NAME = "manifest.parquet"
-MANIFEST_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("path", pa.string()),  # relative to the manifest
-        ("class", pa.string()),
-        ("index", pa.int64()),
-        ("seed", pa.int64()),
-        ("mode", pa.string()),
-        ("guidance_scale", pa.float64()),
-        ("guidance_low", pa.float64()),
-        ("guidance_high", pa.float64()),
-        ("solver", pa.string()),
-        ("steps", pa.int64()),
-        ("precision", pa.string()),
-        ("feature", pa.string()),  # prior or none
-        ("feature_temperature", pa.float64()),  # null without a prior
-        ("feature_weak", pa.bool_()),  # the prior knows few images of the class
-        ("checkpoint", pa.string()),  # sha256
-        ("sha256", pa.string()),  # of the PNG file
-        ("width", pa.int64()),
-        ("height", pa.int64()),
-        ("created", pa.timestamp("s", tz="UTC")),
-    ]
-)
+__all__ = ["MANIFEST_NAME", "PLAN_NAME", "RECORD_NAME", "OutputFolder", "Recipe", "default_output", "replacing"]
+
+RECORD_NAME, PLAN_NAME, MANIFEST_NAME = "generation.json", "plan.parquet", "manifest.parquet"
+MANIFEST_SCHEMA = pa.schema([field for field in JOURNAL_SCHEMA if field.name != "accepted"])
+_CHECK_THREADS = 8
+_LOCK = ".running.lock"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Everything that shapes a run's pixels, and nothing else: two runs share a folder only if these are equal."""
+class OutputFolder:
+    """The images of one recipe on the disk. `journal` holds what was done when the folder was opened, or read anew."""
 
-    checkpoint: str  # sha256
-    seed: int
-    solver: str
-    steps: int
-    guidance_scale: float
-    guidance_interval: tuple[float, float]
-    precision: str
-    feature: str
-    feature_temperature: float | None  # None where no feature is drawn
-    mode: str = "standard"
-
-    @classmethod
-    def of(cls, config: GenerateConfig, *, checkpoint_sha256: str, precision: Precision, feature: Feature) -> Self:
-        """The part of a run's settings that shapes pixels; `precision` and `feature` are those decided, never None."""
-        low, high = config.guidance_interval
-        return cls(
-            checkpoint=checkpoint_sha256,
-            seed=config.seed,
-            solver=config.solver,
-            steps=config.steps,
-            guidance_scale=float(config.guidance_scale),  # 2 and 2.0 are one recipe
-            guidance_interval=(float(low), float(high)),
-            precision=precision,
-            feature=feature,
-            feature_temperature=float(config.feature_temperature) if feature == "prior" else None,
-        )
-
-    @property
-    def hash(self) -> str:
-        """First ten hex digits of a SHA-256 over the fields."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:10]
-
-    def to_json(self) -> str:
-        """One line, keys sorted: equal recipes give equal text."""
-        return json.dumps(asdict(self), sort_keys=True)
-
-
-class ImageFolder:
-    """The images of one recipe on disk. `images` maps the id of each complete one to its manifest row."""
-
-    def __init__(self, root: Path, recipe: Recipe, weak_classes: Iterable[str] = ()) -> None:
+    def __init__(self, root: Path, recipe: Recipe) -> None:
         self.root = root
         self.recipe = recipe
-        self.weak_classes = frozenset(weak_classes)
-        self.images: dict[str, dict[str, Any]] = {}
+        self.format: Format = FORMATS[recipe.format]
+        self.journal: pa.Table = JOURNAL_SCHEMA.empty_table()
+        self.mended: list[str] = []  # what was found damaged when the folder was opened, a line each
+        self._lock: IO[str] | None = None
 
     @classmethod
-    def open(cls, root: Path, recipe: Recipe, weak_classes: Iterable[str] = ()) -> Self:
-        """Create the folder, or continue it: complete images of this recipe are kept, broken ones made again.
+    def open(cls, root: Path, recipe: Recipe) -> Self:
+        """Create the folder, or continue it: whole images of this recipe are kept, broken and lost ones made again.
 
-        weak_classes: those of the checkpoint whose feature prior is weak; the manifest marks their images.
-        Raises ConfigError where the folder holds another run's images, or cannot be written.
+        What a killed run left half done is removed. Until it is closed no other process can open it; a killed one
+        loses it. Raises ConfigError where the folder holds another run's images, is at work, or cannot be written.
         """
-        folder = cls(root, recipe, weak_classes)
+        folder = cls(root, recipe)
         try:
             root.mkdir(parents=True, exist_ok=True)
             folder._claim()
-            for path in sorted(path for label in CLASSES for path in (root / label).glob("*.png")):
-                row = folder._read_row(path)
-                if row is not None:
-                    folder.images[row["id"]] = row
+            folder._hold()
+            folder._remove_leftovers()
+            folder._forget_what_is_lost()
+            folder._remove_unlisted()
         except OSError as error:
-            raise _cannot_write(root, error) from None
+            folder.close()
+            raise cannot_write(root, error) from None
         return folder
 
-    def path_of(self, request: SampleRequest) -> Path:
-        """Where the image of a request lies."""
-        return self.root / request.label / f"{request.image_id}.png"
+    def close(self) -> None:
+        """Let other processes have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
-    def write_image(self, request: SampleRequest, image: np.ndarray) -> None:
-        """image: uint8 [H, W, 3]. The file appears whole or not at all. Raises ConfigError where it cannot."""
-        path = self.path_of(request)
-        text = PngImagePlugin.PngInfo()
-        for key, value in {
-            "Software": "M2D",
-            "synthetic": "true",
-            "class": request.label,
-            "index": str(request.index),
-            "seed": str(request.seed),
-            "checkpoint": self.recipe.checkpoint,
-            "settings": self.recipe.to_json(),
-        }.items():
-            text.add_text(key, value)
-        try:
-            path.parent.mkdir(exist_ok=True)
-            with replacing(path) as stream:
-                Image.fromarray(image).save(stream, format="PNG", pnginfo=text)
-            row = self._read_row(path)
-        except OSError as error:
-            raise _cannot_write(path, error) from None
-        assert row is not None, f"{path} was written and cannot be read"
-        self.images[request.image_id] = row
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def refresh(self) -> None:
+        """Read the journal anew: actors and threads write it, not this object."""
+        parts, _ = read_parts(self.root)
+        self.journal = joined(parts.values())
+
+    @property
+    def accepted(self) -> pa.Table:
+        """Rows of the images that are there, JOURNAL_SCHEMA, sorted by id."""
+        return self.journal.filter(self.journal["accepted"]).sort_by("id")
+
+    def made(self) -> dict[str, int]:
+        """Images that are there, by class."""
+        counts = Counter(self.accepted["class"].to_pylist())
+        return {code: counts[code] for code in CLASSES if counts[code]}
+
+    def rejections(self) -> dict[str, dict[str, int]]:
+        """Class -> reason -> how many images were rejected for it."""
+        rejected = self.journal.filter(pc.invert(self.journal["accepted"]))
+        found: dict[str, dict[str, int]] = {}
+        for label, reason in zip(rejected["class"].to_pylist(), rejected["reason"].to_pylist(), strict=True):
+            of_class = found.setdefault(label, {})
+            of_class[reason] = of_class.get(reason, 0) + 1
+        return found
+
+    def given_up(self, max_attempts: int) -> set[str]:
+        """Ids of which so many attempts were rejected."""
+        return {image_id for image_id, count in rejected_attempts(self.journal).items() if count >= max_attempts}
 
     def write_manifest(self) -> Path:
-        """One row for every complete image of the folder, sorted by id. Returns the manifest's path."""
-        rows = [self.images[image_id] for image_id in sorted(self.images)]
-        table = pa.Table.from_pylist(rows, MANIFEST_SCHEMA.with_metadata({"m2d": self.recipe.to_json()}))
+        """One row for every image of the folder, sorted by id. Returns the manifest's path."""
+        table = self.accepted.select(MANIFEST_SCHEMA.names)
+        table = table.replace_schema_metadata({"m2d": self.recipe.to_json()})
         path = self.root / MANIFEST_NAME
         try:
             with replacing(path) as stream:
                 pq.write_table(table, stream)
         except OSError as error:
-            raise _cannot_write(path, error) from None
+            raise cannot_write(path, error) from None
         return path
 
     def _claim(self) -> None:
@@ -174,7 +129,7 @@ class ImageFolder:
                     "name another --output, or leave it out"
                 )
             return
-        taken = [name for name in (*CLASSES, MANIFEST_NAME) if (self.root / name).exists()]
+        taken = [name for name in (*CLASSES, SHARDS, PARTS, MANIFEST_NAME) if (self.root / name).exists()]
         if taken:
             raise ConfigError(
                 f"output: {self.root} holds {taken[0]} but no {RECORD_NAME}, so M2D did not start it; "
@@ -183,61 +138,73 @@ class ImageFolder:
         with replacing(path) as stream:
             stream.write(self.recipe.to_json().encode() + b"\n")
 
-    def _read_row(self, path: Path) -> dict[str, Any] | None:
-        """Manifest row of an image file; None where the file is broken or not of this recipe."""
-        encoded = path.read_bytes()
+    def _hold(self) -> None:
+        lock = (self.root / _LOCK).open("a")
         try:
-            with Image.open(BytesIO(encoded), formats=["PNG"]) as image:
-                text, (width, height) = dict(image.info), image.size
-                image.verify()  # every chunk's checksum, to the end of the file
-            label, index, seed = text["class"], int(text["index"]), int(text["seed"])
-        except (OSError, SyntaxError, KeyError, ValueError):
-            return None
-        request = SampleRequest(label=label, index=index, seed=seed)
-        if text.get("settings") != self.recipe.to_json() or path != self.path_of(request):
-            return None
-        recipe = self.recipe
-        return {
-            "id": request.image_id,
-            "path": path.relative_to(self.root).as_posix(),
-            "class": label,
-            "index": index,
-            "seed": seed,
-            "mode": recipe.mode,
-            "guidance_scale": recipe.guidance_scale,
-            "guidance_low": recipe.guidance_interval[0],
-            "guidance_high": recipe.guidance_interval[1],
-            "solver": recipe.solver,
-            "steps": recipe.steps,
-            "precision": recipe.precision,
-            "feature": recipe.feature,
-            "feature_temperature": recipe.feature_temperature,
-            "feature_weak": label in self.weak_classes,
-            "checkpoint": recipe.checkpoint,
-            "sha256": hashlib.sha256(encoded).hexdigest(),
-            "width": width,
-            "height": height,
-            "created": datetime.fromtimestamp(int(path.stat().st_mtime), UTC),
-        }
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise ConfigError(
+                f"output: another run is at work in {self.root}; wait for it to end, or name another --output"
+            ) from None
+        self._lock = lock
 
+    def _remove_leftovers(self) -> None:
+        for name in (".", *CLASSES, SHARDS, PARTS):
+            for path in (self.root / name).glob(f".*{LEFTOVER}"):
+                path.unlink(missing_ok=True)
 
-def default_output(checkpoint_path: str, recipe: Recipe) -> Path:
-    """<experiment>/generated_images/<hash>; the experiment is what holds checkpoints/, or the checkpoint."""
-    path = Path(os.path.abspath(checkpoint_path))
-    above = next((parent.parent for parent in path.parents if parent.name == "checkpoints"), path.parent)
-    return above / "generated_images" / recipe.hash
+    def _forget_what_is_lost(self) -> None:
+        """Strike the images from the journal whose file is gone or not what it was; every file is read and hashed."""
+        parts, torn = read_parts(self.root)
+        for path in torn:
+            path.unlink(missing_ok=True)
+            self.mended.append(f"{path.relative_to(self.root)} cannot be read")
+        listed: dict[str, list[tuple[Path, int, str, str]]] = {}  # file -> part, row, id, sha256 of its images
+        for part, table in parts.items():
+            columns = (table[name].to_pylist() for name in ("accepted", "path", "id", "sha256"))
+            for row, (accepted, file, image_id, sha256) in enumerate(zip(*columns, strict=True)):
+                if accepted:
+                    listed.setdefault(file, []).append((part, row, image_id, sha256))
+        with ThreadPoolExecutor(_CHECK_THREADS) as pool:
+            whole = list(pool.map(self._whole_images, listed))
+        lost: dict[Path, set[int]] = {}
+        for (file, rows), there in zip(listed.items(), whole, strict=True):
+            fits = {image_id for _, _, image_id, sha256 in rows if there.get(image_id) == sha256}
+            broken = {image_id for _, _, image_id, _ in rows} - fits
+            if broken:
+                self.mended.append(f"{file} is lost or damaged")
+            for part, row, image_id, sha256 in rows:
+                # A shard is whole or nothing; a row that another one of the same image has replaced is struck too.
+                if broken or there[image_id] != sha256:
+                    lost.setdefault(part, set()).add(row)
+        for part, numbers in lost.items():
+            kept = parts[part].take(
+                pa.array([row for row in range(len(parts[part])) if row not in numbers], pa.int64())
+            )
+            parts[part] = kept
+            if len(kept):
+                write_part(self.root, part.stem, kept)
+            else:
+                part.unlink()
+        self.journal = joined(parts.values())
 
+    def _whole_images(self, file: str) -> dict[str, str]:
+        """Id -> sha256 of the PNGs in a file; empty where it cannot be read."""
+        try:
+            found = self.format.read(self.root, file)
+        except (OSError, ValueError):
+            return {}
+        return {image_id: hashlib.sha256(png).hexdigest() for image_id, png in found.items()}
 
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary stream whose content becomes `path` in one step at the end, or is thrown away on an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    def _remove_unlisted(self) -> None:
+        """Images that a killed run wrote and did not list, and damaged ones: they will be made again."""
+        listed = set(self.journal["path"].to_pylist())
+        ours = [path for name in CLASSES for path in (self.root / name).glob(f"{name}_*.png")]
+        ours += [path for path in (self.root / SHARDS).glob("*") if re.fullmatch(r"[0-9a-f]{16}\.\w+", path.name)]
+        for path in ours:
+            if path.relative_to(self.root).as_posix() not in listed:
+                path.unlink(missing_ok=True)
 
 
 def _difference(record: Path, recipe: Recipe) -> str:
@@ -248,12 +215,10 @@ def _difference(record: Path, recipe: Recipe) -> str:
         name = next(name for name in here if there.get(name) != here[name])
     except (ValueError, AttributeError, StopIteration):
         return f"{RECORD_NAME} cannot be read"
-    values = [str(value)[:12] if name == "checkpoint" else value for value in (there.get(name), here[name])]
+    values = [there.get(name), here[name]]
+    if name in ("checkpoint", "plan"):
+        values = [str(value)[:12] for value in values]
+    elif all(isinstance(value, dict) for value in values):  # gates and balance: the setting within
+        inner = next(key for key in {**values[0], **values[1]} if values[0].get(key) != values[1].get(key))
+        name, values = f"{name}.{inner}", [value.get(inner) for value in values]
     return f"{name} {values[0]} there, {values[1]} here"
-
-
-def _cannot_write(path: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"output: {path} cannot be written ({error.strerror or error}); make room or name another --output, "
-        "then run the same command again"
-    )

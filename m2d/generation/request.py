@@ -1,12 +1,20 @@
-"""One image asked for, its seeds and its noise: the same for every batch size, worker and device."""
+"""One image asked for, its seeds and its noise: the same for every batch size, worker and device.
+
+Plans and writers use the seeds alone, so torch waits until noise is asked for.
+"""
+
+from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +57,52 @@ def feature_seed(seed: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def next_attempt_seed(seed: int, attempt: int) -> int:
+    """Seed in [0, 2^63) of attempt number `attempt` (from 1), from that of the attempt before.
+
+    The first 63 bits of the SHA-256 of `<seed>/attempt/<attempt>`. From one to the next, so that a rejected image's row
+    is all that is needed to replace it.
+    """
+    digest = hashlib.sha256(f"{seed}/attempt/{attempt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def reference_seed(run_seed: int, label: str, sha256: str) -> int:
+    """Seed in [0, 2^63) of an input image's own sample: the noise at its end of an interpolation.
+
+    The first 63 bits of the SHA-256 of `<run_seed>/<label>/reference/<sha256 of the file, in hex>`. Neither its number
+    (another file would shift it) nor its name: two folders often use the same names, and a pair would share its noise.
+    """
+    digest = hashlib.sha256(f"{run_seed}/{label}/reference/{sha256}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def noise_for(seed: int, shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise, float32 [*shape] on the CPU.
 
     From NumPy's Mersenne Twister, not torch's: torch's CPU generator looks at the low 32 bits of a seed alone, so
     among 65,000 images some two would likely be the same one. RandomState's stream is frozen for good (NEP 19).
     """
+    import torch
+
     stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
     return torch.from_numpy(stream.standard_normal(shape).astype(np.float32))
+
+
+def slerp(a: Tensor, b: Tensor, position: float) -> Tensor:
+    """Spherical interpolation from a (position 0) to b (position 1), any equal shape, as one long vector; float32.
+
+    sin((1 - p) w) / sin(w) a + sin(p w) / sin(w) b with w the angle between a and b. Noise stays noise: two independent
+    draws are at nearly right angles, so the weights' squares sum to 1. Both ends are returned as they are, to the bit;
+    where a and b are parallel, so that sin(w) is 0, the weights are 1 - p and p. Source: Shoemake, SIGGRAPH 1985.
+    """
+    if position in (0, 1):
+        return a if position == 0 else b
+    wide_a, wide_b = a.double(), b.double()
+    lengths = (wide_a.norm() * wide_b.norm()).item()
+    cosine = (wide_a * wide_b).sum().item() / lengths if lengths > 0 else 1.0
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    weights = (1 - position, position)
+    if math.sin(angle) > 1e-6:
+        weights = (math.sin((1 - position) * angle) / math.sin(angle), math.sin(position * angle) / math.sin(angle))
+    return (weights[0] * wide_a + weights[1] * wide_b).float()

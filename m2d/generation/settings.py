@@ -1,15 +1,19 @@
 """Settings of a generation run. Light on purpose: the command line reads them before torch is imported."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal, get_args
 
 from m2d.classes import CLASSES
 from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import ConfigError
+from m2d.generation.balance import BALANCE_SPLITS, BalanceSplit, parse_target
+from m2d.generation.gate_settings import GateConfig
 
 Precision = Literal["no", "bf16", "fp16"]
-Feature = Literal["prior", "none"]
+Feature = Literal["prior", "none", "reference"]
+Mode = Literal["standard", "image2image", "interpolate", "balance"]
+OutputFormat = Literal["folder", "webdataset", "parquet"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,34 +22,95 @@ class GenerateConfig(SamplingSettings):
 
     checkpoint: str  # a checkpoint directory
     output: str | None = None  # None: generated_images/<hash of the settings> in the checkpoint's experiment
+    mode: Mode = "standard"  # image2image needs init_images, interpolate the reference_images, balance a data_root
     classes: str | None = None  # comma-separated codes, any letter case; None: all seven
-    num_samples: int = 8  # per class
+    num_samples: int = 8  # per class; balance and interpolate count for themselves
     seed: int = 0  # of the run; every image has its own, made from this, its class and its index
-    feature: Feature | None = None  # drawn from the checkpoint's prior, or the class alone; None: prior if it has one
+    feature: Feature | None = None  # drawn from the prior, the reference's own, or none; None: as the mode has it
     feature_temperature: float = 1.0  # spread of the drawn features; 0: the class mean for every image
+    init_images: str | None = None  # image2image: a folder of class folders, or a flat one with one of --classes
+    strength: float = 0.75  # image2image: 0 returns the image as the VAE sees it, 1 nothing of it but its feature
+    reference_images: str | None = None  # interpolate: where the walks begin; a folder as of init_images
+    reference_images_b: str | None = None  # interpolate: where they end
+    steps_between: int = 5  # interpolate: images between the two ends of a walk
+    data_root: str | None = None  # dataset that balance counts, merge joins and the gates know; None: training's own
+    catalog: str | None = None  # its catalog.parquet, instead of a scan
+    to: str = "max"  # balance: as many as the largest class has, a number of images, or a share such as 0.5 of it
+    balance_split: BalanceSplit = "all"  # balance: the real images that count, of all splits or of train alone
+    plan: str | None = None  # run this plan.parquet; it decides what is made, and how
+    plan_only: bool = False  # write plan.parquet and stop; read it, edit it, give it as --plan
     batch_size: int = 32  # images at once; does not change them
     device: str | None = None  # None: cuda where there is one, otherwise cpu
     mixed_precision: Precision | None = None  # None: bf16 on a GPU that has it, otherwise no
+    compile: bool = False  # torch.compile of the U-Net; pays off over thousands of images
+    num_actors: int | None = None  # generators on Ray; 0: this process, without Ray; None: by devices and work
+    gpus_per_actor: float | None = None  # GPUs an actor reserves, or a fraction of one; None: one where it uses any
+    format: OutputFormat = "folder"  # folder: CLASS/<id>.png; webdataset: tar shards; parquet: shards of PNG bytes
+    shard_images: int = 512  # images a shard; a killed run loses those in the making
+    merge: bool = False  # write one index of data_root and the new images; nothing is copied
+    extractor_weights: str | None = None  # file of the feature extractor's weights; None: where training had it
+    verbose: bool = False  # show Ray's own bars and messages
+    gates: GateConfig = field(default_factory=GateConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.checkpoint:
             raise ConfigError("checkpoint is empty; name a checkpoint directory")
-        for name in ("num_samples", "batch_size"):
+        for name in ("num_samples", "batch_size", "shard_images"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must be at least 0")
-        if self.mixed_precision not in (None, *get_args(Precision)):
-            raise ConfigError(f"mixed_precision is {self.mixed_precision}; known: {' '.join(get_args(Precision))}")
-        if self.feature not in (None, *get_args(Feature)):
-            raise ConfigError(f"feature is {self.feature}; known: {' '.join(get_args(Feature))}")
+        for name in ("seed", "steps_between", "num_actors"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name, kind in (("mixed_precision", Precision), ("feature", Feature)):
+            if getattr(self, name) not in (None, *get_args(kind)):
+                raise ConfigError(f"{name} is {getattr(self, name)}; known: {' '.join(get_args(kind))}")
+        for name, kind in (("mode", Mode), ("format", OutputFormat)):
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name} is {getattr(self, name)}; known: {' '.join(get_args(kind))}")
         if not (isfinite(self.feature_temperature) and self.feature_temperature >= 0):
             raise ConfigError(
                 f"feature_temperature is {self.feature_temperature}; it must be a number of at least 0 "
                 "(1: spread as the training features)"
             )
+        if not 0 <= self.strength <= 1:
+            raise ConfigError(
+                f"strength is {self.strength}; it must be from 0 (the image itself) to 1 (nothing of it is left)"
+            )
+        if self.gpus_per_actor is not None and not (isfinite(self.gpus_per_actor) and self.gpus_per_actor >= 0):
+            raise ConfigError(f"gpus_per_actor is {self.gpus_per_actor}; it must be a number of at least 0")
+        if self.gpus_per_actor is not None and self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
+            raise ConfigError(f"gpus_per_actor is {self.gpus_per_actor}; above 1 it must be a whole number")
+        parse_target(self.to)
+        if self.balance_split not in BALANCE_SPLITS:
+            raise ConfigError(f"balance_split is {self.balance_split}; known: {' '.join(BALANCE_SPLITS)}")
+        if self.plan is None:
+            self._check_mode()
+        elif self.plan_only:
+            raise ConfigError("plan_only would write the plan that --plan names; leave one of them out")
+        if self.merge and self.data_root is None:
+            raise ConfigError("merge needs the real images; name their folder by --data_root")
         _ = self.class_codes  # a wrong class is reported before anything is loaded
+
+    def _check_mode(self) -> None:
+        """What a mode needs is there, and nothing is given that it would leave unused."""
+        needs = {"image2image": ("init_images",), "interpolate": ("reference_images", "reference_images_b")}
+        for name in needs.get(self.mode, ()):
+            if not getattr(self, name):
+                raise ConfigError(f"mode {self.mode} needs --{name}, a folder of images")
+        for mode, names in needs.items():
+            for name in names:
+                if mode != self.mode and getattr(self, name) is not None:
+                    raise ConfigError(f"{name} is for mode {mode}, and the mode is {self.mode}; add --mode {mode}")
+        if self.mode == "balance" and self.data_root is None and self.catalog is None:
+            raise ConfigError("mode balance needs what is to be balanced; name it by --data_root or --catalog")
+        if self.feature == "reference" and self.mode in ("standard", "balance"):
+            raise ConfigError(f"feature reference needs an image to take it from, and mode {self.mode} has none")
+        if self.mode == "interpolate" and self.feature not in (None, "reference"):
+            raise ConfigError(
+                f"feature is {self.feature}; mode interpolate walks between the features of its references, so it is "
+                "reference"
+            )
 
     @property
     def class_codes(self) -> tuple[str, ...]:

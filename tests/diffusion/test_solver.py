@@ -151,3 +151,60 @@ def test_a_shifted_grid_ends_at_the_same_place(solver: Solver) -> None:
     start = seeded_noise(64, 1)
     end = solve(gaussian_velocity(mean=2.0, std=0.5), start, steps=256, solver=solver, shift=2.0)
     assert_close(end, 2.0 + 0.5 * start, atol=2e-2 if solver == "euler" else 2e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("solver", "tolerance"), [("euler", 8e-3), ("heun", 8e-5), ("dpmpp", 8e-4), ("unipc", 2e-4)])
+@pytest.mark.parametrize("start_time", [0.3, 0.75])
+def test_from_a_time_on_the_path_the_gaussian_ends_where_the_path_from_noise_does(
+    solver: Solver, tolerance: float, start_time: float
+) -> None:
+    """Along the flow (x_t - (1 - t) m) / sqrt(var_t) is constant: noise eps stands at (1 - t) m + sqrt(var_t) eps."""
+    noise = seeded_noise(2048, 1)
+    var = (1 - start_time) ** 2 * 0.5**2 + start_time**2
+    start = (1 - start_time) * 2.0 + var**0.5 * noise
+    end = solve(gaussian_velocity(mean=2.0, std=0.5), start, steps=128, solver=solver, start_time=start_time)
+    assert (end - (2.0 + 0.5 * noise)).square().mean().sqrt() < tolerance
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("shift", [1.0, 3.3])
+def test_a_start_time_of_one_changes_no_bit(solver: Solver, shift: float) -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        return mixture_velocity(x.double(), t).to(x.dtype)
+
+    start = seeded_noise(64, 1).float()
+    from_one = solve(velocity, start, steps=7, solver=solver, shift=shift, start_time=1.0)
+    assert torch.equal(from_one, solve(velocity, start, steps=7, solver=solver, shift=shift))
+    uniform = torch.linspace(1, 0, 8, dtype=torch.float64)
+    assert torch.equal(time_grid(7, shift, 1.0), shift * uniform / (1 + (shift - 1) * uniform))
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("start_time", [0.0, 1e-9])
+def test_where_the_path_has_arrived_the_network_is_not_asked(solver: Solver, start_time: float) -> None:
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        raise AssertionError("asked")
+
+    start = seeded_noise(4, 3).float()
+    assert torch.equal(solve(velocity, start, steps=5, solver=solver, start_time=start_time), start)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("start_time", [1e-5, 0.4, 0.999999])
+def test_one_step_from_any_time_over_constant_velocity_is_exact(solver: Solver, start_time: float) -> None:
+    noise, clean = seeded_noise(2, 3).float(), torch.tensor([[1.0, 2.0, 3.0]])
+    start = (1 - start_time) * clean + start_time * noise
+    end = solve(lambda x, t: noise - clean, start, steps=1, solver=solver, start_time=start_time)
+    assert_close(end, clean.expand(2, 3), atol=1e-5, rtol=0)
+
+
+def test_the_grid_from_a_time_is_the_tail_of_the_whole_grid() -> None:
+    assert_close(time_grid(3, start_time=0.75), torch.tensor([0.75, 0.5, 0.25, 0.0], dtype=torch.float64))
+    whole = time_grid(8, shift=3.0)
+    assert_close(time_grid(5, shift=3.0, start_time=float(whole[3])), whole[3:])
+
+
+@pytest.mark.parametrize("start_time", [-0.1, 1.5, float("nan")])
+def test_a_start_time_off_the_path_is_refused(start_time: float) -> None:
+    with pytest.raises(ValueError, match="start_time is"):
+        solve(lambda x, t: x, torch.zeros(1, 1), steps=2, start_time=start_time)

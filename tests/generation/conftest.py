@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny_references import SixFeatures
 from torch import nn
 
 from m2d.classes import CLASSES, class_index
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo
+from m2d.models.feature_extractor import FeatureExtractor
 from m2d.models.settings import AutoencoderConfig, ConditioningConfig, UNetConfig
 from m2d.models.unet import build_denoiser
 
@@ -59,6 +61,12 @@ def make_prior(counts: dict[str, int]) -> FeaturePrior:
     labels = torch.tensor([class_index(code) for code, count in counts.items() for _ in range(count)])
     means = 5 * torch.randn(len(CLASSES), 6, generator=generator)
     return FeaturePrior.fit(means[labels] + torch.randn(len(labels), 6, generator=generator), labels)
+
+
+@pytest.fixture(scope="session")
+def extractor() -> FeatureExtractor:
+    """Fits the tiny checkpoints."""
+    return SixFeatures().eval()
 
 
 @pytest.fixture(scope="session")

@@ -1,42 +1,61 @@
-"""The generator draws the same image for a request whatever stands beside it in the batch."""
+"""The generator draws the same image for a row whatever stands beside it in the batch."""
 
 import copy
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from tiny_references import SixFeatures, write_photographs
 
 from m2d.classes import class_index
 from m2d.diffusion.settings import SOLVERS, SamplingSettings, Solver
 from m2d.errors import CheckpointError, ConfigError, DataError
-from m2d.generation.generator import Generator, pick_device, pick_feature, pick_precision, to_uint8
-from m2d.generation.request import SampleRequest, class_requests, feature_seed, noise_for
-from m2d.generation.settings import Feature
+from m2d.generation import generator as generator_module
+from m2d.generation.generator import Generator, pick_device, pick_feature, pick_precision, start_of, to_uint8
+from m2d.generation.plan import (
+    GuidingFeature,
+    PlanRow,
+    image2image_plan,
+    interpolation_plan,
+    rows_of,
+    standard_plan,
+    table_of,
+)
+from m2d.generation.references import Reference, read_reference, read_references
+from m2d.generation.request import feature_seed, noise_for
 from m2d.models.checkpoint import Checkpoint
+from m2d.models.feature_extractor import FeatureExtractor
 
-REQUESTS = class_requests(["DF", "MEL"], num_samples=4, run_seed=0)
+SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)
+
+
+def rows_for(counts: dict[str, int], feature: GuidingFeature = "none", **settings: Any) -> list[PlanRow]:
+    temperature = settings.pop("feature_temperature", 1.0)
+    sampling = replace(SAMPLING, **settings)
+    plan = standard_plan(counts, run_seed=0, sampling=sampling, feature=feature, feature_temperature=temperature)
+    return rows_of(plan)
+
+
+ROWS = rows_for({"DF": 4, "MEL": 4})
+PRIOR_ROWS = rows_for({"DF": 4, "MEL": 4}, "prior")
 
 
 def images_of(
     checkpoint: Checkpoint,
+    rows: Sequence[PlanRow] = ROWS,
     batch_size: int = 8,
-    requests: list[SampleRequest] = REQUESTS,
-    feature: Feature | None = None,
-    feature_temperature: float = 1.0,
-    **settings: Any,
+    extractor: FeatureExtractor | None = None,
 ) -> np.ndarray:
-    sampling = SamplingSettings(**{"steps": 4, "guidance_scale": 2.0, **settings})
-    generator = Generator(
-        checkpoint,
-        sampling,
-        batch_size=batch_size,
-        device="cpu",
-        feature=feature,
-        feature_temperature=feature_temperature,
-    )
-    return generator.generate(requests)
+    return Generator(checkpoint, batch_size=batch_size, device="cpu", extractor=extractor).generate(rows)
+
+
+def levels_apart(first: np.ndarray, second: np.ndarray) -> int:
+    return int(np.abs(first.astype(int) - second.astype(int)).max())
 
 
 @pytest.fixture
@@ -53,36 +72,128 @@ def contexts(prior_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> l
     return asked
 
 
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Reference, ...]]:
+    """Three of DF and three of MEL."""
+    folder = tmp_path_factory.mktemp("references")
+    write_photographs(folder, {"DF": 3, "MEL": 3})
+    return read_references(str(folder)).by_class
+
+
+def from_images(
+    references: dict[str, tuple[Reference, ...]],
+    strength: float,
+    feature: GuidingFeature = "reference",
+    **settings: Any,
+) -> list[PlanRow]:
+    plan = image2image_plan(
+        references,
+        num_samples=settings.pop("num_samples", 4),
+        strength=strength,
+        run_seed=0,
+        sampling=replace(SAMPLING, **settings),
+        feature=feature,
+    )
+    return rows_of(plan)
+
+
+def walks(references: dict[str, tuple[Reference, ...]], steps_between: int = 2, **settings: Any) -> list[PlanRow]:
+    """From each MEL image to the next one."""
+    of_mel = references["MEL"]
+    plan = interpolation_plan(
+        {"MEL": of_mel[:2]},
+        {"MEL": of_mel[1:]},
+        steps_between=steps_between,
+        run_seed=0,
+        sampling=replace(SAMPLING, **settings),
+    )
+    return rows_of(plan)
+
+
+def as_standard(row: PlanRow, *, end: str = "a") -> PlanRow:
+    """A standard row with the noise and the feature of one end of a walk, or of an image2image row."""
+    seed, reference = (row.seed, row.reference) if end == "a" else (row.seed_b, row.reference_b)
+    assert seed is not None
+    return replace(
+        row,
+        mode="standard",
+        seed=seed,
+        reference=reference if row.feature == "reference" else None,
+        seed_b=None,
+        reference_b=None,
+        position=None,
+        strength=None,
+        group=None,
+    )
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_an_image_does_not_depend_on_the_batch_size(checkpoint: Checkpoint, solver: Solver) -> None:
-    together = images_of(checkpoint, batch_size=8, solver=solver)
-    alone = images_of(checkpoint, batch_size=1, solver=solver)
+    rows = rows_for({"DF": 4, "MEL": 4}, solver=solver)
+    together, alone = images_of(checkpoint, rows), images_of(checkpoint, rows, batch_size=1)
     assert together.std() > 20, "flat images would make this test say nothing"
     # Convolutions of another batch size may add in another order: at most one grey level, where rounding tips.
-    assert np.abs(together.astype(int) - alone.astype(int)).max() <= 1
+    assert levels_apart(together, alone) <= 1
 
 
 def test_an_image_does_not_depend_on_its_neighbours(checkpoint: Checkpoint) -> None:
-    forward, backward = images_of(checkpoint, 3), images_of(checkpoint, 3, REQUESTS[::-1])
-    assert np.abs(forward.astype(int) - backward[::-1].astype(int)).max() <= 1
+    forward, backward = images_of(checkpoint, ROWS, 3), images_of(checkpoint, ROWS[::-1], 3)
+    assert levels_apart(forward, backward[::-1]) <= 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_an_image_with_a_drawn_feature_does_not_depend_on_the_batch(
     prior_checkpoint: Checkpoint, batch_size: int
 ) -> None:
-    together, apart = images_of(prior_checkpoint), images_of(prior_checkpoint, batch_size, REQUESTS[::-1])[::-1]
-    assert np.abs(together.astype(int) - apart.astype(int)).max() <= 1
+    together = images_of(prior_checkpoint, PRIOR_ROWS)
+    apart = images_of(prior_checkpoint, PRIOR_ROWS[::-1], batch_size)[::-1]
+    assert levels_apart(together, apart) <= 1
+
+
+def every_kind(references: dict[str, tuple[Reference, ...]]) -> list[PlanRow]:
+    """Rows of all modes, features and two solvers, shuffled, each with an id of its own."""
+    rows = [
+        *ROWS,
+        *PRIOR_ROWS,
+        *rows_for({"NV": 2}, solver="heun"),
+        *from_images(references, 0.0),
+        *from_images(references, 0.6),
+        *from_images(references, 0.6, "prior"),
+        *from_images(references, 1.0, "none"),
+        *walks(references),
+    ]
+    order = np.random.default_rng(0).permutation(len(rows))
+    return [replace(rows[place], id=f"row_{place}") for place in order]
+
+
+def test_rows_of_all_kinds_may_be_mixed_and_come_back_in_their_order(
+    prior_checkpoint: Checkpoint, references: dict[str, tuple[Reference, ...]], extractor: FeatureExtractor
+) -> None:
+    rows = every_kind(references)
+    together = images_of(prior_checkpoint, rows, 16, extractor)
+    apart = np.concatenate([images_of(prior_checkpoint, rows[n : n + 1], 1, extractor) for n in range(0, 58, 4)])
+    assert levels_apart(together[::4], apart) <= 1
+    assert levels_apart(together, images_of(prior_checkpoint, rows[::-1], 7, extractor)[::-1]) <= 1
+
+
+def test_batches_are_full_where_the_solver_s_settings_are_equal(
+    prior_checkpoint: Checkpoint, references: dict[str, tuple[Reference, ...]]
+) -> None:
+    """58 rows: 32 of unipc from noise, 2 of heun, 16 from t = 0.6, and 8 of strength 0, which no solver touches."""
+    rows = every_kind(references)
+    batches = Generator(prior_checkpoint, batch_size=10, device="cpu").batches(rows)
+    assert sorted(place for batch in batches for place in batch) == list(range(58))
+    assert sorted(map(len, batches)) == sorted([10, 10, 10, 2, 2, 10, 6, 8])
 
 
 def test_the_drawn_feature_is_of_the_class_and_of_the_seed_of_its_image(
     prior_checkpoint: Checkpoint, contexts: list[tuple[list[int], Any]]
 ) -> None:
-    images_of(prior_checkpoint, requests=REQUESTS[:2])
+    images_of(prior_checkpoint, PRIOR_ROWS[:2])
     prior = prior_checkpoint.prior
     assert prior is not None
-    labels = [class_index(request.label) for request in REQUESTS[:2]]
-    noise = torch.stack([noise_for(feature_seed(request.seed), (prior.noise_dim,)) for request in REQUESTS[:2]])
+    labels = [class_index(row.label) for row in PRIOR_ROWS[:2]]
+    noise = torch.stack([noise_for(feature_seed(row.seed), (prior.noise_dim,)) for row in PRIOR_ROWS[:2]])
     (guided, feature), (null, null_feature) = contexts
     assert guided == labels
     assert torch.equal(feature, prior.sample(torch.tensor(labels), noise))
@@ -94,15 +205,172 @@ def test_at_temperature_zero_every_image_of_a_class_has_its_mean_feature(
     prior_checkpoint: Checkpoint, contexts: list[tuple[list[int], Any]]
 ) -> None:
     assert prior_checkpoint.prior is not None
-    images_of(prior_checkpoint, feature_temperature=0.0)
+    images_of(prior_checkpoint, rows_for({"DF": 4, "MEL": 4}, "prior", feature_temperature=0.0))
     labels, feature = contexts[0]
     assert torch.equal(feature, prior_checkpoint.prior.mean[labels])
 
 
 def test_without_a_feature_a_prior_changes_nothing(checkpoint: Checkpoint, prior_checkpoint: Checkpoint) -> None:
-    alone = images_of(prior_checkpoint, feature="none")
+    alone = images_of(prior_checkpoint)
     assert np.array_equal(alone, images_of(checkpoint))
-    assert not np.array_equal(alone, images_of(prior_checkpoint))
+    assert not np.array_equal(alone, images_of(prior_checkpoint, PRIOR_ROWS))
+
+
+def test_the_feature_of_a_reference_is_that_of_training(
+    prior_checkpoint: Checkpoint,
+    references: dict[str, tuple[Reference, ...]],
+    contexts: list[tuple[list[int], Any]],
+) -> None:
+    """The extractor of the image at the checkpoint's size, here written out by hand."""
+    extractor = SixFeatures().eval()
+    rows = from_images(references, 0.5)
+    images_of(prior_checkpoint, rows, extractor=extractor)
+    pixels = torch.stack([torch.from_numpy(read_reference(row.reference or "", 16)) for row in rows])
+    standardized = (pixels.permute(0, 3, 1, 2).float() - 127) / 64
+    cls = extractor.network(standardized).flatten(2).mean(dim=2)
+    torch.testing.assert_close(contexts[0][1], cls)
+
+
+def test_features_of_images_are_those_of_the_extractor(checkpoint: Checkpoint, extractor: FeatureExtractor) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+    found = Generator(checkpoint, batch_size=2, device="cpu", extractor=extractor).features(images)
+    expected = extractor(extractor.preprocess(torch.from_numpy(images).permute(0, 3, 1, 2))).cls
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5, atol=1e-5)
+    assert Generator(checkpoint, device="cpu", extractor=extractor).features(images[:0]).shape == (0, 6)
+
+
+def test_image2image_at_strength_0_is_the_reconstruction(
+    checkpoint: Checkpoint, references: dict[str, tuple[Reference, ...]]
+) -> None:
+    rows = from_images(references, 0.0, "none", num_samples=3)
+    pixels = torch.stack([torch.from_numpy(read_reference(row.reference or "", 16)) for row in rows])
+    with torch.no_grad():
+        posterior = checkpoint.autoencoder.vae.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist
+        reconstruction = checkpoint.autoencoder.vae.decode(posterior.mean).sample
+    assert levels_apart(images_of(checkpoint, rows), to_uint8(reconstruction)) <= 1
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("feature", ["reference", "prior", "none"])
+def test_image2image_at_strength_1_is_the_standard_sample_to_the_bit(
+    prior_checkpoint: Checkpoint,
+    references: dict[str, tuple[Reference, ...]],
+    extractor: FeatureExtractor,
+    feature: GuidingFeature,
+    solver: Solver,
+) -> None:
+    rows = from_images(references, 1.0, feature, solver=solver)
+    images = images_of(prior_checkpoint, rows, extractor=extractor)
+    assert np.array_equal(images, images_of(prior_checkpoint, list(map(as_standard, rows)), extractor=extractor))
+    if feature != "reference":  # and so the very images of a standard run
+        run = rows_for({"DF": 4, "MEL": 4}, feature, solver=solver)
+        assert np.array_equal(images, images_of(prior_checkpoint, run))
+
+
+def test_image2image_starts_on_the_path_and_takes_its_share_of_the_steps(
+    checkpoint: Checkpoint, references: dict[str, tuple[Reference, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """x_s = (1 - s) z + s eps with z the normalised posterior mean, and round(s * steps) steps from t = s."""
+    seen: list[tuple[torch.Tensor, dict[str, Any]]] = []
+
+    def recording(velocity: Any, start: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((start, options))
+        return start
+
+    monkeypatch.setattr(generator_module, "solve", recording)
+    rows = from_images(references, 0.7, "none", steps=10, num_samples=1)
+    images_of(checkpoint, rows)
+    pixels = torch.stack([torch.from_numpy(read_reference(row.reference or "", 16)) for row in rows])
+    with torch.no_grad():
+        latents = checkpoint.autoencoder.vae.encode(pixels.permute(0, 3, 1, 2).float() / 127.5 - 1).latent_dist.mean
+    std = torch.tensor([4.0, 0.25, 1.0, 2.0]).add(1e-4).sqrt().view(1, 4, 1, 1)
+    clean = (latents - torch.tensor([0.5, -1.0, 0.0, 2.0]).view(1, 4, 1, 1)) / std
+    noise = torch.stack([noise_for(row.seed, (4, 8, 8)) for row in rows])
+    ((start, options),) = seen
+    torch.testing.assert_close(start, 0.3 * clean + 0.7 * noise, atol=1e-5, rtol=1e-5)
+    assert (options["start_time"], options["steps"]) == (0.7, 7)
+
+
+def test_little_strength_still_takes_a_step() -> None:
+    row = replace(ROWS[0], mode="image2image", strength=0.01, reference="/a.png")
+    assert start_of(row) == (0.01, 1)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_both_ends_of_a_walk_are_the_references_own_samples_to_the_bit(
+    prior_checkpoint: Checkpoint,
+    references: dict[str, tuple[Reference, ...]],
+    extractor: FeatureExtractor,
+    solver: Solver,
+) -> None:
+    rows = walks(references, solver=solver)
+    own = [as_standard(row, end="b" if row.position == 1 else "a") for row in rows]
+    walked, sampled = (images_of(prior_checkpoint, some, extractor=extractor) for some in (rows, own))
+    for place, row in enumerate(rows):
+        assert np.array_equal(walked[place], sampled[place]) == (row.position in (0, 1)), row.id
+    assert np.array_equal(walked[3], walked[4])  # the first walk ends where the second begins
+
+
+def test_the_middle_of_a_walk_is_halfway_on_the_sphere(
+    prior_checkpoint: Checkpoint,
+    references: dict[str, tuple[Reference, ...]],
+    extractor: FeatureExtractor,
+    contexts: list[tuple[list[int], Any]],
+) -> None:
+    """At p = 1/2 both weights are sin(w/2) / sin(w) = 1 / (2 cos(w/2))."""
+    start, middle, end = walks(references, steps_between=1)[:3]
+    generator = Generator(prior_checkpoint, device="cpu", extractor=extractor)
+    generator.generate([start, middle, end])
+    a, between, b = contexts[0][1].double()
+    cosine = a @ b / (a.norm() * b.norm())
+    torch.testing.assert_close(between, (a + b) / (2 * (cosine.acos() / 2).cos()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_reference_is_read_and_encoded_once(
+    checkpoint: Checkpoint,
+    references: dict[str, tuple[Reference, ...]],
+    extractor: FeatureExtractor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[str] = []
+
+    def counting(path: str, size: int) -> np.ndarray:
+        read.append(path)
+        return read_reference(path, size)
+
+    monkeypatch.setattr(generator_module, "read_reference", counting)
+    generator = Generator(checkpoint, batch_size=2, device="cpu", extractor=extractor)
+    rows = from_images(references, 0.5, num_samples=7)
+    generator.generate(rows)
+    generator.generate(rows)
+    assert Counter(read) == {image.path: 2 for images in references.values() for image in images}  # latents, feature
+
+
+def test_what_is_kept_of_references_is_bounded(
+    checkpoint: Checkpoint, references: dict[str, tuple[Reference, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator_module, "_REFERENCES_KEPT", 2)
+    rows = from_images(references, 0.5, "none", num_samples=6)
+    generator = Generator(checkpoint, batch_size=3, device="cpu")
+    assert levels_apart(generator.generate(rows), images_of(checkpoint, rows)) <= 1
+    assert len(generator._latents) == 2
+
+
+def test_a_row_whose_extractor_is_not_there_is_a_one_line_error(
+    checkpoint: Checkpoint, references: dict[str, tuple[Reference, ...]]
+) -> None:
+    with pytest.raises(ConfigError, match="given no extractor") as caught:
+        images_of(checkpoint, from_images(references, 0.5))
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="have 5 dimensions"):
+        Generator(checkpoint, device="cpu", extractor=SixFeatures(dim=5))
+
+
+def test_a_reference_that_is_gone_is_a_one_line_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    row = replace(ROWS[0], mode="image2image", strength=0.5, reference=str(tmp_path / "gone.png"))
+    with pytest.raises(DataError, match=r"gone\.png cannot be used"):
+        images_of(checkpoint, rows_of(table_of([row])))
 
 
 def test_a_checkpoint_with_a_prior_uses_it_unless_told_otherwise(
@@ -114,22 +382,18 @@ def test_a_checkpoint_with_a_prior_uses_it_unless_told_otherwise(
 
 
 def test_a_prior_that_is_not_there_is_a_one_line_error(checkpoint: Checkpoint) -> None:
-    with pytest.raises(ConfigError, match=r"step_1000 holds no feature prior; leave --feature out") as caught:
-        images_of(checkpoint, feature="prior")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_temperature_without_a_feature_is_a_one_line_error(prior_checkpoint: Checkpoint) -> None:
-    with pytest.raises(ConfigError, match=r"feature_temperature is 0.5, but no feature is drawn"):
-        images_of(prior_checkpoint, feature="none", feature_temperature=0.5)
+    for call in (lambda: pick_feature("prior", checkpoint), lambda: images_of(checkpoint, PRIOR_ROWS)):
+        with pytest.raises(ConfigError, match=r"step_1000 holds no feature prior; leave --feature out") as caught:
+            call()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_class_that_the_prior_does_not_know_is_a_one_line_error(prior_checkpoint: Checkpoint) -> None:
     with pytest.raises(DataError, match="no training image was of VASC"):
-        images_of(prior_checkpoint, requests=class_requests(["MEL", "VASC"], num_samples=1, run_seed=0))
+        images_of(prior_checkpoint, rows_for({"MEL": 1, "VASC": 1}, "prior"))
 
 
-def test_images_come_as_uint8_rgb_in_the_order_of_the_requests(checkpoint: Checkpoint) -> None:
+def test_images_come_as_uint8_rgb_in_the_order_of_the_rows(checkpoint: Checkpoint) -> None:
     images = images_of(checkpoint)
     assert images.shape == (8, 16, 16, 3)
     assert images.dtype == np.uint8
@@ -137,15 +401,14 @@ def test_images_come_as_uint8_rgb_in_the_order_of_the_requests(checkpoint: Check
 
 
 def test_nothing_asked_for_is_nothing_made(checkpoint: Checkpoint) -> None:
-    assert images_of(checkpoint, requests=[]).shape == (0, 16, 16, 3)
+    assert images_of(checkpoint, []).shape == (0, 16, 16, 3)
 
 
 def test_the_class_and_the_guidance_scale_change_the_image(checkpoint: Checkpoint) -> None:
-    request = REQUESTS[0]
-    other_class = SampleRequest(label="NV", index=request.index, seed=request.seed)
-    first, second = images_of(checkpoint, requests=[request, other_class])
+    row = ROWS[0]
+    first, second, third = images_of(checkpoint, [row, replace(row, label="NV"), replace(row, guidance_scale=1.0)])
     assert not np.array_equal(first, second)
-    assert not np.array_equal(first, images_of(checkpoint, requests=[request], guidance_scale=1.0)[0])
+    assert not np.array_equal(first, third)
 
 
 def test_latents_are_put_back_on_the_scale_of_the_vae(checkpoint: Checkpoint) -> None:
@@ -155,18 +418,17 @@ def test_latents_are_put_back_on_the_scale_of_the_vae(checkpoint: Checkpoint) ->
     std = torch.tensor([4.0, 0.25, 1.0, 2.0]).add(1e-4).sqrt().view(1, 4, 1, 1)
     mean = torch.tensor([0.5, -1.0, 0.0, 2.0]).view(1, 4, 1, 1)
     with torch.no_grad():
-        expected = to_uint8(checkpoint.autoencoder.decode(noise_for(REQUESTS[0].seed, (4, 8, 8))[None] * std + mean))
-    drawn = images_of(still, requests=REQUESTS[:1])
-    assert np.abs(drawn.astype(int) - expected.astype(int)).max() <= 1
+        expected = to_uint8(checkpoint.autoencoder.decode(noise_for(ROWS[0].seed, (4, 8, 8))[None] * std + mean))
+    drawn = images_of(still, ROWS[:1])
+    assert levels_apart(drawn, expected) <= 1
 
 
 @pytest.mark.parametrize("feature", ["none", "prior"])
-def test_bf16_is_near_float32(prior_checkpoint: Checkpoint, feature: Feature) -> None:
-    settings = SamplingSettings(steps=4, guidance_scale=2.0)
-    half = Generator(prior_checkpoint, settings, device="cpu", mixed_precision="bf16", feature=feature)
-    images = half.generate(REQUESTS)
+def test_bf16_is_near_float32(prior_checkpoint: Checkpoint, feature: GuidingFeature) -> None:
+    rows = ROWS if feature == "none" else [*ROWS[:4], *PRIOR_ROWS[4:]]  # a batch where some have a feature
+    images = Generator(prior_checkpoint, device="cpu", mixed_precision="bf16").generate(rows)
     assert images.dtype == np.uint8
-    assert np.abs(images.astype(int) - images_of(prior_checkpoint, feature=feature).astype(int)).mean() < 4
+    assert np.abs(images.astype(int) - images_of(prior_checkpoint, rows).astype(int)).mean() < 4
 
 
 def test_rounding_is_to_the_nearest_level_and_clips() -> None:
@@ -199,12 +461,10 @@ def test_the_cpu_computes_in_float32_unless_told_otherwise() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("feature", ["none", "prior"])
-def test_the_gpu_draws_the_image_of_the_cpu(prior_checkpoint: Checkpoint, feature: Feature) -> None:
-    settings = SamplingSettings(steps=4, guidance_scale=2.0)
+def test_the_gpu_draws_the_image_of_the_cpu(prior_checkpoint: Checkpoint, feature: GuidingFeature) -> None:
+    rows = rows_for({"DF": 4, "MEL": 4}, feature)
     try:
-        gpu = Generator(prior_checkpoint, settings, device="cuda", mixed_precision="no", feature=feature).generate(
-            REQUESTS
-        )
+        gpu = Generator(prior_checkpoint, device="cuda", mixed_precision="no").generate(rows)
     finally:
-        cpu = Generator(prior_checkpoint, settings, device="cpu", feature=feature).generate(REQUESTS)
+        cpu = Generator(prior_checkpoint, device="cpu").generate(rows)
     assert np.abs(gpu.astype(int) - cpu.astype(int)).mean() < 1

@@ -1,9 +1,12 @@
-"""The output folder: whole files, their provenance, one recipe a folder."""
+"""The output folder: whole files, their provenance, one recipe a folder, and what is done stays done."""
 
 import hashlib
 import json
+import tarfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,8 +14,18 @@ import pytest
 from PIL import Image
 
 from m2d.errors import ConfigError
-from m2d.generation.outputs import MANIFEST_NAME, RECORD_NAME, ImageFolder, Recipe, default_output, replacing
-from m2d.generation.request import SampleRequest
+from m2d.generation.gate_settings import GateConfig
+from m2d.generation.group import GroupWriter, MadeGroup
+from m2d.generation.journal import PARTS, attempts_left, group_name
+from m2d.generation.outputs import (
+    MANIFEST_NAME,
+    RECORD_NAME,
+    OutputFolder,
+    Recipe,
+    default_output,
+    replacing,
+)
+from m2d.generation.plan import PlanRow, retried, table_of
 from m2d.generation.settings import GenerateConfig
 
 RECIPE = Recipe(
@@ -26,56 +39,153 @@ RECIPE = Recipe(
     feature="prior",
     feature_temperature=1.0,
 )
-REQUEST = SampleRequest(label="MEL", index=3, seed=2**62 + 1)
-IMAGE = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
 
-def test_a_png_says_what_it_is(tmp_path: Path) -> None:
-    ImageFolder.open(tmp_path, RECIPE).write_image(REQUEST, IMAGE)
-    with Image.open(tmp_path / "MEL" / "MEL_000003.png") as image:
-        assert np.array_equal(np.asarray(image), IMAGE)
+def row(label: str = "MEL", index: int = 3, seed: int = 2**62 + 1) -> PlanRow:
+    return PlanRow(
+        id=f"{label}_{index:06d}", label=label, index=index, seed=seed, feature="prior", feature_temperature=1.0,
+        solver="heun", steps=10, guidance_scale=1.5, guidance_low=0.0, guidance_high=0.8,
+    )  # fmt: skip
+
+
+MEL, DF = row(), row("DF", 0, 1)
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+FORMATS = ["folder", "webdataset", "parquet"]
+
+
+def write(root: Path, rows: list[PlanRow], recipe: Recipe = RECIPE, **settings: Any) -> None:
+    """As a run does: a group of images, in whatever folder."""
+    writer = GroupWriter(
+        **{
+            "root": root,
+            "format": recipe.format,
+            "settings": recipe.to_json(),
+            "checkpoint": recipe.checkpoint,
+            "precision": recipe.precision,
+            "gates": GateConfig(enabled=False),
+            **settings,
+        }
+    )
+    writer.write(rows, MadeGroup(np.stack([IMAGES[row.index % 2] for row in rows]), None))
+
+
+def ids(root: Path, recipe: Recipe = RECIPE) -> list[str]:
+    """Of the images that a run would not make again."""
+    with OutputFolder.open(root, recipe) as folder:
+        return folder.accepted["id"].to_pylist()
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Path:
+    OutputFolder.open(tmp_path, RECIPE).close()
+    return tmp_path
+
+
+@pytest.fixture(params=FORMATS)
+def in_format(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Recipe]]:
+    recipe = replace(RECIPE, format=request.param)
+    OutputFolder.open(tmp_path, recipe).close()
+    return tmp_path, recipe
+
+
+def test_a_png_says_what_it_is(started: Path) -> None:
+    write(started, [MEL])
+    with Image.open(started / "MEL" / "MEL_000003.png") as image:
+        assert np.array_equal(np.asarray(image), IMAGES[1])
         text = image.info
     assert text["Software"] == "M2D"
     assert text["synthetic"] == "true"
     assert (text["class"], text["index"], text["seed"]) == ("MEL", "3", str(2**62 + 1))
     assert text["checkpoint"] == "ab" * 32
     assert json.loads(text["settings"])["steps"] == 10
+    assert json.loads(text["image"])["guidance_high"] == 0.8
 
 
-def test_the_manifest_has_a_row_an_image(tmp_path: Path) -> None:
-    folder = ImageFolder.open(tmp_path, RECIPE)
-    folder.write_image(REQUEST, IMAGE)
-    folder.write_image(SampleRequest(label="DF", index=0, seed=1), IMAGE)
-    rows = pq.read_table(folder.write_manifest()).to_pylist()
+def test_a_png_does_not_tell_where_its_reference_lay(started: Path) -> None:
+    reference = replace(MEL, mode="image2image", feature="none", feature_temperature=None, strength=0.5)
+    write(started, [replace(reference, reference="/home/somebody/patients/a.png")])
+    assert b"somebody" not in (started / "MEL" / "MEL_000003.png").read_bytes()
+
+
+def test_the_manifest_has_a_row_an_image(started: Path) -> None:
+    write(started, [MEL, DF])
+    with OutputFolder.open(started, RECIPE) as folder:
+        rows = pq.read_table(folder.write_manifest()).to_pylist()
     assert [row["id"] for row in rows] == ["DF_000000", "MEL_000003"]
     mel = rows[1]
     assert mel["seed"] == 2**62 + 1
     assert mel["path"] == "MEL/MEL_000003.png"
-    assert mel["sha256"] == hashlib.sha256((tmp_path / mel["path"]).read_bytes()).hexdigest()
+    assert mel["sha256"] == hashlib.sha256((started / mel["path"]).read_bytes()).hexdigest()
     assert (mel["width"], mel["height"], mel["solver"], mel["guidance_high"]) == (16, 16, "heun", 0.8)
+    assert mel["gates"] == "off"
     assert mel["created"].tzinfo is not None
 
 
-def test_the_manifest_marks_the_images_of_a_weak_class(tmp_path: Path) -> None:
-    folder = ImageFolder.open(tmp_path, RECIPE, ["DF"])
-    folder.write_image(REQUEST, IMAGE)
-    folder.write_image(SampleRequest(label="DF", index=0, seed=1), IMAGE)
-    rows = pq.read_table(folder.write_manifest()).to_pylist()
+def test_the_manifest_marks_the_images_of_a_weak_class(started: Path) -> None:
+    write(started, [MEL, DF], weak_classes=frozenset(["DF"]))
+    with OutputFolder.open(started, RECIPE) as folder:
+        rows = pq.read_table(folder.write_manifest()).to_pylist()
     assert [(row["class"], row["feature_weak"]) for row in rows] == [("DF", True), ("MEL", False)]
     assert {(row["feature"], row["feature_temperature"]) for row in rows} == {("prior", 1.0)}
 
 
-def test_a_folder_is_continued(tmp_path: Path) -> None:
-    first = ImageFolder.open(tmp_path, RECIPE)
-    first.write_image(REQUEST, IMAGE)
-    assert ImageFolder.open(tmp_path, RECIPE).images == first.images
+def test_a_folder_is_continued(in_format: tuple[Path, Recipe]) -> None:
+    root, recipe = in_format
+    write(root, [MEL, DF], recipe)
+    assert ids(root, recipe) == ["DF_000000", "MEL_000003"]
+    plan = table_of([DF, MEL, row("NV")])
+    with OutputFolder.open(root, recipe) as folder:
+        assert attempts_left(plan, folder.journal, 1)[0]["id"].to_pylist() == ["NV_000003"]
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no text", "not an image"])
-def test_a_broken_image_counts_as_missing(tmp_path: Path, damage: str) -> None:
-    folder = ImageFolder.open(tmp_path, RECIPE)
-    folder.write_image(REQUEST, IMAGE)
-    path = folder.path_of(REQUEST)
+def test_the_same_group_written_twice_is_the_same_bytes_once(in_format: tuple[Path, Recipe]) -> None:
+    """A task that Ray gives to another actor may have finished all the same."""
+    root, recipe = in_format
+    write(root, [MEL, DF], recipe)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.suffix in (".png", ".tar")}
+    before |= {path: path.read_bytes() for path in (root / "shards").glob("*.parquet")}
+    assert before
+    write(root, [MEL, DF], recipe)
+    assert {path: path.read_bytes() for path in before} == before
+    assert len(list((root / PARTS).iterdir())) == 1
+    assert ids(root, recipe) == ["DF_000000", "MEL_000003"]
+
+
+def test_a_tar_shard_is_a_webdataset(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, format="webdataset")
+    OutputFolder.open(tmp_path, recipe).close()
+    write(tmp_path, [MEL, DF], recipe)
+    [path] = (tmp_path / "shards").iterdir()
+    with tarfile.open(path) as tar:
+        names = tar.getnames()
+        contents = {name: tar.extractfile(name).read() for name in names}  # type: ignore[union-attr]
+    keys = ["MEL_000003", "DF_000000"]
+    assert names == [f"{key}.{suffix}" for key in keys for suffix in ("png", "cls", "json")]
+    assert (contents["MEL_000003.cls"], contents["DF_000000.cls"]) == (b"4", b"3")
+    assert json.loads(contents["DF_000000.json"])["seed"] == 1
+    (tmp_path / "mel.png").write_bytes(contents["MEL_000003.png"])
+    with Image.open(tmp_path / "mel.png") as image:
+        assert np.array_equal(np.asarray(image), IMAGES[1])
+        assert image.info["synthetic"] == "true"
+
+
+def test_a_parquet_shard_holds_pngs(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, format="parquet")
+    OutputFolder.open(tmp_path, recipe).close()
+    write(tmp_path, [MEL, DF], recipe)
+    rows = [entry for path in (tmp_path / "shards").iterdir() for entry in pq.read_table(path).to_pylist()]
+    assert [(entry["id"], entry["class"], entry["label"]) for entry in rows] == [
+        ("MEL_000003", "MEL", 4), ("DF_000000", "DF", 3)
+    ]  # fmt: skip
+    (tmp_path / "mel.png").write_bytes(rows[0]["png"])
+    with Image.open(tmp_path / "mel.png") as image:
+        assert np.array_equal(np.asarray(image), IMAGES[1])
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no text", "not an image", "gone"])
+def test_a_broken_image_counts_as_missing(started: Path, damage: str) -> None:
+    write(started, [MEL, DF])
+    path = started / "MEL" / "MEL_000003.png"
     whole = path.read_bytes()
     match damage:
         case "cut":
@@ -85,48 +195,116 @@ def test_a_broken_image_counts_as_missing(tmp_path: Path, damage: str) -> None:
         case "empty":
             path.write_bytes(b"")
         case "no text":
-            Image.fromarray(IMAGE).save(path)
+            Image.fromarray(IMAGES[1]).save(path)
+        case "gone":
+            path.unlink()
         case _:
             path.write_text("hello")
-    assert ImageFolder.open(tmp_path, RECIPE).images == {}
+    assert ids(started) == ["DF_000000"]
+    write(started, [MEL])
+    assert ids(started) == ["DF_000000", "MEL_000003"]
 
 
-def test_an_image_of_another_recipe_or_place_counts_as_missing(tmp_path: Path) -> None:
-    other = ImageFolder.open(tmp_path / "other", replace(RECIPE, steps=99))
-    other.write_image(REQUEST, IMAGE)
-    folder = ImageFolder.open(tmp_path / "ours", RECIPE)
-    folder.write_image(REQUEST, IMAGE)
-    folder.path_of(REQUEST).write_bytes(other.path_of(REQUEST).read_bytes())
-    assert ImageFolder.open(tmp_path / "ours", RECIPE).images == {}
+@pytest.mark.parametrize("format_name", ["webdataset", "parquet"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_broken_shard_counts_as_missing_whole(tmp_path: Path, format_name: str, damage: str) -> None:
+    recipe = replace(RECIPE, format=format_name)
+    OutputFolder.open(tmp_path, recipe).close()
+    write(tmp_path, [MEL, DF], recipe)
+    write(tmp_path, [row("NV")], recipe)
+    path = next(path for path in (tmp_path / "shards").iterdir() if path.stem == group_name([MEL, DF]))
+    whole = path.read_bytes()
+    match damage:
+        case "cut":
+            path.write_bytes(whole[: len(whole) // 2])
+        case "flipped":
+            middle = whole.index(b"IDAT") + 20
+            path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        case _:
+            path.unlink()
+    assert ids(tmp_path, recipe) == ["NV_000003"]
+    assert not path.exists(), "half a shard would give its images twice"
+    write(tmp_path, [MEL, DF], recipe)
+    assert ids(tmp_path, recipe) == ["DF_000000", "MEL_000003", "NV_000003"]
 
 
-def test_two_recipes_never_share_a_folder(tmp_path: Path) -> None:
-    ImageFolder.open(tmp_path, RECIPE)
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more"])
+def test_a_torn_part_of_the_journal_costs_its_images_alone(started: Path, content: bytes) -> None:
+    write(started, [MEL])
+    write(started, [DF])
+    (started / PARTS / f"{group_name([MEL])}.parquet").write_bytes(content)
+    assert ids(started) == ["DF_000000"]
+    write(started, [MEL])
+    assert ids(started) == ["DF_000000", "MEL_000003"]
+
+
+def test_an_image_without_its_journal_does_not_count_and_leaves_nothing(in_format: tuple[Path, Recipe]) -> None:
+    """What a killed run leaves: images written, not yet listed, and half-written files."""
+    root, recipe = in_format
+    write(root, [MEL], recipe)
+    for part in (root / PARTS).iterdir():
+        part.unlink()
+    (root / ".manifest.parquet.host.1.1.tmp").write_bytes(b"half")
+    assert ids(root, recipe) == []
+    left = {path.name for path in root.rglob("*") if path.is_file()}
+    assert left == {RECORD_NAME, ".running.lock"}
+
+
+def test_files_of_the_user_are_left_alone(started: Path) -> None:
+    (started / "MEL").mkdir()
+    (started / "MEL" / "mine.png").write_bytes(b"mine")
+    assert ids(started) == []
+    assert (started / "MEL" / "mine.png").exists()
+
+
+def test_rejected_attempts_come_again_as_the_next_ones() -> None:
+    journal = table_of([MEL, retried(MEL), DF])
+    rejected = [False, False, False]
+    journal = journal.append_column("accepted", [rejected])
+    rounds = attempts_left(table_of([row("NV"), DF, MEL]), journal, 3)
+    assert [table["id"].to_pylist() for table in rounds] == [["NV_000003"], ["DF_000000"], ["MEL_000003"]]
+    assert [len(table) for table in attempts_left(table_of([MEL]), journal, 2)] == [0, 0]
+
+
+def test_two_recipes_never_share_a_folder(started: Path) -> None:
     with pytest.raises(ConfigError, match="steps 10 there, 25 here") as caught:
-        ImageFolder.open(tmp_path, replace(RECIPE, steps=25))
+        OutputFolder.open(started, replace(RECIPE, steps=25))
     assert "name another --output" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_gate_setting_that_differs_is_named(tmp_path: Path) -> None:
+    strict, mild = ({"blank": True, "near_copy_quantile": value} for value in (0.1, 0.2))
+    OutputFolder.open(tmp_path, replace(RECIPE, gates=strict)).close()
+    with pytest.raises(ConfigError, match=r"gates.near_copy_quantile 0.1 there, 0.2 here"):
+        OutputFolder.open(tmp_path, replace(RECIPE, gates=mild))
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    with OutputFolder.open(tmp_path, RECIPE), pytest.raises(ConfigError, match="another run is at work"):
+        OutputFolder.open(tmp_path, RECIPE)
+    OutputFolder.open(tmp_path, RECIPE).close()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_a_damaged_record_is_not_trusted(tmp_path: Path, content: str) -> None:
     (tmp_path / RECORD_NAME).write_text(content)
     with pytest.raises(ConfigError, match="holds images of other settings"):
-        ImageFolder.open(tmp_path, RECIPE)
+        OutputFolder.open(tmp_path, RECIPE)
 
 
-@pytest.mark.parametrize("taken", ["MEL", MANIFEST_NAME])
+@pytest.mark.parametrize("taken", ["MEL", MANIFEST_NAME, "shards"])
 def test_a_folder_that_m2d_did_not_start_is_left_alone(tmp_path: Path, taken: str) -> None:
     (tmp_path / taken).mkdir()
     with pytest.raises(ConfigError, match=f"holds {taken} but no {RECORD_NAME}"):
-        ImageFolder.open(tmp_path, RECIPE)
+        OutputFolder.open(tmp_path, RECIPE)
     assert [path.name for path in tmp_path.iterdir()] == [taken]
 
 
 def test_an_output_that_is_a_file_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
-        ImageFolder.open(tmp_path / "file", RECIPE)
+        OutputFolder.open(tmp_path / "file", RECIPE)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
@@ -156,6 +334,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
         {"feature": "none"},
         {"feature_temperature": 0.5},
         {"mode": "interpolate"},
+        {"format": "parquet"},
+        {"gates": {"blank": True}},
+        {"balance": {"to": "300"}},
+        {"plan": "ef" * 32},
     ],
 )
 def test_everything_that_shapes_pixels_is_in_the_hash(change: dict[str, object]) -> None:
@@ -166,9 +348,10 @@ def test_how_many_images_and_how_they_are_batched_is_not_in_the_hash() -> None:
     configs = [
         GenerateConfig(checkpoint="c", guidance_scale=2),
         GenerateConfig(
-            checkpoint="c", guidance_scale=2.0, num_samples=99, classes="MEL", batch_size=1, output="elsewhere"
+            checkpoint="c", guidance_scale=2.0, num_samples=99, classes="MEL", batch_size=1, output="elsewhere",
+            num_actors=4,
         ),
-    ]
+    ]  # fmt: skip
     one, other = (Recipe.of(config, checkpoint_sha256="ab", precision="no", feature="prior") for config in configs)
     assert one.hash == other.hash
 

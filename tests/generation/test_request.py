@@ -1,9 +1,19 @@
 """Seeds and noise never change: an image made years apart is the same one."""
 
+import hashlib
+
 import torch
 from torch.testing import assert_close
 
-from m2d.generation.request import class_requests, feature_seed, noise_for, sample_seed
+from m2d.generation.request import (
+    class_requests,
+    feature_seed,
+    next_attempt_seed,
+    noise_for,
+    reference_seed,
+    sample_seed,
+    slerp,
+)
 
 
 def test_seeds_are_pinned() -> None:
@@ -59,3 +69,40 @@ def test_more_samples_keep_the_first_ones() -> None:
     many = class_requests(["DF", "MEL", "NV"], num_samples=5, run_seed=4)
     assert set(few) < set(many)
     assert [request.image_id for request in few] == ["DF_000000", "MEL_000000", "DF_000001", "MEL_000001"]
+
+
+def test_the_seed_of_the_next_attempt_is_pinned() -> None:
+    """The digits are those of: printf %s 0/attempt/1 | sha256sum, its first 16 hex digits halved."""
+    assert next_attempt_seed(0, 1) == int(hashlib.sha256(b"0/attempt/1").hexdigest()[:16], 16) // 2
+    attempts = {next_attempt_seed(seed, attempt) for seed in range(500) for attempt in range(1, 5)}
+    assert len(attempts) == 2000
+
+
+def test_the_seed_of_a_reference_is_that_of_its_run_its_class_and_its_content() -> None:
+    assert reference_seed(3, "MEL", "ab") == int(hashlib.sha256(b"3/MEL/reference/ab").hexdigest()[:16], 16) // 2
+
+
+def test_between_right_angles_the_sphere_is_walked_at_even_speed() -> None:
+    a, b = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]])
+    for position in (0.25, 1 / 3, 0.5, 0.9):
+        angle = torch.tensor(position * torch.pi / 2)
+        assert_close(slerp(a, b, position), 2 * torch.stack([angle.cos(), angle.sin()])[None])
+
+
+def test_both_ends_of_the_sphere_s_walk_are_the_very_tensors() -> None:
+    a, b = noise_for(1, (3, 4)), noise_for(2, (3, 4))
+    assert torch.equal(slerp(a, b, 0.0), a)
+    assert torch.equal(slerp(a, b, 1.0), b)
+
+
+def test_where_there_is_no_angle_the_walk_is_straight() -> None:
+    a = noise_for(1, (50,))
+    assert_close(slerp(a, a, 0.3), a)
+    assert_close(slerp(a, 3 * a, 0.5), 2 * a)
+    assert_close(slerp(0 * a, a, 0.5), 0.5 * a)
+
+
+def test_halfway_between_two_noises_is_noise() -> None:
+    middle = slerp(noise_for(1, (100_000,)), noise_for(2, (100_000,)), 0.5)
+    assert middle.dtype == torch.float32
+    assert_close(middle.var().item(), 1.0, atol=5 * (2 / 100_000) ** 0.5, rtol=0)

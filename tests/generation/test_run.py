@@ -1,5 +1,13 @@
 """The driver: what is missing is made, what is there is kept, and a person is told where it is."""
 
+import errno
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -10,13 +18,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from tiny_checkpoint import write_checkpoint
+from tiny_networks import TinyExtractor
 
-from m2d.errors import CheckpointError, ConfigError, DataError
-from m2d.generation import run
+from m2d.classes import CLASSES
+from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
+from m2d.generation import gates, run, summary
+from m2d.generation.formats import FORMATS
+from m2d.generation.gate_settings import GateConfig
 from m2d.generation.generator import Generator
-from m2d.generation.request import class_requests
-from m2d.generation.settings import GenerateConfig
-from m2d.models.checkpoint import Checkpoint, mark_complete, write_inference_files
+from m2d.generation.plan import rows_of, standard_plan
+from m2d.generation.settings import GenerateConfig, OutputFormat
+from m2d.models.checkpoint import Checkpoint
 
 
 @pytest.fixture
@@ -27,9 +40,9 @@ def drawn(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     ids: list[str] = []
     real = Generator.generate
 
-    def counting(self: Generator, requests: list[Any]) -> Any:
-        ids.extend(request.image_id for request in requests)
-        return real(self, requests)
+    def counting(self: Generator, rows: list[Any]) -> Any:
+        ids.extend(row.id for row in rows)
+        return real(self, rows)
 
     monkeypatch.setattr(Generator, "generate", counting)
     return ids
@@ -37,7 +50,16 @@ def drawn(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def config(**settings: Any) -> GenerateConfig:
     return GenerateConfig(
-        **{"checkpoint": "tiny", "classes": "MEL,DF", "num_samples": 3, "steps": 2, "device": "cpu", **settings}
+        **{
+            "checkpoint": "tiny",
+            "classes": "MEL,DF",
+            "num_samples": 3,
+            "steps": 2,
+            "device": "cpu",
+            "num_actors": 0,
+            "gates": GateConfig(enabled=False),
+            **settings,
+        }
     )
 
 
@@ -51,16 +73,22 @@ def test_a_run_leaves_images_a_manifest_and_a_contact_sheet(
     root = run.generate(config())
     assert root.parent == tmp_path / "ham" / "generated_images"
     assert sorted(path.name for path in root.iterdir()) == [
-        "DF", "MEL", "contact_sheet.png", "generation.json", "manifest.parquet"
+        ".running.lock", "DF", "MEL", "contact_sheet.png", "generation.json", "manifest.parquet", "parts",
+        "plan.parquet",
     ]  # fmt: skip
     assert sorted(pngs(root)) == sorted(f"{label}_00000{index}.png" for label in ("DF", "MEL") for index in range(3))
     assert pq.read_table(root / "manifest.parquet").num_rows == 6
     with Image.open(root / "contact_sheet.png") as sheet:
         assert sheet.mode == "RGB"
-    out = capsys.readouterr().out.splitlines()
-    assert len(out) == 1
-    assert out[0].startswith("6 images (6 new")
-    assert out[0].endswith(str(root))
+    *table, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("6 images (6 new")
+    assert last.endswith(str(root))
+    words = [line.replace("│", " ").split() for line in table]
+    assert [line for line in words if line[:1] in (["DF"], ["MEL"], ["all"])] == [
+        ["DF", "3"],
+        ["MEL", "3"],
+        ["all", "6"],
+    ]
 
 
 def test_running_again_draws_nothing(drawn: list[str]) -> None:
@@ -147,13 +175,13 @@ def test_a_class_that_the_prior_does_not_know_stops_the_run_before_anything_is_m
 
 def test_the_contact_sheet_says_what_guided(with_prior: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captions: list[str] = []
-    real = run.contact_sheet
+    real = summary.contact_sheet
 
     def recording(*args: Any, caption: str, **kwargs: Any) -> Image.Image:
         captions.append(caption)
         return real(*args, caption=caption, **kwargs)
 
-    monkeypatch.setattr(run, "contact_sheet", recording)
+    monkeypatch.setattr(summary, "contact_sheet", recording)
     run.generate(config(feature_temperature=0.5))
     run.generate(config(feature="none"))
     assert "features drawn from the class prior at temperature 0.5 (few images of DF)" in captions[0]
@@ -165,10 +193,10 @@ def test_an_interrupted_run_keeps_and_lists_what_it_made(
 ) -> None:
     counting, root = Generator.generate, tmp_path / "mine"
 
-    def interrupted(self: Generator, requests: list[Any]) -> Any:
+    def interrupted(self: Generator, rows: list[Any]) -> Any:
         if len(drawn) == 4:
             raise KeyboardInterrupt
-        return counting(self, requests)
+        return counting(self, rows)
 
     with monkeypatch.context() as patch:
         patch.setattr(Generator, "generate", interrupted)
@@ -185,19 +213,12 @@ def test_a_checkpoint_on_disk_gives_the_images_of_the_one_in_memory(
     which: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     checkpoint: Checkpoint = request.getfixturevalue(which)
-    directory = tmp_path / "ham" / "checkpoints" / "best"
-    for folder in ("vae", "unet"):
-        (directory / folder).mkdir(parents=True)
-    tensors = {"vae": checkpoint.autoencoder.vae.state_dict(), "denoiser": checkpoint.denoiser.state_dict()}
-    write_inference_files(
-        directory, checkpoint.info, checkpoint.autoencoder, checkpoint.denoiser.unet, tensors, checkpoint.prior
-    )
-    mark_complete(directory)
+    directory = write_checkpoint(checkpoint, tmp_path / "ham" / "checkpoints" / "best")
     settings = config(checkpoint=str(directory), classes="MEL", num_samples=1)
     root = run.generate(settings)
-    expected = Generator(checkpoint, settings, device="cpu").generate(
-        class_requests(["MEL"], num_samples=1, run_seed=0)
-    )
+    feature = "none" if checkpoint.prior is None else "prior"
+    plan = standard_plan({"MEL": 1}, run_seed=0, sampling=settings, feature=feature)
+    expected = Generator(checkpoint, device="cpu").generate(rows_of(plan))
     with Image.open(root / "MEL" / "MEL_000000.png") as image:
         assert np.array_equal(np.asarray(image), expected[0])
 
@@ -209,12 +230,366 @@ def test_a_missing_checkpoint_is_a_one_line_error(tmp_path: Path) -> None:
 
 
 def test_a_batch_that_does_not_fit_is_a_one_line_error(drawn: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_large(self: Generator, requests: list[Any]) -> Any:
+    def too_large(self: Generator, rows: list[Any]) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
 
     monkeypatch.setattr(Generator, "generate", too_large)
     with pytest.raises(ConfigError, match=r"batch_size 32 does not fit.*--batch_size 16"):
         run.generate(config())
+
+
+def test_a_plan_can_be_written_read_edited_and_run(drawn: list[str], tmp_path: Path) -> None:
+    root = run.generate(config(plan_only=True))
+    assert [path.name for path in root.iterdir()] == ["plan.parquet"]
+    assert drawn == []
+    plan = pq.read_table(root / "plan.parquet").to_pandas()
+    assert len(plan) == 6
+    edited = plan[plan["class"] == "MEL"].assign(steps=3)
+    edited.to_parquet(tmp_path / "edited.parquet")
+    mine = run.generate(config(plan=str(tmp_path / "edited.parquet")))
+    assert mine != run.generate(config()), "other rows, another folder"
+    assert {row["steps"] for row in pq.read_table(mine / "manifest.parquet").to_pylist()} == {3}
+    expected = pngs(run.generate(config(steps=3, classes="MEL")))
+    assert pngs(mine).keys() == expected.keys()
+    assert all(_within_one_level(png, expected[name]) for name, png in pngs(mine).items())
+
+
+def test_an_edited_plan_is_not_overwritten(drawn: list[str]) -> None:
+    root = run.generate(config(plan_only=True))
+    plan = pq.read_table(root / "plan.parquet")
+    pq.write_table(plan.slice(0, 2), root / "plan.parquet")
+    with pytest.raises(ConfigError, match=r"was it edited.*run it with --plan"):
+        run.generate(config())
+    assert pq.read_table(root / "plan.parquet").num_rows == 2
+
+
+@pytest.fixture
+def parity_gate(monkeypatch: pytest.MonkeyPatch) -> Callable[[np.ndarray], bool]:
+    """Rejects an image whose first pixels' sum is even: about half of them, whatever the networks draw."""
+
+    def fails(image: np.ndarray) -> bool:
+        return int(image[0].sum()) % 2 == 0
+
+    def check(images: np.ndarray, *_: Any) -> list[gates.Verdict]:
+        def verdict(image: np.ndarray) -> gates.Verdict:
+            odd = not fails(image)
+            return gates.Verdict(
+                accepted=odd, reason=None if odd else "blank", nearest_distance=float("nan"), class_distance=2.0,
+                nearest_id=None, saturated_share=0.5, contrast=3.0,
+            )  # fmt: skip
+
+        return [verdict(image) for image in images]
+
+    monkeypatch.setattr(gates, "check", check)
+    return fails
+
+
+GATED = GateConfig(near_copy=False, class_consistency=False, max_attempts=20)
+
+
+def test_a_rejected_image_is_replaced_and_counted(
+    drawn: list[str], parity_gate: Callable[[np.ndarray], bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = run.generate(config(num_samples=10, gates=GATED))
+    assert len(pngs(root)) == 20
+    for png in pngs(root).values():
+        assert not parity_gate(np.asarray(Image.open(BytesIO(png))))
+    rows = pq.read_table(root / "manifest.parquet").to_pylist()
+    assert len(rows) == 20
+    assert {row["gates"] for row in rows} == {"on"}
+    attempts = sum(row["attempt"] for row in rows)
+    assert attempts == len(drawn) - 20 > 0
+    table = next(line for line in capsys.readouterr().out.splitlines() if "all" in line)
+    assert table.replace("│", " ").split() == ["all", "20", str(attempts)]
+    before = pngs(root)
+    drawn.clear()
+    run.generate(config(num_samples=10, gates=GATED))
+    assert (drawn, pngs(root)) == ([], before)
+
+
+def test_a_lost_image_comes_back_at_its_own_attempt(
+    drawn: list[str], parity_gate: Callable[[np.ndarray], bool]
+) -> None:
+    root = run.generate(config(num_samples=10, gates=GATED))
+    rows = pq.read_table(root / "manifest.parquet").to_pylist()
+    lost = max(rows, key=lambda row: row["attempt"])
+    assert lost["attempt"] > 0
+    (root / lost["path"]).unlink()
+    drawn.clear()
+    run.generate(config(num_samples=10, gates=GATED))
+    assert drawn == [lost["id"]]
+    again = {row["id"]: row for row in pq.read_table(root / "manifest.parquet").to_pylist()}
+    assert len(again) == 20
+    assert (again[lost["id"]]["attempt"], again[lost["id"]]["seed"]) == (lost["attempt"], lost["seed"])
+
+
+def test_what_is_never_accepted_is_said_to_be_missing(
+    drawn: list[str], parity_gate: Callable[[np.ndarray], bool], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = run.generate(config(num_samples=10, gates=replace(GATED, max_attempts=1)))
+    missing = 20 - len(pngs(root))
+    assert len(drawn) == 20
+    assert missing > 0
+    told = capsys.readouterr()
+    assert f"warning: {missing} of 20 images are missing" in told.err
+    assert f"{20 - missing} images ({20 - missing} new" in told.out
+    drawn.clear()
+    run.generate(config(num_samples=10, gates=GATED))
+    assert len(pngs(root)) == 20, "more attempts go on where fewer gave up"
+    assert len(drawn) >= missing
+
+
+@pytest.fixture
+def references(tmp_path: Path) -> Path:
+    """Two folders, a and b, each with two images of MEL."""
+    generator = np.random.default_rng(3)
+    for folder in ("a", "b"):
+        (tmp_path / folder / "MEL").mkdir(parents=True)
+        for number in range(2):
+            pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / folder / "MEL" / f"{number}.png")
+    (tmp_path / "a" / "MEL" / "broken.png").write_bytes(b"no image")
+    return tmp_path
+
+
+def test_image2image_starts_from_a_folder(
+    drawn: list[str], references: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config(
+        mode="image2image", init_images=str(references / "a"), feature="none", strength=0.5, classes=None, num_samples=2
+    )
+    root = run.generate(settings)
+    rows = pq.read_table(root / "manifest.parquet").to_pylist()
+    assert [(row["mode"], row["strength"], Path(row["reference"]).name) for row in rows] == [
+        ("image2image", 0.5, "0.png"), ("image2image", 0.5, "1.png")
+    ]  # fmt: skip
+    assert "init_images: left out MEL/broken.png: " in capsys.readouterr().err
+    copy = references / "elsewhere"
+    shutil.copytree(references / "a", copy)
+    assert run.generate(replace(settings, init_images=str(copy))) == root, "the same images, wherever they lie"
+    shutil.copy(references / "b" / "MEL" / "0.png", copy / "MEL" / "0.png")
+    assert run.generate(replace(settings, init_images=str(copy))) != root
+
+
+def test_interpolate_leaves_a_strip_a_pair_and_keeps_its_ends(
+    drawn: list[str],
+    checkpoint: Checkpoint,
+    references: Path,
+    parity_gate: Callable[[np.ndarray], bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Means(TinyExtractor):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dim = checkpoint.info.feature_dim
+            self.network = torch.nn.Conv2d(3, self.dim, 8, stride=8)
+
+    monkeypatch.setattr(run, "load_reference_extractor", lambda *_: Means())
+    root = run.generate(
+        config(
+            mode="interpolate", reference_images=str(references / "a"), reference_images_b=str(references / "b"),
+            steps_between=1, classes=None, gates=GATED,
+        )
+    )  # fmt: skip
+    rows = pq.read_table(root / "manifest.parquet").to_pylist()
+    assert [(row["group"], row["position"]) for row in rows] == [
+        (f"MEL_pair00{pair}", position) for pair in (0, 1) for position in (0.0, 0.5, 1.0)
+    ]
+    assert {row["gates"] for row in rows} == {"recorded"}, "an end of a walk cannot be another image"
+    assert {row["attempt"] for row in rows} == {0}
+    assert {row["reason"] for row in rows} == {None, "blank"}
+    strips = sorted(path.name for path in (root / "strips").iterdir())
+    assert strips == ["MEL_pair000.png", "MEL_pair001.png"]
+    with Image.open(root / "strips" / strips[0]) as strip:
+        assert strip.width > 3 * strip.height
+
+
+def test_balance_fills_every_class_up_and_merges(
+    drawn: list[str], tmp_path: Path, paint_images: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paint_images(tmp_path / "data", {"MEL": 2, "DF": 5, "NV": 7})
+    settings = config(mode="balance", data_root=str(tmp_path / "data"), to="6", classes=None, merge=True)
+    root = run.generate(settings)
+    assert sorted(drawn) == ["DF_000000", *(f"MEL_00000{index}" for index in range(4))]
+    table = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    for expected in (["DF", "5", "1", "6"], ["MEL", "2", "4", "6"], ["NV", "7", "0", "7"], ["all", "14", "5", "19"]):
+        assert expected in table
+    merged = pq.read_table(root / "merged_index.parquet").to_pandas()
+    assert merged.groupby(["class", "source"]).size().to_dict() == {
+        ("DF", "real"): 5, ("DF", "synthetic"): 1, ("MEL", "real"): 2, ("MEL", "synthetic"): 4, ("NV", "real"): 7
+    }  # fmt: skip
+    for row in merged.to_dict("records"):
+        assert (Path(row["root"]) / row["path"]).is_file()
+    drawn.clear()
+    assert run.generate(settings) == root
+    assert drawn == []
+
+
+def test_balance_of_what_is_balanced_makes_nothing(drawn: list[str], tmp_path: Path, paint_images: Any) -> None:
+    paint_images(tmp_path / "data", {"MEL": 3, "DF": 3})
+    root = run.generate(config(mode="balance", data_root=str(tmp_path / "data"), classes=None))
+    assert drawn == []
+    assert pq.read_table(root / "manifest.parquet").num_rows == 0
+
+
+@pytest.mark.parametrize("format_name", ["webdataset", "parquet"])
+def test_shards_hold_the_pngs_of_the_folder_and_are_made_once(drawn: list[str], format_name: OutputFormat) -> None:
+    settings = config(format=format_name, num_samples=5, batch_size=2, shard_images=5)
+    root = run.generate(settings)
+    shards = {path: path.read_bytes() for path in sorted((root / "shards").iterdir())}
+    sizes = [len(FORMATS[format_name].read(root, f"shards/{path.name}")) for path in shards]
+    assert sorted(sizes) == [2, 4, 4], "whole batches, as many as fit"
+    assert pq.read_table(root / "manifest.parquet").num_rows == 10
+    assert (root / "contact_sheet.png").exists()
+    drawn.clear()
+    run.generate(settings)
+    assert drawn == []
+    next(iter(shards)).unlink()
+    run.generate(settings)
+    assert {path: path.read_bytes() for path in sorted((root / "shards").iterdir())} == shards
+
+
+def test_torchvision_reads_the_folder(drawn: list[str], tmp_path: Path) -> None:
+    """Each class a folder; what else lies there is moved aside by naming the classes, as ImageFolder allows."""
+    torchvision = pytest.importorskip("torchvision")
+    root = run.generate(config())
+
+    class OurFolder(torchvision.datasets.ImageFolder):  # type: ignore[misc, name-defined]
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            found = sorted(path.name for path in Path(directory).iterdir() if path.name in CLASSES)
+            return found, {name: number for number, name in enumerate(found)}
+
+    dataset = OurFolder(str(root))
+    assert dataset.classes == ["DF", "MEL"]
+    assert [label for _, label in dataset.samples] == [0, 0, 0, 1, 1, 1]
+    assert dataset[0][0].size == (16, 16)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for a few files."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "none", str(disk)], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("a small tmpfs cannot be mounted here; test_a_failing_write covers the rest")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False, capture_output=True)
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(drawn: list[str], tiny_disk: Path) -> None:
+    settings = config(output=str(tiny_disk / "out"), num_samples=40, batch_size=4)
+    with pytest.raises(ConfigError, match=r"No space left on device.*make room") as caught:
+        run.generate(settings)
+    assert "\n" not in str(caught.value)
+    made = len(drawn)
+    assert 0 < made < 80
+    subprocess.run(["mount", "-o", "remount,size=4m", str(tiny_disk)], check=True)
+    first = set(drawn)
+    drawn.clear()
+    root = run.generate(settings)
+    assert len(pngs(root)) == 80
+    assert first | set(drawn) == set(pq.read_table(root / "manifest.parquet")["id"].to_pylist())
+    assert len(drawn) < 80, "what was finished is not made again"
+    unbroken = run.generate(config(num_samples=40, batch_size=4))
+    assert pngs(root) == pngs(unbroken)
+    _assert_manifest_is_right(root, 80)
+
+
+def test_a_failing_write_ends_the_run_in_one_line(drawn: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if str(target).endswith("MEL_000002.png"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(ConfigError, match=r"No space left on device.*make room") as caught:
+            run.generate(config(num_samples=4, batch_size=2))
+    assert "\n" not in str(caught.value)
+    drawn.clear()
+    root = run.generate(config(num_samples=4, batch_size=2))
+    assert sorted(drawn) == ["DF_000002", "MEL_000002"], "its batch alone was not done"
+    _assert_manifest_is_right(root, 8)
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_finished_by_the_same_command(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL in the middle, twice: nothing missing, nothing twice, every file that of a run nobody disturbed."""
+    directory = write_checkpoint(checkpoint, tmp_path / "ham" / "checkpoints" / "best")
+    arguments = {
+        "checkpoint": str(directory), "output": str(tmp_path / "killed"), "classes": "MEL,DF", "num_samples": "50",
+        "batch_size": "3", "steps": "2", "device": "cpu", "num_actors": "0", "gates.enabled": "false",
+    }  # fmt: skip
+    flags = [text for name, value in arguments.items() for text in (f"--{name}", value)]
+    program = "import sys; from m2d.cli import main; main('generate', sys.argv[1:])"
+    parts = tmp_path / "killed" / "parts"
+    for enough in (3, 12):
+        process = subprocess.Popen([sys.executable, "-c", program, *flags], stderr=subprocess.PIPE)
+        while process.poll() is None and len(list(parts.glob("*.parquet"))) < enough:
+            time.sleep(0.01)
+        assert process.poll() is None, "it ended before it was killed"
+        process.kill()
+        process.communicate()
+    done = len(list(parts.glob("*.parquet")))
+    assert 12 <= done < 34
+    settings = config(checkpoint=str(directory), num_samples=50, batch_size=3)
+    drawn: list[str] = []
+    real = Generator.generate
+
+    def counting(self: Generator, rows: list[Any]) -> Any:
+        drawn.extend(row.id for row in rows)
+        return real(self, rows)
+
+    monkeypatch.setattr(Generator, "generate", counting)
+    killed = run.generate(replace(settings, output=str(tmp_path / "killed")))
+    assert len(drawn) == len(set(drawn)) == 100 - 3 * done
+    unbroken = run.generate(replace(settings, output=str(tmp_path / "unbroken")))
+    assert pngs(killed) == pngs(unbroken)
+    _assert_manifest_is_right(killed, 100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "image2image", "init_images": "EMPTY"}, "init_images: .* holds no image"),
+        ({"mode": "image2image", "init_images": "NOWHERE"}, "init_images: .* does not exist"),
+        ({"plan": "NOWHERE"}, "plan: .* does not exist"),
+        ({"mode": "balance", "data_root": "EMPTY"}, "data_root: .* has no class folder"),
+        ({"mode": "balance", "catalog": "NOWHERE"}, "catalog: .* does not exist"),
+        ({"output": "FILE"}, "output: .* cannot be written"),
+        ({"feature": "prior"}, "feature is prior, but the checkpoint .* holds no feature prior"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    drawn: list[str], tmp_path: Path, settings: dict[str, str], message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    places = {name.upper(): str(tmp_path / name) for name in ("empty", "file", "nowhere")}
+    with pytest.raises(M2DError, match=message) as caught:
+        run.generate(config(**{name: places.get(value, value) for name, value in settings.items()}))
+    assert "\n" not in str(caught.value)
+    assert drawn == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+
+
+def _assert_manifest_is_right(root: Path, count: int) -> None:
+    """One row a file and one file a row, every hash that of its file."""
+    rows = pq.read_table(root / "manifest.parquet").to_pylist()
+    assert len({row["id"] for row in rows}) == len(rows) == count
+    files = {path.relative_to(root).as_posix() for code in CLASSES for path in (root / code).glob("*")}
+    assert files == {row["path"] for row in rows}
+    for row in rows:
+        assert hashlib.sha256((root / row["path"]).read_bytes()).hexdigest() == row["sha256"]
 
 
 def _within_one_level(one: bytes, other: bytes) -> bool:

@@ -1,0 +1,203 @@
+"""Groups made on Ray: a pool of generator actors, then tasks that look at, encode and write; the driver counts.
+
+The only Ray file of this room. A group is a block of its own, so the loss of an actor, a task or a node costs the
+groups in the making, which Ray gives to another; who writes a group again replaces the same files by the same bytes.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import ray.exceptions
+
+from m2d.cluster import ray_cluster
+from m2d.data.stream import user_error
+from m2d.errors import ConfigError
+from m2d.generation.generator import Generator
+from m2d.generation.group import (
+    GeneratorSettings,
+    GroupResult,
+    GroupWriter,
+    MadeGroup,
+    PlanGroups,
+    make_group,
+    planned_rows,
+)
+from m2d.generation.plan import PlanRow, rows_of, table_of
+from m2d.generation.settings import Precision
+
+__all__ = ["ActorPool", "cluster_gpus", "make_on_ray", "pick_pool", "precision_of_gpus", "ray_cluster"]
+
+WRITER_CPUS = 1.0  # logical ones of a writing task; one such task keeps up with a few hundred small images a second
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorPool:
+    """How many generators there may be, and what each asks of Ray."""
+
+    most: int
+    device: str
+    gpus: float  # an actor; 0 computes on the CPU, or uses a GPU that Ray does not know of
+    threads: int  # of torch in an actor, on a CPU
+
+    @property
+    def text(self) -> str:
+        """`4 actors, a GPU each`."""
+        actors = f"{self.most} actor{'s' if self.most > 1 else ''}"
+        share = f"{self.gpus:g} GPU{'s' if self.gpus > 1 else ''}" if self.gpus else f"{self.threads} CPU threads"
+        return f"up to {actors} on Ray, {share} each"
+
+
+def cluster_gpus() -> float:
+    """GPUs of the connected cluster."""
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
+def precision_of_gpus() -> Precision:
+    """What pick_precision decides on one of the cluster's GPUs; the driver's machine may have none."""
+
+    @ray.remote(num_gpus=0.01, num_cpus=0)
+    def on_a_gpu() -> Precision:
+        from m2d.generation.generator import pick_device, pick_precision
+
+        return pick_precision(None, pick_device("cuda"))
+
+    return ray.get(on_a_gpu.remote())
+
+
+def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: str, groups: int) -> ActorPool:
+    """A generator a GPU, or a fraction of one; on CPUs as many as there are, with one kept free for the writers.
+
+    num_actors: at most so many; None: as many as the cluster has room for. groups: there is no use for more.
+    Raises ConfigError where not even one has room.
+    """
+    resources = ray.cluster_resources()
+    gpus = gpus_per_actor if gpus_per_actor is not None else (1.0 if device.startswith("cuda") else 0.0)
+    cpus = int(resources.get("CPU", 1))
+    if gpus:
+        room = int(resources.get("GPU", 0) / gpus + 1e-9)
+        if room < 1:
+            raise ConfigError(
+                f"gpus_per_actor is {gpus:g} and the Ray cluster has {resources.get('GPU', 0):g} GPUs; lower it, add a "
+                "node, or name --device cpu"
+            )
+        most = min(room, num_actors or room, max(groups, 1))
+        return ActorPool(most=most, device=device, gpus=gpus, threads=1)
+    most = min(num_actors or cpus, max(1, cpus - 1))
+    largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
+    # Not from the groups that are left: sums of other threads are rounded otherwise, in one pixel of some thousands.
+    threads = max(1, min(largest, (cpus - 1) // most))
+    return ActorPool(most=min(most, max(groups, 1)), device=device, gpus=0.0, threads=threads)
+
+
+def make_on_ray(
+    settings: GeneratorSettings, pool: ActorPool, groups: PlanGroups, writer: GroupWriter, *, features: bool
+) -> Iterator[GroupResult]:
+    """The results of all groups, as they are written. features: compute them, for the gates.
+
+    Raises the M2DError that an actor or a task raised. Closing the iterator ends the work.
+    """
+    share: dict[str, Any] = {"num_gpus": pool.gpus, "num_cpus": 0} if pool.gpus else {"num_cpus": pool.threads}
+    dataset = (
+        ray.data.from_arrow([groups.table(number) for number in range(len(groups))])  # a block a group, without tasks
+        .map_batches(
+            _GeneratorActor,
+            fn_constructor_args=(settings, groups.attempts, pool.device, pool.threads, features),
+            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.most, initial_size=pool.most),
+            batch_size=None,
+            batch_format="pyarrow",
+            **share,
+        )
+        .map_batches(_WriteGroups(writer).run, batch_size=None, batch_format="pyarrow", num_cpus=WRITER_CPUS)
+    )
+    context = dataset.context
+    context.execution_no_progress_timeout_s = -1  # a group of large images on a CPU may take very long
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars
+    for name in ("_internal.execution.streaming_executor_state", "exceptions"):
+        # They show where in Ray an error passed by; what is wrong is raised below.
+        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
+    try:
+        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for row in cast(pa.Table, block).to_pylist():
+                kept = dict(zip(row["kept_classes"], row["kept_images"], strict=True))
+                yield GroupResult(kept, row["rejected"])
+    except ray.exceptions.RayError as error:
+        cause = user_error(error)
+        if cause is None:
+            raise
+        raise cause from error
+
+
+class _GeneratorActor:
+    """Holds the networks. They are loaded with the first group: an error there reaches the driver."""
+
+    def __init__(self, settings: GeneratorSettings, attempts: int, device: str, threads: int, features: bool) -> None:
+        self._settings = settings
+        self._attempts = attempts
+        self._device = device
+        self._threads = threads
+        self._features = features
+        self._generator: Generator | None = None
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """The plan's rows of one group in, its images out."""
+        if self._generator is None:
+            if self._device == "cpu":
+                import torch
+
+                # Ray's CPUs are a budget, which may be more than the machine has.
+                torch.set_num_threads(max(1, min(self._threads, os.cpu_count() or 1)))
+            self._generator = self._settings.load(self._device)
+        rows = planned_rows(block, self._attempts)
+        return _packed(rows, make_group(self._generator, rows, with_features=self._features))
+
+
+@dataclass(frozen=True)
+class _WriteGroups:
+    writer: GroupWriter
+
+    def run(self, block: pa.Table) -> pa.Table:
+        """Groups' images in, what became of them out."""
+        results = [self.writer.write(*_unpacked(block, number)) for number in range(block.num_rows)]
+        return pa.table(
+            {
+                "kept_classes": pa.array([list(result.kept) for result in results], pa.list_(pa.string())),
+                "kept_images": pa.array([list(result.kept.values()) for result in results], pa.list_(pa.int64())),
+                "rejected": pa.array([result.rejected for result in results], pa.list_(pa.string())),
+            }
+        )
+
+
+def _packed(rows: Sequence[PlanRow], made: MadeGroup) -> pa.Table:
+    """A group in one row, so that no block boundary can divide it."""
+    table = table_of(rows)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    features = made.features
+    return pa.table(
+        {
+            "rows": pa.array([sink.getvalue().to_pybytes()], pa.large_binary()),
+            "shape": pa.array([list(made.images.shape)], pa.list_(pa.int64())),
+            "images": pa.array([made.images.tobytes()], pa.large_binary()),
+            "features": pa.array([None if features is None else features.tobytes()], pa.large_binary()),
+        }
+    )
+
+
+def _unpacked(block: pa.Table, number: int) -> tuple[list[PlanRow], MadeGroup]:
+    """Row `number` of packed groups; the pixels are not copied."""
+    shape = block["shape"][number].as_py()
+    images = np.frombuffer(block["images"][number].as_buffer(), np.uint8).reshape(shape)
+    packed = block["features"][number]
+    features = np.frombuffer(packed.as_buffer(), np.float32).reshape(shape[0], -1) if packed.is_valid else None
+    with pa.ipc.open_stream(block["rows"][number].as_buffer()) as stream:
+        return rows_of(stream.read_all()), MadeGroup(images, features)

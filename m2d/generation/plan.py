@@ -1,0 +1,396 @@
+"""The plan of a generation run: one table, one row an image, with everything that shapes that image but the checkpoint.
+
+Built here from counts or from input images, written as Parquet, read back after a person has edited it. Knows neither
+networks nor pixels.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from math import isfinite
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from m2d.classes import CLASSES
+from m2d.diffusion.settings import SOLVERS, SamplingSettings
+from m2d.errors import ConfigError
+from m2d.generation.references import Reference
+from m2d.generation.request import next_attempt_seed, reference_seed, sample_seed
+
+Mode = Literal["standard", "image2image", "interpolate"]
+GuidingFeature = Literal["prior", "none", "reference"]
+MODES: tuple[str, ...] = get_args(Mode)
+GUIDING_FEATURES: tuple[str, ...] = get_args(GuidingFeature)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow:
+    """One image asked for. Two rows that differ in id, index, attempt and group alone are the same image."""
+
+    id: str  # MEL_000003, MEL_pair000_02: unique, the stem of the image's file
+    label: str  # class code; the column is called `class`
+    index: int  # number within the class
+    attempt: int = 0  # rejected images that came before this one
+    seed: int  # of the latent noise; a drawn feature has request.feature_seed(seed)
+    seed_b: int | None = None  # interpolate: noise of the second reference
+    mode: Mode = "standard"
+    reference: str | None = None  # absolute path or URI of the input image
+    reference_b: str | None = None  # interpolate: the second one
+    position: float | None = None  # interpolate: 0 at reference, 1 at reference_b
+    strength: float | None = None  # image2image: 0 is the reconstruction, 1 is all noise
+    group: str | None = None  # interpolate: the strip that the image is part of, MEL_pair000
+    feature: GuidingFeature = "none"  # drawn from the prior, none, or the reference's own
+    feature_temperature: float | None = None  # with prior
+    solver: str
+    steps: int  # from all noise; image2image takes round(strength * steps) of them, at least one
+    guidance_scale: float
+    guidance_low: float
+    guidance_high: float
+
+
+PLAN_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("class", pa.string()),
+        ("index", pa.int64()),
+        ("attempt", pa.int64()),
+        ("seed", pa.int64()),
+        ("seed_b", pa.int64()),
+        ("mode", pa.string()),
+        ("reference", pa.string()),
+        ("reference_b", pa.string()),
+        ("position", pa.float64()),
+        ("strength", pa.float64()),
+        ("group", pa.string()),
+        ("feature", pa.string()),
+        ("feature_temperature", pa.float64()),
+        ("solver", pa.string()),
+        ("steps", pa.int64()),
+        ("guidance_scale", pa.float64()),
+        ("guidance_low", pa.float64()),
+        ("guidance_high", pa.float64()),
+    ]
+)
+
+_FIELDS = [field.name for field in fields(PlanRow)]
+_COLUMN_OF = {name: "class" if name == "label" else name for name in _FIELDS}
+_SEEDS = ("seed", "seed_b")
+_SAFE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
+def rows_of(table: pa.Table) -> list[PlanRow]:
+    """The rows of a plan, or of any table that has its columns; meant for batches, not for a million."""
+    columns = [table[_COLUMN_OF[name]].to_pylist() for name in _FIELDS]
+    return [PlanRow(**dict(zip(_FIELDS, values, strict=True))) for values in zip(*columns, strict=True)]
+
+
+def table_of(rows: Iterable[PlanRow]) -> pa.Table:
+    """The inverse of `rows_of`: PLAN_SCHEMA."""
+    listed = list(rows)
+    columns = {_COLUMN_OF[name]: [getattr(row, name) for row in listed] for name in _FIELDS}
+    return pa.table(columns, schema=PLAN_SCHEMA)
+
+
+def standard_plan(
+    counts: Mapping[str, int],
+    *,
+    run_seed: int,
+    sampling: SamplingSettings,
+    feature: GuidingFeature,
+    feature_temperature: float | None = 1.0,
+    first_index: Mapping[str, int] | None = None,
+) -> pa.Table:
+    """counts[code] images a class, numbered from first_index[code] (0 where it says nothing).
+
+    Image i of class c has sample_seed(run_seed, c, i), so a longer plan begins with the images of a shorter one.
+    Classes take turns while they last, so that an interrupted run has as many of each.
+    """
+    if feature == "reference":
+        raise ConfigError("feature is reference, but mode standard has no input images; take prior or none")
+    return _by_class(counts, run_seed, first_index, _shared("standard", sampling, feature, feature_temperature), {})
+
+
+def image2image_plan(
+    references: Mapping[str, Sequence[Reference]],
+    *,
+    num_samples: int,
+    strength: float,
+    run_seed: int,
+    sampling: SamplingSettings,
+    feature: GuidingFeature = "reference",
+    feature_temperature: float | None = 1.0,
+) -> pa.Table:
+    """num_samples images for each class of `references` (see References.by_class), at one strength in [0, 1].
+
+    Image i of a class starts from its reference i mod n, so beyond n the same references come again, with other noise.
+    The seeds are those of standard_plan: at strength 1 with feature prior or none, the images are its images.
+    """
+    if not 0 <= strength <= 1:
+        raise ConfigError(f"strength is {strength}; it must be in [0, 1] (0: the reconstruction, 1: all noise)")
+    shared = _shared("image2image", sampling, feature, feature_temperature)
+    of_class = {
+        label: pa.array([found[index % len(found)].path for index in range(num_samples)], pa.string())
+        for label, found in references.items()
+    }
+    counts = dict.fromkeys(references, num_samples)
+    return _by_class(counts, run_seed, None, {**shared, "strength": float(strength)}, {"reference": of_class})
+
+
+def interpolation_plan(
+    references: Mapping[str, Sequence[Reference]],
+    references_b: Mapping[str, Sequence[Reference]],
+    *,
+    steps_between: int,
+    run_seed: int,
+    sampling: SamplingSettings,
+) -> pa.Table:
+    """For each pair of references of one class, its two ends and steps_between images in between.
+
+    Pair i is reference i of one folder with reference i of the other, each folder in the order of its file names; of
+    two unequal numbers the smaller starts again, so one image may be paired with many. Ids are CLASS_pairIII_PP, PP
+    from 00 (reference) to steps_between + 1 (reference_b), and `group` is CLASS_pairIII. Noise is that of
+    request.reference_seed, so that a reference's own sample is the same in every pair. Whole pairs take turns over the
+    classes. Raises ConfigError where a class has references in one folder alone.
+    """
+    if steps_between < 0:
+        raise ConfigError(f"steps_between is {steps_between}; it must be at least 0 (0: the two ends alone)")
+    lonely = [code for code in CLASSES if bool(references.get(code)) != bool(references_b.get(code))]
+    if lonely:
+        lacking = "reference_images_b" if references.get(lonely[0]) else "reference_images"
+        raise ConfigError(
+            f"{lacking} holds no usable image of {lonely[0]}, the other folder does; both ends of a pair are of one "
+            "class, so add some, or leave the class out with --classes"
+        )
+    pairs = {code: max(len(found), len(references_b[code])) for code, found in references.items()}
+    shared = _shared("interpolate", sampling, "reference", None)
+    rows: list[dict[str, Any]] = []
+    for label, pair in _turns(pairs):
+        a, b = (found[label][pair % len(found[label])] for found in (references, references_b))
+        strip = {
+            **shared,
+            "class": label,
+            "attempt": 0,
+            "seed": reference_seed(run_seed, label, a.sha256),
+            "seed_b": reference_seed(run_seed, label, b.sha256),
+            "reference": a.path,
+            "reference_b": b.path,
+            "group": f"{label}_pair{pair:03d}",
+        }
+        rows += (
+            {
+                **strip,
+                "id": f"{strip['group']}_{number:02d}",
+                "index": pair * (steps_between + 2) + number,
+                "position": number / (steps_between + 1),
+            }
+            for number in range(steps_between + 2)
+        )
+    return pa.Table.from_pylist(rows, PLAN_SCHEMA)
+
+
+def retried(row: PlanRow) -> PlanRow:
+    """The row that replaces a rejected one: the same id, the next attempt, other noise.
+
+    Each seed follows from the one before (request.next_attempt_seed), so attempt k follows from the plan's seed and k.
+    image2image at strength 0 has no noise and stays what it is.
+    """
+    attempt = row.attempt + 1
+    seed_b = None if row.seed_b is None else next_attempt_seed(row.seed_b, attempt)
+    return replace(row, attempt=attempt, seed=next_attempt_seed(row.seed, attempt), seed_b=seed_b)
+
+
+def write_plan(table: pa.Table, path: str | Path) -> None:
+    """Write a plan as Parquet; the file appears whole or not at all. Raises ConfigError where it cannot."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table.select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA), temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ConfigError(f"plan: {path} cannot be written ({error.strerror or error}); name another file") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_plan(path: str | Path) -> pa.Table:
+    """Read a plan that may have been edited; PLAN_SCHEMA, every row checked, at least one.
+
+    Column order, an index that pandas added and narrower or wider types do not matter. Raises ConfigError, in one line,
+    for a file that is no plan, and for the first row that cannot be generated.
+    """
+    try:
+        table = pq.read_table(str(path), partitioning=None)
+    except FileNotFoundError:
+        raise ConfigError(f"plan: {path} does not exist; write one with --plan_only") from None
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ConfigError(f"plan: {path} is no Parquet file ({reason}); write one with --plan_only") from None
+    names = [name for name in table.column_names if not name.startswith("__index_level_")]
+    missing = [name for name in PLAN_SCHEMA.names if name not in names]
+    unknown = [name for name in names if name not in PLAN_SCHEMA.names]
+    doubled = [name for name in PLAN_SCHEMA.names if names.count(name) > 1]
+    for what, listed in (("lacks", missing), ("has unknown", unknown), ("has two or more of the", doubled)):
+        if listed:
+            raise ConfigError(
+                f"plan: {path} {what} columns {' '.join(listed)}; a plan has {' '.join(PLAN_SCHEMA.names)}"
+            )
+    columns = [_typed(table[field.name].combine_chunks(), field, path) for field in PLAN_SCHEMA]
+    plan = pa.table(columns, schema=PLAN_SCHEMA)
+    check_plan(plan, f"plan: {path}")
+    return plan
+
+
+def check_plan(plan: pa.Table, where: str = "plan") -> None:
+    """Raise ConfigError, in one line, for a plan without rows or the first row with a value that cannot work."""
+    if plan.num_rows == 0:
+        raise ConfigError(f"{where} has no rows; there is nothing to generate")
+    columns = {name: plan[name].combine_chunks() for name in PLAN_SCHEMA.names}
+
+    def require(column: str, ok: pa.Array, must: str) -> None:
+        row = pc.index(pc.fill_null(ok, False), False).as_py()
+        if row >= 0:
+            value = columns[column][row].as_py()
+            image = columns["id"][row].as_py()
+            found = "nothing" if value is None else str(value)[:100]
+            raise ConfigError(f"{where}: row {row} ({image}) has {column} {found!r}; it must {must}")
+
+    def one_of(column: str, known: Sequence[str]) -> None:
+        require(column, pc.is_in(columns[column], pa.array(known)), f"be one of {' '.join(known)}")
+
+    def between(column: str, low: float, high: float) -> pa.Array:  # NaN is not
+        return pc.and_(pc.greater_equal(columns[column], low), pc.less_equal(columns[column], high))
+
+    def only_with(column: str, wanted: pa.Array, ok: pa.Array, must: str, where_wanted: str) -> None:
+        """`ok` in the rows that take the column, nothing in the others."""
+        require(column, pc.if_else(wanted, pc.fill_null(ok, False), True), f"{must} {where_wanted}")
+        require(column, pc.or_(wanted, pc.is_null(columns[column])), f"be empty but {where_wanted}")
+
+    file_name = "be a file name of letters, digits and . _ -"
+    require("id", pc.match_substring_regex(columns["id"], _SAFE_ID), file_name)
+    one_of("class", CLASSES)
+    one_of("mode", MODES)
+    one_of("feature", GUIDING_FEATURES)
+    one_of("solver", SOLVERS)
+    for name, least in {"index": 0, "attempt": 0, "seed": 0, "steps": 1}.items():
+        require(name, pc.greater_equal(columns[name], least), f"be a whole number of at least {least}")
+    image2image, interpolate = (pc.equal(columns["mode"], mode) for mode in ("image2image", "interpolate"))
+    by_reference, by_prior = (pc.equal(columns["feature"], feature) for feature in ("reference", "prior"))
+    require("feature", pc.or_(pc.invert(interpolate), by_reference), "be reference with mode interpolate")
+    located = r"^(/|[a-zA-Z][a-zA-Z0-9+.-]+://)."
+    path_a, path_b = (pc.match_substring_regex(columns[name], located) for name in ("reference", "reference_b"))
+    with_input = pc.or_(pc.or_(image2image, interpolate), by_reference)
+    only_with("reference", with_input, path_a, "be an absolute path", "with an input image (mode or feature)")
+    only_with("reference_b", interpolate, path_b, "be an absolute path", "with mode interpolate")
+    only_with("seed_b", interpolate, pc.greater_equal(columns["seed_b"], 0), "be at least 0", "with mode interpolate")
+    only_with("position", interpolate, between("position", 0, 1), "be in [0, 1]", "with mode interpolate")
+    only_with("strength", image2image, between("strength", 0, 1), "be in [0, 1]", "with mode image2image")
+    finite = float(np.finfo(np.float64).max)
+    warm = between("feature_temperature", 0, finite)
+    only_with("feature_temperature", by_prior, warm, "be a number of at least 0", "with feature prior")
+    require("guidance_scale", between("guidance_scale", 0, finite), "be a number of at least 0 (1: off)")
+    require("guidance_low", between("guidance_low", 0, 1), "be in [0, 1]")
+    require("guidance_high", between("guidance_high", 0, 1), "be in [0, 1]")
+    ordered = pc.less_equal(columns["guidance_low"], columns["guidance_high"])
+    require("guidance_low", ordered, "be at most guidance_high")
+    group = columns["group"]
+    safe = pc.or_(pc.is_null(group), pc.fill_null(pc.match_substring_regex(group, _SAFE_ID), False))
+    require("group", safe, f"{file_name}, or be empty")
+    if pc.count_distinct(columns["id"]).as_py() < plan.num_rows:
+        counted = pc.value_counts(columns["id"])
+        twice = counted.filter(pc.greater(counted.field("counts"), 1))[0].as_py()
+        raise ConfigError(f"{where} has {twice['counts']} rows with id {twice['values']}; every id must be its own")
+
+
+def _shared(
+    mode: Mode, sampling: SamplingSettings, feature: GuidingFeature, feature_temperature: float | None
+) -> dict[str, Any]:
+    """The columns that are the same in every row. Raises ConfigError for a temperature that cannot be used."""
+    temperature = 1.0 if feature_temperature is None else float(feature_temperature)
+    if feature == "prior" and not (isfinite(temperature) and temperature >= 0):
+        raise ConfigError(f"feature_temperature is {temperature}; it must be a number of at least 0")
+    if feature != "prior" and temperature != 1:
+        raise ConfigError(
+            f"feature_temperature is {temperature}, but no feature is drawn (feature {feature}); leave it out"
+        )
+    low, high = sampling.guidance_interval
+    return {
+        "mode": mode,
+        "feature": feature,
+        "feature_temperature": temperature if feature == "prior" else None,
+        "solver": sampling.solver,
+        "steps": sampling.steps,
+        "guidance_scale": float(sampling.guidance_scale),
+        "guidance_low": float(low),
+        "guidance_high": float(high),
+    }
+
+
+def _by_class(
+    counts: Mapping[str, int],
+    run_seed: int,
+    first_index: Mapping[str, int] | None,
+    shared: Mapping[str, Any],
+    own: Mapping[str, Mapping[str, pa.Array]],
+) -> pa.Table:
+    """counts[code] rows a class, in turns. own: column -> class -> values, one for each of the class's rows.
+
+    Python touches each row for its id and its seed alone; all else is arrays, for the sake of a million rows.
+    """
+    labels = [code for code in counts if counts[code] > 0]
+    firsts = {code: (first_index or {}).get(code, 0) for code in labels}
+    ranges = {code: range(firsts[code], firsts[code] + counts[code]) for code in labels}
+    total = sum(counts[code] for code in labels)
+    ids = (f"{code}_{index:06d}" for code in labels for index in ranges[code])
+    seeds = (sample_seed(run_seed, code, index) for code in labels for index in ranges[code])
+    columns: dict[str, pa.Array] = {
+        "id": pa.array(ids, pa.string(), size=total),
+        "class": _joined([pa.repeat(pa.scalar(code, pa.string()), counts[code]) for code in labels], pa.string()),
+        "index": pa.array(np.fromiter(chain.from_iterable(ranges.values()), np.int64, total)),
+        "attempt": pa.array(np.zeros(total, np.int64)),
+        "seed": pa.array(np.fromiter(seeds, np.int64, total)),
+        **{name: _joined([of_class[code] for code in labels], pa.string()) for name, of_class in own.items()},
+    }
+    for field in PLAN_SCHEMA:
+        if field.name not in columns:
+            value = shared.get(field.name)
+            scalar = pa.scalar(value, field.type)
+            columns[field.name] = pa.nulls(total, field.type) if value is None else pa.repeat(scalar, total)
+    place = np.concatenate([np.arange(counts[code]) for code in labels] or [np.empty(0, np.int64)])
+    in_turns = np.argsort(place, kind="stable")  # every class's first, then every class's second ...
+    return pa.table(columns).select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA).take(pa.array(in_turns))
+
+
+def _joined(parts: list[pa.Array], kind: pa.DataType) -> pa.Array:
+    return pa.concat_arrays(parts) if parts else pa.array([], kind)
+
+
+def _turns(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """(class, number), the classes in turns while they last."""
+    return [(code, turn) for turn in range(max(counts.values(), default=0)) for code in counts if turn < counts[code]]
+
+
+def _typed(column: pa.Array, field: pa.Field, path: str | Path) -> pa.Array:
+    """A column in its plan's type, where no value is lost by that."""
+    kind = column.type
+    if field.name in _SEEDS and pa.types.is_floating(kind) and column.null_count < len(column):
+        raise ConfigError(
+            f"plan: {path} has {field.name} as {kind}, which has rounded the seeds; keep whole numbers (in pandas: "
+            'read_parquet(..., dtype_backend="pyarrow"))'
+        )
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    fits = text or pa.types.is_dictionary(kind) if pa.types.is_string(field.type) else number
+    try:
+        if not fits and not pa.types.is_null(kind):
+            raise ConfigError(f"plan: {path} has {field.name} as {kind}; it must be {field.type}")
+        return column.cast(field.type)
+    except pa.ArrowException as error:
+        reason = " ".join(str(error).split())[:100]
+        raise ConfigError(f"plan: {path} has {field.name} as {kind}; it must be {field.type} ({reason})") from None

@@ -1,0 +1,75 @@
+"""How many images each class lacks: by hand."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from m2d.data.catalog import CATALOG_SCHEMA
+from m2d.errors import ConfigError, DataError
+from m2d.generation.balance import counts_table, parse_target, real_counts, targets
+
+COUNTS = {"AKIEC": 0, "BCC": 40, "BKL": 0, "DF": 3, "MEL": 25, "NV": 100, "VASC": 7}
+
+
+@pytest.mark.parametrize(
+    ("to", "made"),
+    [
+        ("max", {"BCC": 60, "DF": 97, "MEL": 75, "NV": 0, "VASC": 93}),
+        ("30", {"BCC": 0, "DF": 27, "MEL": 5, "NV": 0, "VASC": 23}),
+        ("0.25", {"BCC": 0, "DF": 22, "MEL": 0, "NV": 0, "VASC": 18}),
+        ("x0.25", {"BCC": 0, "DF": 22, "MEL": 0, "NV": 0, "VASC": 18}),
+        ("ratio 0.25", {"BCC": 0, "DF": 22, "MEL": 0, "NV": 0, "VASC": 18}),
+        ("1.0", {"BCC": 60, "DF": 97, "MEL": 75, "NV": 0, "VASC": 93}),
+        ("x1", {"BCC": 60, "DF": 97, "MEL": 75, "NV": 0, "VASC": 93}),
+        ("1000", {"BCC": 960, "DF": 997, "MEL": 975, "NV": 900, "VASC": 993}),
+    ],
+)
+def test_a_class_is_filled_up_and_never_made_smaller(to: str, made: dict[str, int]) -> None:
+    assert targets(COUNTS, to) == made
+
+
+def test_classes_that_are_named_are_filled_up_alone_and_measured_by_the_largest_of_all() -> None:
+    assert targets(COUNTS, "max", ["VASC", "DF"]) == {"DF": 97, "VASC": 93}
+
+
+def test_a_class_without_an_image_is_filled_up_only_by_name() -> None:
+    assert "AKIEC" not in targets(COUNTS, "30")
+    assert targets(COUNTS, "30", ["AKIEC"]) == {"AKIEC": 30}
+
+
+@pytest.mark.parametrize("share", ["0.125", ".125"])
+def test_a_share_is_rounded_to_the_nearest_image(share: str) -> None:
+    assert parse_target(share).resolve(100) == 13
+    assert parse_target(share).resolve(99) == 12
+
+
+@pytest.mark.parametrize("to", ["", "most", "0", "-5", "3e2", "0.0", "1.5", "x2", "x0", "ratio", "nan", "²", "1,5"])
+def test_any_other_target_is_refused_in_one_line(to: str) -> None:
+    with pytest.raises(ConfigError, match=r"^to is [^\n]+$"):
+        parse_target(to)
+
+
+def test_an_empty_dataset_is_refused() -> None:
+    with pytest.raises(DataError, match="no image"):
+        targets(dict.fromkeys(COUNTS, 0), "max")
+
+
+def test_all_splits_count_or_training_alone() -> None:
+    rows = [("DF", "train"), ("DF", "val"), ("NV", "train"), ("NV", "train"), ("NV", "test")]
+    catalog = CATALOG_SCHEMA.empty_table().from_pylist(
+        [dict.fromkeys(CATALOG_SCHEMA.names) | {"label": label, "split": split} for label, split in rows],
+        schema=CATALOG_SCHEMA,
+    )
+    assert {code: count for code, count in real_counts(catalog).items() if count} == {"DF": 2, "NV": 3}
+    assert {code: count for code, count in real_counts(catalog, "train").items() if count} == {"DF": 1, "NV": 2}
+
+
+def test_the_table_shows_real_synthetic_and_both() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(counts_table(COUNTS, {"DF": 1297, "AKIEC": 10}))
+    lines = [line.replace("│", " ").split() for line in console.export_text().splitlines()]
+    assert ["DF", "3", "1,297", "1,300"] in lines
+    assert ["AKIEC", "0", "10", "10"] in lines
+    assert ["all", "175", "1,307", "1,482"] in lines
+    assert not any(line[:1] == ["BKL"] for line in lines)

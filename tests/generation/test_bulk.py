@@ -1,0 +1,147 @@
+"""On Ray: the images of a run do not depend on who made them, and the loss of an actor costs nothing but time."""
+
+import hashlib
+import os
+import random
+import signal
+import threading
+import time
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from tiny_checkpoint import write_checkpoint
+
+from m2d.errors import CheckpointError, ConfigError
+from m2d.generation import run
+from m2d.generation.bulk import ActorPool, pick_pool
+from m2d.generation.gate_settings import GateConfig
+from m2d.generation.settings import GenerateConfig
+from m2d.models.checkpoint import Checkpoint
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.fixture
+def directory(prior_checkpoint: Checkpoint, tmp_path: Path) -> Path:
+    """The tiny checkpoint on the disk, where actors find it."""
+    return write_checkpoint(prior_checkpoint, tmp_path / "ham" / "checkpoints" / "best")
+
+
+def config(directory: Path, **settings: Any) -> GenerateConfig:
+    return GenerateConfig(
+        **{
+            "checkpoint": str(directory),
+            "classes": "MEL,DF,NV",
+            "num_samples": 20,
+            "steps": 2,
+            "device": "cpu",
+            "gates": GateConfig(enabled=False),
+            **settings,
+        }
+    )
+
+
+def pngs(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for label in ("MEL", "DF", "NV") for path in (root / label).glob("*.png")}
+
+
+def largest_difference(one: dict[str, bytes], other: dict[str, bytes]) -> int:
+    assert one.keys() == other.keys()
+    pixels = [[np.asarray(Image.open(BytesIO(images[name]))).astype(int) for name in one] for images in (one, other)]
+    return int(np.abs(np.stack(pixels[0]) - np.stack(pixels[1])).max())
+
+
+def actor_processes() -> list[psutil.Process]:
+    """The generators of this machine's Ray, by the name that Ray gives a busy worker's process."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            title = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if title.startswith("ray::") and "_GeneratorActor" in title:
+            found.append(process)
+    return found
+
+
+@pytest.mark.slow
+def test_batch_one_and_one_actor_draw_what_batch_eight_and_two_actors_draw(directory: Path, tmp_path: Path) -> None:
+    one = run.generate(config(directory, num_actors=1, batch_size=1, num_samples=6, output=str(tmp_path / "one")))
+    two = run.generate(config(directory, num_actors=2, batch_size=8, num_samples=6, output=str(tmp_path / "two")))
+    difference = largest_difference(pngs(one), pngs(two))
+    print(f"largest difference: {difference} grey levels")
+    assert len(pngs(one)) == 18
+    assert difference <= 1
+    here = run.generate(config(directory, num_actors=0, batch_size=8, num_samples=6, output=str(tmp_path / "here")))
+    assert largest_difference(pngs(here), pngs(two)) <= 1
+
+
+@pytest.mark.slow
+def test_the_loss_of_an_actor_in_mid_run_is_made_good(directory: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    killed: list[int] = []
+
+    def kill_one_actor() -> None:
+        wanted = random.Random(0).randint(3, 12)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            processes = actor_processes()
+            if processes and len(list((output / "parts").glob("*.parquet"))) >= wanted:
+                killed.append(processes[0].pid)
+                os.kill(processes[0].pid, signal.SIGKILL)
+                return
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill_one_actor)
+    killer.start()
+    settings = config(directory, num_actors=2, batch_size=2, num_samples=20, steps=8, output=str(output))
+    root = run.generate(settings)
+    killer.join()
+    assert killed, "no actor was there to be killed"
+    rows = pq.read_table(root / "manifest.parquet").to_pylist()
+    assert len({row["id"] for row in rows}) == len(rows) == len(pngs(root)) == 60
+    for row in rows:
+        assert hashlib.sha256((root / row["path"]).read_bytes()).hexdigest() == row["sha256"]
+    assert len(list((root / "parts").iterdir())) == 30, "a group that came twice has one part"
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(min(3, os.cpu_count() or 1))  # as the actors, whose sums are rounded likewise
+        here = run.generate(replace(settings, num_actors=0, output=str(tmp_path / "here")))
+    finally:
+        torch.set_num_threads(before)
+    assert pngs(root) == pngs(here)
+
+
+def test_an_error_in_an_actor_is_the_users_one_line(directory: Path, tmp_path: Path) -> None:
+    """The actor loads the checkpoint itself; here it is another one by then."""
+    real = run._Run._make
+
+    def swapped(self: Any, *arguments: Any) -> int:
+        (directory / "conditioning.safetensors").unlink()
+        return real(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run._Run, "_make", swapped)
+        with pytest.raises(CheckpointError, match="missing or cut short") as caught:
+            run.generate(config(directory, num_actors=1, output=str(tmp_path / "out")))
+    assert "\n" not in str(caught.value)
+    assert pq.read_table(tmp_path / "out" / "manifest.parquet").num_rows == 0
+
+
+def test_actors_leave_a_cpu_to_the_writers_and_are_no_more_than_the_groups() -> None:
+    """The fixture's cluster has eight CPUs and no GPU."""
+    pool = pick_pool(num_actors=None, gpus_per_actor=None, device="cpu", groups=1000)
+    assert pool == ActorPool(most=7, device="cpu", gpus=0.0, threads=1)
+    assert pick_pool(num_actors=2, gpus_per_actor=None, device="cpu", groups=1000).threads == 3
+    few = pick_pool(num_actors=None, gpus_per_actor=None, device="cpu", groups=3)
+    assert (few.most, few.threads) == (3, 1), "the last groups are computed like the first"
+    with pytest.raises(ConfigError, match="gpus_per_actor is 1 and the Ray cluster has 0 GPUs"):
+        pick_pool(num_actors=None, gpus_per_actor=None, device="cuda", groups=1000)

@@ -1,0 +1,125 @@
+"""The index over real and synthetic images: who stands in it, in which split, and that its paths lead somewhere."""
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+
+from m2d.data.catalog import CATALOG_SCHEMA
+from m2d.errors import ConfigError, DataError
+from m2d.generation.merge import INDEX_SCHEMA, require_real_evaluation, write_merged_index
+
+REAL = [("a", "DF", "L1", "train"), ("b", "DF", "L2", "val"), ("c", "NV", "L3", "test"), ("d", "NV", "L4", "train")]
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> tuple[str, pa.Table]:
+    root = tmp_path / "real"
+    rows = []
+    for image_id, label, lesion, split in REAL:
+        path = root / label / f"{image_id}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f"pixels of {image_id}".encode())
+        rows.append(
+            {
+                "image_id": image_id,
+                "path": f"{label}/{image_id}.jpg",
+                "label": label,
+                "lesion_id": lesion,
+                "width": 8,
+                "height": 8,
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "split": split,
+            }
+        )
+    return str(root), pa.Table.from_pylist(rows, schema=CATALOG_SCHEMA)
+
+
+def write_manifest(folder: Path, *references: str | None) -> Path:
+    """DF_000000 and so on, made from these."""
+    rows: list[dict[str, Any]] = []
+    for index, reference in enumerate(references):
+        path = folder / "DF" / f"DF_{index:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(f"synthetic {index}".encode())
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        rows.append(
+            {"id": path.stem, "path": f"DF/{path.name}", "class": "DF", "sha256": sha256, "reference": reference}
+        )
+    schema = pa.schema([(name, pa.string()) for name in ("id", "path", "class", "sha256", "reference")])
+    manifest = folder / "manifest.parquet"
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), manifest)
+    return manifest
+
+
+def test_every_path_leads_to_the_file_with_its_hash(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:
+    merged = write_merged_index(*dataset, write_manifest(tmp_path / "out", None, None), tmp_path / "merged.parquet")
+    rows = pq.read_table(merged.parquet).to_pylist()
+    assert len(rows) == 6
+    for row in rows:
+        content = (Path(row["root"]) / row["path"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == row["sha256"]
+
+
+def test_real_images_keep_their_split_and_synthetic_ones_train(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:
+    merged = write_merged_index(*dataset, write_manifest(tmp_path / "out", None), tmp_path / "merged.parquet")
+    rows = {row["image_id"]: row for row in pq.read_table(merged.parquet).to_pylist()}
+    assert {image_id: (row["split"], row["source"]) for image_id, row in rows.items()} == {
+        "a": ("train", "real"),
+        "b": ("val", "real"),
+        "c": ("test", "real"),
+        "d": ("train", "real"),
+        "DF_000000": ("train", "synthetic"),
+    }
+    assert (merged.real["DF"], merged.real["NV"], merged.synthetic["DF"]) == (2, 2, 1)
+    assert rows["DF_000000"]["lesion_id"] not in {"L1", "L2", "L3", "L4"}
+
+
+def test_the_csv_says_the_same(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:
+    merged = write_merged_index(*dataset, write_manifest(tmp_path / "out", None), tmp_path / "merged.parquet")
+    as_text = pa_csv.ConvertOptions(column_types=INDEX_SCHEMA)
+    assert pa_csv.read_csv(merged.csv, convert_options=as_text).equals(pq.read_table(merged.parquet))
+
+
+def test_what_was_made_from_a_val_or_test_image_is_left_out(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:
+    root, catalog = dataset
+    copied = tmp_path / "references" / "renamed.jpg"
+    copied.parent.mkdir()
+    shutil.copy(f"{root}/NV/c.jpg", copied)
+    manifest = write_manifest(tmp_path / "out", f"{root}/DF/a.jpg", f"{root}/DF/b.jpg", str(copied), None)
+    merged = write_merged_index(root, catalog, manifest, tmp_path / "merged.parquet")
+    assert merged.left_out == ("DF_000001", "DF_000002")
+    lesions = {row["image_id"]: row["lesion_id"] for row in pq.read_table(merged.parquet).to_pylist()}
+    assert lesions["DF_000000"] == "L1"  # stays in one group with the image that it was made from
+    assert "DF_000003" in lesions
+
+
+def test_a_synthetic_image_in_val_is_refused() -> None:
+    row = dict.fromkeys(INDEX_SCHEMA.names, "") | {"image_id": "DF_000007", "split": "val", "source": "synthetic"}
+    with pytest.raises(DataError, match="DF_000007"):
+        require_real_evaluation(pa.Table.from_pylist([row], schema=INDEX_SCHEMA))
+
+
+def test_a_manifest_that_is_none_is_refused_in_one_line(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:
+    foreign, broken = tmp_path / "foreign.parquet", tmp_path / "broken.parquet"
+    pq.write_table(pa.table({"id": ["x"]}), foreign)
+    broken.write_bytes(b"not Parquet")
+    for manifest in (foreign, broken, tmp_path / "absent.parquet"):
+        with pytest.raises(DataError, match=r"^manifest: [^\n]+$"):
+            write_merged_index(*dataset, manifest, tmp_path / "merged.parquet")
+    twice = pq.read_table(write_manifest(tmp_path / "out", None))
+    pq.write_table(pa.concat_tables([twice, twice]), tmp_path / "twice.parquet")
+    with pytest.raises(DataError, match="DF_000000 twice"):
+        write_merged_index(*dataset, tmp_path / "twice.parquet", tmp_path / "merged.parquet")
+
+
+def test_a_place_that_cannot_be_written_is_one_line(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"^output: [^\n]+$"):
+        write_merged_index(*dataset, write_manifest(tmp_path / "out", None), tmp_path / "file" / "merged.parquet")

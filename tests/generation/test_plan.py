@@ -1,0 +1,295 @@
+"""A plan holds everything that shapes its images, survives the disk, and is refused where a person broke it."""
+
+import hashlib
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from m2d.diffusion.settings import SamplingSettings
+from m2d.errors import ConfigError
+from m2d.generation.plan import (
+    PLAN_SCHEMA,
+    PlanRow,
+    check_plan,
+    image2image_plan,
+    interpolation_plan,
+    read_plan,
+    retried,
+    rows_of,
+    standard_plan,
+    table_of,
+    write_plan,
+)
+from m2d.generation.references import Reference
+from m2d.generation.request import class_requests, sample_seed
+
+SAMPLING = SamplingSettings(solver="heun", steps=9, guidance_scale=2.0, guidance_interval=(0.1, 0.7))
+
+
+def standard(counts: dict[str, int], **settings: Any) -> list[PlanRow]:
+    return rows_of(standard_plan(counts, **{"run_seed": 4, "sampling": SAMPLING, "feature": "none", **settings}))
+
+
+def references(counts: dict[str, int], folder: str = "a") -> dict[str, tuple[Reference, ...]]:
+    return {
+        code: tuple(
+            Reference(path=f"/{folder}/{code}/{n}.png", label=code, sha256=f"{folder}{code}{n}") for n in range(count)
+        )
+        for code, count in counts.items()
+    }
+
+
+def image2image(counts: dict[str, int], **settings: Any) -> list[PlanRow]:
+    chosen = {"num_samples": 3, "strength": 0.75, "run_seed": 4, "sampling": SAMPLING, **settings}
+    return rows_of(image2image_plan(references(counts), **chosen))
+
+
+def interpolation(a: dict[str, int], b: dict[str, int], **settings: Any) -> list[PlanRow]:
+    chosen = {"steps_between": 3, "run_seed": 4, "sampling": SAMPLING, **settings}
+    return rows_of(interpolation_plan(references(a), references(b, "b"), **chosen))
+
+
+def first_64_bits_halved(text: str) -> int:
+    return int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) // 2
+
+
+def test_a_standard_plan_is_the_images_that_were_always_made() -> None:
+    rows = standard({"DF": 3, "MEL": 3})
+    requests = class_requests(["DF", "MEL"], num_samples=3, run_seed=4)
+    assert [(row.id, row.label, row.index, row.seed) for row in rows] == [
+        (request.image_id, request.label, request.index, request.seed) for request in requests
+    ]
+
+
+def test_every_row_says_how_it_is_made() -> None:
+    (row,) = standard({"MEL": 1}, feature="prior", feature_temperature=0.5)
+    assert row == PlanRow(
+        id="MEL_000000",
+        label="MEL",
+        index=0,
+        seed=sample_seed(4, "MEL", 0),
+        mode="standard",
+        feature="prior",
+        feature_temperature=0.5,
+        solver="heun",
+        steps=9,
+        guidance_scale=2.0,
+        guidance_low=0.1,
+        guidance_high=0.7,
+    )
+
+
+def test_classes_take_turns_while_they_last() -> None:
+    rows = standard({"AKIEC": 1, "BCC": 0, "DF": 3, "NV": 2})
+    assert [row.label for row in rows] == ["AKIEC", "DF", "NV", "DF", "NV", "DF"]
+    assert [row.index for row in rows] == [0, 0, 0, 1, 1, 2]
+
+
+def test_numbers_may_begin_anywhere_and_a_longer_plan_holds_the_shorter() -> None:
+    later = standard({"DF": 2, "NV": 1}, first_index={"DF": 5})
+    assert {row.id for row in later} == {"DF_000005", "DF_000006", "NV_000000"}
+    assert set(later) < set(standard({"DF": 7, "NV": 1}))
+
+
+def test_no_images_make_an_empty_plan_of_the_same_columns() -> None:
+    assert standard_plan({}, run_seed=0, sampling=SAMPLING, feature="none").schema == PLAN_SCHEMA
+
+
+def test_image2image_goes_round_the_references_with_the_seeds_of_standard() -> None:
+    rows = image2image({"DF": 2, "MEL": 5})
+    assert [(row.id, row.reference) for row in rows] == [
+        ("DF_000000", "/a/DF/0.png"),
+        ("MEL_000000", "/a/MEL/0.png"),
+        ("DF_000001", "/a/DF/1.png"),
+        ("MEL_000001", "/a/MEL/1.png"),
+        ("DF_000002", "/a/DF/0.png"),
+        ("MEL_000002", "/a/MEL/2.png"),
+    ]
+    assert [row.seed for row in rows] == [row.seed for row in standard({"DF": 3, "MEL": 3})]
+    assert {(row.mode, row.strength, row.feature, row.feature_temperature) for row in rows} == {
+        ("image2image", 0.75, "reference", None)
+    }
+
+
+def test_an_interpolation_walks_from_each_reference_to_its_partner() -> None:
+    rows = interpolation({"MEL": 1}, {"MEL": 1})
+    assert [(row.id, row.position) for row in rows] == [
+        ("MEL_pair000_00", 0.0),
+        ("MEL_pair000_01", 0.25),
+        ("MEL_pair000_02", 0.5),
+        ("MEL_pair000_03", 0.75),
+        ("MEL_pair000_04", 1.0),
+    ]
+    assert {(row.group, row.reference, row.reference_b) for row in rows} == {
+        ("MEL_pair000", "/a/MEL/0.png", "/b/MEL/0.png")
+    }
+    assert {(row.seed, row.seed_b) for row in rows} == {
+        (first_64_bits_halved("4/MEL/reference/aMEL0"), first_64_bits_halved("4/MEL/reference/bMEL0"))
+    }
+    assert [row.index for row in rows] == [0, 1, 2, 3, 4]
+
+
+def test_the_smaller_of_two_folders_starts_again_and_whole_pairs_take_turns() -> None:
+    rows = interpolation({"DF": 1, "MEL": 3}, {"DF": 1, "MEL": 2}, steps_between=0)
+    assert [(row.group, row.reference, row.reference_b) for row in rows[::2]] == [
+        ("DF_pair000", "/a/DF/0.png", "/b/DF/0.png"),
+        ("MEL_pair000", "/a/MEL/0.png", "/b/MEL/0.png"),
+        ("MEL_pair001", "/a/MEL/1.png", "/b/MEL/1.png"),
+        ("MEL_pair002", "/a/MEL/2.png", "/b/MEL/0.png"),
+    ]
+    assert rows[3].seed_b == rows[7].seed_b  # one reference, one noise
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: image2image({"DF": 1}, strength=1.5), r"strength is 1.5; it must be in \[0, 1\]"),
+        (lambda: image2image({"DF": 1}, strength=float("nan")), "strength is nan"),
+        (lambda: interpolation({"DF": 1}, {"DF": 1}, steps_between=-1), "steps_between is -1"),
+        (lambda: interpolation({"DF": 1, "NV": 1}, {"DF": 1}), "reference_images_b holds no usable image of NV"),
+        (lambda: interpolation({"DF": 1}, {"DF": 1, "NV": 1}), "reference_images holds no usable image of NV"),
+        (lambda: standard({"DF": 1}, feature="reference"), "mode standard has no input images"),
+        (lambda: standard({"DF": 1}, feature_temperature=0.5), "0.5, but no feature is drawn"),
+        (lambda: standard({"DF": 1}, feature="prior", feature_temperature=-1), "feature_temperature is -1"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_a_one_line_error(call: Any, text: str) -> None:
+    with pytest.raises(ConfigError, match=text) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_retry_is_another_noise_under_the_same_id_for_ever() -> None:
+    (row,) = standard({"MEL": 1})
+    first, second = retried(row), retried(retried(row))
+    assert (first.id, first.attempt, second.attempt) == (row.id, 1, 2)
+    assert first.seed == first_64_bits_halved(f"{row.seed}/attempt/1")
+    assert second.seed == first_64_bits_halved(f"{first.seed}/attempt/2")
+    assert replace(first, seed=row.seed, attempt=0) == row
+
+
+def test_a_retried_interpolation_has_other_noise_at_both_ends() -> None:
+    row = interpolation({"DF": 1}, {"DF": 1})[1]
+    again = retried(row)
+    assert again.seed != row.seed
+    assert again.seed_b == first_64_bits_halved(f"{row.seed_b}/attempt/1")
+
+
+def mixed_plan() -> pa.Table:
+    """Rows of all modes."""
+    rows = [*standard({"NV": 2}, feature="prior"), *image2image({"DF": 1}), *interpolation({"MEL": 1}, {"MEL": 1})]
+    return table_of(rows)
+
+
+def test_rows_and_tables_are_the_same_thing() -> None:
+    table = mixed_plan()
+    assert table.schema == PLAN_SCHEMA
+    assert table_of(rows_of(table)).equals(table)
+
+
+def test_a_plan_survives_the_disk(tmp_path: Path) -> None:
+    write_plan(mixed_plan(), tmp_path / "deep" / "plan.parquet")
+    assert read_plan(tmp_path / "deep" / "plan.parquet").equals(mixed_plan())
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["plan.parquet"]
+
+
+def test_a_plan_that_pandas_filtered_is_read(tmp_path: Path) -> None:
+    write_plan(mixed_plan(), tmp_path / "plan.parquet")
+    frame = pd.read_parquet(tmp_path / "plan.parquet")
+    frame = frame[frame["mode"] == "standard"][frame.columns[::-1]]
+    frame["steps"] = 12
+    frame.to_parquet(tmp_path / "edited.parquet")
+    assert rows_of(read_plan(tmp_path / "edited.parquet")) == [
+        replace(row, steps=12) for row in standard({"NV": 2}, feature="prior")
+    ]
+
+
+def test_seeds_that_pandas_rounded_are_refused(tmp_path: Path) -> None:
+    write_plan(mixed_plan(), tmp_path / "plan.parquet")
+    pd.read_parquet(tmp_path / "plan.parquet").to_parquet(tmp_path / "edited.parquet")
+    with pytest.raises(ConfigError, match=r'seed_b as double, which has rounded the seeds.*dtype_backend="pyarrow"'):
+        read_plan(tmp_path / "edited.parquet")
+    pd.read_parquet(tmp_path / "plan.parquet", dtype_backend="pyarrow").to_parquet(tmp_path / "kept.parquet")
+    assert read_plan(tmp_path / "kept.parquet").equals(mixed_plan())
+
+
+def test_a_file_that_is_no_plan_is_a_one_line_error(tmp_path: Path) -> None:
+    def fails(path: Path, text: str) -> None:
+        with pytest.raises(ConfigError, match=text) as caught:
+            read_plan(path)
+        assert "\n" not in str(caught.value)
+
+    fails(tmp_path / "nowhere.parquet", "does not exist; write one with --plan_only")
+    (tmp_path / "text.parquet").write_text("id,class")
+    fails(tmp_path / "text.parquet", "is no Parquet file")
+    fails(tmp_path, "is no Parquet file|lacks")
+    pq.write_table(mixed_plan().drop_columns(["seed"]), tmp_path / "less.parquet")
+    fails(tmp_path / "less.parquet", "lacks columns seed;")
+    pq.write_table(mixed_plan().append_column("note", [["x"] * 10]), tmp_path / "more.parquet")
+    fails(tmp_path / "more.parquet", "has unknown columns note;")
+    pq.write_table(mixed_plan().slice(0, 0), tmp_path / "empty.parquet")
+    fails(tmp_path / "empty.parquet", "has no rows")
+    wrong = mixed_plan().drop_columns(["steps"]).append_column("steps", [["many"] * 10])
+    pq.write_table(wrong, tmp_path / "type.parquet")
+    fails(tmp_path / "type.parquet", "has steps as string; it must be int64")
+    halves = mixed_plan().drop_columns(["steps"]).append_column("steps", [[2.5] * 10])
+    pq.write_table(halves, tmp_path / "half.parquet")
+    fails(tmp_path / "half.parquet", "has steps as double; it must be int64")
+
+
+NORMAL, FROM_IMAGE, WALK = 0, 2, 5  # rows of mixed_plan
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value", "text"),
+    [
+        (NORMAL, "id", "../MEL", "be a file name"),
+        (NORMAL, "id", None, "has id 'nothing'"),
+        (NORMAL, "id", "NV_000001", "2 rows with id NV_000001"),
+        (NORMAL, "class", "melanoma", "has class 'melanoma'; it must be one of AKIEC"),
+        (NORMAL, "index", -1, "has index '-1'"),
+        (NORMAL, "seed", -5, "has seed '-5'"),
+        (NORMAL, "seed", None, "has seed 'nothing'"),
+        (NORMAL, "mode", "balance", "has mode 'balance'"),
+        (NORMAL, "solver", "ddim", "it must be one of euler heun dpmpp unipc"),
+        (NORMAL, "steps", 0, "has steps '0'"),
+        (NORMAL, "guidance_scale", float("nan"), "has guidance_scale 'nan'"),
+        (NORMAL, "guidance_scale", float("inf"), "has guidance_scale 'inf'"),
+        (NORMAL, "guidance_low", 0.9, "it must be at most guidance_high"),
+        (NORMAL, "guidance_high", 1.5, r"it must be in \[0, 1\]"),
+        (NORMAL, "feature_temperature", None, "be a number of at least 0 with feature prior"),
+        (NORMAL, "feature", "none", "has feature_temperature '1.0'; it must be empty but with feature prior"),
+        (NORMAL, "feature", "reference", "has reference 'nothing'; it must be an absolute path"),
+        (NORMAL, "strength", 0.5, "it must be empty but with mode image2image"),
+        (NORMAL, "reference", "/a.png", "it must be empty but with an input image"),
+        (NORMAL, "position", 0.5, "it must be empty but with mode interpolate"),
+        (FROM_IMAGE, "strength", 1.5, r"has strength '1.5'; it must be in \[0, 1\]"),
+        (FROM_IMAGE, "strength", None, "has strength 'nothing'"),
+        (FROM_IMAGE, "reference", "images/a.png", "it must be an absolute path"),
+        (WALK, "position", -0.1, "has position '-0.1'"),
+        (WALK, "seed_b", None, "has seed_b 'nothing'"),
+        (WALK, "reference_b", None, "has reference_b 'nothing'"),
+        (WALK, "feature", "prior", "it must be reference with mode interpolate"),
+        (WALK, "group", "a/b", "be a file name"),
+    ],
+)
+def test_a_row_that_a_person_broke_is_named(row: int, column: str, value: object, text: str) -> None:
+    rows = mixed_plan().to_pylist()
+    rows[row][column] = value
+    with pytest.raises(ConfigError, match=text) as caught:
+        check_plan(pa.Table.from_pylist(rows, PLAN_SCHEMA))
+    assert "\n" not in str(caught.value)
+    assert "rows with id" in text or re.search(rf"row {row} \(", str(caught.value))
+
+
+def test_any_sound_plan_passes() -> None:
+    check_plan(mixed_plan())
+    rows = mixed_plan().to_pylist()
+    rows[NORMAL] |= {"feature": "reference", "feature_temperature": None, "reference": "s3://bucket/a.png"}
+    check_plan(pa.Table.from_pylist(rows, PLAN_SCHEMA))

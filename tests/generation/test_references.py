@@ -1,0 +1,160 @@
+"""Input images pass the checks of training data, or are left out with a reason."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_references import SixFeatures, write_photograph, write_photographs
+
+from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
+from m2d.generation.references import (
+    load_reference_extractor,
+    read_reference,
+    read_references,
+    require_dim,
+    require_references,
+)
+from m2d.models.checkpoint import Checkpoint
+
+REAL = Path(__file__).parents[3] / "shared" / "ham10000"
+
+
+def fails_with(error: type[M2DError], text: str, call: object, *arguments: object, **named: object) -> None:
+    with pytest.raises(error, match=text) as caught:
+        call(*arguments, **named)  # type: ignore[operator]
+    assert "\n" not in str(caught.value)
+
+
+def test_the_class_of_an_image_is_its_folder_s_and_the_order_is_that_of_names(tmp_path: Path) -> None:
+    for name in ("nv/b.png", "nv/a.png", "MEL/deep/1.jpg", "MEL/0.bmp"):
+        write_photograph(tmp_path / name, hash(name) % 1000)
+    found = read_references(str(tmp_path))
+    names = {code: [str(Path(image.path).relative_to(tmp_path)) for image in of] for code, of in found.by_class.items()}
+    assert names == {"MEL": ["MEL/0.bmp", "MEL/deep/1.jpg"], "NV": ["nv/a.png", "nv/b.png"]}
+    assert list(found.by_class) == ["MEL", "NV"]
+    assert len(found) == 4
+    assert found.rejected == ()
+
+
+def test_what_cannot_be_used_is_listed_with_its_reason_and_hidden_files_are_not(tmp_path: Path) -> None:
+    good = write_photograph(tmp_path / "MEL" / "good.png", 1)
+    (tmp_path / "MEL" / "cut.png").write_bytes(good.read_bytes()[:-200])
+    (tmp_path / "MEL" / "empty.jpg").write_bytes(b"")
+    (tmp_path / "MEL" / "notes.txt").write_text("melanoma")
+    (tmp_path / "MEL" / ".hidden.png").write_bytes(b"")
+    write_photograph(tmp_path / "MEL" / "tiny.png", 2, size=(4, 4))
+    write_photograph(tmp_path / "loose.png", 3)
+    (tmp_path / ".git").mkdir()
+    found = read_references(str(tmp_path))
+    assert [image.path for image in found.by_class["MEL"]] == [str(good)]
+    reasons = dict(found.rejected)
+    assert sorted(reasons) == ["MEL/cut.png", "MEL/empty.jpg", "MEL/notes.txt", "MEL/tiny.png", "loose.png"]
+    assert reasons["MEL/empty.jpg"] == "the file is empty"
+    assert "too small" in reasons["MEL/tiny.png"]
+    assert "suffix" in reasons["MEL/notes.txt"]
+
+
+def test_a_flat_folder_is_of_the_one_class_that_is_named(tmp_path: Path) -> None:
+    write_photograph(tmp_path / "1.png", 1)
+    (tmp_path / "more").mkdir()
+    found = read_references(str(tmp_path), classes=["DF"])
+    assert [image.label for image in found.by_class["DF"]] == ["DF"]
+    assert found.rejected == (("more", "is a folder that is no class"),)
+    for classes in (None, ["DF", "NV"]):
+        fails_with(DataError, "name exactly one with --classes", read_references, str(tmp_path), classes=classes)
+
+
+def test_only_the_classes_asked_for_are_read_and_each_must_be_there(tmp_path: Path) -> None:
+    write_photographs(tmp_path, {"MEL": 2, "NV": 1})
+    assert list(read_references(str(tmp_path), classes=["NV"]).by_class) == ["NV"]
+    fails_with(DataError, "no usable image of DF, but of NV", read_references, str(tmp_path), classes=["DF", "NV"])
+
+
+def test_folders_that_cannot_be_used_are_one_line_errors(tmp_path: Path) -> None:
+    fails_with(DataError, "^init_images: .*nowhere does not exist", read_references, str(tmp_path / "nowhere"))
+    fails_with(
+        DataError, "^reference_images_b: .*it is empty", read_references, str(tmp_path), setting="reference_images_b"
+    )
+    (tmp_path / "file").write_text("x")
+    fails_with(DataError, "is a file", read_references, str(tmp_path / "file"))
+    (tmp_path / "MEL").mkdir()
+    fails_with(DataError, "holds no usable image", read_references, str(tmp_path))
+    (tmp_path / "MEL" / "0.png").write_bytes(b"no image")
+    fails_with(DataError, "1 left out: MEL/0.png: the content is no image", read_references, str(tmp_path))
+    (tmp_path / "melanoma").mkdir()
+    fails_with(DataError, "a folder that is no class: melanoma", read_references, str(tmp_path))
+
+
+def test_a_uri_reads_like_a_path(tmp_path: Path) -> None:
+    write_photographs(tmp_path, {"MEL": 2})
+    here, there = read_references(str(tmp_path)), read_references(f"file://{tmp_path}")
+    assert here.sha256 == there.sha256
+    assert there.by_class["MEL"][0].path == f"file://{tmp_path}/MEL/0.png"
+    assert np.array_equal(*(read_reference(found.by_class["MEL"][0].path, 16) for found in (here, there)))
+
+
+def test_the_hash_of_a_folder_tells_content_and_order_not_the_place(tmp_path: Path) -> None:
+    for name, first in {"a": 0, "b": 0, "c": 1}.items():
+        write_photographs(tmp_path / name, {"MEL": 2}, first)
+    a, b, c = (read_references(str(tmp_path / name)).sha256 for name in "abc")
+    assert a == b != c
+
+
+def test_a_reference_is_decoded_as_a_training_image(tmp_path: Path) -> None:
+    """The shorter side to the size, the centre square of the longer."""
+    picture = np.zeros((32, 96, 3), np.uint8)
+    picture[:, 32:64] = (10, 200, 90)
+    Image.fromarray(picture).save(tmp_path / "wide.png")
+    read = read_reference(str(tmp_path / "wide.png"), 16)
+    assert read.shape == (16, 16, 3)
+    assert (read[:, 2:14] == (10, 200, 90)).all()
+
+
+def test_a_reference_that_went_away_is_a_one_line_error(tmp_path: Path) -> None:
+    path = write_photograph(tmp_path / "a.png", 1)
+    require_references([str(path)] * 3)
+    gone = str(tmp_path / "gone.png")
+    fails_with(DataError, "gone.png cannot be used", read_reference, gone, 16)
+    fails_with(
+        DataError, "1 of 2 input images cannot be used, the first is .*gone.png", require_references, [str(path), gone]
+    )
+
+
+def extractor_of(checkpoint: Checkpoint, **config: object) -> Checkpoint:
+    return replace(checkpoint, info=replace(checkpoint.info, config={"feature_extractor": config}, feature_dim=1280))
+
+
+def test_the_extractor_is_the_one_that_guided_the_run(checkpoint: Checkpoint) -> None:
+    guided = extractor_of(checkpoint, name="efficientnet-lite0", weights=None, input_size=64, crop="official")
+    extractor = load_reference_extractor(guided)
+    assert (extractor.name, extractor.input_size, extractor.crop, extractor.dim) == (
+        "efficientnet-lite0",
+        64,
+        "official",
+        1280,
+    )
+
+
+def test_an_extractor_that_cannot_be_had_is_a_one_line_error(checkpoint: Checkpoint) -> None:
+    fails_with(CheckpointError, "does not say which feature extractor", load_reference_extractor, checkpoint)
+    lost = extractor_of(checkpoint, name="panderm-large", weights="/somewhere/panderm.pth", crop="whole")
+    fails_with(
+        ConfigError, "weights of panderm-large, .* not at /somewhere/panderm.pth", load_reference_extractor, lost
+    )
+    fails_with(ConfigError, "extractor_weights: /x is not a file", load_reference_extractor, lost, "/x")
+    other = extractor_of(checkpoint, name="efficientnet-lite0")
+    other = replace(other, info=replace(other.info, feature_dim=6))
+    fails_with(ConfigError, "have 1280 dimensions, those that guided .* have 6", load_reference_extractor, other)
+    fails_with(ConfigError, "have 5 dimensions", require_dim, SixFeatures(dim=5), checkpoint)
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/ham10000")
+def test_real_photographs_are_all_usable() -> None:
+    found = read_references(str(REAL), classes=["DF"])
+    assert len(found) == sum(1 for path in (REAL / "DF").iterdir() if path.suffix == ".jpg")
+    assert found.rejected == ()
+    assert torch.from_numpy(read_reference(found.by_class["DF"][0].path, 64)).float().std() > 5
