@@ -153,8 +153,10 @@ class _GeneratorActor:
             if self._device == "cpu":
                 import torch
 
-                # Ray's CPUs are a budget, which may be more than the machine has.
-                torch.set_num_threads(max(1, min(self._threads, os.cpu_count() or 1)))
+                # Ray's CPUs are a budget, which may be more than the machine has. OMP_NUM_THREADS: the user's own
+                # word, or what Ray makes of the actor's CPUs.
+                limit = int(os.environ.get("OMP_NUM_THREADS") or self._threads)
+                torch.set_num_threads(max(1, min(self._threads, limit, os.cpu_count() or 1)))
             self._generator = self._settings.load(self._device)
         rows = planned_rows(block, self._attempts)
         return _packed(rows, make_group(self._generator, rows, with_features=self._features))

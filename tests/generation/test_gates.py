@@ -249,9 +249,7 @@ COPIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def test_pixels_give_a_copy_away_without_features(copy: str) -> None:
     train = textures(60, seed=10)
     ids = [f"image {row}" for row in range(60)]
-    reference = GateReference.build(
-        None, np.zeros(60, np.int64), ids, GateConfig(), ids=ids, facts=ImageFacts.of(train)
-    )
+    reference = GateReference.build(None, np.arange(60) % 7, ids, GateConfig(), ids=ids, facts=ImageFacts.of(train))
     copies = np.stack([COPIES[copy](image) for image in train[:20]])
     verdicts = check(copies, None, ["AKIEC"] * 20, reference, GateConfig())
     assert [(verdict.reason, verdict.nearest_id) for verdict in verdicts] == [

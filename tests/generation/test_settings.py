@@ -33,10 +33,25 @@ def test_no_classes_means_all() -> None:
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
         ({"guidance_interval": (0.8, 0.2)}, "guidance_interval is"),
         ({"guidance_interval": (0.0, 1.2)}, "guidance_interval is"),
-        ({"feature": "real"}, "feature is real; known: prior none"),
+        ({"feature": "real"}, "feature is real; known: prior none reference"),
         ({"feature_temperature": -0.1}, "feature_temperature is -0.1; it must be a number of at least 0"),
         ({"feature_temperature": float("nan")}, "feature_temperature is nan"),
         ({"feature_temperature": float("inf")}, "feature_temperature is inf"),
+        ({"strength": 1.5}, "strength is 1.5; it must be from 0"),
+        ({"mode": "dream"}, "mode is dream; known: standard image2image interpolate balance"),
+        ({"mode": "image2image"}, "mode image2image needs --init_images"),
+        ({"mode": "interpolate", "reference_images": "a"}, "mode interpolate needs --reference_images_b"),
+        ({"init_images": "a"}, "init_images is for mode image2image, and the mode is standard"),
+        ({"mode": "balance"}, "mode balance needs what is to be balanced"),
+        ({"mode": "balance", "data_root": "d", "to": "many"}, "to is many"),
+        ({"mode": "balance", "data_root": "d", "balance_split": "test"}, "balance_split is test; known: all train"),
+        ({"feature": "reference"}, "feature reference needs an image to take it from"),
+        ({"format": "zip"}, "format is zip; known: folder webdataset parquet"),
+        ({"shard_images": 0}, "shard_images is 0"),
+        ({"num_actors": -1}, "num_actors is -1; it must be at least 0"),
+        ({"gpus_per_actor": 1.5}, "gpus_per_actor is 1.5; above 1 it must be a whole number"),
+        ({"merge": True}, "merge needs the real images; name their folder by --data_root"),
+        ({"plan": "p", "plan_only": True}, "plan_only would write the plan that --plan names"),
         ({"mixed_precision": "fp8"}, "mixed_precision is fp8; known: no bf16 fp16"),
     ],
 )
@@ -45,6 +60,10 @@ def test_a_bad_setting_is_one_line(settings: dict[str, Any], message: str) -> No
         GenerateConfig(**{"checkpoint": "c", **settings})
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_a_plan_needs_none_of_what_a_mode_needs() -> None:
+    assert GenerateConfig(checkpoint="c", plan="plan.parquet", mode="image2image").plan == "plan.parquet"
 
 
 def test_reading_the_settings_does_not_import_torch() -> None:
