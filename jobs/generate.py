@@ -1,4 +1,4 @@
-"""Sample a checkpoint: python jobs/generate.py --checkpoint experiments/NAME/checkpoints/best --num_samples 16"""
+"""Make labelled images: python jobs/generate.py --checkpoint EXPERIMENT/checkpoints/best --mode balance --data_root DATA"""
 
 from m2d.cli import main
 

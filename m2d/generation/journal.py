@@ -1,6 +1,7 @@
 """What is done: one small Parquet file for each finished group of images, written after the images themselves.
 
     <output>/parts/<name>.parquet      a row for each image tried, kept or rejected, with everything known of it
+    <output>/journal.parquet           the parts of runs that have ended, in one
 A row in here is the only thing that counts as done, so a killed run loses the groups in the making and repeats nothing.
 A part's name comes from its rows: whoever makes a group again replaces its part. Called by actors and driver alike.
 """
@@ -8,6 +9,7 @@ A part's name comes from its rows: whoever makes a group again replaces its part
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from m2d.errors import ConfigError
 from m2d.generation.plan import PLAN_SCHEMA, PlanRow
 from m2d.generation.whole_files import cannot_write, replacing
 
-PARTS = "parts"
+PARTS, JOURNAL_NAME = "parts", "journal.parquet"
 VERDICT_FIELDS = [
     ("reason", pa.string()),  # the gate that found fault with the image; null: none did
     ("nearest_id", pa.string()),  # the training image nearest to it, or that it copies
@@ -56,10 +58,14 @@ def group_name(rows: Iterable[PlanRow]) -> str:
 
 def write_part(root: Path, name: str, rows: pa.Table) -> None:
     """From now on these rows, JOURNAL_SCHEMA, are done. Raises ConfigError where the part cannot be written."""
-    path = root / PARTS / f"{name}.parquet"
+    write_rows(root / PARTS / f"{name}.parquet", rows)
+
+
+def write_rows(path: Path, rows: pa.Table) -> None:
+    """A part of the journal, whole or not at all. Raises ConfigError where it cannot be written."""
     try:
         path.parent.mkdir(exist_ok=True)
-        with replacing(path) as stream:
+        with replacing(path, durable=path.name == JOURNAL_NAME) as stream:  # its parts are removed afterwards
             pq.write_table(rows, stream)
     except OSError as error:
         raise cannot_write(path, error) from None
@@ -83,13 +89,31 @@ def read_parts(root: Path) -> tuple[dict[Path, pa.Table], list[Path]]:
             )
         return table
 
-    paths = sorted((root / PARTS).glob("*.parquet"))
+    paths = [*root.glob(JOURNAL_NAME), *sorted((root / PARTS).glob("*.parquet"))]
     with ThreadPoolExecutor(_READ_THREADS) as pool:
         found = dict(zip(paths, pool.map(read, paths), strict=True))
     return (
         {path: table for path, table in found.items() if table is not None},
         [path for path, table in found.items() if table is None],
     )
+
+
+def gather_parts(root: Path) -> pa.Table:
+    """Put all parts into journal.parquet and return its rows; the folder then holds class folders alone.
+
+    A part goes once the journal has its rows, so that nothing is lost in between; rows that stand twice count once.
+    Raises ConfigError where the journal cannot be written.
+    """
+    parts, _ = read_parts(root)
+    rows = joined(parts.values())
+    loose = [path for path in parts if path != root / JOURNAL_NAME]
+    if loose:
+        write_rows(root / JOURNAL_NAME, rows)
+    for path in loose:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # there is none, or one came in from a writer that ended late
+        (root / PARTS).rmdir()
+    return rows
 
 
 def joined(parts: Iterable[pa.Table]) -> pa.Table:

@@ -3,9 +3,9 @@
     <output>/generation.json      what shapes the images; written first, guards the folder against other settings
     <output>/plan.parquet         what is to be made
     <output>/MEL/MEL_000003.png   or shards/*.tar, shards/*.parquet (m2d.generation.formats)
-    <output>/parts/*.parquet      what is done (m2d.generation.journal)
+    <output>/parts/*.parquet      what a run has done so far, afterwards journal.parquet (m2d.generation.journal)
     <output>/manifest.parquet     one row an image, rebuilt from what is done
-As class folders a run's output is what torchvision's ImageFolder and m2d.data read, each class folder a class.
+A run that has ended leaves no folder but those of the classes, so its output is what ImageFolder and m2d.data read.
 """
 
 import fcntl
@@ -24,7 +24,16 @@ import pyarrow.parquet as pq
 from m2d.classes import CLASSES
 from m2d.errors import ConfigError
 from m2d.generation.formats import FORMATS, SHARDS, Format
-from m2d.generation.journal import JOURNAL_SCHEMA, PARTS, joined, read_parts, rejected_attempts, write_part
+from m2d.generation.journal import (
+    JOURNAL_NAME,
+    JOURNAL_SCHEMA,
+    PARTS,
+    gather_parts,
+    joined,
+    read_parts,
+    rejected_attempts,
+    write_rows,
+)
 from m2d.generation.recipe import Recipe, default_output
 from m2d.generation.whole_files import LEFTOVER, cannot_write, replacing
 
@@ -79,10 +88,10 @@ class OutputFolder:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def refresh(self) -> None:
-        """Read the journal anew: actors and threads write it, not this object."""
-        parts, _ = read_parts(self.root)
-        self.journal = joined(parts.values())
+    def settle(self) -> None:
+        """Read what has been done since the folder was opened, and write the manifest of it. Raises ConfigError."""
+        self.journal = gather_parts(self.root)
+        self.write_manifest()
 
     @property
     def accepted(self) -> pa.Table:
@@ -129,7 +138,7 @@ class OutputFolder:
                     "name another --output, or leave it out"
                 )
             return
-        taken = [name for name in (*CLASSES, SHARDS, PARTS, MANIFEST_NAME) if (self.root / name).exists()]
+        taken = [name for name in (*CLASSES, SHARDS, PARTS, JOURNAL_NAME, MANIFEST_NAME) if (self.root / name).exists()]
         if taken:
             raise ConfigError(
                 f"output: {self.root} holds {taken[0]} but no {RECORD_NAME}, so M2D did not start it; "
@@ -184,7 +193,7 @@ class OutputFolder:
             )
             parts[part] = kept
             if len(kept):
-                write_part(self.root, part.stem, kept)
+                write_rows(part, kept)
             else:
                 part.unlink()
         self.journal = joined(parts.values())

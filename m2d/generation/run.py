@@ -20,7 +20,7 @@ from m2d.generation.formats import FORMATS
 from m2d.generation.gate_training import GatesAtWork, prepare_gates
 from m2d.generation.generator import Generator, pick_device, pick_feature, pick_precision
 from m2d.generation.group import GeneratorSettings, GroupResult, GroupWriter, PlanGroups
-from m2d.generation.journal import PARTS, attempts_left
+from m2d.generation.journal import JOURNAL_NAME, PARTS, attempts_left
 from m2d.generation.local import make_here
 from m2d.generation.outputs import MANIFEST_NAME, PLAN_NAME, OutputFolder
 from m2d.generation.plan import read_plan, write_plan
@@ -116,12 +116,10 @@ class _Run:
             kept = self._make(rounds, missing)
         except BaseException:
             with suppress(M2DError):  # a disk that is full is full for the manifest too; what is done is in the journal
-                folder.refresh()
-                folder.write_manifest()
+                folder.settle()
             raise
         seconds = time.monotonic() - began
-        folder.refresh()
-        folder.write_manifest()
+        folder.settle()
         self._report(kept, seconds, weak)
 
     def _make(self, rounds: list[pa.Table], missing: int) -> int:
@@ -311,7 +309,7 @@ def _needs_catalog(config: GenerateConfig) -> bool:
 def _write_plan(root: Path, plan: pa.Table) -> None:
     """plan.parquet, for a person to read. One that somebody edited and did not run yet is not thrown away."""
     path = root / PLAN_NAME
-    if path.exists() and not (root / PARTS).exists():
+    if path.exists() and not (root / PARTS).exists() and not (root / JOURNAL_NAME).exists():
         try:
             edited = not read_plan(path).equals(plan)
         except ConfigError:

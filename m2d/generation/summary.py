@@ -15,7 +15,6 @@ from m2d.generation.outputs import OutputFolder
 from m2d.generation.whole_files import cannot_write, replacing
 
 SHEET_COLUMNS = 8
-STRIPS = "strips"
 
 
 def counts_and_rejections(
@@ -68,7 +67,7 @@ def write_sheet(folder: OutputFolder, plan: pa.Table, *, title: str, caption: st
 
 
 def write_strips(folder: OutputFolder, plan: pa.Table) -> int:
-    """strips/<group>.png for each walk that is complete: its images from one end to the other. Returns how many."""
+    """strip_<group>.png for each walk that is complete: its images from one end to the other. Returns how many."""
     paths = _paths(folder)
     walks: dict[str, list[tuple[float, str]]] = {}
     for group, position, image_id in zip(
@@ -82,8 +81,7 @@ def write_strips(folder: OutputFolder, plan: pa.Table) -> int:
         if not all(image_id in paths for image_id in ids):
             continue
         images = read_images(folder.root, folder.recipe.format, {image_id: paths[image_id] for image_id in ids})
-        (folder.root / STRIPS).mkdir(exist_ok=True)
-        _save(strip([images[image_id] for image_id in ids]), folder.root / STRIPS / f"{group}.png")
+        _save(strip([images[image_id] for image_id in ids]), folder.root / f"strip_{group}.png")
         written += 1
     return written
 

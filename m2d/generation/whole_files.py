@@ -14,14 +14,20 @@ LEFTOVER = ".tmp"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A binary stream whose content becomes `path` in one step at the end, or is thrown away on an error."""
+def replacing(path: Path, *, durable: bool = False) -> Iterator[IO[bytes]]:
+    """A binary stream whose content becomes `path` in one step at the end, or is thrown away on an error.
+
+    durable: on the disk before it replaces anything, so that a power cut cannot leave the name without the content.
+    """
     # Two nodes, or two threads, may write one file at the same time: each its own, and the last one counts.
     writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
     temporary = path.with_name(f".{path.name}.{writer}{LEFTOVER}")
     try:
         with temporary.open("wb") as stream:
             yield stream
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from m2d.generation.group import GeneratorSettings
 from m2d.generation.settings import GenerateConfig
 
 NODES = 3
-PATIENCE_S = 60.0  # for what must happen, on a busy machine
+PATIENCE_S = 150.0  # for what must happen; on a busy machine an actor may need a minute to start
 GROUP_S = 0.2  # at least so long does a group take, so that a node is taken away in mid-run
 
 

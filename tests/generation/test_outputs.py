@@ -238,6 +238,22 @@ def test_a_torn_part_of_the_journal_costs_its_images_alone(started: Path, conten
     assert ids(started) == ["DF_000000", "MEL_000003"]
 
 
+def test_parts_become_one_journal_and_nothing_counts_twice(started: Path) -> None:
+    write(started, [MEL])
+    write(started, [DF])
+    with OutputFolder.open(started, RECIPE) as folder:
+        folder.settle()
+    assert not (started / PARTS).exists()
+    write(started, [MEL])  # a writer that ended late
+    write(started, [row("NV")])
+    assert ids(started) == ["DF_000000", "MEL_000003", "NV_000003"]
+    (started / "DF" / "DF_000000.png").unlink()
+    assert ids(started) == ["MEL_000003", "NV_000003"], "it is struck from the journal"
+    with OutputFolder.open(started, RECIPE) as folder:
+        folder.settle()
+    assert pq.read_table(started / MANIFEST_NAME)["id"].to_pylist() == ["MEL_000003", "NV_000003"]
+
+
 def test_an_image_without_its_journal_does_not_count_and_leaves_nothing(in_format: tuple[Path, Recipe]) -> None:
     """What a killed run leaves: images written, not yet listed, and half-written files."""
     root, recipe = in_format

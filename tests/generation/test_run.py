@@ -22,6 +22,8 @@ from tiny_checkpoint import write_checkpoint
 from tiny_networks import TinyExtractor
 
 from m2d.classes import CLASSES
+from m2d.data.catalog import class_counts, scan_dataset
+from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
 from m2d.generation import gates, run, summary
 from m2d.generation.formats import FORMATS
@@ -73,8 +75,8 @@ def test_a_run_leaves_images_a_manifest_and_a_contact_sheet(
     root = run.generate(config())
     assert root.parent == tmp_path / "ham" / "generated_images"
     assert sorted(path.name for path in root.iterdir()) == [
-        ".running.lock", "DF", "MEL", "contact_sheet.png", "generation.json", "manifest.parquet", "parts",
-        "plan.parquet",
+        ".running.lock", "DF", "MEL", "contact_sheet.png", "generation.json", "journal.parquet",
+        "manifest.parquet", "plan.parquet",
     ]  # fmt: skip
     assert sorted(pngs(root)) == sorted(f"{label}_00000{index}.png" for label in ("DF", "MEL") for index in range(3))
     assert pq.read_table(root / "manifest.parquet").num_rows == 6
@@ -323,6 +325,37 @@ def test_a_lost_image_comes_back_at_its_own_attempt(
     assert (again[lost["id"]]["attempt"], again[lost["id"]]["seed"]) == (lost["attempt"], lost["seed"])
 
 
+@pytest.mark.parametrize("after", [2, 12, 22, 28])
+def test_a_run_interrupted_among_its_retries_ends_like_one_that_was_not(
+    drawn: list[str],
+    parity_gate: Callable[[np.ndarray], bool],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    after: int,
+) -> None:
+    """20 images in pairs, half of them rejected: 20 draws are of the first round, the rest of later ones."""
+    counting = Generator.generate
+    settings = config(num_samples=10, batch_size=2, gates=GATED)
+    unbroken = run.generate(replace(settings, output=str(tmp_path / "unbroken")))
+    attempts = len(drawn)
+    assert attempts > 28
+    drawn.clear()
+
+    def interrupted(self: Generator, rows: list[Any]) -> Any:
+        if len(drawn) >= after:
+            raise KeyboardInterrupt
+        return counting(self, rows)
+
+    broken = replace(settings, output=str(tmp_path / "broken"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Generator, "generate", interrupted)
+        run.generate(broken)
+    root = run.generate(broken)
+    assert pngs(root) == pngs(unbroken)
+    assert len(drawn) == attempts, "no attempt is made twice"
+    _assert_manifest_is_right(root, 20)
+
+
 def test_what_is_never_accepted_is_said_to_be_missing(
     drawn: list[str], parity_gate: Callable[[np.ndarray], bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -398,9 +431,9 @@ def test_interpolate_leaves_a_strip_a_pair_and_keeps_its_ends(
     assert {row["gates"] for row in rows} == {"recorded"}, "an end of a walk cannot be another image"
     assert {row["attempt"] for row in rows} == {0}
     assert {row["reason"] for row in rows} == {None, "blank"}
-    strips = sorted(path.name for path in (root / "strips").iterdir())
-    assert strips == ["MEL_pair000.png", "MEL_pair001.png"]
-    with Image.open(root / "strips" / strips[0]) as strip:
+    strips = sorted(path.name for path in root.glob("strip_*"))
+    assert strips == ["strip_MEL_pair000.png", "strip_MEL_pair001.png"]
+    with Image.open(root / strips[0]) as strip:
         assert strip.width > 3 * strip.height
 
 
@@ -450,19 +483,18 @@ def test_shards_hold_the_pngs_of_the_folder_and_are_made_once(drawn: list[str], 
 
 
 def test_torchvision_reads_the_folder(drawn: list[str], tmp_path: Path) -> None:
-    """Each class a folder; what else lies there is moved aside by naming the classes, as ImageFolder allows."""
-    torchvision = pytest.importorskip("torchvision")
+    datasets = pytest.importorskip("torchvision.datasets")
     root = run.generate(config())
-
-    class OurFolder(torchvision.datasets.ImageFolder):  # type: ignore[misc, name-defined]
-        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-            found = sorted(path.name for path in Path(directory).iterdir() if path.name in CLASSES)
-            return found, {name: number for number, name in enumerate(found)}
-
-    dataset = OurFolder(str(root))
+    dataset = datasets.ImageFolder(str(root))
     assert dataset.classes == ["DF", "MEL"]
     assert [label for _, label in dataset.samples] == [0, 0, 0, 1, 1, 1]
     assert dataset[0][0].size == (16, 16)
+
+
+def test_the_folder_is_a_dataset_to_train_on(drawn: list[str]) -> None:
+    scan = scan_dataset(str(run.generate(config())), DataConfig())
+    assert {code: count for code, count in class_counts(scan.catalog).items() if count} == {"DF": 3, "MEL": 3}
+    assert len(scan.rejected) == 0
 
 
 @pytest.fixture
