@@ -249,6 +249,7 @@ def measure_quality(generator: Generator, count: int, scale: float) -> tuple[lis
                     frechet=frechet_distance(features(images), of_reference),
                 )
             )
+            print(f"  {found[-1].grey_levels:.2f} grey levels, Frechet distance {found[-1].frechet:.3f}", flush=True)
     return found, frechet_distance(features(sampled("unipc", max(STEPS), seed=1)), of_reference)
 
 

@@ -1,4 +1,4 @@
-"""Make labelled images: python jobs/generate.py --checkpoint EXPERIMENT/checkpoints/best --mode balance --data_root DATA"""
+"""Make labelled images: python jobs/generate.py --checkpoint NAME/checkpoints/best --mode balance --data_root DATA"""
 
 from m2d.cli import main
 

@@ -262,7 +262,7 @@ def _extraction(config: SetupConfig, jobs: "FeatureJobs") -> ray.data.Dataset:
         _ExtractShard,
         fn_constructor_args=(jobs, "cuda" if gpus else "cpu", threads),
         compute=ray.data.ActorPoolStrategy(size=actors),
-        batch_size=None,
+        batch_size=1,  # a job; Ray asks for a number where GPUs are reserved
         batch_format="pyarrow",
         **share,
     )

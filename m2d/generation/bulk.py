@@ -4,11 +4,13 @@ The only Ray file of this room. A group is a block of its own, so the loss of an
 groups in the making, which Ray gives to another; who writes a group again replaces the same files by the same bytes.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +21,6 @@ import ray.exceptions
 from m2d.cluster import ray_cluster
 from m2d.data.stream import user_error
 from m2d.errors import ConfigError
-from m2d.generation.generator import Generator
 from m2d.generation.group import (
     GeneratorSettings,
     GroupResult,
@@ -31,6 +32,9 @@ from m2d.generation.group import (
 )
 from m2d.generation.plan import PlanRow, rows_of, table_of
 from m2d.generation.settings import Precision
+
+if TYPE_CHECKING:  # writing tasks import this file and need no torch: 400 MB and many seconds each
+    from m2d.generation.generator import Generator
 
 __all__ = ["ActorPool", "cluster_gpus", "make_on_ray", "pick_pool", "precision_of_gpus", "ray_cluster"]
 
@@ -109,8 +113,9 @@ def make_on_ray(
         .map_batches(
             _GeneratorActor,
             fn_constructor_args=(settings, groups.attempts, pool.device, pool.threads, features),
+            # One at least, not all: after the loss of a node the others go on.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.most, initial_size=pool.most),
-            batch_size=None,
+            batch_size=groups.size,  # a block is a group; Ray asks for a number where GPUs are reserved
             batch_format="pyarrow",
             **share,
         )

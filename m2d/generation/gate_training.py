@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -49,6 +50,7 @@ class GatesAtWork:
     key: str | None = None  # of the reference
     need_features: bool = False  # of the new images
     extractor: FeatureExtractor | None = None  # loaded already; None: nobody asked for it yet
+    build: Callable[[], None] | None = None  # makes the reference where it is not there; minutes on a CPU
 
     @property
     def record(self) -> dict[str, Any] | None:
@@ -65,8 +67,9 @@ class GatesAtWork:
 
 
 def prepare_gates(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Table | None, device: str) -> GatesAtWork:
-    """Find or make the gates' reference. Where something lacks, the gates that need it are off, which is said once.
+    """Which gates run. Where something lacks, those that need it are off, which is said once.
 
+    The training images' features are not made here but by `build`, when there is something to hold against them.
     catalog: of config.data_root, where somebody read it already.
     """
     gates = config.gates
@@ -90,19 +93,22 @@ def prepare_gates(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Ta
         )
     key = _key(images.catalog, extractor, checkpoint.image_size, gates)
     path = experiment_of(str(checkpoint.path)) / _FOLDER / f"{key}{GateReference.SUFFIX}"
-    reference = _loaded(path)
-    if reference is None:
-        reference = _built(images, checkpoint, extractor, gates, device)
-        reference.save(path)
-    names = at_work(gates, reference)
-    return GatesAtWork(
-        gates,
-        names,
-        path,
-        key,
-        reference.has_features and any(name.endswith(_BY_FEATURES) for name in names),
-        extractor,
-    )
+    prospect = _Prospect(has_features=extractor is not None, has_thumbnails=True)
+    names = at_work(gates, cast(GateReference, prospect))
+
+    def build() -> None:
+        if _loaded(path) is None:
+            _built(images, checkpoint, extractor, gates, device).save(path)
+
+    return GatesAtWork(gates, names, path, key, bool(set(names) & set(_BY_FEATURES)), extractor, build)
+
+
+@dataclass(frozen=True)
+class _Prospect:
+    """What is known of a reference before it is made: all that decides which gates will run."""
+
+    has_features: bool
+    has_thumbnails: bool
 
 
 @dataclass(frozen=True)

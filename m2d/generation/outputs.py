@@ -20,6 +20,7 @@ from typing import IO, Self
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from PIL import Image
 
 from m2d.classes import CLASSES
 from m2d.errors import ConfigError
@@ -183,6 +184,7 @@ class OutputFolder:
             broken = {image_id for _, _, image_id, _ in rows} - fits
             if broken:
                 self.mended.append(f"{file} is lost or damaged")
+                (self.root / file).unlink(missing_ok=True)
             for part, row, image_id, sha256 in rows:
                 # A shard is whole or nothing; a row that another one of the same image has replaced is struck too.
                 if broken or there[image_id] != sha256:
@@ -207,13 +209,20 @@ class OutputFolder:
         return {image_id: hashlib.sha256(png).hexdigest() for image_id, png in found.items()}
 
     def _remove_unlisted(self) -> None:
-        """Images that a killed run wrote and did not list, and damaged ones: they will be made again."""
+        """Images of this recipe that a killed run wrote and did not list: they will be made again."""
         listed = set(self.journal["path"].to_pylist())
-        ours = [path for name in CLASSES for path in (self.root / name).glob(f"{name}_*.png")]
-        ours += [path for path in (self.root / SHARDS).glob("*") if re.fullmatch(r"[0-9a-f]{16}\.\w+", path.name)]
-        for path in ours:
-            if path.relative_to(self.root).as_posix() not in listed:
+        shards = [path for path in (self.root / SHARDS).glob("*") if re.fullmatch(r"[0-9a-f]{16}\.\w+", path.name)]
+        for path in (*shards, *(path for name in CLASSES for path in (self.root / name).glob("*.png"))):
+            if path.relative_to(self.root).as_posix() not in listed and (path in shards or self._is_ours(path)):
                 path.unlink(missing_ok=True)
+
+    def _is_ours(self, path: Path) -> bool:
+        """Whether a PNG says that this recipe made it; a user's own stays."""
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                return image.info.get("settings") == self.recipe.to_json()
+        except (OSError, SyntaxError, ValueError):
+            return False
 
 
 def _difference(record: Path, recipe: Recipe) -> str:

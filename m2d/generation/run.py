@@ -111,6 +111,8 @@ class _Run:
                 f"warning: fewer than {WEAK_BELOW} training images stand behind the features of {', '.join(weak)}; "
                 "look at these images before you use them (the manifest marks them feature_weak)"
             )
+        if missing and self.gates.build is not None:
+            self.gates.build()
         began = time.monotonic()
         try:
             kept = self._make(rounds, missing)
@@ -175,7 +177,7 @@ class _Run:
             device=self.device,
             groups=len(groups),
         )
-        say(f"round {groups.attempts + 1}: {groups.plan.num_rows:,} images, {pool.text}")
+        say(f"attempt {groups.attempts + 1}: images left {groups.plan.num_rows:,}, {pool.text}")
         settings = GeneratorSettings(
             checkpoint=self.checkpoint.path,
             sha256=self.checkpoint.sha256,

@@ -268,9 +268,10 @@ def test_an_image_without_its_journal_does_not_count_and_leaves_nothing(in_forma
 
 def test_files_of_the_user_are_left_alone(started: Path) -> None:
     (started / "MEL").mkdir()
-    (started / "MEL" / "mine.png").write_bytes(b"mine")
+    (started / "MEL" / "MEL_000001.png").write_bytes(b"mine")
+    Image.fromarray(IMAGES[0]).save(started / "MEL" / "MEL_000002.png")
     assert ids(started) == []
-    assert (started / "MEL" / "mine.png").exists()
+    assert len(list((started / "MEL").iterdir())) == 2
 
 
 def test_rejected_attempts_come_again_as_the_next_ones() -> None:
