@@ -254,7 +254,8 @@ def _extraction(config: SetupConfig, jobs: "FeatureJobs") -> ray.data.Dataset:
     if asked is None:
         asked = gpus or max(1, cpus // max(1, node_cpus // ACTORS_PER_CPU_NODE))
     actors = min(asked, len(jobs.rows))
-    threads = max(1, min(cpus // actors, node_cpus))
+    # One CPU stays free: an actor that asks for all of them waits for whatever else holds a part of one.
+    threads = max(1, min((cpus - 1) // actors, node_cpus))
     share: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": threads}
     where = f"{actors} GPU{'s' if actors > 1 else ''}" if gpus else f"{actors} x {threads} CPU threads"
     say(f"features: {len(jobs.rows):,} files to make, on {where}")
@@ -262,7 +263,7 @@ def _extraction(config: SetupConfig, jobs: "FeatureJobs") -> ray.data.Dataset:
         _ExtractShard,
         fn_constructor_args=(jobs, "cuda" if gpus else "cpu", threads),
         compute=ray.data.ActorPoolStrategy(size=actors),
-        batch_size=1,  # a job; Ray asks for a number where GPUs are reserved
+        batch_size=1 if gpus else None,  # a job a block; Ray asks for a number where GPUs are reserved
         batch_format="pyarrow",
         **share,
     )

@@ -115,7 +115,8 @@ def make_on_ray(
             fn_constructor_args=(settings, groups.attempts, pool.device, pool.threads, features),
             # One at least, not all: after the loss of a node the others go on.
             compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.most, initial_size=pool.most),
-            batch_size=groups.size,  # a block is a group; Ray asks for a number where GPUs are reserved
+            # A block is a group. Ray asks for a number where GPUs are reserved.
+            batch_size=groups.size if pool.gpus else None,
             batch_format="pyarrow",
             **share,
         )

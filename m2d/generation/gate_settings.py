@@ -20,7 +20,7 @@ class GateConfig:
     min_contrast: float | None = None  # deviation of luma, grey levels; None: half of the flattest training images'
     max_saturated_share: float | None = None  # of pixels black or white; None: well above any training image's
     max_roughness: float | None = None  # mean step between pixels, grey levels; None: twice the roughest training ones
-    max_attempts: int = 5  # seeds tried for one image before it is given up
+    max_attempts: int = 10  # seeds tried for one image before it is given up
 
     def __post_init__(self) -> None:
         for name in ("near_copy_quantile", "class_quantile"):

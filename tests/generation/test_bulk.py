@@ -59,15 +59,14 @@ def largest_difference(one: dict[str, bytes], other: dict[str, bytes]) -> int:
 
 
 def actor_processes() -> list[psutil.Process]:
-    """The generators of this machine's Ray, by the name that Ray gives a busy worker's process."""
+    """The generators of the Ray that this process started, and of no other; Ray names a worker after its actor."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
-            title = " ".join(process.cmdline())
+            if "_GeneratorActor" in " ".join(process.cmdline()):
+                found.append(process)
         except psutil.Error:
             continue
-        if title.startswith("ray::") and "_GeneratorActor" in title:
-            found.append(process)
     return found
 
 
