@@ -3,6 +3,7 @@
 m2d.data.prepare hands such jobs to Ray's actors, which hold the network; nothing here knows of Ray.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,12 +64,12 @@ class FeatureJobs:
         return JobResult(len(rows))
 
     def load_extractor(self, device: str, threads: int) -> FeatureExtractor:
-        """On the device, ready to use. threads: of torch in this process, for a CPU; actors share its cores.
+        """On the device, ready to use. threads: of torch in this process, for a CPU, never more than it has cores.
 
         Raises ConfigError where this machine's weights are not the driver's.
         """
         if device == "cpu":
-            torch.set_num_threads(threads)
+            torch.set_num_threads(min(threads, os.cpu_count() or 1))
         config = self.config
         extractor = load_feature_extractor(config.name, config.weights, config.input_size, config.crop)
         if extractor.key != self.key:

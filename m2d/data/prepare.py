@@ -7,6 +7,7 @@ the same command: what is there is not made again. The driver sees file names an
 import dataclasses
 import fcntl
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -254,9 +255,10 @@ def _extraction(config: SetupConfig, jobs: "FeatureJobs") -> ray.data.Dataset:
     if asked is None:
         asked = gpus or max(1, cpus // max(1, node_cpus // ACTORS_PER_CPU_NODE))
     actors = min(asked, len(jobs.rows))
-    # One CPU stays free: an actor that asks for all of them waits for whatever else holds a part of one.
-    threads = max(1, min((cpus - 1) // actors, node_cpus))
-    share: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": threads}
+    # An actor reserves one CPU and computes on its node's share of the cores: one that reserved them all would wait for
+    # whatever else holds a part of one.
+    threads = max(1, node_cpus // math.ceil(actors / max(1, cpus // node_cpus)))
+    share: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
     where = f"{actors} GPU{'s' if actors > 1 else ''}" if gpus else f"{actors} x {threads} CPU threads"
     say(f"features: {len(jobs.rows):,} files to make, on {where}")
     return _numbered(len(jobs.rows)).map_batches(
