@@ -55,13 +55,14 @@ def kills(checkpoint: str, num_samples: int = 24, steps: int = 4, kills: int = 3
         output: where the outcome goes as JSON.
     """
     moments = random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="m2d-kills-") as folder:
+    log_path = Path("kills.log" if output is None else f"{output}.log")
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="m2d-kills-") as folder, log_path.open("w") as log:
         command = [
             sys.executable, "jobs/generate.py", "--checkpoint", os.path.abspath(checkpoint), "--num_samples",
             str(num_samples), "--steps", str(steps), "--num_actors", "2", "--batch_size", "4", "--output",
         ]  # fmt: skip
         roots = {name: Path(folder) / name for name in ("unbroken", "driver", "actor")}
-        log = (Path(folder) / "log").open("w")
 
         def start(name: str) -> subprocess.Popen[bytes]:
             print(f"{name}: {made(roots[name])} images so far", flush=True)
@@ -69,7 +70,7 @@ def kills(checkpoint: str, num_samples: int = 24, steps: int = 4, kills: int = 3
 
         def wait(process: subprocess.Popen[bytes]) -> None:
             if process.wait(LONGEST_S) != 0:
-                raise SystemExit(f"generate.py ended with {process.returncode}:\n{(Path(folder) / 'log').read_text()}")
+                raise SystemExit(f"generate.py ended with {process.returncode}:\n{log_path.read_text()}")
 
         wait(start("unbroken"))
         whole = made(roots["unbroken"])
@@ -78,7 +79,7 @@ def kills(checkpoint: str, num_samples: int = 24, steps: int = 4, kills: int = 3
         for number in range(kills):
             process = start("driver")
             goal = moments.randint(whole * number // (kills + 1) + 1, whole * (number + 1) // (kills + 1))
-            until(lambda goal=goal: made(roots["driver"]) >= goal, process)  # type: ignore[misc]
+            until(lambda goal=goal: made(roots["driver"]) >= goal, process, log_path)  # type: ignore[misc]
             time.sleep(moments.random())
             family = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGKILL)
@@ -91,7 +92,7 @@ def kills(checkpoint: str, num_samples: int = 24, steps: int = 4, kills: int = 3
         process = start("actor")
         for number in range(kills):
             goal = moments.randint(whole * number // (kills + 1) + 1, whole * (number + 1) // (kills + 1))
-            until(lambda goal=goal: made(roots["actor"]) >= goal and actors(process.pid), process)  # type: ignore[misc]
+            until(lambda goal=goal: made(roots["actor"]) >= goal and actors(process.pid), process, log_path)  # type: ignore[misc]
             time.sleep(moments.random())
             victims = actors(process.pid)
             if not victims:
@@ -99,7 +100,6 @@ def kills(checkpoint: str, num_samples: int = 24, steps: int = 4, kills: int = 3
             moments.choice(victims).kill()
             at_actor.append(made(roots["actor"]))
         wait(process)
-        log.close()
 
         outcomes = {
             name: compared(roots[name], roots["unbroken"], at)
@@ -131,12 +131,12 @@ def actors(driver: int) -> list[psutil.Process]:
     return found
 
 
-def until(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
+def until(condition: Callable[[], object], process: subprocess.Popen[bytes], log: Path) -> None:
     """Wait; the run must still be going on then."""
     deadline = time.monotonic() + LONGEST_S
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit("the run was over before it could be killed; ask for more images: --num_samples")
+            raise SystemExit(f"the run was over before it could be killed, with {process.returncode}; its log is {log}")
         time.sleep(0.02)
 
 
@@ -160,4 +160,4 @@ def compared(root: Path, unbroken: Path, killed_at: list[int]) -> Outcome:
 
 
 if __name__ == "__main__":
-    auto_cli(kills)
+    auto_cli(kills, as_positional=False)
