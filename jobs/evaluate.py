@@ -1,4 +1,7 @@
-"""Judge features: python jobs/evaluate.py probe --data_root /data/ISIC"""
+"""Evaluate generated images: python jobs/evaluate.py --real /data/ISIC --generated RUN/generated_images/HASH
+
+Judge features: python jobs/evaluate.py probe --data_root /data/ISIC
+"""
 
 from m2d.cli import main
 

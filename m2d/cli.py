@@ -14,6 +14,7 @@ from m2d.arguments import parse_arguments
 from m2d.config import TrainConfig, preset_names, preset_path
 from m2d.data.settings import SetupConfig
 from m2d.errors import ConfigError, M2DError
+from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.settings import ProbeConfig
 from m2d.generation.settings import GenerateConfig
 
@@ -45,6 +46,12 @@ def _generate(config: GenerateConfig) -> None:
     from m2d.generation.run import generate
 
     generate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> None:
+    from m2d.evaluation.evaluate import evaluate
+
+    evaluate(config)
 
 
 def _probe(config: ProbeConfig) -> None:
@@ -79,6 +86,11 @@ COMMANDS: dict[str, Command] = {
         also_known=TrainConfig,
     ),
     "generate": Command("Generate labelled images from a checkpoint.", GenerateConfig, _generate),
+    "evaluate": Command(
+        "Tell whether generated images are real, diverse and private enough, and whether they help.",
+        EvaluateConfig,
+        _evaluate,
+    ),
     "evaluate probe": Command("Tell how well a linear probe on features knows the classes.", ProbeConfig, _probe),
     "demo": Command("Render demo images, train on them with two workers, generate samples.", DemoConfig, _demo),
 }
@@ -133,18 +145,14 @@ def _run(command: str, arguments: list[str]) -> None:
 
 
 def _whole_name(command: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """`evaluate` before `probe ...` is the command `evaluate probe`. Raises ConfigError that lists the known ones."""
+    """`evaluate` before `probe ...` is the command `evaluate probe`. Raises ConfigError for another word there."""
     whole = " ".join([command, *arguments[:1]])
     if whole in COMMANDS:
         return whole, arguments[1:]
-    if command in COMMANDS:
-        return command, arguments
-    if arguments[:1] in (["-h"], ["--help"]):
-        print(_overview())
-        sys.exit(0)
-    known = ", ".join(name for name in COMMANDS if name.startswith(f"{command} "))
-    problem = "is not known" if arguments else "needs a word more"
-    raise ConfigError(f"command {whole} {problem}; choose from {known}")
+    longer = [name for name in COMMANDS if name.startswith(f"{command} ")]
+    if longer and arguments and not arguments[0].startswith("-"):
+        raise ConfigError(f"command {whole} is not known; choose from {', '.join([command, *longer])}")
+    return command, arguments
 
 
 def _overview() -> str:

@@ -34,6 +34,36 @@ def resampled_confusions(
     return confusions
 
 
+def resampled_weights(truth: np.ndarray, lesions: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
+    """How often each test image stands in each bootstrap sample, int32 [resamples, N], for scores of probabilities.
+
+    The same draws as resampled_confusions: whole lesions with replacement, as many of each class as it has.
+    """
+    generator = np.random.default_rng(seed)
+    weights = np.zeros((resamples, len(truth)), dtype=np.int32)
+    for label in np.unique(truth):
+        rows = np.flatnonzero(truth == label)
+        _, lesion = np.unique(lesions[rows], return_inverse=True)
+        count = int(lesion.max()) + 1
+        step = max(1, _CELLS_AT_ONCE // count)
+        for first in range(0, resamples, step):
+            size = min(step, resamples - first)
+            drawn = generator.multinomial(count, np.full(count, 1 / count), size=size)
+            weights[first : first + size, rows] = drawn[:, lesion]
+    return weights
+
+
+def resampled_seeds(seeds: int, *, resamples: int, seed: int) -> np.ndarray:
+    """Which of the training seeds each bootstrap sample averages over, int64 [resamples, max(seeds - 1, 1)].
+
+    Drawn with replacement, one fewer than there are: the mean of seeds - 1 draws varies as much as the mean of all
+    seeds truly does, whereas seeds draws would vary too little by (seeds - 1) / seeds, a third less for three seeds
+    (Rao and Wu, "Resampling inference with complex survey data", JASA 1988, section 2).
+    """
+    generator = np.random.default_rng([seed, seeds])
+    return generator.integers(seeds, size=(resamples, max(seeds - 1, 1)))
+
+
 def interval(resampled: np.ndarray) -> tuple[float, float]:
     """The 95 % percentile interval of a score over its resamples [R]."""
     low, high = np.percentile(resampled, [2.5, 97.5])

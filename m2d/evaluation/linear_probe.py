@@ -27,21 +27,34 @@ class LinearProbe:
     iterations: int
 
     @classmethod
-    def fit(cls, features: np.ndarray, labels: np.ndarray, *, c: float, tolerance: float = TOLERANCE) -> "LinearProbe":
+    def fit(
+        cls,
+        features: np.ndarray,
+        labels: np.ndarray,
+        *,
+        c: float,
+        tolerance: float = TOLERANCE,
+        weights: np.ndarray | None = None,
+        standardised_by: np.ndarray | None = None,
+    ) -> "LinearProbe":
         """Fit on features [N, D] and labels int64 [N], of at least two classes.
 
         c: inverse strength of the squared L2 penalty against the summed cross-entropy, in which every class weighs the
         same (class_weight "balanced"). PanDerm's authors penalise the norm instead of its square, with C = D K / 100;
         that number means nothing here.
+        weights: [N], of each image's cross-entropy, in place of the balanced ones. standardised_by: [M, D], whose mean
+        and deviation are taken in place of those of `features`.
         """
-        mean, std = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
+        reference = features if standardised_by is None else standardised_by
+        mean, std = reference.mean(axis=0, dtype=np.float64), reference.std(axis=0, dtype=np.float64)
         # A feature that never changes (rounding aside) is 0 in training, whatever it is divided by, and gets no weight.
         std = np.where(std > 1e-6 * std.max(), std, 1)
         mean, std = mean.astype(features.dtype), std.astype(features.dtype)
-        classifier = LogisticRegression(C=c, class_weight="balanced", max_iter=MAX_ITERATIONS, tol=tolerance)
+        class_weight = "balanced" if weights is None else None
+        classifier = LogisticRegression(C=c, class_weight=class_weight, max_iter=MAX_ITERATIONS, tol=tolerance)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            classifier.fit((features - mean) / std, labels)
+            classifier.fit((features - mean) / std, labels, sample_weight=weights)
         converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
         return cls(classifier, mean, std, converged, int(classifier.n_iter_.max()))
 
@@ -49,6 +62,12 @@ class LinearProbe:
         """The class of each of [N, D], int64 [N]."""
         labels: np.ndarray = self.classifier.predict((features - self.mean) / self.std)
         return labels
+
+    def probabilities(self, features: np.ndarray, num_classes: int) -> np.ndarray:
+        """Of each of [N, D], float64 [N, num_classes]; 0 for a class that the probe was not fitted on."""
+        spread = np.zeros((len(features), num_classes))
+        spread[:, self.classifier.classes_] = self.classifier.predict_proba((features - self.mean) / self.std)
+        return spread
 
 
 def choose_c(
@@ -75,3 +94,9 @@ def choose_c(
         c: float(scores(confusion_matrix(labels, calls, num_classes)).balanced_accuracy)
         for c, calls in predicted.items()
     }
+
+
+def best_c(tried: dict[float, float]) -> float | None:
+    """The c of choose_c with the best score; of equals the middle one: easy classes leave the whole grid equal."""
+    best = [c for c, score in tried.items() if score == max(tried.values())]
+    return best[len(best) // 2] if best else None

@@ -180,7 +180,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         raise CheckpointError(f"checkpoint: {path} lacks {missing} and has unknown {unexpected}")
     return Checkpoint(
         path=str(path),
-        sha256=_inference_hash(directory),
+        sha256=checkpoint_sha256(directory),
         info=info,
         autoencoder=_frozen(Autoencoder(vae), device),
         denoiser=_frozen(denoiser, device),
@@ -233,7 +233,8 @@ def _check_files(directory: Path) -> None:
             raise CheckpointError(f"checkpoint: {path} is missing or cut short; take another checkpoint")
 
 
-def _inference_hash(directory: Path) -> str:
+def checkpoint_sha256(directory: Path) -> str:
+    """Over all files that shape an image: what generated images carry as their checkpoint."""
     digest = hashlib.sha256()
     names = ["vae/config.json", f"vae/{WEIGHTS}", "unet/config.json", f"unet/{WEIGHTS}", "conditioning.safetensors"]
     if (directory / PRIOR).is_file():  # without one the hash is what it was before there were priors

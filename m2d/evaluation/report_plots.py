@@ -1,0 +1,141 @@
+"""Figures of the evaluation report, as PNG bytes. Knows results, no files and no HTML."""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from m2d.classes import CLASSES, DIAGNOSES
+from m2d.evaluation.consistency import ConsistencyResult
+from m2d.evaluation.downstream_result import DownstreamResult, Estimate
+from m2d.evaluation.downstream_scores import LOWER_IS_BETTER
+from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
+
+COLOURS = {GENERATED: "#D55E00", AUTOENCODER: "#E69F00", UNSEEN: "#0072B2", FLOOR: "#56B4E9"}
+MARKERS = {GENERATED: "D", AUTOENCODER: "s", UNSEEN: "o", FLOOR: "."}
+NAMES = {
+    GENERATED: "generated",
+    AUTOENCODER: "autoencoder floor",
+    UNSEEN: "unseen real images",
+    FLOOR: "real against real",
+}
+SCORES = {
+    "balanced_accuracy": "balanced accuracy",
+    "macro_f1": "macro F1",
+    "macro_auprc": "macro AUPRC",
+    "melanoma_auprc": "melanoma AUPRC",
+    "expected_calibration_error": "calibration error",
+}
+_GOOD, _BAD, _OPEN = "#0072B2", "#D55E00", "#5F5F5F"
+
+
+def kernel_distances(result: FidelityResult) -> bytes:
+    """Each class's kernel distance to the training images, beside what real images and the decoder reach."""
+    labels = [label for label in result.side_by_side if label is not None]
+    figure = Figure(figsize=(9, 1.2 + 0.45 * len(labels)), layout="constrained")
+    axes = figure.subplots()
+    present = [name for name in NAMES if any(name in result.side_by_side[label] for label in labels)]
+    for offset, name in zip(np.linspace(-0.24, 0.24, len(present)), present, strict=True):
+        points = []
+        for y, label in enumerate(labels):
+            row = result.side_by_side[label].get(name)
+            if row is not None and row.kernel_distance is not None:
+                points.append((row.kernel_distance, y + offset, 1.96 * (row.kernel_distance_se or 0)))
+        if points:
+            x, y_at, error = zip(*points, strict=True)
+            axes.errorbar(
+                x, y_at, xerr=error, fmt=MARKERS[name], color=COLOURS[name], markersize=7, capsize=2, label=NAMES[name]
+            )
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.set_xscale("symlog", linthresh=0.1)
+    axes.axvline(0, color="#999999", linewidth=0.8)
+    axes.set_xlabel("kernel distance to the training images; 0 = the same, 95 % intervals")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.6 / (1 + len(labels))), ncols=4)
+    return _png(figure)
+
+
+def differences(results: Sequence[DownstreamResult]) -> bytes:
+    """What adding the synthetic images changes, by score and control, with intervals; blue better, orange worse."""
+    figure = Figure(figsize=(10, 1.0 + 2.6 * len(results)), layout="constrained")
+    grid = figure.subplots(len(results), 2, squeeze=False, sharex=True)
+    for row, result in enumerate(results):
+        sides = (("c", result.minus_c, "against oversampling (c)"), ("b", result.minus_b, "against class weights (b)"))
+        for axes, (_, minus, title) in zip(grid[row], sides, strict=True):
+            names = [name for name in SCORES if name in minus]
+            for y, name in enumerate(names):
+                one = minus[name]
+                axes.errorbar(
+                    one.value, y, xerr=[[one.value - one.low], [one.high - one.value]], fmt="o",
+                    color=_colour(name, one), capsize=3,
+                )  # fmt: skip
+            axes.set_yticks(range(len(names)), [SCORES[name] for name in names])
+            axes.invert_yaxis()
+            axes.axvline(0, color="#333333", linewidth=0.8)
+            axes.grid(axis="x", alpha=0.3)
+            axes.set_title(f"{result.classifier}\n{title}", fontsize=10)
+            axes.set_xlabel("change by adding synthetic images")
+    return _png(figure)
+
+
+def ratio_curve(result: DownstreamResult) -> bytes:
+    """Balanced accuracy of real + synthetic and of its oversampled control against the synthetic : real ratio."""
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    ratios = [one.ratio for one in result.ratios]
+    for label, scores, colour in (
+        ("real + synthetic (d)", [one.synthetic for one in result.ratios], _BAD),
+        ("real oversampled alike (c)", [one.oversampled for one in result.ratios], _GOOD),
+    ):
+        found = [score["balanced_accuracy"] for score in scores]
+        axes.plot(ratios, [one.value for one in found], "o-", color=colour, label=label)
+        axes.fill_between(ratios, [one.low for one in found], [one.high for one in found], color=colour, alpha=0.15)
+    axes.set_xscale("log")
+    axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
+    axes.minorticks_off()
+    axes.set_xlabel("synthetic images for each real one")
+    axes.set_ylabel("balanced accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return _png(figure)
+
+
+def confusions(result: ConsistencyResult) -> bytes:
+    """Of generated images and of unseen real ones, side by side; rows sum to 100 %."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    pairs = (("generated images", result.confusion), ("unseen real images", result.confusion_of_real))
+    for axes, (title, counts) in zip(figure.subplots(1, 2), pairs, strict=True):
+        matrix = np.array(counts, dtype=float)
+        share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+        for (row, column), value in np.ndenumerate(share):
+            if matrix[row].sum():
+                axes.text(
+                    column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=9,
+                    color="white" if value > 0.6 else "black",
+                )  # fmt: skip
+        rows = [f"{code} ({int(matrix[k].sum())})" for k, code in enumerate(CLASSES)]
+        axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45)
+        axes.set_yticks(range(len(CLASSES)), rows)
+        axes.set_title(title)
+        axes.set_xlabel("classified as")
+        axes.set_ylabel("asked for" if title.startswith("generated") else "diagnosed")
+    return _png(figure)
+
+
+def class_colours() -> dict[str, str]:
+    """Code to plot colour."""
+    return {diagnosis.code: diagnosis.colour for diagnosis in DIAGNOSES}
+
+
+def _colour(name: str, one: Estimate) -> str:
+    better, worse = (one.below, one.above) if name in LOWER_IS_BETTER else (one.above, one.below)
+    return _GOOD if better else _BAD if worse else _OPEN
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()

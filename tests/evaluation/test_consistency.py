@@ -1,0 +1,94 @@
+"""Generated images of the class that was asked for agree, others do not, and the ceiling stands beside it."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from m2d.classes import CLASSES, class_index
+from m2d.errors import DataError
+from m2d.evaluation.consistency import ConsistencyResult, measure_consistency, wilson
+from m2d.evaluation.feature_set import FeatureSet, ImageSet
+
+BKL, MEL, NV = (class_index(code) for code in ("BKL", "MEL", "NV"))
+
+
+def features(name: str, counts: dict[int, int], seed: int, distance: float = 8.0) -> FeatureSet:
+    """Gaussian clouds [N, 10], one a class, about corners `distance` away."""
+    generator = np.random.default_rng(seed)
+    labels = np.repeat(list(counts), list(counts.values()))
+    cls = generator.normal(size=(len(labels), 10)) + distance * np.eye(7, 10)[labels]
+    ids = tuple(f"{name}-{number}" for number in range(len(labels)))
+    images = ImageSet(
+        name, "memory", ids, ids, labels, np.array(ids, dtype=object), np.zeros((len(labels), 1, 1, 3), np.uint8)
+    )
+    return FeatureSet(images, "clouds", cls.astype(np.float32))
+
+
+TRAIN = features("train", {MEL: 30, NV: 90, BKL: 40}, 0)
+TEST = features("test", {MEL: 20, NV: 60, BKL: 30}, 1)
+
+
+def measure(generated: FeatureSet, train: FeatureSet = TRAIN, test: FeatureSet = TEST) -> ConsistencyResult:
+    return measure_consistency(train=train, test=test, generated=generated, c=0.1, resamples=200, seed=0)
+
+
+def test_images_of_their_class_agree() -> None:
+    result = measure(features("generated", {MEL: 40, NV: 40}, 2))
+    assert {code: estimate.value for code, estimate in result.agreement.items()} == {"MEL": 1.0, "NV": 1.0}
+    assert result.mean_agreement is not None
+    assert result.mean_agreement.value == 1.0
+
+
+def test_images_of_another_class_stand_in_its_column() -> None:
+    """Asked for melanoma, made nevi."""
+    generated = features("generated", {NV: 40}, 2)
+    generated = replace(generated, images=replace(generated.images, labels=np.full(40, MEL)))
+    result = measure(generated)
+    assert (result.confusion[MEL][NV], sum(map(sum, result.confusion))) == (40, 40)
+    assert result.agreement["MEL"].value == 0.0
+
+
+def test_the_ceiling_is_the_recall_of_unseen_real_images() -> None:
+    """Of classes that lie close, real images are not all recognised either."""
+    near = [features(name, {MEL: 200, NV: 200}, seed, distance=1.0) for name, seed in (("train", 0), ("test", 1))]
+    result = measure(features("generated", {MEL: 200, NV: 200}, 2, distance=1.0), *near)
+    # Two unit Gaussians sqrt(2) apart: the best recall is Phi(sqrt(2) / 2) = 0.760.
+    assert result.recall_of_real["MEL"].value == pytest.approx(0.760, abs=0.07)
+    assert result.agreement["MEL"].value == pytest.approx(0.760, abs=0.07)
+
+
+def test_an_agreement_of_all_is_no_certainty() -> None:
+    """The score interval of 20 of 20 begins at 20 / (20 + z^2)."""
+    estimate = measure(features("generated", {MEL: 20, NV: 20}, 2)).agreement["MEL"]
+    assert (estimate.low, estimate.high) == pytest.approx((20 / (20 + 1.959964**2), 1.0), abs=1e-6)
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 9), (3, 7), (50, 200), (9, 9)])
+def test_the_interval_of_a_share_is_scipys_wilson_interval(hits: int, trials: int) -> None:
+    expected = binomtest(hits, trials).proportion_ci(method="wilson")
+    assert (wilson(hits, trials).low, wilson(hits, trials).high) == pytest.approx(tuple(expected), abs=1e-9)
+
+
+def test_a_class_without_generated_or_test_images_says_why() -> None:
+    result = measure(features("generated", {BKL: 20, NV: 20}, 2), test=features("test", {MEL: 20, NV: 60}, 1))
+    assert set(result.left_out) == {"BKL", "MEL"}
+    assert set(result.agreement) == {"BKL", "NV"}
+    assert set(result.recall_of_real) == {"MEL", "NV"}
+
+
+def test_without_a_class_in_common_there_is_no_mean() -> None:
+    result = measure(features("generated", {BKL: 20}, 2), test=features("test", {MEL: 20, NV: 60}, 1))
+    assert (result.mean_agreement, result.mean_recall_of_real) == (None, None)
+
+
+def test_the_result_is_plain_numbers() -> None:
+    result = measure(features("generated", {MEL: 20, NV: 20}, 2))
+    assert json.loads(json.dumps(asdict(result), allow_nan=False))["classes"] == list(CLASSES)
+
+
+def test_train_lesions_in_the_test_are_refused() -> None:
+    with pytest.raises(DataError, match="learned by heart"):
+        measure(features("generated", {MEL: 20}, 2), test=TRAIN)

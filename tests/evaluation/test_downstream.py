@@ -1,0 +1,316 @@
+"""The verdict comes out as it must where the truth is known, for us and against us."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.preprocessing import StandardScaler
+
+from m2d.classes import class_index
+from m2d.errors import ConfigError, DataError
+from m2d.evaluation.arms import TrainingRows, training_rows
+from m2d.evaluation.downstream import ProbeClassifier, measure_downstream, run_here
+from m2d.evaluation.downstream_jobs import Job
+from m2d.evaluation.downstream_result import DownstreamResult, Estimate, verdict
+from m2d.evaluation.feature_set import FeatureSet, ImageSet
+
+BKL, DF, MEL, NV = (class_index(code) for code in ("BKL", "DF", "MEL", "NV"))
+DIMS = 40
+
+
+def feature_set(name: str, cls: np.ndarray, labels: np.ndarray) -> FeatureSet:
+    """Two images a lesion in real sets."""
+    ids = tuple(f"{name}-{number}" for number in range(len(labels)))
+    lesions = [f"{name}-{number if name == 'generated' else number // 2}" for number in range(len(labels))]
+    pixels = np.zeros((len(labels), 1, 1, 3), np.uint8)
+    images = ImageSet(name, "memory", ids, ids, labels, np.array(lesions, dtype=object), pixels)
+    return FeatureSet(images, "clouds", cls.astype(np.float32))
+
+
+def clouds(name: str, counts: dict[int, int], seed: int, distance: float = 2.0) -> FeatureSet:
+    """Gaussian clouds on scales of their own, one a class, about corners `distance` away."""
+    generator = np.random.default_rng(seed)
+    labels = np.repeat(list(counts), list(counts.values()))
+    cls = generator.normal(size=(len(labels), DIMS)) + distance * np.eye(7, DIMS)[labels]
+    return feature_set(name, cls * np.logspace(-1, 1, DIMS), labels)
+
+
+TRAIN = clouds("train", {NV: 200, MEL: 8, BKL: 8}, 0)
+TEST = clouds("test", {NV: 200, MEL: 100, BKL: 100}, 1)
+TRUE = clouds("generated", {MEL: 192, BKL: 192}, 2)  # as the real ones are distributed
+BALANCED = clouds("train", {NV: 100, MEL: 100, BKL: 100}, 3)
+
+
+def measure(
+    generated: FeatureSet, train: FeatureSet = TRAIN, test: FeatureSet = TEST, **changed: Any
+) -> DownstreamResult:
+    settings: dict[str, Any] = {"seeds": [0, 1, 2], "resamples": 200, "c": 0.1, "seed": 0}
+    return measure_downstream(train=train, test=test, generated=generated, **(settings | changed))
+
+
+@pytest.fixture(scope="module")
+def helpful() -> DownstreamResult:
+    return measure(TRUE, ratios=[0.5, 2, 100])
+
+
+def test_true_images_of_rare_classes_help(helpful: DownstreamResult) -> None:
+    assert helpful.minus_c["balanced_accuracy"].low > 0
+    assert helpful.verdict.word == "helps"
+
+
+def test_the_sentence_opens_with_the_verdict_and_holds_both_intervals(helpful: DownstreamResult) -> None:
+    against_c, against_b = (minus["balanced_accuracy"] for minus in (helpful.minus_c, helpful.minus_b))
+    assert helpful.verdict.sentence.startswith("helps: ")
+    for one in (against_c, against_b):
+        assert f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" in helpful.verdict.sentence
+
+
+def test_the_training_set_again_as_synthetic_equals_oversampling() -> None:
+    result = measure(feature_set("generated", TRAIN.cls, TRAIN.labels))
+    difference = result.minus_c["balanced_accuracy"]
+    assert difference.low <= 0 <= difference.high
+    assert difference.value == pytest.approx(0, abs=1e-3)
+    assert result.verdict.word == "no difference shown"
+
+
+def test_shuffled_labels_hurt() -> None:
+    labels = np.random.default_rng(0).permutation(np.tile([NV, MEL, BKL], 400))
+    shuffled = clouds("generated", {NV: 400, MEL: 400, BKL: 400}, 4)
+    result = measure(replace(shuffled, images=replace(shuffled.images, labels=labels)), train=BALANCED)
+    assert result.verdict.word == "hurts"
+    assert result.minus_c["balanced_accuracy"].high < 0
+
+
+def test_noise_far_from_every_real_image_hurts() -> None:
+    generator = np.random.default_rng(0)
+    noise = 30 * generator.normal(size=(600, DIMS)) * np.logspace(-1, 1, DIMS)
+    result = measure(feature_set("generated", noise, np.repeat([NV, MEL, BKL], 200)), train=BALANCED)
+    assert result.verdict.word == "hurts"
+
+
+def test_scores_of_every_arm_are_those_of_scikit_learns_classifier(helpful: DownstreamResult) -> None:
+    """The same training written out: images repeated, class weights by name, standardised by the real ones."""
+    scaler = StandardScaler().fit(TRAIN.cls.astype(np.float64))
+    oversampled = training_rows("c", TRAIN.labels, TRUE.labels, seed=0).real
+    arms = {
+        "a": (TRAIN.cls, TRAIN.labels, None),
+        "b": (TRAIN.cls, TRAIN.labels, "balanced"),
+        "c": (TRAIN.cls[oversampled], TRAIN.labels[oversampled], None),
+        "d": (np.concatenate([TRAIN.cls, TRUE.cls]), np.concatenate([TRAIN.labels, TRUE.labels]), None),
+        "e": (TRUE.cls, TRUE.labels, None),
+    }
+    for arm, (cls, labels, weights) in arms.items():
+        model = LogisticRegression(C=0.1, class_weight=weights, max_iter=5000, tol=1e-6)
+        model.fit(scaler.transform(cls.astype(np.float64)), labels)
+        expected = balanced_accuracy_score(TEST.labels, model.predict(scaler.transform(TEST.cls.astype(np.float64))))
+        # Rounding may turn single images; the oversampled ones are the same ones with every seed but for one each.
+        assert helpful.arms[arm].scores["balanced_accuracy"].value == pytest.approx(expected, abs=0.006), arm
+
+
+def test_a_difference_is_that_of_the_arms_scores(helpful: DownstreamResult) -> None:
+    for control, minus in (("b", helpful.minus_b), ("c", helpful.minus_c)):
+        for name, difference in minus.items():
+            expected = helpful.arms["d"].scores[name].value - helpful.arms[control].scores[name].value
+            assert difference.value == pytest.approx(expected, abs=1e-12)
+
+
+def test_arms_are_paired_by_the_same_resamples() -> None:
+    """Of nearly equal arms the difference is far more certain than either."""
+    result = measure(clouds("generated", {NV: 4}, 5), train=BALANCED)
+    width = {key: one["balanced_accuracy"] for key, one in (("d", result.arms["d"].scores), ("d-a", result.minus_c))}
+    assert width["d-a"].high - width["d-a"].low < 0.5 * (width["d"].high - width["d"].low)
+
+
+def test_only_arms_that_draw_are_trained_for_every_seed() -> None:
+    result = measure(clouds("generated", {MEL: 11, BKL: 11}, 2))  # 11 of 8: three more of each are drawn by chance
+    assert {arm: one.trainings for arm, one in result.arms.items()} == {"a": 1, "b": 1, "c": 3, "d": 1, "e": 1}
+
+
+def test_what_the_seeds_draw_widens_the_interval() -> None:
+    """A classifier that is all right or all wrong, by its seed alone."""
+
+    def run(classifier: Any, jobs: Sequence[Job]) -> list[np.ndarray]:
+        return [np.eye(7)[TEST.labels if job.seed % 2 else (TEST.labels + 1) % 7] for job in jobs]
+
+    generated = clouds("generated", {MEL: 11, BKL: 11}, 2)
+    certain, torn = (measure(generated, seeds=seeds, run=run).arms["c"].scores for seeds in ([1, 3], [1, 2]))
+    assert (certain["balanced_accuracy"].low, certain["balanced_accuracy"].high) == (1, 1)
+    assert (torn["balanced_accuracy"].low, torn["balanced_accuracy"].high) == (0, 1)
+
+
+def test_the_sweep_has_a_step_for_each_ratio_and_says_where_images_lack(helpful: DownstreamResult) -> None:
+    assert [(step.ratio, step.added) for step in helpful.ratios] == [
+        (0.5, {"BKL": 4, "MEL": 4}),
+        (2, {"BKL": 16, "MEL": 16}),
+        (100, {"BKL": 192, "MEL": 192}),
+    ]
+    assert helpful.ratios[2].limited == "BKL 192 of 800, MEL 192 of 800, NV 0 of 20,000"
+
+
+def test_a_ratio_beyond_the_images_there_are_is_the_whole_comparison(helpful: DownstreamResult) -> None:
+    assert helpful.ratios[2].minus_c == helpful.minus_c
+    assert helpful.ratios[2].synthetic == helpful.arms["d"].scores
+
+
+def test_c_is_chosen_without_a_look_at_the_test_images() -> None:
+    turned = replace(TEST, images=replace(TEST.images, labels=TEST.labels[::-1].copy()))
+    chosen, again = (measure(TRUE, test=test, c=None).settings["c"] for test in (TEST, turned))
+    assert chosen == again
+
+
+def test_too_few_lesions_to_choose_c_are_named() -> None:
+    with pytest.raises(DataError, match="4 training images of 2 lesions"):
+        measure(clouds("generated", {NV: 3}, 0), train=clouds("train", {NV: 2, MEL: 2}, 0), c=None)
+
+
+def test_a_class_without_test_images_is_trained_on_but_not_scored() -> None:
+    result = measure(TRUE, test=clouds("test", {NV: 50, MEL: 50}, 1))
+    assert "no test image" in result.left_out["BKL"]
+    assert "recall_BKL" not in result.minus_c
+    assert result.arms["a"].images["BKL"] == 8
+
+
+def test_test_images_of_an_unknown_class_are_not_scored() -> None:
+    counts = {NV: 60, MEL: 60, BKL: 60}
+    alone = measure(TRUE, test=clouds("test", counts, 1))
+    with_df = measure(TRUE, test=clouds("test", {**counts, DF: 30}, 1))
+    assert "no real training image" in with_df.left_out["DF"]
+    assert with_df.test == alone.test
+    assert set(with_df.minus_c) == set(alone.minus_c)
+
+
+def test_synthetic_images_of_one_class_leave_arm_e_out() -> None:
+    result = measure(clouds("generated", {MEL: 50}, 2))
+    assert set(result.arms) == set("abcd")
+    assert "alone" in result.left_out["arm e"]
+
+
+def test_a_class_of_few_test_lesions_is_noted() -> None:
+    result = measure(TRUE, test=clouds("test", {NV: 60, MEL: 60, BKL: 6}, 1))
+    assert any("rough interval: BKL 3" in note for note in result.notes)
+
+
+def test_the_result_is_plain_numbers(helpful: DownstreamResult) -> None:
+    assert json.loads(json.dumps(asdict(helpful), allow_nan=False))["seeds"] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"seeds": []}, {"seeds": [1, 1]}, {"seeds": [-1]}, {"ratios": [0]}, {"ratios": [1, 1]}, {"resamples": 0}],
+)
+def test_settings_that_cannot_be_are_named(changed: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(changed))):
+        measure(TRUE, **changed)
+
+
+def estimates(balanced_accuracy: tuple[float, float, float], **more: tuple[float, float, float]) -> dict[str, Estimate]:
+    return {name: Estimate(*values) for name, values in {"balanced_accuracy": balanced_accuracy, **more}.items()}
+
+
+UP, DOWN, OPEN = (0.05, 0.01, 0.09), (-0.05, -0.09, -0.01), (0.01, -0.03, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("against_b", "against_c", "word"),
+    [
+        (UP, UP, "helps"),
+        (OPEN, UP, "helps"),
+        ((-0.01, -0.03, 0.01), UP, "no difference shown"),  # better than repeating, yet not than class weights
+        (DOWN, UP, "no difference shown"),
+        (UP, OPEN, "no difference shown"),
+        (UP, DOWN, "hurts"),
+        (DOWN, DOWN, "hurts"),
+        (DOWN, OPEN, "no difference shown"),
+    ],
+)
+def test_the_verdict_is_c_s_and_b_can_only_spoil_it(against_b: Any, against_c: Any, word: str) -> None:
+    assert verdict(estimates(against_b), estimates(against_c)).word == word
+
+
+def test_what_got_worse_while_balanced_accuracy_rose_is_warned_of() -> None:
+    warnings = verdict(
+        estimates(OPEN),
+        estimates(UP, macro_auprc=DOWN, melanoma_auprc=OPEN, expected_calibration_error=UP),
+    ).warnings
+    assert len(warnings) == 1
+    assert "macro AUPRC by -0.050 [-0.090, -0.010]; expected calibration error by +0.050" in warnings[0]
+    assert "melanoma" not in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "against_c", [estimates(DOWN, macro_auprc=DOWN), estimates(UP, expected_calibration_error=DOWN)]
+)
+def test_there_is_nothing_to_warn_of(against_c: dict[str, Estimate]) -> None:
+    """Where the balanced accuracy fell, the verdict says enough; a smaller calibration error is a better one."""
+    assert verdict(estimates(OPEN), against_c).warnings == []
+
+
+class Counted(ProbeClassifier):
+    """Notes its trainings."""
+
+    trained: list[str] = []  # noqa: RUF012 - the tests' own
+
+    def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
+        self.trained.append(Job.of(self, rows, seed).digest)
+        return super().predict(rows, seed)
+
+
+@pytest.fixture
+def counted() -> Counted:
+    Counted.trained = []
+    return Counted(TRAIN, TEST, TRUE, 0.1)
+
+
+def jobs_of(classifier: ProbeClassifier, arms: str = "abde") -> list[Job]:
+    return [Job.of(classifier, training_rows(arm, TRAIN.labels, TRUE.labels, seed=0), 0) for arm in arms]
+
+
+def test_finished_jobs_are_not_done_again(counted: Counted, tmp_path: Path) -> None:
+    first = run_here(counted, jobs_of(counted), kept=tmp_path)
+    again = run_here(counted, jobs_of(counted), kept=tmp_path)
+    assert len(counted.trained) == 4
+    assert all(np.array_equal(one, other) for one, other in zip(first, again))
+
+
+def test_a_killed_run_goes_on_where_it_stopped(counted: Counted, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_here(counted, jobs_of(counted), kept=tmp_path, on_done=stop)
+    run_here(counted, jobs_of(counted), kept=tmp_path)
+    assert len(counted.trained) == len(set(counted.trained)) == 4
+
+
+def test_a_broken_file_is_made_again(counted: Counted, tmp_path: Path) -> None:
+    whole = run_here(counted, jobs_of(counted, "a"), kept=tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:200])
+    assert np.array_equal(run_here(counted, jobs_of(counted, "a"), kept=tmp_path), whole)
+    assert len(counted.trained) == 2
+
+
+def test_equal_jobs_are_done_once_and_progress_counts_them_once(counted: Counted) -> None:
+    told: list[tuple[int, int]] = []
+    answers = run_here(counted, jobs_of(counted, "abab"), on_done=lambda *one: told.append(one))
+    assert told == [(0, 2), (1, 2), (2, 2)]
+    assert np.array_equal(answers[0], answers[2])
+
+
+def test_other_images_settings_rows_or_weights_are_another_job() -> None:
+    other = replace(TEST, cls=TEST.cls + 1)
+    changed = [ProbeClassifier(TRAIN, TEST, TRUE, 0.2), ProbeClassifier(TRAIN, other, TRUE, 0.1)]
+    digests = [job.digest for one in [ProbeClassifier(TRAIN, TEST, TRUE, 0.1), *changed] for job in jobs_of(one)]
+    assert len(set(digests)) == 12
+
+
+def test_the_seed_is_another_job_only_where_it_changes_something() -> None:
+    classifier, rows = ProbeClassifier(TRAIN, TEST, TRUE, 0.1), training_rows("a", TRAIN.labels, TRUE.labels, seed=0)
+    assert Job.of(classifier, rows, 0).digest == Job.of(classifier, rows, 1).digest
