@@ -47,7 +47,7 @@ def psnr_db(images: ImageSet, redrawn: ImageSet) -> float:
 @torch.inference_mode()
 def _redrawn(batch: np.ndarray, encode: Callable, decode: Callable, device: str) -> np.ndarray:  # type: ignore[type-arg]
     """uint8 [B, S, S, 3] to the same."""
-    x = torch.from_numpy(np.ascontiguousarray(batch)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    x = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
     y = decode(encode(x).mode()).clamp(-1, 1)
     redrawn: np.ndarray = ((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     return redrawn

@@ -158,8 +158,9 @@ def _announce(plan: RunPlan, catalog: pa.Table, on_gpu: bool, degraded: list[str
     config = plan.config
     if not on_gpu:
         degraded.append("no GPU: training runs on CPU cores")
-    if config.feature_extractor.name == "efficientnet-lite0":
-        degraded.append("features come from ImageNet EfficientNet-Lite0, not from PanDerm")
+    if config.feature_extractor.name.startswith("efficientnet-lite"):
+        lite = config.feature_extractor.name.replace("efficientnet-lite", "EfficientNet-Lite")
+        degraded.append(f"features come from ImageNet {lite}, not from PanDerm")
     counts = class_counts(catalog, "train")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
     device = f"{plan.world_size} x {gpu}" if on_gpu else f"{plan.world_size} CPU worker(s)"

@@ -1,0 +1,207 @@
+"""The whole evaluation on painted images and a tiny checkpoint: every part, its files, its way back after a kill."""
+
+import csv
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_checkpoint import write_checkpoint
+
+from m2d.cli import main, parse
+from m2d.errors import ConfigError
+from m2d.evaluation import evaluate as evaluate_module
+from m2d.evaluation import extraction
+from m2d.evaluation.evaluate import evaluate
+from m2d.evaluation.provenance import find_checkpoint
+from m2d.evaluation.realism import typicality
+from m2d.models.checkpoint import Checkpoint, checkpoint_sha256
+
+COUNTS = {"DF": 24, "MEL": 40, "NV": 60}
+SMALL = [
+    "--image_size", "16", "--num_actors", "0", "--seeds", "1", "--bootstrap", "100", "--c", "0.01", "--ratios", "0.5,1",
+    "--feature_extractor.name", "efficientnet-lite0", "--feature_extractor.input_size", "32",
+    "--independent_extractor.input_size", "32", "--data.test_fraction", "0.3", "--data.val_fraction", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory, paint_images: Any) -> tuple[Path, Path]:
+    """Real images, and 12 generated ones of DF and of MEL."""
+    root: Path = tmp_path_factory.mktemp("evaluate")
+    paint_images(root / "real", COUNTS)
+    generator = np.random.default_rng(7)
+    for label in ("DF", "MEL"):
+        (root / "generated" / label).mkdir(parents=True)
+        for number in range(12):
+            pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "generated" / label / f"{number}.png")
+    return root / "real", root / "generated"
+
+
+def flags(folders: tuple[Path, Path], tmp_path: Path, *more: str) -> list[str]:
+    real, generated = folders
+    places = ["--real", str(real), "--generated", str(generated), "--cache_dir", str(tmp_path / "cache")]
+    return [*places, "--output", str(tmp_path / "out"), *SMALL, *more]
+
+
+def test_every_part_is_answered_in_every_file(
+    folders: tuple[Path, Path], tmp_path: Path, prior_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_checkpoint(prior_checkpoint, tmp_path / "run" / "checkpoints" / "best")
+    main("evaluate", flags(folders, tmp_path, "--checkpoint", str(checkpoint)))
+    out = tmp_path / "out"
+    found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert [one["images"] for one in found["images"]] == [
+        {"DF": 17, "MEL": 28, "NV": 42}, {"DF": 7, "MEL": 12, "NV": 18}, {"DF": 12, "MEL": 12},
+    ]  # fmt: skip
+    comparisons = {row["comparison"] for row in found["fidelity"][0]["rows"]}
+    assert comparisons == {"generated", "floor", "unseen", "autoencoder"}
+    assert [one["extractor"].split("-")[1] for one in found["fidelity"]] == ["lite1", "lite0"]
+    assert found["downstream"][0]["verdict"]["word"] in ("helps", "no difference shown", "hurts")
+    assert [one["ratio"] for one in found["downstream"][0]["ratios"]] == [0.5, 1.0]
+    assert np.array(found["consistency"]["confusion"]).sum() == 24
+    assert found["memorization"]["overall"]["generated"]["either"]["images"] == 24
+    assert any("taken on trust" in note for note in found["notes"])
+
+    page = (out / "evaluation.html").read_text(encoding="utf-8")
+    assert found["downstream"][0]["verdict"]["sentence"] in page
+    assert not re.search(r'(src|href)="(?!data:)', page), "the page needs no other file"
+    with (out / "classes.csv").open(encoding="utf-8") as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["DF", "MEL", "NV"]
+    assert rows["DF"]["generated_images"] == "12"
+    assert float(rows["DF"]["recall_a"]) == found["downstream"][0]["arms"]["a"]["scores"]["recall_DF"]["value"]
+    for name in ("fidelity", "memorization", "downstream"):
+        assert len((out / f"{name}.csv").read_text(encoding="utf-8").splitlines()) > 2
+    for path in out.glob("*.png"):
+        assert min(Image.open(path).size) > 100
+    told = capsys.readouterr().out
+    assert found["downstream"][0]["verdict"]["word"] in " ".join(told.split())
+
+
+def test_a_second_run_extracts_and_trains_nothing(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = flags(folders, tmp_path, "--parts", "downstream")
+    evaluate(parse("evaluate", asked))
+    first = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("done again")
+
+    monkeypatch.setattr(extraction, "load_feature_extractor", refuse)
+    monkeypatch.setattr("m2d.evaluation.downstream.ProbeClassifier.predict", refuse)
+    evaluate(parse("evaluate", asked))
+    second = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
+    assert second["downstream"] == first["downstream"]
+    assert first["fidelity"] == []
+    assert first["consistency"] is None
+    assert first["memorization"] is None
+
+
+def test_one_network_as_both_extractors_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    asked = parse("evaluate", flags(folders, tmp_path, "--independent_extractor.name", "efficientnet-lite0"))
+    with pytest.raises(ConfigError, match="the same network as feature_extractor"):
+        evaluate(asked)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--parts", "fidelity,beauty"], "parts is fidelity,beauty; choose some of fidelity memorization downstream"),
+        (["--parts", ""], "parts is empty; choose some of"),
+        (["--classifiers", "svm"], "classifiers is svm; choose some of logistic finetune"),
+        (["--ratios", "1,x"], "ratios is 1,x; it must be numbers"),
+        (["--ratios", "0"], "ratios is 0; each must be above 0"),
+        (["--seeds", "0"], "seeds is 0; it must be at least 1"),
+        (["--output", "s3://bucket"], "output is s3://bucket; it must be a folder of this machine"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_one_line(given: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        parse("evaluate", given)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_output_that_cannot_be_written_is_one_line(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit, match="2"):
+        main("evaluate", flags(folders, tmp_path, "--parts", "consistency", "--output", str(tmp_path / "file" / "x")))
+    assert re.search(r"^error: output: .* cannot be written", capsys.readouterr().err, re.MULTILINE)
+
+
+@pytest.fixture
+def run(tmp_path: Path, prior_checkpoint: Checkpoint) -> tuple[Path, Path]:
+    """A checkpoint, and a folder of images that it made, where `m2d generate` leaves them."""
+    checkpoint = write_checkpoint(prior_checkpoint, tmp_path / "run" / "checkpoints" / "best")
+    images = tmp_path / "run" / "generated_images" / "abc"
+    images.mkdir(parents=True)
+    record = json.dumps({"checkpoint": checkpoint_sha256(checkpoint), "steps": 25})
+    (images / "generation.json").write_text(record, encoding="utf-8")
+    return checkpoint, images
+
+
+def test_the_checkpoint_is_found_around_its_images(run: tuple[Path, Path]) -> None:
+    checkpoint, images = run
+    found, notes = find_checkpoint(str(images), None)
+    assert found is not None
+    assert Path(found).samefile(checkpoint)
+    assert notes == []
+
+
+def test_images_that_say_nothing_of_a_checkpoint_are_noted(tmp_path: Path) -> None:
+    found, notes = find_checkpoint(str(tmp_path), None)
+    assert found is None
+    assert "does not say what made it" in notes[0]
+
+
+def test_a_checkpoint_that_is_gone_is_noted(run: tuple[Path, Path]) -> None:
+    checkpoint, images = run
+    shutil.rmtree(checkpoint)
+    found, notes = find_checkpoint(str(images), None)
+    assert found is None
+    assert "was not found around them" in notes[0]
+
+
+def test_another_checkpoint_than_the_images_own_is_refused(
+    run: tuple[Path, Path], tmp_path: Path, prior_checkpoint: Checkpoint
+) -> None:
+    _, images = run
+    other = write_checkpoint(replace(prior_checkpoint, prior=None), tmp_path / "other")
+    with pytest.raises(ConfigError, match="did not make the images"):
+        find_checkpoint(str(images), str(other))
+
+
+def test_typicality_is_the_mean_distance_to_the_nearest_of_the_class() -> None:
+    """Standardised, the training features of a class are the two unit axes; a generated one lies on the first."""
+    from m2d.evaluation.feature_set import FeatureSet, ImageSet
+
+    def features(cls: list[list[float]]) -> FeatureSet:
+        n = len(cls)
+        labels, groups = np.zeros(n, np.int64), np.arange(n).astype(object)
+        names = tuple(map(str, range(n)))
+        images = ImageSet("x", "x", names, names, labels, groups, np.zeros((n, 16, 16, 3), np.uint8))
+        return FeatureSet(images, "x", np.array(cls, np.float32))
+
+    train = features([[1, 0], [-1, 0], [0, 1], [0, -1]])
+    found = typicality(train, features([[3, 0]]))
+    np.testing.assert_allclose(found, [(0 + 1 + 1 + 2) / 4], atol=1e-6)
+
+
+def test_small_sets_start_no_ray(folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise AssertionError("Ray was started for a few images")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(evaluate_module, "ray_cluster", refuse)
+    asked = flags(folders, tmp_path, "--parts", "consistency")
+    asked[asked.index("--num_actors") + 1] = "null"
+    assert (evaluate(parse("evaluate", asked)) / "evaluation.html").is_file()
