@@ -94,7 +94,7 @@ class _Run:
         self.keys = {one: extractor_identity(one)[0] for one in (guide, self.independent)}
         # A model's own extractor judges it kindly: it was trained towards that space.
         self.circular = {
-            one: checkpoint is not None and one.name == checkpoint.info.feature_extractor for one in self.keys
+            one: one.name == checkpoint.info.feature_extractor if checkpoint else None for one in self.keys
         }
         self.extraction = Extraction(
             cache_dir=config.cache_dir,

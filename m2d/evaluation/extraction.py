@@ -74,7 +74,7 @@ class Extraction:
 
     def _run(self, work: "_Work", name: str) -> None:
         total = sum(len(job.rows) for job in work.jobs)
-        with Progress(f"features of {name} images by {work.config.name}", total) as progress:
+        with Progress(f"features of {name}, {work.config.name}", total) as progress:
             made = self._on_ray(work) if self._pays(total) else self._here(work)
             for count in made:
                 progress.advance(count)

@@ -39,7 +39,7 @@ class FidelityResult:
     """All comparisons with one extractor's features."""
 
     extractor: str
-    circular: bool  # the extractor guided the training of the model
+    circular: bool | None  # the extractor guided the training of the model; None: not known
     circularity: str  # the same as a sentence
     method: str
     comparisons: dict[str, str]  # name -> what is compared with what
@@ -65,7 +65,7 @@ def measure_fidelity(
     test: FeatureSet | None,
     generated: FeatureSet,
     reconstructions: FeatureSet | None,
-    circular: bool,
+    circular: bool | None,
     seed: int,
 ) -> FidelityResult:
     """Compare the generated images with the training images, and real ones and reconstructions for scale.
@@ -155,7 +155,11 @@ def _overall_counts(comparisons: list[Comparison], labels: list[int]) -> tuple[d
     return counts, notes
 
 
-def _circularity(extractor: str, circular: bool) -> str:
+def _circularity(extractor: str, circular: bool | None) -> str:
+    if circular is None:
+        return (
+            f"Whether {extractor} guided the training of the model is not known; if so, its distances say too little."
+        )
     if circular:
         return (
             f"{extractor} guided the training of the model, so its distances flatter the generated images: read those "

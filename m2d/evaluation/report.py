@@ -77,14 +77,25 @@ def write_report(
 def print_evaluation(result: Evaluation) -> None:
     """The answers and the classes, on the terminal."""
     console = Console()
-    table = Table(*_heads(class_rows(result)), title=f"{result.image_size} px")
-    for row in class_rows(result):
-        table.add_row(*[_cell(value) for value in row.values()])
+    rows = class_rows(result)
+    shown = {name: short for name, short in _ON_TERMINAL.items() if any(name in row for row in rows)}
+    table = Table(
+        *shown.values(), title=f"at {result.image_size} px; recall by training data, all numbers in classes.csv"
+    )
+    for row in rows:
+        table.add_row(*[_cell(row[name]) for name in shown])
     console.print(table)
     for one in answers(result):
         console.print(f"[bold]{one.question}[/bold] {one.answer}", highlight=False)
     for note in result.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
+
+
+_ON_TERMINAL = {
+    "class": "class", "train_images": "train", "test_images": "unseen", "generated_images": "made",
+    "kernel_distance_generated": "kernel distance", "recall_b": "real, weighted", "recall_c": "oversampled",
+    "recall_d": "+ synthetic", "class_agreement": "in class",
+}  # fmt: skip
 
 
 def _page(result: Evaluation, pictures: dict[str, bytes]) -> str:
@@ -96,7 +107,7 @@ def _page(result: Evaluation, pictures: dict[str, bytes]) -> str:
         {
             "result": one,
             "rows": [[_cell(row[name]) for name in _FIDELITY] for row in fidelity_rows([one])],
-            "left_out": sorted({str(row["left_out"]) for row in fidelity_rows([one]) if row["left_out"]}),
+            "left_out": "; ".join(sorted({str(row["left_out"]) for row in fidelity_rows([one]) if row["left_out"]})),
         }
         for one in result.fidelity
     ]

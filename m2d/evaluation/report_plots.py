@@ -53,7 +53,7 @@ def kernel_distances(result: FidelityResult) -> bytes:
     axes.axvline(0, color="#999999", linewidth=0.8)
     axes.set_xlabel("kernel distance to the training images; 0 = the same, 95 % intervals")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.0 + 0.6 / (1 + len(labels))), ncols=4)
+    figure.legend(frameon=False, loc="outside upper center", ncols=4)
     return _png(figure)
 
 

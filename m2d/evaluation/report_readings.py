@@ -21,7 +21,7 @@ def answers(result: Evaluation) -> list[Answer]:
     found = [
         Answer(
             f"Do they help? ({one.classifier})",
-            " ".join([one.verdict.sentence, *one.verdict.warnings]),
+            " ".join([one.verdict.sentence[:1].upper() + one.verdict.sentence[1:], *one.verdict.warnings]),
             "The same classifier was trained with and without the synthetic images and tested on lesions that it has "
             "not seen. Oversampling gives it the same number of images of each class by repeating real ones: only what"
             " goes beyond that is due to new images. An interval that holds 0 shows nothing either way.",
@@ -34,7 +34,7 @@ def answers(result: Evaluation) -> list[Answer]:
         found.append(
             Answer(
                 "Are they private enough?",
-                result.memorization.verdict,
+                f"{result.memorization.verdict[:1].upper()}{result.memorization.verdict[1:]}.",
                 "A generated image counts as a near-copy where it lies nearer to a training image than photographs of "
                 "different lesions practically ever do, as it is or flipped or turned. Unseen real images, told by the"
                 " same rule, show how often that is chance. Look at the nearest pairs before you share the images: no "

@@ -89,7 +89,8 @@ def class_rows(result: Evaluation) -> list[Row]:
         if result.consistency is not None and code in result.consistency.agreement:
             row["class_agreement"] = result.consistency.agreement[code].value
         rows.append(row)
-    return rows
+    heads = list(dict.fromkeys(name for row in rows for name in row))
+    return [{head: row.get(head) for head in heads} for row in rows]
 
 
 def score_table(result: DownstreamResult) -> list[list[str]]:
@@ -119,4 +120,4 @@ def _spread(one: Estimate) -> Row:
 
 
 def _text(one: Estimate) -> str:
-    return f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"
+    return f"{one.value:.3f} [{one.low:.3f}, {one.high:.3f}]"  # the page breaks the line before the bracket

@@ -52,7 +52,7 @@ def measure(
     train: FeatureSet | None = None,
     test: FeatureSet | None = None,
     reconstructions: FeatureSet | None = None,
-    circular: bool = False,
+    circular: bool | None = False,
     seed: int = 0,
 ) -> FidelityResult:
     train = real("train", COUNTS, 0) if train is None else train
@@ -289,9 +289,10 @@ def test_rows_stand_side_by_side() -> None:
     [
         (True, "net-1 guided the training of the model, so its distances flatter the generated images"),
         (False, "net-1 had no part in the training of the model"),
+        (None, "Whether net-1 guided the training of the model is not known"),
     ],
 )
-def test_it_says_whether_the_extractor_guided_the_training(circular: bool, sentence: str) -> None:
+def test_it_says_whether_the_extractor_guided_the_training(circular: bool | None, sentence: str) -> None:
     result = measure(real("generated", {"MEL": 30}, 1), circular=circular)
     assert result.circular is circular
     assert result.circularity.startswith(sentence)
