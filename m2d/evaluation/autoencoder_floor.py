@@ -23,7 +23,7 @@ def reconstructions(images: ImageSet, checkpoint: Checkpoint, *, device: str, ca
     """
     autoencoder = checkpoint.autoencoder.to(device)
     pixels = np.empty(images.pixels.shape, dtype=np.uint8)
-    with Progress("reconstructing unseen images", len(images)) as progress:
+    with Progress(f"reconstructing {images.name}", len(images)) as progress:
         for first in range(0, len(images), BATCH):
             batch = images.pixels[first : first + BATCH]
             pixels[first : first + BATCH] = _redrawn(batch, autoencoder.encode, autoencoder.decode, device)
@@ -34,6 +34,29 @@ def reconstructions(images: ImageSet, checkpoint: Checkpoint, *, device: str, ca
         source=f"reconstructions of {images.source} by checkpoint {checkpoint.sha256[:12]}",
         pixels=pixels,
         cache_dir=cache_dir,
+    )
+
+
+def drawn_like(train: ImageSet, generated: ImageSet, seed: int) -> ImageSet:
+    """Training images, drawn without repeats: as many of each class as were generated, or all where there are fewer.
+
+    Each is a group of its own, as a generated image is.
+    """
+    generator = np.random.default_rng(seed)
+    rows = np.concatenate(
+        [
+            generator.permutation(np.flatnonzero(train.labels == label))[: int((generated.labels == label).sum())]
+            for label in np.unique(generated.labels)
+        ]
+    )
+    return ImageSet(
+        name="training images",
+        source=f"{len(rows):,} images of {train.source}",
+        sha256=tuple(train.sha256[row] for row in rows),
+        paths=tuple(train.paths[row] for row in rows),
+        labels=train.labels[rows],
+        groups=np.array([f"reconstruction {row}" for row in rows], dtype=object),
+        pixels=train.pixels[rows],
     )
 
 

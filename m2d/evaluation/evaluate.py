@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ import torch
 from m2d import __version__
 from m2d.cluster import ray_cluster
 from m2d.errors import ConfigError, DataError, M2DError
-from m2d.evaluation.autoencoder_floor import psnr_db, reconstructions
+from m2d.evaluation.autoencoder_floor import drawn_like, psnr_db, reconstructions
 from m2d.evaluation.consistency import measure_consistency
 from m2d.evaluation.downstream import measure_downstream, run_here
 from m2d.evaluation.downstream_jobs import Classifier, Job, Runner
@@ -104,8 +104,10 @@ class _Run:
             verbose=config.verbose,
         )
         self._known: dict[tuple[str, FeatureExtractorConfig], FeatureSet] = {}
+        self.checkpoint = self._usable(checkpoint)
         self.psnr_db: float | None = None
-        self.redrawn = self._reconstructions(checkpoint)
+        self.redrawn = self._reconstructions()
+        self.c = config.c  # chosen by the first part that needs it, which takes minutes
         self.typicality: np.ndarray | None = None
 
     def evaluation(self, began: float, place: str | None) -> Evaluation:
@@ -113,13 +115,14 @@ class _Run:
         fidelity = self._fidelity() if "fidelity" in self.config.part_names else []
         memorization = self._memorization() if "memorization" in self.config.part_names else None
         downstream = self._downstream() if "downstream" in self.config.part_names else []
+        through_autoencoder = self._through_autoencoder() if downstream else None
         consistency = None
         if "consistency" in self.config.part_names:
             consistency = measure_consistency(
                 train=self._features(self.sets.train, self.independent),
                 test=self._features(self.sets.test, self.independent),
                 generated=self._features(self.sets.generated, self.independent),
-                c=self.config.c,
+                c=self.c,
                 resamples=self.config.bootstrap,
                 seed=self.config.seed,
             )
@@ -135,6 +138,7 @@ class _Run:
             fidelity=fidelity,
             memorization=memorization,
             downstream=downstream,
+            autoencoder_downstream=through_autoencoder,
             consistency=consistency,
             notes=self.notes,
             seed=self.config.seed,
@@ -143,18 +147,43 @@ class _Run:
             version=__version__,
         )
 
-    def _reconstructions(self, checkpoint: Checkpoint | None) -> ImageSet | None:
-        if checkpoint is None or "fidelity" not in self.config.part_names:
-            return None
-        if checkpoint.image_size != self.sets.test.image_size:
+    def _usable(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
+        """The checkpoint, if its autoencoder takes images of this size."""
+        size = self.sets.test.image_size
+        if checkpoint is not None and checkpoint.image_size != size:
             self.notes.append(
-                f"no autoencoder floor: the checkpoint is of {checkpoint.image_size} px, the evaluation of "
-                f"{self.sets.test.image_size} px"
+                f"no autoencoder floor: the checkpoint is of {checkpoint.image_size} px, the evaluation of {size} px"
             )
             return None
-        redrawn = reconstructions(self.sets.test, checkpoint, device=self.device, cache_dir=self.config.cache_dir)
+        return checkpoint
+
+    def _reconstructions(self) -> ImageSet | None:
+        if self.checkpoint is None or "fidelity" not in self.config.part_names:
+            return None
+        redrawn = self._redraw(self.sets.test)
         self.psnr_db = psnr_db(self.sets.test, redrawn)
         return redrawn
+
+    def _redraw(self, images: ImageSet) -> ImageSet:
+        assert self.checkpoint is not None, "the caller has looked"
+        return reconstructions(images, self.checkpoint, device=self.device, cache_dir=self.config.cache_dir)
+
+    def _through_autoencoder(self) -> DownstreamResult | None:
+        """The logistic comparison with reconstructions of training images in place of the generated ones."""
+        if self.checkpoint is None or "logistic" not in self.config.classifier_names(gpu=self.device != "cpu"):
+            return None
+        redrawn = self._redraw(drawn_like(self.sets.train, self.sets.generated, self.config.seed))
+        cls = self.extraction.features(redrawn, self.independent)[0]
+        return measure_downstream(
+            train=self._features(self.sets.train, self.independent),
+            test=self._features(self.sets.test, self.independent),
+            generated=FeatureSet(redrawn, self.keys[self.independent], cls),
+            seeds=(self.config.seed,),
+            resamples=self.config.bootstrap,
+            c=self.c,
+            seed=self.config.seed,
+            run=self._trainings("the same with reconstructions"),
+        )
 
     def _features(self, images: ImageSet, extractor: FeatureExtractorConfig) -> FeatureSet:
         name = (images.name, extractor)
@@ -212,6 +241,7 @@ class _Run:
                     **shared,
                 )
             )
+            self.c = cast(float, results[0].settings["c"])
         if "finetune" in names:
             results.append(
                 measure_finetuned(

@@ -42,6 +42,7 @@ class Evaluation:
     fidelity: list[FidelityResult]  # the independent extractor first, then the one that guided the training
     memorization: MemorizationResult | None
     downstream: list[DownstreamResult]  # a classifier each
+    autoencoder_downstream: DownstreamResult | None  # with reconstructions of training images as the synthetic ones
     consistency: ConsistencyResult | None
     notes: list[str]
     seed: int

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from m2d.evaluation.consistency import ConsistencyResult
+from m2d.evaluation.downstream_result import DownstreamResult
 from m2d.evaluation.evaluation import Evaluation
 from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult, FidelityRow
 
@@ -28,6 +29,8 @@ def answers(result: Evaluation) -> list[Answer]:
         )
         for one in result.downstream
     ]
+    if result.autoencoder_downstream is not None:
+        found.append(_floor(result.autoencoder_downstream))
     if result.fidelity:
         found += _fidelity(result.fidelity[0])
     if result.memorization is not None:
@@ -60,6 +63,17 @@ def _consistency(result: ConsistencyResult) -> list[Answer]:
             "of generated images are doubtful; far above it, they are more textbook-like than real lesions are.",
         )
     ]
+
+
+def _floor(result: DownstreamResult) -> Answer:
+    against = result.minus_c["balanced_accuracy"]
+    return Answer(
+        "What does the autoencoder alone cost?",
+        f"{sum(result.generated.values()):,} real training images that only passed the model's autoencoder, added in "
+        f"place of the generated ones, change balanced accuracy by {against.signed} against oversampling.",
+        "These images show real lesions, each a training image over again, so this is what a generator with this "
+        "autoencoder can hope for before its images bring anything new. Below 0, train the autoencoder first.",
+    )
 
 
 def _fidelity(result: FidelityResult) -> list[Answer]:

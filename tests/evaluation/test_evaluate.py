@@ -65,6 +65,7 @@ def test_every_part_is_answered_in_every_file(
     assert [one["extractor"].split("-")[1] for one in found["fidelity"]] == ["lite1", "lite0"]
     assert found["downstream"][0]["verdict"]["word"] in ("helps", "no difference shown", "hurts")
     assert [one["ratio"] for one in found["downstream"][0]["ratios"]] == [0.5, 1.0]
+    assert found["autoencoder_downstream"]["generated"] == {"DF": 12, "MEL": 12}
     assert np.array(found["consistency"]["confusion"]).sum() == 24
     assert found["memorization"]["overall"]["generated"]["either"]["images"] == 24
     assert any("taken on trust" in note for note in found["notes"])
