@@ -6,7 +6,7 @@ python bench/evaluation_controls.py --real /data/ISIC --output bench/out/evaluat
 |---|---|
 | training images | near-copies flagged |
 | images of other unseen lesions (the val split) | kernel distance at the real floor, no near-copies flagged |
-| noise | kernel distance far beyond the floor, few in their class, "hurts" |
+| noise, to fill the imbalance | kernel distance far beyond the floor, few in their class, "hurts" |
 | the training images once more | "no difference shown" against oversampling, which it equals |
 
 Anything else ends with exit code 1. Features are kept in --cache_dir, so that a second run takes minutes less.
@@ -36,6 +36,7 @@ def main(
     real: str,
     image_size: int = 64,
     per_class: int = 60,
+    fill: int = 300,
     input_size: int = 192,
     cache_dir: str = "./cache",
     output: str | None = None,
@@ -45,18 +46,21 @@ def main(
     Args:
         real: class folders of real images.
         image_size: pixels a side of the comparison.
-        per_class: images of a class in the first three sets, where it has as many.
+        per_class: images of a class in the first two sets, where it has as many.
+        fill: noise images of each class but the largest, as if to fill the imbalance.
         input_size: of both extractors.
         cache_dir: of the evaluation.
         output: where the answers go as JSON.
     """
     catalog = scan_dataset(real, DataConfig()).catalog.to_pylist()
+    labels = [row["label"] for row in catalog]
+    largest = max(CLASSES, key=labels.count)
     answers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="m2d-controls-") as folder:
         for name, parts in SETS.items():
             root = Path(folder) / name
             if name == "noise":
-                write_noise(root, dict.fromkeys(CLASSES, per_class), image_size)
+                write_noise(root, {code: fill for code in CLASSES if code != largest}, image_size)
             else:
                 split = "val" if name == "unseen" else "train"
                 link(root, real, picked(catalog, split, None if name == "duplicated" else per_class))
@@ -87,7 +91,7 @@ def main(
 SETS = {
     "training": "fidelity,memorization",
     "unseen": "fidelity,memorization,consistency",
-    "noise": "fidelity,memorization,downstream,consistency",
+    "noise": "fidelity,downstream,consistency",
     "duplicated": "downstream",
 }
 
