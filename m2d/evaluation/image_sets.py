@@ -33,6 +33,7 @@ from m2d.models.checkpoint import CheckpointInfo
 
 NAMED = 3  # of shared lesions or unreadable files
 PIXELS = "evaluation_v1/pixels"  # in the cache folder; the number goes up when the way from a file to pixels changes
+CONTACT_SHEET = "contact_sheet.png"  # lies beside the class folders of m2d's own runs
 _THREADS = 16
 
 
@@ -153,9 +154,10 @@ def _generated(root: str, data: DataConfig, notes: list[str]) -> Listed:
             "be evaluated"
         )
     references = read_references(root, setting="generated", max_pixels=data.max_pixels)
-    notes += [f"left out {path}: {reason}" for path, reason in references.rejected[:NAMED]]
-    if len(references.rejected) > NAMED:
-        notes.append(f"left out {len(references.rejected):,} unusable generated files in all")
+    rejected = [(path, reason) for path, reason in references.rejected if path != CONTACT_SHEET]
+    notes += [f"left out {path}: {reason}" for path, reason in rejected[:NAMED]]
+    if len(rejected) > NAMED:
+        notes.append(f"left out {len(rejected):,} unusable generated files in all")
     images = [image for code in CLASSES for image in references.by_class.get(code, ())]
     repeated = len(images) - len({image.sha256 for image in images})
     if repeated:
