@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 ARGS ?=
+BENCH ?= ingest sampling scaleout
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint format bench lock clean distclean
@@ -28,8 +29,8 @@ format: setup  ## Rewrite the sources as ruff formats them
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: setup  ## Side-by-side measurements: every bench/*.py in turn
-	@set -e; for file in bench/*.py; do echo "== $$file"; $(PY) "$$file" $(ARGS); done
+bench: setup  ## Side-by-side measurements; make bench BENCH=gates ARGS="..." for one (--help tells what it needs)
+	@set -e; for name in $(BENCH); do echo "== bench/$$name.py"; $(PY) "bench/$$name.py" $(ARGS); done
 
 lock: setup  ## Write requirements.lock from the versions in .venv
 	$(PY) scripts/lock.py
