@@ -32,8 +32,8 @@ class TrainConfig:
     cache_dir: str = "./cache"  # what setup_data prepared; read where it is there. A path that every node sees
     name: str = "m2d"  # of the experiment; its directory is NAME_YYYYMMDD_HHMMSS
     seed: int = 0  # of weights, order, noise and dropout; the split has data.split_seed
-    stage: Literal["joint", "latent"] = "joint"  # latent: the U-Net alone, on the cached latents of a trained VAE
-    init_checkpoint: str | None = None  # start from this checkpoint's networks; stage latent needs one
+    stage: Literal["joint", "latent", "decoder"] = "joint"  # latent: the U-Net alone; decoder: the VAE's decoder alone
+    init_checkpoint: str | None = None  # start from this checkpoint's networks; stages latent and decoder need one
     epochs: int = 100  # passes over the training split
     max_steps: int | None = None  # optimiser steps; ends the run before its epochs do
     batch_size: int = 32  # images a worker and micro-batch
@@ -74,8 +74,9 @@ class TrainConfig:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0")
         if not re.fullmatch(r"[\w.-]+", self.name, flags=re.ASCII):
             raise ConfigError(f"name is {self.name!r}; use letters, digits, '.', '_' and '-'")
-        if self.stage == "latent" and self.init_checkpoint is None:
-            raise ConfigError("stage latent trains on a frozen VAE; name a joint run's checkpoint by --init_checkpoint")
+        if self.stage != "joint" and self.init_checkpoint is None:
+            what = {"latent": "trains on a frozen VAE", "decoder": "keeps encoder and U-Net as they are"}[self.stage]
+            raise ConfigError(f"stage {self.stage} {what}; name an earlier run's checkpoint by --init_checkpoint")
         if self.autoencoder.pretrained is None:
             self._check_sizes()
         levels = len(self.unet.block_channels)

@@ -141,7 +141,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = 
         (["--config", "/no/such.yaml"], "config: /no/such.yaml is not a file"),
         (
             ["--stage", "latent"],
-            "stage latent trains on a frozen VAE; name a joint run's checkpoint by --init_checkpoint",
+            "stage latent trains on a frozen VAE; name an earlier run's checkpoint by --init_checkpoint",
         ),
         (["--data.class_map.mole", "XYZ"], "data.class_map maps mole to XYZ; known classes: AKIEC"),
     ],

@@ -139,9 +139,10 @@ def test_an_image_too_small_for_the_discriminator_is_refused() -> None:
     TrainConfig(data=small, discriminator=DiscriminatorConfig(enabled=True, layers=2))
 
 
-def test_stage_latent_needs_a_checkpoint() -> None:
-    assert "--init_checkpoint" in refusal_of(TrainConfig, stage="latent")
-    TrainConfig(stage="latent", init_checkpoint="somewhere")
+@pytest.mark.parametrize("stage", ["latent", "decoder"])
+def test_a_later_stage_needs_a_checkpoint(stage: str) -> None:
+    assert "--init_checkpoint" in refusal_of(TrainConfig, stage=stage)
+    TrainConfig(stage=stage, init_checkpoint="somewhere")
 
 
 def test_a_data_root_that_is_not_set_or_not_there_is_refused(tmp_path: Path) -> None:

@@ -43,10 +43,16 @@ def build_networks(config: TrainConfig, device: torch.device, cached_dim: int | 
         extractor=extractor,
         feature_dim=feature_dim,
     )
-    if config.discriminator.enabled and config.stage == "joint":
+    if config.discriminator.enabled and config.stage != "latent":
         networks.discriminator = PatchDiscriminator(config.discriminator.channels, config.discriminator.layers)
     if config.init_checkpoint is not None:
         networks.denoiser_is_new = not _start_from(config.init_checkpoint, networks, config.feature_extractor.name)
+        if config.stage == "decoder" and networks.denoiser_is_new:
+            raise CheckpointError(
+                f"init_checkpoint: stage decoder keeps the U-Net of {config.init_checkpoint}, and that has another "
+                "shape or extractor than the settings; use the settings it was trained with (its experiment's "
+                "configs/config.yaml)"
+            )
     for module in (*networks.trained().values(), extractor):
         if module is not None:
             _place(module, device, config.channels_last)

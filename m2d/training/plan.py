@@ -55,6 +55,11 @@ class RunPlan:
         return round(self.config.schedule.vae_warmup_fraction * self.total_steps)
 
     @property
+    def steps_without_features(self) -> int:
+        """Steps at the start that need no features of their images."""
+        return self.total_steps if self.config.stage == "decoder" else self.vae_warmup_steps
+
+    @property
     def save_every(self) -> int:
         """Steps from checkpoint to checkpoint."""
         return self.config.saving.every_steps or self.steps_per_epoch

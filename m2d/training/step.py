@@ -1,13 +1,14 @@
 """One training step, in pure torch: runs in a test, a notebook or a bare GPU box as well as in a Ray worker.
 
-`JointStep` trains VAE and U-Net together as REPA-E does (arXiv 2504.10483); `LatentStep` trains the U-Net alone on
-cached posteriors. Both skip a step whose loss or gradient is not finite, count it, and leave every tensor as it was.
+`JointStep` trains VAE and U-Net together as REPA-E does (arXiv 2504.10483), `LatentStep` the U-Net alone on cached
+posteriors; decoder_step.py has a third. All skip a step whose loss or gradient is not finite, count it, and leave
+every tensor as it was.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig,
 from m2d.training.update import Optimized, guarded_update, learning_rate
 
 Precision = Literal["no", "bf16", "fp16"]
+Batch = TypeVar("Batch", ImageBatch, LatentBatch)
 
 
 @dataclass
@@ -72,10 +74,10 @@ class StepConfig:
         return step < round(self.alignment.stop_fraction * self.total_steps)
 
 
-class _Step:
-    """The parts that both stages share: precision, DDP, the guarded update, EMA and the scalars."""
+class BaseStep:
+    """The parts that the stages share: precision, DDP, the discriminator, the guarded update, EMA and the scalars."""
 
-    def __init__(self, networks: Networks, config: StepConfig, device: torch.device) -> None:
+    def __init__(self, networks: Networks, config: StepConfig, device: torch.device, distributed: bool) -> None:
         self.networks = networks
         self.config = config
         self.device = device
@@ -86,9 +88,10 @@ class _Step:
         if config.compile:
             self.denoiser_phase.compile()
         self.ema = Ema(networks.denoiser, config.schedule.ema_decay, config.schedule.ema_warmup)
-        self.optimized: dict[str, Optimized] = {
-            "denoiser": Optimized(self.denoiser_phase, config.optimizer, config.optimizer.lr_denoiser)
-        }
+        self.optimized: dict[str, Optimized] = {}
+        self._discriminator: nn.Module | None = networks.discriminator
+        if networks.discriminator is not None and distributed:
+            self._discriminator = parallel(networks.discriminator, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}  # a loss may join in the middle of an interval
@@ -145,6 +148,47 @@ class _Step:
         alignment = weights.alignment if self.config.aligns(step) else 0.0
         return weights.diffusion * flow.diffusion + alignment * (flow.alignment + weights.manifold * flow.manifold)
 
+    def _accumulate(
+        self,
+        micro_batches: Sequence[tuple[Batch, Draws]],
+        phases: Sequence[nn.Module | None],
+        one: Callable[[Batch, Draws], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        """Forward and backward of every micro-batch by `one`; returns the means of the losses that it gives."""
+        totals: dict[str, Tensor] = {}
+        for number, (batch, draws) in enumerate(micro_batches):
+            with ExitStack() as stack:
+                if number < len(micro_batches) - 1:  # gradients are added up here, and reduced over workers once
+                    for phase in phases:
+                        if isinstance(phase, DistributedDataParallel):
+                            stack.enter_context(phase.no_sync())
+                losses = one(batch, draws.to(self.device))
+            for name, loss in losses.items():
+                share = loss.detach() / len(micro_batches)
+                totals[name] = totals[name] + share if name in totals else share
+        return totals
+
+    def _adversarial(self, reconstructed: Tensor, step: int, losses: dict[str, Tensor]) -> Tensor | float:
+        """The VAE's weighted loss against the frozen discriminator, nothing before its start; notes it in `losses`."""
+        discriminator = self.networks.discriminator
+        if discriminator is None:
+            return 0.0
+        with frozen(discriminator):
+            losses["adversarial"] = adversarial_loss(discriminator(reconstructed))
+        weight = self.config.weights.adversarial if step >= self.config.discriminator_start else 0.0
+        return weight * losses["adversarial"]
+
+    def _teach_discriminator(
+        self, images: Tensor, reconstructed: Tensor, micro_batches: int, losses: dict[str, Tensor]
+    ) -> None:
+        """The discriminator's own forward and backward; notes its loss."""
+        if self._discriminator is None:
+            return
+        with self.autocast():  # one call on both halves: DDP allows one forward a backward
+            logits = self._discriminator(torch.cat([images, reconstructed.detach()]))
+            losses["discriminator"] = discriminator_loss(*logits.chunk(2))
+        self._backward(losses["discriminator"], micro_batches)
+
     def _backward(self, loss: Tensor, micro_batches: int) -> None:
         self.scaler.scale(loss / micro_batches).backward()
 
@@ -174,7 +218,7 @@ class _Step:
         return [latent_norm.running_mean.clone(), latent_norm.running_var.clone()]
 
 
-class JointStep(_Step):
+class JointStep(BaseStep):
     """VAE and U-Net together. The diffusion loss never reaches the VAE; the alignment loss does."""
 
     def __init__(
@@ -185,36 +229,27 @@ class JointStep(_Step):
         device: torch.device,
         distributed: bool = False,
     ) -> None:
-        super().__init__(networks, config, device)
+        super().__init__(networks, config, device, distributed)
         optimizer = config.optimizer
         self.autoencoder_phase = AutoencoderPhase(networks.autoencoder, perceptual)
         if config.compile:
             self.autoencoder_phase.compile()
+        self.optimized["denoiser"] = Optimized(self.denoiser_phase, optimizer, optimizer.lr_denoiser)
         self.optimized["autoencoder"] = Optimized(networks.autoencoder, optimizer, optimizer.lr_autoencoder)
         if networks.discriminator is not None:
             self.optimized["discriminator"] = Optimized(networks.discriminator, optimizer, optimizer.lr_discriminator)
-        self._autoencoder = _parallel(self.autoencoder_phase, device) if distributed else self.autoencoder_phase
-        self._denoiser = _parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
-        self._discriminator: nn.Module | None = networks.discriminator
-        if networks.discriminator is not None and distributed:
-            self._discriminator = _parallel(networks.discriminator, device)
+        self._autoencoder = parallel(self.autoencoder_phase, device) if distributed else self.autoencoder_phase
+        self._denoiser = parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
 
     def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:
         """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
         warming = step < self.config.vae_warmup_steps
         norm_before = self._norm_buffers()
-        totals: dict[str, Tensor] = {}
-        for number, (batch, draws) in enumerate(micro_batches):
-            last = number == len(micro_batches) - 1
-            with ExitStack() as stack:
-                if not last:  # gradients are added up here and reduced over workers once, with the last micro-batch
-                    for phase in (self._autoencoder, self._denoiser, self._discriminator):
-                        if isinstance(phase, DistributedDataParallel):
-                            stack.enter_context(phase.no_sync())
-                losses = self._micro_batch(batch, draws.to(self.device), step, warming, len(micro_batches))
-            for name, loss in losses.items():
-                share = loss.detach() / len(micro_batches)
-                totals[name] = totals[name] + share if name in totals else share
+        totals = self._accumulate(
+            micro_batches,
+            (self._autoencoder, self._denoiser, self._discriminator),
+            lambda batch, draws: self._micro_batch(batch, draws, step, warming, len(micro_batches)),
+        )
         active = {"autoencoder": self.optimized["autoencoder"]}
         self._set_rate("autoencoder", step, 0)
         if not warming:
@@ -230,9 +265,8 @@ class JointStep(_Step):
     ) -> dict[str, Tensor]:
         """Forward and backward of every part; returns the unweighted losses."""
         weights = self.config.weights
-        pixels = batch.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        pixels, images = model_images(batch, self.device)
         labels = batch.labels.to(self.device, non_blocking=True)
-        images = pixels.float() / 127.5 - 1.0
         with self.autocast():
             features = None if warming else self._features(batch, pixels)
             vae = self._autoencoder(images, draws.posterior)
@@ -243,19 +277,9 @@ class JointStep(_Step):
             if features is not None and weights.alignment_vae > 0 and self.config.aligns(step):
                 losses["alignment_vae"] = self.denoiser_phase.align_autoencoder(vae.latents, labels, features, draws)
                 total = total + weights.alignment_vae * losses["alignment_vae"]
-            discriminator = self.networks.discriminator
-            if discriminator is not None:
-                with frozen(discriminator):
-                    losses["adversarial"] = adversarial_loss(discriminator(vae.reconstructed))
-                started = step >= self.config.discriminator_start
-                total = total + (weights.adversarial if started else 0.0) * losses["adversarial"]
+            total = total + self._adversarial(vae.reconstructed, step, losses)
         self._backward(total, micro_batches)
-        if self._discriminator is not None:
-            # One call on both halves: DDP allows one forward a backward.
-            with self.autocast():
-                logits = self._discriminator(torch.cat([images, vae.reconstructed.detach()]))
-                losses["discriminator"] = discriminator_loss(*logits.chunk(2))
-            self._backward(losses["discriminator"], micro_batches)
+        self._teach_discriminator(images, vae.reconstructed, micro_batches, losses)
         latents = vae.latents.detach()
         if features is None:
             self.networks.denoiser.latent_norm(latents)  # its statistics are ready when the U-Net joins
@@ -273,36 +297,36 @@ class JointStep(_Step):
         return extract(self.networks.extractor, pixels)
 
 
-class LatentStep(_Step):
+class LatentStep(BaseStep):
     """The U-Net alone, on cached posteriors of a frozen VAE; the latent batch norm's statistics stay as they are."""
 
     def __init__(self, networks: Networks, config: StepConfig, device: torch.device, distributed: bool = False) -> None:
-        super().__init__(networks, config, device)
+        super().__init__(networks, config, device, distributed)
         networks.autoencoder.requires_grad_(False)
-        self._denoiser = _parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
+        self.optimized["denoiser"] = Optimized(self.denoiser_phase, config.optimizer, config.optimizer.lr_denoiser)
+        self._denoiser = parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
 
     def __call__(self, micro_batches: Sequence[tuple[LatentBatch, Draws]], step: int) -> None:
         """One optimiser step over the micro-batches."""
         norm_before = self._norm_buffers()
-        totals: dict[str, Tensor] = {}
-        for number, (batch, cpu_draws) in enumerate(micro_batches):
-            draws = cpu_draws.to(self.device)
-            mean, std, labels = (
-                tensor.to(self.device, non_blocking=True) for tensor in (batch.mean, batch.std, batch.labels)
-            )
-            features = on_device(batch.features, self.device)
-            latents = mean.float() + std.float() * draws.posterior
-            synchronise = number == len(micro_batches) - 1 or not isinstance(self._denoiser, DistributedDataParallel)
-            with nullcontext() if synchronise else self._denoiser.no_sync():  # type: ignore[operator]
-                with self.autocast():
-                    flow = self._denoiser(latents, labels, features, draws, False)
-                losses = {"diffusion": flow.diffusion, "alignment": flow.alignment, "manifold": flow.manifold}
-                self._backward(self._denoiser_total(flow, step), len(micro_batches))
-            for name, loss in losses.items():
-                share = loss.detach() / len(micro_batches)
-                totals[name] = totals[name] + share if name in totals else share
+        totals = self._accumulate(
+            micro_batches,
+            (self._denoiser,),
+            lambda batch, draws: self._micro_batch(batch, draws, step, len(micro_batches)),
+        )
         self._set_rate("denoiser", step, 0)
-        self._finish({"denoiser": self.optimized["denoiser"]}, totals, norm_before)
+        self._finish(self.optimized, totals, norm_before)
+
+    def _micro_batch(self, batch: LatentBatch, draws: Draws, step: int, micro_batches: int) -> dict[str, Tensor]:
+        mean, std, labels = (
+            tensor.to(self.device, non_blocking=True) for tensor in (batch.mean, batch.std, batch.labels)
+        )
+        features = on_device(batch.features, self.device)
+        latents = mean.float() + std.float() * draws.posterior
+        with self.autocast():
+            flow = self._denoiser(latents, labels, features, draws, False)
+        self._backward(self._denoiser_total(flow, step), micro_batches)
+        return {"diffusion": flow.diffusion, "alignment": flow.alignment, "manifold": flow.manifold}
 
 
 @torch.no_grad()
@@ -310,6 +334,12 @@ def extract(extractor: FeatureExtractor, pixels: Tensor) -> Features:
     """Features of uint8 images [B, 3, H, W] in float32."""
     features: Features = extractor(extractor.preprocess(pixels))
     return Features(cls=features.cls.float(), patches=features.patches.float())
+
+
+def model_images(batch: ImageBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch's images on the device, [B, 3, H, W]: uint8 as they are, and float32 in [-1, 1]."""
+    pixels = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return pixels, pixels.float() / 127.5 - 1.0
 
 
 def on_device(features: Features, device: torch.device) -> Features:
@@ -320,7 +350,8 @@ def on_device(features: Features, device: torch.device) -> Features:
     )
 
 
-def _parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+def parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The module as DDP wants it here: one forward a backward, no buffers sent around."""
     return DistributedDataParallel(
         module,
         device_ids=[device] if device.type == "cuda" else None,

@@ -214,7 +214,7 @@ def _fit(plan: RunPlan, on_gpu: bool) -> None:
             failure_config=FailureConfig(max_failures=config.ray.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),  # m2d.training.saving keeps and deletes
         ),
-        datasets={"train": StreamFactory(plan)} if config.stage == "joint" else None,
+        datasets={"train": StreamFactory(plan)} if config.stage != "latent" else None,
         dataset_config=stream_data_config(),
     )
     try:

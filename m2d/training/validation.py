@@ -68,12 +68,12 @@ def validate(
 
 
 def score(measures: dict[str, float], stage: str) -> float:
-    """What `best` minimises: the perceptual distance of reconstructions while the VAE learns, else the velocity error.
+    """What `best` minimises: the perceptual distance of reconstructions where the VAE learns, or the velocity error.
 
     Neither knows the loss weights. The latents move in the joint stage, so velocity errors of two moments of it do not
     compare.
     """
-    return measures.get("val/perceptual" if stage == "joint" else "val/velocity_mse", float("inf"))
+    return measures.get("val/velocity_mse" if stage == "latent" else "val/perceptual", float("inf"))
 
 
 def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:

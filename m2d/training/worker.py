@@ -4,6 +4,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.models.checkpoint import CheckpointInfo, read_prior
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw, draws_seed
+from m2d.training.decoder_step import DecoderStep
 from m2d.training.features import FeatureSource, fit_features
 from m2d.training.latents import LatentTable, cache_latents
 from m2d.training.networks import build_networks
@@ -49,6 +51,8 @@ def train_worker(plan: RunPlan, link: WorkerLink) -> None:
     source = FeatureSource(link.device, networks.extractor, features)
     checkpoints = complete_checkpoints(plan.experiment.checkpoints)
     prior = read_prior(checkpoints[-1]) if checkpoints else None
+    if prior is None and config.stage == "decoder":
+        prior = read_prior(Path(config.init_checkpoint or ""))  # as it belongs to the U-Net, which stays
     if prior is None:
         prior = _fit_features(plan, networks, source, link, set_statistics=not checkpoints)
     table: LatentTable | None = None
@@ -92,11 +96,13 @@ class _Run:
             compile=config.compile,
         )
         distributed = link.world_size > 1
-        self.step: JointStep | LatentStep
-        if table is None:
-            self.step = JointStep(networks, self.perceptual, step_config, link.device, distributed)
-        else:
+        self.step: JointStep | LatentStep | DecoderStep
+        if table is not None:
             self.step = LatentStep(networks, step_config, link.device, distributed)
+        elif config.stage == "decoder":
+            self.step = DecoderStep(networks, self.perceptual, step_config, link.device, distributed)
+        else:
+            self.step = JointStep(networks, self.perceptual, step_config, link.device, distributed)
         self.leads = link.rank == 0
         self.keeper = CheckpointKeeper(plan.experiment.checkpoints, config.saving.keep_last) if self.leads else None
         self.log = MetricsLog(plan.experiment.path / "metrics", "train") if self.leads else None
@@ -161,10 +167,10 @@ class _Run:
     def _batches(self, start: int) -> Iterator[ImageBatch | LatentBatch]:
         first, count = self.plan.micro_batches_from(start)
         if self.table is None:
-            warmup = self.plan.vae_warmup_steps * self.plan.config.gradient_accumulation_steps
+            warmup = self.plan.steps_without_features * self.plan.config.gradient_accumulation_steps
             for micro_batch, batch in enumerate(self.link.images(first, count), start=first):
                 features = None
-                if self.source.table is not None and micro_batch >= warmup:  # the VAE's warm-up needs none
+                if self.source.table is not None and micro_batch >= warmup:
                     features = self.source.table.batch(batch["catalog_rows"].numpy(), batch["views"].numpy())
                 yield ImageBatch(images=batch["images"], labels=batch["labels"], features=features)
             return

@@ -46,18 +46,18 @@ def captured_gradients(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     networks_seen: list[Networks] = []
 
-    original_init = step_module._Step.__init__
+    original_init = step_module.BaseStep.__init__
 
-    def remember(self, networks, config, device):  # type: ignore[no-untyped-def]
+    def remember(self, networks, *arguments):  # type: ignore[no-untyped-def]
         networks_seen.append(networks)
-        original_init(self, networks, config, device)
+        original_init(self, networks, *arguments)
 
     def capture(optimized, losses, scaler):  # type: ignore[no-untyped-def]
         found.clear()
         found.update(gradients(networks_seen[-1]))
         return torch.tensor(True), [torch.zeros(()) for _ in optimized]
 
-    monkeypatch.setattr(step_module._Step, "__init__", remember)
+    monkeypatch.setattr(step_module.BaseStep, "__init__", remember)
     monkeypatch.setattr(step_module, "guarded_update", capture)
     return found
 
