@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 ARGS ?=
+WORKERS ?= 2
 BENCH ?= ingest sampling scaleout
 
 .DEFAULT_GOAL := help
@@ -16,8 +17,8 @@ setup:  ## Create .venv and install everything (PYTHON=python3.12: with that int
 demo: setup  ## Train on generated images with two workers and show samples, in ./demo
 	$(PY) -m m2d demo $(ARGS)
 
-test: setup  ## All tests; make test ARGS="tests/data -k decode" for some
-	$(PY) -m pytest --durations=15 $(ARGS)
+test: setup  ## All tests, in two processes; make test WORKERS=0 ARGS="tests/data -k decode" for some, in one
+	$(PY) -m pytest --durations=15 --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: setup  ## Style, types and who may import whom
 	$(PY) -m ruff check .

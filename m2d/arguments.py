@@ -6,6 +6,7 @@ m2d.cli calls it. It knows no command and imports nothing heavy.
 import dataclasses
 import difflib
 import inspect
+import json
 import re
 import types
 import typing
@@ -29,14 +30,17 @@ def parse_arguments(
     description: str,
     preset_path: Callable[[str], Path] | None = None,
     also_known: type | None = None,
+    positional: str | None = None,
 ) -> ConfigT:
     """The config that the arguments spell: defaults, then --preset and --config files as given, then flags.
 
     also_known: another command's settings, whose files serve this one too; what only that one has is passed over.
+    positional: the setting that words without a flag are: one word, or for a list any number.
     Raises ConfigError in one line; exits after --help and --print_config.
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.usage = f"{prog} {'[--preset NAME] ' if preset_path else ''}[--config FILE] [--SETTING VALUE ...]"
+    words = f"[{positional.upper()} ...] " if positional else ""
+    parser.usage = f"{prog} {words}{'[--preset NAME] ' if preset_path else ''}[--config FILE] [--SETTING VALUE ...]"
     if preset_path:
         parser.add_argument(
             "--preset", metavar="NAME", help="settings that come with M2D; stands for --config with its file"
@@ -49,7 +53,7 @@ def parse_arguments(
         _explain(parser, config)
     try:
         passed_over = frozenset(_setting_names(also_known) - _setting_names(config))
-        values = parser.parse_args(_spelled_out(arguments, config, preset_path, passed_over))
+        values = parser.parse_args(_spelled_out(arguments, config, preset_path, passed_over, positional))
         for key in ("config", "preset"):
             values.pop(key, None)
         return config(**vars(parser.instantiate(values)))
@@ -108,14 +112,17 @@ def _spelled_out(
     config: type,
     preset_path: Callable[[str], Path] | None,
     passed_over: frozenset[str],
+    positional: str | None,
 ) -> list[str]:
     """As jsonargparse wants them: --preset as --config, files first, underscores, `true` for a bare switch.
 
     A group that has a switch called `enabled` may stand bare too. passed_over: top-level keys left out of files.
+    positional: the setting that words which belong to no flag are.
     """
     kinds = dict(setting_types(config))
     files: list[str] = []
     flags: list[str] = []
+    words: list[str] = []
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
@@ -134,11 +141,21 @@ def _spelled_out(
             bare = not equals and (not waiting or waiting[0].startswith("--"))
             if bare and name not in kinds and f"{name}.enabled" in kinds:
                 name = f"{name}.enabled"
-            bare_switch = bare and kinds.get(name) is bool
-            flags.append(f"--{name}=true" if bare_switch else f"--{name}{equals}{value}")
+            switch = kinds.get(name) is bool and not equals
+            if switch and (bare or (positional and waiting[0].lower() not in ("true", "false"))):
+                flags.append(f"--{name}=true")
+            else:
+                flags.append(f"--{name}{equals}{value}")
+                if not bare and not equals:
+                    flags.append(waiting.pop(0))
         else:
-            flags.append(argument)
-    return files + flags
+            words.append(argument)
+    if positional and words:
+        takes_many = typing.get_origin(kinds[positional]) is list
+        if not takes_many and len(words) > 1:
+            raise ConfigError(f"{positional} is one word, and there are {len(words)}: {' '.join(words)}; give one")
+        return [*files, *flags, f"--{positional}={json.dumps(words) if takes_many else words[0]}"]
+    return [*files, *flags, *words]
 
 
 def _setting_names(config: type | None) -> set[str]:

@@ -16,6 +16,7 @@ from m2d.data.settings import SetupConfig
 from m2d.errors import ConfigError, M2DError
 from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.settings import ProbeConfig
+from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, ReportConfig, ShowConfig
 from m2d.generation.settings import GenerateConfig
 
 
@@ -28,12 +29,21 @@ class Command:
     run: Callable[[Any], None]
     presets: bool = False
     also_known: type | None = None  # another command's settings: a file of that one serves this one too
+    positional: str | None = None  # the setting that words without a flag are
 
 
 def _train(config: TrainConfig) -> None:
     from m2d.training.trainer import train
 
-    train(config)
+    experiment = train(config)
+    try:
+        from m2d.report import write_report
+
+        print(f"report: {write_report(experiment)}")
+    except Exception as error:  # the run is done and whole; a page about it must not make it look failed
+        reason = " ".join(str(error).split()) or type(error).__name__
+        again = f"python -m m2d experiments report {experiment.name} --experiments_dir {config.experiments_dir}"
+        print(f"WARNING: the report could not be written ({reason}); try again: {again}")
 
 
 def _setup_data(config: SetupConfig) -> None:
@@ -58,6 +68,38 @@ def _probe(config: ProbeConfig) -> None:
     from m2d.evaluation.probe import probe
 
     probe(config)
+
+
+def _list_experiments(config: ListConfig) -> None:
+    from m2d.experiments.listing import list_command
+
+    list_command(config)
+
+
+def _show_experiment(config: ShowConfig) -> None:
+    from m2d.experiments.showing import show_command
+
+    show_command(config)
+
+
+def _report_experiment(config: ReportConfig) -> None:
+    from m2d.experiments.find import find_records, resolve
+    from m2d.report import write_report
+
+    found = resolve(find_records(config.experiments_dir), config.experiment, config.experiments_dir)
+    print(f"report: {write_report(found.experiment)}")
+
+
+def _clean_experiments(config: CleanConfig) -> None:
+    from m2d.experiments.cleaning import clean_command
+
+    clean_command(config)
+
+
+def _compare_experiments(config: CompareConfig) -> None:
+    from m2d.experiments.comparison import compare_command
+
+    compare_command(config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +134,24 @@ COMMANDS: dict[str, Command] = {
         _evaluate,
     ),
     "evaluate probe": Command("Tell how well a linear probe on features knows the classes.", ProbeConfig, _probe),
+    "experiments": Command("List the experiments; the same as experiments list.", ListConfig, _list_experiments),
+    "experiments list": Command("List the experiments, their states and best measures.", ListConfig, _list_experiments),
+    "experiments show": Command(
+        "Show one experiment: what it did, how it went, how to go on.",
+        ShowConfig,
+        _show_experiment,
+        positional="experiment",
+    ),
+    "experiments compare": Command(
+        "Set experiments side by side: settings that differ, measures.",
+        CompareConfig,
+        _compare_experiments,
+        positional="experiments",
+    ),
+    "experiments report": Command(
+        "Write an experiment's report.html anew.", ReportConfig, _report_experiment, positional="experiment"
+    ),
+    "experiments clean": Command("Remove old experiments; asks first.", CleanConfig, _clean_experiments),
     "demo": Command("Render demo images, train on them with two workers, generate samples.", DemoConfig, _demo),
 }
 
@@ -136,6 +196,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         description=description,
         preset_path=preset_path if spec.presets else None,
         also_known=spec.also_known,
+        positional=spec.positional,
     )
 
 
@@ -156,5 +217,5 @@ def _whole_name(command: str, arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _overview() -> str:
-    lines = [f"  {name:14} {command.description}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:20} {command.description}" for name, command in COMMANDS.items()]
     return "\n".join(["usage: python -m m2d COMMAND [--help] ...", "", *lines])

@@ -18,7 +18,15 @@ from m2d.models.settings import (
     UNetConfig,
     parse_tap,
 )
-from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, RayConfig, SavingConfig, ScheduleConfig
+from m2d.training.settings import (
+    AlignmentConfig,
+    LossWeights,
+    OptimizerConfig,
+    RayConfig,
+    SavingConfig,
+    ScheduleConfig,
+    TelemetryConfig,
+)
 
 PRESETS_DIR = Path(__file__).parent / "presets"
 
@@ -60,6 +68,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     saving: SavingConfig = field(default_factory=SavingConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
@@ -112,7 +121,18 @@ class TrainConfig:
 
 # What may differ between a run and its resumption: where it runs and how it talks, never what it computes.
 RESUMABLE_CHANGES = frozenset(
-    {"fresh", "use_wandb", "wandb_project", "wandb_mode", "verbose", "experiments_dir", "cache_dir", "ray", "data_root"}
+    [
+        "fresh",
+        "use_wandb",
+        "wandb_project",
+        "wandb_mode",
+        "verbose",
+        "telemetry",
+        "experiments_dir",
+        "cache_dir",
+        "ray",
+        "data_root",
+    ]
 )
 
 

@@ -38,6 +38,7 @@ FOLDERS = (
 )  # fmt: skip
 INFO = "experiment_info.json"
 CONFIG = "configs/config.yaml"
+LOCK = ".running.lock"  # held by the process that trains
 REPORTED_PACKAGES = ("torch", "torchvision", "ray", "diffusers", "timm", "lpips", "numpy", "pyarrow", "pillow", "wandb")
 
 
@@ -59,9 +60,15 @@ class Experiment:
         return self.path / "checkpoints"
 
     def info(self) -> dict[str, Any]:
-        """experiment_info.json; empty where there is none."""
+        """experiment_info.json; empty where there is none. Raises ExperimentError where it is damaged."""
         path = self.path / INFO
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ExperimentError(f"{path} is damaged ({error}); remove the experiment, or put the file back") from None
+        return found
 
     def update_info(self, **values: Any) -> None:
         """Merge values into experiment_info.json, atomically."""
@@ -117,23 +124,37 @@ class Experiment:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Hold the experiment for this process. Raises ExperimentError where another process trains in it."""
-        with (self.path / ".running.lock").open("a") as lock:
+        path = self.path / LOCK
+        try:
+            lock = path.open("a")
+        except FileNotFoundError:
+            raise self._removed() from None
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise ExperimentError(
                     f"{self.path} is being trained by another process; wait for it, or start beside it with --fresh"
                 ) from None
+            # `experiments clean` may have moved the directory away between the opening and the locking.
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                raise self._removed()
             yield
+
+    def _removed(self) -> ExperimentError:
+        return ExperimentError(f"{self.path} has just been removed; run the same command again to start anew")
 
     @property
     def is_running(self) -> bool:
-        """Whether a process holds it now."""
+        """Whether a process holds it now. Looking shares the lock, so that two who look do not see each other."""
         try:
-            with self.running():
-                return False
-        except ExperimentError:
+            with (self.path / LOCK).open("r") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
             return True
+        return False
 
 
 def open_experiment(
@@ -174,7 +195,7 @@ def list_experiments(root: str, name: str | None = None) -> list[Experiment]:
             staged = [_staged(root, name) for name in sorted(names, key=_created)]
         except OSError as error:
             raise _unreachable(root, "read", error) from None
-        return [experiment for experiment in staged if experiment.info()]
+        return [experiment for experiment in staged if (experiment.path / INFO).is_file()]
     folder = Path(root).expanduser()
     if not folder.is_dir():
         return []
@@ -214,6 +235,7 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
         state="running",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=without_secrets(shlex.join(command)),
+        cwd=without_secrets(os.getcwd()),  # where relative paths of the command begin
         versions=environment(),
         git=_back_up_code(path / "code_backup"),
     )

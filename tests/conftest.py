@@ -16,6 +16,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 PaintImages = Callable[[Path, dict[str, int]], pa.Table]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """How `make test` divides the tests over its processes: all that needs Ray in one, a file of the rest in one piece.
+
+    So there is one cluster, and no fixture of a file is made twice.
+    """
+    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    for item in items:
+        group = "ray" if item.path in with_ray else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """Eight logical CPUs, reachable from this machine only."""

@@ -27,8 +27,13 @@ class Scale:
 
     @classmethod
     def of(cls, reference: FeatureSet) -> "Scale":
-        """The reference's mean and deviation, the latter at least LEAST_DEVIATION of the median feature's."""
-        mean, std = reference.cls.mean(axis=0, dtype=np.float64), reference.cls.std(axis=0, dtype=np.float64)
+        """As `of_rows`, of a set's features."""
+        return cls.of_rows(reference.cls)
+
+    @classmethod
+    def of_rows(cls, reference: np.ndarray) -> "Scale":
+        """Mean and deviation of [N, D], the latter at least LEAST_DEVIATION of the median feature's."""
+        mean, std = reference.mean(axis=0, dtype=np.float64), reference.std(axis=0, dtype=np.float64)
         alive = std > 1e-6 * std.max()  # what else there is, is rounding
         least = LEAST_DEVIATION * float(np.median(std[alive])) if alive.any() else 1.0
         return cls(mean, np.maximum(std, least))

@@ -1,16 +1,19 @@
 """Figures of the evaluation report, as PNG bytes. Knows results, no files and no HTML."""
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from m2d.classes import CLASSES, DIAGNOSES
+from m2d.classes import CLASSES
 from m2d.evaluation.consistency import ConsistencyResult
 from m2d.evaluation.downstream_result import DownstreamResult, Estimate
 from m2d.evaluation.downstream_scores import LOWER_IS_BETTER
 from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
+from m2d.plots.style import FAINT, INK, class_colours, new_figure, png, styled
+
+__all__ = [
+    "NAMES", "SCORES", "class_colours", "confusions", "differences", "kernel_distances", "ratio_curve",
+]  # fmt: skip
 
 COLOURS = {GENERATED: "#D55E00", AUTOENCODER: "#E69F00", UNSEEN: "#0072B2", FLOOR: "#56B4E9"}
 MARKERS = {GENERATED: "D", AUTOENCODER: "s", UNSEEN: "o", FLOOR: "."}
@@ -27,13 +30,14 @@ SCORES = {
     "melanoma_auprc": "melanoma AUPRC",
     "expected_calibration_error": "calibration error",
 }
-_GOOD, _BAD, _OPEN = "#0072B2", "#D55E00", "#5F5F5F"
+_GOOD, _BAD, _OPEN = "#0072B2", "#D55E00", FAINT
 
 
+@styled()
 def kernel_distances(result: FidelityResult) -> bytes:
     """Each class's kernel distance to the training images, beside what real images and the decoder reach."""
     labels = [label for label in result.side_by_side if label is not None]
-    figure = Figure(figsize=(9, 1.2 + 0.45 * len(labels)), layout="constrained")
+    figure = new_figure(9, 1.2 + 0.45 * len(labels))
     axes = figure.subplots()
     present = [name for name in NAMES if any(name in result.side_by_side[label] for label in labels)]
     for offset, name in zip(np.linspace(-0.24, 0.24, len(present)), present, strict=True):
@@ -52,14 +56,15 @@ def kernel_distances(result: FidelityResult) -> bytes:
     axes.set_xscale("symlog", linthresh=0.1)
     axes.axvline(0, color="#999999", linewidth=0.8)
     axes.set_xlabel("kernel distance to the training images; 0 = the same, 95 % intervals")
-    axes.grid(axis="x", alpha=0.3)
-    figure.legend(frameon=False, loc="outside upper center", ncols=4)
-    return _png(figure)
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside upper center", ncols=4)
+    return png(figure)
 
 
+@styled()
 def differences(results: Sequence[DownstreamResult]) -> bytes:
     """What adding the synthetic images changes, by score and control, with intervals; blue better, orange worse."""
-    figure = Figure(figsize=(10, 1.0 + 2.6 * len(results)), layout="constrained")
+    figure = new_figure(10, 1.0 + 2.6 * len(results))
     grid = figure.subplots(len(results), 2, squeeze=False, sharex=True)
     for row, result in enumerate(results):
         sides = (("c", result.minus_c, "against oversampling (c)"), ("b", result.minus_b, "against class weights (b)"))
@@ -73,16 +78,17 @@ def differences(results: Sequence[DownstreamResult]) -> bytes:
                 )  # fmt: skip
             axes.set_yticks(range(len(names)), [SCORES[name] for name in names])
             axes.invert_yaxis()
-            axes.axvline(0, color="#333333", linewidth=0.8)
-            axes.grid(axis="x", alpha=0.3)
+            axes.axvline(0, color=INK, linewidth=0.8)
+            axes.grid(visible=False, axis="y")
             axes.set_title(f"{result.classifier}\n{title}", fontsize=10)
             axes.set_xlabel("change by adding synthetic images")
-    return _png(figure)
+    return png(figure)
 
 
+@styled()
 def ratio_curve(result: DownstreamResult) -> bytes:
     """Balanced accuracy of real + synthetic and of its oversampled control against the synthetic : real ratio."""
-    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    figure = new_figure(7, 3.4)
     axes = figure.subplots()
     ratios = [one.ratio for one in result.ratios]
     for label, scores, colour in (
@@ -97,18 +103,19 @@ def ratio_curve(result: DownstreamResult) -> bytes:
     axes.minorticks_off()
     axes.set_xlabel("synthetic images for each real one")
     axes.set_ylabel("balanced accuracy")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    return _png(figure)
+    axes.legend()
+    return png(figure)
 
 
+@styled()
 def confusions(result: ConsistencyResult) -> bytes:
     """Of generated images and of unseen real ones, side by side; rows sum to 100 %."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = new_figure(11, 4.6)
     pairs = (("generated images", result.confusion), ("unseen real images", result.confusion_of_real))
     for axes, (title, counts) in zip(figure.subplots(1, 2), pairs, strict=True):
         matrix = np.array(counts, dtype=float)
         share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        axes.grid(visible=False)
         axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
         for (row, column), value in np.ndenumerate(share):
             if matrix[row].sum():
@@ -122,20 +129,9 @@ def confusions(result: ConsistencyResult) -> bytes:
         axes.set_title(title)
         axes.set_xlabel("classified as")
         axes.set_ylabel("asked for" if title.startswith("generated") else "diagnosed")
-    return _png(figure)
-
-
-def class_colours() -> dict[str, str]:
-    """Code to plot colour."""
-    return {diagnosis.code: diagnosis.colour for diagnosis in DIAGNOSES}
+    return png(figure)
 
 
 def _colour(name: str, one: Estimate) -> str:
     better, worse = (one.below, one.above) if name in LOWER_IS_BETTER else (one.above, one.below)
     return _GOOD if better else _BAD if worse else _OPEN
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
-    return buffer.getvalue()

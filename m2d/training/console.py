@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from m2d.training.telemetry import MetricsLog
 
@@ -49,11 +49,12 @@ class Console:
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
     @contextmanager
-    def progress(self, metrics: Path, total_steps: int, start: int) -> Iterator[None]:
+    def progress(self, metrics: Path, total_steps: int, steps_per_epoch: int, start: int) -> Iterator[None]:
         """Follow a run's metrics file until the block ends."""
+        epochs = -(-total_steps // steps_per_epoch)
         stop = threading.Event()
         show = self._show_bar if self.interactive else self._show_lines
-        thread = threading.Thread(target=show, args=(metrics, total_steps, start, stop), daemon=True)
+        thread = threading.Thread(target=show, args=(metrics, total_steps, epochs, start, stop), daemon=True)
         thread.start()
         try:
             yield
@@ -61,37 +62,56 @@ class Console:
             stop.set()
             thread.join(timeout=5)
 
-    def _show_bar(self, metrics: Path, total: int, start: int, stop: threading.Event) -> None:
+    def _show_bar(self, metrics: Path, total: int, epochs: int, start: int, stop: threading.Event) -> None:
         columns = (
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("epoch {task.fields[epoch]}"), TextColumn("step"), MofNCompleteColumn(), BarColumn(),
+            TextColumn("{task.fields[left]}"), TextColumn("{task.description}"),
         )  # fmt: skip
         with Progress(*columns, console=self.rich, transient=False) as bar:
-            since = time.time()
-            task = bar.add_task("starting workers", total=total, completed=start)
+            pace = _Pace(start, total)
+            task = bar.add_task("starting workers", total=total, completed=start, epoch=f"-/{epochs}", left="")
             while True:
                 ended = stop.wait(1.0)
-                record = _newest(metrics, since)
+                record = _newest(metrics, pace.since)
                 if record:
-                    bar.update(task, completed=record["step"], description=_describe(record))
+                    epoch = f"{min(int(record['epoch']) + 1, epochs)}/{epochs}"
+                    left = pace.left(record)
+                    bar.update(task, completed=record["step"], epoch=epoch, description=_describe(record), left=left)
                 if ended:
                     return
 
-    def _show_lines(self, metrics: Path, total: int, start: int, stop: threading.Event) -> None:
-        shown, at = start, 0.0
-        began, since = time.monotonic(), time.time()
+    def _show_lines(self, metrics: Path, total: int, epochs: int, start: int, stop: threading.Event) -> None:
+        shown, at, pace = start, 0.0, _Pace(start, total)
         while True:
             ended = stop.wait(1.0)
-            record = _newest(metrics, since)
+            record = _newest(metrics, pace.since)
             due = time.monotonic() - at >= PLAIN_SECONDS or ended
             if record and record["step"] > shown and due:
                 shown, at = record["step"], time.monotonic()
-                left = (total - shown) * (at - began) / max(shown - start, 1)
                 self.say(
-                    f"step {shown}/{total}  epoch {record['epoch']:.2f}  {_describe(record)}  {left / 60:.1f} min left"
+                    f"epoch {record['epoch']:.2f}/{epochs}  step {shown}/{total}  {_describe(record)}  "
+                    f"{pace.left(record)}"
                 )
             if ended:
                 return
+
+
+class _Pace:
+    """How long a run will take yet, by the steps since its first record: starting the workers says nothing of it."""
+
+    def __init__(self, start: int, total: int) -> None:
+        self.since, self.total = time.time(), total
+        self._first: tuple[int, float] | None = None
+
+    def left(self, record: dict[str, Any]) -> str:
+        """`12 min left`, from the times that the records carry; "" while there is one record only."""
+        if self._first is None:
+            self._first = record["step"], record["time"]
+        steps, seconds = record["step"] - self._first[0], record["time"] - self._first[1]
+        if steps <= 0:
+            return ""
+        remaining = (self.total - record["step"]) * seconds / steps
+        return f"{remaining / 3600:.1f} h left" if remaining >= 5400 else f"{remaining / 60:.1f} min left"
 
 
 def _newest(metrics: Path, since: float) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from m2d.training.step import BaseStep, Networks, StepConfig, model_images, para
 from m2d.training.update import Optimized
 
 
-class DecoderStep(BaseStep):
+class DecoderStep(BaseStep[ImageBatch]):
     """Reconstruction, perceptual and adversarial loss on the decoder (and its 1 x 1 convolution in front) alone.
 
     Source: latent diffusion's first stage (arXiv 2112.10752, appendix G) with its encoder frozen, as the decoders that
@@ -46,17 +46,13 @@ class DecoderStep(BaseStep):
     def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:
         """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
         norm_before = self._norm_buffers()
-        totals = self._accumulate(
-            micro_batches,
-            (self._autoencoder, self._discriminator),
-            lambda batch, draws: self._micro_batch(batch, draws, step, len(micro_batches)),
-        )
+        totals = self._accumulate(micro_batches, step, (self._autoencoder, self._discriminator))
         for name in self.optimized:
             self._set_rate(name, step, 0)
         self._finish(self.optimized, totals, norm_before)
 
-    def _micro_batch(self, batch: ImageBatch, draws: Draws, step: int, micro_batches: int) -> dict[str, Tensor]:
-        """Forward and backward of decoder and discriminator; returns the unweighted losses."""
+    def forward_backward(self, batch: ImageBatch, draws: Draws, step: int, micro_batches: int) -> dict[str, Tensor]:
+        """See BaseStep."""
         weights = self.config.weights
         _, images = model_images(batch, self.device)
         with self.autocast():

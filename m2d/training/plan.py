@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from m2d.config import TrainConfig
-from m2d.data.catalog import read_catalog
+from m2d.data.catalog import class_counts, read_catalog
 from m2d.data.feature_store import FeatureStore, FeatureTable
 from m2d.data.order import StreamOrder
 from m2d.data.prepared import PreparedImages
@@ -95,6 +95,28 @@ class RunPlan:
         """The order of the training stream."""
         data = self.config.data
         return StreamOrder(reader.labels, balance=data.balance, views=data.views, seed=self.config.seed)
+
+    def class_counts(self, split: str) -> dict[str, int]:
+        """Images of each class code in a split."""
+        return class_counts(self.catalog(split))
+
+    def pictures_due(self, step: int) -> set[str]:
+        """Of `reconstructions`, `samples`, `features`, what is drawn after `step` steps: by epochs, and at the end."""
+        telemetry = self.config.telemetry
+        if not telemetry.pictures:
+            return set()
+        every = {
+            "reconstructions": telemetry.reconstructions_every_epochs,
+            "samples": telemetry.samples_every_epochs,
+            "features": telemetry.features_every_epochs,
+        }
+        due = {
+            kind
+            for kind, epochs in every.items()
+            if step == self.total_steps or (epochs and step % (epochs * self.steps_per_epoch) == 0)
+        }
+        # Before the U-Net has learnt anything its samples are noise.
+        return due if step > self.vae_warmup_steps or self.config.stage != "joint" else due & {"reconstructions"}
 
     def catalog(self, split: str) -> pa.Table:
         """The experiment's catalog rows of a split."""

@@ -105,6 +105,7 @@ class SavingConfig:
     every_steps: int | None = None  # None: at the end of every epoch
     keep_last: int = 2  # besides the best one
     validation_images: int = 256  # the same ones each time
+    validation_samples: int = 0  # generated ones whose kernel distance to validation images is measured; 0: none
 
     def __post_init__(self) -> None:
         _require(
@@ -113,6 +114,38 @@ class SavingConfig:
         )
         _require(self.keep_last >= 1, f"saving.keep_last is {self.keep_last}; it must be at least 1")
         _require(self.validation_images >= 1, "saving.validation_images must be at least 1")
+        _require(self.validation_samples >= 0, "saving.validation_samples must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig:
+    """What a run shows of itself besides its scalars. Nothing here changes what is computed."""
+
+    reconstructions_every_epochs: int = 1  # pictures of validation images beside their reconstructions; 0: at the end
+    samples_every_epochs: int = 5  # a labelled grid of all classes from the averaged U-Net; 0: at the end
+    features_every_epochs: int = 5  # what the extractor sees in real and generated images; 0: at the end
+    gradients_every_steps: int = 100  # gradient norm of every part and a histogram; 0: never
+    images: int = 8  # validation images in a picture, the same ones each time
+    samples_per_class: int = 4  # in the grid, from the same seeds each time
+    sample_steps: int = 20  # of the solver
+    guidance_scale: float = 2.0  # of the samples
+    pictures: bool = True  # false: none at all
+    tensorboard: bool = False  # TensorBoard files too, in the experiment's tensorboard/
+    upload_best: bool = False  # the best checkpoint goes to wandb as an artifact when the run ends
+    finish_timeout_s: float = 120.0  # how long the end of a run waits for wandb to send what is left
+
+    def __post_init__(self) -> None:
+        for name in ("reconstructions_every_epochs", "samples_every_epochs", "features_every_epochs"):
+            _require(getattr(self, name) >= 0, f"telemetry.{name} is {getattr(self, name)}; it must be at least 0")
+        _require(
+            self.gradients_every_steps >= 0,
+            f"telemetry.gradients_every_steps is {self.gradients_every_steps}; it must be at least 0",
+        )
+        for name in ("images", "samples_per_class", "sample_steps"):
+            _require(getattr(self, name) >= 1, f"telemetry.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("guidance_scale", "finish_timeout_s"):
+            value = getattr(self, name)
+            _require(isfinite(value) and value > 0, f"telemetry.{name} is {value}; it must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,10 @@ posteriors; decoder_step.py has a third. All skip a step whose loss or gradient 
 every tensor as it was.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,15 @@ from m2d.models.projector import AlignmentProjector
 from m2d.models.unet import Denoiser
 from m2d.training.batch import Draws, ImageBatch, LatentBatch
 from m2d.training.ema import Ema
+from m2d.training.flops import count_flops
+from m2d.training.gradients import GradientStatistics, gradient_statistics
 from m2d.training.losses import adversarial_loss, discriminator_loss
 from m2d.training.phases import AutoencoderPhase, DenoiserLosses, DenoiserPhase, frozen
 from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig
 from m2d.training.update import Optimized, guarded_update, learning_rate
 
 Precision = Literal["no", "bf16", "fp16"]
-Batch = TypeVar("Batch", ImageBatch, LatentBatch)
+BatchT = TypeVar("BatchT", ImageBatch, LatentBatch)
 
 
 @dataclass
@@ -74,7 +76,7 @@ class StepConfig:
         return step < round(self.alignment.stop_fraction * self.total_steps)
 
 
-class BaseStep:
+class BaseStep(Generic[BatchT]):
     """The parts that the stages share: precision, DDP, the discriminator, the guarded update, EMA and the scalars."""
 
     def __init__(self, networks: Networks, config: StepConfig, device: torch.device, distributed: bool) -> None:
@@ -97,6 +99,8 @@ class BaseStep:
         self._counts: dict[str, int] = {}  # a loss may join in the middle of an interval
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_row = torch.zeros((), device=device)
+        self.watch_gradients = False  # whether the next step leaves `gradients` behind
+        self.gradients: GradientStatistics | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass's precision."""
@@ -148,13 +152,27 @@ class BaseStep:
         alignment = weights.alignment if self.config.aligns(step) else 0.0
         return weights.diffusion * flow.diffusion + alignment * (flow.alignment + weights.manifold * flow.manifold)
 
+    def flops(self, batch: BatchT, draws: Draws, step: int) -> int:
+        """What forward and backward of a micro-batch take at `step`, by computing them once for nothing.
+
+        On real tensors, because counting decomposes some operations and so rounds otherwise; what it leaves behind in
+        gradients and statistics is taken back.
+        """
+        norm_before = self._norm_buffers()
+        counted = count_flops(lambda: self.forward_backward(batch, draws.to(self.device), step, 1))
+        for module in self.networks.trained().values():
+            module.zero_grad(set_to_none=True)
+        self._restore_norm(norm_before, torch.zeros((), dtype=torch.bool, device=self.device))
+        return counted
+
+    def forward_backward(self, batch: BatchT, draws: Draws, step: int, micro_batches: int) -> dict[str, Tensor]:
+        """Forward and backward of one of `micro_batches`, draws on the device. Returns the unweighted losses."""
+        raise NotImplementedError
+
     def _accumulate(
-        self,
-        micro_batches: Sequence[tuple[Batch, Draws]],
-        phases: Sequence[nn.Module | None],
-        one: Callable[[Batch, Draws], dict[str, Tensor]],
+        self, micro_batches: Sequence[tuple[BatchT, Draws]], step: int, phases: Sequence[nn.Module | None]
     ) -> dict[str, Tensor]:
-        """Forward and backward of every micro-batch by `one`; returns the means of the losses that it gives."""
+        """Forward and backward of every micro-batch; returns mean losses. phases: those that DDP may wrap."""
         totals: dict[str, Tensor] = {}
         for number, (batch, draws) in enumerate(micro_batches):
             with ExitStack() as stack:
@@ -162,7 +180,7 @@ class BaseStep:
                     for phase in phases:
                         if isinstance(phase, DistributedDataParallel):
                             stack.enter_context(phase.no_sync())
-                losses = one(batch, draws.to(self.device))
+                losses = self.forward_backward(batch, draws.to(self.device), step, len(micro_batches))
             for name, loss in losses.items():
                 share = loss.detach() / len(micro_batches)
                 totals[name] = totals[name] + share if name in totals else share
@@ -194,10 +212,10 @@ class BaseStep:
 
     def _finish(self, active: dict[str, Optimized], losses: dict[str, Tensor], norm_before: list[Tensor]) -> None:
         """Update the active networks, or undo what the forward passes changed, and add up the scalars."""
-        accepted, norms = guarded_update(list(active.values()), torch.stack(list(losses.values())), self.scaler)
-        latent_norm = self.networks.denoiser.latent_norm
-        for buffer, before in zip((latent_norm.running_mean, latent_norm.running_var), norm_before, strict=True):
-            buffer.copy_(torch.where(accepted, buffer, before))
+        accepted, norms = guarded_update(
+            list(active.values()), torch.stack(list(losses.values())), self.scaler, self._look_at_gradients
+        )
+        self._restore_norm(norm_before, accepted)
         if "denoiser" in active:
             self.ema.update(self.networks.denoiser, accepted)
         self.skipped += (~accepted).float()
@@ -209,16 +227,27 @@ class BaseStep:
             self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def _look_at_gradients(self) -> None:
+        if self.watch_gradients:
+            self.gradients = gradient_statistics(self.networks.trained())
+            self.watch_gradients = False
+
     def _set_rate(self, name: str, step: int, first_step: int) -> None:
         network, config = self.optimized[name], self.config
         network.set_rate(learning_rate(config.optimizer, network.peak_rate, step, first_step, config.total_steps))
+
+    def _restore_norm(self, before: list[Tensor], accepted: Tensor) -> None:
+        """Statistics of the latent norm as they were, where `accepted` (0-dim bool on the device) is False."""
+        latent_norm = self.networks.denoiser.latent_norm
+        for buffer, value in zip((latent_norm.running_mean, latent_norm.running_var), before, strict=True):
+            buffer.copy_(torch.where(accepted, buffer, value))
 
     def _norm_buffers(self) -> list[Tensor]:
         latent_norm = self.networks.denoiser.latent_norm
         return [latent_norm.running_mean.clone(), latent_norm.running_var.clone()]
 
 
-class JointStep(BaseStep):
+class JointStep(BaseStep[ImageBatch]):
     """VAE and U-Net together. The diffusion loss never reaches the VAE; the alignment loss does."""
 
     def __init__(
@@ -243,16 +272,11 @@ class JointStep(BaseStep):
 
     def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:
         """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
-        warming = step < self.config.vae_warmup_steps
         norm_before = self._norm_buffers()
-        totals = self._accumulate(
-            micro_batches,
-            (self._autoencoder, self._denoiser, self._discriminator),
-            lambda batch, draws: self._micro_batch(batch, draws, step, warming, len(micro_batches)),
-        )
+        totals = self._accumulate(micro_batches, step, (self._autoencoder, self._denoiser, self._discriminator))
         active = {"autoencoder": self.optimized["autoencoder"]}
         self._set_rate("autoencoder", step, 0)
-        if not warming:
+        if step >= self.config.vae_warmup_steps:
             active["denoiser"] = self.optimized["denoiser"]
             self._set_rate("denoiser", step, self.config.vae_warmup_steps)
         if "discriminator" in self.optimized:
@@ -260,11 +284,10 @@ class JointStep(BaseStep):
             self._set_rate("discriminator", step, 0)
         self._finish(active, totals, norm_before)
 
-    def _micro_batch(
-        self, batch: ImageBatch, draws: Draws, step: int, warming: bool, micro_batches: int
-    ) -> dict[str, Tensor]:
-        """Forward and backward of every part; returns the unweighted losses."""
+    def forward_backward(self, batch: ImageBatch, draws: Draws, step: int, micro_batches: int) -> dict[str, Tensor]:
+        """See BaseStep."""
         weights = self.config.weights
+        warming = step < self.config.vae_warmup_steps
         pixels, images = model_images(batch, self.device)
         labels = batch.labels.to(self.device, non_blocking=True)
         with self.autocast():
@@ -297,7 +320,7 @@ class JointStep(BaseStep):
         return extract(self.networks.extractor, pixels)
 
 
-class LatentStep(BaseStep):
+class LatentStep(BaseStep[LatentBatch]):
     """The U-Net alone, on cached posteriors of a frozen VAE; the latent batch norm's statistics stay as they are."""
 
     def __init__(self, networks: Networks, config: StepConfig, device: torch.device, distributed: bool = False) -> None:
@@ -309,15 +332,12 @@ class LatentStep(BaseStep):
     def __call__(self, micro_batches: Sequence[tuple[LatentBatch, Draws]], step: int) -> None:
         """One optimiser step over the micro-batches."""
         norm_before = self._norm_buffers()
-        totals = self._accumulate(
-            micro_batches,
-            (self._denoiser,),
-            lambda batch, draws: self._micro_batch(batch, draws, step, len(micro_batches)),
-        )
+        totals = self._accumulate(micro_batches, step, (self._denoiser,))
         self._set_rate("denoiser", step, 0)
         self._finish(self.optimized, totals, norm_before)
 
-    def _micro_batch(self, batch: LatentBatch, draws: Draws, step: int, micro_batches: int) -> dict[str, Tensor]:
+    def forward_backward(self, batch: LatentBatch, draws: Draws, step: int, micro_batches: int) -> dict[str, Tensor]:
+        """See BaseStep."""
         mean, std, labels = (
             tensor.to(self.device, non_blocking=True) for tensor in (batch.mean, batch.std, batch.labels)
         )

@@ -1,14 +1,32 @@
-"""What a run says of itself: JSON lines and CSV always, wandb where asked. The only module that knows wandb."""
+"""What a run says of itself: JSON lines, CSV and PNG always, wandb and TensorBoard where asked.
+
+The first worker holds one `Telemetry` and tells it everything; the report and the console read what it wrote. The only
+module that knows wandb.
+"""
 
 import csv
+import io
 import json
 import logging
 import os
+import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from PIL import Image
+
+from m2d.config import as_dict
+
+if TYPE_CHECKING:
+    from m2d.training.plan import RunPlan
 
 logger = logging.getLogger(__name__)
+Mode = Literal["online", "offline", "disabled"]
+# wandb's own process writes blocks of 32 KiB and dies with ours, so an offline file lacks what came last; a record
+# takes about 1 KiB. Online it has been sent.
+OFFLINE_FORGETS = 100
 
 
 class MetricsLog:
@@ -26,9 +44,13 @@ class MetricsLog:
         temporary.replace(self.path)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one record."""
+        """Append the record of a step."""
+        self.append({"step": step, "time": round(time.time(), 3), **values})
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Append one record, which has its `step`."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+            file.write(json.dumps(record) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole record; a last line cut by a crash is left out."""
@@ -51,42 +73,236 @@ class MetricsLog:
             writer.writerows(records)
 
 
+def open_telemetry(plan: "RunPlan") -> "Telemetry":
+    """What a run asked for: records and pictures, and wandb and TensorBoard as its settings say."""
+    config, experiment = plan.config, plan.experiment
+    sinks: list[Sink] = []
+    if config.use_wandb:
+        info = experiment.info()
+        known = {name: info.get(name) for name in ("dataset", "feature_extractor", "versions", "git", "degraded")}
+        sinks.append(
+            Wandb(
+                experiment.path, config.wandb_project, experiment.name, config.wandb_mode, {**as_dict(config), **known},
+                finish_timeout_s=config.telemetry.finish_timeout_s,
+            )
+        )  # fmt: skip
+    if config.telemetry.tensorboard:
+        from m2d.training.tensorboard import TensorBoard
+
+        sinks.append(TensorBoard(experiment.path))
+    return Telemetry(experiment.path, sinks)
+
+
+class Sink(Protocol):
+    """Another place that hears what a run says. None of its methods raises: a lost connection never stops training."""
+
+    forgets: int  # records of each kind that a killed process may have lost, although they were told; 0: none
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers by name."""
+
+    def picture(self, step: int, name: str, png: bytes, caption: str) -> None:
+        """A PNG."""
+
+    def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
+        """Counts [n] between edges [n + 1]."""
+
+    def flush(self) -> None:
+        """What was said so far must last: a checkpoint is about to be kept, and its steps are not taken again."""
+
+    def finish(self, best: Path | None) -> None:
+        """The run has ended. best: a checkpoint to keep there."""
+
+
+class Telemetry:
+    """One voice of a run: records in metrics/, pictures in visualizations/, and the same to every sink."""
+
+    def __init__(self, folder: Path, sinks: Sequence[Sink] = ()) -> None:
+        """folder: the experiment's."""
+        self.folder = folder
+        self.sinks = list(sinks)
+        self.logs: dict[str, MetricsLog] = {}
+        for name in ("train", "validation", "gradients", "features"):
+            self.logs[name] = MetricsLog(folder / "metrics", name)
+        self.histograms = MetricsLog(folder / "metrics", "histograms")
+
+    def resume_at(self, step: int) -> None:
+        """Drop records of steps that will be taken again (after `step`), and tell forgetful sinks the last ones."""
+        for log in [*self.logs.values(), self.histograms]:
+            log.resume_at(step)
+        for sink in self.sinks:
+            if sink.forgets and step > 0:
+                self._repeat(sink, step)
+
+    def _repeat(self, sink: Sink, step: int) -> None:
+        first = 0
+        for log in self.logs.values():
+            records = log.read()[-sink.forgets :]
+            first = max(first, records[0]["step"] if len(records) == sink.forgets else 0)
+            for record in records:
+                sink.scalars(record["step"], {k: v for k, v in record.items() if k not in ("step", "time")})
+        for record in self.histograms.read()[-sink.forgets :]:
+            sink.histogram(record["step"], record["name"], record["counts"], record["edges"])
+        for path in sorted((self.folder / "visualizations").glob("*/step_*.png")):
+            taken = int(path.stem.removeprefix("step_"))
+            if first <= taken <= step:
+                sink.picture(taken, path.parent.name, path.read_bytes(), "")
+
+    def scalars(self, log: str, step: int, values: dict[str, float]) -> None:
+        """Append a record to metrics/LOG.jsonl."""
+        self.logs[log].write(step, values)
+        for sink in self.sinks:
+            sink.scalars(step, values)
+
+    def picture(self, step: int, name: str, image: Image.Image | bytes, caption: str = "") -> Path:
+        """Keep a picture as visualizations/NAME/step_00000042.png. image: a Pillow image, or a PNG's bytes."""
+        png = image if isinstance(image, bytes) else as_png(image)
+        path = self.folder / "visualizations" / name / f"step_{step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".partial")
+        temporary.write_bytes(png)
+        temporary.replace(path)
+        for sink in self.sinks:
+            sink.picture(step, name, png, caption)
+        return path
+
+    def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
+        """Counts [n] between edges [n + 1], kept in metrics/histograms.jsonl."""
+        self.histograms.append({"step": step, "name": name, "counts": list(counts), "edges": list(edges)})
+        for sink in self.sinks:
+            sink.histogram(step, name, counts, edges)
+
+    def flush(self) -> None:
+        """Before a checkpoint is kept."""
+        for sink in self.sinks:
+            sink.flush()
+
+    def finish(self, best: Path | None = None) -> None:
+        """Write the tables, and let every sink send what is left. best: a checkpoint for those that keep one."""
+        for log in self.logs.values():
+            if log.read():
+                log.write_csv()
+        for sink in self.sinks:
+            sink.finish(best)
+
+
 class Wandb:
-    """A wandb run that never stops training: what fails is said once and then left."""
+    """A wandb run that never stops training: what fails is said once and then left.
+
+    The run's id is the experiment's name, so a resumed experiment goes on in the same run. Its horizontal axis is
+    `step`, ours: wandb's own counter refuses steps that are taken again after a restart.
+    """
 
     def __init__(
         self,
         folder: Path,
         project: str,
         name: str,
-        mode: Literal["online", "offline", "disabled"],
+        mode: Mode,
         config: dict[str, Any],
+        finish_timeout_s: float = 120.0,
+        connect_timeout_s: float = 30.0,
     ) -> None:
+        """folder: the experiment's; wandb's files lie in its wandb/. An online run that cannot connect goes offline."""
         self._run: Any = None
+        self._name = name
+        self.forgets = OFFLINE_FORGETS if mode == "offline" else 0
+        self._timeout_s = finish_timeout_s
         os.environ.setdefault("WANDB_SILENT", "true")
-        try:
+
+        def start(mode: Mode) -> Any:
             import wandb
 
-            self._run = wandb.init(
-                project=project, name=name, id=name, resume="allow", mode=mode, dir=str(folder), config=config
-            )
+            # Ray has the worker's console in its own logs.
+            settings = wandb.Settings(init_timeout=connect_timeout_s, console="off")
+            return wandb.init(
+                project=project, name=name, id=name, resume="allow", mode=mode, dir=str(folder), config=config,
+                settings=settings,
+            )  # fmt: skip
+
+        try:
+            self._run = start(mode)
         except Exception as error:
-            logger.warning("wandb is off for this run: %s", error)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Scalars of a step."""
-        if self._run is not None:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             try:
-                self._run.log(values, step=step)
-            except Exception as error:
-                logger.warning("wandb is off from step %d on: %s", step, error)
-                self._run = None
+                if mode != "online":
+                    raise
+                import wandb
 
-    def finish(self) -> None:
-        """Send what is left."""
-        if self._run is not None:
-            try:
-                self._run.finish()
-            except Exception as error:
-                logger.warning("wandb could not send the end of the run: %s", error)
+                wandb.teardown()  # its service still holds the run's id
+                self._run = start("offline")
+                self.forgets = OFFLINE_FORGETS
+                logger.warning(
+                    "wandb cannot be reached, so this run is kept offline (%s); send it later with: wandb sync %s",
+                    reason, folder / "wandb" / "offline-run-*",
+                )  # fmt: skip
+            except Exception:
+                logger.warning("wandb is off for this run: %s", reason)
+        self._try("set up", lambda run: (run.define_metric("step"), run.define_metric("*", step_metric="step")))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """See Sink."""
+        self._try(f"log step {step}", lambda run: run.log({"step": step, **values}))
+
+    def picture(self, step: int, name: str, png: bytes, caption: str) -> None:
+        """See Sink."""
+
+        def send(run: Any) -> None:
+            import wandb
+
+            with Image.open(io.BytesIO(png)) as image:
+                run.log({"step": step, f"pictures/{name}": wandb.Image(image, caption=caption or None)})
+
+        self._try(f"log the picture {name}", send)
+
+    def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
+        """See Sink."""
+
+        def send(run: Any) -> None:
+            import numpy as np
+            import wandb
+
+            histogram = wandb.Histogram(np_histogram=(np.asarray(counts), np.asarray(edges)))
+            run.log({"step": step, name: histogram})
+
+        self._try(f"log the histogram {name}", send)
+
+    def flush(self) -> None:
+        """See Sink. wandb's own process holds what it was told."""
+
+    def finish(self, best: Path | None) -> None:
+        """See Sink. Waits for what is yet to be sent, but not for ever."""
+        if self._run is None:
+            return
+
+        def send(run: Any) -> None:
+            if best is not None:
+                import wandb
+
+                artifact = wandb.Artifact(f"{self._name}-best", type="model", metadata={"checkpoint": best.name})
+                artifact.add_dir(str(best))
+                run.log_artifact(artifact)
+            run.finish()
+
+        sending = threading.Thread(target=self._try, args=("send the end of the run", send), daemon=True)
+        sending.start()
+        sending.join(self._timeout_s)
+        if sending.is_alive():
+            logger.warning("wandb was still sending after %g s; `wandb sync` sends the rest", self._timeout_s)
+        self._run = None
+
+    def _try(self, what: str, call: Any) -> None:
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        except Exception as error:
+            logger.warning("wandb could not %s and is off from here on: %s", what, error)
             self._run = None
+
+
+def as_png(image: Image.Image) -> bytes:
+    """A picture as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

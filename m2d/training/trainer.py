@@ -44,11 +44,15 @@ def train(config: TrainConfig) -> Experiment:
         config.experiments_dir, config.name, as_dict(config), fresh=config.fresh, command=sys.argv
     )
     with experiment.running(), _log_file(experiment):
-        console.say(f"experiment: {experiment.path}{' (resumed)' if resumed else ''}")
         try:
-            catalog = run_catalog(config, experiment, data_root, console)
             with _resources(config):
-                _train_in(config, experiment, catalog, console)
+                opening = _opening(config)
+                console.say(opening.line)
+                for line in opening.degraded:
+                    console.warn(line)
+                console.say(f"experiment: {experiment.path}{' (resumed)' if resumed else ''}")
+                catalog = run_catalog(config, experiment, data_root, console)
+                _train_in(config, experiment, catalog, opening, console)
         except BaseException as error:
             if isinstance(error, M2DError) and not (experiment.path / CATALOG).is_file():
                 shutil.rmtree(experiment.path)  # nothing was begun: a wrong data_root leaves no trace
@@ -60,28 +64,60 @@ def train(config: TrainConfig) -> Experiment:
     return experiment
 
 
-def _train_in(config: TrainConfig, experiment: Experiment, catalog: pa.Table, console: Console) -> None:
-    """Plan and run, once the data is known and the resources are there."""
+@dataclasses.dataclass(frozen=True)
+class _Opening:
+    """What a run is going to do, as far as settings and machines say."""
+
+    line: str  # the first thing that a person reads
+    device: str
+    on_gpu: bool
+    precision: Precision
+    perceptual: PerceptualKind
+    degraded: list[str]
+
+
+def _opening(config: TrainConfig) -> _Opening:
+    """Decide what was left to decide. Raises ConfigError where the machines cannot do what was asked for."""
+    on_gpu, workers = _on_gpu(config), max(config.num_workers, 1)
     degraded: list[str] = []
-    on_gpu = _on_gpu(config)
+    if not on_gpu:
+        degraded.append("no GPU: training runs on CPU cores")
+    if config.feature_extractor.name.startswith("efficientnet-lite"):
+        lite = config.feature_extractor.name.replace("efficientnet-lite", "EfficientNet-Lite")
+        degraded.append(f"features come from ImageNet {lite}, not from PanDerm")
+    perceptual, precision = _perceptual(config, degraded), _precision(config, on_gpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
+    device = f"{workers} x {gpu}" if on_gpu else f"{workers} CPU worker(s)"
+    limited = f"; {len(degraded)} thing(s) fall short of the best:" if degraded else ""
+    line = (
+        f"training stage {config.stage} at {config.data.image_size} px on {device}, {PRECISION_NAMES[precision]}, "
+        f"guided by {config.feature_extractor.name}{limited}"
+    )
+    return _Opening(line, device, on_gpu, precision, perceptual, degraded)
+
+
+def _train_in(
+    config: TrainConfig, experiment: Experiment, catalog: pa.Table, opening: _Opening, console: Console
+) -> None:
+    """Plan and run, once the data is known."""
     plan = RunPlan(
         config=config,
         experiment=experiment,
         world_size=max(config.num_workers, 1),
         train_images=_count(catalog, "train"),
-        precision=_precision(config, on_gpu),
-        perceptual=_perceptual(config, degraded),
+        precision=opening.precision,
+        perceptual=opening.perceptual,
         **prepared_parts(config, experiment, catalog, console),
     )
-    _announce(plan, catalog, on_gpu, degraded, console)
+    _announce(plan, catalog, opening, console)
     done = _steps_done(plan)
     if done >= plan.total_steps:
         return
-    with console.progress(experiment.path / "metrics" / "train.jsonl", plan.total_steps, done):
+    with console.progress(experiment.path / "metrics" / "train.jsonl", plan.total_steps, plan.steps_per_epoch, done):
         if config.num_workers == 0:
-            train_worker(plan, _LocalLink(plan, torch.device("cuda" if on_gpu else "cpu")))
+            train_worker(plan, _LocalLink(plan, torch.device("cuda" if opening.on_gpu else "cpu")))
         else:
-            _fit(plan, on_gpu)
+            _fit(plan, opening.on_gpu)
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -154,29 +190,21 @@ def _perceptual(config: TrainConfig, degraded: list[str]) -> PerceptualKind:
     return "features"
 
 
-def _announce(plan: RunPlan, catalog: pa.Table, on_gpu: bool, degraded: list[str], console: Console) -> None:
-    config = plan.config
-    if not on_gpu:
-        degraded.append("no GPU: training runs on CPU cores")
-    if config.feature_extractor.name.startswith("efficientnet-lite"):
-        lite = config.feature_extractor.name.replace("efficientnet-lite", "EfficientNet-Lite")
-        degraded.append(f"features come from ImageNet {lite}, not from PanDerm")
+def _announce(plan: RunPlan, catalog: pa.Table, opening: _Opening, console: Console) -> None:
+    """The run in numbers, to the person and into the record."""
     counts = class_counts(catalog, "train")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
-    device = f"{plan.world_size} x {gpu}" if on_gpu else f"{plan.world_size} CPU worker(s)"
-    console.say(
-        f"training {config.stage} on {device}, {PRECISION_NAMES[plan.precision]}: {plan.total_steps} steps of "
-        f"{plan.global_batch} images at {config.data.image_size} px, {plan.steps_per_epoch} steps an epoch"
-    )
     console.say(f"training images: {' '.join(f'{code} {counts[code]}' for code in CLASSES)}")
-    for line in degraded:
-        console.warn(line)
+    epochs = plan.total_steps / plan.steps_per_epoch
+    console.say(
+        f"{plan.total_steps:,} steps of {plan.global_batch} images, {plan.steps_per_epoch:,} steps an epoch: "
+        f"{epochs:.3g} epoch(s)"
+    )
     plan.experiment.update_info(
         state="running",
-        device=device,
+        device=opening.device,
         precision=PRECISION_NAMES[plan.precision],
         perceptual=plan.perceptual,
-        degraded=degraded,
+        degraded=opening.degraded,
         total_steps=plan.total_steps,
         steps_per_epoch=plan.steps_per_epoch,
         world_size=plan.world_size,

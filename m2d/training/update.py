@@ -1,6 +1,7 @@
 """One guarded optimiser update for several networks: clip, check, step, all on the device, without a host wait."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,18 +55,25 @@ class Optimized:
 
 
 def guarded_update(
-    networks: list[Optimized], losses: Tensor, scaler: torch.amp.GradScaler
+    networks: list[Optimized],
+    losses: Tensor,
+    scaler: torch.amp.GradScaler,
+    look: Callable[[], None] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Step every optimiser, or none where a loss or a gradient is not finite on any worker.
 
-    losses: 1-D, every loss of the step. Returns (accepted: 0-dim bool, gradient norms before clipping, one a network).
-    Every parameter and optimiser state is left as it was where accepted is False.
+    losses: 1-D, every loss of the step. look: called once the gradients are on their true scale and not yet clipped.
+    Returns (accepted: 0-dim bool, gradient norms before clipping, one a network). Every parameter and optimiser state
+    is left as it was where accepted is False.
     """
     norms = []
     finite = torch.isfinite(losses.detach()).all()
-    for network in networks:
-        if scaler.is_enabled():
+    if scaler.is_enabled():
+        for network in networks:
             scaler.unscale_(network.optimizer)
+    if look is not None:
+        look()
+    for network in networks:
         norm = torch.nn.utils.clip_grad_norm_(network.parameters, network.clip_norm)
         norms.append(norm)
         finite = finite & torch.isfinite(norm)

@@ -52,7 +52,7 @@ def validate(
         latents = autoencoder.encode(targets).mean
         reconstructed = autoencoder.decode(latents).float().clamp(-1, 1)
         clean = averaged.normalize(latents)
-        t, noise = _fixed_noise(share, clean)
+        t, noise = fixed_noise(share, clean)
         cls = source.cls_of(pixels, read["catalog_rows"])
         velocity = averaged.velocity(interpolate(clean, noise, t), t, averaged.context(labels, cls))
         error = (velocity - velocity_target(clean, noise)).square().flatten(1).mean(dim=1)
@@ -81,7 +81,7 @@ def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
         yield rows[start : start + size]
 
 
-def _fixed_noise(rows: np.ndarray, clean: Tensor) -> tuple[Tensor, Tensor]:
+def fixed_noise(rows: np.ndarray, clean: Tensor) -> tuple[Tensor, Tensor]:
     """A time and a noise for each image, by its row: the same whoever evaluates it, whenever."""
     generators = [torch.Generator().manual_seed(SEED + int(row)) for row in rows]
     t = torch.cat([torch.rand(1, generator=generator) for generator in generators])

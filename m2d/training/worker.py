@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,7 +9,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from m2d.config import as_dict
 from m2d.data.order import worker_rows
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.models.checkpoint import CheckpointInfo, read_prior
@@ -22,10 +20,14 @@ from m2d.training.latents import LatentTable, cache_latents
 from m2d.training.networks import build_networks
 from m2d.training.plan import RunPlan
 from m2d.training.reduce import all_reduce_sum, barrier
-from m2d.training.saving import CheckpointKeeper, complete_checkpoints, load_training_state, take_snapshot
+from m2d.training.sample_quality import SampleQuality
+from m2d.training.sampling import RunState
+from m2d.training.saving import BEST, CheckpointKeeper, complete_checkpoints, load_training_state, take_snapshot
 from m2d.training.step import JointStep, LatentStep, Networks, StepConfig
-from m2d.training.telemetry import MetricsLog, Wandb
+from m2d.training.telemetry import open_telemetry
+from m2d.training.throughput import Throughput, peak_memory_gib
 from m2d.training.validation import score, validate
+from m2d.training.visuals import Visuals, show_gradients
 
 
 class WorkerLink(Protocol):
@@ -105,50 +107,54 @@ class _Run:
             self.step = JointStep(networks, self.perceptual, step_config, link.device, distributed)
         self.leads = link.rank == 0
         self.keeper = CheckpointKeeper(plan.experiment.checkpoints, config.saving.keep_last) if self.leads else None
-        self.log = MetricsLog(plan.experiment.path / "metrics", "train") if self.leads else None
-        self.validation_log = MetricsLog(plan.experiment.path / "metrics", "validation") if self.leads else None
-        self.wandb: Wandb | None = None
-        if self.leads and config.use_wandb:
-            folder = plan.experiment.path
-            self.wandb = Wandb(folder, config.wandb_project, plan.experiment.name, config.wandb_mode, as_dict(config))
+        self.telemetry = open_telemetry(plan) if self.leads else None
         self.validation_reader = plan.reader("val") if len(plan.catalog("val")) else None
         self.validation_source = dataclasses.replace(source, table=plan.feature_table("val"))
+        self.visuals: Visuals | None = None
+        self.quality: SampleQuality | None = None
+        state = RunState(plan, networks, self.step.ema.module, prior, link.device)
+        reader, of_validation = self.validation_reader, self.validation_source
+        if self.leads and config.telemetry.pictures:
+            self.visuals = Visuals(state, None if reader is None else (reader, of_validation))
+        if self.leads and config.saving.validation_samples and reader is not None:
+            self.quality = SampleQuality(state, reader, of_validation, config.saving.validation_samples)
         self.reported: dict[str, float] = {}
 
     def train(self) -> None:
         """From the newest checkpoint to the last step."""
         start = self._resume()
-        plan, link = self.plan, self.link
+        plan = self.plan
         batches = self._batches(start)
-        waited, began, since = 0.0, time.perf_counter(), start
+        meter = Throughput(self.step, plan, self.link.device, start)
         for step in range(start, plan.total_steps):
             micro_batches = []
             for k in range(plan.config.gradient_accumulation_steps):
-                asked = time.perf_counter()
-                batch = next(batches)
-                waited += time.perf_counter() - asked
+                with meter.waiting():
+                    batch = next(batches)
                 micro_batches.append((batch, self._draws(step * plan.config.gradient_accumulation_steps + k)))
-            self.step(micro_batches, step)  # type: ignore[arg-type]
+            meter.count(micro_batches[0], step)
             done = step + 1
+            gradients_every = plan.config.telemetry.gradients_every_steps
+            self.step.watch_gradients = self.leads and gradients_every > 0 and done % gradients_every == 0
+            self.step(micro_batches, step)  # type: ignore[arg-type]
+            if self.telemetry is not None and self.step.gradients is not None:
+                show_gradients(self.telemetry, done, self.step.gradients, plan.config.telemetry.pictures)
+                self.step.gradients = None
             if done % plan.config.schedule.log_every_steps == 0 or done == plan.total_steps:
-                seconds = time.perf_counter() - began
-                speed = {
-                    "images_per_s": (done - since) * plan.global_batch / seconds,
-                    "data_wait_share": waited / seconds,
-                }
-                self._log_scalars(done, speed)
-                waited, began, since = 0.0, time.perf_counter(), done
-            if done % plan.save_every == 0 or done == plan.total_steps:
+                self._log_scalars(done, meter.read(done))
+            save, due = done % plan.save_every == 0 or done == plan.total_steps, plan.pictures_due(done)
+            if save:
                 self._save(done)
-                waited, began, since = 0.0, time.perf_counter(), done
+            if due and self.visuals is not None and self.telemetry is not None:
+                self.visuals.show(self.telemetry, self._info(done), due)
+            if save or due:
+                meter.restart(done)
         self._report(self.keeper.wait() if self.keeper is not None else None)
-        if self.log is not None and self.validation_log is not None:
-            self.log.write_csv()
-            self.validation_log.write_csv()
+        if self.telemetry is not None:
+            best = plan.experiment.checkpoints / BEST
+            self.telemetry.finish(best.resolve() if plan.config.telemetry.upload_best and best.exists() else None)
             plan.experiment.publish()
-        if self.wandb is not None:
-            self.wandb.finish()
-        link_done = torch.zeros(1, device=link.device)
+        link_done = torch.zeros(1, device=self.link.device)
         all_reduce_sum(link_done)  # nobody leaves before the last checkpoint is whole
 
     def _resume(self) -> int:
@@ -158,9 +164,8 @@ class _Run:
             state, document = load_training_state(checkpoints[-1], self.step.state_dict())
             self.step.load_state_dict(state)
             start = int(document["position"]["step"])
-        for log in (self.log, self.validation_log):
-            if log is not None:
-                log.resume_at(start)
+        if self.telemetry is not None:
+            self.telemetry.resume_at(start)
         barrier()
         return start
 
@@ -198,12 +203,9 @@ class _Run:
                 continue  # it does not learn yet
             values[f"learning_rate/{name}"] = float(network.optimizer.param_groups[0]["lr"])
         values["epoch"] = step * self.plan.global_batch / self.plan.train_images
-        if self.link.device.type == "cuda":
-            values["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.link.device) / 2**30
-        if self.log is not None:
-            self.log.write(step, values)
-        if self.wandb is not None:
-            self.wandb.log(step, values)
+        values["peak_memory_gib"] = peak_memory_gib(self.link.device)
+        if self.telemetry is not None:
+            self.telemetry.scalars("train", step, values)
 
     def _save(self, done: int) -> None:
         """Validate, snapshot, write in the background; report the checkpoint before this one, which is whole by now."""
@@ -215,16 +217,17 @@ class _Run:
                 images=plan.config.saving.validation_images, batch_size=plan.config.batch_size,
                 rank=link.rank, world_size=link.world_size, device=link.device,
             )  # fmt: skip
+        if self.quality is not None:
+            measures |= self.quality.measure(self._info(done))
         previous = None
-        if self.keeper is not None and self.validation_log is not None:
+        if self.keeper is not None and self.telemetry is not None:
             state = self.step.state_dict()
             state["position"] = {"step": done, "stream_row": done * plan.global_batch, "seed": plan.config.seed}
             snapshot = take_snapshot(self._info(done), self.networks, state, measures, self.prior)
+            self.telemetry.flush()
             previous = self.keeper.wait()
             self.keeper.save(snapshot, score(measures, plan.config.stage))
-            self.validation_log.write(done, measures)
-            if self.wandb is not None:
-                self.wandb.log(done, measures)
+            self.telemetry.scalars("validation", done, measures)
             plan.experiment.publish("metrics")
         if self.reported:
             self._report(previous)

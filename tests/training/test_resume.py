@@ -1,28 +1,52 @@
-"""Killed and run again is the same as never killed."""
+"""Killed and run again is the same as never killed, and one run to whoever listens."""
 
+import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import wandb_files
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import TINY, write_images
+
+from m2d.classes import CLASSES
+
+HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
 
 STEPS, EVERY = 60, 8  # an epoch is 14 steps, so 8 stands in its middle
 SETTINGS = [
     *TINY, "--num_workers", "0", "--max_steps", str(STEPS), "--saving.every_steps", str(EVERY), "--data.balance",
     "natural", "--schedule.vae_warmup_fraction", "0.1", "--saving.keep_last", "20",
 ]  # fmt: skip
+# Pictures at steps 14, 28 ... for reconstructions, at 28, 56 for the rest, and all at the end.
+LOUD = [
+    "--use_wandb", "--wandb_mode", "offline", "--telemetry.pictures", "true", "--telemetry.samples_every_epochs", "2",
+    "--telemetry.features_every_epochs", "2", "--telemetry.gradients_every_steps", "10", "--telemetry.tensorboard",
+    "--telemetry.sample_steps", "2", "--telemetry.samples_per_class", "1", "--telemetry.upload_best",
+]  # fmt: skip
+RECONSTRUCTIONS, OTHERS = [14, 28, 42, 56, 60], [28, 56, 60]
 
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("data"))
+    """Ten real images of each class where this machine has HAM10000, painted ones elsewhere."""
+    root = tmp_path_factory.mktemp("data")
+    if not HAM10000.is_dir():
+        return write_images(root)
+    for code in CLASSES:
+        (root / code).mkdir()
+        for path in sorted((HAM10000 / code).glob("*.jpg"))[:10]:
+            shutil.copy(path, root / code)
+    return root
 
 
 def command(data_root: Path, experiments: Path) -> list[str]:
@@ -30,8 +54,14 @@ def command(data_root: Path, experiments: Path) -> list[str]:
     return [sys.executable, "-m", "m2d", "train", *places, *SETTINGS]
 
 
-def run(data_root: Path, experiments: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(data_root, experiments), capture_output=True, text=True, timeout=280, check=False)
+def environment() -> dict[str, str]:
+    """Without the wandb service that another test of this process may have started: it would outlive the killed run."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+
+
+def run(data_root: Path, experiments: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    line = [*command(data_root, experiments), *more]
+    return subprocess.run(line, capture_output=True, text=True, timeout=280, check=False, env=environment())
 
 
 def logged_steps(experiments: Path) -> list[int]:
@@ -52,33 +82,159 @@ def final_tensors(experiments: Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.slow
-def test_a_run_killed_in_mid_epoch_and_run_again_ends_bit_equal_to_an_unbroken_one(
-    data_root: Path, tmp_path: Path
-) -> None:
-    """CPU, one worker: weights, averages, optimiser moments and counters are equal bit for bit."""
-    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    done = run(data_root, unbroken)
+@pytest.fixture(scope="module")
+def unbroken(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was left in peace and shows nothing."""
+    experiments = tmp_path_factory.mktemp("unbroken")
+    done = run(data_root, experiments)
     assert done.returncode == 0, done.stderr
+    return experiments
 
-    killed = subprocess.Popen(command(data_root, broken), stdout=subprocess.DEVNULL, env=os.environ)
+
+@pytest.fixture(scope="module")
+def broken(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was killed in mid-epoch and run again, and shows all it can."""
+    experiments = tmp_path_factory.mktemp("broken")
+    killed = subprocess.Popen([*command(data_root, experiments), *LOUD], stdout=subprocess.DEVNULL, env=environment())
     deadline = time.monotonic() + 200
-    while not any(step > EVERY + 2 for step in logged_steps(broken)):
+    while not any(step > EVERY + 8 for step in logged_steps(experiments)):
         assert killed.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    assert max(logged_steps(broken)) < STEPS
+    assert max(logged_steps(experiments)) < STEPS
 
-    again = run(data_root, broken)
+    again = run(data_root, experiments, *LOUD)
     assert again.returncode == 0, again.stderr
     assert "(resumed)" in again.stdout
+    return experiments
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_mid_epoch_and_run_again_ends_bit_equal_to_an_unbroken_one(
+    unbroken: Path, broken: Path
+) -> None:
+    """CPU, one worker: weights, averages, moments and counters are equal bit for bit, pictures or none."""
     assert logged_steps(broken) == list(range(1, STEPS + 1))
     expected, found = final_tensors(unbroken), final_tensors(broken)
     assert expected.keys() == found.keys()
     different = [name for name in expected if not torch.equal(expected[name], found[name])]
     assert different == []
+
+
+@pytest.mark.slow
+def test_it_is_one_run_to_wandb(broken: Path) -> None:
+    (experiment,) = broken.glob("run_*")
+    files = sorted(experiment.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert set().union(*(wandb_files.run_ids(file) for file in files)) == {experiment.name}
+    config = wandb_files.config_of(files[0])
+    assert config["seed"] == 0
+    assert config["dataset"]["counts"]["train"]["NV"] == 8
+    assert config["git"].keys() == {"commit", "uncommitted_changes"}
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_sent_when_that_was_asked_for(broken: Path) -> None:
+    (experiment,) = broken.glob("run_*")
+    last = sorted(experiment.glob("wandb/offline-run-*/*.wandb"))[-1]
+    sent = wandb_files.artifacts(last)
+    assert sent.keys() == {f"{experiment.name}-best"}
+    files = sent[f"{experiment.name}-best"]
+    assert {"checkpoint.yaml", "complete.json", "unet/config.json"} <= set(files)
+
+
+def rows_at(experiments: Path) -> dict[int, dict[str, Any]]:
+    """Everything that wandb was told, by our step; of a step taken twice the later."""
+    found: dict[int, dict[str, Any]] = {}
+    for file in sorted(experiments.glob("run_*/wandb/offline-run-*/*.wandb")):
+        for row in wandb_files.history(file):
+            found.setdefault(row["step"], {}).update(row)
+    return found
+
+
+@pytest.mark.slow
+def test_wandb_has_every_scalar_at_its_step(broken: Path) -> None:
+    rows = rows_at(broken)
+    assert sorted(rows) == list(range(1, STEPS + 1))
+    always = {
+        "loss/reconstruction", "loss/perceptual", "loss/kl", "learning_rate/autoencoder", "gradient_norm/autoencoder",
+        "skipped_steps", "images_per_s", "data_wait_share", "model_flop_utilisation", "model_tflops_per_s",
+        "peak_memory_gib", "epoch",
+    }  # fmt: skip
+    assert [step for step, row in rows.items() if not always <= row.keys()] == []
+    joint = {
+        "loss/diffusion", "loss/alignment", "loss/alignment_vae", "loss/manifold", "learning_rate/denoiser",
+        "gradient_norm/denoiser",
+    }  # fmt: skip
+    assert [step for step, row in rows.items() if joint <= row.keys()] == list(range(7, STEPS + 1))
+    validated = [
+        step for step, row in rows.items() if {"val/psnr_db", "val/perceptual", "val/velocity_mse"} <= row.keys()
+    ]
+    assert sorted(validated) == [*range(EVERY, STEPS, EVERY), STEPS]
+    looked = {
+        "gradient_norm/denoiser.unet.mid_block",
+        "gradient_norm/autoencoder.vae.decoder",
+        "gradient_zeros/projector",
+    }
+    assert sorted(step for step, row in rows.items() if looked <= row.keys()) == [10, 20, 30, 40, 50, 60]
+    histograms = [
+        step for step, row in rows.items() if row.get("gradient_histogram/autoencoder", {}).get("_type") == "histogram"
+    ]
+    assert sorted(histograms) == [10, 20, 30, 40, 50, 60]
+    similar = [step for step, row in rows.items() if "features/NV/generated_to_own" in row]
+    assert sorted(similar) == OTHERS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("reconstructions", RECONSTRUCTIONS),
+        ("samples", OTHERS),
+        ("patch_features", OTHERS),
+        ("alignment", OTHERS),
+        ("feature_projection", OTHERS),
+        ("class_similarity", OTHERS),
+        ("gradients", [10, 20, 30, 40, 50, 60]),
+    ],
+)
+def test_every_picture_is_in_wandb_and_in_the_experiment_at_its_step(broken: Path, name: str, steps: list[int]) -> None:
+    (experiment,) = broken.glob("run_*")
+    kept = sorted((experiment / "visualizations" / name).glob("*.png"))
+    assert [int(path.stem.removeprefix("step_")) for path in kept] == steps
+    sent = {step: row[f"pictures/{name}"] for step, row in rows_at(broken).items() if f"pictures/{name}" in row}
+    assert sorted(sent) == steps
+    with Image.open(kept[-1]) as image:
+        assert (sent[steps[-1]]["width"], sent[steps[-1]]["height"]) == image.size
+
+
+@pytest.mark.slow
+def test_the_same_numbers_lie_in_the_experiments_tables(broken: Path) -> None:
+    (experiment,) = broken.glob("run_*")
+    for name, rows in (("train", STEPS), ("validation", 8), ("gradients", 6), ("features", 3)):
+        with (experiment / "metrics" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+            assert len(list(csv.DictReader(file))) == rows
+
+
+@pytest.mark.slow
+def test_tensorboard_has_scalars_pictures_and_histograms(broken: Path) -> None:
+    """Its event files are records of protobufs: length, two checksums, the event."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    tags: dict[str, set[int]] = {}
+    for file in broken.glob("run_*/tensorboard/events.out.tfevents.*"):
+        content, place = file.read_bytes(), 0
+        while place + 12 <= len(content):
+            length = int.from_bytes(content[place : place + 8], "little")
+            event = Event.FromString(content[place + 12 : place + 12 + length])
+            for value in event.summary.value:
+                tags.setdefault(value.tag, set()).add(event.step)
+            place += 16 + length
+    assert tags["loss/reconstruction"] == set(range(1, STEPS + 1))
+    assert tags["samples"] == set(OTHERS)
+    assert tags["gradient_histogram/denoiser"] == {10, 20, 30, 40, 50, 60}
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def captured_gradients(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
         networks_seen.append(networks)
         original_init(self, networks, *arguments)
 
-    def capture(optimized, losses, scaler):  # type: ignore[no-untyped-def]
+    def capture(optimized, losses, scaler, look):  # type: ignore[no-untyped-def]
         found.clear()
         found.update(gradients(networks_seen[-1]))
         return torch.tensor(True), [torch.zeros(()) for _ in optimized]

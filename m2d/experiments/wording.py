@@ -1,0 +1,105 @@
+"""Numbers, sizes and times as people read them, and values as JSON holds them."""
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from math import isfinite
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from m2d.data.storage import without_secrets
+from m2d.experiments.record import Record, State
+
+NOTHING = "–"
+PIPE_WIDTH = 160  # characters
+STATE_STYLES: dict[State, str] = {
+    "running": "bold cyan",
+    "done": "green",
+    "resumable": "yellow",
+    "failed": "red",
+    "superseded": "dim",
+    "broken": "bold red",
+    "unknown": "magenta",
+}
+
+
+def size_text(size: float) -> str:
+    """Bytes as 512 B, 281 MiB, 2.0 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as 48 s, 4 min 48 s, 2 h 10 min, 3 d 4 h."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days} d {hour} h"
+    if hours:
+        return f"{hours} h {minute} min"
+    return f"{minutes} min {second} s" if minutes else f"{second} s"
+
+
+def number_text(value: Any) -> str:
+    """Four digits of a measure; a whole number whole; – for none."""
+    if value is None:
+        return NOTHING
+    if not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def time_text(time: datetime) -> str:
+    """2026-11-22 17:13."""
+    return f"{time:%Y-%m-%d %H:%M}"
+
+
+def steps_text(record: Record) -> str:
+    """2,130/2,982."""
+    total = NOTHING if record.total_steps is None else f"{record.total_steps:,}"
+    return f"{record.steps_done:,}/{total}"
+
+
+def state_text(state: State) -> Text:
+    """The state, coloured."""
+    return Text(state, STATE_STYLES[state])
+
+
+def one_line(text: str, longest: int = 300) -> str:
+    """A message on one line, without a terminal's colour codes, and its keys blanked."""
+    lines = [line.strip() for line in Text.from_ansi(text).plain.splitlines() if line.strip()]
+    line = without_secrets(lines[0] if lines else "")
+    return line if len(line) <= longest else f"{line[:longest]}…"
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: no infinity, no NaN, no access key."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, str):
+        return without_secrets(value)
+    return value if isinstance(value, (int, bool, type(None))) else str(value)
+
+
+def print_json(value: Any) -> None:
+    """The value on stdout, as JSON."""
+    print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+def open_console() -> Console:
+    """Where a person reads: stdout. A pipe or a file is taken to be wide, unless COLUMNS says how wide."""
+    console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_WIDTH
+    return console

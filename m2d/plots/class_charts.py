@@ -1,0 +1,161 @@
+"""Charts of `cls` features by class: where generated ones fall among real ones, and how alike they are."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from m2d.classes import CLASSES, DIAGNOSES
+from m2d.plots.components import Projection, project_cls
+from m2d.plots.similarity import class_similarities
+from m2d.plots.style import FAINT, INK, class_colours, class_edges, class_markers, new_figure, percent, png, styled
+from m2d.plots.tiles import require_labels
+
+_KEYS = {
+    "generated_to_own": "generated,\nown class",
+    "real_to_own": "real,\nown class",
+    "generated_to_others": "generated,\nother classes",
+    "real_to_others": "real,\nother classes",
+}
+
+
+def cls_projection(
+    real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, generated_labels: np.ndarray
+) -> bytes:
+    """PNG of the two principal components of real `cls` features, generated ones placed among them.
+
+    real [N, D], generated [M, D]; labels: class indices. A chart of all classes, then one for each: its real images
+    hollow, its generated ones filled, all other real ones grey. Titles give the counts. The axes hold the middle 90 %
+    of both and room around; what lies beyond is drawn at the edge, lest a few odd images press the rest into a corner.
+    """
+    real_labels, generated_labels = _labels(real_labels, real), _labels(generated_labels, generated)
+    return png(projection_figure(project_cls(real, generated), real_labels, generated_labels))
+
+
+def projection_figure(projection: Projection, real_labels: np.ndarray, generated_labels: np.ndarray) -> Figure:
+    """What cls_projection draws, as a figure."""
+    low, high = _limits(projection)
+    real, generated = projection.real.clip(low, high), projection.generated.clip(low, high)
+    with styled():
+        figure = new_figure(12, 6.8)
+        grid = figure.subplots(2, 4, sharex=True, sharey=True).ravel()
+        for axes, label in zip(grid, (None, *range(len(CLASSES))), strict=True):
+            shown = range(len(CLASSES)) if label is None else [label]
+            if label is not None:
+                others = real[real_labels != label]
+                axes.scatter(others[:, 0], others[:, 1], s=6, color="#CFCFCF", linewidths=0)
+            # The largest class first, so that it does not bury the others.
+            for one in sorted(shown, key=lambda index: -int((real_labels == index).sum())):
+                _scatter(axes, real[real_labels == one], CLASSES[one], filled=False)
+            for one in shown:
+                _scatter(axes, generated[generated_labels == one], CLASSES[one], filled=True)
+            axes.set_title(_title(label, real_labels, generated_labels), fontsize=10)
+        grid[0].set(xlim=_widened(low[0], high[0]), ylim=_widened(low[1], high[1]))  # shared by all
+        for axes, part, name in zip((grid[4], grid[0]), projection.share, ("x", "y"), strict=True):
+            getattr(axes, f"set_{name}label")(f"component, {percent(part)} of the variance")
+        figure.suptitle(
+            "Features of real (hollow) and generated (filled) images. Axes: principal components of real ones only. "
+            "The furthest lie at the edge.",
+            fontsize=10,
+        )
+        return figure
+
+
+def class_similarity(
+    real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, generated_labels: np.ndarray
+) -> tuple[bytes, dict[str, dict[str, float]]]:
+    """PNG of how alike generated and real `cls` features are by class, and the numbers: see class_similarities."""
+    real_labels, generated_labels = _labels(real_labels, real), _labels(generated_labels, generated)
+    numbers = class_similarities(real, real_labels, generated, generated_labels)
+    counts = {
+        code: (int((real_labels == label).sum()), int((generated_labels == label).sum()))
+        for label, code in enumerate(CLASSES)
+    }
+    return png(similarity_figure(numbers, counts)), numbers
+
+
+def similarity_figure(numbers: dict[str, dict[str, float]], counts: dict[str, tuple[int, int]]) -> Figure:
+    """What class_similarity draws, as a figure. counts: class code to its real and its generated images."""
+    with styled():
+        figure = new_figure(11, 4.2)
+        axes, table = figure.subplots(1, 2, width_ratios=(1.1, 1))
+        for row, code in enumerate(CLASSES):
+            _similarity_row(axes, row, code, numbers[code])
+        axes.axvline(0, color="#9A9A9A", linewidth=1)
+        axes.set_yticks(range(len(CLASSES)), CLASSES)
+        axes.set_ylim(len(CLASSES) - 0.5, -0.5)
+        axes.set_xlabel("mean cosine with real images, features centred")
+        axes.set_title("● generated and ○ real with own class; | generated with others")
+        _table(table, numbers, counts)
+        return figure
+
+
+def _similarity_row(axes: Axes, row: int, code: str, found: dict[str, float]) -> None:
+    colour, edge, marker = class_colours()[code], class_edges()[code], class_markers()[code]
+    own, others = found.get("generated_to_own"), found.get("generated_to_others")
+    if own is not None and others is not None:
+        axes.plot([others, own], [row, row], color=edge, linewidth=1, alpha=0.5, zorder=2)
+    if others is not None:
+        axes.plot(others, row, "|", color=edge, markersize=13, markeredgewidth=2, zorder=3)
+    if "real_to_own" in found:
+        axes.plot(
+            found["real_to_own"], row, marker, markerfacecolor="white", markeredgecolor=edge, markersize=11, zorder=3
+        )
+    if own is not None:
+        axes.plot(own, row, marker, markerfacecolor=colour, markeredgecolor=edge, markersize=8, zorder=4)
+
+
+def _table(axes: Axes, numbers: dict[str, dict[str, float]], counts: dict[str, tuple[int, int]]) -> None:
+    """The same as numbers, row beside row of the chart."""
+    axes.set_axis_off()
+    axes.set_xlim(0, len(_KEYS) + 1)
+    axes.set_ylim(len(CLASSES) - 0.5, -0.5)
+    for column, heading in enumerate(("images\nreal, gen.", *_KEYS.values())):
+        axes.text(column + 0.9, -0.55, heading, ha="right", va="bottom", fontsize=8, color=FAINT)
+    for row, code in enumerate(CLASSES):
+        cells = [f"{numbers[code][key]:+.2f}" if key in numbers[code] else "–" for key in _KEYS]
+        for column, text in enumerate((f"{counts[code][0]:,}, {counts[code][1]:,}", *cells)):
+            axes.text(column + 0.9, row, text, ha="right", va="center", fontsize=9, color=INK if column else FAINT)
+
+
+def _limits(projection: Projection) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper corner, [2] each, of the middle 90 % of real and of generated points, with room around."""
+    groups = [points for points in (projection.real, projection.generated) if len(points)]
+    if not groups:
+        return np.zeros(2), np.zeros(2)
+    low = np.min([np.percentile(points, 5, axis=0) for points in groups], axis=0)
+    high = np.max([np.percentile(points, 95, axis=0) for points in groups], axis=0)
+    room = (high - low) * 0.4
+    return low - room, high + room
+
+
+def _widened(low: float, high: float) -> tuple[float, float]:
+    margin = (high - low) / 20 or 1.0  # so that a marker at the edge is whole
+    return low - margin, high + margin
+
+
+def _scatter(axes: Axes, points: np.ndarray, code: str, *, filled: bool) -> None:
+    crowd = len(points) > 1000
+    axes.scatter(
+        points[:, 0],
+        points[:, 1],
+        marker=class_markers()[code],
+        s=30 if filled else 9 if crowd else 14,
+        facecolors=class_colours()[code] if filled else "none",
+        edgecolors=INK if filled else class_edges()[code],
+        linewidths=0.5 if filled else 0.7,
+        alpha=1.0 if filled else 0.35 if crowd else 0.6,
+        zorder=4 if filled else 3,
+    )
+
+
+def _title(label: int | None, real_labels: np.ndarray, generated_labels: np.ndarray) -> str:
+    name = "all classes" if label is None else f"{CLASSES[label]} {DIAGNOSES[label].name}"
+    real = len(real_labels) if label is None else int((real_labels == label).sum())
+    generated = len(generated_labels) if label is None else int((generated_labels == label).sum())
+    return f"{name}\n{real:,} real, {generated:,} generated"
+
+
+def _labels(labels: np.ndarray, features: np.ndarray) -> np.ndarray:
+    labels = np.asarray(labels, dtype=int)
+    require_labels(labels, len(features))
+    return labels

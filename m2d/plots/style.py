@@ -1,0 +1,103 @@
+"""One style for every chart and picture: fonts, sizes, colours and markers. All of m2d/plots/ draws through it.
+
+Charts are matplotlib Figures (no pyplot, so no global state of figures); pictures of pixels are PIL images (tiles.py).
+"""
+
+import io
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from m2d.classes import CLASSES, DIAGNOSES
+
+INK, FAINT, GRID = "#1A1A1A", "#5F5F5F", "#E3E3E3"
+# Okabe-Ito without its yellow, which a line on white cannot carry.
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+LINE_STYLES = ("-", "--", ":", "-.")
+_DPI = 120
+_DARK_EDGE = "#4D4700"  # the class yellow's own dark edge
+_MARKERS = ("o", "s", "^", "D", "X", "v", "P")
+_STYLE: dict[Any, Any] = {
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": "#9A9A9A",
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.useoffset": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+_LOCK = threading.RLock()  # rcParams belong to the process: two threads that restore them crosswise would keep ours
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """M2D's style for the figures made and saved inside; rcParams are as they were afterwards, also after an error.
+
+    It starts from matplotlib's own defaults, so a person's matplotlibrc does not change the pictures.
+    """
+    with _LOCK, matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of `width` x `height` inches at 120 px an inch, its parts laid out without overlap. Inside styled()."""
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as PNG bytes, the same for the same figure: no date, no version inside."""
+    buffer = io.BytesIO()
+    with styled():
+        figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def percent(share: float) -> str:
+    """0.41 as "41 %", and a small one not as "0 %"."""
+    return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else f"{100 * share:.1g} %"
+
+
+def class_colours() -> dict[str, str]:
+    """Class code to its plot colour, "#RRGGBB"."""
+    return {diagnosis.code: diagnosis.colour for diagnosis in DIAGNOSES}
+
+
+def class_edges() -> dict[str, str]:
+    """Class code to the colour of a marker's edge: the class colour, but dark for DF's yellow, faint on white."""
+    return class_colours() | {"DF": _DARK_EDGE}
+
+
+def class_markers() -> dict[str, str]:
+    """Class code to a marker of its own: the second cue for those who see the colours as one."""
+    return dict(zip(CLASSES, _MARKERS, strict=True))
+
+
+def class_code(label: int) -> str:
+    """The code of a class index. ValueError for anything else: -1 would silently be the last class."""
+    if not 0 <= label < len(CLASSES):
+        raise ValueError(f"label {label} is no class; expected 0 to {len(CLASSES) - 1}")
+    return CLASSES[label]

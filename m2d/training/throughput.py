@@ -1,0 +1,72 @@
+"""How fast a run is: images a second, the share of time that waits for data, and model FLOP utilisation."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from m2d.training.batch import Draws
+from m2d.training.flops import peak_flops
+from m2d.training.plan import RunPlan
+from m2d.training.step import BaseStep
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Throughput:
+    """Times a worker's steps between two readings; `restart` leaves out what lies beside them, such as saving."""
+
+    def __init__(self, step: BaseStep[Any], plan: RunPlan, device: torch.device, start: int) -> None:
+        self.step, self.plan = step, plan
+        self.peak: float | None = None  # FLOP/s of this worker's device; None: nothing is counted, the step is compiled
+        if not plan.config.compile:
+            self.peak, _ = peak_flops(device, DTYPES[plan.precision])
+        self._flops: dict[bool, int] = {}  # of a micro-batch, before and after the VAE's warm-up
+        self._since, self._began, self._waited, self._computed = start, time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        asked = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - asked
+
+    def count(self, micro_batch: tuple[Any, Draws], step: int) -> None:
+        """Note the FLOPs of the step to come; counted by computing once for each kind of step, outside the time."""
+        if self.peak is None:
+            return
+        warming = step < self.plan.vae_warmup_steps and self.plan.config.stage == "joint"
+        if warming not in self._flops:
+            began = time.perf_counter()
+            self._flops[warming] = self.step.flops(*micro_batch, step)
+            self._began += time.perf_counter() - began
+        self._computed += self._flops[warming] * self.plan.config.gradient_accumulation_steps
+
+    def read(self, done: int) -> dict[str, float]:
+        """Since the last reading, `done` steps of the run being taken."""
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        values = {
+            "images_per_s": (done - self._since) * self.plan.global_batch / seconds,  # of all workers
+            "data_wait_share": self._waited / seconds,
+        }
+        if self.peak is not None:
+            values["model_tflops_per_s"] = self._computed / seconds / 1e12  # of one worker
+            values["model_flop_utilisation"] = self._computed / seconds / self.peak
+        self.restart(done)
+        return values
+
+    def restart(self, done: int) -> None:
+        """Begin anew after `done` steps."""
+        self._since, self._began, self._waited, self._computed = done, time.perf_counter(), 0.0, 0
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most that was allocated on a GPU, or on a CPU the most that this process had resident, GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return kilobytes / 2**20

@@ -1,0 +1,155 @@
+"""Each quantity of a log has its chart; scales, epochs and colours are what the records call for."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from plots.pictures import pixels_of
+
+from m2d.plots.curves import (
+    training_curves,
+    training_figure,
+    training_panels,
+    validation_curves,
+    validation_figure,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def log(count: int, **values: float) -> list[dict[str, Any]]:
+    """Records every ten steps, forty steps an epoch; a value rises by 1 % a record."""
+    names = {name.replace("__", "/"): value for name, value in values.items()}
+    return [
+        {"step": 10 * n, "time": 1.7e9 + n, "epoch": n / 4} | {name: v * 1.01**n for name, v in names.items()}
+        for n in range(1, count + 1)
+    ]
+
+
+def chart(figure: Figure, title: str) -> Axes:
+    return next(axes for axes in figure.axes if axes.get_title("left") == title)
+
+
+def labels_of(axes: Axes) -> list[str]:
+    legend = axes.get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_a_chart_stands_for_each_quantity_that_was_recorded_and_for_no_other() -> None:
+    records = log(
+        3, loss__reconstruction=1, loss__kl=900, loss__diffusion=1, loss__discriminator=1, images_per_s=20,
+        learning_rate__denoiser=1e-4, gradient_norm__denoiser=1, skipped_steps=0,
+    )  # fmt: skip
+    assert [panel.title for panel in training_panels(records)] == [
+        "VAE: reconstruction, perceptual",
+        "VAE: KL divergence",
+        "U-Net: diffusion",
+        "Discriminator",
+        "Learning rate",
+        "Gradient norm",
+        "Throughput (images/s)",
+    ]
+
+
+def test_modules_of_a_network_share_a_chart_of_their_own() -> None:
+    norms = {"gradient_norm/denoiser": 1, "gradient_norm/denoiser.mid_block": 2, "gradient_norm/denoiser.conv_in": 3}
+    panels = {panel.title: panel.names for panel in training_panels([{"step": 1, **norms}])}
+    assert panels["Gradient norm"] == {"gradient_norm/denoiser": "denoiser"}
+    assert list(panels["Gradient norm within denoiser"].values()) == ["mid_block", "conv_in"]
+
+
+def test_a_quantity_that_nobody_knew_of_is_drawn_too() -> None:
+    panels = training_panels(log(3, loss__kl=1, model_flop_utilisation=0.3))
+    assert panels[-1].title == "model_flop_utilisation"
+    assert len(validation_figure(log(3, val__psnr_db=30, val__fid=12)).axes) >= 2
+
+
+def test_skipped_steps_are_drawn_once_there_are_any() -> None:
+    none, some = log(3, skipped_steps=0), [{"step": 1, "skipped_steps": 0.0}, {"step": 2, "skipped_steps": 1.0}]
+    assert training_panels(none) == []
+    assert [panel.title for panel in training_panels(some)] == ["Skipped steps so far"]
+
+
+def test_losses_that_span_decades_are_drawn_on_a_logarithmic_scale_and_negative_ones_are_not() -> None:
+    records = log(300, loss__kl=1, loss__alignment=-0.5)  # 1.01^300 = 19.8
+    figure = training_figure(records)
+    assert chart(figure, "VAE: KL divergence").get_yscale() == "log"
+    assert chart(figure, "Alignment (-1 is perfect)").get_yscale() == "linear"
+
+
+def test_what_was_recorded_is_faint_and_its_median_bold() -> None:
+    faint, bold = chart(training_figure(log(50, loss__kl=1)), "VAE: KL divergence").get_lines()
+    assert faint.get_alpha() < 0.5 < 1.5 < bold.get_linewidth()
+    np.testing.assert_allclose(faint.get_ydata(), 1.01 ** np.arange(1, 51))
+
+
+def test_a_learning_rate_is_drawn_as_recorded() -> None:
+    lines = chart(training_figure(log(50, learning_rate__denoiser=1e-4)), "Learning rate").get_lines()
+    assert len(lines) == 1
+    np.testing.assert_allclose(lines[0].get_ydata(), 1e-4 * 1.01 ** np.arange(1, 51))
+
+
+def test_thirty_thousand_records_are_few_points() -> None:
+    records = log(1000, loss__kl=1)
+    records = [record | {"step": n, "epoch": n / 500} for n, record in enumerate(30 * records)]
+    for line in chart(training_figure(records), "VAE: KL divergence").get_lines():
+        assert len(np.asarray(line.get_xdata())) <= 600
+
+
+def test_epochs_stand_above_their_steps() -> None:
+    above = chart(training_figure(log(41, loss__kl=1)), "VAE: KL divergence").child_axes[0]
+    places = dict(zip([tick.get_text() for tick in above.get_xticklabels()], above.get_xticks(), strict=True))
+    assert places == pytest.approx({"epoch 2": 80, "4": 160, "6": 240, "8": 320, "10": 400})
+
+
+def test_there_is_no_epoch_axis_where_no_record_has_one() -> None:
+    records = [{"step": step, "loss/kl": 1.0 + step} for step in range(5)]
+    assert chart(training_figure(records), "VAE: KL divergence").child_axes == []
+
+
+def test_a_network_has_one_colour_in_every_chart() -> None:
+    figure = training_figure(log(3, learning_rate__denoiser=1, gradient_norm__autoencoder=1, gradient_norm__denoiser=1))
+    rate = chart(figure, "Learning rate").get_lines()[0]
+    norm = chart(figure, "Gradient norm").get_lines()[1]
+    assert rate.get_color() == norm.get_color()
+
+
+def test_the_best_value_is_ringed_at_its_step() -> None:
+    values = [30.0, 33.5, 31.0]
+    records = [{"step": 100 * n, "val/psnr_db": value, "val/perceptual": value} for n, value in enumerate(values)]
+    figure = validation_figure(records)
+    assert labels_of(chart(figure, "PSNR (dB, more is better)")) == ["last 31", "best 33.5 at 100"]
+    assert labels_of(chart(figure, "Perceptual distance (less is better)")) == ["last 31", "best 30 at 0"]
+
+
+def test_a_measure_that_moves_by_rounding_only_is_drawn_flat() -> None:
+    records = [{"step": n, "val/psnr_db": 36.9 + 1e-7 * n} for n in range(5)]
+    low, high = chart(validation_figure(records), "PSNR (dB, more is better)").get_ylim()
+    assert high - low > 0.1
+
+
+def test_values_that_are_not_finite_are_left_out_of_curve_and_legend() -> None:
+    records = [{"step": n, "loss/kl": value} for n, value in enumerate([1.0, math.nan, 2.0, math.inf])]
+    assert labels_of(chart(training_figure(records), "VAE: KL divergence")) == ["KL 2"]
+
+
+def test_a_loss_that_was_never_finite_says_so() -> None:
+    figure = training_figure([{"step": 1, "loss/kl": math.nan}])
+    assert labels_of(chart(figure, "VAE: KL divergence")) == ["KL: not finite"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_few_records_are_a_picture(count: int) -> None:
+    drawn = pixels_of(training_curves(log(count, loss__kl=1, images_per_s=0, learning_rate__denoiser=1e-4)))
+    assert (drawn != 255).any()
+    assert (pixels_of(validation_curves(log(count, val__psnr_db=30))) != 255).any()
+
+
+def test_one_column_is_as_narrow_as_one_chart() -> None:
+    records = log(3, loss__kl=1, loss__diffusion=1, images_per_s=1)
+    assert pixels_of(training_curves(records)).shape[1] == 3 * 480
+    assert pixels_of(training_curves(records, columns=1)).shape[1] == 480

@@ -1,0 +1,56 @@
+"""What a person at the terminal, or the reader of a log file, gets to see."""
+
+import io
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console as RichConsole
+
+from m2d.training.console import Console, _Pace
+from m2d.training.telemetry import MetricsLog
+
+
+def shown(tmp_path: Path, *, interactive: bool, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a run of 40 steps, 10 an epoch, leaves on the screen after step 20."""
+    monkeypatch.setattr("m2d.training.console.PLAIN_SECONDS", 0.0)
+    screen = io.StringIO()
+    console = Console()
+    console.interactive = interactive
+    console.rich = RichConsole(file=screen, force_terminal=interactive, width=160, highlight=False, soft_wrap=True)
+    log = MetricsLog(tmp_path, "train")
+    log.append({"step": 10, "time": time.time() - 100, "epoch": 1.0, "loss/diffusion": 9.0})  # of the run before
+    with console.progress(log.path, 40, 10, 10):
+        log.write(15, {"epoch": 1.5, "loss/diffusion": 0.75, "images_per_s": 31.0})
+        time.sleep(1.3)
+        log.write(20, {"epoch": 2.0, "loss/diffusion": 0.5, "images_per_s": 32.0})
+    return screen.getvalue()
+
+
+def test_a_log_file_gets_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = shown(tmp_path, interactive=False, monkeypatch=monkeypatch).splitlines()
+    assert lines[0].split() == ["epoch", "1.50/4", "step", "15/40", "diffusion", "0.75", "images/s", "31"]
+    assert lines[1].startswith("epoch 2.00/4  step 20/40  diffusion 0.5  images/s 32")
+    assert lines[1].endswith("min left")
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_terminal_gets_one_bar_with_epoch_step_and_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last = shown(tmp_path, interactive=True, monkeypatch=monkeypatch).rsplit("epoch", 1)[-1]
+    assert "3/4" in last  # in the third epoch, now that two are done
+    assert "20/40" in last
+    assert "diffusion 0.5" in last
+
+
+def test_the_time_left_counts_from_the_first_record_not_from_the_workers_start() -> None:
+    """Ten steps in five seconds: thirty more take fifteen."""
+    pace = _Pace(0, 40)
+    assert pace.left({"step": 0, "time": 1000.0}) == ""
+    assert pace.left({"step": 10, "time": 1005.0}) == "0.2 min left"
+    assert _Pace(0, 10**6).left({"step": 1, "time": 0.0}) == ""
+
+
+def test_long_runs_tell_hours() -> None:
+    pace = _Pace(0, 7201)
+    pace.left({"step": 0, "time": 0.0})
+    assert pace.left({"step": 1, "time": 1.0}) == "2.0 h left"
