@@ -18,6 +18,7 @@ from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.settings import ProbeConfig
 from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, ReportConfig, ShowConfig
 from m2d.generation.settings import GenerateConfig
+from m2d.tuning.settings import SweepConfig
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ def _probe(config: ProbeConfig) -> None:
     from m2d.evaluation.probe import probe
 
     probe(config)
+
+
+def _tune(config: SweepConfig) -> None:
+    from m2d.tuning.sweep import sweep
+
+    sweep(config)
 
 
 def _list_experiments(config: ListConfig) -> None:
@@ -134,6 +141,7 @@ COMMANDS: dict[str, Command] = {
         _evaluate,
     ),
     "evaluate probe": Command("Tell how well a linear probe on features knows the classes.", ProbeConfig, _probe),
+    "tune": Command("Sweep loss weights and learning rates; run again to go on.", SweepConfig, _tune, presets=True),
     "experiments": Command("List the experiments; the same as experiments list.", ListConfig, _list_experiments),
     "experiments list": Command("List the experiments, their states and best measures.", ListConfig, _list_experiments),
     "experiments show": Command(

@@ -53,6 +53,7 @@ class TrainConfig:
     fresh: bool = False  # start a new experiment although an unfinished one of this name exists
     use_wandb: bool = False  # besides the JSON lines and CSV that are always written
     wandb_project: str = "m2d"  # where the run appears on wandb
+    wandb_group: str | None = None  # runs that wandb shows together; a sweep sets it for its trials
     wandb_mode: Literal["online", "offline", "disabled"] = "online"  # offline: `wandb sync` sends it later
     verbose: bool = False  # show Ray's own bars and messages
     data: DataConfig = field(default_factory=DataConfig)
@@ -125,6 +126,7 @@ RESUMABLE_CHANGES = frozenset(
         "fresh",
         "use_wandb",
         "wandb_project",
+        "wandb_group",
         "wandb_mode",
         "verbose",
         "telemetry",

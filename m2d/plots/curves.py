@@ -45,13 +45,18 @@ _TRAINING = (
 _RUNNING = (
     Panel("Throughput (images/s)", {"images_per_s": "images/s"}, logarithmic=False, from_zero=True),
     Panel("Share of time waiting for data", {"data_wait_share": "waiting"}, logarithmic=False, from_zero=True),
-    Panel("Peak GPU memory (GiB)", {"peak_memory_gib": "GiB"}, noisy=False, logarithmic=False, from_zero=True),
+    Panel("Model FLOP utilisation", {"model_flop_utilisation": "of the peak"}, logarithmic=False, from_zero=True),
+    Panel("TFLOP/s of one worker", {"model_tflops_per_s": "TFLOP/s"}, logarithmic=False, from_zero=True),
+    Panel(
+        "Peak memory of one worker (GiB)", {"peak_memory_gib": "GiB"}, noisy=False, logarithmic=False, from_zero=True
+    ),
     Panel("Skipped steps so far", {"skipped_steps": "skipped"}, noisy=False, logarithmic=False, from_zero=True),
 )
 _VALIDATION = (
     Panel("PSNR (dB, more is better)", {"val/psnr_db": "last"}, best="max", noisy=False, logarithmic=False),
     Panel("Perceptual distance (less is better)", {"val/perceptual": "last"}, best="min", noisy=False),
     Panel("Velocity error (less is better)", {"val/velocity_mse": "last"}, best="min", noisy=False),
+    Panel("Kernel distance of samples (less is better)", {"val/kernel_distance": "last"}, best="min", noisy=False),
 )
 
 

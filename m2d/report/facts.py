@@ -146,7 +146,7 @@ def _progress(record: Record, known: Mapping[str, Any]) -> str:
     done, total = record.steps_done, record.total_steps
     steps = f"{done:,} steps" if total is None else f"{done:,} of {total:,} steps"
     if not done:
-        return "no step recorded yet" if total is None else f"no step recorded yet of {total:,}"
+        return "no step recorded" if total is None else f"no step recorded of {total:,}"
     seconds = known.get("wall_seconds")
     return steps if seconds is None else f"{steps} in {duration_text(seconds)}"
 

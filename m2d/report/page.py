@@ -105,7 +105,6 @@ def _page(record: Record, samples: Samples | None, curves: Mapping[str, Picture]
         generate_command=facts.generate_command(record),
         psnr=facts.psnr_text(known),
         measures=facts.validation_measures(known),
-        has_training_records=bool(known["last_scalars"]),
         features=FEATURE_PICTURES,
         diagnoses={diagnosis.code: diagnosis for diagnosis in DIAGNOSES},
         dataset={key: without_secrets(number_text(value)) for key, value in dataset.items()},

@@ -83,7 +83,7 @@ def open_telemetry(plan: "RunPlan") -> "Telemetry":
         sinks.append(
             Wandb(
                 experiment.path, config.wandb_project, experiment.name, config.wandb_mode, {**as_dict(config), **known},
-                finish_timeout_s=config.telemetry.finish_timeout_s,
+                finish_timeout_s=config.telemetry.finish_timeout_s, group=config.wandb_group,
             )
         )  # fmt: skip
     if config.telemetry.tensorboard:
@@ -202,6 +202,7 @@ class Wandb:
         config: dict[str, Any],
         finish_timeout_s: float = 120.0,
         connect_timeout_s: float = 30.0,
+        group: str | None = None,
     ) -> None:
         """folder: the experiment's; wandb's files lie in its wandb/. An online run that cannot connect goes offline."""
         self._run: Any = None
@@ -216,8 +217,8 @@ class Wandb:
             # Ray has the worker's console in its own logs.
             settings = wandb.Settings(init_timeout=connect_timeout_s, console="off")
             return wandb.init(
-                project=project, name=name, id=name, resume="allow", mode=mode, dir=str(folder), config=config,
-                settings=settings,
+                project=project, name=name, id=name, group=group, resume="allow", mode=mode, dir=str(folder),
+                config=config, settings=settings,
             )  # fmt: skip
 
         try:

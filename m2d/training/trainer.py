@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,8 +32,10 @@ from m2d.training.worker import train_worker
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 
 
-def train(config: TrainConfig) -> Experiment:
+def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> Experiment:
     """Train to the end, starting or resuming. Returns the experiment.
+
+    callbacks: `ray.train.UserCallback`s that hear of every report of the workers; a sweep's trials have one.
 
     Raises an M2DError for what a user can mend. Everything written so far stays; running the same command goes on.
     """
@@ -52,7 +54,7 @@ def train(config: TrainConfig) -> Experiment:
                     console.warn(line)
                 console.say(f"experiment: {experiment.path}{' (resumed)' if resumed else ''}")
                 catalog = run_catalog(config, experiment, data_root, console)
-                _train_in(config, experiment, catalog, opening, console)
+                _train_in(config, experiment, catalog, opening, console, callbacks)
         except BaseException as error:
             if isinstance(error, M2DError) and not (experiment.path / CATALOG).is_file():
                 shutil.rmtree(experiment.path)  # nothing was begun: a wrong data_root leaves no trace
@@ -97,7 +99,12 @@ def _opening(config: TrainConfig) -> _Opening:
 
 
 def _train_in(
-    config: TrainConfig, experiment: Experiment, catalog: pa.Table, opening: _Opening, console: Console
+    config: TrainConfig,
+    experiment: Experiment,
+    catalog: pa.Table,
+    opening: _Opening,
+    console: Console,
+    callbacks: Sequence[Any],
 ) -> None:
     """Plan and run, once the data is known."""
     plan = RunPlan(
@@ -117,7 +124,7 @@ def _train_in(
         if config.num_workers == 0:
             train_worker(plan, _LocalLink(plan, torch.device("cuda" if opening.on_gpu else "cpu")))
         else:
-            _fit(plan, opening.on_gpu)
+            _fit(plan, opening.on_gpu, callbacks)
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -216,7 +223,7 @@ def _steps_done(plan: RunPlan) -> int:
     return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 
 
-def _fit(plan: RunPlan, on_gpu: bool) -> None:
+def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any]) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -238,6 +245,7 @@ def _fit(plan: RunPlan, on_gpu: bool) -> None:
         ),
         run_config=RunConfig(
             name="checkpoints",
+            callbacks=list(callbacks),
             storage_path=plan.experiment.remote or str(plan.experiment.path),
             failure_config=FailureConfig(max_failures=config.ray.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),  # m2d.training.saving keeps and deletes

@@ -63,8 +63,8 @@ def test_modules_of_a_network_share_a_chart_of_their_own() -> None:
 
 
 def test_a_quantity_that_nobody_knew_of_is_drawn_too() -> None:
-    panels = training_panels(log(3, loss__kl=1, model_flop_utilisation=0.3))
-    assert panels[-1].title == "model_flop_utilisation"
+    panels = training_panels(log(3, loss__kl=1, brand_new_quantity=0.3))
+    assert panels[-1].title == "brand_new_quantity"
     assert len(validation_figure(log(3, val__psnr_db=30, val__fid=12)).axes) >= 2
 
 

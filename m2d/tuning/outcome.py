@@ -1,0 +1,139 @@
+"""What a sweep found: a table, two pictures, and the best trial's settings as a file that training takes unchanged."""
+
+import csv
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console as RichConsole
+from rich.table import Table
+
+from m2d.config import as_dict
+from m2d.errors import TrainingError
+from m2d.plots.sweeps import importance_chart, parallel_coordinates
+from m2d.tuning.importance import importances
+from m2d.tuning.objective import OBJECTIVE, WORST
+from m2d.tuning.settings import SweepConfig
+from m2d.tuning.space import parse_distribution
+
+MEASURES = ("val/kernel_distance", "val/psnr_db", "val/perceptual", "val/velocity_mse")
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """One trial, as far as it came."""
+
+    trial: str
+    chosen: dict[str, float]
+    objectives: list[float]  # at each report, in order
+    step: int  # of the last report
+    measures: dict[str, float]  # at the last report
+    finished: bool  # it took all its steps
+    error: str | None  # why it failed
+
+    @property
+    def objective(self) -> float | None:
+        """At the last report; None where there was none, or it gave no samples."""
+        return self.objectives[-1] if self.objectives and self.objectives[-1] < WORST else None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """All trials of a sweep, the best one first."""
+
+    trials: list[TrialOutcome]
+
+    @property
+    def best(self) -> TrialOutcome | None:
+        """The lowest last objective among the trials that took all their steps; among all where none did."""
+        judged = [trial for trial in self.trials if trial.objective is not None]
+        whole = [trial for trial in judged if trial.finished]
+        return min(whole or judged, key=lambda trial: trial.objective or 0.0, default=None)
+
+
+def read_outcome(config: SweepConfig, results: Any) -> Outcome:
+    """From Ray Tune's ResultGrid."""
+    trials = []
+    for result in results:
+        frame = result.metrics_dataframe
+        objectives = [] if frame is None or OBJECTIVE not in frame else [float(v) for v in frame[OBJECTIVE].dropna()]
+        last = result.metrics or {}
+        trials.append(
+            TrialOutcome(
+                trial=str(last.get("trial_id", Path(str(result.path)).name)),
+                chosen={name: float(result.config[name]) for name in config.sweep.space if name in result.config},
+                objectives=objectives,
+                step=int(last.get("step", 0)),
+                measures={name: float(last[name]) for name in MEASURES if name in last},
+                finished=False,  # decided below: the trial that came furthest took all steps
+                error=None if result.error is None else _one_line(result.error),
+            )
+        )
+    most = max((trial.step for trial in trials), default=0)
+    trials = [replace(trial, finished=trial.error is None and 0 < trial.step == most) for trial in trials]
+    return Outcome(sorted(trials, key=_order))
+
+
+def write_outcome(outcome: Outcome, config: SweepConfig, folder: Path, console: RichConsole) -> None:
+    """results.json, results.csv, best.yaml, two pictures, and the table on the console.
+
+    Raises TrainingError where no trial could be judged.
+    """
+    settings = list(config.sweep.space)
+    (folder / "results.json").write_text(
+        json.dumps([{**asdict(trial), "objective": trial.objective} for trial in outcome.trials], indent=1),
+        encoding="utf-8",
+    )
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["trial", "objective", "reports", "step", "finished", *settings, *MEASURES, "error"])
+        for trial in outcome.trials:
+            chosen = [trial.chosen.get(setting) for setting in settings]
+            measured = [trial.measures.get(name) for name in MEASURES]
+            writer.writerow(
+                [trial.trial, trial.objective, len(trial.objectives), trial.step, trial.finished, *chosen, *measured,
+                 trial.error]
+            )  # fmt: skip
+    console.print(_table(outcome, settings))
+    best = outcome.best
+    if best is None:
+        reasons = "; ".join(sorted({trial.error for trial in outcome.trials if trial.error})) or "no trial gave samples"
+        raise TrainingError(f"no trial of the sweep {folder} could be judged ({reasons}); see results.csv there")
+    settings_text = yaml.safe_dump(as_dict(config.training(best.chosen)), sort_keys=False)
+    head = f"# The best of {len(outcome.trials)} trials of the sweep {config.name}: objective {best.objective:.4g}.\n"
+    (folder / "best.yaml").write_text(head + settings_text, encoding="utf-8")
+    judged = [trial for trial in outcome.trials if trial.objective is not None]
+    logarithmic = {name: parse_distribution(name, text).is_logarithmic for name, text in config.sweep.space.items()}
+    (folder / "parallel_coordinates.png").write_bytes(
+        parallel_coordinates([t.chosen for t in judged], [t.objective or 0.0 for t in judged], logarithmic)
+    )
+    shares, report = importances(judged, config.sweep.space, config.sweep.seed)
+    (folder / "importance.png").write_bytes(importance_chart(shares, trials=len(judged), report=report))
+    command = f"python jobs/train.py --config {folder / 'best.yaml'}"
+    console.print(f"best: {best.trial}; train it with: {command}", markup=False)
+
+
+def _table(outcome: Outcome, settings: list[str]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("trial")
+    for name in ("objective", "step", *(setting.rpartition(".")[2] for setting in settings)):
+        table.add_column(name, justify="right")
+    table.add_column("ended")
+    for trial in outcome.trials:
+        ended = "failed: " + trial.error if trial.error else "whole" if trial.finished else "stopped early"
+        objective = "-" if trial.objective is None else f"{trial.objective:.4g}"
+        chosen = [f"{trial.chosen[setting]:.3g}" if setting in trial.chosen else "-" for setting in settings]
+        table.add_row(trial.trial, objective, str(trial.step), *chosen, ended)
+    return table
+
+
+def _order(trial: TrialOutcome) -> tuple[bool, bool, float]:
+    """Whole trials first, those without an objective last."""
+    return not trial.finished, trial.objective is None, trial.objective or 0.0
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]

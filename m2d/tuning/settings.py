@@ -1,0 +1,119 @@
+"""Settings of a sweep. Light on purpose: the command line reads them before torch is imported."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from math import isfinite
+from typing import Any, Literal, TypeVar
+
+from m2d.arguments import setting_types
+from m2d.config import TrainConfig
+from m2d.errors import ConfigError
+from m2d.tuning.space import parse_distribution
+
+ConfigT = TypeVar("ConfigT")
+DEFAULT_SPACE = {
+    "loss_weights.diffusion": "loguniform(0.25, 4)",
+    "loss_weights.reconstruction": "loguniform(0.1, 4)",
+    "loss_weights.alignment": "loguniform(0.03, 3)",
+    "loss_weights.perceptual": "loguniform(0.03, 3)",
+    "optimizer.lr_autoencoder": "loguniform(1e-4, 5e-3)",
+    "optimizer.lr_denoiser": "loguniform(5e-5, 2e-3)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepSettings:
+    """What is searched, and by what a trial is judged and stopped."""
+
+    scheduler: Literal["asha", "none"] = "asha"  # asha stops the trials that lag behind
+    space: dict[str, str] = field(
+        default_factory=lambda: dict(DEFAULT_SPACE)
+    )  # setting: loguniform(low, high) and so on
+    reports: int = 10  # times that a trial is judged, evenly over its steps
+    grace_reports: int = 2  # asha: reports before a trial may be stopped
+    reduction_factor: float = 3.0  # asha: one of so many goes on at each rung
+    samples: int = 70  # generated images that a trial is judged by each time
+    reconstruction_weight: float = 10.0  # objective = kernel distance + this * reconstruction error in [0, 1]
+    max_concurrent: int | None = None  # trials at the same time; None: as many as the cluster can hold
+    seed: int = 0  # of the search
+
+    def __post_init__(self) -> None:
+        for name in ("reports", "grace_reports", "samples"):
+            _require(getattr(self, name) >= 1, f"sweep.{name} is {getattr(self, name)}; it must be at least 1")
+        _require(
+            self.grace_reports <= self.reports,
+            f"sweep.grace_reports is {self.grace_reports}, more than sweep.reports {self.reports}",
+        )
+        _require(self.samples >= 3, f"sweep.samples is {self.samples}; a kernel distance needs at least 3")
+        _require(self.reduction_factor > 1, f"sweep.reduction_factor is {self.reduction_factor}; it must be above 1")
+        weight = self.reconstruction_weight
+        _require(isfinite(weight) and weight >= 0, f"sweep.reconstruction_weight is {weight}; it must be at least 0")
+        _require(
+            self.max_concurrent is None or self.max_concurrent >= 1,
+            f"sweep.max_concurrent is {self.max_concurrent}; it must be at least 1, or null",
+        )
+        _require(bool(self.space), "sweep.space is empty; name at least one setting")
+        known = dict(setting_types(TrainConfig))
+        for setting, text in self.space.items():
+            _require(setting in known, f"sweep.space names {setting}, which is no setting of training; see --help")
+            _require(known[setting] in (int, float), f"sweep.space names {setting}, which is no number")
+            parse_distribution(setting, text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(TrainConfig):
+    """A sweep: every setting of a training run, which its trials share, and what is searched."""
+
+    name: str = "sweep"  # of the sweep; its directory is experiments_dir/sweeps/NAME
+    num_trials: int = 12  # trials of the whole sweep; a grid counts for itself
+    search: Literal["random", "grid", "optuna"] = "random"  # optuna: its TPE sampler
+    resume: bool = False  # go on with the sweep of this name, or say that there is none to go on with
+    sweep: SweepSettings = field(default_factory=SweepSettings)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.num_trials >= 1, f"num_trials is {self.num_trials}; it must be at least 1")
+        _require(self.num_workers >= 1, "num_workers is 0; a trial trains with at least one Ray worker")
+        _require(not (self.resume and self.fresh), "resume and fresh contradict each other; give one of them")
+        _require("://" not in self.experiments_dir, "experiments_dir is a URI; a sweep needs a path that all nodes see")
+        for setting, text in self.sweep.space.items():
+            _require(
+                self.search != "grid" or parse_distribution(setting, text).is_finite,
+                f"sweep.space: {setting} is {text}, which no grid can hold; write choice(a, b, ...)",
+            )
+
+    def training(self, chosen: Mapping[str, float]) -> TrainConfig:
+        """The training settings alone, with the chosen values of dotted settings in their places."""
+        config = TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)})
+        whole = {setting for setting, kind in setting_types(TrainConfig) if kind is int}
+        for setting, value in chosen.items():
+            config = with_setting(config, setting, round(value) if setting in whole else value)
+        return config
+
+    def trial(self, chosen: Mapping[str, float], *, name: str, folder: str) -> TrainConfig:
+        """A trial's run: judged `sweep.reports` times, in the sweep's own folder, without pictures."""
+        config = self.training(chosen)
+        every = self.saving.every_steps
+        if every is None and self.max_steps is not None:
+            every = max(1, self.max_steps // self.sweep.reports)
+        return replace(
+            config,
+            name=name,
+            experiments_dir=folder,
+            fresh=False,
+            wandb_group=self.name,
+            saving=replace(self.saving, every_steps=every, keep_last=1, validation_samples=self.sweep.samples),
+            telemetry=replace(self.telemetry, pictures=False),
+        )
+
+
+def with_setting(config: ConfigT, setting: str, value: Any) -> ConfigT:
+    """The config with one (dotted) setting changed; checked as every config is."""
+    name, _, rest = setting.partition(".")
+    new = with_setting(getattr(config, name), rest, value) if rest else value
+    return replace(config, **{name: new})  # type: ignore[type-var]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)

@@ -1,0 +1,150 @@
+"""An experiment's folder as training leaves it, part by part, and its report read as a browser would."""
+
+import json
+from dataclasses import dataclass
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from PIL import Image
+
+from m2d.classes import CLASSES
+from m2d.config import TrainConfig, as_dict
+from m2d.experiment import Experiment
+from m2d.report import write_report
+
+VOID = {"meta", "link", "img", "source", "br"}
+TRAIN = dict(zip(CLASSES, (18, 30, 57, 5, 64, 378, 8), strict=True))  # 560
+VAL = dict(zip(CLASSES, (2, 3, 10, 2, 6, 44, 1), strict=True))  # 68
+BALANCE = {"to": "40", "split": "all", "catalog": "abcdef012345"}  # of the dataset whose sha256 begins so
+
+
+class Page(HTMLParser):
+    """What a browser would take from a page: elements with their attributes, tables as cells, text by section."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.html = html
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.sections: dict[str, str] = {}
+        self.text = ""
+        self._open: list[str] = []
+        self._section: str | None = None
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag == "section":
+            self._section = dict(attrs)["aria-labelledby"]
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag, f"</{tag}> closes nothing"
+        if tag == "section":
+            self._section = None
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self._open:
+            return
+        self.text += data
+        if self._section is not None:
+            self.sections[self._section] = self.sections.get(self._section, "") + data
+        if "td" in self._open or "th" in self._open:
+            self.tables[-1][-1][-1] += data
+
+    def row(self, table: str, first: str) -> list[str]:
+        """Cells of the row that begins so, in the table that has a column of that heading."""
+        found = next(rows for rows in self.tables if table in rows[0])
+        return next([cell.strip() for cell in row] for row in found if row[0].strip().startswith(first))
+
+
+@dataclass
+class Run:
+    """An experiment's folder, filled by a test."""
+
+    path: Path
+
+    @property
+    def experiment(self) -> Experiment:
+        return Experiment(self.path)
+
+    def info(self, **values: Any) -> None:
+        self.experiment.update_info(**values)
+
+    def checkpoint(self, step: int) -> None:
+        folder = self.path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "complete.json").write_text("{}")
+
+    def records(self, log: str, *records: dict[str, float]) -> None:
+        (self.path / "metrics").mkdir(exist_ok=True)
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (self.path / "metrics" / f"{log}.jsonl").write_text(lines)
+
+    def picture(self, kind: str, step: int, colour: int = 100) -> bytes:
+        path = self.path / "visualizations" / kind / f"step_{step:08d}.png"
+        return write_png(path, np.full((40, 700, 3), colour, dtype=np.uint8))
+
+    def generation(self, name: str, made: dict[str, int], asked: dict[str, int] | None = None, **recipe: Any) -> Path:
+        folder = self.path / "generated_images" / name
+        folder.mkdir(parents=True)
+        record = {"solver": "unipc", "steps": 25, "guidance_scale": 1.5, "seed": 0, "mode": "standard", **recipe}
+        (folder / "generation.json").write_text(json.dumps(record))
+        for file, counts in (("manifest", made), ("plan", asked or made)):
+            classes = [code for code, count in counts.items() for _ in range(count)]
+            pq.write_table(pa.table({"class": pa.array(classes, pa.string())}), folder / f"{file}.parquet")
+        write_png(folder / "contact_sheet.png", np.full((8, 8, 3), 200, dtype=np.uint8))
+        return folder
+
+    def page(self, samples: Path | None = None) -> Page:
+        return Page(write_report(self.experiment, samples).read_text(encoding="utf-8"))
+
+
+def write_png(path: Path, pixels: np.ndarray) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path.read_bytes()
+
+
+def write_run(root: Path, config: dict[str, Any] | None = None, **info: Any) -> Run:
+    """A finished run's record and settings, nothing else; `info` takes the place of what the record says."""
+    run = Run(root / "tiny_20261122_120000")
+    (run.path / "configs").mkdir(parents=True)
+    settings = as_dict(TrainConfig(name="tiny")) | (config or {})
+    (run.path / "configs" / "config.yaml").write_text(yaml.safe_dump(settings))
+    dataset = {"root": "/data/skin", "images": 629, "rejected": 3, "duplicates": 1, "sha256": "abcdef0123456789"}
+    dataset["counts"] = {"train": TRAIN, "val": VAL}
+    known = {
+        "state": "done", "created": "2026-11-22T12:00:00+00:00", "finished": "2026-11-22T13:30:00+00:00",
+        "command": "jobs/train.py --name tiny", "total_steps": 20, "device": "1 H100", "precision": "bfloat16",
+        "dataset": dataset, "versions": {"torch": "2.15.0", "wandb": None}, "degraded": [],
+        "git": {"commit": "524b87c390", "uncommitted_changes": False},
+    }  # fmt: skip
+    run.info(**(known | info))
+    return run
+
+
+def write_full_run(root: Path) -> Run:
+    """A finished run with one of everything."""
+    run = write_run(root)
+    run.checkpoint(20)
+    run.records("train", *({"step": step, "loss/diffusion": 2.0 / step} for step in (10, 20)))
+    run.records("validation", {"step": 10, "val/psnr_db": 31.25}, {"step": 20, "val/psnr_db": 30.5})
+    for kind in (
+        "samples", "reconstructions", "patch_features", "alignment", "feature_projection", "class_similarity"
+    ):  # fmt: skip
+        run.picture(kind, 20)
+    run.generation("fill", {"DF": 33, "VASC": 31}, mode="balance", balance=BALANCE)
+    return run

@@ -1,0 +1,119 @@
+"""What a sweep leaves: which trial is the best, the tables, and a file that training takes unchanged."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from m2d.cli import parse
+from m2d.config import TrainConfig
+from m2d.errors import TrainingError
+from m2d.tuning.importance import importances
+from m2d.tuning.outcome import Outcome, TrialOutcome, read_outcome, write_outcome
+from m2d.tuning.settings import SweepConfig
+
+SPACE = "{loss_weights.diffusion: 'loguniform(0.1, 10)', optimizer.lr_denoiser: 'loguniform(1e-4, 1e-2)'}"
+
+
+def config() -> SweepConfig:
+    found: SweepConfig = parse("tune", ["--preset", "demo", "--sweep.space", SPACE, "--data_root", "/data"])
+    return found
+
+
+def result(name: str, objectives: list[float], *, step: int, error: Exception | None = None) -> Any:
+    """As a Ray Tune Result."""
+    frame = pd.DataFrame({"objective": objectives}) if objectives else None
+    metrics = {"trial_id": name, "step": float(step), "val/psnr_db": 30.0} if objectives else None
+    chosen = {"loss_weights.diffusion": 0.5, "optimizer.lr_denoiser": 1e-3}
+    return SimpleNamespace(
+        metrics_dataframe=frame, metrics=metrics, config=chosen, error=error, path=f"somewhere/{name}"
+    )
+
+
+def trial(name: str, objectives: list[float], *, finished: bool = True, **chosen: float) -> TrialOutcome:
+    values = {"loss_weights.diffusion": 0.5, "optimizer.lr_denoiser": 1e-3} | chosen
+    return TrialOutcome(name, values, objectives, 100, {"val/psnr_db": 30.0}, finished, None)
+
+
+def test_trials_are_read_with_how_far_they_came() -> None:
+    grid = [
+        result("whole", [3.0, 1.0], step=100),
+        result("stopped", [0.5], step=50),
+        result("broken", [], step=0, error=RuntimeError("no memory\nfor this")),
+    ]
+    found = {one.trial: one for one in read_outcome(config(), grid).trials}
+    assert (found["whole"].finished, found["whole"].objective, found["whole"].step) == (True, 1.0, 100)
+    assert (found["stopped"].finished, found["stopped"].objective) == (False, 0.5)
+    assert (found["broken"].finished, found["broken"].objective, found["broken"].error) == (False, None, "for this")
+    assert [one.trial for one in read_outcome(config(), grid).trials] == ["whole", "stopped", "broken"]
+
+
+def test_a_whole_trial_beats_a_stopped_one_however_it_looked() -> None:
+    best = Outcome([trial("stopped", [0.1], finished=False), trial("whole", [0.9])]).best
+    assert best is not None
+    assert best.trial == "whole"
+
+
+def test_the_last_objective_counts_not_the_luckiest() -> None:
+    best = Outcome([trial("lucky", [0.1, 0.9]), trial("steady", [0.9, 0.5])]).best
+    assert best is not None
+    assert best.trial == "steady"
+
+
+def test_the_best_file_is_taken_unchanged_and_is_the_best_trials_run(tmp_path: Path) -> None:
+    outcome = Outcome([trial("a", [0.9]), trial("b", [0.2], **{"loss_weights.diffusion": 2.5})])
+    write_outcome(outcome, config(), tmp_path, Console(file=io.StringIO()))
+    best: TrainConfig = parse("train", ["--config", str(tmp_path / "best.yaml")])
+    assert best == config().training({"loss_weights.diffusion": 2.5, "optimizer.lr_denoiser": 1e-3})
+    assert best.data_root == "/data"
+
+
+def test_tables_and_pictures_are_there(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    outcome = Outcome([trial("a", [0.9]), trial("b", [0.2])])
+    write_outcome(outcome, config(), tmp_path, Console(file=screen, width=120))
+    with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["trial"], float(row["objective"])) for row in rows] == [("a", 0.9), ("b", 0.2)]
+    assert [row["objective"] for row in json.loads((tmp_path / "results.json").read_text())] == [0.9, 0.2]
+    for name in ("parallel_coordinates.png", "importance.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 400
+    assert "best: b" in screen.getvalue()
+
+
+def test_a_sweep_without_one_judged_trial_says_why(tmp_path: Path) -> None:
+    broken = TrialOutcome("a", {}, [], 0, {}, False, "out of memory")
+    with pytest.raises(TrainingError, match="could be judged \\(out of memory\\)"):
+        write_outcome(Outcome([broken]), config(), tmp_path, Console(file=io.StringIO()))
+    assert (tmp_path / "results.csv").is_file()
+
+
+def planted(count: int) -> list[TrialOutcome]:
+    """The objective is the logarithm of the learning rate; the loss weight does nothing. Reports: the first alone."""
+    generator = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        rate, weight = 10 ** generator.uniform(-4, -2), 10 ** generator.uniform(-1, 1)
+        chosen = {"optimizer.lr_denoiser": rate, "loss_weights.diffusion": weight}
+        found.append(trial(str(number), [np.log10(rate)] * (1 + number % 2), finished=False, **chosen))
+    return found
+
+
+def test_what_matters_is_found() -> None:
+    shares, report = importances(planted(40), config().sweep.space, seed=0)
+    assert shares["optimizer.lr_denoiser"] > 0.9
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert report == 1  # the latest that every trial reached
+
+
+def test_too_few_trials_tell_nothing() -> None:
+    assert importances(planted(3), config().sweep.space, seed=0)[0] == {}

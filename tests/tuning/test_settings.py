@@ -1,0 +1,112 @@
+"""A sweep's settings, and the runs that its trials become."""
+
+import dataclasses
+
+import pytest
+
+from m2d.cli import parse
+from m2d.config import TrainConfig, as_dict
+from m2d.errors import ConfigError
+from m2d.tuning.objective import WORST, objective, reconstruction_error
+from m2d.tuning.settings import SweepConfig, SweepSettings
+from m2d.tuning.sweep import concurrent_trials, trial_cpus
+
+
+def config(*flags: str) -> SweepConfig:
+    found: SweepConfig = parse("tune", ["--preset", "demo", *flags])
+    return found
+
+
+def test_flags_of_training_and_of_the_sweep_stand_side_by_side() -> None:
+    found = config("--num_trials", "6", "--search", "optuna", "--max_steps", "50", "--batch_size", "4")
+    assert (found.num_trials, found.search, found.max_steps, found.batch_size) == (6, "optuna", 50, 4)
+    assert found.data.image_size == 48  # the preset's
+
+
+def test_the_four_loss_weights_and_the_learning_rates_are_searched_by_default() -> None:
+    assert set(config().sweep.space) == {
+        "loss_weights.diffusion", "loss_weights.reconstruction", "loss_weights.alignment", "loss_weights.perceptual",
+        "optimizer.lr_autoencoder", "optimizer.lr_denoiser",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sweep.space", "{loss_weights.difuse: 'uniform(0, 1)'}"], "names loss_weights.difuse, which is no setting"),
+        (["--sweep.space", "{name: 'choice(1, 2)'}"], "names name, which is no number"),
+        (["--search", "grid"], "which no grid can hold"),
+        (["--num_trials", "0"], "num_trials is 0"),
+        (["--num_workers", "0"], "num_workers is 0; a trial trains with"),
+        (["--resume", "--fresh"], "contradict each other"),
+        (["--sweep.grace_reports", "20"], "more than sweep.reports"),
+        (["--sweep.reduction_factor", "1"], "must be above 1"),
+        (["--experiments_dir", "s3://bucket/x"], "experiments_dir is a URI"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_swept_is_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(*flags)
+
+
+def test_a_trial_is_the_sweeps_run_with_the_chosen_values() -> None:
+    whole = config("--max_steps", "100", "--sweep.reports", "5")
+    trial = whole.trial({"loss_weights.diffusion": 0.25, "batch_size": 4.0}, name="trial_1", folder="somewhere")
+    changed = {
+        key for key, value in as_dict(trial).items() if value != as_dict(whole.training({}))[key]
+    }  # fmt: skip
+    assert type(trial) is TrainConfig
+    assert changed == {"name", "experiments_dir", "wandb_group", "saving", "telemetry", "loss_weights", "batch_size"}
+    assert trial.loss_weights == dataclasses.replace(whole.loss_weights, diffusion=0.25)
+    assert trial.batch_size == 4
+    assert (trial.saving.every_steps, trial.saving.validation_samples) == (200, 70)  # the preset's steps, not ours
+
+
+def test_without_steps_of_its_own_a_trial_is_judged_evenly() -> None:
+    whole = SweepConfig(max_steps=100, sweep=SweepSettings(reports=5))
+    assert whole.trial({}, name="trial_1", folder="x").saving.every_steps == 20
+
+
+def test_the_objective_is_the_distance_and_the_weighted_error() -> None:
+    assert reconstruction_error(20.0) == pytest.approx(0.1)
+    assert objective({"val/kernel_distance": 0.5, "val/psnr_db": 20.0}, 10.0) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize(
+    "measures", [{}, {"val/psnr_db": 30.0}, {"val/kernel_distance": float("nan"), "val/psnr_db": 1.0}]
+)
+def test_a_trial_without_samples_is_the_worst(measures: dict[str, float]) -> None:
+    assert objective(measures, 10.0) == WORST
+
+
+def test_loss_weights_are_not_part_of_the_objective() -> None:
+    assert not {name for name in ("diffusion", "alignment", "perceptual") if name in objective.__code__.co_names}
+    assert objective({"val/kernel_distance": 0.5, "val/psnr_db": 20.0, "loss/diffusion": 9.0}, 10.0) == pytest.approx(
+        1.5
+    )
+
+
+@pytest.mark.parametrize(
+    ("resources", "trials"),
+    [
+        ({"CPU": 8}, 3),  # 2.1 CPUs each: one worker, the stream, and a tenth for the driver
+        ({"CPU": 2.1}, 1),
+        ({"CPU": 64, "GPU": 4}, 4),
+        ({"CPU": 1000}, 12),  # no more than there are
+    ],
+)
+def test_as_many_trials_as_the_cluster_holds(resources: dict[str, float], trials: int) -> None:
+    whole = SweepConfig(num_workers=1)
+    assert trial_cpus(whole) == 2.0
+    assert concurrent_trials(whole, resources) == trials
+
+
+@pytest.mark.parametrize("resources", [{"CPU": 1}, {"CPU": 64, "GPU": 1}])
+def test_a_cluster_that_cannot_hold_one_trial_is_told_why(resources: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="lower --num_workers or add a node"):
+        concurrent_trials(SweepConfig(num_workers=2), resources)
+
+
+def test_more_trials_at_once_than_fit_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"sweep.max_concurrent is 4, and the cluster can hold 1"):
+        concurrent_trials(SweepConfig(num_workers=1, sweep=SweepSettings(max_concurrent=4)), {"CPU": 3})
