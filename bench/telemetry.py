@@ -6,6 +6,7 @@ of them takes is printed beside. Each run's first interval is left out: it holds
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import statistics
@@ -66,7 +67,7 @@ def _run(root: Path, arguments: argparse.Namespace, name: str, flags: list[str])
     steps = [] if "--max_steps" in flags else ["--max_steps", str(arguments.steps)]
     settings = ["--preset", arguments.preset, "--num_workers", "0", "--schedule.vae_warmup_fraction", "0"]
     config: TrainConfig = parse("train", [*settings, *places, *steps, "--saving.every_steps", "100000", *flags])
-    with contextlib.redirect_stdout(None):
+    with contextlib.redirect_stdout(io.StringIO()):
         return train(config)
 
 
