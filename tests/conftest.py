@@ -12,6 +12,8 @@ from PIL import Image
 
 # Before torch is imported: the networks here are tiny, and threads that wait for each other cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# pytest-xdist tells its processes a width; commands under test write into a pipe that has none.
+os.environ.pop("COLUMNS", None)
 
 PaintImages = Callable[[Path, dict[str, int]], pa.Table]
 

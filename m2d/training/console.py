@@ -54,7 +54,8 @@ class Console:
         epochs = -(-total_steps // steps_per_epoch)
         stop = threading.Event()
         show = self._show_bar if self.interactive else self._show_lines
-        thread = threading.Thread(target=show, args=(metrics, total_steps, epochs, start, stop), daemon=True)
+        pace = _Pace(start, total_steps)  # now: the thread may start after the first record
+        thread = threading.Thread(target=show, args=(metrics, epochs, pace, stop), daemon=True)
         thread.start()
         try:
             yield
@@ -62,14 +63,15 @@ class Console:
             stop.set()
             thread.join(timeout=5)
 
-    def _show_bar(self, metrics: Path, total: int, epochs: int, start: int, stop: threading.Event) -> None:
+    def _show_bar(self, metrics: Path, epochs: int, pace: "_Pace", stop: threading.Event) -> None:
         columns = (
             TextColumn("epoch {task.fields[epoch]}"), TextColumn("step"), MofNCompleteColumn(), BarColumn(),
             TextColumn("{task.fields[left]}"), TextColumn("{task.description}"),
         )  # fmt: skip
         with Progress(*columns, console=self.rich, transient=False) as bar:
-            pace = _Pace(start, total)
-            task = bar.add_task("starting workers", total=total, completed=start, epoch=f"-/{epochs}", left="")
+            task = bar.add_task(
+                "starting workers", total=pace.total, completed=pace.start, epoch=f"-/{epochs}", left=""
+            )
             while True:
                 ended = stop.wait(1.0)
                 record = _newest(metrics, pace.since)
@@ -80,8 +82,8 @@ class Console:
                 if ended:
                     return
 
-    def _show_lines(self, metrics: Path, total: int, epochs: int, start: int, stop: threading.Event) -> None:
-        shown, at, pace = start, 0.0, _Pace(start, total)
+    def _show_lines(self, metrics: Path, epochs: int, pace: "_Pace", stop: threading.Event) -> None:
+        shown, at = pace.start, 0.0
         while True:
             ended = stop.wait(1.0)
             record = _newest(metrics, pace.since)
@@ -89,7 +91,7 @@ class Console:
             if record and record["step"] > shown and due:
                 shown, at = record["step"], time.monotonic()
                 self.say(
-                    f"epoch {record['epoch']:.2f}/{epochs}  step {shown}/{total}  {_describe(record)}  "
+                    f"epoch {record['epoch']:.2f}/{epochs}  step {shown}/{pace.total}  {_describe(record)}  "
                     f"{pace.left(record)}"
                 )
             if ended:
@@ -100,7 +102,8 @@ class _Pace:
     """How long a run will take yet, by the steps since its first record: starting the workers says nothing of it."""
 
     def __init__(self, start: int, total: int) -> None:
-        self.since, self.total = time.time(), total
+        self.start, self.total = start, total
+        self.since = time.time() - 0.001  # records tell milliseconds
         self._first: tuple[int, float] | None = None
 
     def left(self, record: dict[str, Any]) -> str:

@@ -26,9 +26,7 @@ class SweepSettings:
     """What is searched, and by what a trial is judged and stopped."""
 
     scheduler: Literal["asha", "none"] = "asha"  # asha stops the trials that lag behind
-    space: dict[str, str] = field(
-        default_factory=lambda: dict(DEFAULT_SPACE)
-    )  # setting: loguniform(low, high) and so on
+    space: dict[str, str] = field(default_factory=DEFAULT_SPACE.copy)  # loguniform(low, high) or so by setting
     reports: int = 10  # times that a trial is judged, evenly over its steps
     grace_reports: int = 2  # asha: reports before a trial may be stopped
     reduction_factor: float = 3.0  # asha: one of so many goes on at each rung

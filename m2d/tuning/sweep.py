@@ -2,8 +2,10 @@
 
 import dataclasses
 import fcntl
+import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -15,11 +17,12 @@ import yaml
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Tuner
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
-from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
+from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 
 from m2d.cluster import ray_cluster
 from m2d.config import as_dict, differences
 from m2d.errors import ConfigError, ExperimentError
+from m2d.experiment import list_experiments
 from m2d.training.console import Console
 from m2d.tuning.objective import OBJECTIVE
 from m2d.tuning.outcome import Outcome, read_outcome, write_outcome
@@ -27,8 +30,9 @@ from m2d.tuning.settings import SweepConfig
 from m2d.tuning.space import Distribution, parse_distribution
 from m2d.tuning.trial import run_trial
 
+STOPPING_S = 30.0  # in which a stopped trial's processes end
 DRIVER_CPUS = 0.1  # of a trial's own process, which waits for its workers
-STATE, SETTINGS, TRIALS = "tune", "sweep.yaml", "trials"
+STATE, SETTINGS, TRIALS, AT_ONCE = "tune", "sweep.yaml", "trials", "trials_at_once.json"
 # May differ between a sweep and its resumption, besides what may of a training run.
 CHANGEABLE = frozenset({"resume", "num_trials"})
 
@@ -56,14 +60,14 @@ def sweep(config: SweepConfig) -> Outcome:
             _write_settings(folder, config)
         per_trial = trial_cpus(config)
         with ray_cluster(verbose=config.verbose, min_cpus=per_trial + DRIVER_CPUS):
-            at_once = concurrent_trials(config, ray.cluster_resources())
+            at_once = _agreed(folder, concurrent_trials(config, ray.cluster_resources()))
             console.say(
                 f"sweep {config.name}: {_count(config)} trials by {config.search} search, scheduler "
                 f"{config.sweep.scheduler}, {at_once} at a time, in {folder}"
             )
             results = _tuner(config, folder, at_once, console).fit()
         outcome = read_outcome(config, results)
-        _leave_stopped(folder)
+        _leave_stopped(folder, outcome)
         write_outcome(outcome, config, folder, console.rich)
     return outcome
 
@@ -93,6 +97,24 @@ def concurrent_trials(config: SweepConfig, resources: dict[str, float]) -> int:
     return min(wanted or fit, _count(config))
 
 
+def _agreed(folder: Path, fit: int) -> int:
+    """How many trials run at a time: what the sweep was begun with, for Tune keeps that in its state.
+
+    Raises ConfigError where the cluster has become too small for it: drivers would wait for ever for their workers.
+    """
+    record = folder / AT_ONCE
+    if not record.is_file():
+        record.write_text(json.dumps(fit), encoding="utf-8")
+        return fit
+    begun = int(json.loads(record.read_text(encoding="utf-8")))
+    if begun > fit:
+        raise ConfigError(
+            f"the sweep {folder} was begun with {begun} trials at a time, and the cluster holds {fit} now; go on "
+            "with it on a cluster of the old size, or begin anew with --fresh or another --name"
+        )
+    return begun
+
+
 def _tuner(config: SweepConfig, folder: Path, at_once: int, console: Console) -> Tuner:
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, config=config, folder=str(folder / TRIALS)), {"CPU": DRIVER_CPUS}
@@ -108,8 +130,7 @@ def _tuner(config: SweepConfig, folder: Path, at_once: int, console: Console) ->
             metric=OBJECTIVE,
             mode="min",
             num_samples=1 if config.search == "grid" else config.num_trials,
-            max_concurrent_trials=at_once,
-            search_alg=_search(config, distributions),
+            search_alg=_search(config, distributions, at_once),
             scheduler=_scheduler(config),
         ),
         run_config=RunConfig(
@@ -133,9 +154,10 @@ def _param_space(config: SweepConfig, distributions: dict[str, Distribution]) ->
     return {setting: of(one) for setting, one in distributions.items()}
 
 
-def _search(config: SweepConfig, distributions: dict[str, Distribution]) -> SearchAlgorithm | Searcher:
+def _search(config: SweepConfig, distributions: dict[str, Distribution], at_once: int) -> SearchAlgorithm | Searcher:
+    """Who proposes values, for `at_once` trials at most: Tune ignores its own limit where a searcher is given."""
     if config.search != "optuna":
-        return BasicVariantGenerator(random_state=config.sweep.seed)
+        return BasicVariantGenerator(max_concurrent=at_once, random_state=config.sweep.seed)
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
     from optuna.samplers import TPESampler
     from ray.tune.search.optuna import OptunaSearch
@@ -146,7 +168,8 @@ def _search(config: SweepConfig, distributions: dict[str, Distribution]) -> Sear
         return FloatDistribution(one.numbers[0], one.numbers[1], log=one.kind == "loguniform")
 
     space = {setting: of(one) for setting, one in distributions.items()}
-    return OptunaSearch(space, metric=OBJECTIVE, mode="min", sampler=TPESampler(seed=config.sweep.seed))
+    search = OptunaSearch(space, metric=OBJECTIVE, mode="min", sampler=TPESampler(seed=config.sweep.seed))
+    return ConcurrencyLimiter(search, max_concurrent=at_once)
 
 
 def _scheduler(config: SweepConfig) -> TrialScheduler:
@@ -254,10 +277,20 @@ def _held(folder: Path) -> Iterator[None]:
         yield
 
 
-def _leave_stopped(folder: Path) -> None:
-    """Trials that were stopped early are no runs that someone should go on with."""
-    from m2d.experiment import list_experiments
+def _leave_stopped(folder: Path, outcome: Outcome) -> None:
+    """Trials that Tune stopped have not failed, and are no runs that someone should go on with.
 
+    One that it stopped at its last report has taken all its steps, and its last checkpoint is whole.
+    """
+    states = {
+        f"trial_{trial.trial}": "done" if trial.finished else "superseded"
+        for trial in outcome.trials
+        if trial.error is None
+    }
+    deadline = time.monotonic() + STOPPING_S
     for experiment in list_experiments(str(folder / TRIALS)):
-        if experiment.info().get("state") not in ("done", "failed") and not experiment.is_running:
-            experiment.update_info(state="superseded", stopped_by="the sweep's scheduler")
+        while experiment.is_running and time.monotonic() < deadline:
+            time.sleep(0.2)  # Tune does not wait for the processes that it stops
+        state = states.get(experiment.name[: -len("_YYYYMMDD_HHMMSS")])
+        if state is not None and experiment.info().get("state") != "done" and not experiment.is_running:
+            experiment.update_info(state=state, error=None, stopped_by="the sweep's scheduler")

@@ -16,7 +16,7 @@ def main(rank: int, world_size: int, rendezvous: str, output: str) -> None:
     networks = tiny_networks(discriminator=True)
     found: dict[str, torch.Tensor] = {}
 
-    def capture(optimized, losses, scaler):  # type: ignore[no-untyped-def]
+    def capture(optimized, losses, scaler, look):  # type: ignore[no-untyped-def]
         for module_name, module in networks.trained().items():
             found.update({f"{module_name}.{name}": p.grad.clone() for name, p in module.named_parameters()})
             found.update({f"{module_name}.{name}": b.clone() for name, b in module.named_buffers()})

@@ -22,7 +22,10 @@ def shown(tmp_path: Path, *, interactive: bool, monkeypatch: pytest.MonkeyPatch)
     log.append({"step": 10, "time": time.time() - 100, "epoch": 1.0, "loss/diffusion": 9.0})  # of the run before
     with console.progress(log.path, 40, 10, 10):
         log.write(15, {"epoch": 1.5, "loss/diffusion": 0.75, "images_per_s": 31.0})
-        time.sleep(1.3)
+        deadline = time.monotonic() + 60
+        while "0.75" not in screen.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.2)
         log.write(20, {"epoch": 2.0, "loss/diffusion": 0.5, "images_per_s": 32.0})
     return screen.getvalue()
 

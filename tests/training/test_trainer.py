@@ -95,7 +95,7 @@ def test_two_workers_train_both_stages_and_the_result_generates(
 def test_a_run_on_ray_goes_on_from_its_newest_checkpoint_though_older_ones_were_deleted(
     ray_cluster: None, data_root: Path, tmp_path: Path
 ) -> None:
-    settings = ["--num_workers", "2", "--max_steps", "12", "--saving.every_steps", "3", "--saving.keep_last", "2"]
+    settings = ["--num_workers", "1", "--max_steps", "12", "--saving.every_steps", "3", "--saving.keep_last", "2"]
     config = config_of(data_root, tmp_path, *settings)
     first = train(config)
     unbroken = load_file(first.checkpoints / "step_00000012" / "training" / "denoiser.safetensors")

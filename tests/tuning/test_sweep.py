@@ -22,8 +22,8 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(data_root: Path, root: Path, *more: str) -> SweepConfig:
     places = ["--data_root", str(data_root), "--experiments_dir", str(root), "--cache_dir", str(root / "cache")]
-    judged = ["--sweep.reports", "3", "--sweep.grace_reports", "1", "--sweep.reduction_factor", "2"]
-    small = ["--max_steps", "6", "--sweep.samples", "7", "--telemetry.sample_steps", "2", "--sweep.space", SPACE]
+    judged = ["--sweep.reports", "2", "--sweep.grace_reports", "1", "--sweep.reduction_factor", "2"]
+    small = ["--max_steps", "4", "--sweep.samples", "7", "--telemetry.sample_steps", "2", "--sweep.space", SPACE]
     found: SweepConfig = parse("tune", [*places, *TINY, *judged, *small, "--num_workers", "1", "--name", "s", *more])
     return found
 
@@ -36,14 +36,14 @@ def test_a_sweep_ends_frees_its_cpus_and_leaves_a_run_that_trains(
     import ray
 
     before = ray.available_resources().get("CPU", 0)
-    config = config_of(data_root, tmp_path, "--num_trials", "4")
+    config = config_of(data_root, tmp_path, "--num_trials", "3")
     outcome = sweep(config)
-    assert len(outcome.trials) == 4
-    assert [trial.error for trial in outcome.trials] == [None] * 4
+    assert len(outcome.trials) == 3
+    assert [trial.error for trial in outcome.trials] == [None] * 3
     assert outcome.best is not None
     assert outcome.best.finished
-    assert outcome.best.step == 6
-    assert len({trial.chosen["optimizer.lr_denoiser"] for trial in outcome.trials}) == 4
+    assert outcome.best.step == 4
+    assert len({trial.chosen["optimizer.lr_denoiser"] for trial in outcome.trials}) == 3
     folder = tmp_path / "sweeps" / "s"
     best = parse("train", ["--config", str(folder / "best.yaml")])
     assert best.loss_weights.diffusion == outcome.best.chosen["loss_weights.diffusion"]
@@ -54,8 +54,8 @@ def test_a_sweep_ends_frees_its_cpus_and_leaves_a_run_that_trains(
         assert time.monotonic() < deadline, "a trial's CPUs never came back"
         time.sleep(0.5)
 
-    with pytest.raises(ExperimentError, match=r"begun with other settings \(max_steps: 6 -> 7\)"):
-        sweep(config_of(data_root, tmp_path, "--num_trials", "4", "--max_steps", "7"))
+    with pytest.raises(ExperimentError, match=r"begun with other settings \(max_steps: 4 -> 5\)"):
+        sweep(config_of(data_root, tmp_path, "--num_trials", "3", "--max_steps", "5"))
 
 
 def test_resuming_what_was_never_begun_is_refused(data_root: Path, tmp_path: Path) -> None:
