@@ -1,6 +1,5 @@
-"""A sweep on Ray: trials are judged and some stopped, their CPUs come back, and what was found trains."""
+"""A sweep on Ray: trials are judged, some may be stopped, and what was found trains."""
 
-import time
 from pathlib import Path
 
 import pytest
@@ -30,12 +29,7 @@ def config_of(data_root: Path, root: Path, *more: str) -> SweepConfig:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sweep_ends_frees_its_cpus_and_leaves_a_run_that_trains(
-    ray_cluster: None, data_root: Path, tmp_path: Path
-) -> None:
-    import ray
-
-    before = ray.available_resources().get("CPU", 0)
+def test_a_sweep_ends_and_leaves_a_run_that_trains(ray_cluster: None, data_root: Path, tmp_path: Path) -> None:
     config = config_of(data_root, tmp_path, "--num_trials", "3")
     outcome = sweep(config)
     assert len(outcome.trials) == 3
@@ -49,11 +43,6 @@ def test_a_sweep_ends_frees_its_cpus_and_leaves_a_run_that_trains(
     assert best.loss_weights.diffusion == outcome.best.chosen["loss_weights.diffusion"]
     states = {experiment.info()["state"] for experiment in list_experiments(str(folder / "trials"))}
     assert states <= {"done", "superseded"}
-    deadline = time.monotonic() + 60
-    while ray.available_resources().get("CPU", 0) < before:
-        assert time.monotonic() < deadline, "a trial's CPUs never came back"
-        time.sleep(0.5)
-
     with pytest.raises(ExperimentError, match=r"begun with other settings \(max_steps: 4 -> 5\)"):
         sweep(config_of(data_root, tmp_path, "--num_trials", "3", "--max_steps", "5"))
 
