@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
@@ -120,6 +120,8 @@ class TrainConfig:
         return self.data_root
 
 
+TrainConfigT = TypeVar("TrainConfigT", bound=TrainConfig)  # a sweep's settings are a run's and more
+
 # What may differ between a run and its resumption: where it runs and how it talks, never what it computes.
 RESUMABLE_CHANGES = frozenset(
     [
@@ -136,6 +138,24 @@ RESUMABLE_CHANGES = frozenset(
         "data_root",
     ]
 )
+
+
+def with_absolute_paths(config: TrainConfigT) -> TrainConfigT:
+    """The same run with its local paths absolute: workers and trials may start in another directory. URIs stay."""
+
+    def absolute(location: str | None) -> str | None:
+        return location if location is None or "://" in location else str(Path(location).expanduser().resolve())
+
+    return dataclasses.replace(
+        config,
+        data_root=absolute(config.data_root),
+        experiments_dir=absolute(config.experiments_dir) or "",
+        init_checkpoint=absolute(config.init_checkpoint),
+        cache_dir=absolute(config.cache_dir) or "",
+        feature_extractor=dataclasses.replace(
+            config.feature_extractor, weights=absolute(config.feature_extractor.weights)
+        ),
+    )
 
 
 def as_dict(config: Any) -> dict[str, Any]:

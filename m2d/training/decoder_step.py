@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from m2d.training.batch import Draws, ImageBatch
-from m2d.training.phases import AutoencoderPhase
-from m2d.training.step import BaseStep, Networks, StepConfig, model_images, parallel
-from m2d.training.update import Optimized
+from m2d.training.step import BaseStep, Networks, StepConfig, model_images
 
 
 class DecoderStep(BaseStep[ImageBatch]):
@@ -31,17 +29,11 @@ class DecoderStep(BaseStep[ImageBatch]):
         distributed: bool = False,
     ) -> None:
         super().__init__(networks, config, device, distributed)
-        optimizer, vae = config.optimizer, networks.autoencoder.vae
+        vae = networks.autoencoder.vae
         for module in (vae.encoder, vae.quant_conv, networks.denoiser, networks.projector):
             if module is not None:
                 module.requires_grad_(False)
-        self.autoencoder_phase = AutoencoderPhase(networks.autoencoder, perceptual)
-        if config.compile:
-            self.autoencoder_phase.compile()
-        self.optimized["autoencoder"] = Optimized(networks.autoencoder, optimizer, optimizer.lr_autoencoder)
-        if networks.discriminator is not None:
-            self.optimized["discriminator"] = Optimized(networks.discriminator, optimizer, optimizer.lr_discriminator)
-        self._autoencoder = parallel(self.autoencoder_phase, device) if distributed else self.autoencoder_phase
+        self._autoencoder = self._with_autoencoder(perceptual, distributed)
 
     def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:
         """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""

@@ -186,6 +186,17 @@ class BaseStep(Generic[BatchT]):
                 totals[name] = totals[name] + share if name in totals else share
         return totals
 
+    def _with_autoencoder(self, perceptual: nn.Module, distributed: bool) -> nn.Module:
+        """The VAE's phase, as a stage that trains it calls it, and optimisers of what of it is not frozen."""
+        networks, optimizer = self.networks, self.config.optimizer
+        phase = AutoencoderPhase(networks.autoencoder, perceptual)
+        if self.config.compile:
+            phase.compile()
+        self.optimized["autoencoder"] = Optimized(networks.autoencoder, optimizer, optimizer.lr_autoencoder)
+        if networks.discriminator is not None:
+            self.optimized["discriminator"] = Optimized(networks.discriminator, optimizer, optimizer.lr_discriminator)
+        return parallel(phase, self.device) if distributed else phase
+
     def _adversarial(self, reconstructed: Tensor, step: int, losses: dict[str, Tensor]) -> Tensor | float:
         """The VAE's weighted loss against the frozen discriminator, nothing before its start; notes it in `losses`."""
         discriminator = self.networks.discriminator
@@ -259,15 +270,8 @@ class JointStep(BaseStep[ImageBatch]):
         distributed: bool = False,
     ) -> None:
         super().__init__(networks, config, device, distributed)
-        optimizer = config.optimizer
-        self.autoencoder_phase = AutoencoderPhase(networks.autoencoder, perceptual)
-        if config.compile:
-            self.autoencoder_phase.compile()
-        self.optimized["denoiser"] = Optimized(self.denoiser_phase, optimizer, optimizer.lr_denoiser)
-        self.optimized["autoencoder"] = Optimized(networks.autoencoder, optimizer, optimizer.lr_autoencoder)
-        if networks.discriminator is not None:
-            self.optimized["discriminator"] = Optimized(networks.discriminator, optimizer, optimizer.lr_discriminator)
-        self._autoencoder = parallel(self.autoencoder_phase, device) if distributed else self.autoencoder_phase
+        self.optimized["denoiser"] = Optimized(self.denoiser_phase, config.optimizer, config.optimizer.lr_denoiser)
+        self._autoencoder = self._with_autoencoder(perceptual, distributed)
         self._denoiser = parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
 
     def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:

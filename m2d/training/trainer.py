@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from m2d.classes import CLASSES
 from m2d.cluster import ray_cluster
-from m2d.config import TrainConfig, as_dict
+from m2d.config import TrainConfig, as_dict, with_absolute_paths
 from m2d.data.catalog import class_counts
 from m2d.data.local import iterate_local
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
@@ -39,7 +38,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> Experiment:
 
     Raises an M2DError for what a user can mend. Everything written so far stays; running the same command goes on.
     """
-    config = _absolute(config)
+    config = with_absolute_paths(config)
     console = Console()
     data_root = config.checked_data_root
     experiment, resumed = open_experiment(
@@ -125,24 +124,6 @@ def _train_in(
             train_worker(plan, _LocalLink(plan, torch.device("cuda" if opening.on_gpu else "cpu")))
         else:
             _fit(plan, opening.on_gpu, callbacks)
-
-
-def _absolute(config: TrainConfig) -> TrainConfig:
-    """Workers may start in another directory, so local paths become absolute here."""
-
-    def absolute(location: str | None) -> str | None:
-        return location if location is None or "://" in location else str(Path(location).expanduser().resolve())
-
-    return dataclasses.replace(
-        config,
-        data_root=absolute(config.data_root),
-        experiments_dir=absolute(config.experiments_dir) or "",
-        init_checkpoint=absolute(config.init_checkpoint),
-        cache_dir=absolute(config.cache_dir) or "",
-        feature_extractor=dataclasses.replace(
-            config.feature_extractor, weights=absolute(config.feature_extractor.weights)
-        ),
-    )
 
 
 def _count(catalog: pa.Table, split: str) -> int:

@@ -1,6 +1,5 @@
 """The driver of a sweep: starts or resumes Ray Tune, follows its trials, writes what came out."""
 
-import dataclasses
 import fcntl
 import json
 import math
@@ -20,7 +19,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 
 from m2d.cluster import ray_cluster
-from m2d.config import as_dict, differences
+from m2d.config import as_dict, differences, with_absolute_paths
 from m2d.errors import ConfigError, ExperimentError
 from m2d.experiment import list_experiments
 from m2d.training.console import Console
@@ -42,7 +41,7 @@ def sweep(config: SweepConfig) -> Outcome:
 
     Raises an M2DError for what a user can mend. Finished trials stay whatever happens; the same command goes on.
     """
-    config = _absolute(config)
+    config = with_absolute_paths(config)
     console = Console()
     _ = config.checked_data_root
     folder = Path(config.experiments_dir) / "sweeps" / config.name
@@ -221,23 +220,6 @@ def _count(config: SweepConfig) -> int:
     if config.search != "grid":
         return config.num_trials
     return math.prod(len(parse_distribution(setting, text).numbers) for setting, text in config.sweep.space.items())
-
-
-def _absolute(config: SweepConfig) -> SweepConfig:
-    """Trials may start in another directory."""
-
-    def absolute(path: str | None) -> str | None:
-        return path if path is None or "://" in path else str(Path(path).expanduser().resolve())
-
-    extractor = dataclasses.replace(config.feature_extractor, weights=absolute(config.feature_extractor.weights))
-    return dataclasses.replace(
-        config,
-        data_root=absolute(config.data_root),
-        experiments_dir=absolute(config.experiments_dir) or "",
-        cache_dir=absolute(config.cache_dir) or "",
-        init_checkpoint=absolute(config.init_checkpoint),
-        feature_extractor=extractor,
-    )
 
 
 def _write_settings(folder: Path, config: SweepConfig) -> None:
