@@ -169,8 +169,9 @@ def main(command: str, arguments: Sequence[str] | None = None) -> None:
     try:
         _run(*_whole_name(command, list(sys.argv[1:] if arguments is None else arguments)))
     except M2DError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        asked = getattr(error, "exit_code", None)  # a run that was asked to stop, and did
+        print(str(error) if asked else f"error: {error}", file=sys.stderr)
+        sys.exit(asked or 2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)

@@ -46,7 +46,7 @@ class TrainConfig:
     max_steps: int | None = None  # optimiser steps; ends the run before its epochs do
     batch_size: int = 32  # images a worker and micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches an optimiser step
-    num_workers: int = 1  # 0: train in the calling process, for a debugger
+    num_workers: int | str = 1  # 0: train in the calling process, for a debugger; "2-8": as many as there is room for
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: bf16 on a GPU that has it, otherwise no
     compile: bool = False  # torch.compile of both phases
     channels_last: bool = True  # memory layout of the networks; usually the faster one
@@ -78,8 +78,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.max_steps is not None and self.max_steps < 1:
             raise ConfigError(f"max_steps is {self.max_steps}; it must be at least 1")
-        if self.num_workers < 0:
-            raise ConfigError(f"num_workers is {self.num_workers}; it must be 0 (this process) or more")
+        parse_num_workers(self.num_workers)
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0")
         if not re.fullmatch(r"[\w.-]+", self.name, flags=re.ASCII):
@@ -111,6 +110,11 @@ class TrainConfig:
             )
 
     @property
+    def workers(self) -> tuple[int, int]:
+        """(fewest, most) training processes; the same number twice but for an elastic run."""
+        return parse_num_workers(self.num_workers)
+
+    @property
     def checked_data_root(self) -> str:
         """data_root, or ConfigError where it was not given or is no folder of this machine."""
         if self.data_root is None:
@@ -118,6 +122,18 @@ class TrainConfig:
         if "://" not in self.data_root and not Path(self.data_root).expanduser().is_dir():
             raise ConfigError(f"data_root: {self.data_root} is not a folder; name the one that holds the class folders")
         return self.data_root
+
+
+def parse_num_workers(value: int | str) -> tuple[int, int]:
+    """(fewest, most) workers of `4`, or of the elastic `2-8`. Raises ConfigError for anything else."""
+    matched = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(value))
+    if matched is None:
+        raise ConfigError(f"num_workers is {value}; it must be a number (0: this process) or a range such as 2-8")
+    fewest = int(matched[1])
+    most = fewest if matched[2] is None else int(matched[2])
+    if matched[2] is not None and not 1 <= fewest <= most:
+        raise ConfigError(f"num_workers is {value}; a range begins at 1 or more and ends where it began or above")
+    return fewest, most
 
 
 TrainConfigT = TypeVar("TrainConfigT", bound=TrainConfig)  # a sweep's settings are a run's and more
@@ -171,11 +187,20 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         if not prefix and key in RESUMABLE_CHANGES:
             continue
         before, after = old.get(key), new.get(key)
+        if not prefix and key == "num_workers" and _most_workers(before) == _most_workers(after):
+            continue  # the same steps, of the same images
         if isinstance(before, dict) and isinstance(after, dict):
             changed += differences(before, after, f"{prefix}{key}.")
         elif before != after:
             changed.append(f"{prefix}{key}: {before} -> {after}")
     return changed
+
+
+def _most_workers(value: Any) -> Any:
+    try:
+        return parse_num_workers(value)[1]
+    except ConfigError:
+        return value
 
 
 def preset_path(name: str) -> Path:

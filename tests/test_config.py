@@ -8,7 +8,15 @@ import torch
 import yaml
 
 from m2d.cli import parse
-from m2d.config import RESUMABLE_CHANGES, TrainConfig, as_dict, differences, preset_names, preset_path
+from m2d.config import (
+    RESUMABLE_CHANGES,
+    TrainConfig,
+    as_dict,
+    differences,
+    parse_num_workers,
+    preset_names,
+    preset_path,
+)
 from m2d.errors import ConfigError
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.discriminator import PatchDiscriminator
@@ -190,3 +198,23 @@ def test_a_nested_setting_is_not_excused_by_its_last_name() -> None:
 def test_what_may_change_are_settings_that_exist() -> None:
     """A renamed setting must not stay behind in the list."""
     assert {field.name for field in dataclasses.fields(TrainConfig)} >= RESUMABLE_CHANGES
+
+
+@pytest.mark.parametrize(
+    ("text", "workers"), [(0, (0, 0)), (4, (4, 4)), ("4", (4, 4)), ("2-8", (2, 8)), (" 1 - 1 ", (1, 1))]
+)
+def test_workers_are_a_number_or_a_range(text: int | str, workers: tuple[int, int]) -> None:
+    assert parse_num_workers(text) == workers
+    assert TrainConfig(num_workers=text).workers == workers
+
+
+@pytest.mark.parametrize("text", [-1, "-1", "two", "2-", "-8", "2..8", "8-2", "0-2", "2-8-9", ""])
+def test_other_numbers_of_workers_are_refused(text: int | str) -> None:
+    with pytest.raises(ConfigError, match=r"^num_workers is "):
+        TrainConfig(num_workers=text)
+
+
+def test_a_run_may_go_on_with_fewer_workers_at_a_time_but_not_with_another_step() -> None:
+    four, elastic, eight = (as_dict(TrainConfig(num_workers=workers)) for workers in (4, "2-4", 8))
+    assert differences(four, elastic) == []
+    assert differences(elastic, eight) == ["num_workers: 2-4 -> 8"]

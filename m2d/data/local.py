@@ -22,6 +22,7 @@ def iterate_local(
     world_size: int,
     start_micro_batch: int,
     num_micro_batches: int,
+    step_micro_batches: int | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Micro-batches start_micro_batch .. start_micro_batch + num_micro_batches - 1 of worker `rank`, each full.
 
@@ -43,7 +44,13 @@ def iterate_local(
     def decode_ahead() -> None:
         try:
             for micro_batch in range(start_micro_batch, start_micro_batch + num_micro_batches):
-                rows = worker_rows(micro_batch, batch_size=batch_size, rank=rank, world_size=world_size)
+                rows = worker_rows(
+                    micro_batch,
+                    batch_size=batch_size,
+                    rank=rank,
+                    world_size=world_size,
+                    step_micro_batches=step_micro_batches,
+                )
                 if not hand_over(reader.read(*order.lookup(rows)) | {"stream_rows": rows}):
                     return
         except Exception as error:  # raised again where the consumer can see it

@@ -83,13 +83,28 @@ class StreamOrder:
         return {**self.__dict__, "_epochs": OrderedDict()}  # permutations are cheap to redo and dear to send
 
 
-def worker_rows(micro_batch: int, *, batch_size: int, rank: int, world_size: int) -> np.ndarray:
+def micro_batch_number(turn: int, *, rank: int, world_size: int, step_micro_batches: int | None = None) -> int:
+    """Which of the run's micro-batches, counted over all workers, worker `rank` takes at its `turn`-th.
+
+    step_micro_batches: M, those of a step, of all workers together; None: one for each worker. A worker takes
+    ceil(M / world_size) a step. Where that makes more than M, the last ones of a step are also the first of the next:
+    so a step begins at the same row however many workers there are.
+    """
+    each_step = world_size if step_micro_batches is None else step_micro_batches
+    step, k = divmod(turn, -(-each_step // world_size))
+    return step * each_step + k * world_size + rank
+
+
+def worker_rows(
+    micro_batch: int, *, batch_size: int, rank: int, world_size: int, step_micro_batches: int | None = None
+) -> np.ndarray:
     """Stream rows of one worker's micro-batch, int64 [batch_size].
 
-    micro_batch counts from the run's start: step * accumulation + k. Together the workers cover each stream row once.
+    micro_batch counts the worker's own from the run's start: step * accumulation + k. See micro_batch_number for
+    step_micro_batches; without it, or where the workers divide it, they cover each stream row once.
     """
-    first = (micro_batch * world_size + rank) * batch_size
-    return np.arange(first, first + batch_size, dtype=np.int64)
+    number = micro_batch_number(micro_batch, rank=rank, world_size=world_size, step_micro_batches=step_micro_batches)
+    return np.arange(number * batch_size, (number + 1) * batch_size, dtype=np.int64)
 
 
 def _generator(*words: int) -> np.random.PCG64:

@@ -27,7 +27,6 @@ from m2d.errors import M2DError, TrainingError
 
 if TYPE_CHECKING:  # every decoding process imports this file, and it needs neither: seconds and 200 MB each
     import torch
-    from ray.train import DataConfig
 
 BLOCK_IMAGES = 512  # a task costs Ray 15 to 25 ms, so it should decode for some hundred
 BLOCK_BYTES = 48 * 2**20  # of pixels; a handful of blocks a core are in flight
@@ -46,6 +45,7 @@ class BlockPlan:
     start_micro_batch: int
     num_micro_batches: int  # of each worker
     block_micro_batches: int
+    step_micro_batches: int | None = None  # see m2d.data.order.micro_batch_number
 
     @property
     def num_blocks(self) -> int:
@@ -58,8 +58,14 @@ class BlockPlan:
         first = turn * self.block_micro_batches
         stop = min(first + self.block_micro_batches, self.num_micro_batches)
         micro_batches = range(self.start_micro_batch + first, self.start_micro_batch + stop)
-        shape = {"batch_size": self.batch_size, "rank": rank, "world_size": self.num_workers}
-        return np.concatenate([worker_rows(micro_batch, **shape) for micro_batch in micro_batches])
+        rows = partial(
+            worker_rows,
+            batch_size=self.batch_size,
+            rank=rank,
+            world_size=self.num_workers,
+            step_micro_batches=self.step_micro_batches,
+        )
+        return np.concatenate([rows(micro_batch) for micro_batch in micro_batches])
 
 
 def build_stream(
@@ -72,13 +78,15 @@ def build_stream(
     num_micro_batches: int,
     object_store_share: float,
     read_cpus: float,
+    step_micro_batches: int | None = None,
 ) -> ray.data.Dataset:
     """Micro-batches start_micro_batch .. start_micro_batch + num_micro_batches - 1 of every worker, decoded on demand.
 
-    TorchTrainer splits it under `stream_data_config`, as streaming_split(num_workers, equal=True) does; each worker
+    TorchTrainer splits it under `stream_options`, as streaming_split(num_workers, equal=True) does; each worker
     reads its shard with `iterate_stream` and the same numbers. Call it in a process that lives as long as the run.
     object_store_share: encoded files are put into the object store once, if they fit this share of each node's store;
-    otherwise tasks read data_root. read_cpus: logical CPUs of a decoding task.
+    otherwise tasks read data_root. read_cpus: logical CPUs of a decoding task. step_micro_batches: see
+    m2d.data.order.micro_batch_number.
     """
     plan = BlockPlan(
         batch_size=batch_size,
@@ -86,6 +94,7 @@ def build_stream(
         start_micro_batch=start_micro_batch,
         num_micro_batches=num_micro_batches,
         block_micro_batches=_block_micro_batches(batch_size, num_micro_batches, reader.image_size),
+        step_micro_batches=step_micro_batches,
     )
     chunks = _put_encoded(reader) if reader.sizes.sum() <= object_store_share * _smallest_store() else []
     source = ray.put(_Source(reader, order, chunks))
@@ -104,12 +113,9 @@ def build_stream(
     return stream
 
 
-def stream_data_config() -> "DataConfig":
-    """For TorchTrainer(dataset_config=...): equal shards, blocks dealt out to the workers in turn."""
-    from ray.train import DataConfig
-
-    options = ray.data.ExecutionOptions(preserve_order=True)
-    return DataConfig(execution_options=options, enable_shard_locality=False)
+def stream_options() -> ray.data.ExecutionOptions:
+    """For a trainer's DataConfig(execution_options=..., enable_shard_locality=False): blocks are dealt out in turn."""
+    return ray.data.ExecutionOptions(preserve_order=True)
 
 
 def iterate_stream(
@@ -120,6 +126,7 @@ def iterate_stream(
     world_size: int,
     start_micro_batch: int,
     num_micro_batches: int,
+    step_micro_batches: int | None = None,
     pin_memory: bool = False,
 ) -> "Iterator[dict[str, torch.Tensor]]":
     """The micro-batches of worker `rank` from its shard of `build_stream`, each full, on the CPU.
@@ -148,12 +155,18 @@ def iterate_stream(
                     "ends earlier. Build it with the numbers that iterate_stream is given."
                 )
             found = batch["stream_rows"].numpy()
-            expected = worker_rows(micro_batch, batch_size=batch_size, rank=rank, world_size=world_size)
+            expected = worker_rows(
+                micro_batch,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=world_size,
+                step_micro_batches=step_micro_batches,
+            )
             if not np.array_equal(found, expected):
                 raise TrainingError(
                     f"data stream: worker {rank} of {world_size} got rows {found[0]}..{found[-1]} for micro-batch "
                     f"{micro_batch} in place of {expected[0]}..{expected[-1]}: Ray Data did not deal the blocks out in "
-                    "turn. Pass dataset_config=stream_data_config() to the trainer, and build the stream for as many "
+                    "turn. Give the trainer's DataConfig stream_options(), and build the stream for as many "
                     "workers as it starts and for the micro-batch at which they start."
                 )
             yield batch

@@ -10,6 +10,8 @@ complete.json              written last: a directory without it is not a checkpo
 
 import hashlib
 import json
+import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -109,9 +112,15 @@ def write_inference_files(
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """safetensors with the metadata that diffusers asks for."""
+    """safetensors with the metadata that diffusers asks for. Raises OSError, of a full disk for one."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})
+    try:
+        save_file(contiguous, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # the library has no other type for what the system refuses
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def mark_complete(directory: Path) -> None:

@@ -25,7 +25,7 @@ class RunPlan:
 
     config: TrainConfig
     experiment: Experiment
-    world_size: int
+    world_size: int  # workers that the run was planned for; an elastic one may have fewer for a time
     train_images: int
     precision: Precision
     perceptual: PerceptualKind
@@ -34,9 +34,14 @@ class RunPlan:
     extractor_key: str = ""
 
     @property
+    def step_micro_batches(self) -> int:
+        """Micro-batches an optimiser step, of all workers together and however many there are."""
+        return self.config.gradient_accumulation_steps * self.world_size
+
+    @property
     def global_batch(self) -> int:
         """Images an optimiser step."""
-        return self.config.batch_size * self.config.gradient_accumulation_steps * self.world_size
+        return self.config.batch_size * self.step_micro_batches
 
     @property
     def steps_per_epoch(self) -> int:
@@ -64,9 +69,13 @@ class RunPlan:
         """Steps from checkpoint to checkpoint."""
         return self.config.saving.every_steps or self.steps_per_epoch
 
-    def micro_batches_from(self, step: int) -> tuple[int, int]:
-        """(first micro-batch, number of micro-batches) of one worker from `step` to the end."""
-        k = self.config.gradient_accumulation_steps
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches that each of `world_size` workers takes a step: more of them where workers are missing."""
+        return -(-self.step_micro_batches // world_size)
+
+    def micro_batches_from(self, step: int, world_size: int) -> tuple[int, int]:
+        """(first micro-batch, number of micro-batches) of one of `world_size` workers from `step` to the end."""
+        k = self.accumulation(world_size)
         return step * k, (self.total_steps - step) * k
 
     def reader(self, split: str) -> ImageReader:

@@ -51,9 +51,19 @@ def take_snapshot(
 
 
 def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
-    """Write a whole checkpoint as `directory`, atomically."""
+    """Write a whole checkpoint as `directory`, atomically. Raises OSError, and leaves nothing then."""
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_files(snapshot, partial)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again for what tells so
+        raise
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
+def _write_files(snapshot: Snapshot, partial: Path) -> None:
     training = partial / "training"
     training.mkdir(parents=True)
     state = snapshot.state
@@ -80,8 +90,6 @@ def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
     document = {"metrics": snapshot.metrics, "scaler": state["scaler"], "position": state.get("position", {})}
     (training / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     mark_complete(partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
 
 
 def load_training_state(directory: Path, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -148,7 +156,7 @@ class CheckpointKeeper:
             return self._pending.result()
         except OSError as error:
             raise TrainingError(
-                f"a checkpoint could not be written to {self.directory}: {error}; the one before it is intact, "
+                f"a checkpoint could not be written to {self.directory}: {error}; those before it are intact, "
                 "make room and run the same command again"
             ) from None
         finally:

@@ -155,7 +155,12 @@ class RayConfig:
     cpus_per_worker: float = 1.0  # logical ones, a budget and no limit
     max_failures: int = 3  # times a lost worker group is started again from the newest checkpoint
     threads_per_worker: int | None = None  # torch threads on a CPU worker; None: cores / workers
+    collective_timeout_s: float = 1800.0  # after which workers that wait for one another end with an error
+    resize_check_s: float = 600.0  # elastic runs: how often to look for room for more workers; growing costs a restart
 
     def __post_init__(self) -> None:
+        for name in ("collective_timeout_s", "resize_check_s"):
+            value = getattr(self, name)
+            _require(isfinite(value) and value > 0, f"ray.{name} is {value}; it must be above 0")
         _require(self.cpus_per_worker > 0, f"ray.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
         _require(self.max_failures >= -1, "ray.max_failures must be -1 (without limit) or more")

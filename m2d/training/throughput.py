@@ -20,8 +20,11 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Throughput:
     """Times a worker's steps between two readings; `restart` leaves out what lies beside them, such as saving."""
 
-    def __init__(self, step: BaseStep[Any], plan: RunPlan, device: torch.device, start: int) -> None:
+    def __init__(self, step: BaseStep[Any], plan: RunPlan, device: torch.device, start: int, world_size: int) -> None:
+        """start: steps of the run taken already. world_size: workers that train now."""
         self.step, self.plan = step, plan
+        self.accumulation = plan.accumulation(world_size)
+        self.images_per_step = plan.config.batch_size * self.accumulation * world_size
         self.peak: float | None = None  # FLOP/s of this worker's device; None: nothing is counted, the step is compiled
         if not plan.config.compile:
             self.peak, _ = peak_flops(device, DTYPES[plan.precision])
@@ -44,13 +47,13 @@ class Throughput:
             began = time.perf_counter()
             self._flops[warming] = self.step.flops(*micro_batch, step)
             self._began += time.perf_counter() - began
-        self._computed += self._flops[warming] * self.plan.config.gradient_accumulation_steps
+        self._computed += self._flops[warming] * self.accumulation
 
     def read(self, done: int) -> dict[str, float]:
         """Since the last reading, `done` steps of the run being taken."""
         seconds = max(time.perf_counter() - self._began, 1e-9)
         values = {
-            "images_per_s": (done - self._since) * self.plan.global_batch / seconds,  # of all workers
+            "images_per_s": (done - self._since) * self.images_per_step / seconds,  # of all workers
             "data_wait_share": self._waited / seconds,
         }
         if self.peak is not None:

@@ -2,10 +2,12 @@
 
 import dataclasses
 import logging
+import math
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,6 +28,7 @@ from m2d.training.dataset import prepared_parts, run_catalog
 from m2d.training.plan import CATALOG, RunPlan
 from m2d.training.saving import complete_checkpoints
 from m2d.training.step import Precision
+from m2d.training.stopping import Stopped, StopRequest, failures_recorded, recorded_failure
 from m2d.training.worker import train_worker
 
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
@@ -58,7 +61,10 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> Experiment:
             if isinstance(error, M2DError) and not (experiment.path / CATALOG).is_file():
                 shutil.rmtree(experiment.path)  # nothing was begun: a wrong data_root leaves no trace
             else:
-                experiment.update_info(state="failed", error=f"{type(error).__name__}: {error}"[:2000])
+                asked = isinstance(error, (Stopped, KeyboardInterrupt, SystemExit))
+                failed: dict[str, Any] = {"state": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
+                with suppress(OSError):  # of a full disk; what is wrong is told all the same
+                    experiment.update_info(**({"state": "stopped", "error": None} if asked else failed))
             raise
         experiment.update_info(state="done", finished=datetime.now(UTC).isoformat(timespec="seconds"), error=None)
         console.say(f"done; best checkpoint: {experiment.checkpoints / 'best'}")
@@ -79,7 +85,7 @@ class _Opening:
 
 def _opening(config: TrainConfig) -> _Opening:
     """Decide what was left to decide. Raises ConfigError where the machines cannot do what was asked for."""
-    on_gpu, workers = _on_gpu(config), max(config.num_workers, 1)
+    on_gpu, (fewest, most) = _on_gpu(config), config.workers
     degraded: list[str] = []
     if not on_gpu:
         degraded.append("no GPU: training runs on CPU cores")
@@ -88,6 +94,7 @@ def _opening(config: TrainConfig) -> _Opening:
         degraded.append(f"features come from ImageNet {lite}, not from PanDerm")
     perceptual, precision = _perceptual(config, degraded), _precision(config, on_gpu)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
+    workers = str(max(most, 1)) if fewest == most else f"{fewest} to {most}"
     device = f"{workers} x {gpu}" if on_gpu else f"{workers} CPU worker(s)"
     limited = f"; {len(degraded)} thing(s) fall short of the best:" if degraded else ""
     line = (
@@ -109,7 +116,7 @@ def _train_in(
     plan = RunPlan(
         config=config,
         experiment=experiment,
-        world_size=max(config.num_workers, 1),
+        world_size=max(config.workers[1], 1),
         train_images=_count(catalog, "train"),
         precision=opening.precision,
         perceptual=opening.perceptual,
@@ -119,11 +126,19 @@ def _train_in(
     done = _steps_done(plan)
     if done >= plan.total_steps:
         return
-    with console.progress(experiment.path / "metrics" / "train.jsonl", plan.total_steps, plan.steps_per_epoch, done):
-        if config.num_workers == 0:
-            train_worker(plan, _LocalLink(plan, torch.device("cuda" if opening.on_gpu else "cpu")))
+    record = experiment.path / "metrics" / "train.jsonl"
+    with (
+        StopRequest(experiment.path, console.say) as request,
+        console.progress(record, plan.total_steps, plan.steps_per_epoch, done),
+    ):
+        if config.workers[1] == 0:
+            with failures_recorded(experiment.path):
+                train_worker(plan, _LocalLink(plan, torch.device("cuda" if opening.on_gpu else "cpu")))
         else:
             _fit(plan, opening.on_gpu, callbacks)
+    done = _steps_done(plan)
+    if request.signal is not None and done < plan.total_steps:
+        raise Stopped(f"stopped at step {done:,} of {plan.total_steps:,}; the same command goes on", request.signal)
 
 
 def _count(catalog: pa.Table, split: str) -> int:
@@ -135,20 +150,20 @@ def _count(catalog: pa.Table, split: str) -> int:
 
 def _resources(config: TrainConfig) -> AbstractContextManager[None]:
     """Ray, unless the calling process trains."""
-    if config.num_workers == 0:
+    if config.workers[1] == 0:
         return nullcontext()
-    needed = config.num_workers * config.ray.cpus_per_worker + config.data.read_cpus + 1
+    needed = config.workers[0] * config.ray.cpus_per_worker + config.data.read_cpus + 1
     return ray_cluster(verbose=config.verbose, min_cpus=needed)
 
 
 def _on_gpu(config: TrainConfig) -> bool:
     """Whether workers get a GPU each: this process's, or the cluster's (where the driver may have none)."""
-    if config.num_workers == 0:
+    if config.workers[1] == 0:
         return torch.cuda.is_available()
     import ray
 
     gpus = ray.cluster_resources().get("GPU", 0)
-    if 0 < gpus < config.num_workers:
+    if 0 < gpus < config.workers[0]:
         raise ConfigError(f"num_workers is {config.num_workers} and the cluster has {gpus:g} GPUs; lower --num_workers")
     return bool(gpus)
 
@@ -208,22 +223,27 @@ def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any]) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from m2d.data.stream import stream_data_config
-    from m2d.training.loop import StreamFactory, ray_worker
+    from m2d.training.loop import GroupStream, ray_worker
 
     config = plan.config
+    fewest, most = config.workers
+    # As a mapping: the type that mypy sees is that of Ray Train's first version.
+    scaling: dict[str, Any] = {
+        "num_workers": most if fewest == most else (fewest, most),
+        "elastic_resize_monitor_interval_s": config.ray.resize_check_s,
+        "use_gpu": on_gpu,
+        "resources_per_worker": {"CPU": config.ray.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
+    }
     # Ray asks that every checkpoint on its own list exist, but m2d.training.saving deletes old ones; resuming reads the
     # directory, so Ray starts each time with an empty list.
     (plan.experiment.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     trainer = TorchTrainer(
         ray_worker,
         train_loop_config={"plan": plan},
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=plan.world_size,
-            use_gpu=on_gpu,
-            resources_per_worker={"CPU": config.ray.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
+        torch_config=TorchConfig(
+            backend="nccl" if on_gpu else "gloo", timeout_s=math.ceil(config.ray.collective_timeout_s)
         ),
+        scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
             name="checkpoints",
             callbacks=list(callbacks),
@@ -231,13 +251,34 @@ def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any]) -> None:
             failure_config=FailureConfig(max_failures=config.ray.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),  # m2d.training.saving keeps and deletes
         ),
-        datasets={"train": StreamFactory(plan)} if config.stage != "latent" else None,
-        dataset_config=stream_data_config(),
+        datasets=GroupStream.placeholder() if config.stage != "latent" else None,
+        dataset_config=GroupStream(plan),
     )
     try:
-        trainer.fit()
+        _in_a_thread(trainer.fit)
     except TrainingFailedError as error:
         raise _cause(error, plan) from error
+    failure = recorded_failure(plan.experiment.path)
+    if failure is not None:
+        raise failure
+
+
+def _in_a_thread(work: Callable[[], Any]) -> None:
+    """Work beside the main thread, which is then free for signals: Ray's own answer to Ctrl-C saves nothing."""
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="m2d-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.5)
+    if failures:
+        raise failures[0]
 
 
 def _cause(error: Exception, plan: RunPlan) -> Exception:
@@ -279,6 +320,10 @@ class _LocalLink:
 
     def report(self, metrics: dict[str, float], checkpoint: str | None) -> None:
         """Nobody to tell."""
+
+    def preempted(self) -> bool:
+        """A process of one's own is not told."""
+        return False
 
 
 class _log_file:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from m2d.data.order import worker_rows
+from m2d.data.order import micro_batch_number, worker_rows
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.models.checkpoint import CheckpointInfo, read_prior
 from m2d.models.perceptual import build_perceptual
@@ -24,6 +24,7 @@ from m2d.training.sample_quality import SampleQuality
 from m2d.training.sampling import RunState
 from m2d.training.saving import BEST, CheckpointKeeper, complete_checkpoints, load_training_state, take_snapshot
 from m2d.training.step import JointStep, LatentStep, Networks, StepConfig
+from m2d.training.stopping import Wish, stop_is_wanted
 from m2d.training.telemetry import open_telemetry
 from m2d.training.throughput import Throughput, peak_memory_gib
 from m2d.training.validation import score, validate
@@ -42,6 +43,9 @@ class WorkerLink(Protocol):
 
     def report(self, metrics: dict[str, float], checkpoint: str | None) -> None:
         """Tell the driver of a checkpoint; called by every worker equally often."""
+
+    def preempted(self) -> bool:
+        """Whether a node of the group is about to be taken away, told once; called by every worker equally often."""
 
 
 def train_worker(plan: RunPlan, link: WorkerLink) -> None:
@@ -106,6 +110,7 @@ class _Run:
         else:
             self.step = JointStep(networks, self.perceptual, step_config, link.device, distributed)
         self.leads = link.rank == 0
+        self.accumulation = plan.accumulation(link.world_size)
         self.keeper = CheckpointKeeper(plan.experiment.checkpoints, config.saving.keep_last) if self.leads else None
         self.telemetry = open_telemetry(plan) if self.leads else None
         self.validation_reader = plan.reader("val") if len(plan.catalog("val")) else None
@@ -125,13 +130,14 @@ class _Run:
         start = self._resume()
         plan = self.plan
         batches = self._batches(start)
-        meter = Throughput(self.step, plan, self.link.device, start)
+        meter = Throughput(self.step, plan, self.link.device, start, self.link.world_size)
+        done, wish = start, Wish.GO_ON
         for step in range(start, plan.total_steps):
             micro_batches = []
-            for k in range(plan.config.gradient_accumulation_steps):
+            for k in range(self.accumulation):
                 with meter.waiting():
                     batch = next(batches)
-                micro_batches.append((batch, self._draws(step * plan.config.gradient_accumulation_steps + k)))
+                micro_batches.append((batch, self._draws(step * self.accumulation + k)))
             meter.count(micro_batches[0], step)
             done = step + 1
             gradients_every = plan.config.telemetry.gradients_every_steps
@@ -142,17 +148,22 @@ class _Run:
                 self.step.gradients = None
             if done % plan.config.schedule.log_every_steps == 0 or done == plan.total_steps:
                 self._log_scalars(done, meter.read(done))
-            save, due = done % plan.save_every == 0 or done == plan.total_steps, plan.pictures_due(done)
+            wish = self._wish(done)
+            save = done % plan.save_every == 0 or done == plan.total_steps or wish != Wish.GO_ON
+            due = plan.pictures_due(done)
             if save:
                 self._save(done)
             if due and self.visuals is not None and self.telemetry is not None:
                 self.visuals.show(self.telemetry, self._info(done), due)
+            if wish == Wish.STOP:
+                break
             if save or due:
                 meter.restart(done)
         self._report(self.keeper.wait() if self.keeper is not None else None)
         if self.telemetry is not None:
             best = plan.experiment.checkpoints / BEST
-            self.telemetry.finish(best.resolve() if plan.config.telemetry.upload_best and best.exists() else None)
+            upload = plan.config.telemetry.upload_best and done == plan.total_steps and best.exists()
+            self.telemetry.finish(best.resolve() if upload else None)
             plan.experiment.publish()
         link_done = torch.zeros(1, device=self.link.device)
         all_reduce_sum(link_done)  # nobody leaves before the last checkpoint is whole
@@ -169,10 +180,21 @@ class _Run:
         barrier()
         return start
 
+    def _wish(self, done: int) -> Wish:
+        """What the first worker is asked for, the same for all. On a GPU it is asked where scalars are read anyway."""
+        logs = done % self.plan.config.schedule.log_every_steps == 0
+        if not logs and self.link.device.type == "cuda":
+            return Wish.GO_ON
+        wish = Wish.SAVE if logs and self.link.preempted() else Wish.GO_ON
+        if self.leads and stop_is_wanted(self.plan.experiment.path):
+            wish = Wish.STOP
+        agreed = all_reduce_sum(torch.tensor(float(wish) if self.leads else 0.0, device=self.link.device))
+        return Wish(int(agreed.item()))
+
     def _batches(self, start: int) -> Iterator[ImageBatch | LatentBatch]:
-        first, count = self.plan.micro_batches_from(start)
+        first, count = self.plan.micro_batches_from(start, self.link.world_size)
         if self.table is None:
-            warmup = self.plan.steps_without_features * self.plan.config.gradient_accumulation_steps
+            warmup = self.plan.steps_without_features * self.accumulation
             for micro_batch, batch in enumerate(self.link.images(first, count), start=first):
                 features = None
                 if self.source.table is not None and micro_batch >= warmup:
@@ -183,14 +205,25 @@ class _Run:
         order = self.plan.order(self.plan.reader("train"))
         for micro_batch in range(first, first + count):
             rows = worker_rows(
-                micro_batch, batch_size=config.batch_size, rank=self.link.rank, world_size=self.link.world_size
+                micro_batch,
+                batch_size=config.batch_size,
+                rank=self.link.rank,
+                world_size=self.link.world_size,
+                step_micro_batches=self.plan.step_micro_batches,
             )
             yield self.table.batch(*order.lookup(rows))
 
     def _draws(self, micro_batch: int) -> Draws:
+        """Those of the worker's micro-batch: the same whichever worker takes it, of however many."""
         config = self.plan.config
+        number = micro_batch_number(
+            micro_batch,
+            rank=self.link.rank,
+            world_size=self.link.world_size,
+            step_micro_batches=self.plan.step_micro_batches,
+        )
         generator = torch.Generator(self.link.device)
-        generator.manual_seed(draws_seed(config.seed, micro_batch, self.link.rank))
+        generator.manual_seed(draws_seed(config.seed, *divmod(number, self.plan.world_size)))
         return draw(generator, config.batch_size, self.latent_shape, self.networks.feature_dim, config.conditioning)
 
     def _log_scalars(self, step: int, speed: dict[str, float]) -> None:
@@ -202,6 +235,9 @@ class _Run:
             if name == "denoiser" and self.table is None and step <= self.plan.vae_warmup_steps:
                 continue  # it does not learn yet
             values[f"learning_rate/{name}"] = float(network.optimizer.param_groups[0]["lr"])
+        fewest, most = self.plan.config.workers
+        if fewest < most:
+            values["workers"] = float(self.link.world_size)
         values["epoch"] = step * self.plan.global_batch / self.plan.train_images
         values["peak_memory_gib"] = peak_memory_gib(self.link.device)
         if self.telemetry is not None:

@@ -71,7 +71,9 @@ class SweepConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.num_trials >= 1, f"num_trials is {self.num_trials}; it must be at least 1")
-        _require(self.num_workers >= 1, "num_workers is 0; a trial trains with at least one Ray worker")
+        fewest, most = self.workers
+        _require(most >= 1, "num_workers is 0; a trial trains with at least one Ray worker")
+        _require(fewest == most, f"num_workers is {self.num_workers}; a sweep's trials have one number, all the same")
         _require(not (self.resume and self.fresh), "resume and fresh contradict each other; give one of them")
         _require("://" not in self.experiments_dir, "experiments_dir is a URI; a sweep needs a path that all nodes see")
         for setting, text in self.sweep.space.items():

@@ -73,7 +73,7 @@ def sweep(config: SweepConfig) -> Outcome:
 
 def trial_cpus(config: SweepConfig) -> float:
     """Logical CPUs that a trial's workers and its data stream ask for at once."""
-    return config.num_workers * config.ray.cpus_per_worker + config.data.read_cpus
+    return config.workers[1] * config.ray.cpus_per_worker + config.data.read_cpus
 
 
 def concurrent_trials(config: SweepConfig, resources: dict[str, float]) -> int:
@@ -84,7 +84,7 @@ def concurrent_trials(config: SweepConfig, resources: dict[str, float]) -> int:
     cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
     fit = math.floor(cpus / (trial_cpus(config) + DRIVER_CPUS) + 1e-9)
     if gpus:
-        fit = min(fit, math.floor(gpus / config.num_workers))
+        fit = min(fit, math.floor(gpus / config.workers[1]))
     if fit < 1:
         raise ConfigError(
             f"a trial needs {trial_cpus(config) + DRIVER_CPUS:g} CPUs and, where there are GPUs, {config.num_workers}; "

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from m2d.data.order import StreamOrder, worker_rows
+from m2d.data.order import StreamOrder, micro_batch_number, worker_rows
 from m2d.data.settings import Balance
 from m2d.errors import DataError
 
@@ -148,3 +148,30 @@ def test_workers_together_cover_the_stream_once(world_size: int) -> None:
         for rank in range(world_size)
     ]
     np.testing.assert_array_equal(np.concatenate(rows), np.arange(4 * 5 * world_size))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_workers_that_divide_a_step_take_the_same_micro_batches_however_many_they_are(workers: int) -> None:
+    each = 8 // workers
+    for step in (0, 5):
+        turns = range(step * each, (step + 1) * each)
+        taken = [
+            micro_batch_number(turn, rank=rank, world_size=workers, step_micro_batches=8)
+            for turn in turns
+            for rank in range(workers)
+        ]
+        assert sorted(taken) == list(range(step * 8, step * 8 + 8))
+
+
+@pytest.mark.parametrize("workers", [3, 5, 6, 7])
+def test_workers_that_do_not_divide_a_step_begin_it_at_the_same_row_and_miss_nothing(workers: int) -> None:
+    each = {3: 3, 5: 2, 6: 2, 7: 2}[workers]  # of 8
+    for step in (0, 5):
+        rows = np.concatenate(
+            [
+                worker_rows(turn, batch_size=4, rank=rank, world_size=workers, step_micro_batches=8)
+                for turn in range(step * each, (step + 1) * each)
+                for rank in range(workers)
+            ]
+        )
+        assert sorted(rows.tolist()) == list(range(step * 32, step * 32 + 4 * each * workers))

@@ -14,7 +14,7 @@ from m2d.data.local import iterate_local
 from m2d.data.order import StreamOrder, worker_rows
 from m2d.data.prepared import PreparedImages, write_images
 from m2d.data.reader import ImageReader
-from m2d.data.stream import BlockPlan, build_stream, iterate_stream, stream_data_config
+from m2d.data.stream import BlockPlan, build_stream, iterate_stream, stream_options
 from m2d.errors import DataError, TrainingError
 
 COUNTS = {"BCC": 9, "MEL": 14, "NV": 41}
@@ -169,7 +169,7 @@ def test_rows_of_another_worker_are_an_error_not_silence(
         reader, order, batch_size=BATCH, num_workers=1, object_store_share=0.3, read_cpus=1.0, **span
     )
     (shard,) = dataset.streaming_split(1, equal=True)
-    with pytest.raises(TrainingError, match=r"rows 0\.\.3 for micro-batch 0 in place of 4\.\.7.*stream_data_config"):
+    with pytest.raises(TrainingError, match=r"rows 0\.\.3 for micro-batch 0 in place of 4\.\.7.*stream_options"):
         next(iterate_stream(shard, batch_size=BATCH, rank=1, world_size=2, **span))
     with pytest.raises(TrainingError, match="no rows for micro-batch 2"):
         list(iterate_stream(shard, batch_size=BATCH, rank=0, world_size=1, start_micro_batch=0, num_micro_batches=3))
@@ -215,5 +215,4 @@ def test_a_run_of_a_hundred_million_images_starts_as_a_short_one_does(
 
 
 def test_train_deals_the_blocks_out_in_turn() -> None:
-    options = stream_data_config()._resolve_execution_options("train")
-    assert options.preserve_order
+    assert stream_options().preserve_order

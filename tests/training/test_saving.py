@@ -1,5 +1,7 @@
 """Checkpoints appear whole or not at all; the last few and the best stay."""
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -82,10 +84,45 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it_and_says_what_to_do(
 
     monkeypatch.setattr(saving, "save_tensors", full_disk)
     keeper.save(snapshot_of(step, 2), 0.4)
-    with pytest.raises(TrainingError, match="No space left on device; the one before it is intact"):
+    with pytest.raises(TrainingError, match="No space left on device; those before it are intact"):
         keeper.wait()
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000001"]
     assert read_best(tmp_path) == ("step_00000001", 0.5)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 32 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_costs_the_checkpoint_that_did_not_fit_and_nothing_else(
+    step: JointStep, small_disk: Path
+) -> None:
+    keeper = CheckpointKeeper(small_disk, keep_last=9)
+    keeper.save(snapshot_of(step, 1), 0.5)
+    keeper.wait()
+    size = sum(path.stat().st_size for path in (small_disk / "step_00000001").rglob("*") if path.is_file())
+    (small_disk / "others").write_bytes(bytes(32 * 2**20 - size * 3 // 2))
+    before = load_training_state(small_disk / "step_00000001", step.state_dict())
+    keeper.save(snapshot_of(step, 2), 0.4)
+    with pytest.raises(TrainingError, match=r"could not be written to .*No space left on device"):
+        keeper.wait()
+    assert complete_checkpoints(small_disk) == [small_disk / "step_00000001"]
+    assert read_best(small_disk) == ("step_00000001", 0.5)
+    assert_close(load_training_state(small_disk / "step_00000001", step.state_dict()), before, rtol=0, atol=0)
+    assert not list(small_disk.glob(".*partial")), "what did not fit takes room"
+    (small_disk / "others").unlink()
+    keeper.save(snapshot_of(step, 2), 0.4)
+    assert keeper.wait() == small_disk / "step_00000002"
 
 
 def test_what_a_crash_left_half_written_is_no_checkpoint_and_is_written_anew(step: JointStep, tmp_path: Path) -> None:

@@ -1,0 +1,144 @@
+"""One elastic training run on a Ray cluster of its own: three nodes, of which one is killed and one is taken away.
+
+python tests/training/nodes_run.py DATA_ROOT EXPERIMENTS_DIR REPORT
+
+Run by test_nodes.py as a process, since a process can be in one cluster only and the tests share theirs. A worker asks
+for two CPUs and a node has three, so there is one on a node and a CPU for its data. REPORT is a JSON file.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+from tiny_run import TINY
+
+from m2d.cli import parse
+from m2d.training.saving import complete_checkpoints
+from m2d.training.stopping import Stopped
+from m2d.training.trainer import train
+
+NODES = 3
+PATIENCE_S = 150.0
+NOTICE_S = 120  # until the announced end; the node goes as soon as the run has saved, so nobody waits for it
+EVERY = 40  # steps from checkpoint to checkpoint
+
+
+def main(data_root: str, experiments: str, report: str) -> None:
+    """Train until both nodes are gone and the one that is left has made steps alone; then stop as Ctrl-C would."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 3,
+            "include_dashboard": False,
+            "object_store_memory": 100 * 2**20,
+            "_system_config": {"health_check_period_ms": 500, "health_check_failure_threshold": 5},
+        },
+    )
+    try:
+        for _ in range(1, NODES):
+            cluster.add_node(num_cpus=3, object_store_memory=80 * 2**20)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+        document: dict[str, Any] = {}
+        threading.Thread(target=take_away, args=(cluster, Path(experiments), document), daemon=True).start()
+        flags = ["--num_workers", "1-2", "--ray.cpus_per_worker", "2", "--data.read_cpus", "0.5", "--epochs", "100000"]
+        places = ["--data_root", data_root, "--experiments_dir", experiments, "--name", "run"]
+        try:
+            train(parse("train", [*TINY, *flags, *places, "--saving.every_steps", str(EVERY)]))
+        except Stopped as stopped:
+            document["stopped"] = str(stopped)
+        Path(report).write_text(json.dumps(document), encoding="utf-8")
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def take_away(cluster: Cluster, experiments: Path, document: dict[str, Any]) -> None:
+    """Kill one node of the group, announce the end of another; note the newest checkpoints and steps at each."""
+    try:
+        run = Run(experiments)
+        wait_until(lambda: run.workers() == 2 and run.checkpoint() >= EVERY)
+        hosts = train_workers()
+        victims = [node for node in cluster.worker_nodes if node.node_id in hosts]
+        document["hosts_before"] = len(hosts)
+        document["killed_at"] = run.step()
+        cluster.remove_node(victims[0], allow_graceful=False)
+        wait_until(lambda: victims[0].node_id not in train_workers() and len(train_workers()) == 2)
+        wait_until(lambda: run.step() > document["killed_at"] and run.workers() == 2)
+        (leaving,) = cluster.worker_nodes
+        last = run.checkpoint()
+        document["noticed_at"], document["before_notice"] = run.step(), last
+        drain(cluster.address, leaving.node_id)
+        wait_until(lambda: run.checkpoint() % EVERY != 0)
+        document["saved_on_notice"] = run.checkpoint()
+        cluster.remove_node(leaving, allow_graceful=False)
+        wait_until(lambda: run.workers() == 1)
+        here = run.step()
+        wait_until(lambda: run.step() > here + 5)
+    except BaseException as error:
+        document["error"] = repr(error)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Run:
+    """What the run's files tell while it goes on."""
+
+    def __init__(self, experiments: Path) -> None:
+        self.experiments = experiments
+
+    def _last(self) -> dict[str, float]:
+        found = sorted(self.experiments.glob("run_*/metrics/train.jsonl"))
+        lines = found[-1].read_text(encoding="utf-8").splitlines() if found else []
+        return next((json.loads(line) for line in reversed(lines) if line.endswith("}")), {})
+
+    def step(self) -> int:
+        return int(self._last().get("step", 0))
+
+    def workers(self) -> int:
+        return int(self._last().get("workers", 0))
+
+    def checkpoint(self) -> int:
+        found = [path for run in self.experiments.glob("run_*") for path in complete_checkpoints(run / "checkpoints")]
+        return max((int(path.name.removeprefix("step_")) for path in found), default=0)
+
+
+def train_workers() -> list[str]:
+    """The node of each training worker that lives."""
+    actors = ray._private.state.actors().values()
+    return [
+        actor["Address"]["NodeID"]
+        for actor in actors
+        if actor["ActorClassName"].endswith("RayTrainWorker") and actor["State"] == "ALIVE"
+    ]
+
+
+def drain(address: str, node_id: str) -> None:
+    """What a spot instance's notice becomes in Ray."""
+    ray_command = Path(sys.executable).with_name("ray")
+    subprocess.run(
+        [str(ray_command), "drain-node", "--address", address, "--node-id", node_id, "--reason",
+         "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", str(NOTICE_S)],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {PATIENCE_S:g} s in line {sys._getframe(1).f_lineno}")
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

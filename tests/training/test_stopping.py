@@ -1,0 +1,95 @@
+"""A run that is asked to stop saves first; asked twice, it stops at once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny_run import TINY, write_images
+
+from m2d.training.saving import complete_checkpoints
+from m2d.training.stopping import CONTROL, StopRequest, stop_is_wanted
+
+
+def test_a_signal_asks_once_and_the_second_one_ends_the_process(tmp_path: Path) -> None:
+    said: list[str] = []
+    with StopRequest(tmp_path, said.append) as request:
+        assert not stop_is_wanted(tmp_path)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop_is_wanted(tmp_path)
+        assert request.signal == signal.SIGTERM
+        with pytest.raises(SystemExit) as end:
+            signal.raise_signal(signal.SIGTERM)
+        assert end.value.code == 143
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert said == ["SIGTERM: saving a checkpoint, then stopping; once more to stop at once"]
+
+
+def test_afterwards_signals_mean_what_they_meant_before(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest(tmp_path, print):
+        assert signal.getsignal(signal.SIGINT) != before
+    assert signal.getsignal(signal.SIGINT) == before
+    assert not (tmp_path / CONTROL).exists()
+
+
+def test_a_request_of_an_earlier_run_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / CONTROL).write_text("stop", encoding="utf-8")
+    with StopRequest(tmp_path, print):
+        assert not stop_is_wanted(tmp_path)
+
+
+def test_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
+    """A sweep's trials run in threads, where Python allows no handler."""
+    handlers: list[object] = []
+
+    def trial() -> None:
+        with StopRequest(tmp_path, print):
+            handlers.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=trial)
+    before = signal.getsignal(signal.SIGINT)
+    thread.start()
+    thread.join()
+    assert handlers == [before]
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    data_root = write_images(tmp_path / "data")
+    line = [
+        sys.executable, "-m", "m2d", "train", "--data_root", str(data_root), "--experiments_dir",
+        str(tmp_path / "runs"),
+        "--name", "run", *TINY, "--num_workers", "0", "--saving.every_steps", "1000",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [*line, "--max_steps", "120"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    deadline = time.monotonic() + 120
+    while not steps(tmp_path) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    last = steps(tmp_path)[-1]
+    assert process.returncode == 130, err
+    assert f"stopped at step {last:,} of 120; the same command goes on" in err
+    assert "SIGINT: saving a checkpoint" in out
+    (run,) = (tmp_path / "runs").glob("run_*")
+    assert [path.name for path in complete_checkpoints(run / "checkpoints")] == [f"step_{last:08d}"]
+    again = subprocess.run(
+        [*line, "--max_steps", "120"], capture_output=True, text=True, check=False, timeout=240, env=os.environ
+    )
+    assert again.returncode == 0, again.stderr
+    assert steps(tmp_path) == list(range(1, 121))
+
+
+def steps(root: Path) -> list[int]:
+    found = sorted(root.glob("runs/run_*/metrics/train.jsonl"))
+    lines = found[-1].read_text(encoding="utf-8").splitlines() if found else []
+    return [json.loads(text)["step"] for text in lines if text.endswith("}")]
