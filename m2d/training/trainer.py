@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import os
 import shutil
 import sys
 import threading
@@ -31,6 +32,12 @@ from m2d.training.step import Precision
 from m2d.training.stopping import Stopped, StopRequest, failures_recorded, recorded_failure
 from m2d.training.worker import train_worker
 
+# gloo's, NCCL's and Ray's own
+WORDS_OF_HANGS = (
+    "Timed out waiting", "Watchdog caught collective operation timeout", "BroadcastCollectiveTimeoutError",
+    "A worker health check failed",
+)  # fmt: skip
+HEALTH_CHECK_S = 600.0  # Ray's default
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 
 
@@ -227,6 +234,10 @@ def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any]) -> None:
 
     config = plan.config
     fewest, most = config.workers
+    # Of Ray's own barriers, and for a process that answers nobody; those of torch are told below.
+    patience_s = config.ray.collective_timeout_s
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(patience_s)
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(min(patience_s, HEALTH_CHECK_S))
     # As a mapping: the type that mypy sees is that of Ray Train's first version.
     scaling: dict[str, Any] = {
         "num_workers": most if fewest == most else (fewest, most),
@@ -240,9 +251,7 @@ def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any]) -> None:
     trainer = TorchTrainer(
         ray_worker,
         train_loop_config={"plan": plan},
-        torch_config=TorchConfig(
-            backend="nccl" if on_gpu else "gloo", timeout_s=math.ceil(config.ray.collective_timeout_s)
-        ),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=math.ceil(patience_s)),
         scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
             name="checkpoints",
@@ -290,6 +299,11 @@ def _cause(error: Exception, plan: RunPlan) -> Exception:
         if isinstance(current, M2DError):
             return type(current)(str(current))
         seen += [e for e in (current.__cause__, current.__context__, getattr(current, "cause", None)) if e is not None]
+    if any(words in str(error) for words in WORDS_OF_HANGS):
+        return TrainingError(
+            f"the workers waited {plan.config.ray.collective_timeout_s:g} s for one that does not answer "
+            f"(ray.collective_timeout_s); the same command goes on; the logs: {plan.experiment.path / 'logs'}"
+        )
     return TrainingError(
         f"a worker failed: {str(error).strip().splitlines()[-1]}; its log: {plan.experiment.path / 'logs'}"
     )

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 from m2d.cli import parse
 from m2d.config import TrainConfig
-from m2d.errors import ConfigError
+from m2d.errors import ConfigError, TrainingError
 from m2d.generation.run import generate
 from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import load_checkpoint
@@ -117,8 +117,6 @@ def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint_and_the_run_end
     ray_cluster: None, data_root: Path, tmp_path: Path
 ) -> None:
     """SIGKILL to one of two workers in mid-run: Ray starts the group again, and the loop resumes."""
-    import psutil
-
     config = config_of(
         data_root,
         tmp_path,
@@ -131,27 +129,52 @@ def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint_and_the_run_end
         "--saving.keep_last",
         "9",
     )
-    killed: list[int] = []
-
-    def kill_one_worker() -> None:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and not killed:
-            experiments = list(tmp_path.glob("run_*"))
-            if experiments and complete_checkpoints(experiments[0] / "checkpoints"):
-                for process in psutil.Process().children(recursive=True):  # this test's own cluster, no other
-                    if any("RayTrainWorker" in part for part in process.cmdline()):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
-                        return
-            time.sleep(0.05)
-
-    killer = threading.Thread(target=kill_one_worker)
-    killer.start()
+    killer = SignalOneWorker(tmp_path, signal.SIGKILL)
     experiment = train(config)
     killer.join()
-    assert killed
+    assert killer.signalled
     assert [record["step"] for record in records(experiment.path, "train")] == list(range(1, 41))
     assert complete_checkpoints(experiment.checkpoints)[-1].name == "step_00000040"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_worker_that_hangs_ends_the_run_with_an_error_and_not_with_silence(
+    ray_cluster: None, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP: the process is there and answers nobody, neither the other worker nor Ray."""
+    monkeypatch.setenv("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")
+    settings = ["--num_workers", "2", "--max_steps", "2000", "--saving.every_steps", "5", "--ray.max_failures", "0"]
+    stopper = SignalOneWorker(tmp_path, signal.SIGSTOP)
+    with pytest.raises(TrainingError, match=r"^the workers waited 20 s for one that does not answer"):
+        train(config_of(data_root, tmp_path, *settings, "--ray.collective_timeout_s", "20"))
+    stopper.join()
+    (experiment,) = tmp_path.glob("run_*")
+    assert complete_checkpoints(experiment / "checkpoints")
+
+
+class SignalOneWorker(threading.Thread):
+    """Once a checkpoint is there, sends a signal to one training worker of this process's own cluster."""
+
+    def __init__(self, experiments: Path, number: signal.Signals) -> None:
+        super().__init__()
+        self.experiments, self.number = experiments, number
+        self.signalled: int | None = None
+        self.start()
+
+    def run(self) -> None:
+        import psutil
+
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline:
+            experiments = list(self.experiments.glob("run_*"))
+            if experiments and complete_checkpoints(experiments[0] / "checkpoints"):
+                for process in psutil.Process().children(recursive=True):
+                    if any("RayTrainWorker" in part for part in process.cmdline()):
+                        os.kill(process.pid, self.number)
+                        self.signalled = process.pid
+                        return
+            time.sleep(0.05)
 
 
 def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
