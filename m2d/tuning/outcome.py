@@ -11,7 +11,7 @@ from rich.table import Table
 
 from m2d.config import as_dict
 from m2d.errors import TrainingError
-from m2d.plots.sweeps import importance_chart, parallel_coordinates
+from m2d.plots.sweeps import best_trial, importance_chart, parallel_coordinates
 from m2d.tuning.importance import importances
 from m2d.tuning.ledger import Ledger
 from m2d.tuning.objective import WORST, objective
@@ -49,8 +49,9 @@ class Outcome:
     def best(self) -> TrialOutcome | None:
         """The lowest last objective among the trials that took all their steps; among all where none did."""
         judged = [trial for trial in self.trials if trial.objective is not None]
-        whole = [trial for trial in judged if trial.finished]
-        return min(whole or judged, key=lambda trial: trial.objective or 0.0, default=None)
+        if not judged:
+            return None
+        return judged[best_trial([t.objective or 0.0 for t in judged], [t.finished for t in judged])]
 
 
 def read_outcome(config: SweepConfig, ledger: Ledger) -> Outcome:
@@ -106,7 +107,9 @@ def write_outcome(outcome: Outcome, config: SweepConfig, folder: Path, console: 
     judged = [trial for trial in outcome.trials if trial.objective is not None]
     logarithmic = {name: parse_distribution(name, text).is_logarithmic for name, text in config.sweep.space.items()}
     (folder / "parallel_coordinates.png").write_bytes(
-        parallel_coordinates([t.chosen for t in judged], [t.objective or 0.0 for t in judged], logarithmic)
+        parallel_coordinates(
+            [t.chosen for t in judged], [t.objective or 0.0 for t in judged], [t.finished for t in judged], logarithmic
+        )
     )
     shares, report = importances(judged, config.sweep.space, config.sweep.seed)
     (folder / "importance.png").write_bytes(importance_chart(shares, trials=len(judged), report=report))

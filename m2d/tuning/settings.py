@@ -26,8 +26,9 @@ class SweepSettings:
     """What is searched, and by what a trial is judged and stopped."""
 
     scheduler: Literal["asha", "none"] = "asha"  # asha stops the trials that lag behind
-    space: dict[str, str] = field(default_factory=DEFAULT_SPACE.copy)  # loguniform(low, high) or so by setting
-    reports: int = 10  # times that a trial is judged, evenly over its steps
+    # YAML of setting: loguniform(a, b), uniform(a, b), choice(a, b, ...) or fixed(a); stands for the whole default
+    space: dict[str, str] = field(default_factory=DEFAULT_SPACE.copy)
+    reports: int = 10  # times that a trial is judged, evenly over max_steps; without max_steps, after every epoch
     grace_reports: int = 2  # asha: reports before a trial may be stopped
     reduction_factor: float = 3.0  # asha: one of so many goes on at each rung
     samples: int = 70  # generated images that a trial is judged by each time

@@ -55,7 +55,7 @@ def test_a_table_in_a_file_is_not_cut(tmp_path: Path) -> None:
     screen = io.StringIO()
     write_outcome(Outcome([trial("trial_000", [0.9])]), config(), tmp_path, Console(file=screen, width=40))
     rows = [line for line in screen.getvalue().splitlines() if line.startswith("trial_000")]
-    assert [row.split()[-1] for row in rows] == ["whole"]
+    assert [row.split() for row in rows] == [["trial_000", "0.9", "100", "0.5", "0.001", "whole"]]
 
 
 def test_a_whole_trial_beats_a_stopped_one_however_it_looked() -> None:
