@@ -28,8 +28,10 @@ def write_settings(folder: Path, config: SweepConfig) -> None:
     temporary.replace(folder / SETTINGS)
 
 
-def require_same(folder: Path, config: SweepConfig) -> None:
-    """Raises ExperimentError, with the difference, where a sweep was begun with other settings."""
+def require_same(folder: Path, config: SweepConfig, ledger: Ledger) -> None:
+    """Raises ExperimentError, with the difference, where a sweep's trials were begun with other settings."""
+    if not ledger.records:
+        return  # it was refused before its first trial, and is repeated with what was wrong put right
     old, new = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8")), as_dict(config)
     changed = differences(_binding(old), _binding(yaml.safe_load(yaml.safe_dump(new))))
     if changed:

@@ -1,5 +1,6 @@
 """The driver of a sweep: starts or resumes Ray Tune, follows its trials, writes what came out."""
 
+import logging
 import math
 import os
 import time
@@ -51,9 +52,9 @@ def sweep(config: SweepConfig) -> Outcome:
         known = False
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
-        if known:
-            require_same(folder, config)
         ledger = Ledger(folder)
+        if known:
+            require_same(folder, config, ledger)
         require_enough(folder, config, ledger)
         write_settings(folder, config)
         ledger.take_up()
@@ -68,6 +69,10 @@ def sweep(config: SweepConfig) -> Outcome:
 def _run(config: SweepConfig, folder: Path, ledger: Ledger, left: int, console: Console) -> None:
     """Run the trials that are left."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's boxes and advice; its old output heeds verbose=0
+    if not config.verbose:
+        logging.getLogger("ray.tune.utils.util").setLevel(
+            logging.ERROR
+        )  # of steps of 0.5 s
     with ray_cluster(verbose=config.verbose, min_cpus=trial_cpus(config) + DRIVER_CPUS):
         at_once = min(concurrent_trials(config, ray.cluster_resources()), left)
         whole = count(config)

@@ -109,6 +109,7 @@ def test_loss_weights_are_not_part_of_the_objective() -> None:
     [
         ({"CPU": 8}, 3),  # 2.1 CPUs each: one worker, the stream, and a tenth for the driver
         ({"CPU": 2.1}, 1),
+        ({"CPU": 4.1}, 1),  # not two: the second's driver would hold what a worker waits for
         ({"CPU": 64, "GPU": 4}, 4),
         ({"CPU": 1000}, 12),  # no more than there are
     ],

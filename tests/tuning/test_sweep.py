@@ -20,7 +20,7 @@ from tuning.trial_runs import run_of
 from m2d.cli import parse
 from m2d.errors import ConfigError, ExperimentError
 from m2d.experiment import list_experiments
-from m2d.tuning.folder import write_settings
+from m2d.tuning.folder import require_same, write_settings
 from m2d.tuning.ledger import Ledger, TrialRecord
 from m2d.tuning.settings import SweepConfig
 from m2d.tuning.sweep import _optuna, _scheduler, sweep
@@ -198,6 +198,15 @@ def test_a_resumption_that_would_be_another_sweep_is_refused(
     begun(config_of(data_root, tmp_path), tmp_path, 3)
     with pytest.raises((ConfigError, ExperimentError), match=message):
         sweep(config_of(data_root, tmp_path, "--resume", *more))
+
+
+def test_a_sweep_that_never_began_a_trial_may_be_repeated_with_other_settings(data_root: Path, tmp_path: Path) -> None:
+    folder = begun(config_of(data_root, tmp_path), tmp_path, 0)
+    changed = config_of(data_root, tmp_path, "--max_steps", "9")
+    require_same(folder, changed, Ledger(folder))
+    Ledger(folder).begin("a", {"loss_weights.diffusion": 1.0}, 0)
+    with pytest.raises(ExperimentError, match="max_steps"):
+        require_same(folder, changed, Ledger(folder))
 
 
 def test_a_sweep_whose_trials_have_all_ended_is_told_again_without_ray(data_root: Path, tmp_path: Path) -> None:
