@@ -61,6 +61,8 @@ def sweep(config: SweepConfig) -> Outcome:
         left = count(config) - len(ledger.in_state("done", "stopped"))
         if left:
             _run(config, folder, ledger, left, console)
+        if len(ledger.in_state("done", "stopped", "failed")) < count(config):
+            raise KeyboardInterrupt  # Tune takes it for a wish to end, and returns as if the sweep were over
         outcome = read_outcome(config, ledger)
         write_outcome(outcome, config, folder, console.rich)
     return outcome
