@@ -61,6 +61,7 @@ def sweep(config: SweepConfig) -> Outcome:
         left = count(config) - len(ledger.in_state("done", "stopped"))
         if left:
             _run(config, folder, ledger, left, console)
+        _leave_stopped(ledger)
         if len(ledger.in_state("done", "stopped", "failed")) < count(config):
             raise KeyboardInterrupt  # Tune takes it for a wish to end, and returns as if the sweep were over
         outcome = read_outcome(config, ledger)
@@ -72,9 +73,7 @@ def _run(config: SweepConfig, folder: Path, ledger: Ledger, left: int, console: 
     """Run the trials that are left."""
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's boxes and advice; its old output heeds verbose=0
     if not config.verbose:
-        logging.getLogger("ray.tune.utils.util").setLevel(
-            logging.ERROR
-        )  # of steps of 0.5 s
+        logging.getLogger("ray.tune.utils.util").setLevel(logging.ERROR)  # it counts steps above 0.5 s
     with ray_cluster(verbose=config.verbose, min_cpus=trial_cpus(config) + DRIVER_CPUS):
         at_once = min(concurrent_trials(config, ray.cluster_resources()), left)
         whole = count(config)
@@ -84,7 +83,6 @@ def _run(config: SweepConfig, folder: Path, ledger: Ledger, left: int, console: 
             f"{config.sweep.scheduler}, {at_once} at a time, in {folder}"
         )
         _tuner(config, folder, ledger, at_once, console).fit()
-        _leave_stopped(ledger)
 
 
 def trial_cpus(config: SweepConfig) -> float:
