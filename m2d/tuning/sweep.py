@@ -159,6 +159,7 @@ def _optuna(
     config: SweepConfig, ended: Sequence[tuple[TrialRecord, float]], left: Sequence[TrialRecord], at_once: int
 ) -> Searcher:
     """Optuna's TPE, which knows the trials that ended with their objectives and begins with those that are left."""
+    from optuna import logging as optuna_logging
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
     from optuna.samplers import TPESampler
     from ray.tune.search.optuna import OptunaSearch
@@ -168,6 +169,7 @@ def _optuna(
             return CategoricalDistribution(one.numbers)
         return FloatDistribution(one.numbers[0], one.numbers[1], log=one.kind == "loguniform")
 
+    optuna_logging.set_verbosity(optuna_logging.WARNING)
     space = {setting: of(one) for setting, one in distributions(config).items()}
     # Begun anew with its old seed, the sampler would propose again what it proposed first.
     seed = int(np.random.default_rng((config.sweep.seed, len(ended))).integers(2**31))
