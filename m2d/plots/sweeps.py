@@ -13,12 +13,17 @@ _CARD = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}  #
 
 
 def parallel_coordinates(
-    chosen: Sequence[Mapping[str, float]], objectives: Sequence[float], logarithmic: Mapping[str, bool]
+    chosen: Sequence[Mapping[str, float]],
+    objectives: Sequence[float],
+    whole: Sequence[bool],
+    logarithmic: Mapping[str, bool],
 ) -> bytes:
     """PNG with an axis for each setting and one for the objective, a line for each trial; the best one thick.
 
     chosen: dotted setting -> value, one mapping a trial. objectives: lower is better; colours go by their rank.
-    logarithmic: whether a setting's axis is. ValueError where there is no trial.
+    whole: whether a trial took all its steps; the objective of one that was stopped is of an earlier step, so its line
+    is broken, and it is the best only where none is whole. logarithmic: whether a setting's axis is. ValueError where
+    there is no trial.
     """
     if not chosen:
         raise ValueError("no trial to draw")
@@ -26,15 +31,17 @@ def parallel_coordinates(
     values = np.array([[*(one[name] for name in logarithmic), found] for one, found in zip(chosen, objectives)])
     places = np.column_stack([_place(values[:, k], logarithmic.get(name, False)) for k, name in enumerate(names)])
     rank = np.argsort(np.argsort(values[:, -1]))
+    best_one = best_trial(objectives, whole)
     with styled():
         figure = new_figure(max(8.0, 1.7 * len(names)), 4.6)
         axes = figure.subplots()
         colours = colormaps["viridis"](np.linspace(0.0, 0.9, len(values)))
         for trial in np.argsort(-values[:, -1]):
-            best = rank[trial] == 0
+            best = trial == best_one
             axes.plot(
                 range(len(names)), places[trial], color=_BEST if best else colours[rank[trial]],
                 linewidth=3 if best else 1.3, alpha=1 if best else 0.75, zorder=3 if best else 2,
+                linestyle="-" if whole[trial] else (0, (4, 3)),
             )  # fmt: skip
         for k, name in enumerate(names):
             _axis(axes, k, values[:, k], logarithmic.get(name, False))
@@ -43,10 +50,17 @@ def parallel_coordinates(
         axes.set_ylim(-0.12, 1.12)
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
+        stopped = "" if all(whole) else f"; broken lines: {len(whole) - sum(whole)} stopped early, judged as they stood"
         axes.set_title(
-            f"{len(values)} trials; orange: the best, {values[:, -1].min():.4g}; dark lines: the better ones"
+            f"{len(values)} trials; orange: the best, {objectives[best_one]:.4g}; dark: the better ones{stopped}"
         )
         return png(figure)
+
+
+def best_trial(objectives: Sequence[float], whole: Sequence[bool]) -> int:
+    """Index of the lowest objective among the trials that took all their steps; among all where none did."""
+    candidates = [k for k, is_whole in enumerate(whole) if is_whole] or range(len(objectives))
+    return min(candidates, key=lambda k: objectives[k])
 
 
 def importance_chart(shares: Mapping[str, float], *, trials: int, report: int) -> bytes:

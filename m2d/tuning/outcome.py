@@ -2,9 +2,8 @@
 
 import csv
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.console import Console as RichConsole
@@ -12,9 +11,10 @@ from rich.table import Table
 
 from m2d.config import as_dict
 from m2d.errors import TrainingError
-from m2d.plots.sweeps import importance_chart, parallel_coordinates
+from m2d.plots.sweeps import best_trial, importance_chart, parallel_coordinates
 from m2d.tuning.importance import importances
-from m2d.tuning.objective import OBJECTIVE, WORST
+from m2d.tuning.ledger import Ledger
+from m2d.tuning.objective import WORST, objective
 from m2d.tuning.settings import SweepConfig
 from m2d.tuning.space import parse_distribution
 
@@ -49,30 +49,28 @@ class Outcome:
     def best(self) -> TrialOutcome | None:
         """The lowest last objective among the trials that took all their steps; among all where none did."""
         judged = [trial for trial in self.trials if trial.objective is not None]
-        whole = [trial for trial in judged if trial.finished]
-        return min(whole or judged, key=lambda trial: trial.objective or 0.0, default=None)
+        if not judged:
+            return None
+        return judged[best_trial([t.objective or 0.0 for t in judged], [t.finished for t in judged])]
 
 
-def read_outcome(config: SweepConfig, results: Any) -> Outcome:
-    """From Ray Tune's ResultGrid."""
+def read_outcome(config: SweepConfig, ledger: Ledger) -> Outcome:
+    """From the sweep's ledger and its trials' runs."""
     trials = []
-    for result in results:
-        frame = result.metrics_dataframe
-        objectives = [] if frame is None or OBJECTIVE not in frame else [float(v) for v in frame[OBJECTIVE].dropna()]
-        last = result.metrics or {}
+    for record in ledger.in_state("open", "done", "stopped", "failed"):
+        rows = ledger.rows(record)
+        last = rows[-1] if rows else {}
         trials.append(
             TrialOutcome(
-                trial=str(last.get("trial_id", Path(str(result.path)).name)),
-                chosen={name: float(result.config[name]) for name in config.sweep.space if name in result.config},
-                objectives=objectives,
+                trial=record.name,
+                chosen=record.chosen,
+                objectives=[objective(row, config.sweep.reconstruction_weight) for row in rows],
                 step=int(last.get("step", 0)),
                 measures={name: float(last[name]) for name in MEASURES if name in last},
-                finished=False,  # decided below: the trial that came furthest took all steps
-                error=None if result.error is None else _one_line(result.error),
+                finished=record.state == "done",
+                error=record.error,
             )
         )
-    most = max((trial.step for trial in trials), default=0)
-    trials = [replace(trial, finished=trial.error is None and 0 < trial.step == most) for trial in trials]
     return Outcome(sorted(trials, key=_order))
 
 
@@ -96,7 +94,9 @@ def write_outcome(outcome: Outcome, config: SweepConfig, folder: Path, console: 
                 [trial.trial, trial.objective, len(trial.objectives), trial.step, trial.finished, *chosen, *measured,
                  trial.error]
             )  # fmt: skip
-    console.print(_table(outcome, settings))
+    # Into a file the table goes whole: there is no width to fit.
+    wide = console if console.is_terminal else RichConsole(file=console.file, width=240)
+    wide.print(_table(outcome, settings))
     best = outcome.best
     if best is None:
         reasons = "; ".join(sorted({trial.error for trial in outcome.trials if trial.error})) or "no trial gave samples"
@@ -107,7 +107,9 @@ def write_outcome(outcome: Outcome, config: SweepConfig, folder: Path, console: 
     judged = [trial for trial in outcome.trials if trial.objective is not None]
     logarithmic = {name: parse_distribution(name, text).is_logarithmic for name, text in config.sweep.space.items()}
     (folder / "parallel_coordinates.png").write_bytes(
-        parallel_coordinates([t.chosen for t in judged], [t.objective or 0.0 for t in judged], logarithmic)
+        parallel_coordinates(
+            [t.chosen for t in judged], [t.objective or 0.0 for t in judged], [t.finished for t in judged], logarithmic
+        )
     )
     shares, report = importances(judged, config.sweep.space, config.sweep.seed)
     (folder / "importance.png").write_bytes(importance_chart(shares, trials=len(judged), report=report))
@@ -117,7 +119,7 @@ def write_outcome(outcome: Outcome, config: SweepConfig, folder: Path, console: 
 
 def _table(outcome: Outcome, settings: list[str]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("trial")
+    table.add_column("trial", no_wrap=True)
     for name in ("objective", "step", *(setting.rpartition(".")[2] for setting in settings)):
         table.add_column(name, justify="right")
     table.add_column("ended")
@@ -132,8 +134,3 @@ def _table(outcome: Outcome, settings: list[str]) -> Table:
 def _order(trial: TrialOutcome) -> tuple[bool, bool, float]:
     """Whole trials first, those without an objective last."""
     return not trial.finished, trial.objective is None, trial.objective or 0.0
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]

@@ -26,8 +26,9 @@ class SweepSettings:
     """What is searched, and by what a trial is judged and stopped."""
 
     scheduler: Literal["asha", "none"] = "asha"  # asha stops the trials that lag behind
-    space: dict[str, str] = field(default_factory=DEFAULT_SPACE.copy)  # loguniform(low, high) or so by setting
-    reports: int = 10  # times that a trial is judged, evenly over its steps
+    # YAML of setting: loguniform(a, b), uniform(a, b), choice(a, b, ...) or fixed(a); stands for the whole default
+    space: dict[str, str] = field(default_factory=DEFAULT_SPACE.copy)
+    reports: int = 10  # times that a trial is judged, evenly over max_steps; without max_steps, after every epoch
     grace_reports: int = 2  # asha: reports before a trial may be stopped
     reduction_factor: float = 3.0  # asha: one of so many goes on at each rung
     samples: int = 70  # generated images that a trial is judged by each time
@@ -63,7 +64,7 @@ class SweepConfig(TrainConfig):
     """A sweep: every setting of a training run, which its trials share, and what is searched."""
 
     name: str = "sweep"  # of the sweep; its directory is experiments_dir/sweeps/NAME
-    num_trials: int = 12  # trials of the whole sweep; a grid counts for itself
+    num_trials: int = 12  # trials of the whole sweep; more when resumed: it goes on with so many; a grid has its own
     search: Literal["random", "grid", "optuna"] = "random"  # optuna: its TPE sampler
     resume: bool = False  # go on with the sweep of this name, or say that there is none to go on with
     sweep: SweepSettings = field(default_factory=SweepSettings)
@@ -93,18 +94,33 @@ class SweepConfig(TrainConfig):
     def trial(self, chosen: Mapping[str, float], *, name: str, folder: str) -> TrainConfig:
         """A trial's run: judged `sweep.reports` times, in the sweep's own folder, without pictures."""
         config = self.training(chosen)
-        every = self.saving.every_steps
-        if every is None and self.max_steps is not None:
-            every = max(1, self.max_steps // self.sweep.reports)
         return replace(
             config,
             name=name,
             experiments_dir=folder,
             fresh=False,
             wandb_group=self.name,
-            saving=replace(self.saving, every_steps=every, keep_last=1, validation_samples=self.sweep.samples),
-            telemetry=replace(self.telemetry, pictures=False),
+            saving=replace(
+                config.saving, every_steps=self.judged_every, keep_last=1, validation_samples=self.sweep.samples
+            ),
+            telemetry=replace(config.telemetry, pictures=False),
         )
+
+    @property
+    def judged_every(self) -> int | None:
+        """Steps between two judgements of a trial; None: an epoch.
+
+        A run's own checkpoints are too few to stop a trial by, so they count only where max_steps does not say how long
+        a trial is.
+        """
+        return self.saving.every_steps if self.max_steps is None else -(-self.max_steps // self.sweep.reports)
+
+    @property
+    def reports(self) -> int:
+        """Judgements of a whole trial, at most."""
+        if self.max_steps is not None:
+            return -(-self.max_steps // (self.judged_every or 1))
+        return self.epochs if self.saving.every_steps is None else self.sweep.reports
 
 
 def with_setting(config: ConfigT, setting: str, value: Any) -> ConfigT:

@@ -1,39 +1,38 @@
 """The driver of a sweep: starts or resumes Ray Tune, follows its trials, writes what came out."""
 
-import fcntl
-import json
+import logging
 import math
-import shutil
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
-import yaml
 from ray import tune
-from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Tuner
+from ray.tune import CheckpointConfig, FailureConfig, RunConfig, Tuner
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 
 from m2d.cluster import ray_cluster
-from m2d.config import as_dict, differences, with_absolute_paths
+from m2d.config import with_absolute_paths
 from m2d.errors import ConfigError, ExperimentError
-from m2d.experiment import list_experiments
 from m2d.training.console import Console
-from m2d.tuning.objective import OBJECTIVE
+from m2d.tuning.folder import SETTINGS, held, require_enough, require_same, set_aside, write_settings
+from m2d.tuning.ledger import Ledger, TrialRecord
+from m2d.tuning.objective import OBJECTIVE, objective
 from m2d.tuning.outcome import Outcome, read_outcome, write_outcome
+from m2d.tuning.proposals import count, distributions, planned
 from m2d.tuning.settings import SweepConfig
-from m2d.tuning.space import Distribution, parse_distribution
-from m2d.tuning.trial import run_trial
+from m2d.tuning.space import Distribution
+from m2d.tuning.trial import NUMBER, REPORT, FollowTrials, run_trial
 
-STOPPING_S = 30.0  # in which a stopped trial's processes end
+STOPPING_S = 60.0  # in which a stopped trial's processes end
 DRIVER_CPUS = 0.1  # of a trial's own process, which waits for its workers
-STATE, SETTINGS, TRIALS, AT_ONCE = "tune", "sweep.yaml", "trials", "trials_at_once.json"
-# May differ between a sweep and its resumption, besides what may of a training run.
-CHANGEABLE = frozenset({"resume", "num_trials"})
+SESSIONS = "tune"  # what Tune keeps of each time that the sweep ran
 
 
 def sweep(config: SweepConfig) -> Outcome:
@@ -49,26 +48,41 @@ def sweep(config: SweepConfig) -> Outcome:
     if config.resume and not known:
         raise ExperimentError(f"resume: there is no sweep {folder}; leave --resume out to begin it")
     if known and config.fresh:
-        _set_aside(folder)
+        set_aside(folder)
         known = False
     folder.mkdir(parents=True, exist_ok=True)
-    with _held(folder):
+    with held(folder):
+        ledger = Ledger(folder)
         if known:
-            _require_same(folder, config)
-        else:
-            _write_settings(folder, config)
-        per_trial = trial_cpus(config)
-        with ray_cluster(verbose=config.verbose, min_cpus=per_trial + DRIVER_CPUS):
-            at_once = _agreed(folder, concurrent_trials(config, ray.cluster_resources()))
-            console.say(
-                f"sweep {config.name}: {_count(config)} trials by {config.search} search, scheduler "
-                f"{config.sweep.scheduler}, {at_once} at a time, in {folder}"
-            )
-            results = _tuner(config, folder, at_once, console).fit()
-        outcome = read_outcome(config, results)
-        _leave_stopped(folder, outcome)
+            require_same(folder, config, ledger)
+        require_enough(folder, config, ledger)
+        write_settings(folder, config)
+        ledger.take_up()
+        left = count(config) - len(ledger.in_state("done", "stopped"))
+        if left:
+            _run(config, folder, ledger, left, console)
+        _leave_stopped(ledger)
+        if len(ledger.in_state("done", "stopped", "failed")) < count(config):
+            raise KeyboardInterrupt  # Tune takes it for a wish to end, and returns as if the sweep were over
+        outcome = read_outcome(config, ledger)
         write_outcome(outcome, config, folder, console.rich)
     return outcome
+
+
+def _run(config: SweepConfig, folder: Path, ledger: Ledger, left: int, console: Console) -> None:
+    """Run the trials that are left."""
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's boxes and advice; its old output heeds verbose=0
+    if not config.verbose:
+        logging.getLogger("ray.tune.utils.util").setLevel(logging.ERROR)  # it counts steps above 0.5 s
+    with ray_cluster(verbose=config.verbose, min_cpus=trial_cpus(config) + DRIVER_CPUS):
+        at_once = min(concurrent_trials(config, ray.cluster_resources()), left)
+        whole = count(config)
+        ended = f", {whole - left} of them ended before" if left < whole else ""
+        console.say(
+            f"sweep {config.name}: {whole} trials by {config.search} search{ended}, scheduler "
+            f"{config.sweep.scheduler}, {at_once} at a time, in {folder}"
+        )
+        _tuner(config, folder, ledger, at_once, console).fit()
 
 
 def trial_cpus(config: SweepConfig) -> float:
@@ -93,70 +107,59 @@ def concurrent_trials(config: SweepConfig, resources: dict[str, float]) -> int:
     wanted = config.sweep.max_concurrent
     if wanted is not None and wanted > fit:
         raise ConfigError(f"sweep.max_concurrent is {wanted}, and the cluster can hold {fit} trials at once; lower it")
-    return min(wanted or fit, _count(config))
+    return min(wanted or fit, count(config))
 
 
-def _agreed(folder: Path, fit: int) -> int:
-    """How many trials run at a time: what the sweep was begun with, for Tune keeps that in its state.
+def _tuner(config: SweepConfig, folder: Path, ledger: Ledger, at_once: int, console: Console) -> Tuner:
+    """Ray Tune over the trials that are left, told what the others were worth.
 
-    Raises ConfigError where the cluster has become too small for it: drivers would wait for ever for their workers.
+    Tune could restore its own state instead, but that is up to ten seconds old, knows nothing of the scheduler's, and
+    is bound to the number of trials that it was begun with.
     """
-    record = folder / AT_ONCE
-    if not record.is_file():
-        record.write_text(json.dumps(fit), encoding="utf-8")
-        return fit
-    begun = int(json.loads(record.read_text(encoding="utf-8")))
-    if begun > fit:
-        raise ConfigError(
-            f"the sweep {folder} was begun with {begun} trials at a time, and the cluster holds {fit} now; go on "
-            "with it on a cluster of the old size, or begin anew with --fresh or another --name"
-        )
-    return begun
-
-
-def _tuner(config: SweepConfig, folder: Path, at_once: int, console: Console) -> Tuner:
-    trainable = tune.with_resources(
-        tune.with_parameters(run_trial, config=config, folder=str(folder / TRIALS)), {"CPU": DRIVER_CPUS}
-    )
-    state = folder / STATE
-    if Tuner.can_restore(str(state)):
-        return Tuner.restore(str(state), trainable=trainable, resume_unfinished=True, restart_errored=True)
-    distributions = {setting: parse_distribution(setting, text) for setting, text in config.sweep.space.items()}
+    ended, left = ledger.in_state("done", "stopped"), ledger.in_state("open")
+    weight = config.sweep.reconstruction_weight
+    worth = [(record, [objective(row, weight) for row in ledger.rows(record)]) for record in ended]
+    space: dict[str, Any]
+    search: SearchAlgorithm | Searcher
+    chosen: list[dict[str, float]] | None = None
+    samples = 1
+    if config.search == "optuna":
+        known = [(record, objectives[-1]) for record, objectives in worth if objectives]
+        space, samples = {}, count(config) - len(ended)
+        search = _optuna(config, known, left, at_once)
+    else:
+        chosen = planned(config)
+        numbers = [number for number in range(len(chosen)) if number not in {record.number for record in ended}]
+        space, search = {NUMBER: tune.grid_search(numbers)}, BasicVariantGenerator(max_concurrent=at_once)
     return Tuner(
-        trainable,
-        param_space={} if config.search == "optuna" else _param_space(config, distributions),
+        tune.with_resources(tune.with_parameters(run_trial, config=config, folder=str(folder)), {"CPU": DRIVER_CPUS}),
+        param_space=space,
         tune_config=tune.TuneConfig(
-            metric=OBJECTIVE,
-            mode="min",
-            num_samples=1 if config.search == "grid" else config.num_trials,
-            search_alg=_search(config, distributions, at_once),
-            scheduler=_scheduler(config),
+            num_samples=samples,
+            search_alg=search,  # it holds the limit of trials at a time: Tune ignores its own where there is one
+            scheduler=_scheduler(config, {record.name: objectives for record, objectives in worth}),
+            trial_dirname_creator=_directory,
         ),
         run_config=RunConfig(
-            name=STATE,
-            storage_path=str(folder),
+            name=f"{datetime.now():%Y%m%d_%H%M%S}",
+            storage_path=str(folder / SESSIONS),
             verbose=0,
-            callbacks=[_Report(console, _count(config))],
+            callbacks=[FollowTrials(console, ledger, count(config), chosen)],
             failure_config=FailureConfig(max_failures=1),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
 
 
-def _param_space(config: SweepConfig, distributions: dict[str, Distribution]) -> dict[str, Any]:
-    def of(one: Distribution) -> Any:
-        if config.search == "grid":
-            return tune.grid_search(list(one.numbers))
-        makers: dict[str, Any] = {"loguniform": tune.loguniform, "uniform": tune.uniform}
-        return makers[one.kind](*one.numbers) if one.kind in makers else tune.choice(list(one.numbers))
-
-    return {setting: of(one) for setting, one in distributions.items()}
+def _directory(trial: Any) -> str:
+    return str(trial.trial_id)  # of what Tune keeps of it; the default has every value in its name
 
 
-def _search(config: SweepConfig, distributions: dict[str, Distribution], at_once: int) -> SearchAlgorithm | Searcher:
-    """Who proposes values, for `at_once` trials at most: Tune ignores its own limit where a searcher is given."""
-    if config.search != "optuna":
-        return BasicVariantGenerator(max_concurrent=at_once, random_state=config.sweep.seed)
+def _optuna(
+    config: SweepConfig, ended: Sequence[tuple[TrialRecord, float]], left: Sequence[TrialRecord], at_once: int
+) -> Searcher:
+    """Optuna's TPE, which knows the trials that ended with their objectives and begins with those that are left."""
+    from optuna import logging as optuna_logging
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
     from optuna.samplers import TPESampler
     from ray.tune.search.optuna import OptunaSearch
@@ -166,113 +169,55 @@ def _search(config: SweepConfig, distributions: dict[str, Distribution], at_once
             return CategoricalDistribution(one.numbers)
         return FloatDistribution(one.numbers[0], one.numbers[1], log=one.kind == "loguniform")
 
-    space = {setting: of(one) for setting, one in distributions.items()}
-    search = OptunaSearch(space, metric=OBJECTIVE, mode="min", sampler=TPESampler(seed=config.sweep.seed))
+    optuna_logging.set_verbosity(optuna_logging.WARNING)
+    space = {setting: of(one) for setting, one in distributions(config).items()}
+    # Begun anew with its old seed, the sampler would propose again what it proposed first.
+    seed = int(np.random.default_rng((config.sweep.seed, len(ended))).integers(2**31))
+    search = OptunaSearch(
+        space,
+        metric=OBJECTIVE,
+        mode="min",
+        sampler=TPESampler(seed=seed),
+        points_to_evaluate=[record.chosen for record in left] or None,
+    )
+    for record, worth in ended:
+        search.add_evaluated_point(record.chosen, worth)
     return ConcurrencyLimiter(search, max_concurrent=at_once)
 
 
-def _scheduler(config: SweepConfig) -> TrialScheduler:
+def _scheduler(config: SweepConfig, worth: dict[str, list[float]]) -> TrialScheduler:
+    """worth: name -> objectives of each trial that has ended, at its reports."""
     settings = config.sweep
-    if settings.scheduler == "none":
+    reports = config.reports
+    if settings.scheduler == "none" or reports <= settings.grace_reports:
         return FIFOScheduler()
-    return ASHAScheduler(
-        max_t=settings.reports + 1,  # one more than there are: a trial ends by itself, with its last checkpoint
+    asha = ASHAScheduler(
+        time_attr=REPORT,
+        metric=OBJECTIVE,
+        mode="min",
+        max_t=reports - 1,  # at its last report a trial has taken all its steps, and ends by itself
+        stop_last_trials=False,
         grace_period=settings.grace_reports,
         reduction_factor=settings.reduction_factor,
     )
+    nobody: Any = None  # ASHA asks nothing of Tune's controller
+    for name, objectives in worth.items():
+        past = Trial("past", stub=True, trial_id=name)
+        asha.on_trial_add(nobody, past)
+        for report, value in enumerate(objectives, start=1):
+            asha.on_trial_result(nobody, past, {REPORT: report, OBJECTIVE: value})
+        asha.on_trial_remove(nobody, past)
+    return asha
 
 
-class _Report(Callback):
-    """A line for each judgement of a trial."""
-
-    def __init__(self, console: Console, trials: int) -> None:
-        self.console, self.trials, self.ended = console, trials, 0
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """A trial was judged."""
-        if OBJECTIVE in result:
-            self.console.say(
-                f"trial {trial.trial_id}  report {result['training_iteration']}  step {result.get('step', 0):g}  "
-                f"objective {result[OBJECTIVE]:.4g}"
-            )
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended or was stopped."""
-        self.ended += 1
-        self.console.say(f"trial {trial.trial_id}  ended ({self.ended} of {self.trials})")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial failed; the table says why."""
-        self.console.say(f"trial {trial.trial_id}  failed")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune keeps its callbacks with its state; a console has a lock and cannot be kept."""
-        return {"trials": self.trials, "ended": self.ended}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.console = Console()
-
-
-def _count(config: SweepConfig) -> int:
-    if config.search != "grid":
-        return config.num_trials
-    return math.prod(len(parse_distribution(setting, text).numbers) for setting, text in config.sweep.space.items())
-
-
-def _write_settings(folder: Path, config: SweepConfig) -> None:
-    temporary = folder / f".{SETTINGS}.partial"
-    temporary.write_text(yaml.safe_dump(as_dict(config), sort_keys=False), encoding="utf-8")
-    temporary.replace(folder / SETTINGS)
-
-
-def _require_same(folder: Path, config: SweepConfig) -> None:
-    """Raises ExperimentError, with the difference, where a sweep was begun with other settings."""
-    old, new = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8")), as_dict(config)
-    plain = yaml.safe_load(yaml.safe_dump(new))
-    changed = differences(
-        {key: value for key, value in old.items() if key not in CHANGEABLE},
-        {key: value for key, value in plain.items() if key not in CHANGEABLE},
-    )
-    if changed:
-        raise ExperimentError(
-            f"the sweep {folder} was begun with other settings ({'; '.join(changed)}); repeat its command to go on, or "
-            "begin anew with --fresh or another --name"
-        )
-
-
-def _set_aside(folder: Path) -> None:
-    began = datetime.fromtimestamp((folder / SETTINGS).stat().st_mtime)
-    shutil.move(str(folder), str(folder.with_name(f"{folder.name}_until_{began:%Y%m%d_%H%M%S}")))
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold the sweep for this process. Raises ExperimentError where another one does."""
-    with (folder / ".running.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ExperimentError(f"the sweep {folder} is being run by another process; wait for it") from None
-        yield
-
-
-def _leave_stopped(folder: Path, outcome: Outcome) -> None:
-    """Trials that Tune stopped have not failed, and are no runs that someone should go on with.
-
-    One that it stopped at its last report has taken all its steps, and its last checkpoint is whole.
-    """
-    states = {
-        f"trial_{trial.trial}": "done" if trial.finished else "superseded"
-        for trial in outcome.trials
-        if trial.error is None
-    }
+def _leave_stopped(ledger: Ledger) -> None:
+    """Runs of trials that Tune stopped have not failed, and are none that someone should go on with."""
     deadline = time.monotonic() + STOPPING_S
-    for experiment in list_experiments(str(folder / TRIALS)):
+    for record in ledger.in_state("done", "stopped"):
+        experiment = ledger.experiment(record)
+        if experiment is None or experiment.info().get("state") in ("done", "superseded"):
+            continue
         while experiment.is_running and time.monotonic() < deadline:
             time.sleep(0.2)  # Tune does not wait for the processes that it stops
-        state = states.get(experiment.name[: -len("_YYYYMMDD_HHMMSS")])
-        if state is not None and experiment.info().get("state") != "done" and not experiment.is_running:
-            experiment.update_info(state=state, error=None, stopped_by="the sweep's scheduler")
+        if not experiment.is_running:
+            experiment.update_info(state="superseded", error=None, stopped_by="the sweep's scheduler")

@@ -1,37 +1,143 @@
-"""One trial of a sweep, inside Ray Tune: a training run whose validation measures Tune gets to see."""
+"""A trial of a sweep on both sides of Ray Tune: a run that Tune sees judged, and what the driver makes of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.train import Checkpoint
+from ray.tune import Callback
 from ray.tune.integration.ray_train import TuneReportCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from m2d.training.trainer import train
+from m2d.config import TrainConfig
+from m2d.training.console import Console
+from m2d.tuning.ledger import TRIALS, Ledger, State, trial_experiment, validations
 from m2d.tuning.objective import OBJECTIVE, objective
 from m2d.tuning.settings import SweepConfig
 
+NUMBER = "number"  # of a trial whose values were planned, in what Tune proposes
+REPORT = "report"  # how often a trial has been judged; Tune's own count starts again with each process
+
 
 class ReportObjective(TuneReportCallback):
-    """Adds the objective to what a worker reports, and hands it to Tune."""
+    """Adds the objective, and the number of the report, to what a worker reports; hands both to Tune."""
 
-    def __init__(self, reconstruction_weight: float) -> None:
+    def __init__(self, reconstruction_weight: float, folder: Path, name: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.reconstruction_weight = reconstruction_weight
+        self.reconstruction_weight, self.folder, self.name = reconstruction_weight, folder, name
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """See TuneReportCallback; the first worker's metrics count."""
-        judged = {**metrics[0], OBJECTIVE: objective(metrics[0], self.reconstruction_weight)}
-        super().after_report(run_context, [judged], checkpoint)
+        experiment = trial_experiment(self.folder, self.name)
+        rows = [] if experiment is None else validations(experiment)
+        report = sum(row["step"] <= metrics[0]["step"] for row in rows)
+        super().after_report(run_context, [judged(metrics[0], report, self.reconstruction_weight)], checkpoint)
 
 
-def run_trial(chosen: Mapping[str, float], *, config: SweepConfig, folder: str) -> None:
-    """Train with the chosen values. A trial that Tune starts again goes on from its own checkpoint.
+def judged(measures: Mapping[str, Any], report: int, reconstruction_weight: float) -> dict[str, Any]:
+    """What Tune is told of one validation."""
+    return {**measures, OBJECTIVE: objective(measures, reconstruction_weight), REPORT: report}
 
-    chosen: dotted setting -> value. folder: where the trials' experiments lie.
+
+def run_trial(proposed: Mapping[str, float], *, config: SweepConfig, folder: str) -> None:
+    """Train with the values that the sweep's ledger names. A trial that was begun before goes on from its checkpoint.
+
+    proposed: what Tune's search gave; the driver has written the values, and the trial's name, into the ledger.
+    folder: the sweep's.
     """
-    trial = str(tune.get_context().get_trial_id())
-    train(
-        config.trial(chosen, name=f"trial_{trial}", folder=folder),
-        callbacks=[ReportObjective(config.sweep.reconstruction_weight)],
+    record = Ledger(Path(folder)).of(str(tune.get_context().get_trial_id()))
+    weight = config.sweep.reconstruction_weight
+    experiment = trial_experiment(Path(folder), record.name)
+    if experiment is not None:
+        from m2d.training.saving import complete_checkpoints  # it brings torch, which this process does without
+
+        checkpoints = complete_checkpoints(experiment.checkpoints)
+        reached = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+        rows = [row for row in validations(experiment) if row["step"] <= reached]
+        if rows:  # where it stands, which Tune, begun anew, does not know
+            tune.report(judged(rows[-1], len(rows), weight))
+    run = config.trial(record.chosen, name=record.name, folder=str(Path(folder) / TRIALS))
+    ray.get(_in_known_cluster(_train).remote(run, ReportObjective(weight, Path(folder), record.name)))
+
+
+def _train(run: TrainConfig, callback: ReportObjective) -> None:
+    from m2d.training.trainer import train  # here, so that only this process loads torch
+
+    train(run, callbacks=[callback])
+
+
+def _in_known_cluster(function: Callable[..., None]) -> Any:
+    """The function as a task beside this process, which and whose children know by name which cluster they are in.
+
+    When a trial is stopped, a detached actor of Ray Train's gives back what its workers held. It asks the State API
+    whether the trial still lives, and that looks for the machine's only cluster: where a second one runs on the
+    machine, the actor fails, and the trial's CPUs are lost. RAY_ADDRESS, which children inherit, tells it.
+    """
+    context = ray.get_runtime_context()
+    return ray.remote(function).options(
+        num_cpus=0,
+        max_retries=0,
+        runtime_env={"env_vars": {"RAY_ADDRESS": context.gcs_address}},
+        scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False),
     )
+
+
+class FollowTrials(Callback):
+    """In the driver: writes the ledger as trials start, are judged and end, and tells the person.
+
+    chosen: the values of planned trials; None where the search proposes them.
+    """
+
+    def __init__(
+        self, console: Console, ledger: Ledger, trials: int, chosen: Sequence[dict[str, float]] | None
+    ) -> None:
+        self.console, self.ledger, self.trials, self.chosen = console, ledger, trials, chosen
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial's process is there and has not begun: it finds its name and its values in the ledger."""
+        number = None if self.chosen is None else int(trial.config[NUMBER])
+        values = trial.config if self.chosen is None or number is None else self.chosen[number]
+        record = self.ledger.begin(trial.trial_id, values, number)
+        settings = "  ".join(f"{name.rpartition('.')[2]} {value:.3g}" for name, value in record.chosen.items())
+        self.console.say(f"{record.name}  {settings}")
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial was judged."""
+        if OBJECTIVE in result:
+            self.console.say(
+                f"{self.ledger.of(trial.trial_id).name}  report {result[REPORT]}  step {result.get('step', 0):g}  "
+                f"objective {result[OBJECTIVE]:.4g}"
+            )
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial took all its steps, or was stopped."""
+        record = self.ledger.of(trial.trial_id)
+        experiment = self.ledger.experiment(record)
+        facts = {} if experiment is None else experiment.info()
+        step = int((trial.last_result or {}).get("step", 0))
+        whole = facts.get("state") == "done" or 0 < step == facts.get("total_steps")
+        self._end(trial, "done" if whole else "stopped", step=None if whole else step)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial failed for good."""
+        experiment = self.ledger.experiment(self.ledger.of(trial.trial_id))
+        error = None if experiment is None else experiment.info().get("error")
+        lines = str(error or "its process ended").strip().splitlines()
+        self._end(trial, "failed", error=lines[0][:300])
+
+    def _end(self, trial: Any, state: State, *, step: int | None = None, error: str | None = None) -> None:
+        self.ledger.end(trial.trial_id, state, step=step, error=error)
+        ended = len(self.ledger.in_state("done", "stopped", "failed"))
+        how = {"done": "took all its steps", "stopped": f"stopped early, at step {step}"}.get(state, f"failed: {error}")
+        self.console.say(f"{self.ledger.of(trial.trial_id).name}  {how} ({ended} of {self.trials} ended)")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune keeps its callbacks with its state; a console has a lock and cannot be kept."""
+        return {**self.__dict__, "console": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, console=Console())

@@ -4,19 +4,18 @@ import csv
 import io
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from PIL import Image
 from rich.console import Console
+from tuning.trial_runs import run_of
 
 from m2d.cli import parse
 from m2d.config import TrainConfig
 from m2d.errors import TrainingError
 from m2d.tuning.importance import importances
+from m2d.tuning.ledger import Ledger, State
 from m2d.tuning.outcome import Outcome, TrialOutcome, read_outcome, write_outcome
 from m2d.tuning.settings import SweepConfig
 
@@ -28,32 +27,35 @@ def config() -> SweepConfig:
     return found
 
 
-def result(name: str, objectives: list[float], *, step: int, error: Exception | None = None) -> Any:
-    """As a Ray Tune Result."""
-    frame = pd.DataFrame({"objective": objectives}) if objectives else None
-    metrics = {"trial_id": name, "step": float(step), "val/psnr_db": 30.0} if objectives else None
-    chosen = {"loss_weights.diffusion": 0.5, "optimizer.lr_denoiser": 1e-3}
-    return SimpleNamespace(
-        metrics_dataframe=frame, metrics=metrics, config=chosen, error=error, path=f"somewhere/{name}"
-    )
-
-
 def trial(name: str, objectives: list[float], *, finished: bool = True, **chosen: float) -> TrialOutcome:
     values = {"loss_weights.diffusion": 0.5, "optimizer.lr_denoiser": 1e-3} | chosen
     return TrialOutcome(name, values, objectives, 100, {"val/psnr_db": 30.0}, finished, None)
 
 
-def test_trials_are_read_with_how_far_they_came() -> None:
-    grid = [
-        result("whole", [3.0, 1.0], step=100),
-        result("stopped", [0.5], step=50),
-        result("broken", [], step=0, error=RuntimeError("no memory\nfor this")),
+def test_trials_are_read_with_how_far_they_came(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    states: list[tuple[State, int | None, str | None]] = [
+        ("failed", None, "no memory"),
+        ("stopped", 50, None),
+        ("done", None, None),
     ]
-    found = {one.trial: one for one in read_outcome(config(), grid).trials}
-    assert (found["whole"].finished, found["whole"].objective, found["whole"].step) == (True, 1.0, 100)
-    assert (found["stopped"].finished, found["stopped"].objective) == (False, 0.5)
-    assert (found["broken"].finished, found["broken"].objective, found["broken"].error) == (False, None, "for this")
-    assert [one.trial for one in read_outcome(config(), grid).trials] == ["whole", "stopped", "broken"]
+    for number, (state, step, error) in enumerate(states):
+        ledger.begin(str(number), {"loss_weights.diffusion": number}, number)
+        if state != "failed":
+            run_of(tmp_path, f"trial_{number:03d}", state="running", steps=[50, 100])
+        ledger.end(str(number), state, step=step, error=error)
+    whole, stopped, broken = read_outcome(config(), ledger).trials
+    # 20 dB is an error of 0.1, which weighs 10; the kernel distance is 1.
+    assert (whole.trial, whole.finished, whole.step, whole.objectives) == ("trial_002", True, 100, [2.0, 2.0])
+    assert (stopped.trial, stopped.finished, stopped.step, stopped.objectives) == ("trial_001", False, 50, [2.0])
+    assert (broken.trial, broken.finished, broken.objective, broken.error) == ("trial_000", False, None, "no memory")
+
+
+def test_a_table_in_a_file_is_not_cut(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    write_outcome(Outcome([trial("trial_000", [0.9])]), config(), tmp_path, Console(file=screen, width=40))
+    rows = [line for line in screen.getvalue().splitlines() if line.startswith("trial_000")]
+    assert [row.split() for row in rows] == [["trial_000", "0.9", "100", "0.5", "0.001", "whole"]]
 
 
 def test_a_whole_trial_beats_a_stopped_one_however_it_looked() -> None:

@@ -59,12 +59,30 @@ def test_a_trial_is_the_sweeps_run_with_the_chosen_values() -> None:
     assert changed == {"name", "experiments_dir", "wandb_group", "saving", "telemetry", "loss_weights", "batch_size"}
     assert trial.loss_weights == dataclasses.replace(whole.loss_weights, diffusion=0.25)
     assert trial.batch_size == 4
-    assert (trial.saving.every_steps, trial.saving.validation_samples) == (200, 70)  # the preset's steps, not ours
+    assert (trial.saving.every_steps, trial.saving.validation_samples) == (20, 70)  # not the preset's 200 steps
 
 
-def test_without_steps_of_its_own_a_trial_is_judged_evenly() -> None:
-    whole = SweepConfig(max_steps=100, sweep=SweepSettings(reports=5))
-    assert whole.trial({}, name="trial_1", folder="x").saving.every_steps == 20
+@pytest.mark.parametrize(
+    ("steps", "reports", "every", "judged"),
+    [(100, 5, 20, 5), (100, 7, 15, 7), (100, 6, 17, 6), (3, 10, 1, 3)],
+)
+def test_a_trial_is_judged_evenly_and_no_more_often_than_asked_for(
+    steps: int, reports: int, every: int, judged: int
+) -> None:
+    whole = SweepConfig(max_steps=steps, sweep=SweepSettings(reports=reports, grace_reports=1))
+    assert whole.trial({}, name="trial_1", folder="x").saving.every_steps == every
+    assert whole.reports == judged
+
+
+def test_a_trial_measured_in_epochs_is_judged_after_each() -> None:
+    whole = SweepConfig(epochs=30)
+    assert whole.trial({}, name="trial_1", folder="x").saving.every_steps is None
+    assert whole.reports == 30
+
+
+def test_a_searched_setting_of_saving_or_telemetry_reaches_the_trial() -> None:
+    trial = SweepConfig().trial({"telemetry.sample_steps": 7.0}, name="trial_1", folder="x")
+    assert trial.telemetry.sample_steps == 7
 
 
 def test_the_objective_is_the_distance_and_the_weighted_error() -> None:
@@ -91,6 +109,7 @@ def test_loss_weights_are_not_part_of_the_objective() -> None:
     [
         ({"CPU": 8}, 3),  # 2.1 CPUs each: one worker, the stream, and a tenth for the driver
         ({"CPU": 2.1}, 1),
+        ({"CPU": 4.1}, 1),  # not two: the second's driver would hold what a worker waits for
         ({"CPU": 64, "GPU": 4}, 4),
         ({"CPU": 1000}, 12),  # no more than there are
     ],

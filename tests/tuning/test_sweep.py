@@ -1,17 +1,48 @@
-"""A sweep on Ray: trials are judged, some may be stopped, and what was found trains."""
+"""A sweep on Ray: trials are stopped early and free their CPUs; a killed driver costs no finished trial."""
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+from ray.tune.experiment import Trial
 from tiny_run import TINY, write_images
+from tuning.trial_runs import run_of
 
 from m2d.cli import parse
-from m2d.errors import ExperimentError
+from m2d.errors import ConfigError, ExperimentError
 from m2d.experiment import list_experiments
+from m2d.tuning.folder import require_same, write_settings
+from m2d.tuning.ledger import Ledger, TrialRecord
 from m2d.tuning.settings import SweepConfig
-from m2d.tuning.sweep import sweep
+from m2d.tuning.sweep import _optuna, _scheduler, sweep
 
+ROOT = Path(__file__).parents[2]
 SPACE = "{loss_weights.diffusion: 'loguniform(0.1, 10)', optimizer.lr_denoiser: 'loguniform(1e-5, 1e-2)'}"
+TRIALS = 6
+DEADLINE_S = 900.0  # for a whole sweep on a machine that does much else
+# Runs the command in a cluster of its own, and says whether all of its CPUs are free in the end.
+PROGRAM = """
+import sys, time, ray
+from m2d.cli import main
+from m2d.cluster import ray_cluster
+with ray_cluster(min_cpus=3):
+    main("tune", sys.argv[1:])
+    deadline = time.monotonic() + 180
+    while ray.available_resources().get("CPU", 0) < ray.cluster_resources()["CPU"]:
+        if time.monotonic() > deadline:
+            sys.exit(f"not free: {ray.available_resources()} of {ray.cluster_resources()}")
+        time.sleep(0.5)
+    print("all CPUs are free")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -19,34 +50,207 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("data"))
 
 
-def config_of(data_root: Path, root: Path, *more: str) -> SweepConfig:
+def flags_of(data_root: Path, root: Path, *more: str) -> list[str]:
     places = ["--data_root", str(data_root), "--experiments_dir", str(root), "--cache_dir", str(root / "cache")]
-    judged = ["--sweep.reports", "2", "--sweep.grace_reports", "1", "--sweep.reduction_factor", "2"]
-    small = ["--max_steps", "4", "--sweep.samples", "7", "--telemetry.sample_steps", "2", "--sweep.space", SPACE]
-    found: SweepConfig = parse("tune", [*places, *TINY, *judged, *small, "--num_workers", "1", "--name", "s", *more])
+    judged = ["--sweep.reports", "4", "--sweep.grace_reports", "1", "--sweep.reduction_factor", "2"]
+    small = ["--max_steps", "8", "--sweep.samples", "7", "--telemetry.sample_steps", "2", "--sweep.space", SPACE]
+    return [*places, *TINY, *judged, *small, "--num_workers", "1", "--name", "s", *more]
+
+
+def config_of(data_root: Path, root: Path, *more: str) -> SweepConfig:
+    found: SweepConfig = parse("tune", flags_of(data_root, root, *more))
     return found
+
+
+class Driver:
+    """A sweep in a process of its own, with a Ray cluster of its own."""
+
+    def __init__(self, flags: list[str], environment: dict[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, *flags], env=environment, stdout=file, stderr=file, cwd=ROOT
+            )
+
+    def kill(self) -> None:
+        """SIGKILL, as a machine's memory killer does. Its Ray follows it; what does not is ended by id."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        _, alive = psutil.wait_procs(children, timeout=20)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=20)
+
+    def finish(self) -> str:
+        """Wait for its end; what it said."""
+        code = self.process.wait(timeout=DEADLINE_S)
+        said = self.log.read_text()
+        assert code == 0, said[-3000:]
+        return said
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """For a driver's Ray: its own directory, with a path that a socket's may begin with."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="r", ignore_cleanup_errors=True) as short:
+        unwanted = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+        kept = {name: value for name, value in os.environ.items() if name not in unwanted}
+        yield kept | {
+            "RAY_TMPDIR": short, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+
+
+def wait_for_ended_trials(folder: Path, driver: Driver, count: int) -> None:
+    """Until so many trials have ended and another one is under way, with a checkpoint or without."""
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        assert driver.process.poll() is None, driver.log.read_text()[-3000:]
+        ledger = Ledger(folder)
+        if len(ledger.in_state("done", "stopped")) >= count and any(map(ledger.experiment, ledger.in_state("open"))):
+            return
+        time.sleep(0.2)
+    raise AssertionError(driver.log.read_text()[-3000:])
+
+
+def left_by(folder: Path, record: TrialRecord) -> tuple[TrialRecord, dict[str, str]]:
+    """What must not change of a trial that has ended: its record, and every number that it wrote."""
+    ledger = Ledger(folder)
+    experiment = ledger.experiment(record)
+    assert experiment is not None
+    rows = ledger.rows(record)
+    files = {"name": experiment.name, "config": (experiment.path / "configs" / "config.yaml").read_text()}
+    now = ledger.records[record.number]
+    return TrialRecord(now.number, now.chosen, now.state, now.step, now.error), files | {"rows": json.dumps(rows)}
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sweep_ends_and_leaves_a_run_that_trains(ray_cluster: None, data_root: Path, tmp_path: Path) -> None:
-    config = config_of(data_root, tmp_path, "--num_trials", "3")
-    outcome = sweep(config)
-    assert len(outcome.trials) == 3
-    assert [trial.error for trial in outcome.trials] == [None] * 3
-    assert outcome.best is not None
-    assert outcome.best.finished
-    assert outcome.best.step == 4
-    assert len({trial.chosen["optimizer.lr_denoiser"] for trial in outcome.trials}) == 3
+@pytest.mark.timeout(2 * DEADLINE_S)
+def test_a_killed_sweep_goes_on_with_what_is_left_and_its_best_trains(
+    ray_cluster: None, environment: dict[str, str], data_root: Path, tmp_path: Path
+) -> None:
+    """Beside another cluster (the tests' own), where Ray Train alone would never free a stopped trial's CPUs.
+
+    One trial at a time fits, so a stopped trial that kept its CPUs would keep the next ones from starting.
+    """
+    flags = flags_of(data_root, tmp_path, "--num_trials", str(TRIALS), "--sweep.max_concurrent", "1")
     folder = tmp_path / "sweeps" / "s"
-    best = parse("train", ["--config", str(folder / "best.yaml")])
-    assert best.loss_weights.diffusion == outcome.best.chosen["loss_weights.diffusion"]
-    states = {experiment.info()["state"] for experiment in list_experiments(str(folder / "trials"))}
-    assert states <= {"done", "superseded"}
-    with pytest.raises(ExperimentError, match=r"begun with other settings \(max_steps: 4 -> 5\)"):
-        sweep(config_of(data_root, tmp_path, "--num_trials", "3", "--max_steps", "5"))
+    first = Driver(flags, environment, tmp_path / "first.log")
+    try:
+        wait_for_ended_trials(folder, first, 2)
+    finally:
+        first.kill()
+    ended = Ledger(folder).in_state("done", "stopped")
+    assert 2 <= len(ended) < TRIALS
+    before = [left_by(folder, record) for record in ended]
+
+    said = Driver([*flags, "--resume"], environment, tmp_path / "second.log").finish()
+    assert "all CPUs are free" in said
+    assert [left_by(folder, record) for record in ended] == before
+    ledger = Ledger(folder)
+    assert sorted(ledger.records) == list(range(TRIALS))
+    assert not ledger.in_state("open", "failed"), said
+    assert ledger.in_state("stopped")
+    assert len(list_experiments(str(folder / "trials"))) == TRIALS  # each trial once
+    results = json.loads((folder / "results.json").read_text())
+    assert {result["trial"]: result["chosen"] for result in results} == {
+        record.name: record.chosen for record in ledger.records.values()
+    }
+    best = [str(ROOT / "jobs" / "train.py"), "--config", str(folder / "best.yaml")]
+    trained = subprocess.run(
+        [sys.executable, *best], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert [run.info()["state"] for run in list_experiments(str(tmp_path), "s")] == ["done"]
 
 
 def test_resuming_what_was_never_begun_is_refused(data_root: Path, tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="there is no sweep"):
         sweep(config_of(data_root, tmp_path, "--resume"))
+
+
+def begun(config: SweepConfig, root: Path, trials: int) -> Path:
+    """A sweep's folder with so many trials that took all their steps."""
+    folder = root / "sweeps" / "s"
+    folder.mkdir(parents=True)
+    write_settings(folder, config)
+    ledger = Ledger(folder)
+    for number in range(trials):
+        chosen = {"loss_weights.diffusion": 1.0 + number, "optimizer.lr_denoiser": 1e-3}
+        ledger.begin(str(number), chosen, number)
+        run_of(folder, f"trial_{number:03d}", state="done", steps=[4, 8])
+        ledger.end(str(number), "done")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--max_steps", "9"], r"begun with other settings \(max_steps: 8 -> 9\)"),
+        (["--sweep.seed", "3"], r"sweep\.seed: 0 -> 3"),
+        (["--num_trials", "2"], "num_trials is 2, and the sweep .* has begun 3 trials already; give at least 3"),
+    ],
+)
+def test_a_resumption_that_would_be_another_sweep_is_refused(
+    data_root: Path, tmp_path: Path, more: list[str], message: str
+) -> None:
+    begun(config_of(data_root, tmp_path), tmp_path, 3)
+    with pytest.raises((ConfigError, ExperimentError), match=message):
+        sweep(config_of(data_root, tmp_path, "--resume", *more))
+
+
+def test_a_sweep_that_never_began_a_trial_may_be_repeated_with_other_settings(data_root: Path, tmp_path: Path) -> None:
+    folder = begun(config_of(data_root, tmp_path), tmp_path, 0)
+    changed = config_of(data_root, tmp_path, "--max_steps", "9")
+    require_same(folder, changed, Ledger(folder))
+    Ledger(folder).begin("a", {"loss_weights.diffusion": 1.0}, 0)
+    with pytest.raises(ExperimentError, match="max_steps"):
+        require_same(folder, changed, Ledger(folder))
+
+
+def test_a_sweep_whose_trials_have_all_ended_is_told_again_without_ray(data_root: Path, tmp_path: Path) -> None:
+    config = config_of(data_root, tmp_path, "--num_trials", "3")
+    folder = begun(config, tmp_path, 3)
+    outcome = sweep(config_of(data_root, tmp_path, "--num_trials", "3", "--resume", "--sweep.max_concurrent", "2"))
+    assert [trial.finished for trial in outcome.trials] == [True] * 3
+    assert (folder / "best.yaml").is_file()
+
+
+def answers(config: SweepConfig, worth: dict[str, list[float]], objectives: list[float]) -> list[str]:
+    """What the scheduler says to each report of a new trial."""
+    scheduler, trial, nobody = _scheduler(config, worth), Trial("new", stub=True, trial_id="new"), None
+    asked: Any = scheduler
+    asked.on_trial_add(nobody, trial)
+    return [
+        asked.on_trial_result(nobody, trial, {"report": report, "objective": objective})
+        for report, objective in enumerate(objectives, start=1)
+    ]
+
+
+def test_asha_knows_after_a_resumption_what_ended_before_it(data_root: Path, tmp_path: Path) -> None:
+    config = config_of(data_root, tmp_path)
+    assert answers(config, {}, [9.0]) == ["CONTINUE"]
+    assert answers(config, {"trial_000": [1.0, 1.0, 1.0, 1.0]}, [9.0]) == ["STOP"]
+
+
+def test_a_trial_is_not_stopped_at_its_last_report(data_root: Path, tmp_path: Path) -> None:
+    past = {"trial_000": [2.0, 2.0, 2.0, 2.0]}
+    assert answers(config_of(data_root, tmp_path), past, [1.0, 1.0, 1.0, 9.0]) == ["CONTINUE"] * 4
+
+
+def test_optuna_begins_with_the_trials_that_are_left(data_root: Path, tmp_path: Path) -> None:
+    chosen = {"loss_weights.diffusion": 0.3, "optimizer.lr_denoiser": 0.0021}
+    search = _optuna(config_of(data_root, tmp_path), [], [TrialRecord(0, chosen)], at_once=2)
+    assert search.suggest("a") == chosen
+    other = search.suggest("b")
+    assert other != chosen
+    assert search.suggest("c") is None  # two at a time
+
+
+def test_optuna_proposes_near_what_was_good_before(data_root: Path, tmp_path: Path) -> None:
+    config = config_of(data_root, tmp_path, "--sweep.space", "{loss_weights.diffusion: 'uniform(0, 1)'}")
+    known = [(TrialRecord(k, {"loss_weights.diffusion": k / 40}), abs(k / 40 - 0.8)) for k in range(40)]
+    search = _optuna(config, known, [], at_once=20)
+    proposed = [search.suggest(str(k))["loss_weights.diffusion"] for k in range(20)]  # type: ignore[index]
+    assert sum(abs(value - 0.8) < 0.2 for value in proposed) > 14  # 8 by chance

@@ -1,0 +1,123 @@
+"""trials.json of a sweep: every trial that was begun, what it chose and how it ended.
+
+The sweep's driver alone writes it, at every start and end of a trial, so that a sweep that is killed at any moment
+goes on where it was. What a trial measured lies in its own experiment.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from m2d.errors import ExperimentError
+from m2d.experiment import Experiment, list_experiments
+from m2d.training.telemetry import MetricsLog
+
+RECORDS, TRIALS = "trials.json", "trials"
+State = Literal["open", "done", "stopped", "failed"]  # open: it runs, or has to go on
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial. chosen: dotted setting -> value."""
+
+    number: int
+    chosen: dict[str, float] = field(default_factory=dict)
+    state: State = "open"
+    step: int | None = None  # the last one that counts, of a trial that was stopped; None: all that it took
+    error: str | None = None
+    tune_id: str = ""  # how Ray Tune calls it while this driver runs
+
+    @property
+    def name(self) -> str:
+        """Of its experiment, without the date."""
+        return f"trial_{self.number:03d}"
+
+
+class Ledger:
+    """The records of a sweep's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ExperimentError where trials.json is damaged."""
+        self.folder = folder
+        self.path = folder / RECORDS
+        self.records: dict[int, TrialRecord] = {}
+        if self.path.is_file():
+            try:
+                found = [TrialRecord(**entry) for entry in json.loads(self.path.read_text(encoding="utf-8"))]
+            except (ValueError, TypeError) as error:
+                raise ExperimentError(f"{self.path} is damaged ({error}); put it back, or begin with --fresh") from None
+            self.records = {record.number: record for record in found}
+
+    def take_up(self) -> None:
+        """At the start of a driver: what the last one knew as running or failed is open, unless it came to its end."""
+        for record in self.records.values():
+            experiment, state = self.experiment(record), record.state
+            if state == "failed" or (state == "open" and experiment is not None):
+                state = "done" if experiment is not None and experiment.info().get("state") == "done" else "open"
+            self.records[record.number] = replace(
+                record, state=state, error=None if state == "open" else record.error, tune_id=""
+            )
+        self._write()
+
+    def begin(self, tune_id: str, chosen: Mapping[str, float], number: int | None) -> TrialRecord:
+        """Record a trial that starts, or starts again.
+
+        number: None where the search does not know its trials' numbers; then an open one with these values goes on.
+        """
+        known = [record for record in self.records.values() if record.tune_id == tune_id]
+        if number is None and not known:
+            known = [r for r in self.records.values() if r.state == "open" and not r.tune_id and r.chosen == chosen]
+        if known:
+            number = known[0].number
+        elif number is None:
+            number = max(self.records, default=-1) + 1
+        record = TrialRecord(number=number, chosen=dict(chosen), tune_id=tune_id)
+        self.records[number] = record
+        self._write()
+        return record
+
+    def end(self, tune_id: str, state: State, *, step: int | None = None, error: str | None = None) -> None:
+        """Record how a trial ended."""
+        record = self.of(tune_id)
+        self.records[record.number] = replace(record, state=state, step=step, error=error)
+        self._write()
+
+    def of(self, tune_id: str) -> TrialRecord:
+        """The record of a trial that Ray Tune runs now. KeyError where there is none."""
+        for record in self.records.values():
+            if record.tune_id == tune_id:
+                return record
+        raise KeyError(tune_id)
+
+    def in_state(self, *states: State) -> list[TrialRecord]:
+        """Records in these states, by number."""
+        return [self.records[number] for number in sorted(self.records) if self.records[number].state in states]
+
+    def experiment(self, record: TrialRecord) -> Experiment | None:
+        """The trial's run; None where it had none yet."""
+        return trial_experiment(self.folder, record.name)
+
+    def rows(self, record: TrialRecord) -> list[dict[str, Any]]:
+        """The trial's validations that count, in order: `step` and every measure."""
+        experiment = self.experiment(record)
+        found = [] if experiment is None else validations(experiment)
+        return [row for row in found if record.step is None or row["step"] <= record.step]
+
+    def _write(self) -> None:
+        entries = [asdict(self.records[number]) for number in sorted(self.records)]
+        temporary = self.path.with_name(f".{RECORDS}.partial")
+        temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def trial_experiment(folder: Path, name: str) -> Experiment | None:
+    """The newest run of a trial of the sweep in `folder`."""
+    found = list_experiments(str(folder / TRIALS), name)
+    return found[-1] if found else None
+
+
+def validations(experiment: Experiment) -> list[dict[str, Any]]:
+    """A run's validations so far, in order."""
+    return MetricsLog(experiment.path / "metrics", "validation").read()
