@@ -41,6 +41,7 @@ def ray_cluster(*, verbose: bool = False, min_cpus: float = 1.0) -> Iterator[Non
             ) from None
     else:
         _use_private_token()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray tells its makers; the user may want it to
         options["num_cpus"] = max(os.cpu_count() or 1, int(min_cpus + 0.999))
         # Without the dashboard, whose state API Train asks, stopped Tune trials never free their CPUs.
         options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}

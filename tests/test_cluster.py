@@ -34,7 +34,10 @@ class PretendedRay:
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No cluster to join and no token in the home directory; what the code sets is undone."""
-    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_DATA_DISABLE_PROGRESS_BARS"):
+    for name in (
+        "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_DATA_DISABLE_PROGRESS_BARS",
+        "RAY_USAGE_STATS_ENABLED",
+    ):  # fmt: skip
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -53,6 +56,20 @@ def test_a_cluster_of_our_own_is_seen_by_this_machine_only(monkeypatch: pytest.M
     with ray_cluster():
         pass
     assert pretended.init_options[0]["dashboard_host"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("chosen", [None, "1"])
+def test_ray_tells_its_makers_nothing_unless_the_user_wants_it(
+    monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    """As Ray itself decides it, in a cluster of our own."""
+    from ray._common.usage.usage_lib import usage_stats_enabled
+
+    PretendedRay(monkeypatch)
+    if chosen is not None:
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", chosen)
+    with ray_cluster():
+        assert usage_stats_enabled() is (chosen is not None)
 
 
 def test_it_is_shut_down_after_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
