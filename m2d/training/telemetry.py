@@ -9,15 +9,18 @@ import io
 import json
 import logging
 import os
+import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from PIL import Image
 
 from m2d.config import as_dict
+from m2d.records import blanked
 
 if TYPE_CHECKING:
     from m2d.training.plan import RunPlan
@@ -82,8 +85,9 @@ def open_telemetry(plan: "RunPlan") -> "Telemetry":
         known = {name: info.get(name) for name in ("dataset", "feature_extractor", "versions", "git", "degraded")}
         sinks.append(
             Wandb(
-                experiment.path, config.wandb_project, experiment.name, config.wandb_mode, {**as_dict(config), **known},
-                finish_timeout_s=config.telemetry.finish_timeout_s, group=config.wandb_group,
+                experiment.path, config.wandb_project, experiment.name, config.wandb_mode,
+                blanked({**as_dict(config), **known}), finish_timeout_s=config.telemetry.finish_timeout_s,
+                group=config.wandb_group,
             )
         )  # fmt: skip
     if config.telemetry.tensorboard:
@@ -216,10 +220,11 @@ class Wandb:
 
             # Ray has the worker's console in its own logs.
             settings = wandb.Settings(init_timeout=connect_timeout_s, console="off")
-            return wandb.init(
-                project=project, name=name, id=name, group=group, resume="allow", mode=mode, dir=str(folder),
-                config=config, settings=settings,
-            )  # fmt: skip
+            with _blanked_command():
+                return wandb.init(
+                    project=project, name=name, id=name, group=group, resume="allow", mode=mode, dir=str(folder),
+                    config=config, settings=settings,
+                )  # fmt: skip
 
         try:
             self._run = start(mode)
@@ -300,6 +305,17 @@ class Wandb:
         except Exception as error:
             logger.warning("wandb could not %s and is off from here on: %s", what, error)
             self._run = None
+
+
+@contextmanager
+def _blanked_command() -> Iterator[None]:
+    """wandb notes the command line of its process; for that time it is one without the secrets of URIs."""
+    command = sys.argv
+    sys.argv = blanked(command)
+    try:
+        yield
+    finally:
+        sys.argv = command
 
 
 def as_png(image: Image.Image) -> bytes:
