@@ -1,10 +1,16 @@
 """No key that a URI holds gets into what a run writes down, and the run goes on all the same."""
 
 import logging
+import os
+import pickle
+import pty
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from ray.train.v2._internal.state.schema import _to_json_serializable_value
 from tiny_run import TINY, write_images
 
 import m2d
@@ -14,6 +20,7 @@ from m2d.config import TrainConfig
 from m2d.data.storage import without_secrets
 from m2d.experiment import list_experiments
 from m2d.records import BlankingFormatter, blanked
+from m2d.training.telemetry import find_wandb_key
 from m2d.training.trainer import train
 
 SECRET = "sw0rdfish"
@@ -112,6 +119,80 @@ def test_a_run_whose_uris_hold_a_key_writes_it_nowhere_and_resumes(
     searched = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("checkpoint.yaml")}
     assert searched == {"tmp", "bucket"}
     assert list(tmp_path.rglob("*.wandb"))
+
+
+WANDB_KEY = "0123456789" * 4
+
+
+@pytest.fixture
+def no_wandb_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home directory without a .netrc, and an environment without a key; wandb reads both anew."""
+    import wandb
+
+    for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    wandb.teardown()
+
+
+@pytest.mark.parametrize("place", ["environment", "netrc"])
+def test_the_drivers_wandb_key_reaches_the_worker_and_is_shown_nowhere(
+    place: str, no_wandb_key: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://wandb.invalid:8080")
+    if place == "environment":
+        monkeypatch.setenv("WANDB_API_KEY", WANDB_KEY)
+    else:
+        (tmp_path / ".netrc").write_text(f"machine wandb.invalid login user password {WANDB_KEY}\n")
+        (tmp_path / ".netrc").chmod(0o600)
+    found = find_wandb_key()
+    assert found is not None
+    shown = _to_json_serializable_value(
+        {"plan": 1, "wandb": found}
+    )  # what Ray's dashboard shows of a worker's arguments
+    assert WANDB_KEY not in f"{shown} {found} {found!r}"
+    monkeypatch.setenv("WANDB_API_KEY", "of the node")
+    monkeypatch.delenv("WANDB_BASE_URL")
+    pickle.loads(pickle.dumps(found)).use()  # noqa: S301
+    assert (os.environ["WANDB_API_KEY"], os.environ["WANDB_BASE_URL"]) == (WANDB_KEY, "http://wandb.invalid:8080")
+
+
+def test_a_machine_without_a_wandb_key_is_told_so_in_one_line(
+    no_wandb_key: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert find_wandb_key() is None
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert "WANDB_API_KEY" in warning
+
+
+ONLINE_AT_A_TERMINAL = """
+import logging, sys
+from pathlib import Path
+from m2d.training.telemetry import Wandb
+logging.basicConfig(filename=sys.argv[1] + "/messages", level="WARNING")
+run = Wandb(Path(sys.argv[1]), "m2d-tests", "tiny_20250101_000000", "online", {})
+run.scalars(1, {"loss": 0.5})
+run.finish(None)
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_without_a_wandb_key_asks_nobody_and_keeps_the_run_offline(no_wandb_key: None, tmp_path: Path) -> None:
+    """At a terminal, where wandb would ask, and be waited for."""
+    ours, its = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment |= {"WANDB_SILENT": "false", "TERM": "xterm", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    program = [sys.executable, "-c", ONLINE_AT_A_TERMINAL, str(tmp_path)]
+    started = subprocess.Popen(program, stdin=its, stdout=subprocess.PIPE, stderr=its, env=environment)
+    try:
+        assert started.wait(timeout=120) == 0
+    finally:
+        started.kill()
+        os.close(ours)
+        os.close(its)
+    assert "kept offline (No API key configured" in (tmp_path / "messages").read_text()
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
 KEYS = {
