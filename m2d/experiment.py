@@ -4,7 +4,6 @@ The root may be a path or a URI. For a URI the run works in a staging directory 
 the root and `fetch` brings it to a machine that does not hold it.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -12,8 +11,6 @@ import os
 import platform
 import re
 import shlex
-import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +28,7 @@ from m2d.code_backup import back_up_code
 from m2d.config import differences
 from m2d.data.storage import copy_changed, inside, open_storage, without_secrets
 from m2d.errors import ExperimentError
+from m2d.private_folder import private_folder
 from m2d.records import blanked
 
 FOLDERS = (
@@ -261,19 +259,13 @@ def _staging(root: str) -> Path:
     Its name can be guessed, so another user may have been there first: raises ExperimentError unless it is ours alone.
     """
     key = hashlib.sha256(root.encode()).hexdigest()[:12]
-    folder = Path(tempfile.gettempdir()) / f"m2d-staging-{os.getuid()}"
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise PermissionError(errno.EPERM, "it is a link or another user's")
-        folder.chmod(0o700)
+        return private_folder("staging") / key
     except OSError as error:
         raise ExperimentError(
-            f"staging: {folder} cannot be used for the files of {without_secrets(root)} ({error.strerror}); remove it, "
-            "or set TMPDIR to a directory of yours"
+            f"staging: {error.filename} cannot be used for the files of {without_secrets(root)} ({error.strerror}); "
+            "remove it, or set TMPDIR to a directory of yours"
         ) from None
-    return folder / key
 
 
 def _created(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 
-from m2d import nodes
+from m2d import cluster, nodes
 from m2d.errors import ConfigError
 from m2d.nodes import not_seen, require_shared
 
@@ -103,6 +103,13 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"^experiments_dir: .* cannot be written \([^\n]*$"):
         require_shared(written={"experiments_dir": str(tmp_path / "file" / "runs")}, read={})
+
+
+@pytest.mark.ray
+def test_rays_own_dashboard_tells_without_a_token_whether_it_asks_for_one(ray_cluster: None) -> None:
+    """The shared cluster's authentication is off."""
+    dashboard = ray._private.worker.global_worker.node.address_info["webui_url"]
+    assert cluster._answers_without_token(dashboard)
 
 
 TWO_NODES = """

@@ -146,7 +146,7 @@ def test_the_drivers_wandb_key_reaches_the_worker_and_is_shown_nowhere(
     else:
         (tmp_path / ".netrc").write_text(f"machine wandb.invalid login user password {WANDB_KEY}\n")
         (tmp_path / ".netrc").chmod(0o600)
-    found = find_wandb_key()
+    found = find_wandb_key(pytest.fail)
     assert found is not None
     shown = _to_json_serializable_value(
         {"plan": 1, "wandb": found}
@@ -158,12 +158,12 @@ def test_the_drivers_wandb_key_reaches_the_worker_and_is_shown_nowhere(
     assert (os.environ["WANDB_API_KEY"], os.environ["WANDB_BASE_URL"]) == (WANDB_KEY, "http://wandb.invalid:8080")
 
 
-def test_a_machine_without_a_wandb_key_is_told_so_in_one_line(
-    no_wandb_key: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert find_wandb_key() is None
-    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+def test_a_machine_without_a_wandb_key_is_told_so_in_one_line(no_wandb_key: None) -> None:
+    warnings: list[str] = []
+    assert find_wandb_key(warnings.append) is None
+    (warning,) = warnings
     assert "WANDB_API_KEY" in warning
+    assert "\n" not in warning
 
 
 ONLINE_AT_A_TERMINAL = """

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,7 +211,7 @@ class WandbKey:
         os.environ["WANDB_API_KEY"], os.environ["WANDB_BASE_URL"] = self.key, self.base_url
 
 
-def find_wandb_key() -> WandbKey | None:
+def find_wandb_key(warn: Callable[[str], None]) -> WandbKey | None:
     """What wandb would find on this machine: in WANDB_API_KEY, its settings or ~/.netrc. Warns where there is none."""
     import wandb
     from requests.utils import get_netrc_auth
@@ -221,7 +221,7 @@ def find_wandb_key() -> WandbKey | None:
     key = os.environ.get("WANDB_API_KEY") or settings.api_key or user_and_key[1]
     if key:
         return WandbKey(key, settings.base_url)
-    logger.warning(
+    warn(
         "wandb has no key on this machine, so the run is kept offline unless the first worker's node has one; run "
         "`wandb login` here, set WANDB_API_KEY, or use --wandb_mode offline"
     )
