@@ -1,12 +1,13 @@
-"""The other nodes of the Ray cluster that is joined: whether they see the paths that a run reads and writes there."""
+"""The other nodes of the Ray cluster that is joined: whether they see a run's paths, and waiting for more of them."""
 
 import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 from m2d.data.storage import without_secrets
@@ -15,6 +16,7 @@ from m2d.errors import ConfigError
 logger = logging.getLogger(__name__)
 ANSWER_S = 120.0  # a node may first have to start a process, or to fetch a job's working directory
 APPEAR_S = 5.0  # in which a shared file system shows a new file to another node
+POLL_S = 2.0
 ENTRIES = 64  # of a folder that is read, which another node has to have too
 FIX = "name a path on storage that every node mounts under this name (NFS, EFS), or run on one node"
 
@@ -70,6 +72,40 @@ def require_shared(*, written: Mapping[str, str], read: Mapping[str, str]) -> No
                 f"{look.setting}: {look.path} of this machine is not seen by the node {addresses[0]}{more}, which has "
                 f"another folder or none there; {FIX}"
             )
+
+
+def wait_for_nodes(bundles: Sequence[Mapping[str, float]], wait_s: float, say: Callable[[str], None]) -> bool:
+    """Ask a cluster that grows by itself for room for `bundles` at once; whether it has it, after at most wait_s.
+
+    bundles: resource -> amount, what one worker needs on one node. For a cluster that does not grow this is a wait for
+    nothing, and nothing public tells which does: so the caller waits only where the user said so. What is asked for is
+    taken back at the end, lest the nodes stay for ever; Ray keeps one such request for the whole cluster.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    needed: dict[str, float] = {}
+    for bundle in bundles:
+        for name, amount in bundle.items():
+            needed[name] = needed.get(name, 0) + amount
+    deadline, told, asked = time.monotonic() + wait_s, "", False
+    try:
+        while True:
+            there = ray.cluster_resources()
+            lacking = [name for name, amount in needed.items() if there.get(name, 0) < amount]
+            if not lacking or time.monotonic() >= deadline:
+                return not lacking
+            if not asked:
+                request_resources(bundles=[{name: ceil(amount) for name, amount in one.items()} for one in bundles])
+                asked = True
+            state = ", ".join(f"{there.get(name, 0):g} of {needed[name]:g} {name}" for name in lacking)
+            if state != told:
+                say(f"waiting up to {wait_s:g} s for nodes: the cluster has {state}")
+                told = state
+            time.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
+    finally:
+        if asked:
+            request_resources(bundles=[])
 
 
 def _some_entries(folder: str) -> list[str]:

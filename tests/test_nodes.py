@@ -105,6 +105,44 @@ def test_a_folder_that_cannot_be_written_is_refused_in_one_line(
         require_shared(written={"experiments_dir": str(tmp_path / "file" / "runs")}, read={})
 
 
+class GrowingCluster:
+    """Has the next of these resources each time it is looked at; remembers what its autoscaler was asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *resources: dict[str, float]) -> None:
+        self.resources = list(resources)
+        self.asked: list[list[dict[str, float]]] = []
+        self.said: list[str] = []
+        monkeypatch.setattr(ray, "cluster_resources", self.look)
+        monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: self.asked.append(bundles))
+        monkeypatch.setattr(nodes, "POLL_S", 0.01)
+
+    def look(self) -> dict[str, float]:
+        return self.resources.pop(0) if len(self.resources) > 1 else self.resources[0]
+
+
+BUNDLES = [{"CPU": 1.5, "GPU": 1.0}, {"CPU": 1.5, "GPU": 1.0}]
+
+
+def test_what_is_up_already_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    growing = GrowingCluster(monkeypatch, {"CPU": 3.0, "GPU": 2.0})
+    assert nodes.wait_for_nodes(BUNDLES, 60, growing.said.append)
+    assert (growing.asked, growing.said) == ([], [])
+
+
+def test_nodes_are_asked_for_waited_for_and_then_left_to_the_autoscaler(monkeypatch: pytest.MonkeyPatch) -> None:
+    some = {"CPU": 4.0, "GPU": 1.0}
+    growing = GrowingCluster(monkeypatch, {"CPU": 0.0}, some, some, {"CPU": 8.0, "GPU": 2.0})
+    assert nodes.wait_for_nodes(BUNDLES, 60, growing.said.append)
+    assert growing.asked == [[{"CPU": 2, "GPU": 1}, {"CPU": 2, "GPU": 1}], []]
+    assert [line.partition("has ")[2] for line in growing.said] == ["0 of 3 CPU, 0 of 2 GPU", "1 of 2 GPU"]
+
+
+def test_nodes_that_do_not_come_are_waited_for_no_longer_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    growing = GrowingCluster(monkeypatch, {"CPU": 8.0})
+    assert not nodes.wait_for_nodes(BUNDLES, 0.05, growing.said.append)
+    assert growing.asked[-1] == []
+
+
 @pytest.mark.ray
 def test_rays_own_dashboard_tells_without_a_token_whether_it_asks_for_one(ray_cluster: None) -> None:
     """The shared cluster's authentication is off."""
