@@ -94,6 +94,7 @@ def test_a_folder_of_that_name_which_is_anothers_is_refused(monkeypatch: pytest.
 def test_rays_files_are_left_where_they_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, why: str) -> None:
     PretendedRay(monkeypatch)
     if why == "the user named one":
+        monkeypatch.setattr(cluster, "LONGEST_FOLDER", 1000)
         monkeypatch.setenv("RAY_TMPDIR", "/theirs")
     else:
         monkeypatch.setattr(cluster, "LONGEST_FOLDER", len(str(tmp_path)))

@@ -213,6 +213,20 @@ def test_a_key_typed_into_code_is_left_out_of_the_copy(line: str) -> None:
     assert code_without_keys(patch) == (f"@@ -1 +1,2 @@\n import os\n+    {BLANKED_LINE}\n", [3])
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        'for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):',
+        'token = os.environ["WANDB_API_KEY"]',
+        'TOKEN_FILE = "/home/ray/.ray/auth_token"',
+        'sha256 = "' + "0123456789abcdef" * 4 + '"',
+        "feature_tokens: int = 4  # of the context",
+    ],
+)
+def test_a_line_that_only_speaks_of_keys_stays(line: str) -> None:
+    assert code_without_keys(line) == (line, [])
+
+
 def test_a_private_key_is_left_out_to_its_last_line() -> None:
     kind = "RSA PRIVATE KEY"  # in one piece this file would be found too
     code = f'a = 1\nkey = """-----BEGIN {kind}-----\nMIIE\n-----END {kind}-----"""\nb = 2\n'
