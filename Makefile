@@ -6,7 +6,7 @@ WORKERS ?= 2
 BENCH ?= ingest sampling scaleout
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench lock clean distclean
+.PHONY: help setup demo test lint audit format bench lock clean distclean
 
 help:  ## This list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -25,6 +25,9 @@ lint: setup  ## Style, types and who may import whom
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports
+
+audit: setup  ## Known vulnerabilities of requirements.lock; skipped, aloud, where no database of them answers
+	$(PY) scripts/audit.py $(ARGS)
 
 format: setup  ## Rewrite the sources as ruff formats them
 	$(PY) -m ruff check --fix .

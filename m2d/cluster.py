@@ -1,18 +1,25 @@
 """The only place that calls ray.init: joins the cluster that RAY_ADDRESS names or starts one here, quietly."""
 
 import atexit
+import http.client
+import json
 import logging
 import os
 import shutil
+import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from m2d.errors import ConfigError
+from m2d.private_folder import private_folder
 
 logger = logging.getLogger(__name__)
+DASHBOARD_S = 3.0  # in which it answers, or is not asked
+LONGEST_FOLDER = 36  # characters: a socket's path has 107, of which Ray's session takes up to 71
 
 
 @contextmanager
@@ -32,15 +39,20 @@ def ray_cluster(*, verbose: bool = False, min_cpus: float = 1.0) -> Iterator[Non
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.ERROR}
     if joined:
         try:
-            ray.init(address="auto", **options)
+            context = ray.init(address="auto", **options)
         except ConnectionError as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"RAY_ADDRESS: no Ray cluster answers at {os.environ['RAY_ADDRESS']} ({reason}); start one there, or "
                 "unset RAY_ADDRESS to use this machine"
             ) from None
+        _warn_if_open(getattr(context, "dashboard_url", None))
     else:
         _use_private_token()
+        _use_private_folder()
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray tells its makers; the user may want it to
+        # Without an address Ray would first look into /tmp/ray, where everybody can write, for a cluster to join.
+        options["address"] = "local"
         options["num_cpus"] = max(os.cpu_count() or 1, int(min_cpus + 0.999))
         # Without the dashboard, whose state API Train asks, stopped Tune trials never free their CPUs.
         options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
@@ -71,6 +83,57 @@ def quiet(verbose: bool) -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _warn_if_open(dashboard: str | None) -> None:
+    """One line where the cluster that was joined lets everybody in. dashboard: HOST:PORT, None where it has none.
+
+    Also for a cluster on 127.0.0.1: Ray's GCS listens on every address of the machine whatever the node's is.
+    """
+    if not _sends_token() or _answers_without_token(dashboard):  # without a token we would not have been let in
+        print(
+            f"WARNING: the Ray cluster at {os.environ['RAY_ADDRESS']} asks for no token, so everybody who reaches its "
+            "ports can run code as you and read your images; start its nodes with RAY_AUTH_MODE=token and a token "
+            "(docs/security.md)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _sends_token() -> bool:
+    try:
+        from ray._private.authentication.authentication_utils import is_token_auth_enabled
+    except ImportError:  # no part of Ray's public interface
+        return True
+    return bool(is_token_auth_enabled())
+
+
+def _answers_without_token(dashboard: str | None) -> bool:
+    """Whether the dashboard says that Ray asks for no token; one that cannot be asked says nothing."""
+    if not dashboard:
+        return False
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with directly.open(f"http://{dashboard}/api/authentication_mode", timeout=DASHBOARD_S) as answer:
+            found = json.loads(answer.read(1000))
+        return isinstance(found, dict) and found.get("authentication_mode") == "disabled"
+    except (OSError, ValueError, http.client.HTTPException):
+        return False
+
+
+def _use_private_folder() -> None:
+    """Ray's logs and sockets, elsewhere than in /tmp/ray, where everybody can read and write."""
+    if "RAY_TMPDIR" in os.environ:
+        return
+    try:
+        folder = private_folder("ray")
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_TMPDIR: {error.filename} cannot be used for Ray's files ({error.strerror}); remove it, or set "
+            "RAY_TMPDIR to a directory of yours"
+        ) from None
+    if len(str(folder)) <= LONGEST_FOLDER:
+        os.environ["RAY_TMPDIR"] = str(folder)
 
 
 def _use_private_token() -> None:

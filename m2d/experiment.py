@@ -11,10 +11,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +24,12 @@ import pyarrow.fs
 import yaml
 
 from m2d import __version__
+from m2d.code_backup import back_up_code
 from m2d.config import differences
 from m2d.data.storage import copy_changed, inside, open_storage, without_secrets
 from m2d.errors import ExperimentError
+from m2d.private_folder import private_folder
+from m2d.records import blanked
 
 FOLDERS = (
     "checkpoints", "logs", "outputs", "generated_images", "cache", "wandb", "configs", "code_backup", "metrics",
@@ -71,14 +70,15 @@ class Experiment:
         return found
 
     def update_info(self, **values: Any) -> None:
-        """Merge values into experiment_info.json, atomically."""
-        _write_text(self.path / INFO, json.dumps({**self.info(), **values}, indent=2, default=str))
+        """Merge values into experiment_info.json, atomically, without the secrets of URIs in them."""
+        _write_text(self.path / INFO, json.dumps(blanked({**self.info(), **values}), indent=2, default=str))
         self.publish(INFO)
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration the experiment was made with."""
+        """The resolved configuration the experiment was made with, without the secrets of URIs in it."""
         loaded: dict[str, Any] = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
-        return loaded
+        found: dict[str, Any] = blanked(loaded)
+        return found
 
     def publish(self, relative: str = "") -> None:
         """Copy what changed in a file or folder (default: everything) to the remote root. Does nothing for a local one.
@@ -163,8 +163,10 @@ def open_experiment(
     """The experiment to train in, and whether it continues an earlier run.
 
     Re-running a command goes on with the newest unfinished experiment of its name. Raises ExperimentError, with the
-    difference, where that one was made with another configuration.
+    difference, where that one was made with another configuration. Keys in URIs make no difference: the record has
+    none, and the new command's are used.
     """
+    config = blanked(config)
     unfinished = [experiment for experiment in list_experiments(root, name) if experiment.info().get("state") != "done"]
     unfinished = [experiment for experiment in unfinished if experiment.info().get("state") != "superseded"]
     if fresh:
@@ -234,10 +236,10 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
         name=path.name,
         state="running",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=without_secrets(shlex.join(command)),
-        cwd=without_secrets(os.getcwd()),  # where relative paths of the command begin
+        command=shlex.join(without_secrets(word) for word in command),
+        cwd=os.getcwd(),  # where relative paths of the command begin
         versions=environment(),
-        git=_back_up_code(path / "code_backup"),
+        git=back_up_code(path / "code_backup"),
     )
     experiment.publish()
     return experiment
@@ -252,9 +254,18 @@ def _staged(root: str, name: str) -> Experiment:
 
 
 def _staging(root: str) -> Path:
-    """Where experiments of a remote root lie on this machine; another root's, or another user's, lie elsewhere."""
+    """Where experiments of a remote root lie on this machine; another root's, or another user's, lie elsewhere.
+
+    Its name can be guessed, so another user may have been there first: raises ExperimentError unless it is ours alone.
+    """
     key = hashlib.sha256(root.encode()).hexdigest()[:12]
-    return Path(tempfile.gettempdir()) / f"m2d-staging-{os.getuid()}" / key
+    try:
+        return private_folder("staging") / key
+    except OSError as error:
+        raise ExperimentError(
+            f"staging: {error.filename} cannot be used for the files of {without_secrets(root)} ({error.strerror}); "
+            "remove it, or set TMPDIR to a directory of yours"
+        ) from None
 
 
 def _created(name: str) -> str:
@@ -281,29 +292,6 @@ def _anything(name: str) -> bool:
 def _unreachable(root: str, done: str, error: OSError) -> ExperimentError:
     reason = error.strerror or without_secrets(" ".join(str(error).split()))
     return ExperimentError(f"experiments_dir: {without_secrets(root)} cannot be {done} ({reason}); name another")
-
-
-def _back_up_code(target: Path) -> dict[str, Any]:
-    """Copy the package's sources; returns the commit and whether the tree had changes (None without git)."""
-    package = Path(__file__).parent
-    shutil.copytree(package, target / "m2d", ignore=shutil.ignore_patterns("__pycache__"))
-    script = Path(sys.argv[0])
-    if script.suffix == ".py" and script.is_file() and script.parent.name != "m2d":
-        shutil.copy2(script, target / script.name)
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments], cwd=package, capture_output=True, text=True, timeout=20, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout
-
-    commit, changes = git("rev-parse", "HEAD"), git("diff", "HEAD", "--", ".")
-    if changes:
-        (target / "uncommitted.patch").write_text(changes, encoding="utf-8")
-    return {"commit": commit.strip() if commit else None, "uncommitted_changes": bool(changes) if commit else None}
 
 
 def _write_text(path: Path, text: str) -> None:

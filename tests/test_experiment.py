@@ -1,7 +1,9 @@
 """One experiment directory: what it holds, when it is continued, and a remote root that any machine can go on from."""
 
 import json
+import os
 import re
+import stat
 import subprocess
 import sys
 import tempfile
@@ -295,6 +297,35 @@ def test_listing_a_remote_root_fetches_no_checkpoint(tmp_path: Path, monkeypatch
     (listed,) = list_experiments(root)
     files = sorted(str(path.relative_to(listed.path)) for path in listed.path.rglob("*") if path.is_file())
     assert files == ["configs/config.yaml", "experiment_info.json"]
+
+
+def test_what_is_staged_is_for_the_user_alone(tmp_path: Path) -> None:
+    staging = opened((tmp_path / "bucket").as_uri()).path.parents[1]
+    assert stat.S_IMODE(staging.stat().st_mode) == 0o700
+    staging.chmod(0o755)  # as an earlier version left it
+    opened((tmp_path / "bucket").as_uri())
+    assert stat.S_IMODE(staging.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("whose", ["a link", "another user's", "a file"])
+def test_a_staging_directory_that_is_not_the_users_own_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whose: str
+) -> None:
+    """Its name can be guessed: who makes it first in /tmp would read and write what lies there."""
+    staging = tmp_path / "tmp" / f"m2d-staging-{os.getuid()}"
+    (tmp_path / "elsewhere").mkdir()
+    if whose == "a link":
+        staging.symlink_to(tmp_path / "elsewhere")
+    elif whose == "a file":
+        staging.write_text("")
+    else:
+        staging.mkdir()
+        uid = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+        staging.rename(tmp_path / "tmp" / f"m2d-staging-{uid + 1}")
+    with pytest.raises(ExperimentError, match=r"^staging: .*TMPDIR[^\n]*$"):
+        opened((tmp_path / "bucket").as_uri())
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_two_remote_roots_are_staged_apart(tmp_path: Path) -> None:

@@ -69,5 +69,36 @@ def _copy_file(source: fs.FileSystem, path: str, target: fs.FileSystem, target_p
 
 
 def without_secrets(text: str) -> str:
-    """The text with the user part (access keys) and the query of each URI in it blanked, fit for a message or a log."""
-    return re.sub(r"(://)[^/@\s]+@", r"\1***@", re.sub(r"(://[^\s?]*)\?\S+", r"\1?***", text))
+    """The text with the secrets of each URI in it blanked as ***, fit for a message, a log or a record.
+
+    Blanked are the user part (access keys; a container's or a user's mere name stays) and the query, but for options
+    that say where and how a store is reached. So what is left of a URI without a secret is the URI.
+    """
+    text = _KEYS.sub(r"\1***@", text)
+    text = _NAME.sub(lambda found: found[0] if _is_mere_name(found) else f"{found[1]}***@", text)
+    return _QUERY.sub(lambda found: found[1] + "?" + _without_secret_options(found[2]), text)
+
+
+# Of pyarrow's URIs; anything else in a query may be a token or a signature.
+_OPEN_OPTION = re.compile(
+    r"(?:allow_bucket_creation|allow_bucket_deletion|allow_delayed_open|anonymous|background_writes|(?:blob|dfs)_storage_"
+    r"(?:authority|scheme)|enable_tls|endpoint_override|region|replication|retry_limit_seconds|scheme|"
+    r"tls_verify_certificates)=[\w.:/%-]*"
+)
+# A secret key may hold a slash that somebody forgot to quote, so it ends at the @. What follows a port is a path.
+_KEYS = re.compile(r"(://)[^/@\s:]*:(?!\d+/)[^@\s'\"]*@")
+_NAME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)([^/@\s]+)@")
+_QUERY = re.compile(r"(://[^\s?]*)\?(\S+)")
+
+
+def _is_mere_name(found: re.Match[str]) -> bool:
+    return found[2] == "anonymous" or found[1].lower() in ("abfs://", "abfss://", "hdfs://", "viewfs://")
+
+
+def _without_secret_options(query: str) -> str:
+    whole = query.rstrip("'\")],;.")  # what a sentence or a shell's quotes put behind
+    kept = []
+    for option in whole.split("&"):
+        name = re.match(r"[\w.-]+=", option)
+        kept.append(option if _OPEN_OPTION.fullmatch(option) else f"{name[0] if name else ''}***")
+    return "&".join(kept) + query[len(whole) :]

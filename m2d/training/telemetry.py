@@ -9,15 +9,20 @@ import io
 import json
 import logging
 import os
+import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from PIL import Image
 
 from m2d.config import as_dict
+from m2d.data.storage import without_secrets
+from m2d.records import blanked
 
 if TYPE_CHECKING:
     from m2d.training.plan import RunPlan
@@ -82,8 +87,9 @@ def open_telemetry(plan: "RunPlan") -> "Telemetry":
         known = {name: info.get(name) for name in ("dataset", "feature_extractor", "versions", "git", "degraded")}
         sinks.append(
             Wandb(
-                experiment.path, config.wandb_project, experiment.name, config.wandb_mode, {**as_dict(config), **known},
-                finish_timeout_s=config.telemetry.finish_timeout_s, group=config.wandb_group,
+                experiment.path, config.wandb_project, experiment.name, config.wandb_mode,
+                blanked({**as_dict(config), **known}), finish_timeout_s=config.telemetry.finish_timeout_s,
+                group=config.wandb_group,
             )
         )  # fmt: skip
     if config.telemetry.tensorboard:
@@ -186,6 +192,42 @@ class Telemetry:
             sink.finish(best)
 
 
+@dataclass(frozen=True, repr=False)
+class WandbKey:
+    """The driver's key for wandb and the server it is for, on their way to the first worker, on whichever node that is.
+
+    Part of the worker's arguments, which go through Ray's object store. Its text is without the key, for Ray shows the
+    text of a train loop's configuration.
+    """
+
+    key: str
+    base_url: str
+
+    def __repr__(self) -> str:
+        return f"WandbKey(***, {without_secrets(self.base_url)})"
+
+    def use(self) -> None:
+        """Let wandb in this process have it. The driver's wins over the node's: who starts a run owns it."""
+        os.environ["WANDB_API_KEY"], os.environ["WANDB_BASE_URL"] = self.key, self.base_url
+
+
+def find_wandb_key(warn: Callable[[str], None]) -> WandbKey | None:
+    """What wandb would find on this machine: in WANDB_API_KEY, its settings or ~/.netrc. Warns where there is none."""
+    import wandb
+    from requests.utils import get_netrc_auth
+
+    settings = wandb.setup().settings
+    user_and_key = get_netrc_auth(settings.base_url) or ("", "")
+    key = os.environ.get("WANDB_API_KEY") or settings.api_key or user_and_key[1]
+    if key:
+        return WandbKey(key, settings.base_url)
+    warn(
+        "wandb has no key on this machine, so the run is kept offline unless the first worker's node has one; run "
+        "`wandb login` here, set WANDB_API_KEY, or use --wandb_mode offline"
+    )
+    return None
+
+
 class Wandb:
     """A wandb run that never stops training: what fails is said once and then left.
 
@@ -216,15 +258,16 @@ class Wandb:
 
             # Ray has the worker's console in its own logs.
             settings = wandb.Settings(init_timeout=connect_timeout_s, console="off")
-            return wandb.init(
-                project=project, name=name, id=name, group=group, resume="allow", mode=mode, dir=str(folder),
-                config=config, settings=settings,
-            )  # fmt: skip
+            with _for_nobody_at_a_terminal():
+                return wandb.init(
+                    project=project, name=name, id=name, group=group, resume="allow", mode=mode, dir=str(folder),
+                    config=config, settings=settings,
+                )  # fmt: skip
 
         try:
             self._run = start(mode)
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = without_secrets(next(iter(str(error).strip().splitlines()), type(error).__name__))
             try:
                 if mode != "online":
                     raise
@@ -234,7 +277,7 @@ class Wandb:
                 self._run = start("offline")
                 self.forgets = OFFLINE_FORGETS
                 logger.warning(
-                    "wandb cannot be reached, so this run is kept offline (%s); send it later with: wandb sync %s",
+                    "wandb cannot be used online, so this run is kept offline (%s); send it later with: wandb sync %s",
                     reason, folder / "wandb" / "offline-run-*",
                 )  # fmt: skip
             except Exception:
@@ -300,6 +343,21 @@ class Wandb:
         except Exception as error:
             logger.warning("wandb could not %s and is off from here on: %s", what, error)
             self._run = None
+
+
+@contextmanager
+def _for_nobody_at_a_terminal() -> Iterator[None]:
+    """wandb asks at the terminal for a key that it lacks, and notes the command line: it finds neither here.
+
+    The command line is there, but without the secrets of URIs.
+    """
+    command, terminal = sys.argv, sys.stdin
+    with open(os.devnull) as nobody:
+        sys.argv, sys.stdin = blanked(command), nobody
+        try:
+            yield
+        finally:
+            sys.argv, sys.stdin = command, terminal
 
 
 def as_png(image: Image.Image) -> bytes:
