@@ -22,9 +22,11 @@ from cluster.cluster_files import ROOT
 
 BIN = Path(sys.executable).parent  # not resolved: of the virtual environment, not of the Python that it was made with
 CPUS = 8
-# Ray Data keeps one of each for as long as the cluster lives; they hold no CPU.
-OF_RAY_DATA = {"ActorLocationTracker", "_AutoscalingCoordinatorActor", "_StatsActor"}
-STARTING_S, COMMAND_S, ENDING_S = 120.0, 240.0, 60.0
+LOOPBACK = "127.0.0.2"  # 127.0.0.1 Ray would replace by the machine's address, and listen to others
+# Detached and without a CPU. Of the first three Ray Data keeps one for as long as the cluster lives; the last one, of
+# Ray Train, ends after a run, but stays idle where its controller was killed (Ray 2.60: a thread cannot end its actor).
+OF_RAY = {"ActorLocationTracker", "_AutoscalingCoordinatorActor", "_StatsActor", "PlacementGroupCleaner"}
+STARTING_S, COMMAND_S, ENDING_S = 120.0, 420.0, 60.0
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ class JobCluster:
         return str(self.get(f"/api/jobs/{submission_id}", self.token)[1]["status"])
 
     def living_actors(self) -> list[str]:
-        """Classes of the actors that are not dead, without those that are the cluster's and no job's."""
+        """Classes of the actors that are not dead, without those of OF_RAY."""
         rows = self.get("/api/v0/actors?limit=1000&detail=0", self.token)[1]["data"]["result"]["result"]
-        return [row["class_name"] for row in rows if row["state"] != "DEAD" and row["class_name"] not in OF_RAY_DATA]
+        return [row["class_name"] for row in rows if row["state"] != "DEAD" and row["class_name"] not in OF_RAY]
 
     def free_cpus(self) -> float:
         """Logical CPUs that nobody holds."""
@@ -140,7 +142,7 @@ def _start_command(session: Path, dashboard: int, ports: list[int]) -> list[str]
     named = ("port", "ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port",
              "runtime-env-agent-port", "metrics-export-port")  # fmt: skip
     return [
-        str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address=127.0.0.2",
+        str(BIN / "ray"), "start", "--head", "--block", f"--node-ip-address={LOOPBACK}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--temp-dir={session}", f"--num-cpus={CPUS}",
         "--num-gpus=0", f"--object-store-memory={200 * 2**20}", "--disable-usage-stats", "--node-manager-port=0",
         "--object-manager-port=0", "--min-worker-port=0", "--max-worker-port=0",
