@@ -66,6 +66,11 @@ def input_path(setting: str, location: Location, *, required: bool = True) -> Lo
     )
 
 
+def copy_around(path: Path) -> Path | None:
+    """The copy of a submitted directory that an absolute path lies in or is, by where Ray puts them."""
+    return next((folder for folder in (path, *path.parents) if folder.parent.name == _COPIES), None)
+
+
 def absolute(location: Location) -> Location:
     """A path made absolute, `~` and links resolved; a URI or None as it is."""
     return location if location is None or "://" in location else str(Path(location).expanduser().resolve())
@@ -94,5 +99,4 @@ def _copy(config: str) -> Path | None:
     """The copy around the working directory, if a directory was submitted. The command may have gone elsewhere."""
     if not (json.loads(config).get("runtime_env") or {}).get("working_dir"):
         return None
-    here = Path.cwd().resolve()
-    return next((folder for folder in (here, *here.parents) if folder.parent.name == _COPIES), None)
+    return copy_around(Path.cwd().resolve())

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tiny_checkpoint import make_checkpoint, write_checkpoint
 
 from m2d.cli import main, parse
 from m2d.config import TrainConfig, with_absolute_paths
@@ -143,6 +144,16 @@ def test_no_command_leaves_results_in_a_copy(
     assert error.startswith(f"error: {setting}: ")
     assert "would lie in this job's copy of the submitted directory" in error
     assert list(copy.iterdir()) == [copy / "here"]
+
+
+def test_images_do_not_go_beside_a_checkpoint_of_the_copy(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --output they go into the checkpoint's experiment."""
+    write_checkpoint(make_checkpoint(), copy / "best")
+    with pytest.raises(SystemExit):
+        main("generate", ["--checkpoint", "best", "--feature", "none", "--num_actors", "0", "--gates.enabled", "false"])
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: output: {copy}")
+    assert "would lie in this job's copy" in error
 
 
 @pytest.mark.parametrize(
