@@ -26,7 +26,7 @@ LOOPBACK = "127.0.0.2"  # 127.0.0.1 Ray would replace by the machine's address, 
 # Detached and without a CPU. Of the first three Ray Data keeps one for as long as the cluster lives; the last one, of
 # Ray Train, ends after a run, but stays idle where its controller was killed (Ray 2.60: a thread cannot end its actor).
 OF_RAY = {"ActorLocationTracker", "_AutoscalingCoordinatorActor", "_StatsActor", "PlacementGroupCleaner"}
-STARTING_S, COMMAND_S, ENDING_S = 120.0, 420.0, 60.0
+STARTING_S, COMMAND_S, ENDING_S = 120.0, 420.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _is_up(cluster: JobCluster, head: "subprocess.Popen[bytes]", log: Path) -> b
 
 
 def _end(head: "subprocess.Popen[bytes]") -> None:
-    """The head ends its own processes; whatever it leaves is ended here, by its id."""
+    """The head would take half a minute to end its processes, so what is left soon is ended here, by its id."""
     try:
         ours = psutil.Process(head.pid).children(recursive=True)
     except psutil.NoSuchProcess:
