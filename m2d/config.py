@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from m2d.data.job_paths import absolute, input_path, result_path
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
 from m2d.models.settings import (
@@ -157,20 +158,18 @@ RESUMABLE_CHANGES = frozenset(
 
 
 def with_absolute_paths(config: TrainConfigT) -> TrainConfigT:
-    """The same run with its local paths absolute: workers and trials may start in another directory. URIs stay."""
+    """The same run with its local paths absolute: workers and trials may start in another directory. URIs stay.
 
-    def absolute(location: str | None) -> str | None:
-        return location if location is None or "://" in location else str(Path(location).expanduser().resolve())
-
+    Raises ConfigError for a path that cannot mean in a job of Ray what it says: see m2d.data.job_paths.
+    """
+    weights = input_path("feature_extractor.weights", config.feature_extractor.weights)
     return dataclasses.replace(
         config,
-        data_root=absolute(config.data_root),
-        experiments_dir=absolute(config.experiments_dir) or "",
-        init_checkpoint=absolute(config.init_checkpoint),
-        cache_dir=absolute(config.cache_dir) or "",
-        feature_extractor=dataclasses.replace(
-            config.feature_extractor, weights=absolute(config.feature_extractor.weights)
-        ),
+        data_root=absolute(input_path("data_root", config.data_root)),
+        experiments_dir=absolute(result_path("experiments_dir", config.experiments_dir)),
+        init_checkpoint=absolute(input_path("init_checkpoint", config.init_checkpoint)),
+        cache_dir=absolute(input_path("cache_dir", config.cache_dir, required=False)),
+        feature_extractor=dataclasses.replace(config.feature_extractor, weights=absolute(weights)),
     )
 
 

@@ -8,6 +8,7 @@ from m2d.arguments import parse_arguments
 from m2d.classes import CLASSES
 from m2d.config import TrainConfig, preset_path
 from m2d.data.demo import write_demo_dataset
+from m2d.data.job_paths import result_path
 from m2d.experiment import list_experiments
 from m2d.generation.gate_settings import GateConfig
 from m2d.generation.run import generate
@@ -21,7 +22,7 @@ BALANCED_TO = 40  # images of every class; as many as the largest has would take
 
 def run_demo(directory: str, images: int, num_samples: int, fresh: bool) -> Path:
     """Run the demo in a directory; returns its report. Run again, it goes on where it stopped."""
-    root = Path(directory).resolve()
+    root = Path(result_path("directory", directory)).resolve()
     data_root, experiments = root / "data", root / "experiments"
     counts = write_demo_dataset(data_root, total=images)
     print(f"demo images: {sum(counts.values())} in {data_root} ({' '.join(f'{c} {counts[c]}' for c in CLASSES)})")

@@ -25,6 +25,7 @@ import ray.exceptions
 from m2d.cluster import ray_cluster
 from m2d.data.catalog import class_counts, dataset_fingerprint, scan_dataset
 from m2d.data.image_jobs import ImageJobs, JobResult
+from m2d.data.job_paths import absolute, input_path, result_path
 from m2d.data.prepared import PreparedImages, prepared_folder, reusable_catalog, write_scan
 from m2d.data.progress import progress
 from m2d.data.reader import ImageReader
@@ -85,16 +86,14 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
 
 def _absolute(config: SetupConfig) -> SetupConfig:
     """Ray's processes may start in another directory, so local paths become absolute here."""
-
-    def absolute(location: str | None) -> str | None:
-        return location if location is None or "://" in location else str(Path(location).expanduser().resolve())
-
     extractor = config.feature_extractor
+    weights = input_path("feature_extractor.weights", extractor.weights)
+    place = result_path if config.download.enabled else input_path
     return dataclasses.replace(
         config,
-        data_root=absolute(config.data_root),
-        cache_dir=absolute(config.cache_dir) or "",
-        feature_extractor=dataclasses.replace(extractor, weights=absolute(extractor.weights)),
+        data_root=absolute(place("data_root", config.data_root)),
+        cache_dir=absolute(result_path("cache_dir", config.cache_dir)),
+        feature_extractor=dataclasses.replace(extractor, weights=absolute(weights)),
     )
 
 

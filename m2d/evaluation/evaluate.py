@@ -18,6 +18,7 @@ import torch
 
 from m2d import __version__
 from m2d.cluster import ray_cluster
+from m2d.data.job_paths import result_path
 from m2d.errors import ConfigError, DataError, M2DError
 from m2d.evaluation.autoencoder_floor import drawn_like, psnr_db, reconstructions
 from m2d.evaluation.consistency import measure_consistency
@@ -54,7 +55,8 @@ def evaluate(config: EvaluateConfig) -> Path:
     """
     began = time.monotonic()
     device = str(pick_device(config.device))
-    output = _output(config)
+    config = config.in_this_place()
+    output = Path(result_path("output", str(_output(config))))
     place, notes = find_checkpoint(config.generated or ".", config.checkpoint)
     checkpoint = load_checkpoint(place, "cpu") if place else None
     sets = read_image_sets(config, (place, checkpoint.info) if place and checkpoint else None)

@@ -1,7 +1,8 @@
 """Settings of `evaluate`. Light on purpose: the command line reads them before anything heavy is imported."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from m2d.data.job_paths import input_path, result_path
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
 from m2d.evaluation.finetune_settings import FinetuneConfig
@@ -66,6 +67,28 @@ class EvaluateConfig:
             folder = getattr(self, name)
             if folder is not None and (not folder or "://" in folder):
                 raise ConfigError(f"{name} is {folder or 'empty'}; it must be a folder of this machine")
+
+    def in_this_place(self) -> "EvaluateConfig":
+        """The same with the paths of a job of Ray where they are found and outlive it: see m2d.data.job_paths.
+
+        Raises ConfigError.
+        """
+
+        def extractor(name: str, config: FeatureExtractorConfig) -> FeatureExtractorConfig:
+            return replace(config, weights=input_path(f"{name}.weights", config.weights))
+
+        return replace(
+            self,
+            real=input_path("real", self.real),
+            generated=input_path("generated", self.generated),
+            train=input_path("train", self.train),
+            checkpoint=input_path("checkpoint", self.checkpoint),
+            cache_dir=result_path("cache_dir", self.cache_dir),
+            output=result_path("output", self.output),
+            feature_extractor=self.feature_extractor and extractor("feature_extractor", self.feature_extractor),
+            independent_extractor=extractor("independent_extractor", self.independent_extractor),
+            finetune=replace(self.finetune, weights=input_path("finetune.weights", self.finetune.weights)),
+        )
 
     @property
     def part_names(self) -> tuple[str, ...]:

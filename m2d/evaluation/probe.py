@@ -10,6 +10,7 @@ import numpy as np
 
 from m2d import __version__
 from m2d.classes import CLASSES, NUM_CLASSES
+from m2d.data.job_paths import result_path
 from m2d.errors import DataError
 from m2d.evaluation.bootstrap import interval, resampled_confusions
 from m2d.evaluation.classification_scores import confusion_matrix, scores
@@ -31,7 +32,9 @@ def probe(config: ProbeConfig) -> ProbeResult:
     """
     began = time.monotonic()
     device = pick_device(config.device)
+    config = config.in_this_place()
     key = extractor_key(config.feature_extractor)
+    folder = Path(result_path("output", config.output or f"probe/{key}")).expanduser()
     train, test = train_and_test(config)
     print(
         f"linear probe of {key} on {device}: fits on {len(train):,} images ({train.source}), tests on {len(test):,} "
@@ -91,7 +94,6 @@ def probe(config: ProbeConfig) -> ProbeResult:
         version=__version__,
     )
     print_result(result)
-    folder = Path(config.output).expanduser() if config.output else Path("probe") / key
     write_result(result, folder)
     print(f"probe.json, probe.csv and probe.png in {folder} ({result.seconds:.0f} s)")
     return result

@@ -1,7 +1,8 @@
 """Settings of the evaluation room. Light on purpose: the command line reads them before anything heavy is imported."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from m2d.data.job_paths import input_path, result_path
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
 from m2d.models.settings import FeatureExtractorConfig
@@ -49,3 +50,19 @@ class ProbeConfig:
             folder = getattr(self, name)
             if folder is not None and (not folder or "://" in folder):
                 raise ConfigError(f"{name} is {folder or 'empty'}; it must be a folder of this machine")
+
+    def in_this_place(self) -> "ProbeConfig":
+        """The same with the paths of a job of Ray where they are found and outlive it: see m2d.data.job_paths.
+
+        Raises ConfigError.
+        """
+        weights = input_path("feature_extractor.weights", self.feature_extractor.weights)
+        return replace(
+            self,
+            data_root=input_path("data_root", self.data_root),
+            train_catalog=input_path("train_catalog", self.train_catalog),
+            test_catalog=input_path("test_catalog", self.test_catalog),
+            test_data_root=input_path("test_data_root", self.test_data_root),
+            cache_dir=result_path("cache_dir", self.cache_dir),
+            feature_extractor=replace(self.feature_extractor, weights=weights),
+        )

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from m2d.data.job_paths import copy_around
 from m2d.experiments.measures import seconds_left
 from m2d.experiments.record import FINISHED, TRAIN, Record
 from m2d.experiments.wording import duration_text
@@ -32,7 +33,10 @@ def next_step(record: Record, all_records: Sequence[Record]) -> tuple[str, str |
 
 
 def resume_command(record: Record) -> str | None:
-    """The command of the record as a shell takes it, without --fresh; None where the record has none."""
+    """The command of the record as a shell takes it, without --fresh; None where the record has none.
+
+    For a job that ran in a copy it is to be given in the directory that was submitted.
+    """
     recorded = record.info.get("command")
     if not isinstance(recorded, str) or not recorded.strip():
         return None
@@ -47,8 +51,12 @@ def resume_command(record: Record) -> str | None:
         start = ["python", words[0]]
     else:
         start = [script.name]
-    folder = record.info.get("cwd")
-    return (f"cd {shlex.quote(folder)} && " if isinstance(folder, str) else "") + shlex.join([*start, *words[1:]])
+    command, folder = shlex.join([*start, *words[1:]]), record.info.get("cwd")
+    if not isinstance(folder, str):
+        return command
+    if copy_around(Path(folder)) is not None:  # nobody can go back there; the submitted directory is not on record
+        return f"ray job submit --working-dir . -- {command}"
+    return f"cd {shlex.quote(folder)} && {command}"
 
 
 def _go_on(record: Record, all_records: Sequence[Record]) -> tuple[str, str | None]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from m2d.data.job_paths import result_path
 from m2d.experiment import INFO
 from m2d.experiments.files import LOCK, ExperimentFiles, folder_bytes
 from m2d.experiments.find import find_records
@@ -43,7 +44,7 @@ def plan_experiments(config: CleanConfig) -> CleanPlan:
     Every directory of a name counts, whatever its state. Raises ExperimentError where the root is not there.
     """
     records = find_records(config.experiments_dir)
-    removals = _left_over(Path(config.experiments_dir).expanduser())
+    removals = _left_over(Path(result_path("experiments_dir", config.experiments_dir)).expanduser())
     kept = []
     for record in _beyond_the_newest(records, config):
         reason = _reason_to_keep(record, records, include_unfinished=config.include_unfinished)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from m2d.data.job_paths import result_path
 from m2d.data.storage import without_secrets
 from m2d.errors import ExperimentError
 from m2d.experiment import Experiment, list_experiments
@@ -16,8 +17,9 @@ def find_records(root: str, name: str | None = None) -> list[Record]:
     """Experiments under a root, oldest first; those of one name only where it is given.
 
     In a folder of this machine also those whose record cannot be read. Raises ExperimentError for a root that is not
-    there or cannot be read.
+    there or cannot be read, ConfigError for one in a job's copy, which holds none.
     """
+    root = result_path("experiments_dir", root)
     experiments = _remote(root) if "://" in root else _local(root)
     records = [read_record(found) for found in experiments if name in (None, family(found.name))]
     return sorted(records, key=lambda record: (record.name[-len("YYYYMMDD_HHMMSS") :], record.name))
@@ -28,7 +30,7 @@ def resolve(records: Sequence[Record], wanted: str, root: str) -> Record:
 
     records: oldest first. Raises ExperimentError, which names what it could be, where it is none or several.
     """
-    where = without_secrets(root)
+    where = without_secrets(result_path("experiments_dir", root))
     if not records:
         raise ExperimentError(f"no experiment in {where}; name another folder by --experiments_dir")
     if wanted == LATEST:

@@ -7,6 +7,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from m2d.data.job_paths import result_path
 from m2d.data.storage import without_secrets
 from m2d.experiments.find import find_records
 from m2d.experiments.record import Record
@@ -34,7 +35,8 @@ def list_command(config: ListConfig) -> None:
     console = open_console()
     if not records:
         of_name = f" of the name {config.name}" if config.name else ""
-        console.print(f"no experiment{of_name} in {without_secrets(config.experiments_dir)}", markup=False)
+        root = result_path("experiments_dir", config.experiments_dir)
+        console.print(f"no experiment{of_name} in {without_secrets(root)}", markup=False)
         return
     rows = [_Row(record) for record in records]
     table = _table(rows)

@@ -4,7 +4,6 @@ import collections.abc
 import os
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 import torch
 from rich.console import Console
 
+from m2d.data.job_paths import input_path, result_path
 from m2d.diffusion.feature_prior import WEAK_BELOW
 from m2d.errors import ConfigError, M2DError
 from m2d.generation.formats import FORMATS
@@ -66,7 +66,7 @@ def generate(config: GenerateConfig) -> Path:
             balance=planned.balance,
             plan=planned.digest,
         )
-        root = Path(config.output) if config.output else default_output(str(checkpoint.path), recipe)
+        root = Path(config.output or result_path("output", str(default_output(str(checkpoint.path), recipe))))
         if config.plan_only:
             _write_plan(root, planned.table)
             print(f"a plan of {planned.table.num_rows:,} images; run it with --plan {root / PLAN_NAME}")
@@ -264,8 +264,11 @@ class _Run:
 
 def _absolute(config: GenerateConfig) -> GenerateConfig:
     """Ray's processes may start in another directory, so local paths become absolute here."""
-    names = ("checkpoint", "output", "init_images", "reference_images", "reference_images_b", "data_root", "catalog")
-    given: Mapping[str, str | None] = {name: getattr(config, name) for name in (*names, "plan", "extractor_weights")}
+    names = ("checkpoint", "init_images", "reference_images", "reference_images_b", "data_root", "catalog", "plan")
+    given: dict[str, str | None] = {
+        name: input_path(name, getattr(config, name)) for name in (*names, "extractor_weights")
+    }
+    given["output"] = result_path("output", config.output)
     places = {
         name: os.path.abspath(os.path.expanduser(place))
         for name, place in given.items()

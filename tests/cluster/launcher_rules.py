@@ -78,6 +78,10 @@ def _start(config: Config) -> list[str]:
         "a worker does not join the head": _option(worker, "--address") == "$RAY_HEAD_IP:6379",
         "the head listens elsewhere": _option(head, "--port") == "6379",
         "RAY_AUTH_MODE=token is not set": "--env RAY_AUTH_MODE=token" in config["docker"].get("run_options", []),
+        "a stopped job has no time to save": any(
+            re.fullmatch(r"--env RAY_JOB_STOP_WAIT_TIME_S=\d\d+", option)
+            for option in config["docker"].get("run_options", [])
+        ),
         "the token is not mounted": config["file_mounts"].get(TOKEN) == "~/.ray/auth_token",
     }
     return [problem for problem, good in wanted.items() if not good]
@@ -104,7 +108,9 @@ def _mounts(config: Config, root: Path) -> list[str]:
 def _shared_storage(config: Config) -> list[str]:
     inside = "--volume /mnt/m2d:/mnt/m2d" in config["docker"].get("run_options", [])
     on_host = "mountpoint -q /mnt/m2d" in " ".join(config["initialization_commands"])
-    return [] if inside and on_host else ["/mnt/m2d is not mounted on the host and in the container"]
+    found = [] if inside and on_host else ["/mnt/m2d is not mounted on the host and in the container"]
+    told = "--env M2D_STORAGE=/mnt/m2d" in config["docker"].get("run_options", [])
+    return found if told else [*found, "M2D_STORAGE does not tell jobs where the shared storage is"]
 
 
 def _commands(config: Config) -> list[str]:

@@ -191,6 +191,13 @@ def test_the_folder_it_was_started_in_comes_first_where_it_is_known(root: Path, 
     assert resume_command(find_records(str(root))[0]) == "cd '/my code' && python jobs/train.py --name tiny"
 
 
+def test_a_job_that_ran_in_a_copy_is_submitted_again(root: Path, make_experiment: Any) -> None:
+    copy = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_4711"
+    make_experiment("a_20250101_000000", "failed", steps=(5,), cwd=copy)
+    submits = "ray job submit --working-dir . -- python jobs/train.py --name tiny"
+    assert resume_command(find_records(str(root))[0]) == submits
+
+
 def test_an_older_unfinished_one_is_not_what_its_command_goes_on_with(root: Path, make_experiment: Any) -> None:
     make_experiment("a_20250101_000000", "failed", steps=(5,))
     make_experiment("a_20250102_000000", "failed")
