@@ -9,12 +9,13 @@ import shutil
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from m2d.errors import ConfigError
+from m2d.nodes import wait_for_nodes
 from m2d.private_folder import private_folder
 
 logger = logging.getLogger(__name__)
@@ -23,11 +24,18 @@ LONGEST_FOLDER = 36  # characters: a socket's path has 107, of which Ray's sessi
 
 
 @contextmanager
-def ray_cluster(*, verbose: bool = False, min_cpus: float = 1.0) -> Iterator[None]:
+def ray_cluster(
+    *,
+    verbose: bool = False,
+    min_cpus: float = 1.0,
+    bundles: Sequence[Mapping[str, float]] = (),
+    wait_s: float = 0.0,
+) -> Iterator[None]:
     """A connection to Ray for the time of the block; one that exists already is used and left alone.
 
     min_cpus: logical CPUs that the caller will ask for at once. A cluster started here has at least so many, however
-    few cores the machine has: they are a budget, and a small machine's workers share its cores.
+    few cores the machine has: they are a budget, and a small machine's workers share its cores. bundles, wait_s: what
+    each worker needs of one node, and how long a cluster that was joined may take to bring nodes with it.
     """
     quiet(verbose)
     import ray
@@ -63,6 +71,8 @@ def ray_cluster(*, verbose: bool = False, min_cpus: float = 1.0) -> Iterator[Non
             ray.shutdown()
             ray.init(**options)
     try:
+        if joined and wait_s > 0:
+            wait_for_nodes(bundles, wait_s, logger.warning)
         if ray.cluster_resources().get("CPU", 0) < min_cpus:
             raise ConfigError(
                 f"the Ray cluster has {ray.cluster_resources().get('CPU', 0):g} CPUs and the run needs {min_cpus:g}; "

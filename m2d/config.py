@@ -37,7 +37,7 @@ class TrainConfig:
     """One training run. The flags that people know stand at the top; the rest belongs to its room."""
 
     data_root: str | None = None  # a folder of class folders: a path or a URI (s3://, gs://)
-    experiments_dir: str = "./experiments"  # path or URI; with several nodes it must be storage that all of them see
+    experiments_dir: str = "./experiments"  # a path that all nodes see; a URI only where one machine does all the work
     cache_dir: str = "./cache"  # what setup_data prepared; read where it is there. A path that every node sees
     name: str = "m2d"  # of the experiment; its directory is NAME_YYYYMMDD_HHMMSS
     seed: int = 0  # of weights, order, noise and dropout; the split has data.split_seed

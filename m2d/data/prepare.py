@@ -35,6 +35,7 @@ from m2d.data.shards import clear_leftovers
 from m2d.data.storage import without_secrets
 from m2d.data.stream import user_error
 from m2d.errors import ConfigError, DataError
+from m2d.nodes import require_shared
 
 if TYPE_CHECKING:  # image tasks import this file and need no torch: seconds and 200 MB each
     from m2d.data.feature_jobs import FeatureJobs
@@ -66,6 +67,7 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
 
         def need_ray() -> None:
             cluster.enter_context(ray_cluster(verbose=config.verbose, min_cpus=max(1.0, config.data.read_cpus)))
+            require_shared(written={"cache_dir": config.cache_dir}, read={"data_root": data_root})
 
         catalog = reusable_catalog(folder, data_root, config.data)
         if "scan" in stages:

@@ -107,7 +107,8 @@ def _real_sides(
         return train, _listed("test", real, _catalog(real, data, config.cache_dir, notes), "all of")
     own = Path(experiment_of(checkpoint[0]), "cache", "catalog.parquet") if checkpoint else None
     recorded = checkpoint[1].config.get("data_root") if checkpoint else None
-    if config.data is None and own is not None and own.is_file() and recorded and _same_place(recorded, real):
+    same = bool(recorded) and _same_place(str(recorded), without_secrets(real))  # records hold no key of a URI
+    if config.data is None and own is not None and own.is_file() and same:
         catalog = read_catalog(str(own))
         notes.append("split of the real images: the checkpoint's own")
     else:

@@ -125,7 +125,8 @@ def _training_images(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa
     cache_dir = recorded.get("cache_dir")
     if own.is_file():
         rows = read_catalog(str(own))
-        places = [place for place in (recorded.get("data_root"), config.data_root) if place]
+        given = (config.data_root, recorded.get("data_root"))  # a recorded URI lacks the key that it had
+        places = [place for place in given if place and "***" not in place]
     else:
         rows = catalog if catalog is not None else dataset_catalog(config, checkpoint.info)
         if rows is None:

@@ -78,6 +78,11 @@ def read_references(
     `classes` has no usable image in it.
     """
     shown = without_secrets(folder)
+    if shown != folder:  # each image's place goes into plan, manifest and image
+        raise DataError(
+            f"{setting}: {shown} holds a key, which the record of each image would show; give credentials by the "
+            "environment or an instance role"
+        )
     filesystem, root = open_storage(folder)
     candidates, rejected = _candidates(filesystem, root, classes, f"{setting}: {shown}")
     found: dict[str, list[Reference]] = {code: [] for code in CLASSES}

@@ -32,6 +32,7 @@ from m2d.generation.settings import Feature, GenerateConfig, Precision
 from m2d.generation.summary import counts_and_rejections, missing_by_class, missing_text, write_sheet, write_strips
 from m2d.models.checkpoint import Checkpoint, load_checkpoint
 from m2d.models.feature_extractor import FeatureExtractor
+from m2d.nodes import require_shared
 
 _RAY_PAYS_FROM = 512  # images on the CPUs of one machine; starting Ray and its actors costs about 15 s
 _GROUP_BYTES = 128 * 2**20  # of pixels that a group may take in memory
@@ -171,6 +172,8 @@ class _Run:
         from m2d.generation.bulk import make_on_ray, pick_pool
 
         _connect(self.cluster, self.config)
+        read = {"checkpoint": str(self.checkpoint.path), "data_root": self.config.data_root or ""}
+        require_shared(written={"output": str(self.folder.root)}, read=read)
         pool = pick_pool(
             num_actors=self.config.num_actors,
             gpus_per_actor=self.config.gpus_per_actor,

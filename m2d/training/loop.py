@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from m2d.data.stream import build_stream, iterate_stream, stream_options
+from m2d.records import BlankingFormatter
 from m2d.training.plan import RunPlan
 from m2d.training.saving import complete_checkpoints
 from m2d.training.stopping import failures_recorded, recorded_failure
@@ -58,17 +59,19 @@ class RayLink:
         return bool(new)
 
 
-def ray_worker(loop_config: dict[str, RunPlan]) -> None:
-    """TorchTrainer's train_loop_per_worker."""
+def ray_worker(loop_config: dict[str, Any]) -> None:
+    """TorchTrainer's train_loop_per_worker. loop_config: plan, a RunPlan; wandb, a WandbKey or None."""
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    plan = loop_config["plan"]
+    plan: RunPlan = loop_config["plan"]
     link = RayLink(plan)
     logger = logging.getLogger("m2d")
     folder = plan.experiment.path / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"worker_{link.rank}.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(BlankingFormatter())
     logger.addHandler(handler)
+    if link.rank == 0 and loop_config["wandb"] is not None:
+        loop_config["wandb"].use()
     try:
         if recorded_failure(plan.experiment.path) is None:  # else this group is Ray's next try at what cannot work
             with failures_recorded(plan.experiment.path):

@@ -19,7 +19,7 @@ from m2d.training.step import Precision
 CATALOG = "cache/catalog.parquet"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)  # Ray shows the text of what a trainer is given
 class RunPlan:
     """What a worker needs to know. Small: it is sent to each."""
 

@@ -156,11 +156,16 @@ class RayConfig:
     max_failures: int = 3  # times a lost worker group is started again from the newest checkpoint
     threads_per_worker: int | None = None  # torch threads on a CPU worker; None: cores / workers
     collective_timeout_s: float = 1800.0  # after which workers that wait for one another end with an error
+    wait_for_nodes_s: float = 0.0  # for an autoscaler to bring a GPU for each worker; 0: count what is up
     resize_check_s: float = 600.0  # elastic runs: how often to look for room for more workers; growing costs a restart
 
     def __post_init__(self) -> None:
         for name in ("collective_timeout_s", "resize_check_s"):
             value = getattr(self, name)
             _require(isfinite(value) and value > 0, f"ray.{name} is {value}; it must be above 0")
+        _require(
+            isfinite(self.wait_for_nodes_s) and self.wait_for_nodes_s >= 0,
+            f"ray.wait_for_nodes_s is {self.wait_for_nodes_s}; it must be at least 0",
+        )
         _require(self.cpus_per_worker > 0, f"ray.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
         _require(self.max_failures >= -1, "ray.max_failures must be -1 (without limit) or more")

@@ -74,19 +74,20 @@ def failures_recorded(experiment: Path) -> Iterator[None]:
 class StopRequest:
     """For the time of a `with` block in the main thread: SIGINT and SIGTERM ask the run to save and stop.
 
-    The second signal ends the process at once. In another thread (a sweep's trials) signals stay as they are.
-    say: tells the person.
+    The second signal ends the process at once. In another thread, which may set none, signals stay as they are.
+    say: tells the person. signals: False leaves them as they are here too.
     """
 
-    def __init__(self, experiment: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, experiment: Path, say: Callable[[str], None], *, signals: bool = True) -> None:
         self.experiment = experiment
         self.say = say
+        self.signals = signals
         self.signal: int | None = None  # that asked
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
         (self.experiment / CONTROL).write_bytes(b" " * CONTROL_BYTES)  # forgets what an earlier run left
-        if threading.current_thread() is threading.main_thread():
+        if self.signals and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 

@@ -21,15 +21,19 @@ from m2d.cluster import ray_cluster
 from m2d.config import TrainConfig, as_dict, with_absolute_paths
 from m2d.data.catalog import class_counts
 from m2d.data.local import iterate_local
+from m2d.data.storage import open_storage
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
 from m2d.experiment import Experiment, open_experiment
 from m2d.models.perceptual import PerceptualKind, lpips_available
+from m2d.nodes import require_shared
+from m2d.records import BlankingFormatter
 from m2d.training.console import Console
 from m2d.training.dataset import prepared_parts, run_catalog
 from m2d.training.plan import CATALOG, RunPlan
 from m2d.training.saving import complete_checkpoints
 from m2d.training.step import Precision
 from m2d.training.stopping import Stopped, StopRequest, failures_recorded, recorded_failure
+from m2d.training.telemetry import WandbKey, find_wandb_key
 from m2d.training.worker import train_worker
 
 # gloo's, NCCL's and Ray's own
@@ -41,10 +45,11 @@ HEALTH_CHECK_S = 600.0  # Ray's default
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 
 
-def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> Experiment:
+def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool = True) -> Experiment:
     """Train to the end, starting or resuming. Returns the experiment.
 
     callbacks: `ray.train.UserCallback`s that hear of every report of the workers; a sweep's trials have one.
+    stoppable: SIGINT and SIGTERM make the run save before it ends; not where somebody else ends it, as a sweep does.
 
     Raises an M2DError for what a user can mend. Everything written so far stays; running the same command goes on.
     """
@@ -62,8 +67,13 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = ()) -> Experiment:
                 for line in opening.degraded:
                     console.warn(line)
                 console.say(f"experiment: {experiment.path}{' (resumed)' if resumed else ''}")
+                if config.workers[1] > 0:
+                    require_shared(
+                        written={"experiments_dir": config.experiments_dir},
+                        read={"data_root": data_root, "cache_dir": config.cache_dir},
+                    )
                 catalog = run_catalog(config, experiment, data_root, console)
-                _train_in(config, experiment, catalog, opening, console, callbacks)
+                _train_in(config, experiment, catalog, opening, console, callbacks, stoppable)
         except BaseException as error:
             if isinstance(error, M2DError) and not (experiment.path / CATALOG).is_file():
                 shutil.rmtree(experiment.path)  # nothing was begun: a wrong data_root leaves no trace
@@ -118,6 +128,7 @@ def _train_in(
     opening: _Opening,
     console: Console,
     callbacks: Sequence[Any],
+    stoppable: bool,
 ) -> None:
     """Plan and run, once the data is known."""
     plan = RunPlan(
@@ -135,14 +146,15 @@ def _train_in(
         return
     record = experiment.path / "metrics" / "train.jsonl"
     with (
-        StopRequest(experiment.path, console.say) as request,
+        StopRequest(experiment.path, console.say, signals=stoppable) as request,
         console.progress(record, plan.total_steps, plan.steps_per_epoch, done),
     ):
         if config.workers[1] == 0:
             with failures_recorded(experiment.path):
                 train_worker(plan, _LocalLink(plan, torch.device("cuda" if opening.on_gpu else "cpu")))
         else:
-            _fit(plan, opening.on_gpu, callbacks)
+            online = config.use_wandb and config.wandb_mode == "online"
+            _fit(plan, opening.on_gpu, callbacks, find_wandb_key(console.warn) if online else None)
     done = _steps_done(plan)
     if request.signal is not None and done < plan.total_steps:
         raise Stopped(f"stopped at step {done:,} of {plan.total_steps:,}; the same command goes on", request.signal)
@@ -159,8 +171,14 @@ def _resources(config: TrainConfig) -> AbstractContextManager[None]:
     """Ray, unless the calling process trains."""
     if config.workers[1] == 0:
         return nullcontext()
-    needed = config.workers[0] * config.ray.cpus_per_worker + config.data.read_cpus + 1
-    return ray_cluster(verbose=config.verbose, min_cpus=needed)
+    fewest = config.workers[0]
+    needed = fewest * config.ray.cpus_per_worker + config.data.read_cpus + 1
+    return ray_cluster(
+        verbose=config.verbose,
+        min_cpus=needed,
+        bundles=[{"CPU": config.ray.cpus_per_worker, "GPU": 1}] * fewest,
+        wait_s=config.ray.wait_for_nodes_s,
+    )
 
 
 def _on_gpu(config: TrainConfig) -> bool:
@@ -226,7 +244,7 @@ def _steps_done(plan: RunPlan) -> int:
     return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 
 
-def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any]) -> None:
+def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any], key: WandbKey | None) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -248,15 +266,19 @@ def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any]) -> None:
     # Ray asks that every checkpoint on its own list exist, but m2d.training.saving deletes old ones; resuming reads the
     # directory, so Ray starts each time with an empty list.
     (plan.experiment.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    # The filesystem made here, so that Ray shows no URI and so no key in one.
+    remote, here = plan.experiment.remote, str(plan.experiment.path)
+    filesystem, place = (None, here) if remote is None else open_storage(remote)
     trainer = TorchTrainer(
         ray_worker,
-        train_loop_config={"plan": plan},
+        train_loop_config={"plan": plan, "wandb": key},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=math.ceil(patience_s)),
         scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
             name="checkpoints",
             callbacks=list(callbacks),
-            storage_path=plan.experiment.remote or str(plan.experiment.path),
+            storage_path=place,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=config.ray.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=None),  # m2d.training.saving keeps and deletes
         ),
@@ -345,7 +367,7 @@ class _log_file:
 
     def __init__(self, experiment: Experiment) -> None:
         self.handler = logging.FileHandler(experiment.path / "logs" / "driver.log")
-        self.handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        self.handler.setFormatter(BlankingFormatter())
 
     def __enter__(self) -> None:
         logging.getLogger("m2d").addHandler(self.handler)

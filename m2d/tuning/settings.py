@@ -26,8 +26,7 @@ class SweepSettings:
     """What is searched, and by what a trial is judged and stopped."""
 
     scheduler: Literal["asha", "none"] = "asha"  # asha stops the trials that lag behind
-    # YAML of setting: loguniform(a, b), uniform(a, b), choice(a, b, ...) or fixed(a); stands for the whole default
-    space: dict[str, str] = field(default_factory=DEFAULT_SPACE.copy)
+    space: dict[str, str] = field(default_factory=DEFAULT_SPACE.copy)  # setting: loguniform(a, b), uniform, choice(...)
     reports: int = 10  # times that a trial is judged, evenly over max_steps; without max_steps, after every epoch
     grace_reports: int = 2  # asha: reports before a trial may be stopped
     reduction_factor: float = 3.0  # asha: one of so many goes on at each rung

@@ -20,6 +20,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 from m2d.cluster import ray_cluster
 from m2d.config import with_absolute_paths
 from m2d.errors import ConfigError, ExperimentError
+from m2d.nodes import require_shared
 from m2d.training.console import Console
 from m2d.tuning.folder import SETTINGS, held, require_enough, require_same, set_aside, write_settings
 from m2d.tuning.ledger import Ledger, TrialRecord
@@ -75,6 +76,10 @@ def _run(config: SweepConfig, folder: Path, ledger: Ledger, left: int, console: 
     if not config.verbose:
         logging.getLogger("ray.tune.utils.util").setLevel(logging.ERROR)  # it counts steps above 0.5 s
     with ray_cluster(verbose=config.verbose, min_cpus=trial_cpus(config) + DRIVER_CPUS):
+        require_shared(
+            written={"experiments_dir": config.experiments_dir},
+            read={"data_root": config.checked_data_root, "cache_dir": config.cache_dir},
+        )
         at_once = min(concurrent_trials(config, ray.cluster_resources()), left)
         whole = count(config)
         ended = f", {whole - left} of them ended before" if left < whole else ""

@@ -65,7 +65,7 @@ def run_trial(proposed: Mapping[str, float], *, config: SweepConfig, folder: str
 def _train(run: TrainConfig, callback: ReportObjective) -> None:
     from m2d.training.trainer import train  # here, so that only this process loads torch
 
-    train(run, callbacks=[callback])
+    train(run, callbacks=[callback], stoppable=False)
 
 
 def _in_known_cluster(function: Callable[..., None]) -> Any:
