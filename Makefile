@@ -2,11 +2,11 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 BENCH ?= ingest sampling scaleout
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint audit format bench lock clean distclean
+.PHONY: help setup demo test exhaustive lint audit format bench lock clean distclean
 
 help:  ## This list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -17,8 +17,11 @@ setup:  ## Create .venv and install everything (PYTHON=python3.12: with that int
 demo: setup  ## Train on generated images with two workers and show samples, in ./demo
 	$(PY) -m m2d demo $(ARGS)
 
-test: setup  ## All tests, in two processes; make test WORKERS=0 ARGS="tests/data -k decode" for some, in one
-	$(PY) -m pytest --durations=15 --numprocesses $(WORKERS) --dist loadgroup $(ARGS)
+test: setup  ## The tests, in three processes; make test WORKERS=0 ARGS="tests/data -k decode" for some, in one
+	$(PY) -m pytest --durations=25 --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+exhaustive: setup  ## The tests that take minutes each: nodes that are taken away, a worker that hangs, a sweep of six trials
+	$(PY) -m pytest --durations=0 -m exhaustive $(ARGS)
 
 lint: setup  ## Style, types and who may import whom
 	$(PY) -m ruff check .

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from m2d.data.job_paths import input_path
 from m2d.errors import ConfigError, M2DError
 
 ConfigT = TypeVar("ConfigT")
@@ -132,7 +133,10 @@ def _spelled_out(
                 if not waiting or waiting[0].startswith("--"):
                     raise ConfigError(f"{name} needs {'a name' if name == '--preset' else 'a file'} after it")
                 value = waiting.pop(0)
-            file = preset_path(value) if preset_path and name == "--preset" else Path(value).expanduser()
+            if preset_path and name == "--preset":
+                file = preset_path(value)
+            else:
+                file = Path(input_path("config", value)).expanduser()
             if not file.is_file():
                 raise ConfigError(f"config: {value} is not a file; give the path of a YAML file of settings")
             files += ["--config", _without_keys(file, passed_over)]

@@ -19,14 +19,18 @@ PaintImages = Callable[[Path, dict[str, int]], pa.Table]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """How `make test` divides the tests over its processes: all that needs Ray in one, a file of the rest in one piece.
+    """How `make test` divides the tests over its processes, the longest pieces first.
 
-    So there is one cluster, and no fixture of a file is made twice.
+    All that starts clusters of its own is one piece, all that shares one cluster another, of the rest each file: so
+    there is one shared cluster, no more than two at a time, and no fixture of a file is made twice.
     """
-    with_ray = {item.path for item in items if item.get_closest_marker("ray")}
+    pieces: dict[Path, str] = {}
+    for mark in ("ray", "processes"):
+        pieces |= {item.path: mark for item in items if item.get_closest_marker(mark)}
     for item in items:
-        group = "ray" if item.path in with_ray else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(pieces.get(item.path, str(item.path))))
+    first = {"processes": 0, "ray": 1}
+    items.sort(key=lambda item: first.get(pieces.get(item.path, ""), 2))
 
 
 @pytest.fixture(scope="session")

@@ -74,13 +74,18 @@ print(*(one.getsockname()[1] for one in held))')
 export RAY_ADDRESS=$head_ip:$port
 
 # In /tmp of each node, short (a socket's path has at most 107 characters), and not another job's.
+session=/tmp/m2d-ray-$SLURM_JOB_ID
 ray_options=(
-    --block --disable-usage-stats --temp-dir="/tmp/m2d-ray-$SLURM_JOB_ID"
+    --block --disable-usage-stats --temp-dir="$session"
     --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="${SLURM_GPUS_ON_NODE:-0}"
     --object-manager-port=0 --node-manager-port=0 --min-worker-port=0 --max-worker-port=0
     --dashboard-agent-listen-port=0 --metrics-export-port=0
 )
 shared_by_steps=(--overlap --cpus-per-task="$SLURM_CPUS_PER_TASK")
+
+# The name can be guessed: whoever was there first would read along.
+srun "${shared_by_steps[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
+    bash -c "mkdir -p -m 700 $session && [ -O $session ] && [ ! -L $session ]"
 
 srun "${shared_by_steps[@]}" --nodes=1 --ntasks=1 --nodelist="$head_node" \
     ray start --head --node-ip-address="$head_ip" --port="$port" --ray-client-server-port="$client_port" \

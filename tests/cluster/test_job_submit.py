@@ -15,7 +15,7 @@ from m2d.data.demo import write_demo_dataset
 from m2d.experiment import list_experiments
 from m2d.models.checkpoint import load_checkpoint
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(600)]
 
 TRAIN = ("python", "jobs/train.py")
 DEMO = [
@@ -88,6 +88,7 @@ def test_results_in_a_copy_are_refused_and_the_command_fails(
     assert list(cluster.session.rglob("lost")) == []
 
 
+@pytest.mark.exhaustive
 def test_a_job_in_a_copy_finds_what_an_earlier_one_left_in_the_storage(
     trained: "CompletedProcess[str]", cluster: JobCluster, submitted: Path, elsewhere: Path
 ) -> None:
@@ -145,6 +146,10 @@ def test_a_stopped_job_ends_its_actors_and_leaves_a_checkpoint(
     await_that(lambda: cluster.free_cpus() == CPUS, 60, "its CPUs come back")
     (experiment,) = list_experiments(str(experiments))
     assert not experiment.is_running
+    # What was done when the stop came is in a checkpoint of its own.
+    info = experiment.info()
+    assert (info["state"], info["error"]) == ("stopped", None)
+    last = json.loads((experiment.path / "metrics" / "train.jsonl").read_text().splitlines()[-1])["step"]
     newest = max(experiments.glob(complete)).parent
-    assert load_checkpoint(newest, "cpu").step >= 5
+    assert load_checkpoint(newest, "cpu").step == last
     shutil.rmtree(experiments)

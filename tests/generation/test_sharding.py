@@ -14,7 +14,7 @@ from tiny_checkpoint import write_checkpoint
 
 from m2d.models.checkpoint import Checkpoint
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 REPOSITORY = Path(__file__).parents[2]
 

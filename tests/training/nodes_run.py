@@ -1,6 +1,7 @@
-"""One elastic training run on a Ray cluster of its own: three nodes, of which one is killed and one is taken away.
+"""One training run on a Ray cluster of its own: three nodes, two of them at work, and what may happen to them.
 
-python tests/training/nodes_run.py DATA_ROOT EXPERIMENTS_DIR REPORT
+python tests/training/nodes_run.py killed DATA_ROOT EXPERIMENTS_DIR REPORT      a worker, then a node
+python tests/training/nodes_run.py preempted DATA_ROOT EXPERIMENTS_DIR REPORT   elastic: a node, then one on notice
 
 Run by test_nodes.py as a process, since a process can be in one cluster only and the tests share theirs. A worker asks
 for two CPUs and a node has three, so there is one on a node and a CPU for its data. REPORT is a JSON file.
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.cluster_utils import Cluster
 from tiny_run import TINY
@@ -30,11 +32,11 @@ from m2d.training.trainer import train
 NODES = 3
 PATIENCE_S = 150.0
 NOTICE_S = 120  # until the announced end; the node goes as soon as the run has saved, so nobody waits for it
-EVERY = 40  # steps from checkpoint to checkpoint
+EVERY = 20  # steps from checkpoint to checkpoint
 
 
-def main(data_root: str, experiments: str, report: str) -> None:
-    """Train until both nodes are gone and the one that is left has made steps alone; then stop as Ctrl-C would."""
+def main(what: str, data_root: str, experiments: str, report: str) -> None:
+    """Train until it has happened and the run has made steps since; then stop as Ctrl-C would."""
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
@@ -49,8 +51,19 @@ def main(data_root: str, experiments: str, report: str) -> None:
             cluster.add_node(num_cpus=3, object_store_memory=80 * 2**20)
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
         document: dict[str, Any] = {}
-        threading.Thread(target=take_away, args=(cluster, Path(experiments), document), daemon=True).start()
-        flags = ["--num_workers", "1-2", "--ray.cpus_per_worker", "2", "--data.read_cpus", "0.5", "--epochs", "100000"]
+        happens = {"killed": kill, "preempted": preempt}[what]
+        threading.Thread(target=watch, args=(happens, cluster, Path(experiments), document), daemon=True).start()
+        workers = {"killed": "2", "preempted": "1-2"}[what]
+        flags = [
+            "--num_workers",
+            workers,
+            "--ray.cpus_per_worker",
+            "2",
+            "--data.read_cpus",
+            "0.5",
+            "--epochs",
+            "100000",
+        ]
         places = ["--data_root", data_root, "--experiments_dir", experiments, "--name", "run"]
         try:
             train(parse("train", [*TINY, *flags, *places, "--saving.every_steps", str(EVERY)]))
@@ -62,31 +75,55 @@ def main(data_root: str, experiments: str, report: str) -> None:
         cluster.shutdown()
 
 
-def take_away(cluster: Cluster, experiments: Path, document: dict[str, Any]) -> None:
-    """Kill one node of the group, announce the end of another; note the newest checkpoints and steps at each."""
+def watch(
+    happens: Callable[[Cluster, "Run", dict[str, Any]], None],
+    cluster: Cluster,
+    experiments: Path,
+    document: dict[str, Any],
+) -> None:
+    """Let it happen once there is a checkpoint; then ask the run to stop."""
     try:
         run = Run(experiments)
-        wait_until(lambda: run.workers() == 2 and run.checkpoint() >= EVERY)
-        hosts = train_workers()
-        victims = [node for node in cluster.worker_nodes if node.node_id in hosts]
-        document["hosts_before"] = len(hosts)
-        document["killed_at"] = run.step()
-        cluster.remove_node(victims[0], allow_graceful=False)
-        wait_until(lambda: victims[0].node_id not in train_workers() and len(train_workers()) == 2)
-        wait_until(lambda: run.step() > document["killed_at"] and run.workers() == 2)
-        (leaving,) = cluster.worker_nodes
-        last = run.checkpoint()
-        document["noticed_at"], document["before_notice"] = run.step(), last
-        drain(cluster.address, leaving.node_id)
-        wait_until(lambda: run.checkpoint() % EVERY != 0)
-        document["saved_on_notice"] = run.checkpoint()
-        cluster.remove_node(leaving, allow_graceful=False)
-        wait_until(lambda: run.workers() == 1)
-        here = run.step()
-        wait_until(lambda: run.step() > here + 5)
+        wait_until(lambda: run.step() > 0 and run.checkpoint() >= EVERY)
+        document["hosts"] = len(set(train_workers()))
+        happens(cluster, run, document)
     except BaseException as error:
         document["error"] = repr(error)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def kill(cluster: Cluster, run: "Run", document: dict[str, Any]) -> None:
+    """One of the two workers, then one of the two nodes that are at work; note the steps."""
+    document["worker_killed_at"] = run.step()
+    victim = next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline()))
+    victim.kill()
+    wait_until(lambda: run.checkpoint() > document["worker_killed_at"])
+    document["node_killed_at"] = run.step()
+    lose_a_node(cluster)
+    wait_until(lambda: run.step() > document["node_killed_at"])
+
+
+def preempt(cluster: Cluster, run: "Run", document: dict[str, Any]) -> None:
+    """Lose a node, for which the third one comes in, then announce the end of another; note checkpoints and steps."""
+    killed_at = run.step()
+    lose_a_node(cluster)
+    wait_until(lambda: run.step() > killed_at and run.workers() == 2)
+    (leaving,) = cluster.worker_nodes
+    document["before_notice"] = run.checkpoint()
+    drain(cluster.address, leaving.node_id)
+    wait_until(lambda: run.checkpoint() % EVERY != 0)
+    document["saved_on_notice"] = run.checkpoint()
+    cluster.remove_node(leaving, allow_graceful=False)
+    wait_until(lambda: run.workers() == 1)
+    alone_since = run.step()
+    wait_until(lambda: run.step() > alone_since + 5)
+
+
+def lose_a_node(cluster: Cluster) -> None:
+    """One that is at work, and that the driver is not on."""
+    victim = next(node for node in cluster.worker_nodes if node.node_id in train_workers())
+    cluster.remove_node(victim, allow_graceful=False)
+    wait_until(lambda: victim.node_id not in train_workers() and len(train_workers()) == 2)
 
 
 class Run:

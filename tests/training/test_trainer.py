@@ -112,33 +112,7 @@ def test_a_run_on_ray_goes_on_from_its_newest_checkpoint_though_older_ones_were_
 
 
 @pytest.mark.ray
-@pytest.mark.slow
-def test_a_lost_worker_costs_the_steps_since_the_last_checkpoint_and_the_run_ends_whole(
-    ray_cluster: None, data_root: Path, tmp_path: Path
-) -> None:
-    """SIGKILL to one of two workers in mid-run: Ray starts the group again, and the loop resumes."""
-    config = config_of(
-        data_root,
-        tmp_path,
-        "--num_workers",
-        "2",
-        "--max_steps",
-        "40",
-        "--saving.every_steps",
-        "5",
-        "--saving.keep_last",
-        "9",
-    )
-    killer = SignalOneWorker(tmp_path, signal.SIGKILL)
-    experiment = train(config)
-    killer.join()
-    assert killer.signalled
-    assert [record["step"] for record in records(experiment.path, "train")] == list(range(1, 41))
-    assert complete_checkpoints(experiment.checkpoints)[-1].name == "step_00000040"
-
-
-@pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_worker_that_hangs_ends_the_run_with_an_error_and_not_with_silence(
     ray_cluster: None, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

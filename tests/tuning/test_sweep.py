@@ -27,7 +27,6 @@ from m2d.tuning.sweep import _optuna, _scheduler, sweep
 
 ROOT = Path(__file__).parents[2]
 SPACE = "{loss_weights.diffusion: 'loguniform(0.1, 10)', optimizer.lr_denoiser: 'loguniform(1e-5, 1e-2)'}"
-TRIALS = 6
 DEADLINE_S = 900.0  # for a whole sweep on a machine that does much else
 # Runs the command in a cluster of its own, and says whether all of its CPUs are free in the end.
 PROGRAM = """
@@ -124,35 +123,52 @@ def left_by(folder: Path, record: TrialRecord) -> tuple[TrialRecord, dict[str, s
     return TrialRecord(now.number, now.chosen, now.state, now.step, now.error), files | {"rows": json.dumps(rows)}
 
 
-@pytest.mark.ray
+# A rate of which nothing survives, so that ASHA's answer is known.
+GRID = ["--search", "grid", "--sweep.space", "{optimizer.lr_denoiser: 'choice(0.001, 30, 40)'}"]
+
+
+@pytest.mark.processes
 @pytest.mark.slow
 @pytest.mark.timeout(2 * DEADLINE_S)
+@pytest.mark.parametrize(
+    ("search", "trials", "before_the_kill"),
+    [
+        pytest.param(GRID, 3, 1, id="three of a grid"),
+        pytest.param([], 6, 2, id="six at random", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_a_killed_sweep_goes_on_with_what_is_left_and_its_best_trains(
-    ray_cluster: None, environment: dict[str, str], data_root: Path, tmp_path: Path
+    ray_cluster: None,
+    environment: dict[str, str],
+    data_root: Path,
+    tmp_path: Path,
+    search: list[str],
+    trials: int,
+    before_the_kill: int,
 ) -> None:
     """Beside another cluster (the tests' own), where Ray Train alone would never free a stopped trial's CPUs.
 
     One trial at a time fits, so a stopped trial that kept its CPUs would keep the next ones from starting.
     """
-    flags = flags_of(data_root, tmp_path, "--num_trials", str(TRIALS), "--sweep.max_concurrent", "1")
+    flags = flags_of(data_root, tmp_path, "--num_trials", str(trials), "--sweep.max_concurrent", "1", *search)
     folder = tmp_path / "sweeps" / "s"
     first = Driver(flags, environment, tmp_path / "first.log")
     try:
-        wait_for_ended_trials(folder, first, 2)
+        wait_for_ended_trials(folder, first, before_the_kill)
     finally:
         first.kill()
     ended = Ledger(folder).in_state("done", "stopped")
-    assert 2 <= len(ended) < TRIALS
+    assert before_the_kill <= len(ended) < trials
     before = [left_by(folder, record) for record in ended]
 
     said = Driver([*flags, "--resume"], environment, tmp_path / "second.log").finish()
     assert "all CPUs are free" in said
     assert [left_by(folder, record) for record in ended] == before
     ledger = Ledger(folder)
-    assert sorted(ledger.records) == list(range(TRIALS))
+    assert sorted(ledger.records) == list(range(trials))
     assert not ledger.in_state("open", "failed"), said
     assert ledger.in_state("stopped")
-    assert len(list_experiments(str(folder / "trials"))) == TRIALS  # each trial once
+    assert len(list_experiments(str(folder / "trials"))) == trials  # each trial once
     results = json.loads((folder / "results.json").read_text())
     assert {result["trial"]: result["chosen"] for result in results} == {
         record.name: record.chosen for record in ledger.records.values()
