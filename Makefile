@@ -18,7 +18,7 @@ demo: setup  ## Train on generated images with two workers and show samples, in 
 	$(PY) -m m2d demo $(ARGS)
 
 test: setup  ## The tests, in three processes; make test WORKERS=0 ARGS="tests/data -k decode" for some, in one
-	$(PY) -m pytest --durations=25 --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest --durations=25 --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 exhaustive: setup  ## The tests that take minutes each: nodes that are taken away, a worker that hangs, a sweep of six trials
 	$(PY) -m pytest --durations=0 -m exhaustive $(ARGS)

@@ -2,13 +2,19 @@
 
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
+from xdist.scheduler import LoadScopeScheduling
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # Before torch is imported: the networks here are tiny, and threads that wait for each other cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -18,19 +24,33 @@ os.environ.pop("COLUMNS", None)
 PaintImages = Callable[[Path, dict[str, int]], pa.Table]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """How `make test` divides the tests over its processes, the longest pieces first.
+class Pieces(LoadScopeScheduling):  # type: ignore[misc]
+    """How `make test` divides the tests over its processes, in the order in which they are collected.
 
     All that starts clusters of its own is one piece, all that shares one cluster another, of the rest each file: so
-    there is one shared cluster, no more than two at a time, and no fixture of a file is made twice.
+    there is one shared cluster, no more than two at a time, and no fixture of a file is made twice. By the files' text,
+    because xdist's groups do not survive pytest 9.2 (the suffix that it puts into node ids is not seen).
     """
-    pieces: dict[Path, str] = {}
-    for mark in ("ray", "processes"):
-        pieces |= {item.path: mark for item in items if item.get_closest_marker(mark)}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(pieces.get(item.path, str(item.path))))
+
+    def _split_scope(self, nodeid: str) -> str:
+        return piece_of(nodeid.partition("::")[0])
+
+
+@cache
+def piece_of(file: str) -> str:
+    """file: relative to the repository's root."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return next((mark for mark in ("processes", "ray") if re.search(rf"pytest\.mark\.{mark}\b", text)), file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Pieces:
+    return Pieces(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest pieces first."""
     first = {"processes": 0, "ray": 1}
-    items.sort(key=lambda item: first.get(pieces.get(item.path, ""), 2))
+    items.sort(key=lambda item: first.get(piece_of(item.nodeid.partition("::")[0]), 2))
 
 
 @pytest.fixture(scope="session")

@@ -68,9 +68,10 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
                     console.warn(line)
                 console.say(f"experiment: {experiment.path}{' (resumed)' if resumed else ''}")
                 if config.workers[1] > 0:
+                    init = config.init_checkpoint or ""
                     require_shared(
                         written={"experiments_dir": config.experiments_dir},
-                        read={"data_root": data_root, "cache_dir": config.cache_dir},
+                        read={"data_root": data_root, "cache_dir": config.cache_dir, "init_checkpoint": init},
                     )
                 catalog = run_catalog(config, experiment, data_root, console)
                 _train_in(config, experiment, catalog, opening, console, callbacks, stoppable)

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from tiny_run import TINY, write_images
 
+from m2d.errors import ConfigError, M2DError
 from m2d.training.saving import complete_checkpoints
-from m2d.training.stopping import CONTROL, StopRequest, stop_is_wanted
+from m2d.training.stopping import CONTROL, StopRequest, failures_recorded, recorded_failure, stop_is_wanted
 
 
 def test_a_signal_asks_once_and_the_second_one_ends_the_process(tmp_path: Path) -> None:
@@ -58,6 +59,41 @@ def test_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
     thread.start()
     thread.join()
     assert handlers == [before]
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (ConfigError("image_size is 7; use 8"), "ConfigError: image_size is 7; use 8"),
+        (OSError(28, "No space left on device", "metrics/train.jsonl"), "TrainingError: no space left for metrics/"),
+    ],
+)
+def test_what_a_user_has_to_mend_is_left_for_the_driver(tmp_path: Path, raised: Exception, told: str) -> None:
+    with StopRequest(tmp_path, print):
+        with pytest.raises(M2DError) as error, failures_recorded(tmp_path):
+            raise raised
+        failure = recorded_failure(tmp_path)
+        assert type(failure) is type(error.value)
+        assert str(failure) == str(error.value)
+        assert f"{type(failure).__name__}: {failure}".startswith(told)
+    assert recorded_failure(tmp_path) is None, "a later run would give up before it began"
+
+
+def test_what_may_go_better_the_next_time_is_not_recorded(tmp_path: Path) -> None:
+    with StopRequest(tmp_path, print):
+        with pytest.raises(OSError, match="reset"), failures_recorded(tmp_path):
+            raise OSError(104, "Connection reset by peer")
+        assert recorded_failure(tmp_path) is None
+
+
+def test_a_word_can_be_left_where_no_new_file_can(tmp_path: Path) -> None:
+    """As on a disk that is full: the file keeps the size that it took at the start."""
+    with StopRequest(tmp_path, print):
+        before = (tmp_path / CONTROL).stat().st_size
+        with pytest.raises(M2DError), failures_recorded(tmp_path):
+            raise ConfigError("x" * 2 * before)
+        assert (tmp_path / CONTROL).stat().st_size == before
+        assert str(recorded_failure(tmp_path)).startswith("xxx")
 
 
 @pytest.mark.slow
