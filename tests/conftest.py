@@ -27,8 +27,8 @@ PaintImages = Callable[[Path, dict[str, int]], pa.Table]
 class Pieces(LoadScopeScheduling):  # type: ignore[misc]
     """How `make test` divides the tests over its processes, in the order in which they are collected.
 
-    All that starts clusters of its own is one piece, all that shares one cluster another, of the rest each file: so
-    there is one shared cluster, no more than two at a time, and no fixture of a file is made twice. By the files' text,
+    All that starts clusters of its own is one piece, what shares a cluster are two, of the rest each file is one: so
+    few clusters run at a time, and no fixture of a file is made twice. By the files' text,
     because xdist's groups do not survive pytest 9.2 (the suffix that it puts into node ids is not seen).
     """
 
@@ -40,7 +40,11 @@ class Pieces(LoadScopeScheduling):  # type: ignore[misc]
 def piece_of(file: str) -> str:
     """file: relative to the repository's root."""
     text = (ROOT / file).read_text(encoding="utf-8")
-    return next((mark for mark in ("processes", "ray") if re.search(rf"pytest\.mark\.{mark}\b", text)), file)
+    if re.search(r"pytest\.mark\.processes\b", text):
+        return "processes"
+    if re.search(r"pytest\.mark\.ray\b", text):
+        return "ray, data" if file.startswith(("tests/data", "tests/generation")) else "ray, the rest"
+    return file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Pieces:
@@ -49,8 +53,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Pieces:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest pieces first."""
-    first = {"processes": 0, "ray": 1}
-    items.sort(key=lambda item: first.get(piece_of(item.nodeid.partition("::")[0]), 2))
+    first = ["processes", "ray, data", "ray, the rest"]
+    pieces = {item: piece_of(item.nodeid.partition("::")[0]) for item in items}
+    items.sort(key=lambda item: first.index(pieces[item]) if pieces[item] in first else len(first))
 
 
 @pytest.fixture(scope="session")

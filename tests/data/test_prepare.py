@@ -365,9 +365,9 @@ def writes_shards(process: psutil.Process) -> bool:
 def test_a_killed_run_is_finished_without_repeating_what_was_done(
     tmp_path: Path, paint_images: Any, ray_cluster: None
 ) -> None:
-    """60 images in 8 views and files of 4: 120 files of features, of which SIGKILL lets some be made."""
+    """30 images in 8 views and files of 4: 64 files of features, of which SIGKILL lets some be made."""
     root, cache = tmp_path / "set", tmp_path / "cache"
-    paint_images(root, {"DF": 20, "MEL": 20, "NV": 20})
+    paint_images(root, {"DF": 10, "MEL": 10, "NV": 10})
     more = ["--all", "--data.views", "8", "--shard_images", "4"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     log = (tmp_path / "log").open("w")
@@ -387,11 +387,11 @@ def test_a_killed_run_is_finished_without_repeating_what_was_done(
 
     before = marks(cache)
     views_done = sum(len(load_file(path)["cls"]) for path in before if path.suffix == ".safetensors")
-    assert 5 * 4 <= views_done < 480
+    assert 5 * 4 <= views_done < 240
     reports = run(root, cache, *more)
-    assert counts(reports["catalog"]) == (60, 0, 0)
-    assert counts(reports["images 16px"]) == (60, 0, 0)
-    assert counts(reports["features"]) == (views_done, 480 - views_done, 0)
+    assert counts(reports["catalog"]) == (30, 0, 0)
+    assert counts(reports["images 16px"]) == (30, 0, 0)
+    assert counts(reports["features"]) == (views_done, 240 - views_done, 0)
     assert before.items() <= marks(cache).items()
-    assert reports["features"].files == 120
+    assert reports["features"].files == 64
     assert list(cache.rglob("*.partial")) == []

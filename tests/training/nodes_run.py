@@ -30,7 +30,7 @@ from m2d.training.stopping import Stopped
 from m2d.training.trainer import train
 
 NODES = 3
-PATIENCE_S = 150.0
+PATIENCE_S = 300.0
 NOTICE_S = 120  # until the announced end; the node goes as soon as the run has saved, so nobody waits for it
 EVERY = 20  # steps from checkpoint to checkpoint
 

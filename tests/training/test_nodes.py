@@ -27,7 +27,7 @@ def run_on_three_nodes(what: str, folder: Path) -> tuple[dict[str, Any], Path, l
     script = [sys.executable, str(TESTS / "training" / "nodes_run.py"), what]
     done = subprocess.run(
         [*script, str(data_root), str(experiments), str(report)],
-        capture_output=True, text=True, timeout=580, check=False, env=environment,
+        capture_output=True, text=True, timeout=1150, check=False, env=environment,
     )  # fmt: skip
     assert report.is_file(), done.stdout + done.stderr
     told = json.loads(report.read_text(encoding="utf-8"))
@@ -40,7 +40,7 @@ def run_on_three_nodes(what: str, folder: Path) -> tuple[dict[str, Any], Path, l
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_killed_worker_and_a_killed_node_cost_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
     told, run, records = run_on_three_nodes("killed", tmp_path)
     last = records[-1]["step"]
@@ -55,7 +55,7 @@ def test_a_killed_worker_and_a_killed_node_cost_the_steps_since_the_last_checkpo
 
 @pytest.mark.processes
 @pytest.mark.exhaustive
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_an_elastic_run_goes_on_with_the_nodes_that_are_left_and_saves_before_one_goes(tmp_path: Path) -> None:
     told, _, records = run_on_three_nodes("preempted", tmp_path)
     last = records[-1]["step"]

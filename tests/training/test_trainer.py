@@ -91,7 +91,7 @@ def test_two_workers_train_both_stages_and_the_result_generates(
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_on_ray_goes_on_from_its_newest_checkpoint_though_older_ones_were_deleted(
     ray_cluster: None, data_root: Path, tmp_path: Path
 ) -> None:

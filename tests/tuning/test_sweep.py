@@ -123,34 +123,35 @@ def left_by(folder: Path, record: TrialRecord) -> tuple[TrialRecord, dict[str, s
     return TrialRecord(now.number, now.chosen, now.state, now.step, now.error), files | {"rows": json.dumps(rows)}
 
 
-# A rate of which nothing survives, so that ASHA's answer is known.
-GRID = ["--search", "grid", "--sweep.space", "{optimizer.lr_denoiser: 'choice(0.001, 30, 40)'}"]
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.timeout(DEADLINE_S)
+def test_a_trial_that_lags_is_stopped_and_frees_its_cpus(
+    ray_cluster: None, environment: dict[str, str], data_root: Path, tmp_path: Path
+) -> None:
+    """Beside another cluster (the tests' own), where Ray Train alone would never free them. The rate leaves nothing."""
+    space = "{optimizer.lr_autoencoder: 'choice(0.001, 1000000)'}"
+    grid = ["--search", "grid", "--sweep.space", space, "--max_steps", "4", "--sweep.reports", "2"]
+    said = Driver(flags_of(data_root, tmp_path, *grid), environment, tmp_path / "log").finish()
+    assert "all CPUs are free" in said
+    folder = tmp_path / "sweeps" / "s"
+    assert {number: record.state for number, record in Ledger(folder).records.items()} == {0: "done", 1: "stopped"}
+    best = parse("train", ["--config", str(folder / "best.yaml")])
+    assert best.optimizer.lr_autoencoder == 0.001
+    assert best.data_root == str(data_root)
+    results = json.loads((folder / "results.json").read_text())
+    assert [(result["step"], result["finished"]) for result in results] == [(4, True), (2, False)]
 
 
 @pytest.mark.processes
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(2 * DEADLINE_S)
-@pytest.mark.parametrize(
-    ("search", "trials", "before_the_kill"),
-    [
-        pytest.param(GRID, 3, 1, id="three of a grid"),
-        pytest.param([], 6, 2, id="six at random", marks=pytest.mark.exhaustive),
-    ],
-)
 def test_a_killed_sweep_goes_on_with_what_is_left_and_its_best_trains(
-    ray_cluster: None,
-    environment: dict[str, str],
-    data_root: Path,
-    tmp_path: Path,
-    search: list[str],
-    trials: int,
-    before_the_kill: int,
+    ray_cluster: None, environment: dict[str, str], data_root: Path, tmp_path: Path
 ) -> None:
-    """Beside another cluster (the tests' own), where Ray Train alone would never free a stopped trial's CPUs.
-
-    One trial at a time fits, so a stopped trial that kept its CPUs would keep the next ones from starting.
-    """
-    flags = flags_of(data_root, tmp_path, "--num_trials", str(trials), "--sweep.max_concurrent", "1", *search)
+    """One trial at a time fits, so a stopped trial that kept its CPUs would keep the next ones from starting."""
+    trials, before_the_kill = 6, 2
+    flags = flags_of(data_root, tmp_path, "--num_trials", str(trials), "--sweep.max_concurrent", "1")
     folder = tmp_path / "sweeps" / "s"
     first = Driver(flags, environment, tmp_path / "first.log")
     try:
