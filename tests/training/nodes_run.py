@@ -1,7 +1,7 @@
 """One training run on a Ray cluster of its own: three nodes, two of them at work, and what may happen to them.
 
-python tests/training/nodes_run.py killed DATA_ROOT EXPERIMENTS_DIR REPORT      a worker, then a node
-python tests/training/nodes_run.py preempted DATA_ROOT EXPERIMENTS_DIR REPORT   elastic: a node, then one on notice
+python tests/training/nodes_run.py killed DATA_ROOT EXPERIMENTS_DIR REPORT      a node
+python tests/training/nodes_run.py preempted DATA_ROOT EXPERIMENTS_DIR REPORT   elastic: a worker, a node, one on notice
 
 Run by test_nodes.py as a process, since a process can be in one cluster only and the tests share theirs. A worker asks
 for two CPUs and a node has three, so there is one on a node and a CPU for its data. REPORT is a JSON file.
@@ -93,18 +93,18 @@ def watch(
 
 
 def kill(cluster: Cluster, run: "Run", document: dict[str, Any]) -> None:
-    """One of the two workers, then one of the two nodes that are at work; note the steps."""
-    document["worker_killed_at"] = run.step()
-    victim = next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline()))
-    victim.kill()
-    wait_until(lambda: run.checkpoint() > document["worker_killed_at"])
+    """One of the two nodes that are at work; note the steps."""
     document["node_killed_at"] = run.step()
     lose_a_node(cluster)
     wait_until(lambda: run.step() > document["node_killed_at"])
 
 
 def preempt(cluster: Cluster, run: "Run", document: dict[str, Any]) -> None:
-    """Lose a node, for which the third one comes in, then announce the end of another; note checkpoints and steps."""
+    """Lose a worker, then a node, for which the third comes in, then one on notice; note checkpoints and steps."""
+    killed_at = run.step()
+    victim = next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline()))
+    victim.kill()
+    wait_until(lambda: run.checkpoint() > killed_at)
     killed_at = run.step()
     lose_a_node(cluster)
     wait_until(lambda: run.step() > killed_at and run.workers() == 2)
