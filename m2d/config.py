@@ -23,6 +23,7 @@ from m2d.training.settings import (
     AlignmentConfig,
     LossWeights,
     OptimizerConfig,
+    Precision,
     RayConfig,
     SavingConfig,
     ScheduleConfig,
@@ -48,7 +49,7 @@ class TrainConfig:
     batch_size: int = 32  # images a worker and micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches an optimiser step
     num_workers: int | str = 1  # 0: train in the calling process, for a debugger; "2-8": as many as there is room for
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None: bf16 on a GPU that has it, otherwise no
+    mixed_precision: Precision | None = None  # None: bf16 on a GPU that has it, otherwise no
     compile: bool = False  # torch.compile of both phases
     channels_last: bool = True  # memory layout of the networks; usually the faster one
     fresh: bool = False  # start a new experiment although an unfinished one of this name exists

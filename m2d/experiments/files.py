@@ -15,9 +15,9 @@ from pyarrow import fs
 
 from m2d.data.storage import open_storage
 from m2d.experiment import Experiment
+from m2d.models.settings import COMPLETE
 
 LOCK = ".running.lock"  # held by Experiment.running
-COMPLETE = "complete.json"  # of m2d.models.checkpoint, which loads torch
 END_BYTES = 2**16  # a hundred records of metrics and more
 
 

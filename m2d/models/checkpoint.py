@@ -28,11 +28,10 @@ from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError
 from m2d.models.autoencoder import Autoencoder
 from m2d.models.conditioning import ConditionEncoder
-from m2d.models.settings import ConditioningConfig
+from m2d.models.settings import COMPLETE, ConditioningConfig
 from m2d.models.unet import Denoiser
 
 FORMAT = 1
-COMPLETE = "complete.json"
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PRIOR = "feature_prior.safetensors"

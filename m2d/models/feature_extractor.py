@@ -12,7 +12,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -134,6 +133,8 @@ class EfficientNetLite(FeatureExtractor):
             crop_pct=self.CROP_PCT,
             weights_sha256=weights_sha256,
         )
+        import timm  # seconds: only for those who build one
+
         network = timm.create_model(f"tf_{self.NAME.replace('-', '_')}", pretrained=False)
         network.load_state_dict(_rename_by_order(self.NAME, state, network.state_dict()), strict=True)
         self.network = network.eval().requires_grad_(False)

@@ -3,7 +3,7 @@
 import contextlib
 import io
 import warnings
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 from urllib.error import URLError
 
 import torch
@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d.models.feature_extractor import LITE0, load_feature_extractor
-
-PerceptualKind = Literal["lpips", "features"]
+from m2d.models.settings import PerceptualKind
 
 
 @runtime_checkable

@@ -15,6 +15,8 @@ Crop = Literal["whole", "official"]
 
 
 MIDDLE = "middle"
+PerceptualKind = Literal["lpips", "features"]
+COMPLETE = "complete.json"  # lists a checkpoint's files, and is written last
 
 
 def parse_tap(tap: str) -> tuple[str, int]:
@@ -161,7 +163,7 @@ class ProjectorConfig:
 class PerceptualConfig:
     """The perceptual distance of reconstructions."""
 
-    kind: Literal["lpips", "features"] | None = None  # None: lpips where its weights can be had, else features
+    kind: PerceptualKind | None = None  # None: lpips where its weights can be had, else features
     lpips_net: Literal["vgg", "alex", "squeeze"] = "vgg"  # LPIPS's backbone
 
 

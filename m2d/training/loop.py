@@ -12,10 +12,9 @@ from torch import Tensor
 
 from m2d.data.stream import build_stream, iterate_stream, stream_options
 from m2d.records import BlankingFormatter
+from m2d.training.checkpoints import newest_step
 from m2d.training.plan import RunPlan
-from m2d.training.saving import complete_checkpoints
 from m2d.training.stopping import failures_recorded, recorded_failure
-from m2d.training.worker import train_worker
 
 
 class RayLink:
@@ -61,6 +60,8 @@ class RayLink:
 
 def ray_worker(loop_config: dict[str, Any]) -> None:
     """TorchTrainer's train_loop_per_worker. loop_config: plan, a RunPlan; wandb, a WandbKey or None."""
+    from m2d.training.worker import train_worker  # the networks, which Ray's controller imports this module without
+
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     plan: RunPlan = loop_config["plan"]
     link = RayLink(plan)
@@ -112,9 +113,7 @@ class GroupStream(ray.train.DataConfig):
     def stream(self, world_size: int) -> ray.data.Dataset:
         """The rest of the run's rows."""
         plan = self.plan
-        checkpoints = complete_checkpoints(plan.experiment.checkpoints)
-        step = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
-        first, count = plan.micro_batches_from(step, world_size)
+        first, count = plan.micro_batches_from(newest_step(plan.experiment.checkpoints), world_size)
         reader = plan.reader("train")
         return build_stream(
             reader,

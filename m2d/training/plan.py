@@ -13,8 +13,8 @@ from m2d.data.order import StreamOrder
 from m2d.data.prepared import PreparedImages
 from m2d.data.reader import ImageReader
 from m2d.experiment import Experiment
-from m2d.models.perceptual import PerceptualKind
-from m2d.training.step import Precision
+from m2d.models.settings import PerceptualKind
+from m2d.training.settings import Precision
 
 CATALOG = "cache/catalog.parquet"
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, TrainingError
-from m2d.models.checkpoint import COMPLETE, CheckpointInfo, mark_complete, save_tensors, write_inference_files
+from m2d.models.checkpoint import CheckpointInfo, mark_complete, save_tensors, write_inference_files
+from m2d.models.settings import COMPLETE
+from m2d.training.checkpoints import BEST, complete_checkpoints
 from m2d.training.step import Networks
-
-BEST = "best"
 
 
 @dataclass(frozen=True)
@@ -126,11 +126,6 @@ def load_training_state(directory: Path, state: dict[str, Any]) -> tuple[dict[st
         "scaler": document["scaler"],
         "skipped": counters["skipped"],
     }, document
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
-    return sorted(path for path in directory.glob("step_*") if (path / COMPLETE).is_file())
 
 
 class CheckpointKeeper:

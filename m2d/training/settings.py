@@ -7,6 +7,8 @@ from typing import Literal
 from m2d.errors import ConfigError
 from m2d.models.settings import MIDDLE, parse_tap
 
+Precision = Literal["no", "bf16", "fp16"]
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:

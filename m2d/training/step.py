@@ -8,7 +8,7 @@ every tensor as it was.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,9 @@ from m2d.training.flops import count_flops
 from m2d.training.gradients import GradientStatistics, gradient_statistics
 from m2d.training.losses import adversarial_loss, discriminator_loss
 from m2d.training.phases import AutoencoderPhase, DenoiserLosses, DenoiserPhase, frozen
-from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig
+from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, Precision, ScheduleConfig
 from m2d.training.update import Optimized, guarded_update, learning_rate
 
-Precision = Literal["no", "bf16", "fp16"]
 BatchT = TypeVar("BatchT", ImageBatch, LatentBatch)
 
 

@@ -24,17 +24,17 @@ from m2d.data.local import iterate_local
 from m2d.data.storage import open_storage
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
 from m2d.experiment import Experiment, open_experiment
-from m2d.models.perceptual import PerceptualKind, lpips_available
+from m2d.models.perceptual import lpips_available
+from m2d.models.settings import PerceptualKind
 from m2d.nodes import require_shared
 from m2d.records import BlankingFormatter
+from m2d.training.checkpoints import newest_step
 from m2d.training.console import Console
 from m2d.training.dataset import prepared_parts, run_catalog
 from m2d.training.plan import CATALOG, RunPlan
-from m2d.training.saving import complete_checkpoints
-from m2d.training.step import Precision
+from m2d.training.settings import Precision
 from m2d.training.stopping import Stopped, StopRequest, failures_recorded, recorded_failure
 from m2d.training.telemetry import WandbKey, find_wandb_key
-from m2d.training.worker import train_worker
 
 # gloo's, NCCL's and Ray's own
 WORDS_OF_HANGS = (
@@ -142,7 +142,7 @@ def _train_in(
         **prepared_parts(config, experiment, catalog, console),
     )
     _announce(plan, catalog, opening, console)
-    done = _steps_done(plan)
+    done = newest_step(plan.experiment.checkpoints)
     if done >= plan.total_steps:
         return
     record = experiment.path / "metrics" / "train.jsonl"
@@ -151,12 +151,14 @@ def _train_in(
         console.progress(record, plan.total_steps, plan.steps_per_epoch, done),
     ):
         if config.workers[1] == 0:
+            from m2d.training.worker import train_worker  # the networks; on Ray the driver does without
+
             with failures_recorded(experiment.path):
                 train_worker(plan, _LocalLink(plan, torch.device("cuda" if opening.on_gpu else "cpu")))
         else:
             online = config.use_wandb and config.wandb_mode == "online"
             _fit(plan, opening.on_gpu, callbacks, find_wandb_key(console.warn) if online else None)
-    done = _steps_done(plan)
+    done = newest_step(plan.experiment.checkpoints)
     if request.signal is not None and done < plan.total_steps:
         raise Stopped(f"stopped at step {done:,} of {plan.total_steps:,}; the same command goes on", request.signal)
 
@@ -238,11 +240,6 @@ def _announce(plan: RunPlan, catalog: pa.Table, opening: _Opening, console: Cons
         steps_per_epoch=plan.steps_per_epoch,
         world_size=plan.world_size,
     )
-
-
-def _steps_done(plan: RunPlan) -> int:
-    checkpoints = complete_checkpoints(plan.experiment.checkpoints)
-    return int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
 
 
 def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any], key: WandbKey | None) -> None:

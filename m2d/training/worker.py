@@ -14,6 +14,7 @@ from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.models.checkpoint import CheckpointInfo, read_prior
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw, draws_seed
+from m2d.training.checkpoints import BEST, complete_checkpoints
 from m2d.training.decoder_step import DecoderStep
 from m2d.training.features import FeatureSource, fit_features
 from m2d.training.latents import LatentTable, cache_latents
@@ -22,7 +23,7 @@ from m2d.training.plan import RunPlan
 from m2d.training.reduce import all_reduce_sum, barrier
 from m2d.training.sample_quality import SampleQuality
 from m2d.training.sampling import RunState
-from m2d.training.saving import BEST, CheckpointKeeper, complete_checkpoints, load_training_state, take_snapshot
+from m2d.training.saving import CheckpointKeeper, load_training_state, take_snapshot
 from m2d.training.step import JointStep, LatentStep, Networks, StepConfig
 from m2d.training.stopping import Wish, stop_is_wanted
 from m2d.training.telemetry import open_telemetry

@@ -12,6 +12,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from m2d.config import TrainConfig
+from m2d.training.checkpoints import newest_step
 from m2d.training.console import Console
 from m2d.tuning.ledger import TRIALS, Ledger, State, trial_experiment, validations
 from m2d.tuning.objective import OBJECTIVE, objective
@@ -51,10 +52,7 @@ def run_trial(proposed: Mapping[str, float], *, config: SweepConfig, folder: str
     weight = config.sweep.reconstruction_weight
     experiment = trial_experiment(Path(folder), record.name)
     if experiment is not None:
-        from m2d.training.saving import complete_checkpoints  # it brings torch, which this process does without
-
-        checkpoints = complete_checkpoints(experiment.checkpoints)
-        reached = int(checkpoints[-1].name.removeprefix("step_")) if checkpoints else 0
+        reached = newest_step(experiment.checkpoints)
         rows = [row for row in validations(experiment) if row["step"] <= reached]
         if rows:  # where it stands, which Tune, begun anew, does not know
             tune.report(judged(rows[-1], len(rows), weight))

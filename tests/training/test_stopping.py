@@ -13,7 +13,7 @@ import pytest
 from tiny_run import TINY, write_images
 
 from m2d.errors import ConfigError, M2DError
-from m2d.training.saving import complete_checkpoints
+from m2d.training.checkpoints import complete_checkpoints
 from m2d.training.stopping import CONTROL, StopRequest, failures_recorded, recorded_failure, stop_is_wanted
 
 

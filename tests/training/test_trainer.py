@@ -20,7 +20,8 @@ from m2d.errors import ConfigError, TrainingError
 from m2d.generation.run import generate
 from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import load_checkpoint
-from m2d.training.saving import complete_checkpoints, read_best
+from m2d.training.checkpoints import complete_checkpoints
+from m2d.training.saving import read_best
 from m2d.training.trainer import train
 
 
