@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Before torch is imported: the networks here are tiny, and threads that wait for each other cost more than they give.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray's workers step back before everybody else (by 15): beside the tests of two other processes they would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # pytest-xdist tells its processes a width; commands under test write into a pipe that has none.
 os.environ.pop("COLUMNS", None)
 

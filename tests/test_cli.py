@@ -230,7 +230,7 @@ def test_a_group_with_a_switch_may_stand_bare() -> None:
         (["--all"], "data_root is not set"),
         (["--all", "--data_root", "/no/such/folder"], "data_root: /no/such/folder is not a folder"),
         (["--all", "--cache_dir", "s3://bucket/cache"], "cache_dir is a URI"),
-        (["--all", "--num_actors", "0"], "num_actors is 0; it must be at least 1"),
+        (["--all", "--num_actors", "-1"], "num_actors is -1; it must be at least 0"),
     ],
 )
 def test_setting_data_up_for_nothing_or_nowhere_is_refused(

@@ -1,4 +1,4 @@
-"""The one-time work on a dataset, `setup_data`: scan it, decode its images, extract its features, on Ray Data.
+"""The one-time work on a dataset, `setup_data`: scan it, decode its images, extract its features, on Ray Data or here.
 
 Everything is kept file by file in the cache folder (m2d.data.prepared), so that a run that was killed is finished by
 the same command: what is there is not made again. The driver sees file names and counts only.
@@ -161,15 +161,17 @@ def _images(
     made = 0
     if len(missing):
         _require_space("images", folder, len(missing) * (3 * size**2 + 256))
-        need_ray()
         reader = ImageReader(catalog, data_root, image_size=size, max_pixels=config.data.max_pixels)
         rows = _pieces(missing, config.shard_images)
-        jobs = ray.put(ImageJobs(reader, folder, catalog["path"].to_pylist(), sha256, rows))
-        dataset = _numbered(len(rows)).map_batches(
-            _DecodeShard(jobs).run, batch_size=None, batch_format="pyarrow", num_cpus=config.data.read_cpus
-        )
+        jobs = ImageJobs(reader, folder, catalog["path"].to_pylist(), sha256, rows)
+        results: Iterator[JobResult]
+        if config.num_actors == 0:
+            results = map(jobs.run, range(len(rows)))
+        else:
+            need_ray()
+            results = _results(_decoding(config, jobs))
         with progress("images", "images") as advance:
-            for result in _results(dataset):
+            for result in results:
                 made += result.images
                 failures += result.failures
                 advance(made + len(failures), len(missing))
@@ -209,10 +211,14 @@ def _features(config: SetupConfig, folder: Path, catalog: pa.Table, need_ray: Ca
         _require_space("features", folder, needed)
         del extractor  # it was loaded to learn its shape and that its weights are good; the actors load their own
         jobs = _feature_jobs(config, folder, catalog, images, key, missing)
-        need_ray()
+        if config.num_actors == 0:
+            results = _extracted_here(jobs)
+        else:
+            need_ray()
+            results = _results(_extraction(config, jobs))
         made = 0
         with progress("features", "views") as advance:
-            for result in _results(_extraction(config, jobs)):
+            for result in results:
                 made += result.images
                 advance(made, left)
     return _feature_reports(FeatureStore.open(folder, key, size), sha256, missing, time.monotonic() - began)
@@ -240,6 +246,24 @@ def _feature_jobs(
         views=[view for view, _ in pieces],
         rows=[rows for _, rows in pieces],
         batch_size=config.extract_batch_size,
+    )
+
+
+def _extracted_here(jobs: "FeatureJobs") -> Iterator[JobResult]:
+    """All jobs one after the other in this process, on its GPU where it has one."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    extractor = jobs.load_extractor(device, torch.get_num_threads())
+    say(f"features: {len(jobs.rows):,} files to make, in this process")
+    for number in range(len(jobs.rows)):
+        yield jobs.run(number, extractor, device)
+
+
+def _decoding(config: SetupConfig, jobs: ImageJobs) -> ray.data.Dataset:
+    """All jobs as tasks, of which as many run as the cluster has CPUs."""
+    return _numbered(len(jobs.rows)).map_batches(
+        _DecodeShard(ray.put(jobs)).run, batch_size=None, batch_format="pyarrow", num_cpus=config.data.read_cpus
     )
 
 

@@ -92,7 +92,7 @@ class SetupConfig:
     scan: bool = False  # check every image and write the catalog, where files or settings changed since the last time
     images: bool = False  # keep every image decoded at data.image_size
     features: bool = False  # keep the extractor's features of every image in every view
-    num_actors: int | None = None  # extractors at work; null: one a GPU, without GPUs one a core up to 8 a node
+    num_actors: int | None = None  # extractors; 0: in this process; null: one a GPU, else one a core up to 8 a node
     extract_batch_size: int | None = None  # images an extractor takes at once; null: 128 on a GPU, 16 on a CPU
     shard_images: int = 256  # images, or features of one view, a file; a killed run loses the files in the making
     verbose: bool = False  # show Ray's own bars and messages
@@ -103,10 +103,10 @@ class SetupConfig:
     def __post_init__(self) -> None:
         if "://" in self.cache_dir:
             raise ConfigError("cache_dir is a URI; it must be a path on a disk that every node sees")
-        for name in ("num_actors", "extract_batch_size", "shard_images"):
+        for name, least in (("num_actors", 0), ("extract_batch_size", 1), ("shard_images", 1)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be at least 1")
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be at least {least}")
 
     @property
     def stages(self) -> frozenset[str]:

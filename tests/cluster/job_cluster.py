@@ -26,7 +26,7 @@ LOOPBACK = "127.0.0.2"  # 127.0.0.1 Ray would replace by the machine's address, 
 # Detached and without a CPU. Of the first three Ray Data keeps one for as long as the cluster lives; the last one, of
 # Ray Train, ends after a run, but stays idle where its controller was killed (Ray 2.60: a thread cannot end its actor).
 OF_RAY = {"ActorLocationTracker", "_AutoscalingCoordinatorActor", "_StatsActor", "PlacementGroupCleaner"}
-STARTING_S, COMMAND_S, ENDING_S = 120.0, 420.0, 5.0
+STARTING_S, COMMAND_S, ENDING_S = 120.0, 420.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,7 @@ def job_cluster(folder: Path) -> Iterator[JobCluster]:
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
+        "RAY_worker_niceness": "0",  # see tests/conftest.py
     }
     session = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: a socket's path has at most 107 characters
     dashboard, *others = _free_ports(7)
@@ -181,6 +182,6 @@ def _end(head: "subprocess.Popen[bytes]") -> None:
     except subprocess.TimeoutExpired:
         head.kill()
         head.wait()
-    for process in psutil.wait_procs(ours, timeout=10)[1]:
+    for process in psutil.wait_procs(ours, timeout=1)[1]:
         process.kill()
     psutil.wait_procs(ours, timeout=10)

@@ -128,7 +128,7 @@ def test_a_stopped_job_ends_its_actors_and_leaves_a_checkpoint(
 ) -> None:
     assert cluster.living_actors() == []
     images, experiments = str(write_images(tmp_path / "images")), tmp_path / "experiments"
-    endless = ["--epochs", "100000", "--saving.every_steps", "5", "--num_workers", "2"]
+    endless = ["--epochs", "100000", "--saving.every_steps", "5", "--num_workers", "1"]
     places = ["--data_root", images, "--experiments_dir", str(experiments)]
     name = "endless"
     begun = cluster.ray(

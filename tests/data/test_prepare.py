@@ -47,6 +47,8 @@ SMALL = [
     "--num_actors", "1",
 ]  # fmt: skip
 
+HERE = ["--num_actors", "0"]  # in this process
+
 
 def flags(root: Path, cache: Path, *more: str) -> list[str]:
     return ["--data_root", str(root), "--cache_dir", str(cache), *SMALL, *more]
@@ -151,14 +153,29 @@ def test_a_second_run_makes_nothing_and_starts_no_ray(
 
 
 @pytest.mark.ray
-def test_an_added_image_alone_is_prepared(root: Path, cache: Path, tmp_path: Path) -> None:
+def test_this_process_makes_what_tasks_and_actors_make(root: Path, whole: Path, tmp_path: Path, no_ray: None) -> None:
+    reports = run(root, tmp_path, "--all", *HERE)
+    assert (counts(reports["images 16px"]), counts(reports["features"])) == ((0, IMAGES, 0), (0, IMAGES * VIEWS, 0))
+    ours, theirs = (prepared_folder(str(cache), str(root)) for cache in (tmp_path, whole))
+    sums = read_catalog(str(ours / "catalog.parquet"))["sha256"].to_pylist()
+    pixels = [PreparedImages.look(folder, SIZE).rows(sums).read(np.arange(IMAGES)) for folder in (ours, theirs)]
+    np.testing.assert_array_equal(*pixels)
+    rows, view = np.arange(IMAGES), np.full(IMAGES, VIEWS - 1, dtype=np.int8)
+    found, expected = (
+        FeatureStore.open(folder, key(), SIZE).table(sums, VIEWS).batch(rows, view) for folder in (ours, theirs)
+    )
+    torch.testing.assert_close(found.patches.float(), expected.patches.float(), rtol=2**-10, atol=1e-4)
+
+
+@pytest.mark.ray
+def test_an_added_image_alone_is_prepared(root: Path, cache: Path, tmp_path: Path, no_ray: None) -> None:
     grown = tmp_path / "elsewhere" / "set"
     shutil.copytree(root, grown)
     prepared_folder(str(cache), str(root)).rename(prepared_folder(str(cache), str(grown)))
     before = marks(cache)
     content = (grown / "NV" / "NV_0.png").read_bytes()
     (grown / "NV" / "new.png").write_bytes(content + b"\0")  # bytes after a PNG's end are legal, and another sum
-    reports = run(grown, cache, "--all")
+    reports = run(grown, cache, "--all", *HERE)
     assert counts(reports["catalog"]) == (0, IMAGES + 1, 0)
     assert counts(reports["images 16px"]) == (IMAGES, 1, 0)
     assert counts(reports["features"]) == (IMAGES * VIEWS, VIEWS, 0)
@@ -174,13 +191,22 @@ def test_another_split_or_fewer_views_make_nothing_invalid(root: Path, cache: Pa
 
 
 @pytest.mark.ray
-def test_other_weights_make_their_own_features_and_leave_the_old_ones(root: Path, cache: Path, tmp_path: Path) -> None:
+def test_other_weights_make_their_own_features_and_leave_the_old_ones(
+    root: Path, cache: Path, tmp_path: Path, no_ray: None
+) -> None:
     state: dict[str, Tensor] = torch.load(_packaged_lite0(), weights_only=True)
     first = next(iter(state))
     torch.save({**state, first: state[first] * 1.5}, tmp_path / "other.pth")
     before = marks(cache)
     reports = run(
-        root, cache, "--features", "--data.views", "1", "--feature_extractor.weights", str(tmp_path / "other.pth")
+        root,
+        cache,
+        "--features",
+        "--data.views",
+        "1",
+        "--feature_extractor.weights",
+        str(tmp_path / "other.pth"),
+        *HERE,
     )
     assert counts(reports["features"]) == (0, IMAGES, 0)
     assert before.items() <= marks(cache).items()
@@ -194,13 +220,15 @@ def test_other_weights_make_their_own_features_and_leave_the_old_ones(root: Path
 
 
 @pytest.mark.ray
-def test_torn_shards_are_told_and_made_again(root: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torn_shards_are_told_and_made_again(
+    root: Path, cache: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
+) -> None:
     image, feature = next(cache.rglob("shard_*.parquet")), next(cache.rglob("view_2/shard_*.safetensors"))
     kept = {path: mark for path, mark in marks(cache).items() if path not in (image, feature)}
     lost_images, lost_views = pq.read_metadata(image).num_rows, len(load_file(feature)["cls"])
     for path in (image, feature):
         path.write_bytes(path.read_bytes()[:-50])
-    reports = run(root, cache, "--all")
+    reports = run(root, cache, "--all", *HERE)
     assert counts(reports["images 16px"]) == (IMAGES - lost_images, lost_images, 0)
     assert counts(reports["features"]) == (IMAGES * VIEWS - lost_views, lost_views, 0)
     assert kept.items() <= marks(cache).items()
@@ -388,7 +416,7 @@ def test_a_killed_run_is_finished_without_repeating_what_was_done(
     before = marks(cache)
     views_done = sum(len(load_file(path)["cls"]) for path in before if path.suffix == ".safetensors")
     assert 5 * 4 <= views_done < 240
-    reports = run(root, cache, *more)
+    reports = run(root, cache, *more, *HERE)
     assert counts(reports["catalog"]) == (30, 0, 0)
     assert counts(reports["images 16px"]) == (30, 0, 0)
     assert counts(reports["features"]) == (views_done, 240 - views_done, 0)

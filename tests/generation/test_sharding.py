@@ -27,7 +27,6 @@ def report(prior_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactor
     script = [sys.executable, str(Path(__file__).with_name("sharding_run.py"))]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(REPOSITORY)}
-    environment["RAY_worker_niceness"] = "0"  # at Ray's 15 a busy machine starves the workers
     ended = subprocess.run(
         [*script, str(checkpoint), str(folder / "out"), str(folder / "report.json")],
         env=environment, capture_output=True, text=True, timeout=240, check=False,

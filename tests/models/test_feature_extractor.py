@@ -19,7 +19,6 @@ from torch.testing import assert_close
 from torchvision import transforms
 
 from m2d.errors import CheckpointError, ConfigError
-from m2d.models import feature_extractor
 from m2d.models.feature_extractor import (
     EfficientNetLite0,
     EfficientNetLite1,
@@ -255,7 +254,7 @@ def test_lite1s_key_names_it_and_its_native_256_without_a_network(monkeypatch: p
     loaded = load_feature_extractor("efficientnet-lite1", crop="whole")
     assert (loaded.input_size, loaded.num_patches) == (256, 64)
     assert loaded.key == f"efficientnet-lite1-{sha256[:12]}-256-whole"
-    monkeypatch.setattr(feature_extractor.timm, "create_model", lambda *_, **__: pytest.fail("a network was built"))
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("a network was built"))
     assert extractor_key(FeatureExtractorConfig(name="efficientnet-lite1")) == loaded.key
 
 
@@ -368,7 +367,7 @@ def test_the_key_of_the_settings_is_the_extractors_and_builds_no_network(monkeyp
     def build(*arguments: object, **options: object) -> None:
         pytest.fail("a network was built")
 
-    monkeypatch.setattr(feature_extractor.timm, "create_model", build)
+    monkeypatch.setattr(timm, "create_model", build)
     assert extractor_key(FeatureExtractorConfig()) == expected
 
 

@@ -25,12 +25,12 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache_dir(ray_cluster: None, data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that setup_data makes for the tiny run, by one actor."""
+def cache_dir(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that setup_data makes for the tiny run."""
     cache = tmp_path_factory.mktemp("cache")
     settings = ["--data.image_size", "16", "--feature_extractor.input_size", "32", *VIEWS]
     places = ["--data_root", str(data_root), "--cache_dir", str(cache)]
-    setup_data(parse("setup_data", ["--all", "--num_actors", "1", *places, *settings]))
+    setup_data(parse("setup_data", ["--all", "--num_actors", "0", *places, *settings]))
     return cache
 
 
@@ -49,7 +49,6 @@ def no_extractor(*arguments: object) -> None:
     raise AssertionError("the extractor was built although every feature is cached")
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 def test_a_run_from_the_cache_takes_the_steps_of_a_run_without_it(
     data_root: Path,
@@ -101,7 +100,6 @@ def test_files_that_setup_data_rejected_are_told_again(
     assert {experiment.info()["dataset"][name] for name in ("rejected", "duplicates")} == {1}
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 def test_the_latent_stage_reads_cached_features(
     data_root: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -113,7 +111,6 @@ def test_the_latent_stage_reads_cached_features(
     assert {"loss/diffusion", "loss/alignment"} <= set(records(latent, "train")[-1])
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 def test_a_cache_that_lacks_a_new_image_is_said_and_not_used(
     data_root: Path, cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -125,7 +122,7 @@ def test_a_cache_that_lacks_a_new_image_is_said_and_not_used(
     setup_data(
         parse(
             "setup_data",
-            ["--all", "--num_actors", "1", "--data_root", str(grown), "--cache_dir", str(cache)]
+            ["--all", "--num_actors", "0", "--data_root", str(grown), "--cache_dir", str(cache)]
             + ["--data.image_size", "16", "--feature_extractor.input_size", "32", "--data.views", "1"],
         )
     )

@@ -39,7 +39,7 @@ def run_on_three_nodes(what: str, folder: Path) -> tuple[dict[str, Any], Path, l
 
 
 @pytest.mark.processes
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 def test_a_killed_node_costs_the_steps_since_the_last_checkpoint(tmp_path: Path) -> None:
     told, run, records = run_on_three_nodes("killed", tmp_path)

@@ -22,18 +22,18 @@ from m2d.classes import CLASSES
 
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
 
-STEPS, EVERY = 60, 8  # an epoch is 14 steps, so 8 stands in its middle
+STEPS, EVERY = 30, 8  # an epoch is 14 steps, so 8 stands in its middle
 SETTINGS = [
     *TINY, "--num_workers", "0", "--max_steps", str(STEPS), "--saving.every_steps", str(EVERY), "--data.balance",
-    "natural", "--schedule.vae_warmup_fraction", "0.1", "--saving.keep_last", "20",
+    "natural", "--schedule.vae_warmup_fraction", "0.2", "--saving.keep_last", "20",
 ]  # fmt: skip
-# Pictures at steps 14, 28 ... for reconstructions, at 28, 56 for the rest, and all at the end.
+# Pictures at steps 14 and 28 for reconstructions, at 28 for the rest, and all at the end.
 LOUD = [
     "--use_wandb", "--wandb_mode", "offline", "--telemetry.pictures", "true", "--telemetry.samples_every_epochs", "2",
     "--telemetry.features_every_epochs", "2", "--telemetry.gradients_every_steps", "10", "--telemetry.tensorboard",
     "--telemetry.sample_steps", "2", "--telemetry.samples_per_class", "1", "--telemetry.upload_best",
 ]  # fmt: skip
-RECONSTRUCTIONS, OTHERS = [14, 28, 42, 56, 60], [28, 56, 60]
+RECONSTRUCTIONS, OTHERS, GRADIENTS = [14, 28, 30], [28, 30], [10, 20, 30]
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +178,11 @@ def test_wandb_has_every_scalar_at_its_step(broken: Path) -> None:
         "gradient_norm/autoencoder.vae.decoder",
         "gradient_zeros/projector",
     }
-    assert sorted(step for step, row in rows.items() if looked <= row.keys()) == [10, 20, 30, 40, 50, 60]
+    assert sorted(step for step, row in rows.items() if looked <= row.keys()) == GRADIENTS
     histograms = [
         step for step, row in rows.items() if row.get("gradient_histogram/autoencoder", {}).get("_type") == "histogram"
     ]
-    assert sorted(histograms) == [10, 20, 30, 40, 50, 60]
+    assert sorted(histograms) == GRADIENTS
     similar = [step for step, row in rows.items() if "features/NV/generated_to_own" in row]
     assert sorted(similar) == OTHERS
 
@@ -197,7 +197,7 @@ def test_wandb_has_every_scalar_at_its_step(broken: Path) -> None:
         ("alignment", OTHERS),
         ("feature_projection", OTHERS),
         ("class_similarity", OTHERS),
-        ("gradients", [10, 20, 30, 40, 50, 60]),
+        ("gradients", GRADIENTS),
     ],
 )
 def test_every_picture_is_in_wandb_and_in_the_experiment_at_its_step(broken: Path, name: str, steps: list[int]) -> None:
@@ -213,7 +213,7 @@ def test_every_picture_is_in_wandb_and_in_the_experiment_at_its_step(broken: Pat
 @pytest.mark.slow
 def test_the_same_numbers_lie_in_the_experiments_tables(broken: Path) -> None:
     (experiment,) = broken.glob("run_*")
-    for name, rows in (("train", STEPS), ("validation", 8), ("gradients", 6), ("features", 3)):
+    for name, rows in (("train", STEPS), ("validation", 4), ("gradients", 3), ("features", 2)):
         with (experiment / "metrics" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
             assert len(list(csv.DictReader(file))) == rows
 
@@ -234,7 +234,7 @@ def test_tensorboard_has_scalars_pictures_and_histograms(broken: Path) -> None:
             place += 16 + length
     assert tags["loss/reconstruction"] == set(range(1, STEPS + 1))
     assert tags["samples"] == set(OTHERS)
-    assert tags["gradient_histogram/denoiser"] == {10, 20, 30, 40, 50, 60}
+    assert tags["gradient_histogram/denoiser"] == set(GRADIENTS)
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_o
         "--name", "run", *TINY, "--num_workers", "0", "--saving.every_steps", "1000",
     ]  # fmt: skip
     process = subprocess.Popen(
-        [*line, "--max_steps", "60"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        [*line, "--max_steps", "30"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
     )
     deadline = time.monotonic() + 120
     while not steps(tmp_path) and time.monotonic() < deadline and process.poll() is None:
@@ -114,15 +114,15 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_o
     out, err = process.communicate(timeout=120)
     last = steps(tmp_path)[-1]
     assert process.returncode == 130, err
-    assert f"stopped at step {last:,} of 60; the same command goes on" in err
+    assert f"stopped at step {last:,} of 30; the same command goes on" in err
     assert "SIGINT: saving a checkpoint" in out
     (run,) = (tmp_path / "runs").glob("run_*")
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == [f"step_{last:08d}"]
     again = subprocess.run(
-        [*line, "--max_steps", "60"], capture_output=True, text=True, check=False, timeout=240, env=os.environ
+        [*line, "--max_steps", "30"], capture_output=True, text=True, check=False, timeout=240, env=os.environ
     )
     assert again.returncode == 0, again.stderr
-    assert steps(tmp_path) == list(range(1, 61))
+    assert steps(tmp_path) == list(range(1, 31))
 
 
 def steps(root: Path) -> list[int]:
