@@ -548,7 +548,8 @@ def test_a_failing_write_ends_the_run_in_one_line(drawn: list[str], monkeypatch:
     assert "\n" not in str(caught.value)
     drawn.clear()
     root = run.generate(config(num_samples=4, batch_size=2))
-    assert sorted(drawn) == ["DF_000002", "MEL_000002"], "its batch alone was not done"
+    # Its batch, and the one after it unless that was made while this one was being written.
+    assert sorted(drawn) in (["DF_000002", "MEL_000002"], ["DF_000002", "DF_000003", "MEL_000002", "MEL_000003"])
     _assert_manifest_is_right(root, 8)
 
 
