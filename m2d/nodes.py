@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, floor
 from pathlib import Path
 
 from m2d.data.storage import without_secrets
@@ -106,6 +106,19 @@ def wait_for_nodes(bundles: Sequence[Mapping[str, float]], wait_s: float, say: C
     finally:
         if asked:
             request_resources(bundles=[])
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each node of the cluster that is joined has, by Ray's names."""
+    import ray
+
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def places(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
+    """Workers that the nodes hold together, each of which takes the whole `bundle` from one node."""
+    asked = [(name, amount) for name, amount in bundle.items() if amount > 0]
+    return sum(max(0, min(floor(node.get(name, 0) / amount + 1e-9) for name, amount in asked)) for node in nodes)
 
 
 def _some_entries(folder: str) -> list[str]:

@@ -73,10 +73,12 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 [ -t 1 ] || pip+=(--quiet)
 if [ "$here" = "$locked" ]; then
     say "installing the versions of requirements.lock into $venv (about 7 GB the first time)"
-    "${pip[@]}" install -r requirements-dev.txt -c requirements.lock </dev/null
+    "${pip[@]}" install --no-compile -r requirements-dev.txt -c requirements.lock </dev/null
 else
     say "requirements.lock is for $locked, this is $here: installing by the ranges of requirements.txt into $venv"
-    "${pip[@]}" install -r requirements-dev.txt </dev/null
+    "${pip[@]}" install --no-compile -r requirements-dev.txt </dev/null
 fi
+# pip would compile on one core. Some packages hold templates that are no Python; those stay as they are.
+"$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" </dev/null >/dev/null || true
 "${pip[@]}" install --no-deps --no-build-isolation --editable . </dev/null
 fingerprint >"$stamp"

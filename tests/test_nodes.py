@@ -11,7 +11,7 @@ import ray
 
 from m2d import cluster, nodes
 from m2d.errors import ConfigError
-from m2d.nodes import not_seen, require_shared
+from m2d.nodes import not_seen, places, require_shared
 
 HERE = {"NodeID": "a", "NodeManagerAddress": "10.0.0.1", "Alive": True, "Resources": {"CPU": 2.0}}
 THERE = {"NodeID": "b", "NodeManagerAddress": "10.0.0.2", "Alive": True, "Resources": {"CPU": 2.0}}
@@ -141,6 +141,19 @@ def test_nodes_that_do_not_come_are_waited_for_no_longer_than_said(monkeypatch: 
     growing = GrowingCluster(monkeypatch, {"CPU": 8.0})
     assert not nodes.wait_for_nodes(BUNDLES, 0.05, growing.said.append)
     assert growing.asked[-1] == []
+
+
+@pytest.mark.parametrize(
+    ("bundle", "held"),
+    [
+        ({"CPU": 3}, 4),  # 2 on the first, 1 on each of the others, though 3 more CPUs lie about
+        ({"CPU": 3, "GPU": 1}, 2),
+        ({"CPU": 0.1}, 149),
+        ({"CPU": 9}, 0),
+    ],
+)
+def test_a_worker_takes_all_that_it_needs_from_one_node(bundle: dict[str, float], held: int) -> None:
+    assert places(bundle, [{"CPU": 6.9}, {"CPU": 4, "GPU": 8}, {"CPU": 4, "GPU": 1}, {"GPU": 1}]) == held
 
 
 @pytest.mark.ray

@@ -26,7 +26,7 @@ from m2d.errors import ConfigError, DataError, M2DError, TrainingError
 from m2d.experiment import Experiment, open_experiment
 from m2d.models.perceptual import lpips_available
 from m2d.models.settings import PerceptualKind
-from m2d.nodes import require_shared
+from m2d.nodes import node_resources, places, require_shared
 from m2d.records import BlankingFormatter
 from m2d.training.checkpoints import newest_step
 from m2d.training.console import Console
@@ -188,11 +188,18 @@ def _on_gpu(config: TrainConfig) -> bool:
     """Whether workers get a GPU each: this process's, or the cluster's (where the driver may have none)."""
     if config.workers[1] == 0:
         return torch.cuda.is_available()
-    import ray
-
-    gpus = ray.cluster_resources().get("GPU", 0)
+    nodes = node_resources()
+    gpus = sum(node.get("GPU", 0) for node in nodes)
     if 0 < gpus < config.workers[0]:
         raise ConfigError(f"num_workers is {config.num_workers} and the cluster has {gpus:g} GPUs; lower --num_workers")
+    per_worker = config.ray.cpus_per_worker
+    fit = places({"CPU": per_worker, "GPU": float(gpus > 0)}, nodes)
+    if fit < config.workers[0]:
+        each = f"{per_worker:g} CPUs{' and a GPU' if gpus else ''}"
+        raise ConfigError(
+            f"num_workers is {config.num_workers} and the cluster's nodes hold {fit} workers of {each} each; lower "
+            "--num_workers or --ray.cpus_per_worker, or add a node"
+        )
     return bool(gpus)
 
 

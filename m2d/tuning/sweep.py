@@ -4,13 +4,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, Tuner
 from ray.tune.experiment import Trial
@@ -20,7 +19,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 from m2d.cluster import ray_cluster
 from m2d.config import with_absolute_paths
 from m2d.errors import ConfigError, ExperimentError
-from m2d.nodes import require_shared
+from m2d.nodes import node_resources, places, require_shared
 from m2d.training.console import Console
 from m2d.tuning.folder import SETTINGS, held, require_enough, require_same, set_aside, write_settings
 from m2d.tuning.ledger import Ledger, TrialRecord
@@ -80,7 +79,7 @@ def _run(config: SweepConfig, folder: Path, ledger: Ledger, left: int, console: 
             written={"experiments_dir": config.experiments_dir},
             read={"data_root": config.checked_data_root, "cache_dir": config.cache_dir},
         )
-        at_once = min(concurrent_trials(config, ray.cluster_resources()), left)
+        at_once = min(concurrent_trials(config, node_resources()), left)
         whole = count(config)
         ended = f", {whole - left} of them ended before" if left < whole else ""
         console.say(
@@ -95,24 +94,35 @@ def trial_cpus(config: SweepConfig) -> float:
     return config.workers[1] * config.ray.cpus_per_worker + config.data.read_cpus
 
 
-def concurrent_trials(config: SweepConfig, resources: dict[str, float]) -> int:
+def concurrent_trials(config: SweepConfig, nodes: Sequence[Mapping[str, float]]) -> int:
     """Trials that the cluster can hold together, so that drivers never take what their own workers wait for.
 
-    Raises ConfigError where it cannot hold one, or not as many as were asked for.
+    nodes: resources of each. Raises ConfigError where they cannot hold one, or not as many as were asked for.
     """
-    cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-    fit = math.floor(cpus / (trial_cpus(config) + DRIVER_CPUS) + 1e-9)
-    if gpus:
-        fit = min(fit, math.floor(gpus / config.workers[1]))
+    cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    per_worker, needed = config.ray.cpus_per_worker, trial_cpus(config) + DRIVER_CPUS
+    worker = {"CPU": per_worker, "GPU": float(gpus > 0)}
+    fit = math.floor(cpus / needed + 1e-9)
+    while fit > 0 and _places_left(worker, nodes, fit) < fit * config.workers[1]:
+        fit -= 1
     if fit < 1:
+        gpu = " and a GPU" if gpus else ""
         raise ConfigError(
-            f"a trial needs {trial_cpus(config) + DRIVER_CPUS:g} CPUs and, where there are GPUs, {config.num_workers}; "
-            f"the cluster has {cpus:g} CPUs and {gpus:g} GPUs; lower --num_workers or add a node"
+            f"a trial needs {needed:g} CPUs, {per_worker:g} of them{gpu} on one node for each of {config.num_workers} "
+            f"worker(s); the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node(s); lower --num_workers "
+            "or --ray.cpus_per_worker, or add a node"
         )
     wanted = config.sweep.max_concurrent
     if wanted is not None and wanted > fit:
         raise ConfigError(f"sweep.max_concurrent is {wanted}, and the cluster can hold {fit} trials at once; lower it")
     return min(wanted or fit, count(config))
+
+
+def _places_left(worker: Mapping[str, float], nodes: Sequence[Mapping[str, float]], drivers: int) -> int:
+    """Workers that the nodes still hold when so many trials' own processes sit where they are most in the way."""
+    free = places(worker, nodes)
+    beside_all = places(worker, [{**node, "CPU": node.get("CPU", 0) - drivers * DRIVER_CPUS} for node in nodes])
+    return free - min(free - beside_all, drivers * math.ceil(DRIVER_CPUS / worker["CPU"]))
 
 
 def _tuner(config: SweepConfig, folder: Path, ledger: Ledger, at_once: int, console: Console) -> Tuner:

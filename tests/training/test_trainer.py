@@ -152,3 +152,12 @@ def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="data_root is not set"):
         train(parse("train", ["--experiments_dir", str(tmp_path / "experiments")]))
     assert not (tmp_path / "experiments").exists()
+
+
+@pytest.mark.ray
+def test_workers_that_no_node_can_hold_are_refused(ray_cluster: None, data_root: Path, tmp_path: Path) -> None:
+    """Ray would wait for room for ever."""
+    message = r"num_workers is 2 and the cluster's nodes hold 1 workers of 5 CPUs each; lower --num_workers or"
+    with pytest.raises(ConfigError, match=message):
+        train(config_of(data_root, tmp_path, "--num_workers", "2", "--ray.cpus_per_worker", "5"))
+    assert list(tmp_path.iterdir()) == []

@@ -7,6 +7,7 @@ import pytest
 from m2d.cli import parse
 from m2d.config import TrainConfig, as_dict
 from m2d.errors import ConfigError
+from m2d.training.settings import RayConfig
 from m2d.tuning.objective import WORST, objective, reconstruction_error
 from m2d.tuning.settings import SweepConfig, SweepSettings
 from m2d.tuning.sweep import concurrent_trials, trial_cpus
@@ -105,27 +106,49 @@ def test_loss_weights_are_not_part_of_the_objective() -> None:
 
 
 @pytest.mark.parametrize(
-    ("resources", "trials"),
+    ("nodes", "trials"),
     [
-        ({"CPU": 8}, 3),  # 2.1 CPUs each: one worker, the stream, and a tenth for the driver
-        ({"CPU": 2.1}, 1),
-        ({"CPU": 4.1}, 1),  # not two: the second's driver would hold what a worker waits for
-        ({"CPU": 64, "GPU": 4}, 4),
-        ({"CPU": 1000}, 12),  # no more than there are
+        ([{"CPU": 8}], 3),  # 2.1 CPUs each: one worker, the stream, and a tenth for the driver
+        ([{"CPU": 2.1}], 1),
+        ([{"CPU": 4.1}], 1),  # not two: the second's driver would hold what a worker waits for
+        ([{"CPU": 64, "GPU": 4}], 4),
+        ([{"CPU": 0}, {"CPU": 8, "GPU": 1}, {"CPU": 2, "GPU": 4}], 2),  # three of the last one's GPUs lack a CPU
+        ([{"CPU": 1000}], 12),  # no more than there are
     ],
 )
-def test_as_many_trials_as_the_cluster_holds(resources: dict[str, float], trials: int) -> None:
+def test_as_many_trials_as_the_cluster_holds(nodes: list[dict[str, float]], trials: int) -> None:
     whole = SweepConfig(num_workers=1)
     assert trial_cpus(whole) == 2.0
-    assert concurrent_trials(whole, resources) == trials
+    assert concurrent_trials(whole, nodes) == trials
 
 
-@pytest.mark.parametrize("resources", [{"CPU": 1}, {"CPU": 64, "GPU": 1}])
-def test_a_cluster_that_cannot_hold_one_trial_is_told_why(resources: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match="lower --num_workers or add a node"):
-        concurrent_trials(SweepConfig(num_workers=2), resources)
+@pytest.mark.parametrize(
+    ("nodes", "trials"),
+    [
+        ([{"CPU": 4}, {"CPU": 4}], 1),  # one's driver may sit on either
+        ([{"CPU": 4}, {"CPU": 4}, {"CPU": 4}], 1),  # not two: their drivers may sit on two of three
+        ([{"CPU": 4.2}, {"CPU": 4.2}, {"CPU": 4}], 2),
+    ],
+)
+def test_a_worker_has_its_cpus_on_one_node(nodes: list[dict[str, float]], trials: int) -> None:
+    whole = SweepConfig(num_workers=1, ray=RayConfig(cpus_per_worker=4))
+    assert concurrent_trials(whole, nodes) == trials
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [{"CPU": 1}],
+        [{"CPU": 64, "GPU": 1}],
+        [{"CPU": 64}, {"CPU": 1, "GPU": 2}],
+        [{"CPU": 1}, {"CPU": 0.6}, {"CPU": 3}],  # enough CPUs, were it not for the driver on the wrong node
+    ],
+)
+def test_a_cluster_that_cannot_hold_one_trial_is_told_why(nodes: list[dict[str, float]]) -> None:
+    with pytest.raises(ConfigError, match="lower --num_workers"):
+        concurrent_trials(SweepConfig(num_workers=2, ray=RayConfig(cpus_per_worker=1.5)), nodes)
 
 
 def test_more_trials_at_once_than_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"sweep.max_concurrent is 4, and the cluster can hold 1"):
-        concurrent_trials(SweepConfig(num_workers=1, sweep=SweepSettings(max_concurrent=4)), {"CPU": 3})
+        concurrent_trials(SweepConfig(num_workers=1, sweep=SweepSettings(max_concurrent=4)), [{"CPU": 3}])
