@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Ray's workers step back before everybody else (by 15): beside the tests of two other processes they would starve.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# When a driver comes Ray starts a worker for each logical CPU: more than a test uses, at seconds of CPU each.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # pytest-xdist tells its processes a width; commands under test write into a pipe that has none.
 os.environ.pop("COLUMNS", None)
 

@@ -118,6 +118,7 @@ def job_cluster(folder: Path) -> Iterator[JobCluster]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
         "RAY_worker_niceness": "0",  # see tests/conftest.py
+        "RAY_prestart_worker_first_driver": "0",
     }
     session = Path(tempfile.mkdtemp(prefix="r", dir="/tmp"))  # short: a socket's path has at most 107 characters
     dashboard, *others = _free_ports(7)
