@@ -4,7 +4,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,27 @@ def _run(config: SweepConfig, folder: Path, ledger: Ledger, left: int, console: 
             f"sweep {config.name}: {whole} trials by {config.search} search{ended}, scheduler "
             f"{config.sweep.scheduler}, {at_once} at a time, in {folder}"
         )
-        _tuner(config, folder, ledger, at_once, console).fit()
+        with _own_words(console.say):
+            _tuner(config, folder, ledger, at_once, console).fit()
+
+
+@contextmanager
+def _own_words(say: Callable[[str], None]) -> Iterator[None]:
+    """What an interruption means here, in place of Tune's advice to restore a state that this sweep does without."""
+
+    def reword(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if message.startswith("Stop signal received"):
+            say("ending the trials that run; Ctrl-C again ends at once")
+            return False
+        return "has been interrupted" not in message
+
+    logger = logging.getLogger("ray.tune.tune")
+    logger.addFilter(reword)
+    try:
+        yield
+    finally:
+        logger.removeFilter(reword)
 
 
 def trial_cpus(config: SweepConfig) -> float:

@@ -1,6 +1,7 @@
 """A sweep on Ray: trials are stopped early and free their CPUs; a killed driver costs no finished trial."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from m2d.experiment import list_experiments
 from m2d.tuning.folder import require_same, write_settings
 from m2d.tuning.ledger import Ledger, TrialRecord
 from m2d.tuning.settings import SweepConfig
-from m2d.tuning.sweep import _optuna, _scheduler, sweep
+from m2d.tuning.sweep import _optuna, _own_words, _scheduler, sweep
 
 ROOT = Path(__file__).parents[2]
 SPACE = "{loss_weights.diffusion: 'loguniform(0.1, 10)', optimizer.lr_denoiser: 'loguniform(1e-5, 1e-2)'}"
@@ -68,11 +69,14 @@ class Driver:
         self.log = log
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *flags], env=environment, stdout=file, stderr=file, cwd=ROOT
-            )
+                [sys.executable, "-c", PROGRAM, *flags],
+                env=environment, stdout=file, stderr=file, cwd=ROOT, start_new_session=True,
+            )  # fmt: skip
 
     def kill(self) -> None:
         """SIGKILL, as a machine's memory killer does. Its Ray follows it; what does not is ended by id."""
+        if self.process.poll() is not None:
+            return
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
@@ -80,6 +84,11 @@ class Driver:
         for process in alive:
             process.kill()
         psutil.wait_procs(alive, timeout=20)
+
+    def press_ctrl_c(self) -> int:
+        """As a terminal does it: the sweep and all that it started hear of it. The exit code."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        return self.process.wait(timeout=DEADLINE_S)
 
     def finish(self) -> str:
         """Wait for its end; what it said."""
@@ -182,6 +191,40 @@ def test_a_killed_sweep_goes_on_with_what_is_left_and_its_best_trains(
     assert [run.info()["state"] for run in list_experiments(str(tmp_path), "s")] == ["done"]
 
 
+@pytest.mark.processes
+@pytest.mark.exhaustive
+@pytest.mark.timeout(2 * DEADLINE_S)
+def test_ctrl_c_ends_a_grid_and_the_same_command_goes_on(
+    ray_cluster: None, environment: dict[str, str], data_root: Path, tmp_path: Path
+) -> None:
+    space = "{loss_weights.diffusion: 'choice(0.5, 1.0, 2.0)'}"
+    flags = flags_of(data_root, tmp_path, "--search", "grid", "--sweep.space", space)
+    folder = tmp_path / "sweeps" / "s"
+    first = Driver(flags, environment, tmp_path / "first.log")
+    try:
+        wait_for_ended_trials(folder, first, 1)
+        assert first.press_ctrl_c() == 130
+    finally:
+        first.kill()
+    said = first.log.read_text()
+    assert said.endswith("interrupted; run the same command again to go on\n")
+    assert "Traceback" not in said
+    assert "Tuner.restore" not in said
+    ended = Ledger(folder).in_state("done", "stopped")
+    assert 1 <= len(ended) < 3
+    before = [left_by(folder, record) for record in ended]
+
+    said = Driver(flags, environment, tmp_path / "second.log").finish()
+    assert f"3 trials by grid search, {len(ended)} of them ended before" in said
+    assert "all CPUs are free" in said
+    assert [left_by(folder, record) for record in ended] == before
+    ledger = Ledger(folder)
+    assert sorted(record.chosen["loss_weights.diffusion"] for record in ledger.in_state("done", "stopped")) == [
+        0.5, 1.0, 2.0,
+    ]  # fmt: skip
+    assert len(list_experiments(str(folder / "trials"))) == 3
+
+
 def test_resuming_what_was_never_begun_is_refused(data_root: Path, tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="there is no sweep"):
         sweep(config_of(data_root, tmp_path, "--resume"))
@@ -232,6 +275,25 @@ def test_a_sweep_whose_trials_have_all_ended_is_told_again_without_ray(data_root
     outcome = sweep(config_of(data_root, tmp_path, "--num_trials", "3", "--resume", "--sweep.max_concurrent", "2"))
     assert [trial.finished for trial in outcome.trials] == [True] * 3
     assert (folder / "best.yaml").is_file()
+
+
+def test_an_interruption_is_told_in_the_sweeps_words() -> None:
+    """The messages are Tune's (ray 2.60, tune/tune.py)."""
+    said: list[str] = []
+    shown: list[str] = []
+    tunes, handler = logging.getLogger("ray.tune.tune"), logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())  # type: ignore[method-assign]
+    tunes.addHandler(handler)
+    try:
+        with _own_words(said.append):
+            tunes.warning("Stop signal received (e.g. via SIGINT/Ctrl+C), ending Ray Tune run. ")
+            tunes.warning("Experiment has been interrupted, but the most recent state was saved.\nResume with: x")
+            tunes.warning("something else")
+        tunes.warning("Experiment has been interrupted afterwards")
+    finally:
+        tunes.removeHandler(handler)
+    assert said == ["ending the trials that run; Ctrl-C again ends at once"]
+    assert shown == ["something else", "Experiment has been interrupted afterwards"]
 
 
 def answers(config: SweepConfig, worth: dict[str, list[float]], objectives: list[float]) -> list[str]:
