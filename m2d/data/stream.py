@@ -5,6 +5,7 @@ images those are (m2d.data.order) and decodes them (m2d.data.reader), into a sin
 in two; Ray deals the blocks out to the workers in turn.
 """
 
+import gc
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -279,11 +280,29 @@ def _block_micro_batches(batch_size: int, num_micro_batches: int, image_size: in
 
 
 def user_error(error: BaseException | None) -> M2DError | None:
-    """The M2DError that a task raised, out of Ray's wrappings."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, M2DError) and not isinstance(error, ray.exceptions.RayError):
-            return type(error)(str(error).splitlines()[0])  # Ray appends advice on its own settings
-        error = getattr(error, "cause", None) or error.__cause__
+    """The M2DError that a task raised, out of Ray's wrappings; None where it raised another error.
+
+    The wrappings lose their tracebacks, which hold Ray Data's executor, and so actors with their CPUs, for as long as
+    somebody holds the error: in a notebook the next run would wait for ever.
+    """
+    one, seen = error, list[BaseException]()
+    while one is not None and all(one is not known for known in seen):
+        seen.append(one)
+        if isinstance(one, M2DError) and not isinstance(one, ray.exceptions.RayError):
+            for wrapping in _chained(error):
+                wrapping.__traceback__ = None
+            gc.collect()  # the executor is part of a cycle
+            return type(one)(str(one).splitlines()[0])  # Ray appends advice on its own settings
+        one = getattr(one, "cause", None) or one.__cause__
     return None
+
+
+def _chained(error: BaseException | None) -> list[BaseException]:
+    """The error, what it came from, and what was being handled meanwhile."""
+    found, left = list[BaseException](), [error]
+    while left:
+        one = left.pop(0)
+        if one is not None and all(one is not known for known in found):
+            found.append(one)
+            left += [getattr(one, "cause", None), one.__cause__, one.__context__]
+    return found

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from cluster.cluster_files import ROOT
+from processes import descendants, end_all
 
 BIN = Path(sys.executable).parent  # not resolved: of the virtual environment, not of the Python that it was made with
 CPUS = 8
@@ -173,16 +173,11 @@ def _is_up(cluster: JobCluster, head: "subprocess.Popen[bytes]", log: Path) -> b
 
 def _end(head: "subprocess.Popen[bytes]") -> None:
     """The head would take half a minute to end its processes, so what is left soon is ended here, by its id."""
-    try:
-        ours = psutil.Process(head.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        ours = []
+    ours = descendants(of=head.pid)
     head.terminate()
     try:
         head.wait(ENDING_S)
     except subprocess.TimeoutExpired:
         head.kill()
         head.wait()
-    for process in psutil.wait_procs(ours, timeout=1)[1]:
-        process.kill()
-    psutil.wait_procs(ours, timeout=10)
+    end_all(ours, patience_s=1)

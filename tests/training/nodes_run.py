@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
+from processes import descendants
 from ray.cluster_utils import Cluster
 from tiny_run import TINY
 
@@ -102,8 +102,7 @@ def kill(cluster: Cluster, run: "Run", document: dict[str, Any]) -> None:
 def preempt(cluster: Cluster, run: "Run", document: dict[str, Any]) -> None:
     """Lose a worker, then a node, for which the third comes in, then one on notice; note checkpoints and steps."""
     killed_at = run.step()
-    victim = next(p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline()))
-    victim.kill()
+    descendants("RayTrainWorker")[0].kill()
     wait_until(lambda: run.checkpoint() > killed_at)
     killed_at = run.step()
     lose_a_node(cluster)

@@ -1,7 +1,6 @@
 """Training on Ray: two DDP workers, the stream, the checkpoints, and a worker lost on the way."""
 
 import json
-import os
 import shutil
 import signal
 import threading
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import descendants
 from safetensors.torch import load_file
 from tiny_run import TINY, write_images
 from torch.testing import assert_close
@@ -134,17 +134,14 @@ class SignalOneWorker(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        import psutil
-
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline:
             experiments = list(self.experiments.glob("run_*"))
             if experiments and complete_checkpoints(experiments[0] / "checkpoints"):
-                for process in psutil.Process().children(recursive=True):
-                    if any("RayTrainWorker" in part for part in process.cmdline()):
-                        os.kill(process.pid, self.number)
-                        self.signalled = process.pid
-                        return
+                for process in descendants("RayTrainWorker")[:1]:
+                    process.send_signal(self.number)
+                    self.signalled = process.pid
+                    return
             time.sleep(0.05)
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from processes import descendants, end_all
 from ray.tune.experiment import Trial
 from tiny_run import TINY, write_images
 from tuning.trial_runs import run_of
@@ -75,15 +75,10 @@ class Driver:
 
     def kill(self) -> None:
         """SIGKILL, as a machine's memory killer does. Its Ray follows it; what does not is ended by id."""
-        if self.process.poll() is not None:
-            return
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.send_signal(signal.SIGKILL)
+        children = descendants(of=self.process.pid)
+        self.process.kill()
         self.process.wait()
-        _, alive = psutil.wait_procs(children, timeout=20)
-        for process in alive:
-            process.kill()
-        psutil.wait_procs(alive, timeout=20)
+        end_all(children, patience_s=20)
 
     def press_ctrl_c(self) -> int:
         """As a terminal does it: the sweep and all that it started hear of it. The exit code."""
