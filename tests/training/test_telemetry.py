@@ -5,6 +5,7 @@ import io
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -154,6 +155,9 @@ def test_an_online_run_that_reaches_nobody_goes_on_offline_after_one_warning(
     assert "kept offline" in warning
     assert "wandb sync" in warning
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    deadline = time.monotonic() + 30  # wandb's own process writes the file
+    while not wandb_files.history(file) and time.monotonic() < deadline:
+        time.sleep(0.2)
     assert [row["loss"] for row in wandb_files.history(file)] == [0.5]
 
 
