@@ -35,7 +35,7 @@ from m2d.data.shards import clear_leftovers
 from m2d.data.storage import without_secrets
 from m2d.data.stream import user_error
 from m2d.errors import ConfigError, DataError
-from m2d.nodes import require_shared
+from m2d.nodes import node_resources, require_shared
 
 if TYPE_CHECKING:  # image tasks import this file and need no torch: seconds and 200 MB each
     from m2d.data.feature_jobs import FeatureJobs
@@ -276,7 +276,7 @@ def _extraction(config: SetupConfig, jobs: "FeatureJobs") -> ray.data.Dataset:
     if asked is not None and asked > limit:
         what = "GPUs" if gpus else "CPUs"
         raise ConfigError(f"num_actors is {asked} and the cluster has {limit} {what}; lower --num_actors")
-    node_cpus = min((int(node["Resources"].get("CPU", 0)) or cpus for node in ray.nodes() if node["Alive"]), default=1)
+    node_cpus = min((int(node.get("CPU", 0)) or cpus for node in node_resources()), default=1)
     if asked is None:
         asked = gpus or max(1, cpus // max(1, node_cpus // ACTORS_PER_CPU_NODE))
     actors = min(asked, len(jobs.rows))

@@ -25,6 +25,7 @@ from ray.data.datasource import Datasource, ReadTask
 from m2d.data.order import StreamOrder, worker_rows
 from m2d.data.reader import ImageReader
 from m2d.errors import M2DError, TrainingError
+from m2d.nodes import node_resources
 
 if TYPE_CHECKING:  # every decoding process imports this file, and it needs neither: seconds and 200 MB each
     import torch
@@ -270,7 +271,7 @@ def _put_encoded(reader: ImageReader) -> "list[ray.ObjectRef[pa.ChunkedArray]]":
 
 def _smallest_store() -> float:
     """Object store of the smallest node that can decode, in bytes: each such node gets a copy of the encoded files."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = node_resources()
     return min((node.get("object_store_memory", 0.0) for node in nodes if node.get("CPU", 0) > 0), default=0.0)
 
 
@@ -285,9 +286,9 @@ def user_error(error: BaseException | None) -> M2DError | None:
     The wrappings lose their tracebacks, which hold Ray Data's executor, and so actors with their CPUs, for as long as
     somebody holds the error: in a notebook the next run would wait for ever.
     """
-    one, seen = error, list[BaseException]()
-    while one is not None and all(one is not known for known in seen):
-        seen.append(one)
+    one, seen = error, set[int]()
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
         if isinstance(one, M2DError) and not isinstance(one, ray.exceptions.RayError):
             for wrapping in _chained(error):
                 wrapping.__traceback__ = None
@@ -299,10 +300,11 @@ def user_error(error: BaseException | None) -> M2DError | None:
 
 def _chained(error: BaseException | None) -> list[BaseException]:
     """The error, what it came from, and what was being handled meanwhile."""
-    found, left = list[BaseException](), [error]
+    found: dict[int, BaseException] = {}
+    left = [error]
     while left:
-        one = left.pop(0)
-        if one is not None and all(one is not known for known in found):
-            found.append(one)
+        one = left.pop()
+        if one is not None and id(one) not in found:
+            found[id(one)] = one
             left += [getattr(one, "cause", None), one.__cause__, one.__context__]
-    return found
+    return list(found.values())

@@ -13,6 +13,7 @@ from m2d.cluster import ray_cluster
 from m2d.data.stream import user_error
 from m2d.errors import ConfigError
 from m2d.evaluation.downstream_jobs import Classifier, Job, OnDone, finish_jobs
+from m2d.nodes import node_resources
 
 GPU_SHARE = 0.25  # of a task: small networks on small images leave most of a GPU idle
 
@@ -63,7 +64,7 @@ def _predict(classifier: Classifier, job: Job) -> np.ndarray:
 
 def _gpu_share(wanted: float) -> float:
     """What a task asks for; 0 where the cluster has no GPU."""
-    largest = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
+    largest = max((node.get("GPU", 0.0) for node in node_resources()), default=0.0)
     if not largest:
         return 0.0
     if not 0 < wanted <= largest or (wanted > 1 and not math.isclose(wanted, round(wanted))):

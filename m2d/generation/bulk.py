@@ -32,6 +32,7 @@ from m2d.generation.group import (
 )
 from m2d.generation.plan import PlanRow, rows_of, table_of
 from m2d.generation.settings import Precision
+from m2d.nodes import node_resources
 
 if TYPE_CHECKING:  # writing tasks import this file and need no torch: 400 MB and many seconds each
     from m2d.generation.generator import Generator
@@ -94,7 +95,7 @@ def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: s
         most = min(room, num_actors or room, max(groups, 1))
         return ActorPool(most=most, device=device, gpus=gpus, threads=1)
     most = min(num_actors or cpus, max(1, cpus - 1))
-    largest = max((int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]), default=1)
+    largest = max((int(node.get("CPU", 0)) for node in node_resources()), default=1)
     # Not from the groups that are left: sums of other threads are rounded otherwise, in one pixel of some thousands.
     threads = max(1, min(largest, (cpus - 1) // most))
     return ActorPool(most=min(most, max(groups, 1)), device=device, gpus=0.0, threads=threads)
