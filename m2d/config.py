@@ -50,7 +50,8 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1  # micro-batches an optimiser step
     num_workers: int | str = 1  # 0: train in the calling process, for a debugger; "2-8": as many as there is room for
     mixed_precision: Precision | None = None  # None: bf16 on a GPU that has it, otherwise no
-    compile: bool = False  # torch.compile of both phases
+    compile: bool = False  # torch.compile of VAE and U-Net
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"  # reduce-overhead: CUDA graphs
     channels_last: bool = True  # memory layout of the networks; usually the faster one
     fresh: bool = False  # start a new experiment although an unfinished one of this name exists
     use_wandb: bool = False  # besides the JSON lines and CSV that are always written
@@ -180,17 +181,24 @@ def as_dict(config: Any) -> dict[str, Any]:
     return values
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`key: old -> new` for every value that differs and matters to the run's result."""
+def differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", defaults: dict[str, Any] | None = None
+) -> list[str]:
+    """`key: old -> new` for every value that differs and matters to the run's result.
+
+    A setting that `old` lacks, since it is from before there was one, has the default value.
+    """
     changed = []
+    defaults = as_dict(TrainConfig()) if defaults is None else defaults
     for key in sorted(old.keys() | new.keys()):
         if not prefix and key in RESUMABLE_CHANGES:
             continue
-        before, after = old.get(key), new.get(key)
+        before, after = old.get(key, defaults.get(key)), new.get(key)
         if not prefix and key == "num_workers" and _most_workers(before) == _most_workers(after):
             continue  # the same steps, of the same images
         if isinstance(before, dict) and isinstance(after, dict):
-            changed += differences(before, after, f"{prefix}{key}.")
+            within = defaults.get(key)
+            changed += differences(before, after, f"{prefix}{key}.", within if isinstance(within, dict) else {})
         elif before != after:
             changed.append(f"{prefix}{key}: {before} -> {after}")
     return changed

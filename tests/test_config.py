@@ -218,3 +218,12 @@ def test_a_run_may_go_on_with_fewer_workers_at_a_time_but_not_with_another_step(
     four, elastic, eight = (as_dict(TrainConfig(num_workers=workers)) for workers in (4, "2-4", 8))
     assert differences(four, elastic) == []
     assert differences(elastic, eight) == ["num_workers: 2-4 -> 8"]
+
+
+def test_a_setting_that_an_older_run_lacks_had_its_default_value() -> None:
+    new = as_dict(TrainConfig())
+    old = as_dict(TrainConfig())
+    del old["optimizer"]["weight_decay"], old["compile_mode"]
+    assert differences(old, new) == []
+    new["optimizer"]["weight_decay"] = 0.5
+    assert differences(old, new) == ["optimizer.weight_decay: 0.0 -> 0.5"]

@@ -76,7 +76,7 @@ def tiny_batch(size: int = 4, seed: int = 0) -> tuple[ImageBatch, Draws]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (size, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 7, (size,), generator=generator)
-    return ImageBatch(images, labels), draw(generator, size, LATENT_SHAPE, FEATURE_DIM, CONDITIONING)
+    return ImageBatch(images, labels), draw(seed, torch.arange(size), LATENT_SHAPE, FEATURE_DIM, CONDITIONING)
 
 
 def part(batch: tuple[ImageBatch, Draws], start: int, stop: int) -> tuple[ImageBatch, Draws]:

@@ -8,6 +8,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from m2d.errors import CheckpointError
+from m2d.models.group_norm import keep_input_type
 from m2d.models.settings import AutoencoderConfig
 
 
@@ -19,6 +20,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, vae: AutoencoderKL) -> None:
         super().__init__()
+        keep_input_type(vae)
         self.vae = vae
 
     @property
@@ -43,10 +45,15 @@ class Autoencoder(nn.Module):
 
 def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder:
     """A new or pretrained autoencoder. Raises CheckpointError where `pretrained` cannot be loaded."""
-    if config.pretrained is not None:
-        return Autoencoder(_pretrained(config.pretrained))
+    vae = _from_scratch(config, image_size) if config.pretrained is None else _pretrained(config.pretrained)
+    if config.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    return Autoencoder(vae)
+
+
+def _from_scratch(config: AutoencoderConfig, image_size: int) -> AutoencoderKL:
     levels = len(config.block_channels)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * levels,
@@ -59,7 +66,6 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder
         mid_block_add_attention=config.mid_attention,
         scaling_factor=1.0,  # the latent batch norm scales; a constant on top would be a second truth
     )
-    return Autoencoder(vae)
 
 
 def _pretrained(location: str) -> AutoencoderKL:

@@ -54,7 +54,8 @@ def _standardize(latents: Tensor, mean: Tensor, var: Tensor) -> Tensor:
 def _global_moments(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [C], biased variance [C] and count [] over batch, space and all workers."""
     wide = latents.double()  # E[x^2] - E[x]^2 loses half the digits
-    count = wide.new_tensor([latents.numel() / latents.shape[1]])
+    # Filled in on the device: a copy of a number from the host would wait for all that came before.
+    count = torch.full((1,), latents.numel() / latents.shape[1], dtype=wide.dtype, device=wide.device)
     sums = torch.cat([count, wide.sum(dim=(0, 2, 3)), wide.square().sum(dim=(0, 2, 3))])
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(sums)

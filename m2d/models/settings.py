@@ -82,6 +82,7 @@ class AutoencoderConfig:
     latent_channels: int = 8  # numbers kept of each latent cell
     norm_groups: int = 16  # of the group norms; every width must divide by it
     mid_attention: bool = False  # self-attention at the lowest resolution
+    gradient_checkpointing: bool = False  # less memory in training, about a third more time
 
     def __post_init__(self) -> None:
         _require(self.norm_groups >= 1, f"autoencoder.norm_groups is {self.norm_groups}; it must be at least 1")

@@ -6,6 +6,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from m2d.models.conditioning import ConditionEncoder
+from m2d.models.group_norm import keep_input_type
 from m2d.models.latent_norm import LatentNorm
 from m2d.models.settings import MIDDLE, ConditioningConfig, UNetConfig, parse_tap
 
@@ -17,6 +18,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel, conditioning: ConditionEncoder, latent_channels: int) -> None:
         super().__init__()
+        keep_input_type(unet)
         self.unet = unet
         self.conditioning = conditioning
         self.latent_norm = LatentNorm(latent_channels)

@@ -1,10 +1,11 @@
 """What a training step takes: a batch of images or of cached latents, and every random number the step will use.
 
-Randomness is an input: it is drawn from (seed, micro-batch, rank) alone, so a resumed run draws what an unbroken run
-would have drawn, and two workers can be given the halves of one worker's draws.
+Randomness is an input: what an image is given depends on the run's seed and its row of the stream alone, so a step is
+the same however it is divided into workers and micro-batches, and whether the run was resumed or not.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -22,6 +23,11 @@ class ImageBatch:
     labels: Tensor
     features: Features | None = None
 
+    def pinned(self) -> "ImageBatch":
+        """The same in pinned memory, from which a GPU copies while it computes."""
+        features = None if self.features is None else _pinned(self.features)
+        return ImageBatch(self.images.pin_memory(), self.labels.pin_memory(), features)
+
 
 @dataclass(frozen=True)
 class LatentBatch:
@@ -32,10 +38,15 @@ class LatentBatch:
     features: Features
     labels: Tensor
 
+    def pinned(self) -> "LatentBatch":
+        """The same in pinned memory."""
+        mean, std, labels = (tensor.pin_memory() for tensor in (self.mean, self.std, self.labels))
+        return LatentBatch(mean, std, _pinned(self.features), labels)
+
 
 @dataclass(frozen=True)
 class Draws:
-    """Every random number of one micro-batch."""
+    """Every random number of one micro-batch, a row for each image."""
 
     posterior: Tensor  # standard normal [B, C, h, w]
     noise: Tensor  # standard normal [B, C, h, w]
@@ -45,43 +56,75 @@ class Draws:
     feature_noise: Tensor  # standard normal [B, D]
     feature_noise_level: Tensor  # [B]
 
-    def to(self, device: torch.device) -> "Draws":
-        """The same on another device."""
-        return Draws(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
-
     def part(self, start: int, stop: int) -> "Draws":
         """The draws of samples start..stop."""
         return Draws(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
 
 
+def _pinned(features: Features) -> Features:
+    return Features(features.cls.pin_memory(), features.patches.pin_memory())
+
+
 def draw(
-    generator: torch.Generator,
-    batch_size: int,
+    run_seed: int,
+    rows: Tensor,
     latent_shape: tuple[int, int, int],
     feature_dim: int,
     conditioning: ConditioningConfig,
 ) -> Draws:
-    """Draw for one micro-batch, on the generator's device."""
-    device = generator.device
+    """The draws of stream rows int64 [B], on their device; the same few kernels whatever B is.
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device)
-
-    def uniform() -> Tensor:
-        return torch.rand(batch_size, generator=generator, device=device)
-
+    Each row has a SplitMix64 stream of its own, and every number its place in it.
+    """
+    batch, latent = len(rows), math.prod(latent_shape)
+    bits = splitmix64(_stream_starts(run_seed, rows), 4 + latent + (feature_dim + 1) // 2)
+    t, drop_class, drop_feature, level = _uniform(bits[:, :4]).unbind(1)
+    normal = _normal(bits[:, 4:])
+    posterior, noise, feature_noise = normal[:, : 2 * latent + feature_dim].split([latent, latent, feature_dim], 1)
     return Draws(
-        posterior=normal(batch_size, *latent_shape),
-        noise=normal(batch_size, *latent_shape),
-        t=uniform().clamp(1e-4, 1 - 1e-4),
-        drop_class=uniform() < conditioning.class_dropout,
-        drop_feature=uniform() < conditioning.feature_dropout,
-        feature_noise=normal(batch_size, feature_dim),
-        feature_noise_level=uniform() * conditioning.feature_noise,
+        posterior=posterior.reshape(batch, *latent_shape),
+        noise=noise.reshape(batch, *latent_shape),
+        t=t.clamp(1e-4, 1 - 1e-4),
+        drop_class=drop_class < conditioning.class_dropout,
+        drop_feature=drop_feature < conditioning.feature_dropout,
+        feature_noise=feature_noise,
+        feature_noise_level=level * conditioning.feature_noise,
     )
 
 
-def draws_seed(run_seed: int, micro_batch: int, rank: int) -> int:
-    """63 bits from the run's seed, the micro-batch's number in the run and the worker's rank."""
-    digest = hashlib.sha256(f"m2d draws {run_seed} {micro_batch} {rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+def splitmix64(starts: Tensor, count: int) -> Tensor:
+    """The first `count` outputs of SplitMix64 from each state, int64 [B, count] of int64 [B]; the bits are uint64's.
+
+    The n-th output is a hash of start + n gamma, so all are computed at once. Source: Steele, Lea, Flood, Fast
+    splittable pseudorandom number generators, 2014; the constants are of its reference code.
+    """
+    number = torch.arange(1, count + 1, device=starts.device)
+    return _mixed(starts[:, None] + number * _signed(0x9E3779B97F4A7C15))
+
+
+def _stream_starts(run_seed: int, rows: Tensor) -> Tensor:
+    key = int.from_bytes(hashlib.sha256(f"m2d draws {run_seed}".encode()).digest()[:8], "little")
+    return _mixed(_mixed(rows) + _signed(key))
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """int64 wraps around as uint64 does; shifts are made logical by a mask."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ ((z >> shift) & (2 ** (64 - shift) - 1))) * _signed(factor)
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def _signed(word: int) -> int:
+    return word - 2**64 if word >= 2**63 else word
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    """float32 in [0, 1): the upper 24 bits, as many as float32 holds."""
+    return ((bits >> 40) & (2**24 - 1)).float() * 2**-24
+
+
+def _normal(bits: Tensor) -> Tensor:
+    """Standard normal float32 [B, 2 n] of bits [B, n]: Box and Muller's transform of both halves of each word."""
+    radius = (-2 * torch.log((((bits >> 32) & (2**32 - 1)).float() + 0.5) * 2**-32)).sqrt()
+    angle = (bits & (2**32 - 1)).float() * (2 * math.pi * 2**-32)
+    return torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], 1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from m2d.training.batch import Draws, ImageBatch
-from m2d.training.step import BaseStep, Networks, StepConfig, model_images
+from m2d.training.step import BaseStep, Means, Networks, StepConfig, model_images
 
 
 class DecoderStep(BaseStep[ImageBatch]):
@@ -28,30 +28,27 @@ class DecoderStep(BaseStep[ImageBatch]):
         device: torch.device,
         distributed: bool = False,
     ) -> None:
-        super().__init__(networks, config, device, distributed)
         vae = networks.autoencoder.vae
         for module in (vae.encoder, vae.quant_conv, networks.denoiser, networks.projector):
             if module is not None:
                 module.requires_grad_(False)
+        super().__init__(networks, config, device, distributed)
         self._autoencoder = self._with_autoencoder(perceptual, distributed)
 
     def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:
         """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
         norm_before = self._norm_buffers()
-        totals = self._accumulate(micro_batches, step, (self._autoencoder, self._discriminator))
+        losses = self.forward_backward(micro_batches, step)
         for name in self.optimized:
             self._set_rate(name, step, 0)
-        self._finish(self.optimized, totals, norm_before)
+        self._finish(self.optimized, losses, norm_before)
 
-    def forward_backward(self, batch: ImageBatch, draws: Draws, step: int, micro_batches: int) -> dict[str, Tensor]:
+    def forward_backward(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> dict[str, Tensor]:
         """See BaseStep."""
-        weights = self.config.weights
-        _, images = model_images(batch, self.device)
-        with self.autocast():
-            vae = self._autoencoder(images, draws.posterior)
-            losses = {"reconstruction": vae.reconstruction, "perceptual": vae.perceptual}
-            total = weights.reconstruction * vae.reconstruction + weights.perceptual * vae.perceptual
-            total = total + self._adversarial(vae.reconstructed, step, losses)
-        self._backward(total, micro_batches)
-        self._teach_discriminator(images, vae.reconstructed, micro_batches, losses)
-        return losses
+        losses = Means(len(micro_batches))
+        for batch, draws in self._in_turn(micro_batches, self._autoencoder, self._discriminator):
+            _, images = model_images(batch, self.device)
+            with self.autocast():
+                reconstructed = self._autoencoder(images, draws.posterior).reconstructed
+            losses.add(self._decoder_backward(images, reconstructed, step, len(micro_batches)))
+        return losses.values

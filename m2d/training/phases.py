@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from m2d.classes import NUM_CLASSES
@@ -24,42 +25,44 @@ from m2d.training.losses import (
     diffusion_loss,
     kl_loss,
     manifold_loss,
-    reconstruction_loss,
     spatially_normalized,
 )
 
 
 @dataclass(frozen=True)
-class AutoencoderLosses:
-    """Losses of the VAE's half, unweighted, and what later parts of the step reuse."""
+class Autoencoded:
+    """A pass through the VAE, its graph cut at the latents: decoder and encoder take their backward passes apart."""
 
-    reconstruction: Tensor
-    perceptual: Tensor
-    kl: Tensor
-    latents: Tensor  # [B, C, h, w], with gradient
-    reconstructed: Tensor  # [B, 3, H, W]
+    kl: Tensor  # 0-dim
+    latents: Tensor  # [B, C, h, w], the encoder's
+    decoder_input: Tensor  # the same numbers, a leaf: gathers the gradient that the latents get from all of their uses
+    reconstructed: Tensor  # float32 [B, 3, H, W]
 
 
 class AutoencoderPhase(nn.Module):
-    """Encode, sample, decode; the losses that need nothing but the VAE."""
+    """Encode, sample, decode."""
 
-    def __init__(self, autoencoder: Autoencoder, perceptual: nn.Module) -> None:
+    def __init__(self, autoencoder: Autoencoder) -> None:
         super().__init__()
         self.autoencoder = autoencoder
-        self._perceptual = [perceptual]  # frozen and shared: outside the module tree, so outside DDP
 
-    def forward(self, images: Tensor, posterior_noise: Tensor) -> AutoencoderLosses:
+    def forward(self, images: Tensor, posterior_noise: Tensor) -> Autoencoded:
         """images: float [B, 3, H, W] in [-1, 1]. posterior_noise: standard normal [B, C, h, w]."""
         posterior = self.autoencoder.encode(images)
-        latents = posterior.mean.float() + posterior.std.float() * posterior_noise
-        reconstructed = self.autoencoder.decode(latents).float()
-        return AutoencoderLosses(
-            reconstruction=reconstruction_loss(reconstructed, images),
-            perceptual=self._perceptual[0](reconstructed, images).float().mean(),
+        latents = sample(posterior, posterior_noise)
+        decoder_input = latents.detach().requires_grad_()
+        return Autoencoded(
             kl=kl_loss(posterior.mean, posterior.logvar),
             latents=latents,
-            reconstructed=reconstructed,
+            decoder_input=decoder_input,
+            reconstructed=self.autoencoder.decode(decoder_input).float(),
         )
+
+
+def sample(posterior: DiagonalGaussianDistribution, noise: Tensor) -> Tensor:
+    """Latents of a posterior, float32 [B, C, h, w]; noise: standard normal, the same shape."""
+    latents: Tensor = posterior.mean.float() + posterior.std.float() * noise
+    return latents
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,9 @@ class DenoiserPhase(nn.Module):
         self.tap = tap
         self.spatial_norm = spatial_norm
 
-    def forward(
-        self, latents: Tensor, labels: Tensor, features: Features, draws: Draws, update_norm: bool = True
-    ) -> DenoiserLosses:
-        """latents: detached VAE latents [B, C, h, w]; labels int64 [B].
-
-        update_norm: normalise by batch statistics and follow them (joint stage), or by the running ones (latent stage).
-        """
+    def forward(self, clean: Tensor, labels: Tensor, features: Features, draws: Draws) -> DenoiserLosses:
+        """clean: normalised latents [B, C, h, w], without a gradient; labels int64 [B]."""
         denoiser = self.denoiser
-        clean = denoiser.latent_norm(latents) if update_norm else denoiser.normalize(latents)
         context = denoiser.conditioning(
             torch.where(draws.drop_class, NUM_CLASSES, labels),
             features.cls,
@@ -110,17 +107,17 @@ class DenoiserPhase(nn.Module):
         )
 
     def align_autoencoder(self, latents: Tensor, labels: Tensor, features: Features, draws: Draws) -> Tensor:
-        """Alignment loss as the VAE sees it: through the frozen U-Net, by running statistics, conditions undropped.
+        """Alignment loss as the VAE sees it: through the U-Net, by running statistics, conditions undropped.
 
-        Nothing of this module gets a gradient; `latents` does. Call it on the bare module, not through DDP.
+        Call it on the bare module, not through DDP, and within `frozen`, forward and backward: under gradient
+        checkpointing the backward pass computes the blocks again, and would meet other parameters after a thaw.
         """
-        with frozen(self):
-            denoiser = self.denoiser
-            clean = denoiser.normalize(latents)
-            x_t = interpolate(clean, draws.noise, draws.t)
-            tapped = denoiser.tapped(x_t, draws.t, denoiser.context(labels, features.cls), self.tap)
-            target = self._target(features)
-            return alignment_loss(self.projector(tapped, target.shape[1]), target)
+        denoiser = self.denoiser
+        clean = denoiser.normalize(latents)
+        x_t = interpolate(clean, draws.noise, draws.t)
+        tapped = denoiser.tapped(x_t, draws.t, denoiser.context(labels, features.cls), self.tap)
+        target = self._target(features)
+        return alignment_loss(self.projector(tapped, target.shape[1]), target)
 
     def _target(self, features: Features) -> Tensor:
         return spatially_normalized(features.patches, self.spatial_norm) if self.spatial_norm else features.patches

@@ -86,6 +86,8 @@ class ScheduleConfig:
     vae_warmup_fraction: float = 0.0  # of the run's steps, in which the VAE learns alone before the U-Net joins
     ema_decay: float = 0.9999  # of the averaged weights that generation uses, a step
     ema_warmup: float = 10.0  # decay at step n is at most (1 + n) / (ema_warmup + n)
+    ema_on_cpu: bool = False  # keep the averages in host memory: less on the GPU, a copy and a wait a step
+    vae_every_k_steps: int = 1  # joint stage: train the VAE, most of a step's cost, in each k-th step after warm-up
     log_every_steps: int = 10  # scalars to metrics/ and wandb
     max_skipped_in_row: int = 50  # non-finite steps one after the other, before the run ends with an error
 
@@ -96,7 +98,8 @@ class ScheduleConfig:
         )
         _require(0 <= self.ema_decay < 1, f"schedule.ema_decay is {self.ema_decay}; it must be in [0, 1)")
         _require(self.ema_warmup >= 1, f"schedule.ema_warmup is {self.ema_warmup}; it must be at least 1")
-        _require(self.log_every_steps >= 1, "schedule.log_every_steps must be at least 1")
+        for name in ("log_every_steps", "vae_every_k_steps"):
+            _require(getattr(self, name) >= 1, f"schedule.{name} is {getattr(self, name)}; it must be at least 1")
         _require(self.max_skipped_in_row >= 1, "schedule.max_skipped_in_row must be at least 1")
 
 

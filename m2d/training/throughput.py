@@ -22,13 +22,13 @@ class Throughput:
 
     def __init__(self, step: BaseStep[Any], plan: RunPlan, device: torch.device, start: int, world_size: int) -> None:
         """start: steps of the run taken already. world_size: workers that train now."""
-        self.step, self.plan = step, plan
+        self.step, self.plan, self.device = step, plan, device
         self.accumulation = plan.accumulation(world_size)
         self.images_per_step = plan.config.batch_size * self.accumulation * world_size
         self.peak: float | None = None  # FLOP/s of this worker's device; None: nothing is counted, the step is compiled
         if not plan.config.compile:
             self.peak, _ = peak_flops(device, DTYPES[plan.precision])
-        self._flops: dict[bool, int] = {}  # of a micro-batch, before and after the VAE's warm-up
+        self._flops: dict[tuple[bool, bool], int] = {}  # of a micro-batch, by the networks that learn in its step
         self._since, self._began, self._waited, self._computed = start, time.perf_counter(), 0.0, 0
 
     @contextmanager
@@ -42,12 +42,17 @@ class Throughput:
         """Note the FLOPs of the step to come; counted by computing once for each kind of step, outside the time."""
         if self.peak is None:
             return
-        warming = step < self.plan.vae_warmup_steps and self.plan.config.stage == "joint"
-        if warming not in self._flops:
+        config = self.step.config
+        kind = (step < config.vae_warmup_steps, config.trains_autoencoder(step))
+        if self.plan.config.stage != "joint":
+            kind = (False, False)
+        if kind not in self._flops:
+            self._synchronize()
             began = time.perf_counter()
-            self._flops[warming] = self.step.flops(*micro_batch, step)
+            self._flops[kind] = self.step.flops(*micro_batch, step)
+            self._synchronize()
             self._began += time.perf_counter() - began
-        self._computed += self._flops[warming] * self.accumulation
+        self._computed += self._flops[kind] * self.accumulation
 
     def read(self, done: int) -> dict[str, float]:
         """Since the last reading, `done` steps of the run being taken."""
@@ -65,6 +70,11 @@ class Throughput:
     def restart(self, done: int) -> None:
         """Begin anew after `done` steps."""
         self._since, self._began, self._waited, self._computed = done, time.perf_counter(), 0.0, 0
+
+    def _synchronize(self) -> None:
+        """So that what a GPU was asked for before is not counted as what follows."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -2,18 +2,21 @@
 
 import dataclasses
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from m2d.data.order import micro_batch_number, worker_rows
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.models.checkpoint import CheckpointInfo, read_prior
 from m2d.models.perceptual import build_perceptual
-from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw, draws_seed
+from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
 from m2d.training.checkpoints import BEST, complete_checkpoints
 from m2d.training.decoder_step import DecoderStep
 from m2d.training.features import FeatureSource, fit_features
@@ -31,6 +34,9 @@ from m2d.training.throughput import Throughput, peak_memory_gib
 from m2d.training.validation import score, validate
 from m2d.training.visuals import Visuals, show_gradients
 
+CACHED_PIXELS = 2**19  # encoded at once for the latent cache, in float32: 1.3 GiB for isic-256's VAE
+AHEAD = 2  # batches that are read while the device computes
+
 
 class WorkerLink(Protocol):
     """What a worker needs of whoever runs it."""
@@ -47,6 +53,20 @@ class WorkerLink(Protocol):
 
     def preempted(self) -> bool:
         """Whether a node of the group is about to be taken away, told once; called by every worker equally often."""
+
+
+def read_ahead(batches: Iterator[ImageBatch | LatentBatch], *, pin_memory: bool) -> Iterator[ImageBatch | LatentBatch]:
+    """The batches, read and (for a GPU) put into pinned memory by a thread that is AHEAD of them."""
+
+    def read() -> ImageBatch | LatentBatch | None:
+        batch = next(batches, None)
+        return batch.pinned() if batch is not None and pin_memory else batch
+
+    with ThreadPoolExecutor(1, thread_name_prefix="m2d-read") as thread:
+        waiting = deque(thread.submit(read) for _ in range(AHEAD))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(read))
+            yield batch
 
 
 def train_worker(plan: RunPlan, link: WorkerLink) -> None:
@@ -100,7 +120,7 @@ class _Run:
             vae_warmup_steps=plan.vae_warmup_steps,
             discriminator_start=config.discriminator.start_step,
             alignment=config.alignment,
-            compile=config.compile,
+            compile={"mode": config.compile_mode} if config.compile else None,
         )
         distributed = link.world_size > 1
         self.step: JointStep | LatentStep | DecoderStep
@@ -110,6 +130,10 @@ class _Run:
             self.step = DecoderStep(networks, self.perceptual, step_config, link.device, distributed)
         else:
             self.step = JointStep(networks, self.perceptual, step_config, link.device, distributed)
+        # Not on the GPU while the loop runs: averages that are kept in host memory, and what a cached latent needs not.
+        self.aside: list[nn.Module] = [self.step.ema.module] if config.schedule.ema_on_cpu else []
+        if table is not None:
+            self.aside += [module for module in (networks.autoencoder, networks.extractor) if module is not None]
         self.leads = link.rank == 0
         self.accumulation = plan.accumulation(link.world_size)
         self.keeper = CheckpointKeeper(plan.experiment.checkpoints, config.saving.keep_last) if self.leads else None
@@ -130,7 +154,9 @@ class _Run:
         """From the newest checkpoint to the last step."""
         start = self._resume()
         plan = self.plan
-        batches = self._batches(start)
+        for module in self.aside:
+            module.to("cpu")
+        batches = read_ahead(self._batches(start), pin_memory=self.link.device.type == "cuda")
         meter = Throughput(self.step, plan, self.link.device, start, self.link.world_size)
         done, wish = start, Wish.GO_ON
         for step in range(start, plan.total_steps):
@@ -152,10 +178,12 @@ class _Run:
             wish = self._wish(done)
             save = done % plan.save_every == 0 or done == plan.total_steps or wish != Wish.GO_ON
             due = plan.pictures_due(done)
-            if save:
-                self._save(done)
-            if due and self.visuals is not None and self.telemetry is not None:
-                self.visuals.show(self.telemetry, self._info(done), due)
+            if save or due:
+                with self._all_on_device():
+                    if save:
+                        self._save(done)
+                    if due and self.visuals is not None and self.telemetry is not None:
+                        self.visuals.show(self.telemetry, self._info(done), due)
             if wish == Wish.STOP:
                 break
             if save or due:
@@ -223,9 +251,20 @@ class _Run:
             world_size=self.link.world_size,
             step_micro_batches=self.plan.step_micro_batches,
         )
-        generator = torch.Generator(self.link.device)
-        generator.manual_seed(draws_seed(config.seed, *divmod(number, self.plan.world_size)))
-        return draw(generator, config.batch_size, self.latent_shape, self.networks.feature_dim, config.conditioning)
+        first = number * config.batch_size
+        rows = torch.arange(first, first + config.batch_size, device=self.link.device)
+        return draw(config.seed, rows, self.latent_shape, self.networks.feature_dim, config.conditioning)
+
+    @contextmanager
+    def _all_on_device(self) -> Iterator[None]:
+        """For what needs every network: validation and samples."""
+        for module in self.aside:
+            module.to(self.link.device)
+        try:
+            yield
+        finally:
+            for module in self.aside:
+                module.to("cpu")
 
     def _log_scalars(self, step: int, speed: dict[str, float]) -> None:
         scalars = self.step.read_scalars()
@@ -258,11 +297,11 @@ class _Run:
             measures |= self.quality.measure(self._info(done))
         previous = None
         if self.keeper is not None and self.telemetry is not None:
+            previous = self.keeper.wait()  # first: two snapshots are twice the host memory
             state = self.step.state_dict()
             state["position"] = {"step": done, "stream_row": done * plan.global_batch, "seed": plan.config.seed}
             snapshot = take_snapshot(self._info(done), self.networks, state, measures, self.prior)
             self.telemetry.flush()
-            previous = self.keeper.wait()
             self.keeper.save(snapshot, score(measures, plan.config.stage))
             self.telemetry.scalars("validation", done, measures)
             plan.experiment.publish("metrics")
@@ -322,6 +361,6 @@ def _latent_table(plan: RunPlan, networks: Networks, source: FeatureSource, link
 
     return cache_latents(
         networks, plan.reader("train"), source, plan.experiment.path / "cache" / "latents",
-        views=config.data.views, batch_size=max(config.batch_size, 64), rank=link.rank,
+        views=config.data.views, batch_size=max(1, CACHED_PIXELS // config.data.image_size**2), rank=link.rank,
         world_size=link.world_size, progress=progress,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from m2d.training.phases import AutoencoderPhase, DenoiserPhase, frozen
 from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig
 from m2d.training.step import LatentStep, Networks, StepConfig, extract
 
+NORM = {"latent_norm.running_mean", "latent_norm.running_var"}
 NO_LOSS = {
     "diffusion": 0.0, "reconstruction": 0.0, "alignment": 0.0, "perceptual": 0.0, "alignment_vae": 0.0, "kl": 0.0
 }  # fmt: skip
@@ -62,11 +63,6 @@ def captured_gradients(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
     return found
 
 
-def phases(networks: Networks) -> tuple[AutoencoderPhase, DenoiserPhase]:
-    perceptual = FeatureDistance(networks.extractor)
-    return AutoencoderPhase(networks.autoencoder, perceptual), DenoiserPhase(networks.denoiser, networks.projector)
-
-
 def test_the_diffusion_loss_gives_the_vae_no_gradient() -> None:
     networks = tiny_networks()
     before = weights_of(networks.autoencoder)
@@ -75,23 +71,14 @@ def test_the_diffusion_loss_gives_the_vae_no_gradient() -> None:
     assert moved(networks.autoencoder, before) == set()
 
 
-def test_latents_with_a_gradient_are_refused_by_the_unets_half() -> None:
-    networks = tiny_networks()
-    vae, unet = phases(networks)
-    batch, draws = tiny_batch()
-    pixels = batch.images.permute(0, 3, 1, 2)
-    out = vae(pixels.float() / 127.5 - 1, draws.posterior)
-    with pytest.raises(ValueError, match="detached"):
-        unet(out.latents, batch.labels, extract(networks.extractor, pixels), draws)
-
-
 def test_the_alignment_loss_reaches_the_encoder_and_nothing_else() -> None:
     networks = tiny_networks()
-    vae, unet = phases(networks)
+    vae, unet = AutoencoderPhase(networks.autoencoder), DenoiserPhase(networks.denoiser, networks.projector)
     batch, draws = tiny_batch()
     pixels = batch.images.permute(0, 3, 1, 2)
     out = vae(pixels.float() / 127.5 - 1, draws.posterior)
-    unet.align_autoencoder(out.latents, batch.labels, extract(networks.extractor, pixels), draws).backward()
+    with frozen(unet):
+        unet.align_autoencoder(out.latents, batch.labels, extract(networks.extractor, pixels), draws).backward()
     touched = {name for name, gradient in gradients(networks).items() if gradient.abs().sum() > 0}
     assert "autoencoder.vae.encoder.conv_in.weight" in touched
     assert all(name.startswith(("autoencoder.vae.encoder", "autoencoder.vae.quant_conv")) for name in touched)
@@ -147,21 +134,87 @@ def test_the_vae_warms_up_alone_while_the_latent_norm_follows() -> None:
     assert "unet.conv_in.weight" in moved(networks.denoiser, before["denoiser"])
 
 
-def test_accumulating_micro_batches_equals_one_batch(
-    captured_gradients: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The latent norm's batch statistics differ by nature, so both runs normalise by the running ones."""
+def test_accumulating_micro_batches_equals_one_batch(captured_gradients: dict[str, Tensor]) -> None:
+    """Also what the latent norm does: its statistics are those of the whole step."""
     batch = tiny_batch(8)
-    collected = []
+    collected, statistics = [], []
     for micro_batches in ([batch], [part(batch, 0, 2), part(batch, 2, 4), part(batch, 4, 6), part(batch, 6, 8)]):
         networks = tiny_networks(discriminator=True)
-        norm = networks.denoiser.latent_norm
-        monkeypatch.setattr(norm, "forward", norm.normalize)
         tiny_step(networks)(micro_batches, 0)
         collected.append(dict(captured_gradients))
+        statistics.append(networks.denoiser.latent_norm.state_dict())
+    assert_close(statistics[1], statistics[0])
     one, accumulated = collected
     for name, gradient in one.items():
         assert_close(accumulated[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_gradient_in_parts_is_that_of_the_whole_objective(captured_gradients: dict[str, Tensor]) -> None:
+    """The step takes its losses one by one; here they are one sum, by autograd, through the same networks."""
+    weights = LossWeights(kl=1e-3, adversarial=0.7)
+    networks = tiny_networks(discriminator=True)
+    images, draws = tiny_batch()
+    tiny_step(networks, weights=weights)([(images, draws)], 0)
+    by_parts = dict(captured_gradients)
+
+    networks = tiny_networks(discriminator=True)
+    unet = DenoiserPhase(networks.denoiser, networks.projector)
+    pixels = images.images.permute(0, 3, 1, 2)
+    targets = pixels.float() / 127.5 - 1
+    features = extract(networks.extractor, pixels)
+    posterior = networks.autoencoder.encode(targets)
+    latents = posterior.mean + posterior.std * draws.posterior
+    drawn = networks.autoencoder.decode(latents)
+    with frozen(unet), frozen(networks.discriminator):
+        of_vae = (
+            weights.reconstruction * (drawn - targets).abs().mean()
+            + weights.perceptual * FeatureDistance(networks.extractor)(drawn, targets).mean()
+            + weights.kl * posterior.kl().mean()
+            - weights.adversarial * networks.discriminator(drawn).mean()
+            + weights.alignment_vae * unet.align_autoencoder(latents, images.labels, features, draws)
+        )
+        of_vae.backward()
+    whole = {name: gradient for name, gradient in gradients(networks).items() if name.startswith("autoencoder")}
+    assert len(whole) > 40
+    for name, gradient in whole.items():
+        assert_close(by_parts[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("stage", ["joint", "warm-up"])
+def test_checkpointing_leaves_the_gradients(stage: str, captured_gradients: dict[str, Tensor]) -> None:
+    """Blocks are computed again in the backward pass; the alignment pass's, while the U-Net is still frozen."""
+    collected = []
+    for checkpointing in (False, True):
+        networks = tiny_networks(discriminator=True)
+        if checkpointing:
+            networks.autoencoder.vae.enable_gradient_checkpointing()
+            networks.denoiser.unet.enable_gradient_checkpointing()
+        step = tiny_step(networks, vae_warmup_steps=0 if stage == "joint" else 1)
+        step([tiny_batch(), tiny_batch(seed=1)], 0)
+        collected.append(dict(captured_gradients))
+    plain, again = collected
+    assert set(plain) == set(again)
+    for name, gradient in plain.items():
+        assert torch.equal(again[name], gradient), name
+
+
+def test_the_vae_can_learn_in_every_second_step_alone() -> None:
+    networks = tiny_networks(discriminator=True)
+    step = tiny_step(networks, vae_warmup_steps=1)
+    object.__setattr__(step.config.schedule, "vae_every_k_steps", 2)
+    learnt = []
+    for number in range(5):
+        before = {name: weights_of(module) for name, module in networks.trained().items()}
+        step([tiny_batch(seed=number), tiny_batch(seed=number + 10)], number)
+        learnt.append({name for name, module in networks.trained().items() if moved(module, before[name]) - NORM})
+    both = {"autoencoder", "discriminator", "denoiser", "projector"}
+    assert learnt == [
+        {"autoencoder", "discriminator"},
+        both,
+        {"denoiser", "projector"},
+        both,
+        {"denoiser", "projector"},
+    ]
 
 
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
@@ -375,8 +428,8 @@ def test_spatial_normalisation_changes_what_both_halves_are_aligned_with() -> No
     networks.denoiser.eval()
     raw, normalised = (DenoiserPhase(networks.denoiser, networks.projector, spatial_norm=gamma) for gamma in (0.0, 0.8))
     for loss in ("alignment", "manifold"):
-        expected = getattr(raw(latents, batch.labels, Features(features.cls, by_hand), draws, False), loss)
-        assert_close(getattr(normalised(latents, batch.labels, features, draws, False), loss), expected)
+        expected = getattr(raw(latents, batch.labels, Features(features.cls, by_hand), draws), loss)
+        assert_close(getattr(normalised(latents, batch.labels, features, draws), loss), expected)
     expected = raw.align_autoencoder(latents, batch.labels, Features(features.cls, by_hand), draws)
     assert_close(normalised.align_autoencoder(latents, batch.labels, features, draws), expected)
     assert not torch.isclose(raw.align_autoencoder(latents, batch.labels, features, draws), expected)
