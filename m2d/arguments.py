@@ -29,7 +29,7 @@ def parse_arguments(
     *,
     prog: str,
     description: str,
-    preset_path: Callable[[str], Path] | None = None,
+    preset_files: Callable[[str], Sequence[Path]] | None = None,
     also_known: type | None = None,
     positional: str | None = None,
 ) -> ConfigT:
@@ -41,8 +41,8 @@ def parse_arguments(
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False)
     words = f"[{positional.upper()} ...] " if positional else ""
-    parser.usage = f"{prog} {words}{'[--preset NAME] ' if preset_path else ''}[--config FILE] [--SETTING VALUE ...]"
-    if preset_path:
+    parser.usage = f"{prog} {words}{'[--preset NAME] ' if preset_files else ''}[--config FILE] [--SETTING VALUE ...]"
+    if preset_files:
         parser.add_argument(
             "--preset", metavar="NAME", help="settings that come with M2D; stands for --config with its file"
         )
@@ -54,7 +54,7 @@ def parse_arguments(
         _explain(parser, config)
     try:
         passed_over = frozenset(_setting_names(also_known) - _setting_names(config))
-        values = parser.parse_args(_spelled_out(arguments, config, preset_path, passed_over, positional))
+        values = parser.parse_args(_spelled_out(arguments, config, preset_files, passed_over, positional))
         for key in ("config", "preset"):
             values.pop(key, None)
         return config(**vars(parser.instantiate(values)))
@@ -111,7 +111,7 @@ def _explain(parser: ArgumentParser, config: type) -> None:
 def _spelled_out(
     arguments: Sequence[str],
     config: type,
-    preset_path: Callable[[str], Path] | None,
+    preset_files: Callable[[str], Sequence[Path]] | None,
     passed_over: frozenset[str],
     positional: str | None,
 ) -> list[str]:
@@ -128,18 +128,19 @@ def _spelled_out(
     while waiting:
         argument = waiting.pop(0)
         name, equals, value = argument.partition("=")
-        if name in ("--preset", "--config") and (preset_path or name == "--config"):
+        if name in ("--preset", "--config") and (preset_files or name == "--config"):
             if not equals:
                 if not waiting or waiting[0].startswith("--"):
                     raise ConfigError(f"{name} needs {'a name' if name == '--preset' else 'a file'} after it")
                 value = waiting.pop(0)
-            if preset_path and name == "--preset":
-                file = preset_path(value)
+            if preset_files and name == "--preset":
+                given = preset_files(value)
             else:
-                file = Path(input_path("config", value)).expanduser()
-            if not file.is_file():
-                raise ConfigError(f"config: {value} is not a file; give the path of a YAML file of settings")
-            files += ["--config", _without_keys(file, passed_over)]
+                given = [Path(input_path("config", value)).expanduser()]
+                if not given[0].is_file():
+                    raise ConfigError(f"config: {value} is not a file; give the path of a YAML file of settings")
+            for file in given:
+                files += ["--config", _without_keys(file, passed_over)]
         elif name.startswith("--"):
             name = _with_underscores(name.removeprefix("--"), kinds)
             bare = not equals and (not waiting or waiting[0].startswith("--"))

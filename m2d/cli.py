@@ -11,7 +11,7 @@ from typing import Any
 
 from m2d import __version__
 from m2d.arguments import parse_arguments
-from m2d.config import TrainConfig, preset_names, preset_path
+from m2d.config import TrainConfig, preset_files, preset_names
 from m2d.data.settings import SetupConfig
 from m2d.errors import ConfigError, M2DError
 from m2d.evaluation.evaluate_settings import EvaluateConfig
@@ -206,7 +206,7 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
         arguments,
         prog=f"python -m m2d {command}",
         description=description,
-        preset_path=preset_path if spec.presets else None,
+        preset_files=preset_files if spec.presets else None,
         also_known=spec.also_known,
         positional=spec.positional,
     )

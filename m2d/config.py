@@ -43,7 +43,7 @@ class TrainConfig:
     name: str = "m2d"  # of the experiment; its directory is NAME_YYYYMMDD_HHMMSS
     seed: int = 0  # of weights, order, noise and dropout; the split has data.split_seed
     stage: Literal["joint", "latent", "decoder"] = "joint"  # latent: the U-Net alone; decoder: the VAE's decoder alone
-    init_checkpoint: str | None = None  # start from this checkpoint's networks; stages latent and decoder need one
+    init_checkpoint: str | None = None  # networks to start from; stages latent and decoder need one, or a published VAE
     epochs: int = 100  # passes over the training split
     max_steps: int | None = None  # optimiser steps; ends the run before its epochs do
     batch_size: int = 32  # images a worker and micro-batch
@@ -86,9 +86,16 @@ class TrainConfig:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0")
         if not re.fullmatch(r"[\w.-]+", self.name, flags=re.ASCII):
             raise ConfigError(f"name is {self.name!r}; use letters, digits, '.', '_' and '-'")
-        if self.stage != "joint" and self.init_checkpoint is None:
-            what = {"latent": "trains on a frozen VAE", "decoder": "keeps encoder and U-Net as they are"}[self.stage]
-            raise ConfigError(f"stage {self.stage} {what}; name an earlier run's checkpoint by --init_checkpoint")
+        if self.stage == "latent" and self.init_checkpoint is None and self.autoencoder.pretrained is None:
+            raise ConfigError(
+                "stage latent trains on a frozen VAE; name an earlier run's checkpoint by --init_checkpoint, or a "
+                "published VAE by --autoencoder.pretrained"
+            )
+        if self.stage == "decoder" and self.init_checkpoint is None:
+            raise ConfigError(
+                "stage decoder keeps encoder and U-Net as they are; name an earlier run's checkpoint by "
+                "--init_checkpoint"
+            )
         if self.autoencoder.pretrained is None:
             self._check_sizes()
         levels = len(self.unet.block_channels)
@@ -217,6 +224,12 @@ def preset_path(name: str) -> Path:
     if not path.is_file():
         raise ConfigError(f"preset {name} is not known; choose from {' '.join(preset_names())}")
     return path
+
+
+def preset_files(name: str) -> list[Path]:
+    """The files whose settings a preset is, later ones over earlier: isic-256-latent lies over isic-256."""
+    below = [base for base in preset_names() if name.startswith(f"{base}-")]
+    return [*map(preset_path, below), preset_path(name)]
 
 
 def preset_names() -> list[str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from m2d.arguments import parse_arguments
 from m2d.classes import CLASSES
-from m2d.config import TrainConfig, preset_path
+from m2d.config import TrainConfig, preset_files
 from m2d.data.demo import write_demo_dataset
 from m2d.data.job_paths import result_path
 from m2d.experiment import list_experiments
@@ -56,6 +56,6 @@ def _config(data_root: Path, experiments: Path, fresh: bool) -> TrainConfig:
     places = ["--data_root", str(data_root), "--experiments_dir", str(experiments), "--name", NAME]
     places += ["--cache_dir", str(experiments.parent / "cache")]
     config = parse_arguments(
-        TrainConfig, ["--preset", "demo", *places], prog="demo", description="", preset_path=preset_path
+        TrainConfig, ["--preset", "demo", *places], prog="demo", description="", preset_files=preset_files
     )
     return dataclasses.replace(config, fresh=fresh)

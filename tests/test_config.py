@@ -36,11 +36,26 @@ def test_the_promised_presets_are_there() -> None:
     assert {"demo", "ham-64", "ham-128", "isic-256"} <= set(preset_names())
 
 
+def of_preset(name: str) -> TrainConfig:
+    """A later stage's with the checkpoint that it needs, a published VAE's with a new one of that shape."""
+    config: TrainConfig = parse("train", ["--preset", name, "--init_checkpoint", "earlier"])
+    return dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, pretrained=None))
+
+
+def test_a_stages_preset_is_the_joint_stages_with_its_own_numbers_over_it() -> None:
+    joint, latent = of_preset("isic-256"), of_preset("isic-256-latent")
+    assert latent.unet == joint.unet
+    assert latent.autoencoder == joint.autoencoder
+    assert (latent.stage, latent.batch_size, latent.max_steps) == ("latent", 32, 100_000)
+    effective = {config.batch_size * config.gradient_accumulation_steps for config in (joint, latent)}
+    assert effective == {32}
+
+
 @pytest.mark.parametrize("name", preset_names())
 @torch.no_grad()
 def test_a_presets_networks_fit_one_another(name: str) -> None:
     """A forward pass of every network it trains, on the meta device: shapes without numbers."""
-    config: TrainConfig = parse("train", ["--preset", name])
+    config = of_preset(name)
     size, feature_dim, patches = config.data.image_size, 1280, 16
     with torch.device("meta"):
         autoencoder = build_autoencoder(config.autoencoder, size).eval()
@@ -52,11 +67,11 @@ def test_a_presets_networks_fit_one_another(name: str) -> None:
             latent_size=side,
             feature_dim=feature_dim,
         ).eval()
-        projector = AlignmentProjector(tap_channels(denoiser), config.projector, feature_dim)
+        projector = AlignmentProjector(tap_channels(denoiser, config.alignment.tap), config.projector, feature_dim)
         images = torch.zeros(1, 3, size, size)
         latents = autoencoder.encode(images).mean
         context = denoiser.context(torch.zeros(1, dtype=torch.int64), torch.zeros(1, feature_dim))
-        velocity, middle = denoiser.velocity_and_tap(latents, torch.zeros(1), context)
+        velocity, middle = denoiser.velocity_and_tap(latents, torch.zeros(1), context, config.alignment.tap)
         assert latents.shape == velocity.shape == (1, autoencoder.latent_channels, side, side)
         assert projector(middle, patches).shape == (1, patches, feature_dim)
         assert autoencoder.decode(latents).shape == images.shape
