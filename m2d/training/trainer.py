@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import math
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -76,9 +75,8 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
                 catalog = run_catalog(config, experiment, data_root, console)
                 _train_in(config, experiment, catalog, opening, console, callbacks, stoppable)
         except BaseException as error:
-            if isinstance(error, M2DError) and not (experiment.path / CATALOG).is_file():
-                shutil.rmtree(experiment.path)  # nothing was begun: a wrong data_root leaves no trace
-            else:
+            never_began = isinstance(error, M2DError) and not resumed and not (experiment.path / CATALOG).is_file()
+            if not (never_began and experiment.discard()):  # so a wrong data_root leaves no trace
                 asked = isinstance(error, (Stopped, KeyboardInterrupt, SystemExit))
                 failed: dict[str, Any] = {"state": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
                 with suppress(OSError):  # of a full disk; what is wrong is told all the same

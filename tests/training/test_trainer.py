@@ -15,8 +15,9 @@ from tiny_run import TINY, write_images
 from torch.testing import assert_close
 
 from m2d.cli import parse
-from m2d.config import TrainConfig
-from m2d.errors import ConfigError, TrainingError
+from m2d.config import TrainConfig, as_dict
+from m2d.errors import ConfigError, DataError, TrainingError
+from m2d.experiment import open_experiment
 from m2d.generation.run import generate
 from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import load_checkpoint
@@ -149,6 +150,37 @@ def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="data_root is not set"):
         train(parse("train", ["--experiments_dir", str(tmp_path / "experiments")]))
     assert not (tmp_path / "experiments").exists()
+
+
+def test_a_new_run_without_images_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "unmounted").mkdir()
+    with pytest.raises(DataError, match="data_root"):
+        train(config_of(tmp_path / "unmounted", tmp_path / "runs", "--num_workers", "0"))
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_stopped_run_without_images_and_cache_keeps_its_checkpoints(tmp_path: Path) -> None:
+    """Somebody cleared cache/, and the disk with the images is not mounted when the command is run again."""
+    (tmp_path / "unmounted").mkdir()
+    config = config_of(tmp_path / "unmounted", tmp_path / "runs", "--num_workers", "0")
+    (stopped, _) = open_experiment(config.experiments_dir, "run", as_dict(config), fresh=False, command=[])
+    marker = stopped.checkpoints / "step_00000004" / "complete.json"
+    marker.parent.mkdir()
+    marker.write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match="data_root"):
+        train(config)
+    assert marker.is_file()
+    assert stopped.info()["state"] == "failed"
+
+
+def test_a_resumed_run_that_has_no_checkpoint_yet_is_kept_too(tmp_path: Path) -> None:
+    """This call did not create it: its logs, and what the user put there, are not ours to remove."""
+    (tmp_path / "unmounted").mkdir()
+    config = config_of(tmp_path / "unmounted", tmp_path / "runs", "--num_workers", "0")
+    (killed, _) = open_experiment(config.experiments_dir, "run", as_dict(config), fresh=False, command=[])
+    with pytest.raises(DataError, match="data_root"):
+        train(config)
+    assert killed.path.is_dir()
 
 
 @pytest.mark.ray
