@@ -1,4 +1,4 @@
-"""The other nodes of the Ray cluster that is joined: whether they see a run's paths, and waiting for more of them."""
+"""The nodes of the Ray cluster that is joined: the paths that they see, what their GPUs can do, waiting for more."""
 
 import logging
 import os
@@ -12,11 +12,13 @@ from pathlib import Path
 
 from m2d.data.storage import without_secrets
 from m2d.errors import ConfigError
+from m2d.models.settings import Precision
 
 logger = logging.getLogger(__name__)
 ANSWER_S = 120.0  # a node may first have to start a process, or to fetch a job's working directory
 APPEAR_S = 5.0  # in which a shared file system shows a new file to another node
 POLL_S = 2.0
+GPU_SHARE = 0.01  # of a task that only asks: it finds room beside others
 ENTRIES = 64  # of a folder that is read, which another node has to have too
 FIX = "name a path on storage that every node mounts under this name (NFS, EFS), or run on one node"
 
@@ -121,6 +123,49 @@ def places(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) ->
     return sum(max(0, min(floor(node.get(name, 0) / amount + 1e-9) for name, amount in asked)) for node in nodes)
 
 
+@dataclass(frozen=True)
+class GpuFacts:
+    """What torch says of a machine's GPU."""
+
+    name: str | None  # None: torch sees no GPU there
+    precision: Precision  # in which networks compute there, unless the user asks for another
+
+
+def gpu_facts() -> GpuFacts:
+    """Those of the process where this runs."""
+    import torch
+
+    from m2d.models.precision import pick_precision
+
+    if not torch.cuda.is_available():
+        return GpuFacts(None, pick_precision(None, torch.device("cpu")))
+    return GpuFacts(torch.cuda.get_device_name(), pick_precision(None, torch.device("cuda")))
+
+
+def cluster_gpu() -> GpuFacts:
+    """Those of one of the cluster's GPUs, asked by a small task there: the driver's machine may have none.
+
+    Waits for a GPU that is not wholly taken. Raises ConfigError where the node cannot run M2D.
+    """
+    import ray
+
+    answer = ray.remote(num_gpus=GPU_SHARE, num_cpus=0)(gpu_facts).remote()
+    if not ray.wait([answer], timeout=ANSWER_S)[0]:
+        logger.warning("all GPUs of the cluster are taken; waiting for one")
+    try:
+        facts: GpuFacts = ray.get(answer)
+    except ray.exceptions.RayTaskError as error:
+        raise _cannot_run("a GPU node", error) from None
+    return facts
+
+
+def _cannot_run(node: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{node} cannot run M2D ({str(error).strip().splitlines()[-1]}); install it there, or submit the job with "
+        "--working-dir ."
+    )
+
+
 def _some_entries(folder: str) -> list[str]:
     """Names that tell a folder from another one of its name: hidden ones may be gone in a moment."""
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))[:ENTRIES]
@@ -143,10 +188,7 @@ def _unseen(others: Mapping[str, str], looks: list[_Look]) -> dict[str, list[str
         try:
             unseen[node] = ray.get(answer)
         except ray.exceptions.RayTaskError as error:
-            raise ConfigError(
-                f"the node {others[node]} cannot run M2D ({str(error).strip().splitlines()[-1]}); install it there, or "
-                "submit the job with --working-dir ."
-            ) from None
+            raise _cannot_run(f"the node {others[node]}", error) from None
         except ray.exceptions.RayError:  # it went away meanwhile; what else runs there notices by itself
             logger.warning("the node %s went away before it told which paths it sees", others[node])
     for answer in silent:

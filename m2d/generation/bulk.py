@@ -31,13 +31,12 @@ from m2d.generation.group import (
     planned_rows,
 )
 from m2d.generation.plan import PlanRow, rows_of, table_of
-from m2d.generation.settings import Precision
 from m2d.nodes import node_resources
 
 if TYPE_CHECKING:  # writing tasks import this file and need no torch: 400 MB and many seconds each
     from m2d.generation.generator import Generator
 
-__all__ = ["ActorPool", "cluster_gpus", "make_on_ray", "pick_pool", "precision_of_gpus", "ray_cluster"]
+__all__ = ["ActorPool", "cluster_gpus", "make_on_ray", "pick_pool", "ray_cluster"]
 
 WRITER_CPUS = 1.0  # logical ones of a writing task; one such task keeps up with a few hundred small images a second
 
@@ -62,18 +61,6 @@ class ActorPool:
 def cluster_gpus() -> float:
     """GPUs of the connected cluster."""
     return float(ray.cluster_resources().get("GPU", 0))
-
-
-def precision_of_gpus() -> Precision:
-    """What pick_precision decides on one of the cluster's GPUs; the driver's machine may have none."""
-
-    @ray.remote(num_gpus=0.01, num_cpus=0)
-    def on_a_gpu() -> Precision:
-        from m2d.generation.generator import pick_device, pick_precision
-
-        return pick_precision(None, pick_device("cuda"))
-
-    return ray.get(on_a_gpu.remote())
 
 
 def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: str, groups: int) -> ActorPool:

@@ -24,14 +24,13 @@ from m2d.data.storage import open_storage
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
 from m2d.experiment import Experiment, open_experiment
 from m2d.models.perceptual import lpips_available
-from m2d.models.settings import PerceptualKind
-from m2d.nodes import node_resources, places, require_shared
+from m2d.models.settings import PerceptualKind, Precision
+from m2d.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, places, require_shared
 from m2d.records import BlankingFormatter
 from m2d.training.checkpoints import newest_step
 from m2d.training.console import Console
 from m2d.training.dataset import prepared_parts, run_catalog
 from m2d.training.plan import CATALOG, RunPlan
-from m2d.training.settings import Precision
 from m2d.training.stopping import Stopped, StopRequest, failures_recorded, recorded_failure
 from m2d.training.telemetry import WandbKey, find_wandb_key
 
@@ -101,23 +100,23 @@ class _Opening:
 
 def _opening(config: TrainConfig) -> _Opening:
     """Decide what was left to decide. Raises ConfigError where the machines cannot do what was asked for."""
-    on_gpu, (fewest, most) = _on_gpu(config), config.workers
+    gpu, (fewest, most) = _gpu(config), config.workers
     degraded: list[str] = []
-    if not on_gpu:
+    if gpu is None:
         degraded.append("no GPU: training runs on CPU cores")
     if config.feature_extractor.name.startswith("efficientnet-lite"):
         lite = config.feature_extractor.name.replace("efficientnet-lite", "EfficientNet-Lite")
         degraded.append(f"features come from ImageNet {lite}, not from PanDerm")
-    perceptual, precision = _perceptual(config, degraded), _precision(config, on_gpu)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
+    perceptual = _perceptual(config, degraded)
+    precision = config.mixed_precision or ("no" if gpu is None else gpu.precision)
     workers = str(max(most, 1)) if fewest == most else f"{fewest} to {most}"
-    device = f"{workers} x {gpu}" if on_gpu else f"{workers} CPU worker(s)"
+    device = f"{workers} CPU worker(s)" if gpu is None else f"{workers} x {gpu.name}"
     limited = f"; {len(degraded)} thing(s) fall short of the best:" if degraded else ""
     line = (
         f"training stage {config.stage} at {config.data.image_size} px on {device}, {PRECISION_NAMES[precision]}, "
         f"guided by {config.feature_extractor.name}{limited}"
     )
-    return _Opening(line, device, on_gpu, precision, perceptual, degraded)
+    return _Opening(line, device, gpu is not None, precision, perceptual, degraded)
 
 
 def _train_in(
@@ -182,10 +181,11 @@ def _resources(config: TrainConfig) -> AbstractContextManager[None]:
     )
 
 
-def _on_gpu(config: TrainConfig) -> bool:
-    """Whether workers get a GPU each: this process's, or the cluster's (where the driver may have none)."""
+def _gpu(config: TrainConfig) -> GpuFacts | None:
+    """What each worker gets: this process's GPU, or one of the cluster's (where the driver may have none)."""
     if config.workers[1] == 0:
-        return torch.cuda.is_available()
+        facts = gpu_facts()
+        return None if facts.name is None else facts
     nodes = node_resources()
     gpus = sum(node.get("GPU", 0) for node in nodes)
     if 0 < gpus < config.workers[0]:
@@ -198,16 +198,7 @@ def _on_gpu(config: TrainConfig) -> bool:
             f"num_workers is {config.num_workers} and the cluster's nodes hold {fit} workers of {each} each; lower "
             "--num_workers or --ray.cpus_per_worker, or add a node"
         )
-    return bool(gpus)
-
-
-def _precision(config: TrainConfig, on_gpu: bool) -> Precision:
-    if config.mixed_precision is not None:
-        return config.mixed_precision
-    if not on_gpu:
-        return "no"
-    known_without = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
-    return "fp16" if known_without else "bf16"
+    return cluster_gpu() if gpus else None
 
 
 def _perceptual(config: TrainConfig, degraded: list[str]) -> PerceptualKind:
