@@ -100,8 +100,8 @@ class _Opening:
 
 def _opening(config: TrainConfig) -> _Opening:
     """Decide what was left to decide. Raises ConfigError where the machines cannot do what was asked for."""
-    gpu, (fewest, most) = _gpu(config), config.workers
     degraded: list[str] = []
+    gpu, (fewest, most) = _gpu(config, degraded), config.workers
     if gpu is None:
         degraded.append("no GPU: training runs on CPU cores")
     if config.feature_extractor.name.startswith("efficientnet-lite"):
@@ -181,10 +181,12 @@ def _resources(config: TrainConfig) -> AbstractContextManager[None]:
     )
 
 
-def _gpu(config: TrainConfig) -> GpuFacts | None:
+def _gpu(config: TrainConfig, degraded: list[str]) -> GpuFacts | None:
     """What each worker gets: this process's GPU, or one of the cluster's (where the driver may have none)."""
     if config.workers[1] == 0:
         facts = gpu_facts()
+        if facts.name is None and facts.driver and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+            degraded.append(f"torch sees no GPU: {facts.advice}")
         return None if facts.name is None else facts
     nodes = node_resources()
     gpus = sum(node.get("GPU", 0) for node in nodes)

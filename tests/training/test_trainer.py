@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny_run import TINY, write_images
 from torch.testing import assert_close
 
+from m2d import nodes
 from m2d.cli import parse
 from m2d.config import TrainConfig, as_dict
 from m2d.errors import ConfigError, DataError, TrainingError
@@ -23,7 +24,7 @@ from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import load_checkpoint
 from m2d.training.checkpoints import complete_checkpoints
 from m2d.training.saving import read_best
-from m2d.training.trainer import train
+from m2d.training.trainer import _opening, train
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +182,17 @@ def test_a_resumed_run_that_has_no_checkpoint_yet_is_kept_too(tmp_path: Path) ->
     with pytest.raises(DataError, match="data_root"):
         train(config)
     assert killed.path.is_dir()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+def test_a_driver_whose_gpu_torch_does_not_see_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12\n")
+    monkeypatch.setattr(nodes, "DRIVER", tmp_path / "version")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    told = _opening(TrainConfig(num_workers=0)).degraded
+    assert any(line.startswith("torch sees no GPU: ") and "535.183.01" in line for line in told)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user's wish
+    assert not any("535.183.01" in line for line in _opening(TrainConfig(num_workers=0)).degraded)
 
 
 @pytest.mark.ray
