@@ -150,7 +150,7 @@ def _train_in(
         if config.workers[1] == 0:
             from m2d.training.worker import train_worker  # the networks; on Ray the driver does without
 
-            with failures_recorded(experiment.path):
+            with failures_recorded(experiment.path, config):
                 train_worker(plan, _LocalLink(plan, torch.device("cuda" if opening.on_gpu else "cpu")))
         else:
             online = config.use_wandb and config.wandb_mode == "online"
@@ -170,6 +170,7 @@ def _count(catalog: pa.Table, split: str) -> int:
 def _resources(config: TrainConfig) -> AbstractContextManager[None]:
     """Ray, unless the calling process trains."""
     if config.workers[1] == 0:
+        os.environ.update(allocator_settings())
         return nullcontext()
     fewest = config.workers[0]
     needed = fewest * config.ray.cpus_per_worker + config.data.read_cpus + 1
@@ -179,6 +180,16 @@ def _resources(config: TrainConfig) -> AbstractContextManager[None]:
         bundles=[{"CPU": config.ray.cpus_per_worker, "GPU": 1}] * fewest,
         wait_s=config.ray.wait_for_nodes_s,
     )
+
+
+def allocator_settings() -> dict[str, str]:
+    """Environment of a process that trains on a GPU, against fragmentation of its memory; the user's own comes first.
+
+    torch reads it when CUDA starts. Of its two variables some versions prefer the one and some the other.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+        return {}
+    return {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
 
 
 def _gpu(config: TrainConfig, degraded: list[str]) -> GpuFacts | None:
@@ -259,6 +270,9 @@ def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any], key: WandbKey | 
         "use_gpu": on_gpu,
         "resources_per_worker": {"CPU": config.ray.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
     }
+    workers: dict[str, Any] = {}
+    if on_gpu:
+        workers["worker_runtime_env"] = {"env_vars": allocator_settings()}
     # Ray asks that every checkpoint on its own list exist, but m2d.training.saving deletes old ones; resuming reads the
     # directory, so Ray starts each time with an empty list.
     (plan.experiment.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
@@ -272,6 +286,7 @@ def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any], key: WandbKey | 
         scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
             name="checkpoints",
+            **workers,
             callbacks=list(callbacks),
             storage_path=place,
             storage_filesystem=filesystem,

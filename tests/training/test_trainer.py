@@ -24,7 +24,7 @@ from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import load_checkpoint
 from m2d.training.checkpoints import complete_checkpoints
 from m2d.training.saving import read_best
-from m2d.training.trainer import _opening, train
+from m2d.training.trainer import _opening, allocator_settings, train
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +193,18 @@ def test_a_driver_whose_gpu_torch_does_not_see_is_told(tmp_path: Path, monkeypat
     assert any(line.startswith("torch sees no GPU: ") and "535.183.01" in line for line in told)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user's wish
     assert not any("535.183.01" in line for line in _opening(TrainConfig(num_workers=0)).degraded)
+
+
+def test_memory_is_allocated_in_expandable_segments_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert allocator_settings() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    assert allocator_settings() == {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:256")
+    assert allocator_settings() == {}
 
 
 @pytest.mark.ray
