@@ -210,6 +210,11 @@ def cluster_gpu() -> GpuFacts:
     return facts
 
 
+def device_of_actor(device: str) -> str:
+    """What an actor or a task calls the GPU that it reserves. It sees no other: `cuda:1` out here is its `cuda`."""
+    return device.partition(":")[0]
+
+
 def _cannot_run(node: str, error: Exception) -> ConfigError:
     return ConfigError(
         f"{node} cannot run M2D ({str(error).strip().splitlines()[-1]}); install it there, or submit the job with "

@@ -31,7 +31,7 @@ from m2d.generation.group import (
     planned_rows,
 )
 from m2d.generation.plan import PlanRow, rows_of, table_of
-from m2d.nodes import node_resources
+from m2d.nodes import device_of_actor, node_resources
 
 if TYPE_CHECKING:  # writing tasks import this file and need no torch: 400 MB and many seconds each
     from m2d.generation.generator import Generator
@@ -80,7 +80,7 @@ def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: s
                 "node, or name --device cpu"
             )
         most = min(room, num_actors or room, max(groups, 1))
-        return ActorPool(most=most, device=device, gpus=gpus, threads=1)
+        return ActorPool(most=most, device=device_of_actor(device), gpus=gpus, threads=1)
     most = min(num_actors or cpus, max(1, cpus - 1))
     largest = max((int(node.get("CPU", 0)) for node in node_resources()), default=1)
     # Not from the groups that are left: sums of other threads are rounded otherwise, in one pixel of some thousands.
