@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,6 +121,16 @@ class Experiment:
                 (self.checkpoints / "best").symlink_to(best)
         except OSError as error:
             raise _unreachable(self.remote, "read", error) from None
+
+    def discard(self) -> bool:
+        """Remove the local directory of a run that has just been created and never began; returns whether it did.
+
+        A directory with anything in checkpoints/ stays, whatever the caller believes.
+        """
+        if any(self.checkpoints.iterdir()):
+            return False
+        shutil.rmtree(self.path)
+        return True
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -1,7 +1,9 @@
-"""The other nodes of the Ray cluster that is joined: whether they see a run's paths, and waiting for more of them."""
+"""The nodes of the Ray cluster that is joined: the paths that they see, what their GPUs can do, waiting for more."""
 
+import ctypes
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,11 +14,14 @@ from pathlib import Path
 
 from m2d.data.storage import without_secrets
 from m2d.errors import ConfigError
+from m2d.models.settings import Precision
 
 logger = logging.getLogger(__name__)
 ANSWER_S = 120.0  # a node may first have to start a process, or to fetch a job's working directory
 APPEAR_S = 5.0  # in which a shared file system shows a new file to another node
 POLL_S = 2.0
+DRIVER = Path("/proc/driver/nvidia/version")  # of NVIDIA's kernel module
+GPU_SHARE = 0.01  # of a task that only asks: it finds room beside others
 ENTRIES = 64  # of a folder that is read, which another node has to have too
 FIX = "name a path on storage that every node mounts under this name (NFS, EFS), or run on one node"
 
@@ -121,6 +126,102 @@ def places(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) ->
     return sum(max(0, min(floor(node.get(name, 0) / amount + 1e-9) for name, amount in asked)) for node in nodes)
 
 
+@dataclass(frozen=True)
+class GpuFacts:
+    """What torch says of a machine's GPU."""
+
+    name: str | None  # None: torch sees no GPU there
+    precision: Precision  # in which networks compute there, unless the user asks for another
+    torch: str  # its version
+    cuda: str | None  # that this torch was built for; None: for none
+    driver: str | None  # version of NVIDIA's driver; None: there is none
+    driver_cuda: str | None  # the newest CUDA that this driver runs
+
+    @property
+    def advice(self) -> str:
+        """Why torch sees no GPU here, as far as versions tell, and the ways out."""
+        built = "without CUDA" if self.cuda is None else f"for CUDA {self.cuda}"
+        runs = "" if self.driver_cuda is None else f", which runs CUDA up to {self.driver_cuda}"
+        if self.driver_cuda is None:
+            way_out = "libcuda.so.1 cannot be loaded: install the driver, or give the container its GPUs"
+        elif self.cuda is None or float(self.driver_cuda) < float(self.cuda.partition(".")[0]):
+            way_out = (
+                f"install a newer driver (CUDA 13 needs R580), or torch built for CUDA {self.driver_cuda} or older"
+            )
+        else:
+            way_out = "look whether CUDA_VISIBLE_DEVICES hides the GPU, and whether nvidia-smi shows it"
+        return f"torch {self.torch} is built {built}, NVIDIA's driver is {self.driver or 'not found'}{runs}; {way_out}"
+
+
+def gpu_facts() -> GpuFacts:
+    """Those of the process where this runs."""
+    import torch
+
+    from m2d.models.precision import pick_precision
+
+    sees = torch.cuda.is_available()
+    return GpuFacts(
+        name=torch.cuda.get_device_name() if sees else None,
+        precision=pick_precision(None, torch.device("cuda" if sees else "cpu")),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        driver=_driver(),
+        driver_cuda=_driver_cuda(),
+    )
+
+
+def _driver() -> str | None:
+    """`535.183.01` of `NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  ...`, which has several forms."""
+    try:
+        found = re.search(r"NVRM version:.*?\s(\d+\.\d[\d.]*)", DRIVER.read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return found[1] if found else "of an unknown version"
+
+
+def _driver_cuda() -> str | None:
+    """`12.2`, as the driver's own library says; torch asks it too, and tells nobody where the answer is too low."""
+    version = ctypes.c_int()
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return f"{version.value // 1000}.{version.value % 1000 // 10}"
+
+
+def cluster_gpu() -> GpuFacts:
+    """Those of one of the cluster's GPUs, asked by a small task there: the driver's machine may have none.
+
+    Waits for a GPU that is not wholly taken. Raises ConfigError where the node cannot run M2D, or torch there does not
+    see the GPU that Ray counts: Ray asks the driver's management library, which an older driver has too.
+    """
+    import ray
+
+    answer = ray.remote(num_gpus=GPU_SHARE, num_cpus=0)(gpu_facts).remote()
+    if not ray.wait([answer], timeout=ANSWER_S)[0]:
+        logger.warning("all GPUs of the cluster are taken; waiting for one")
+    try:
+        facts: GpuFacts = ray.get(answer)
+    except ray.exceptions.RayTaskError as error:
+        raise _cannot_run("a GPU node", error) from None
+    if facts.name is None:
+        raise ConfigError(f"Ray counts GPUs and torch sees none: {facts.advice}")
+    return facts
+
+
+def device_of_actor(device: str) -> str:
+    """What an actor or a task calls the GPU that it reserves. It sees no other: `cuda:1` out here is its `cuda`."""
+    return device.partition(":")[0]
+
+
+def _cannot_run(node: str, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{node} cannot run M2D ({str(error).strip().splitlines()[-1]}); install it there, or submit the job with "
+        "--working-dir ."
+    )
+
+
 def _some_entries(folder: str) -> list[str]:
     """Names that tell a folder from another one of its name: hidden ones may be gone in a moment."""
     return sorted(name for name in os.listdir(folder) if not name.startswith("."))[:ENTRIES]
@@ -143,10 +244,7 @@ def _unseen(others: Mapping[str, str], looks: list[_Look]) -> dict[str, list[str
         try:
             unseen[node] = ray.get(answer)
         except ray.exceptions.RayTaskError as error:
-            raise ConfigError(
-                f"the node {others[node]} cannot run M2D ({str(error).strip().splitlines()[-1]}); install it there, or "
-                "submit the job with --working-dir ."
-            ) from None
+            raise _cannot_run(f"the node {others[node]}", error) from None
         except ray.exceptions.RayError:  # it went away meanwhile; what else runs there notices by itself
             logger.warning("the node %s went away before it told which paths it sees", others[node])
     for answer in silent:

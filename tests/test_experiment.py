@@ -117,6 +117,16 @@ def test_fresh_leaves_a_running_one_alone(tmp_path: Path) -> None:
     assert old.info()["state"] == "running"
 
 
+def test_one_that_holds_a_checkpoint_is_never_discarded(tmp_path: Path) -> None:
+    experiment = opened(tmp_path / "runs")
+    (experiment.checkpoints / "step_00000004").mkdir()
+    assert not experiment.discard()
+    assert experiment.path.is_dir()
+    (experiment.checkpoints / "step_00000004").rmdir()
+    assert experiment.discard()
+    assert not experiment.path.exists()
+
+
 def test_another_name_is_another_experiment(tmp_path: Path) -> None:
     """Also where one name begins with the other."""
     opened(tmp_path, name="tiny_long")

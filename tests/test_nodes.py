@@ -1,17 +1,20 @@
 """Whether the other nodes of a cluster see a run's paths: by pretended answers, and by a node with its own disk."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+import torch
 
 from m2d import cluster, nodes
 from m2d.errors import ConfigError
-from m2d.nodes import not_seen, places, require_shared
+from m2d.nodes import GpuFacts, not_seen, places, require_shared
 
 HERE = {"NodeID": "a", "NodeManagerAddress": "10.0.0.1", "Alive": True, "Resources": {"CPU": 2.0}}
 THERE = {"NodeID": "b", "NodeManagerAddress": "10.0.0.2", "Alive": True, "Resources": {"CPU": 2.0}}
@@ -154,6 +157,51 @@ def test_nodes_that_do_not_come_are_waited_for_no_longer_than_said(monkeypatch: 
 )
 def test_a_worker_takes_all_that_it_needs_from_one_node(bundle: dict[str, float], held: int) -> None:
     assert places(bundle, [{"CPU": 6.9}, {"CPU": 4, "GPU": 8}, {"CPU": 4, "GPU": 1}, {"GPU": 1}]) == held
+
+
+CUDA_13 = GpuFacts(
+    name=None, precision="no", torch="2.15.0+cu132", cuda="13.2", driver="535.183.01", driver_cuda="12.2"
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({}, "CUDA 13.2, NVIDIA's driver is 535.183.01, which runs CUDA up to 12.2; install a newer driver"),
+        ({"cuda": None}, "built without CUDA, .* or torch built for CUDA 12.2 or older"),
+        ({"driver_cuda": None}, "driver is 535.183.01; libcuda.so.1 cannot be loaded"),
+        ({"driver": "580.65.06", "driver_cuda": "13.0"}, "up to 13.0; look whether CUDA_VISIBLE_DEVICES"),
+    ],
+)
+def test_a_gpu_that_torch_does_not_see_is_told_with_both_versions(change: Any, told: str) -> None:
+    advice = replace(CUDA_13, **change).advice
+    assert re.search(told, advice)
+    assert "\n" not in advice
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024", "535.183.01"),
+        ("NVIDIA UNIX Open Kernel Module for x86_64  570.124.06  Release Build  (dvs-builder@U16)", "570.124.06"),
+    ],
+)
+def test_the_drivers_version_is_read(line: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nodes, "DRIVER", tmp_path / "version")
+    assert nodes.gpu_facts().driver is None
+    (tmp_path / "version").write_text(f"NVRM version: {line}\nGCC version:  gcc version 12.3.0\n")
+    assert nodes.gpu_facts().driver == version
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+def test_a_gpu_that_ray_counts_and_torch_does_not_see_is_an_error(
+    ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine with too old a driver, or here, where the task asks for no GPU."""
+    monkeypatch.setattr(nodes, "GPU_SHARE", 0)
+    with pytest.raises(ConfigError, match=rf"^Ray counts GPUs .* torch {re.escape(torch.__version__)} .*[^\n]*$"):
+        nodes.cluster_gpu()
 
 
 @pytest.mark.ray

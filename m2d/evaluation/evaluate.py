@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
@@ -32,6 +33,7 @@ from m2d.evaluation.extraction import RAY_PAYS_FROM, Extraction
 from m2d.evaluation.feature_set import FeatureSet, ImageSet
 from m2d.evaluation.fidelity import FidelityResult, measure_fidelity
 from m2d.evaluation.finetune import measure_finetuned
+from m2d.evaluation.finetune_settings import FinetuneConfig
 from m2d.evaluation.image_sets import ImageSets, read_image_sets
 from m2d.evaluation.memorization import measure_memorization
 from m2d.evaluation.memorization_result import MemorizationResult
@@ -43,6 +45,7 @@ from m2d.generation.generator import pick_device
 from m2d.models.checkpoint import Checkpoint, load_checkpoint
 from m2d.models.feature_extractor import extractor_identity
 from m2d.models.settings import FeatureExtractorConfig
+from m2d.nodes import device_of_actor
 
 VIEWS = 8  # of m2d.data.views: flips and quarter turns
 KEPT = "evaluation_v1/trainings"  # in the cache folder: what finished trainings answered
@@ -250,7 +253,7 @@ class _Run:
                     train=sets.train,
                     test=sets.test,
                     generated=sets.generated,
-                    config=config.finetune,
+                    config=_of_tasks(config.finetune) if self.on_ray else config.finetune,
                     run=self._trainings("networks fine-tuned"),
                     **shared,
                 )
@@ -277,6 +280,11 @@ def _uses_ray(config: EvaluateConfig, device: str, sets: ImageSets) -> bool:
     if os.environ.get("RAY_ADDRESS") or (device != "cpu" and torch.cuda.device_count() > 1):
         return True
     return device == "cpu" and len(sets.train) + len(sets.generated) >= RAY_PAYS_FROM
+
+
+def _of_tasks(config: FinetuneConfig) -> FinetuneConfig:
+    """The same for Ray's tasks, each of which has its own share of a GPU."""
+    return config if config.device is None else replace(config, device=device_of_actor(config.device))
 
 
 def _guide(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[str]) -> FeatureExtractorConfig:

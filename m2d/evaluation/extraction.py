@@ -235,7 +235,8 @@ def _read(folder: Path, sha256: Sequence[str]) -> dict[str, np.ndarray]:
             ids, cls = tensors["sha256"], tensors["cls"]
         except (SafetensorError, OSError, KeyError) as error:
             logger.warning("%s cannot be read (%s); its images are extracted again", path, " ".join(str(error).split()))
-            path.unlink(missing_ok=True)
+            if not isinstance(error, OSError):  # the disk's trouble is no damage
+                path.unlink(missing_ok=True)
             continue
         for row, digest in enumerate(bytes(digest).hex() for digest in ids):
             if digest in wanted:

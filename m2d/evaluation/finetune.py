@@ -26,13 +26,13 @@ from m2d.evaluation.downstream_jobs import Runner, run_here
 from m2d.evaluation.downstream_result import DownstreamResult
 from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.finetune_settings import FinetuneConfig
-from m2d.generation.generator import pick_device, pick_precision
+from m2d.generation.generator import pick_device
 from m2d.models.feature_extractor import FeatureExtractor, extractor_identity, load_feature_extractor
+from m2d.models.precision import DTYPES, pick_precision
 from m2d.models.settings import TIMM_PREFIX, FeatureExtractorConfig
 from m2d.models.timm_extractor import TimmExtractor
 
 VIEWS = 8
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 PREDICTED_AT_ONCE = 64
 
 
@@ -136,7 +136,7 @@ class FinetuneClassifier:
                 group["lr"] = learning_rate(self.config, step, total)
             images = _input(np.stack([self._seen(rows, *one) for one in zip(numbers, views)]), extractor, device)
             chosen = torch.from_numpy(numbers).to(device)
-            with torch.autocast(device.type, dtype=AUTOCAST.get(kind), enabled=kind != "no"):
+            with torch.autocast(device.type, dtype=DTYPES[kind], enabled=kind != "no"):
                 logits = network(images)
             loss = (F.cross_entropy(logits.float(), labels[chosen], reduction="none") * weights[chosen]).mean()
             optimizer.zero_grad()

@@ -2,12 +2,9 @@
 
 from dataclasses import dataclass
 from math import isfinite
-from typing import Literal
 
 from m2d.errors import ConfigError
-from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, require_extractor
-
-Precision = Literal["no", "bf16", "fp16"]
+from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, Precision, require_extractor
 
 
 @dataclass(frozen=True, kw_only=True)

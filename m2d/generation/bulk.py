@@ -31,13 +31,12 @@ from m2d.generation.group import (
     planned_rows,
 )
 from m2d.generation.plan import PlanRow, rows_of, table_of
-from m2d.generation.settings import Precision
-from m2d.nodes import node_resources
+from m2d.nodes import device_of_actor, node_resources
 
 if TYPE_CHECKING:  # writing tasks import this file and need no torch: 400 MB and many seconds each
     from m2d.generation.generator import Generator
 
-__all__ = ["ActorPool", "cluster_gpus", "make_on_ray", "pick_pool", "precision_of_gpus", "ray_cluster"]
+__all__ = ["ActorPool", "cluster_gpus", "make_on_ray", "pick_pool", "ray_cluster"]
 
 WRITER_CPUS = 1.0  # logical ones of a writing task; one such task keeps up with a few hundred small images a second
 
@@ -64,18 +63,6 @@ def cluster_gpus() -> float:
     return float(ray.cluster_resources().get("GPU", 0))
 
 
-def precision_of_gpus() -> Precision:
-    """What pick_precision decides on one of the cluster's GPUs; the driver's machine may have none."""
-
-    @ray.remote(num_gpus=0.01, num_cpus=0)
-    def on_a_gpu() -> Precision:
-        from m2d.generation.generator import pick_device, pick_precision
-
-        return pick_precision(None, pick_device("cuda"))
-
-    return ray.get(on_a_gpu.remote())
-
-
 def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: str, groups: int) -> ActorPool:
     """A generator a GPU, or a fraction of one; on CPUs as many as there are, with one kept free for the writers.
 
@@ -93,7 +80,7 @@ def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: s
                 "node, or name --device cpu"
             )
         most = min(room, num_actors or room, max(groups, 1))
-        return ActorPool(most=most, device=device, gpus=gpus, threads=1)
+        return ActorPool(most=most, device=device_of_actor(device), gpus=gpus, threads=1)
     most = min(num_actors or cpus, max(1, cpus - 1))
     largest = max((int(node.get("CPU", 0)) for node in node_resources()), default=1)
     # Not from the groups that are left: sums of other threads are rounded otherwise, in one pixel of some thousands.

@@ -18,14 +18,14 @@ from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import GuidingFeature, PlanRow
 from m2d.generation.references import read_reference, require_dim
 from m2d.generation.request import feature_seed, noise_for, slerp
-from m2d.generation.settings import Precision
+from m2d.models.precision import DTYPES, pick_precision
 
 if TYPE_CHECKING:
     from m2d.models.checkpoint import Checkpoint
     from m2d.models.feature_extractor import FeatureExtractor
+    from m2d.models.settings import Precision
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
-_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _REFERENCES_KEPT = 4096  # latents and features of so many input images; about 100 MB at 256 pixels
 
 
@@ -241,7 +241,7 @@ class Generator:
         return torch.stack([found[path] for path in paths])
 
     def _autocast(self, precision: Precision) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=_DTYPES[precision], enabled=precision != "no")
+        return torch.autocast(self.device.type, dtype=DTYPES[precision], enabled=precision != "no")
 
 
 def start_of(row: PlanRow) -> tuple[float, int]:
@@ -270,13 +270,6 @@ def pick_device(device: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device is {device}, which cannot be used here ({reason}); try cpu") from None
     return picked
-
-
-def pick_precision(mixed_precision: Precision | None, device: torch.device) -> Precision:
-    """None: bf16 on a GPU that computes in it, otherwise no."""
-    if mixed_precision is not None:
-        return mixed_precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 def pick_feature(feature: GuidingFeature | None, checkpoint: Checkpoint) -> GuidingFeature:

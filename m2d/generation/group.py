@@ -28,7 +28,7 @@ from m2d.generation.whole_files import cannot_write
 if TYPE_CHECKING:  # writing tasks need no torch: seconds and 200 MB each
     from m2d.generation.gates import GateReference, Verdict
     from m2d.generation.generator import Generator
-    from m2d.generation.settings import Precision
+    from m2d.models.settings import Precision
 
 
 @dataclass(frozen=True)

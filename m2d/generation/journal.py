@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from m2d.errors import ConfigError
 from m2d.generation.plan import PLAN_SCHEMA, PlanRow
-from m2d.generation.whole_files import cannot_write, replacing
+from m2d.generation.whole_files import cannot_write, replacing, require_damage
 
 PARTS, JOURNAL_NAME = "parts", "journal.parquet"
 VERDICT_FIELDS = [
@@ -72,16 +72,18 @@ def write_rows(path: Path, rows: pa.Table) -> None:
 
 
 def read_parts(root: Path) -> tuple[dict[Path, pa.Table], list[Path]]:
-    """The rows of each part, and the parts that cannot be read (after a power cut, say): theirs count as not done.
+    """The rows of each part, and the parts that are damaged (after a power cut, say): theirs count as not done.
 
-    Raises ConfigError for a part of another version of M2D, which is no reason to throw its images away.
+    Raises ConfigError for a part of another version of M2D, or that the disk does not give, which is no reason to throw
+    its images away.
     """
 
     def read(path: Path) -> pa.Table | None:
         try:
             with path.open("rb") as stream:
                 table = pq.read_table(stream)
-        except (pa.ArrowException, OSError):
+        except (pa.ArrowException, OSError) as error:
+            require_damage(path, error)
             return None
         if not table.schema.equals(JOURNAL_SCHEMA):
             raise ConfigError(

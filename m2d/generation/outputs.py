@@ -36,7 +36,7 @@ from m2d.generation.journal import (
     write_rows,
 )
 from m2d.generation.recipe import Recipe, default_output
-from m2d.generation.whole_files import LEFTOVER, cannot_write, replacing
+from m2d.generation.whole_files import LEFTOVER, cannot_write, replacing, require_damage
 
 __all__ = ["MANIFEST_NAME", "PLAN_NAME", "RECORD_NAME", "OutputFolder", "Recipe", "default_output", "replacing"]
 
@@ -62,7 +62,8 @@ class OutputFolder:
         """Create the folder, or continue it: whole images of this recipe are kept, broken and lost ones made again.
 
         What a killed run left half done is removed. Until it is closed no other process can open it; a killed one
-        loses it. Raises ConfigError where the folder holds another run's images, is at work, or cannot be written.
+        loses it. Raises ConfigError where the folder holds another run's images, is at work, or cannot be read or
+        written.
         """
         folder = cls(root, recipe)
         try:
@@ -201,10 +202,11 @@ class OutputFolder:
         self.journal = joined(parts.values())
 
     def _whole_images(self, file: str) -> dict[str, str]:
-        """Id -> sha256 of the PNGs in a file; empty where it cannot be read."""
+        """Id -> sha256 of the PNGs in a file; empty where it is gone or damaged, ConfigError where the disk fails."""
         try:
             found = self.format.read(self.root, file)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            require_damage(self.root / file, error)
             return {}
         return {image_id: hashlib.sha256(png).hexdigest() for image_id, png in found.items()}
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from m2d.generation.settings import Feature, GenerateConfig, Precision
+from m2d.generation.settings import Feature, GenerateConfig
+from m2d.models.settings import Precision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from m2d.diffusion.feature_prior import WEAK_BELOW
 from m2d.errors import ConfigError, M2DError
 from m2d.generation.formats import FORMATS
 from m2d.generation.gate_training import GatesAtWork, prepare_gates
-from m2d.generation.generator import Generator, pick_device, pick_feature, pick_precision
+from m2d.generation.generator import Generator, pick_device, pick_feature
 from m2d.generation.group import GeneratorSettings, GroupResult, GroupWriter, PlanGroups
 from m2d.generation.journal import JOURNAL_NAME, PARTS, attempts_left
 from m2d.generation.local import make_here
@@ -28,11 +28,13 @@ from m2d.generation.planning import Planned, dataset_catalog, make_plan
 from m2d.generation.progress import progress, say
 from m2d.generation.recipe import Recipe, default_output
 from m2d.generation.references import load_reference_extractor
-from m2d.generation.settings import Feature, GenerateConfig, Precision
+from m2d.generation.settings import Feature, GenerateConfig
 from m2d.generation.summary import counts_and_rejections, missing_by_class, missing_text, write_sheet, write_strips
 from m2d.models.checkpoint import Checkpoint, load_checkpoint
 from m2d.models.feature_extractor import FeatureExtractor
-from m2d.nodes import require_shared
+from m2d.models.precision import pick_precision
+from m2d.models.settings import Precision
+from m2d.nodes import cluster_gpu, require_shared
 
 _RAY_PAYS_FROM = 512  # images on the CPUs of one machine; starting Ray and its actors costs about 15 s
 _GROUP_BYTES = 128 * 2**20  # of pixels that a group may take in memory
@@ -291,11 +293,11 @@ def _device(config: GenerateConfig, cluster: ExitStack) -> tuple[str, Precision]
     """Where images are made, and in which precision; on a cluster the GPUs of its nodes count, not the driver's."""
     elsewhere = bool(os.environ.get("RAY_ADDRESS")) and config.num_actors != 0
     if elsewhere and config.device in (None, "cuda") and not torch.cuda.is_available():
-        from m2d.generation.bulk import cluster_gpus, precision_of_gpus
+        from m2d.generation.bulk import cluster_gpus
 
         _connect(cluster, config)
         if cluster_gpus():
-            return "cuda", config.mixed_precision or precision_of_gpus()
+            return "cuda", config.mixed_precision or cluster_gpu().precision
     device = pick_device(config.device)
     return str(device), pick_precision(config.mixed_precision, device)
 

@@ -9,8 +9,8 @@ from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import ConfigError
 from m2d.generation.balance import BALANCE_SPLITS, BalanceSplit, parse_target
 from m2d.generation.gate_settings import GateConfig
+from m2d.models.settings import Precision
 
-Precision = Literal["no", "bf16", "fp16"]
 Feature = Literal["prior", "none", "reference"]
 Mode = Literal["standard", "image2image", "interpolate", "balance"]
 OutputFormat = Literal["folder", "webdataset", "parquet"]

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and what a user is told where a disk refuses."""
 
+import errno
 import os
 import socket
 import threading
@@ -39,3 +40,15 @@ def cannot_write(path: Path, error: OSError) -> ConfigError:
         f"output: {path} cannot be written ({error.strerror or error}); make room or name another --output, "
         "then run the same command again"
     )
+
+
+def require_damage(path: Path, error: Exception) -> None:
+    """Return where the error says that the file is gone or its content damaged, so that it may be made again.
+
+    Raises ConfigError where the system refused to read it: it may be whole, and is not to be removed.
+    """
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+        raise ConfigError(
+            f"output: {path} cannot be read ({error.strerror}), so nothing was removed; see to its disk and rights, "
+            "then run the same command again"
+        ) from error

@@ -12,6 +12,7 @@ TIMM_PREFIX = "timm:"  # and the name of any timm model that has spatial feature
 PANDERM_PREFIX = "panderm-"
 CROPS = ("whole", "official")
 Crop = Literal["whole", "official"]
+Precision = Literal["no", "bf16", "fp16"]  # of the networks' passes: float32, or autocast to the other two
 
 
 MIDDLE = "middle"

@@ -75,7 +75,7 @@ def ray_worker(loop_config: dict[str, Any]) -> None:
         loop_config["wandb"].use()
     try:
         if recorded_failure(plan.experiment.path) is None:  # else this group is Ray's next try at what cannot work
-            with failures_recorded(plan.experiment.path):
+            with failures_recorded(plan.experiment.path, plan.config):
                 train_worker(plan, link)
     except Exception:
         logger.exception("worker %d of %d failed", link.rank, link.world_size)

@@ -13,8 +13,7 @@ from m2d.data.order import StreamOrder
 from m2d.data.prepared import PreparedImages
 from m2d.data.reader import ImageReader
 from m2d.experiment import Experiment
-from m2d.models.settings import PerceptualKind
-from m2d.training.settings import Precision
+from m2d.models.settings import PerceptualKind, Precision
 
 CATALOG = "cache/catalog.parquet"
 

@@ -4,6 +4,7 @@ A checkpoint appears whole or not at all: it is written under a temporary name, 
 """
 
 import json
+import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -51,16 +52,31 @@ def take_snapshot(
 
 
 def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
-    """Write a whole checkpoint as `directory`, atomically. Raises OSError, and leaves nothing then."""
+    """Write a whole checkpoint as `directory`, atomically. Raises OSError, and leaves nothing then.
+
+    A whole checkpoint that is there already stays: it is of the same step, and a crash while it is being replaced
+    would leave neither.
+    """
+    if (directory / COMPLETE).is_file():
+        return
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write_files(snapshot, partial)
+        _flush(partial)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again for what tells so
         raise
-    shutil.rmtree(directory, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)  # half of a deleted one
     partial.rename(directory)
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the files are on the disk: older checkpoints are deleted next, and the power may fail then."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def _write_files(snapshot: Snapshot, partial: Path) -> None:
@@ -162,14 +178,14 @@ class CheckpointKeeper:
         write_snapshot(snapshot, path)
         best = read_best(self.directory)
         if best is None or score <= best[1]:
-            record = json.dumps({"checkpoint": path.name, "score": score})
+            best = (path.name, score)
             temporary = self.directory / f".{BEST}.json.partial"
-            temporary.write_text(record, encoding="utf-8")
+            temporary.write_text(json.dumps({"checkpoint": path.name, "score": score}), encoding="utf-8")
             temporary.rename(self.directory / f"{BEST}.json")
-            link = self.directory / f".{BEST}.partial"
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.name)
-            link.replace(self.directory / BEST)
+        link = self.directory / f".{BEST}.partial"  # each time: a crash may have come between the record and the link
+        link.unlink(missing_ok=True)
+        link.symlink_to(best[0])
+        link.replace(self.directory / BEST)
         self._forget_old()
         return path
 

@@ -6,8 +6,7 @@ from typing import Literal
 
 from m2d.errors import ConfigError
 from m2d.models.settings import MIDDLE, parse_tap
-
-Precision = Literal["no", "bf16", "fp16"]
+from m2d.models.settings import Precision as Precision  # until step.py asks there
 
 
 def _require(condition: bool, message: str) -> None:

@@ -13,12 +13,16 @@ from enum import IntEnum
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from m2d import errors
+from m2d.config import TrainConfig
 from m2d.errors import M2DError, TrainingError
 
 CONTROL = ".control"  # in the experiment's directory
 CONTROL_BYTES = 4096  # taken at the start, so that a word can be left on a disk that is full
 STOP = "stop"
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # in torch's words where the machine's memory runs out: a plain RuntimeError
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -50,13 +54,19 @@ def recorded_failure(experiment: Path) -> M2DError | None:
 
 
 @contextmanager
-def failures_recorded(experiment: Path) -> Iterator[None]:
-    """Around a worker's work. What the user has to mend is left for the driver: to try again would not help.
+def failures_recorded(experiment: Path, config: TrainConfig) -> Iterator[None]:
+    """Around a worker's work. What the user has to fix is left for the driver: to try again would not help.
 
-    Raises TrainingError in place of an OSError for a full disk.
+    Raises TrainingError in place of an OSError for a full disk, and of what is raised where memory runs out.
     """
     try:
         yield
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError)) or CPU_ALLOCATOR in str(error)):
+            raise
+        out_of_memory = TrainingError(_memory_advice(config))
+        _write(experiment, f"TrainingError: {out_of_memory}")
+        raise out_of_memory from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -69,6 +79,21 @@ def failures_recorded(experiment: Path) -> Iterator[None]:
     except M2DError as error:
         _write(experiment, f"{type(error).__name__}: {error}")
         raise
+
+
+def _memory_advice(config: TrainConfig) -> str:
+    """What makes a step need less memory without another result, in one line."""
+    batch, accumulated = config.batch_size, config.gradient_accumulation_steps
+    halved = (
+        f"--batch_size {batch // 2} --gradient_accumulation_steps {accumulated * 2} (the same optimiser step), "
+        if batch % 2 == 0
+        else ""
+    )
+    return (
+        f"batch_size {batch} with gradient_accumulation_steps {accumulated} does not fit into memory; try {halved}"
+        "--unet.gradient_checkpointing true or --autoencoder.gradient_checkpointing true, with --fresh; "
+        "train --dry_run predicts what fits"
+    )
 
 
 class StopRequest:

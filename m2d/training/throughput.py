@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
+from m2d.models.precision import DTYPES
 from m2d.training.batch import Draws
 from m2d.training.flops import peak_flops
 from m2d.training.plan import RunPlan
 from m2d.training.step import BaseStep
-
-DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Throughput:

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import math
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -25,14 +24,13 @@ from m2d.data.storage import open_storage
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
 from m2d.experiment import Experiment, open_experiment
 from m2d.models.perceptual import lpips_available
-from m2d.models.settings import PerceptualKind
-from m2d.nodes import node_resources, places, require_shared
+from m2d.models.settings import PerceptualKind, Precision
+from m2d.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, places, require_shared
 from m2d.records import BlankingFormatter
 from m2d.training.checkpoints import newest_step
 from m2d.training.console import Console
 from m2d.training.dataset import prepared_parts, run_catalog
 from m2d.training.plan import CATALOG, RunPlan
-from m2d.training.settings import Precision
 from m2d.training.stopping import Stopped, StopRequest, failures_recorded, recorded_failure
 from m2d.training.telemetry import WandbKey, find_wandb_key
 
@@ -76,9 +74,8 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
                 catalog = run_catalog(config, experiment, data_root, console)
                 _train_in(config, experiment, catalog, opening, console, callbacks, stoppable)
         except BaseException as error:
-            if isinstance(error, M2DError) and not (experiment.path / CATALOG).is_file():
-                shutil.rmtree(experiment.path)  # nothing was begun: a wrong data_root leaves no trace
-            else:
+            never_began = isinstance(error, M2DError) and not resumed and not (experiment.path / CATALOG).is_file()
+            if not (never_began and experiment.discard()):  # so a wrong data_root leaves no trace
                 asked = isinstance(error, (Stopped, KeyboardInterrupt, SystemExit))
                 failed: dict[str, Any] = {"state": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
                 with suppress(OSError):  # of a full disk; what is wrong is told all the same
@@ -103,23 +100,23 @@ class _Opening:
 
 def _opening(config: TrainConfig) -> _Opening:
     """Decide what was left to decide. Raises ConfigError where the machines cannot do what was asked for."""
-    on_gpu, (fewest, most) = _on_gpu(config), config.workers
     degraded: list[str] = []
-    if not on_gpu:
+    gpu, (fewest, most) = _gpu(config, degraded), config.workers
+    if gpu is None:
         degraded.append("no GPU: training runs on CPU cores")
     if config.feature_extractor.name.startswith("efficientnet-lite"):
         lite = config.feature_extractor.name.replace("efficientnet-lite", "EfficientNet-Lite")
         degraded.append(f"features come from ImageNet {lite}, not from PanDerm")
-    perceptual, precision = _perceptual(config, degraded), _precision(config, on_gpu)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "GPU"
+    perceptual = _perceptual(config, degraded)
+    precision = config.mixed_precision or ("no" if gpu is None else gpu.precision)
     workers = str(max(most, 1)) if fewest == most else f"{fewest} to {most}"
-    device = f"{workers} x {gpu}" if on_gpu else f"{workers} CPU worker(s)"
+    device = f"{workers} CPU worker(s)" if gpu is None else f"{workers} x {gpu.name}"
     limited = f"; {len(degraded)} thing(s) fall short of the best:" if degraded else ""
     line = (
         f"training stage {config.stage} at {config.data.image_size} px on {device}, {PRECISION_NAMES[precision]}, "
         f"guided by {config.feature_extractor.name}{limited}"
     )
-    return _Opening(line, device, on_gpu, precision, perceptual, degraded)
+    return _Opening(line, device, gpu is not None, precision, perceptual, degraded)
 
 
 def _train_in(
@@ -153,7 +150,7 @@ def _train_in(
         if config.workers[1] == 0:
             from m2d.training.worker import train_worker  # the networks; on Ray the driver does without
 
-            with failures_recorded(experiment.path):
+            with failures_recorded(experiment.path, config):
                 train_worker(plan, _LocalLink(plan, torch.device("cuda" if opening.on_gpu else "cpu")))
         else:
             online = config.use_wandb and config.wandb_mode == "online"
@@ -173,6 +170,7 @@ def _count(catalog: pa.Table, split: str) -> int:
 def _resources(config: TrainConfig) -> AbstractContextManager[None]:
     """Ray, unless the calling process trains."""
     if config.workers[1] == 0:
+        os.environ.update(allocator_settings())
         return nullcontext()
     fewest = config.workers[0]
     needed = fewest * config.ray.cpus_per_worker + config.data.read_cpus + 1
@@ -184,10 +182,23 @@ def _resources(config: TrainConfig) -> AbstractContextManager[None]:
     )
 
 
-def _on_gpu(config: TrainConfig) -> bool:
-    """Whether workers get a GPU each: this process's, or the cluster's (where the driver may have none)."""
+def allocator_settings() -> dict[str, str]:
+    """Environment of a process that trains on a GPU, against fragmentation of its memory; the user's own comes first.
+
+    torch reads it when CUDA starts. Of its two variables some versions prefer the one and some the other.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+        return {}
+    return {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
+
+
+def _gpu(config: TrainConfig, degraded: list[str]) -> GpuFacts | None:
+    """What each worker gets: this process's GPU, or one of the cluster's (where the driver may have none)."""
     if config.workers[1] == 0:
-        return torch.cuda.is_available()
+        facts = gpu_facts()
+        if facts.name is None and facts.driver and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+            degraded.append(f"torch sees no GPU: {facts.advice}")
+        return None if facts.name is None else facts
     nodes = node_resources()
     gpus = sum(node.get("GPU", 0) for node in nodes)
     if 0 < gpus < config.workers[0]:
@@ -200,16 +211,7 @@ def _on_gpu(config: TrainConfig) -> bool:
             f"num_workers is {config.num_workers} and the cluster's nodes hold {fit} workers of {each} each; lower "
             "--num_workers or --ray.cpus_per_worker, or add a node"
         )
-    return bool(gpus)
-
-
-def _precision(config: TrainConfig, on_gpu: bool) -> Precision:
-    if config.mixed_precision is not None:
-        return config.mixed_precision
-    if not on_gpu:
-        return "no"
-    known_without = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
-    return "fp16" if known_without else "bf16"
+    return cluster_gpu() if gpus else None
 
 
 def _perceptual(config: TrainConfig, degraded: list[str]) -> PerceptualKind:
@@ -268,6 +270,9 @@ def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any], key: WandbKey | 
         "use_gpu": on_gpu,
         "resources_per_worker": {"CPU": config.ray.cpus_per_worker, **({"GPU": 1} if on_gpu else {})},
     }
+    workers: dict[str, Any] = {}
+    if on_gpu:
+        workers["worker_runtime_env"] = {"env_vars": allocator_settings()}
     # Ray asks that every checkpoint on its own list exist, but m2d.training.saving deletes old ones; resuming reads the
     # directory, so Ray starts each time with an empty list.
     (plan.experiment.checkpoints / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
@@ -281,6 +286,7 @@ def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any], key: WandbKey | 
         scaling_config=ScalingConfig(**scaling),
         run_config=RunConfig(
             name="checkpoints",
+            **workers,
             callbacks=list(callbacks),
             storage_path=place,
             storage_filesystem=filesystem,

@@ -1,7 +1,6 @@
 """The folder of a sweep: which settings it was begun with, who holds it, and what a resumption may change."""
 
 import fcntl
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -62,7 +61,7 @@ def require_enough(folder: Path, config: SweepConfig, ledger: Ledger) -> None:
 def set_aside(folder: Path) -> None:
     """Rename the folder of an older sweep, so that its name is free."""
     began = datetime.fromtimestamp((folder / SETTINGS).stat().st_mtime)
-    shutil.move(str(folder), str(folder.with_name(f"{folder.name}_until_{began:%Y%m%d_%H%M%S}")))
+    folder.rename(folder.with_name(f"{folder.name}_until_{began:%Y%m%d_%H%M%S}"))
 
 
 @contextmanager

@@ -49,7 +49,8 @@ def sweep(config: SweepConfig) -> Outcome:
     if config.resume and not known:
         raise ExperimentError(f"resume: there is no sweep {folder}; leave --resume out to begin it")
     if known and config.fresh:
-        set_aside(folder)
+        with held(folder):  # not from under a sweep that runs
+            set_aside(folder)
         known = False
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):

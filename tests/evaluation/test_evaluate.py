@@ -17,7 +17,8 @@ from m2d.cli import main, parse
 from m2d.errors import ConfigError
 from m2d.evaluation import evaluate as evaluate_module
 from m2d.evaluation import extraction
-from m2d.evaluation.evaluate import evaluate
+from m2d.evaluation.evaluate import _of_tasks, evaluate
+from m2d.evaluation.finetune_settings import FinetuneConfig
 from m2d.evaluation.provenance import find_checkpoint
 from m2d.evaluation.realism import typicality
 from m2d.models.checkpoint import Checkpoint, checkpoint_sha256
@@ -208,3 +209,8 @@ def test_small_sets_start_no_ray(folders: tuple[Path, Path], tmp_path: Path, mon
     asked = flags(folders, tmp_path, "--parts", "consistency")
     asked[asked.index("--num_actors") + 1] = "null"
     assert (evaluate(parse("evaluate", asked)) / "evaluation.html").is_file()
+
+
+@pytest.mark.parametrize(("asked", "given"), [(None, None), ("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda")])
+def test_a_task_sees_the_gpu_that_it_reserves_as_its_first(asked: str | None, given: str | None) -> None:
+    assert _of_tasks(FinetuneConfig(device=asked)).device == given

@@ -1,5 +1,6 @@
 """Vectors of image sets: the extractor's own, kept, continued, the same on Ray."""
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,20 @@ def test_a_torn_file_alone_is_made_again(images: ImageSet, tmp_path: Path, monke
     files[0].write_bytes(b"torn")
     assert np.array_equal(at(tmp_path).features(images, CONFIG)[0], first)
     assert {path: path.stat().st_mtime_ns for path in files[1:]} == times
+
+
+def test_a_file_that_the_disk_does_not_give_is_not_removed(
+    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at(tmp_path).features(images, CONFIG)
+    (file,) = (tmp_path / FOLDER).rglob("cls_*")
+
+    def failing(path: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(extraction, "load_file", failing)
+    assert extraction._read(file.parent, images.sha256) == {}
+    assert file.is_file()
 
 
 def test_features_that_are_not_finite_are_refused(

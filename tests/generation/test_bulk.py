@@ -65,6 +65,15 @@ def actor_processes() -> list[psutil.Process]:
     return descendants("_GeneratorActor")
 
 
+@pytest.mark.parametrize(("gpus", "device"), [(1.0, "cuda"), (0.5, "cuda"), (0.0, "cuda:1")])
+def test_an_actor_that_reserves_a_gpu_sees_it_as_its_first(
+    gpus: float, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that reserves none sees all of the machine's."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0, "CPU": 4.0})
+    assert pick_pool(num_actors=2, gpus_per_actor=gpus, device="cuda:1", groups=4).device == device
+
+
 @pytest.mark.slow
 def test_an_actor_with_batch_one_draws_what_this_process_draws_with_batch_eight(
     directory: Path, tmp_path: Path

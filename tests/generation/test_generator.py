@@ -16,7 +16,7 @@ from m2d.classes import class_index
 from m2d.diffusion.settings import SOLVERS, SamplingSettings, Solver
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.generation import generator as generator_module
-from m2d.generation.generator import Generator, pick_device, pick_feature, pick_precision, start_of, to_uint8
+from m2d.generation.generator import Generator, pick_device, pick_feature, start_of, to_uint8
 from m2d.generation.plan import (
     GuidingFeature,
     PlanRow,
@@ -451,11 +451,6 @@ def test_a_device_that_is_not_there_is_a_one_line_error() -> None:
         with pytest.raises(ConfigError, match="device is cuda, which cannot be used here") as caught:
             pick_device("cuda")
         assert "\n" not in str(caught.value)
-
-
-def test_the_cpu_computes_in_float32_unless_told_otherwise() -> None:
-    assert pick_precision(None, torch.device("cpu")) == "no"
-    assert pick_precision("bf16", torch.device("cpu")) == "bf16"
 
 
 @pytest.mark.gpu

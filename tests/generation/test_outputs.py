@@ -1,5 +1,6 @@
 """The output folder: whole files, their provenance, one recipe a folder, and what is done stays done."""
 
+import errno
 import hashlib
 import json
 import tarfile
@@ -236,6 +237,24 @@ def test_a_torn_part_of_the_journal_costs_its_images_alone(started: Path, conten
     assert ids(started) == ["DF_000000"]
     write(started, [MEL])
     assert ids(started) == ["DF_000000", "MEL_000003"]
+
+
+@pytest.mark.parametrize("file", [f"{PARTS}/{group_name([MEL])}.parquet", "MEL/MEL_000003.png"])
+def test_what_the_disk_does_not_give_is_not_removed(started: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An I/O error, a stale network handle or a missing right says nothing about the content."""
+    write(started, [MEL])
+    there = Path.open
+
+    def failing(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path == started / file:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return there(path, *arguments, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", failing)
+        with pytest.raises(ConfigError, match=rf"^output: .*{Path(file).name} cannot be read"):
+            ids(started)
+    assert ids(started) == ["MEL_000003"]
 
 
 def test_parts_become_one_journal_and_nothing_counts_twice(started: Path) -> None:

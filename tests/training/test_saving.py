@@ -1,7 +1,9 @@
 """Checkpoints appear whole or not at all; the last few and the best stay."""
 
+import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,47 @@ def test_what_a_crash_left_half_written_is_no_checkpoint_and_is_written_anew(ste
     write_snapshot(snapshot_of(step, 3), tmp_path / "step_00000003")
     assert [path.name for path in complete_checkpoints(tmp_path)] == ["step_00000003"]
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_whole_checkpoint_is_never_replaced(step: JointStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its removal and the renaming of the new one, a crash would cost both."""
+    directory = tmp_path / "step_00000003"
+    write_snapshot(snapshot_of(step, 3), directory)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", crash)
+    with suppress(KeyboardInterrupt):
+        write_snapshot(snapshot_of(step, 3), directory)
+    assert complete_checkpoints(tmp_path) == [directory]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    step: JointStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older ones are deleted once it has: a power cut must not find its files empty then."""
+    flushed: set[str] = set()
+
+    def fsync(descriptor: int) -> None:
+        assert not (tmp_path / "step_00000003").exists()
+        flushed.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_snapshot(snapshot_of(step, 3), tmp_path / "step_00000003")
+    assert flushed == {path.name for path in (tmp_path / "step_00000003").rglob("*") if path.is_file()}
+
+
+def test_a_crash_between_the_record_of_the_best_and_its_link_is_made_good(step: JointStep, tmp_path: Path) -> None:
+    keeper = CheckpointKeeper(tmp_path, keep_last=1)
+    for number, score in ((1, 0.5), (2, 0.1)):
+        keeper.save(snapshot_of(step, number), score)
+        keeper.wait()
+    (tmp_path / "best").unlink()
+    (tmp_path / "best").symlink_to("step_00000001")  # deleted by now
+    keeper.save(snapshot_of(step, 3), 0.9)
+    keeper.wait()
+    assert (tmp_path / "best").resolve() == tmp_path / "step_00000002"
 
 
 def test_resuming_from_an_inference_only_copy_is_refused(step: JointStep, tmp_path: Path) -> None:

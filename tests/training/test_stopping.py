@@ -7,14 +7,19 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_run import TINY, write_images
 
-from m2d.errors import ConfigError, M2DError
+from m2d.config import TrainConfig
+from m2d.errors import ConfigError, M2DError, TrainingError
 from m2d.training.checkpoints import complete_checkpoints
 from m2d.training.stopping import CONTROL, StopRequest, failures_recorded, recorded_failure, stop_is_wanted
+
+CONFIG = TrainConfig()
 
 
 def test_a_signal_asks_once_and_the_second_one_ends_the_process(tmp_path: Path) -> None:
@@ -70,7 +75,7 @@ def test_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
 )
 def test_what_a_user_has_to_mend_is_left_for_the_driver(tmp_path: Path, raised: Exception, told: str) -> None:
     with StopRequest(tmp_path, print):
-        with pytest.raises(M2DError) as error, failures_recorded(tmp_path):
+        with pytest.raises(M2DError) as error, failures_recorded(tmp_path, CONFIG):
             raise raised
         failure = recorded_failure(tmp_path)
         assert type(failure) is type(error.value)
@@ -79,9 +84,38 @@ def test_what_a_user_has_to_mend_is_left_for_the_driver(tmp_path: Path, raised: 
     assert recorded_failure(tmp_path) is None, "a later run would give up before it began"
 
 
+@pytest.mark.parametrize(
+    "work",
+    [lambda: raised(torch.OutOfMemoryError("CUDA out of memory.")), lambda: raised(MemoryError()),
+     lambda: torch.empty(2**60)],
+    ids=["GPU", "Python", "torch on a CPU"],
+)  # fmt: skip
+def test_out_of_memory_is_not_tried_again_and_says_what_takes_less(tmp_path: Path, work: Callable[[], object]) -> None:
+    config = TrainConfig(batch_size=4, gradient_accumulation_steps=8)
+    halved = "batch_size 4 .*--batch_size 2 --gradient_accumulation_steps 16"
+    with StopRequest(tmp_path, print):
+        with pytest.raises(TrainingError, match=halved), failures_recorded(tmp_path, config):
+            work()
+        failure = str(recorded_failure(tmp_path))
+    assert "unet.gradient_checkpointing" in failure
+    assert "autoencoder.gradient_checkpointing" in failure
+    assert "\n" not in failure
+
+
+def raised(error: Exception) -> None:
+    raise error
+
+
+def test_another_runtime_error_may_go_better_the_next_time(tmp_path: Path) -> None:
+    with StopRequest(tmp_path, print):
+        with pytest.raises(RuntimeError, match="NCCL"), failures_recorded(tmp_path, CONFIG):
+            raise RuntimeError("NCCL error: remote process exited")
+        assert recorded_failure(tmp_path) is None
+
+
 def test_what_may_go_better_the_next_time_is_not_recorded(tmp_path: Path) -> None:
     with StopRequest(tmp_path, print):
-        with pytest.raises(OSError, match="reset"), failures_recorded(tmp_path):
+        with pytest.raises(OSError, match="reset"), failures_recorded(tmp_path, CONFIG):
             raise OSError(104, "Connection reset by peer")
         assert recorded_failure(tmp_path) is None
 
@@ -90,7 +124,7 @@ def test_a_word_can_be_left_where_no_new_file_can(tmp_path: Path) -> None:
     """As on a disk that is full: the file keeps the size that it took at the start."""
     with StopRequest(tmp_path, print):
         before = (tmp_path / CONTROL).stat().st_size
-        with pytest.raises(M2DError), failures_recorded(tmp_path):
+        with pytest.raises(M2DError), failures_recorded(tmp_path, CONFIG):
             raise ConfigError("x" * 2 * before)
         assert (tmp_path / CONTROL).stat().st_size == before
         assert str(recorded_failure(tmp_path)).startswith("xxx")

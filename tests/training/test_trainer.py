@@ -14,15 +14,17 @@ from safetensors.torch import load_file
 from tiny_run import TINY, write_images
 from torch.testing import assert_close
 
+from m2d import nodes
 from m2d.cli import parse
-from m2d.config import TrainConfig
-from m2d.errors import ConfigError, TrainingError
+from m2d.config import TrainConfig, as_dict
+from m2d.errors import ConfigError, DataError, TrainingError
+from m2d.experiment import open_experiment
 from m2d.generation.run import generate
 from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import load_checkpoint
 from m2d.training.checkpoints import complete_checkpoints
 from m2d.training.saving import read_best
-from m2d.training.trainer import train
+from m2d.training.trainer import _opening, allocator_settings, train
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +151,60 @@ def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="data_root is not set"):
         train(parse("train", ["--experiments_dir", str(tmp_path / "experiments")]))
     assert not (tmp_path / "experiments").exists()
+
+
+def test_a_new_run_without_images_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "unmounted").mkdir()
+    with pytest.raises(DataError, match="data_root"):
+        train(config_of(tmp_path / "unmounted", tmp_path / "runs", "--num_workers", "0"))
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_stopped_run_without_images_and_cache_keeps_its_checkpoints(tmp_path: Path) -> None:
+    """Somebody cleared cache/, and the disk with the images is not mounted when the command is run again."""
+    (tmp_path / "unmounted").mkdir()
+    config = config_of(tmp_path / "unmounted", tmp_path / "runs", "--num_workers", "0")
+    (stopped, _) = open_experiment(config.experiments_dir, "run", as_dict(config), fresh=False, command=[])
+    marker = stopped.checkpoints / "step_00000004" / "complete.json"
+    marker.parent.mkdir()
+    marker.write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match="data_root"):
+        train(config)
+    assert marker.is_file()
+    assert stopped.info()["state"] == "failed"
+
+
+def test_a_resumed_run_that_has_no_checkpoint_yet_is_kept_too(tmp_path: Path) -> None:
+    """This call did not create it: its logs, and what the user put there, are not ours to remove."""
+    (tmp_path / "unmounted").mkdir()
+    config = config_of(tmp_path / "unmounted", tmp_path / "runs", "--num_workers", "0")
+    (killed, _) = open_experiment(config.experiments_dir, "run", as_dict(config), fresh=False, command=[])
+    with pytest.raises(DataError, match="data_root"):
+        train(config)
+    assert killed.path.is_dir()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")
+def test_a_driver_whose_gpu_torch_does_not_see_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12\n")
+    monkeypatch.setattr(nodes, "DRIVER", tmp_path / "version")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    told = _opening(TrainConfig(num_workers=0)).degraded
+    assert any(line.startswith("torch sees no GPU: ") and "535.183.01" in line for line in told)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user's wish
+    assert not any("535.183.01" in line for line in _opening(TrainConfig(num_workers=0)).degraded)
+
+
+def test_memory_is_allocated_in_expandable_segments_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert allocator_settings() == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    assert allocator_settings() == {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512"}
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:256")
+    assert allocator_settings() == {}
 
 
 @pytest.mark.ray

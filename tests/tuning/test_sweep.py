@@ -21,7 +21,7 @@ from tuning.trial_runs import run_of
 from m2d.cli import parse
 from m2d.errors import ConfigError, ExperimentError
 from m2d.experiment import list_experiments
-from m2d.tuning.folder import require_same, write_settings
+from m2d.tuning.folder import held, require_same, write_settings
 from m2d.tuning.ledger import Ledger, TrialRecord
 from m2d.tuning.settings import SweepConfig
 from m2d.tuning.sweep import _optuna, _own_words, _scheduler, sweep
@@ -60,6 +60,16 @@ def flags_of(data_root: Path, root: Path, *more: str) -> list[str]:
 def config_of(data_root: Path, root: Path, *more: str) -> SweepConfig:
     found: SweepConfig = parse("tune", flags_of(data_root, root, *more))
     return found
+
+
+def test_fresh_moves_no_sweep_away_that_runs(data_root: Path, tmp_path: Path) -> None:
+    config = config_of(data_root, tmp_path, "--fresh")
+    folder = tmp_path / "sweeps" / "s"
+    folder.mkdir(parents=True)
+    write_settings(folder, config)
+    with held(folder), pytest.raises(ExperimentError, match="another process"):
+        sweep(config)
+    assert [path.name for path in folder.parent.iterdir()] == ["s"]
 
 
 class Driver:
