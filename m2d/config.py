@@ -148,6 +148,9 @@ def parse_num_workers(value: int | str) -> tuple[int, int]:
 
 TrainConfigT = TypeVar("TrainConfigT", bound=TrainConfig)  # a sweep's settings are a run's and more
 
+# What divides a step among workers and micro-batches.
+DIVISION = frozenset(["num_workers", "batch_size", "gradient_accumulation_steps"])
+
 # What may differ between a run and its resumption: where it runs and how it talks, never what it computes.
 RESUMABLE_CHANGES = frozenset(
     [
@@ -162,6 +165,12 @@ RESUMABLE_CHANGES = frozenset(
         "cache_dir",
         "ray",
         "data_root",
+        "compile",
+        "compile_mode",
+        "channels_last",
+        "autoencoder.gradient_checkpointing",
+        "unet.gradient_checkpointing",
+        "schedule.ema_on_cpu",
     ]
 )
 
@@ -197,12 +206,13 @@ def differences(
     """
     changed = []
     defaults = as_dict(TrainConfig()) if defaults is None else defaults
+    ignored = RESUMABLE_CHANGES
+    if not prefix and _global_batch({**defaults, **old}) == _global_batch({**defaults, **new}):
+        ignored = ignored | DIVISION  # the same steps, of the same images, with the same noise
     for key in sorted(old.keys() | new.keys()):
-        if not prefix and key in RESUMABLE_CHANGES:
+        if prefix + key in ignored:
             continue
         before, after = old.get(key, defaults.get(key)), new.get(key)
-        if not prefix and key == "num_workers" and _most_workers(before) == _most_workers(after):
-            continue  # the same steps, of the same images
         if isinstance(before, dict) and isinstance(after, dict):
             within = defaults.get(key)
             changed += differences(before, after, f"{prefix}{key}.", within if isinstance(within, dict) else {})
@@ -211,11 +221,13 @@ def differences(
     return changed
 
 
-def _most_workers(value: Any) -> Any:
+def _global_batch(settings: dict[str, Any]) -> Any:
+    """Images an optimiser step; None where the settings are none that a run could have."""
     try:
-        return parse_num_workers(value)[1]
+        most = parse_num_workers(settings["num_workers"])[1]
     except ConfigError:
-        return value
+        return None
+    return settings["batch_size"] * settings["gradient_accumulation_steps"] * max(most, 1)
 
 
 def preset_path(name: str) -> Path:

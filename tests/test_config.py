@@ -7,8 +7,10 @@ import pytest
 import torch
 import yaml
 
+from m2d.arguments import setting_types
 from m2d.cli import parse
 from m2d.config import (
+    DIVISION,
     RESUMABLE_CHANGES,
     TrainConfig,
     as_dict,
@@ -212,7 +214,8 @@ def test_a_nested_setting_is_not_excused_by_its_last_name() -> None:
 
 def test_what_may_change_are_settings_that_exist() -> None:
     """A renamed setting must not stay behind in the list."""
-    assert {field.name for field in dataclasses.fields(TrainConfig)} >= RESUMABLE_CHANGES
+    groups = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert groups | dict(setting_types(TrainConfig)).keys() >= RESUMABLE_CHANGES | DIVISION
 
 
 @pytest.mark.parametrize(
@@ -233,6 +236,20 @@ def test_a_run_may_go_on_with_fewer_workers_at_a_time_but_not_with_another_step(
     four, elastic, eight = (as_dict(TrainConfig(num_workers=workers)) for workers in (4, "2-4", 8))
     assert differences(four, elastic) == []
     assert differences(elastic, eight) == ["num_workers: 2-4 -> 8"]
+
+
+def test_a_step_may_be_divided_otherwise_on_resuming_but_not_become_another() -> None:
+    def settings(num_workers: int | str, batch_size: int, accumulation: int) -> dict[str, object]:
+        made = TrainConfig(
+            num_workers=num_workers, batch_size=batch_size, gradient_accumulation_steps=accumulation,
+            unet=UNetConfig(gradient_checkpointing=batch_size < 8),
+        )  # fmt: skip
+        return as_dict(made)
+
+    began = settings(2, 8, 1)
+    for divided in (settings(1, 8, 2), settings(0, 4, 4), settings("1-4", 4, 1)):
+        assert differences(began, divided) == []
+    assert differences(began, settings(2, 16, 1)) == ["batch_size: 8 -> 16"]
 
 
 def test_a_setting_that_an_older_run_lacks_had_its_default_value() -> None:

@@ -91,8 +91,8 @@ def _memory_advice(config: TrainConfig) -> str:
     )
     return (
         f"batch_size {batch} with gradient_accumulation_steps {accumulated} does not fit into memory; try {halved}"
-        "--unet.gradient_checkpointing true or --autoencoder.gradient_checkpointing true, with --fresh; "
-        "train --dry_run predicts what fits"
+        "--unet.gradient_checkpointing true or --autoencoder.gradient_checkpointing true, and the run goes on from its "
+        "last checkpoint; train --dry_run predicts what fits"
     )
 
 
