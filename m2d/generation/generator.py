@@ -19,7 +19,7 @@ from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import GuidingFeature, PlanRow
 from m2d.generation.references import read_reference, require_dim
 from m2d.generation.request import feature_seed, noise_for, slerp
-from m2d.generation.settings import Precision
+from m2d.generation.settings import CompileMode, Precision
 from m2d.models.unet import Denoiser
 
 if TYPE_CHECKING:
@@ -46,11 +46,13 @@ class Generator:
         mixed_precision: Precision | None = None,
         extractor: FeatureExtractor | None = None,
         compile: bool = False,  # noqa: A002 - the flag is called so
+        compile_mode: CompileMode = "default",
     ) -> None:
         """Moves the checkpoint's networks, and the extractor, to the device; of the U-Net, in bf16 or fp16, a copy.
 
         None decides, see `pick_device` and `pick_precision`. extractor: for rows that a reference's feature guides, and
-        for `features`; see load_reference_extractor. compile: torch.compile the U-Net, for runs of many batches.
+        for `features`; see load_reference_extractor. compile: torch.compile the U-Net, in torch's mode of that name,
+        for runs of many batches; a batch that is not full is then filled up, so that no shape is compiled for it.
         Raises ConfigError for an extractor that is not the checkpoint's.
         """
         self.checkpoint = checkpoint
@@ -63,8 +65,9 @@ class Generator:
         if extractor is not None:
             require_dim(extractor, checkpoint)
         self.extractor = None if extractor is None else _placed(extractor, self.device)
+        self._compiled = compile
         if compile:
-            self.denoiser.unet.compile()
+            self.denoiser.unet.compile(mode=compile_mode, dynamic=False)  # two shapes: guided, which is twice, and not
         self._latents: OrderedDict[str, Tensor] = OrderedDict()
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -98,11 +101,13 @@ class Generator:
     @torch.inference_mode()
     def denoise(self, rows: Sequence[PlanRow]) -> Tensor:
         """Normalised latents at t = 0, float32 [B, C, h, w] on the device, of one of the `batches`."""
-        row = rows[0]
+        row, wanted = rows[0], len(rows)
         start_time, steps = start_of(row)
-        latents = self._start(rows, start_time)
         if start_time == 0:
-            return latents
+            return self._start(rows, start_time)
+        if self._compiled:
+            rows = [*rows, *[rows[-1]] * (self.batch_size - wanted)]
+        latents = self._start(rows, start_time)
         labels = torch.tensor([class_index(row.label) for row in rows])
         features = self._guiding_features(rows, labels)
         labels = labels.to(self.device)
@@ -113,14 +118,17 @@ class Generator:
             scale=row.guidance_scale,
             interval=(row.guidance_low, row.guidance_high),
         )
-        return solve(velocity, latents, steps=steps, solver=cast(Solver, row.solver), start_time=start_time)
+        end = solve(velocity, latents, steps=steps, solver=cast(Solver, row.solver), start_time=start_time)
+        return end[:wanted]
 
     def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """d x_t / d t, [B, C, h, w] in x_t's type, by the U-Net in its own. context: [B, L, Dc], in the U-Net's type.
 
         t: float32 [B], as bf16 has no 999.3; the U-Net takes the sines of it in float32 before it converts them.
         """
-        return self.denoiser.velocity(x_t.to(self._dtype), t, context).to(x_t.dtype)
+        velocity = self.denoiser.velocity(x_t.to(self._dtype), t, context)
+        # CUDA graphs, of two of the compile modes, write the next result to the same place.
+        return velocity.to(x_t.dtype, copy=self._compiled)
 
     @torch.inference_mode()
     def encode(self, paths: Sequence[str]) -> Tensor:

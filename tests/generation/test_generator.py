@@ -404,6 +404,53 @@ def test_images_come_as_uint8_rgb_in_the_order_of_the_rows(checkpoint: Checkpoin
     assert len(np.unique(images.reshape(8, -1), axis=0)) == 8
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the U-Net would have been compiled with; it computes as it is."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append(options))
+    return asked
+
+
+def test_a_compiled_network_sees_a_full_batch_and_twice_that(
+    prior_checkpoint: Checkpoint,
+    references: dict[str, tuple[Reference, ...]],
+    extractor: FeatureExtractor,
+    uncompiled: list[dict[str, Any]],
+) -> None:
+    rows = every_kind(references)
+    generator = Generator(prior_checkpoint, batch_size=5, device="cpu", extractor=extractor, compile=True)
+    seen = set()
+    handle = generator.denoiser.unet.register_forward_pre_hook(
+        lambda module, inputs: seen.add((tuple(inputs[0].shape), tuple(inputs[2].shape)))
+    )
+    images = generator.generate(rows)
+    handle.remove()
+    tokens = next(iter(seen))[1][1:]
+    assert seen == {((5, 4, 8, 8), (5, *tokens)), ((10, 4, 8, 8), (10, *tokens))}
+    assert levels_apart(images, images_of(prior_checkpoint, rows, 5, extractor)) <= 1
+
+
+def test_the_compile_mode_is_handed_to_torch(checkpoint: Checkpoint, uncompiled: list[dict[str, Any]]) -> None:
+    Generator(checkpoint, device="cpu", compile=True, compile_mode="max-autotune")
+    Generator(checkpoint, device="cpu", compile=False)
+    assert [options["mode"] for options in uncompiled] == ["max-autotune"]
+
+
+def test_a_compiled_network_s_result_outlives_its_buffer(
+    checkpoint: Checkpoint, uncompiled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA graphs give each result in the same memory; heun needs two at once."""
+    rows = rows_for({"DF": 2}, solver="heun", guidance_scale=1.0)
+    expected = images_of(checkpoint, rows)
+    generator = Generator(checkpoint, batch_size=2, device="cpu", compile=True, compile_mode="reduce-overhead")
+    forward, buffer = generator.denoiser.unet.forward, torch.empty(2, 4, 8, 8)
+    monkeypatch.setattr(
+        generator.denoiser.unet, "forward", lambda *given, **more: (buffer.copy_(forward(*given, **more)[0]),)
+    )
+    assert np.array_equal(generator.generate(rows), expected)
+
+
 def test_nothing_asked_for_is_nothing_made(checkpoint: Checkpoint) -> None:
     assert images_of(checkpoint, []).shape == (0, 16, 16, 3)
 
