@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CODED_PIXELS = 32 * 128**2  # through a VAE at once; its activations at 256 px: 1.3 GiB in bf16, 1.6 in float32
 _REFERENCES_KEPT = 4096  # latents and features of so many input images; about 100 MB at 256 pixels
 
 
@@ -138,17 +139,26 @@ class Generator:
         """
 
         def means(pixels: Tensor) -> Tensor:
-            return self.denoiser.normalize(self.autoencoder.encode(pixels.float() / 127.5 - 1).mode())
+            parts = pixels.split(coded_at_once(self.checkpoint.image_size))
+            latents = torch.cat([self.autoencoder.encode(part.float() / 127.5 - 1).mode() for part in parts])
+            return self.denoiser.normalize(latents)
 
         return self._of_each(paths, self._latents, means)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """uint8 [B, H, W, 3] RGB of normalised latents [B, C, h, w]. Raises CheckpointError where they are no image."""
+        """uint8 [B, H, W, 3] RGB of normalised latents [B, C, h, w], of a few at once: see coded_at_once.
+
+        Raises CheckpointError where they are no image.
+        """
+        parts = self.denoiser.denormalize(latents).split(coded_at_once(self.checkpoint.image_size))
+        return np.concatenate([self._decoded(part) for part in parts])
+
+    def _decoded(self, latents: Tensor) -> np.ndarray:
         # fp16 overflows in VAE decoders; one pass in full precision costs little beside the steps. bf16 by autocast:
         # its casts are made once, not in each step, and `encode` needs the same weights in float32.
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            images = self.autoencoder.decode(self.denoiser.denormalize(latents)).float()
+            images = self.autoencoder.decode(latents).float()
         if not torch.isfinite(images).all():
             raise CheckpointError(
                 f"{self.checkpoint.path}: the model's images are not finite numbers (precision {self.precision}); "
@@ -270,6 +280,11 @@ def to_uint8(images: Tensor) -> np.ndarray:
     """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3], rounded to the nearest; what lies outside is clipped."""
     scaled = (images.clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def coded_at_once(image_size: int) -> int:
+    """Images that a VAE encodes or decodes at once, so that its memory has a bound whatever the batch size."""
+    return max(1, _CODED_PIXELS // image_size**2)
 
 
 def pick_device(device: str | None) -> torch.device:

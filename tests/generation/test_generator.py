@@ -20,7 +20,15 @@ from m2d.diffusion.settings import SOLVERS, SamplingSettings, Solver
 from m2d.diffusion.solver import solve
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.generation import generator as generator_module
-from m2d.generation.generator import Generator, pick_device, pick_feature, pick_precision, start_of, to_uint8
+from m2d.generation.generator import (
+    Generator,
+    coded_at_once,
+    pick_device,
+    pick_feature,
+    pick_precision,
+    start_of,
+    to_uint8,
+)
 from m2d.generation.plan import (
     GuidingFeature,
     PlanRow,
@@ -548,6 +556,30 @@ def test_the_checkpoint_s_own_networks_stay_in_float32(checkpoint: Checkpoint) -
     assert {weight.dtype for weight in generator.denoiser.conditioning.parameters()} == {torch.float32}
     after = checkpoint.denoiser.state_dict()
     assert all(after[name].dtype == torch.float32 and torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_vae_sees_few_large_images_at_once(
+    checkpoint: Checkpoint, references: dict[str, tuple[Reference, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = from_images(references, 0.5, "none", num_samples=5)
+    expected = images_of(checkpoint, rows, 10)
+    monkeypatch.setattr(generator_module, "_CODED_PIXELS", 3 * 16 * 16)
+    seen: dict[str, list[int]] = {"encoder": [], "decoder": []}
+    handles = [
+        getattr(checkpoint.autoencoder.vae, name).register_forward_pre_hook(
+            lambda module, inputs, sizes=sizes: sizes.append(len(inputs[0]))
+        )
+        for name, sizes in seen.items()
+    ]
+    images = images_of(checkpoint, rows, 10)
+    for handle in handles:
+        handle.remove()
+    assert seen == {"encoder": [3, 3], "decoder": [3, 3, 3, 1]}  # of three references each, ten images
+    assert levels_apart(images, expected) <= 1
+
+
+def test_a_vae_takes_eight_images_of_256_pixels() -> None:
+    assert [coded_at_once(size) for size in (64, 128, 256, 2048)] == [128, 32, 8, 1]
 
 
 def test_rounding_is_to_the_nearest_level_and_clips() -> None:
