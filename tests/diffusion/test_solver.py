@@ -90,6 +90,7 @@ def test_higher_order_beats_euler_at_the_same_number_of_evaluations(solver: Solv
 @pytest.mark.parametrize(
     ("steps", "start_time"), [(1, 1.0), (2, 1.0), (3, 1.0), (10, 1.0), (25, 1.0), (60, 1.0), (9, 0.6)]
 )
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers on its betas
 def test_multistep_solvers_are_those_of_diffusers(
     scheduler: Any, solver: Solver, tolerance: float, steps: int, start_time: float
 ) -> None:
