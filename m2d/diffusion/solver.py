@@ -5,10 +5,10 @@ A velocity is any callable; guidance and the network live behind it. Nothing her
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from math import expm1
+from typing import NamedTuple
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from m2d.diffusion.settings import Solver
@@ -16,8 +16,8 @@ from m2d.diffusion.settings import Solver
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], t: float64 scalar tensor on the CPU) -> d x / d t, the shape of x."""
 
-# The multistep solvers work in log((1 - t) / t), which is infinite at t = 1 (UniPC then solves a system with infinities
-# in it). The first step starts this much later; the noise is the same to seven digits.
+# The multistep solvers work in log((1 - t) / t), which is infinite at t = 1. The first step starts this much later; the
+# noise is the same to seven digits.
 _BELOW_ONE = 1e-6
 _ABOVE_ZERO = 1e-6  # and at t = 0; there the path has arrived
 
@@ -36,8 +36,7 @@ def solve(
 
     start: [B, ...] with at least two dimensions, a point x_t of the path at t = start_time in [0, 1]. Below 1e-6 it is
     data already, to six digits, and is returned without a call of the network. Returns the same shape, in float32
-    whatever the network's type, or in float64 if start is float64 (the multistep solvers still compute in float32, as
-    diffusers does).
+    whatever the network's type, or in float64 if start is float64.
     The network runs `steps` times, or 2 `steps` times with heun.
     shift > 1 spends more of the steps near the noise, see `time_grid`.
     """
@@ -51,9 +50,9 @@ def solve(
         case "heun":
             return _heun(velocity, start, times)
         case "dpmpp":
-            return _multistep(DPMSolverMultistepScheduler(**_flow_options("dpmsolver++")), velocity, start, times)
+            return _multistep(velocity, start, times, corrected=False)
         case "unipc":
-            return _multistep(UniPCMultistepScheduler(**_flow_options(None)), velocity, start, times)
+            return _multistep(velocity, start, times, corrected=True)
 
 
 def time_grid(steps: int, shift: float = 1.0, start_time: float = 1.0) -> Tensor:
@@ -84,30 +83,54 @@ def _heun(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
     return x
 
 
-def _multistep(scheduler: Any, velocity: Velocity, start: Tensor, times: Tensor) -> Tensor:
-    """Second-order multistep solvers of diffusers. Its flow_prediction is our velocity: it reads x_0 = x - sigma v.
+def _multistep(velocity: Velocity, x: Tensor, times: Tensor, *, corrected: bool) -> Tensor:
+    """DPM-Solver++(2M); corrected: UniPC of order 2 with B(h) = e^h - 1, whose prediction is the same.
 
-    Sources: DPM-Solver++ (arXiv 2211.01095), UniPC (arXiv 2302.04867).
+    Both integrate x_0 = x - t v over the log of the signal-to-noise ratio, along a line through its last two values.
+    UniPC repeats a step, without another pass of the network, once it knows the value at the step's end.
+    Sources: DPM-Solver++ (arXiv 2211.01095), algorithm 2; UniPC (arXiv 2302.04867), algorithms 1 and 2.
     """
-    steps = len(times) - 1
     times = times.clamp(max=1 - _BELOW_ONE)
-    scheduler.set_timesteps(steps)
-    # diffusers' own flow grids start at 0.999 (DPM-Solver++) or are off by up to 1/1000 (UniPC), and their integer
-    # timesteps can repeat; ours is the grid of the other solvers, walked by index.
-    scheduler.sigmas = times.float()
-    scheduler.set_begin_index(0)
-    x = start.float()
-    for index in range(steps):
-        v = velocity(x.to(start.dtype), times[index]).float()
-        x = scheduler.step(v, scheduler.timesteps[index], x, return_dict=False)[0]
-    return x.to(start.dtype)
+    steps = _steps(times)
+    begin, before = x, x  # of the step before: where it began, and the x_0 that was seen there
+    slope: Tensor | float = 0.0
+    for i, step in enumerate(steps):
+        clean = x - step.time * velocity(x, times[i]).to(x.dtype)
+        if corrected and i > 0:
+            past = steps[i - 1]
+            x = past.decay * begin + past.gain * (before + past.by_slope * slope + past.by_end * (clean - before))
+        slope = 0.0 if step.ratio is None else (before - clean) / step.ratio
+        begin, before = x, clean
+        x = step.decay * x + step.gain * (clean + slope / 2)
+    return x
 
 
-def _flow_options(algorithm: str | None) -> dict[str, Any]:
-    options: dict[str, Any] = {
-        "use_flow_sigmas": True,
-        "prediction_type": "flow_prediction",
-        "solver_order": 2,
-        "final_sigmas_type": "zero",  # the last step lands on t = 0 itself
-    }
-    return options if algorithm is None else {**options, "algorithm_type": algorithm}
+class _Step(NamedTuple):
+    """Coefficients of a step of `_multistep`: numbers of the host, so a GPU is never waited for."""
+
+    time: float
+    decay: float
+    gain: float
+    ratio: float | None  # length of the step before, negative, in lengths of this one; None: a step of order 1
+    by_slope: float  # what UniPC corrects with, rho_0 and rho_1
+    by_end: float
+
+
+def _steps(times: Tensor) -> list[_Step]:
+    """Between each two of `times`, float64 [n + 1] below 1; the first and the last are of order 1."""
+    t = times.float().double()  # float32's times, as in diffusers: next to t = 1 they move 1 - t by percents
+    noise, log_snr = t.tolist(), (torch.log1p(-t) - t.log()).tolist()
+    steps = []
+    for i in range(len(noise) - 1):
+        h = log_snr[i + 1] - log_snr[i]
+        growth = expm1(-h)  # B(h), and phi_1
+        ratio, by_slope, by_end = None, 0.0, 0.5
+        if 0 < i < len(noise) - 2:
+            ratio = (log_snr[i - 1] - log_snr[i]) / h
+            # Eq. 9 of UniPC: rho_0 + rho_1 = b_1 and ratio rho_0 + rho_1 = b_2.
+            phi_2 = -growth / h - 1
+            b_1, b_2 = phi_2 / growth, -(2 * phi_2 / h + 1) / growth
+            by_slope = (b_2 - b_1) / (ratio - 1)
+            by_end = b_1 - by_slope
+        steps.append(_Step(noise[i], noise[i + 1] / noise[i], (noise[i + 1] - 1) * growth, ratio, by_slope, by_end))
+    return steps

@@ -8,25 +8,37 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from m2d.errors import ConfigError
 from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.image_sets import with_pixels
 from m2d.evaluation.progress import Progress
+from m2d.models.autoencoder import coded_at_once
 from m2d.models.checkpoint import Checkpoint
 
 BATCH = 32
 
 
-def reconstructions(images: ImageSet, checkpoint: Checkpoint, *, device: str, cache_dir: str) -> ImageSet:
+def reconstructions(
+    images: ImageSet, checkpoint: Checkpoint, *, device: str, cache_dir: str, batch_size: int | None = None
+) -> ImageSet:
     """The images after encoding (the posterior's mean) and decoding, as uint8 of the same size.
 
-    images: at the checkpoint's image size; the caller sees to it.
+    images: at the checkpoint's image size; the caller sees to it. batch_size: at most so many at once; None: 32. Of
+    large images it is fewer. Raises ConfigError for a batch that does not fit the device.
     """
     autoencoder = checkpoint.autoencoder.to(device)
+    size = min(batch_size or BATCH, coded_at_once(images.image_size))
     pixels = np.empty(images.pixels.shape, dtype=np.uint8)
     with Progress(f"reconstructing {images.name}", len(images)) as progress:
-        for first in range(0, len(images), BATCH):
-            batch = images.pixels[first : first + BATCH]
-            pixels[first : first + BATCH] = _redrawn(batch, autoencoder.encode, autoencoder.decode, device)
+        for first in range(0, len(images), size):
+            batch = images.pixels[first : first + size]
+            try:
+                pixels[first : first + size] = _redrawn(batch, autoencoder.encode, autoencoder.decode, device)
+            except torch.OutOfMemoryError:
+                raise ConfigError(
+                    f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} (the "
+                    "result stays the same)"
+                ) from None
             progress.advance(len(batch))
     return with_pixels(
         images,

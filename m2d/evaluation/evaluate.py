@@ -171,7 +171,13 @@ class _Run:
 
     def _redraw(self, images: ImageSet) -> ImageSet:
         assert self.checkpoint is not None, "the caller has looked"
-        return reconstructions(images, self.checkpoint, device=self.device, cache_dir=self.config.cache_dir)
+        return reconstructions(
+            images,
+            self.checkpoint,
+            device=self.device,
+            cache_dir=self.config.cache_dir,
+            batch_size=self.config.batch_size,
+        )
 
     def _through_autoencoder(self) -> DownstreamResult | None:
         """The logistic comparison with reconstructions of training images in place of the generated ones."""

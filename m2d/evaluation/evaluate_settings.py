@@ -38,7 +38,7 @@ class EvaluateConfig:
     bootstrap: int = 1000  # resamples of the test lesions, for the 95 % intervals
     seed: int = 0  # of resamples, draws and trainings
     num_actors: int | None = None  # of Ray; 0: all in this process; None: as many as pay
-    batch_size: int | None = None  # images at once through an extractor; None: 16 on a CPU, 128 on a GPU
+    batch_size: int | None = None  # images at once through a network; None: 16 on a CPU, 128 on a GPU, 32 in a VAE
     device: str | None = None  # None: cuda where there is one, otherwise cpu
     cache_dir: str = "./cache"  # pixels, features and finished classifiers are kept here: run again to go on
     output: str | None = None  # folder of the report; None: evaluation/ beside the generated images

@@ -239,6 +239,8 @@ def _identity(sets: Sequence[ImageSet], config: FinetuneConfig) -> str:
 def _alone(seed: int, device: torch.device) -> Iterator[None]:
     """torch's random state and cuDNN's choices for one training, put back afterwards."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.backends.cudnn.flags(benchmark=False, deterministic=True):
+    # Without `enabled` flags() would turn cuDNN off.
+    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+    with torch.random.fork_rng(devices), cudnn:
         torch.manual_seed(seed)
         yield

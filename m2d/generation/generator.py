@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -18,7 +19,10 @@ from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import GuidingFeature, PlanRow
 from m2d.generation.references import read_reference, require_dim
 from m2d.generation.request import feature_seed, noise_for, slerp
+from m2d.generation.settings import CompileMode
+from m2d.models.autoencoder import coded_at_once
 from m2d.models.precision import DTYPES, pick_precision
+from m2d.models.unet import Denoiser
 
 if TYPE_CHECKING:
     from m2d.models.checkpoint import Checkpoint
@@ -44,24 +48,28 @@ class Generator:
         mixed_precision: Precision | None = None,
         extractor: FeatureExtractor | None = None,
         compile: bool = False,  # noqa: A002 - the flag is called so
+        compile_mode: CompileMode = "default",
     ) -> None:
-        """Moves the checkpoint's networks, and the extractor, to the device.
+        """Moves the checkpoint's networks, and the extractor, to the device; of the U-Net, in bf16 or fp16, a copy.
 
         None decides, see `pick_device` and `pick_precision`. extractor: for rows that a reference's feature guides, and
-        for `features`; see load_reference_extractor. compile: torch.compile the U-Net, for runs of many batches.
+        for `features`; see load_reference_extractor. compile: torch.compile the U-Net, in torch's mode of that name,
+        for runs of many batches; a batch that is not full is then filled up, so that no shape is compiled for it.
         Raises ConfigError for an extractor that is not the checkpoint's.
         """
         self.checkpoint = checkpoint
         self.batch_size = batch_size
         self.device = pick_device(device)
         self.precision = pick_precision(mixed_precision, self.device)
-        self.denoiser = _placed(checkpoint.denoiser, self.device)
+        self._dtype = DTYPES[self.precision]
+        self.denoiser = _placed(_with_unet_in(self._dtype, checkpoint.denoiser, self.device), self.device)
         self.autoencoder = _placed(checkpoint.autoencoder, self.device)
         if extractor is not None:
             require_dim(extractor, checkpoint)
         self.extractor = None if extractor is None else _placed(extractor, self.device)
+        self._compiled = compile
         if compile:
-            self.denoiser.unet.compile()
+            self.denoiser.unet.compile(mode=compile_mode, dynamic=False)  # two shapes: guided, which is twice, and not
         self._latents: OrderedDict[str, Tensor] = OrderedDict()
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
@@ -95,24 +103,34 @@ class Generator:
     @torch.inference_mode()
     def denoise(self, rows: Sequence[PlanRow]) -> Tensor:
         """Normalised latents at t = 0, float32 [B, C, h, w] on the device, of one of the `batches`."""
-        row = rows[0]
+        row, wanted = rows[0], len(rows)
         start_time, steps = start_of(row)
-        latents = self._start(rows, start_time)
         if start_time == 0:
-            return latents
+            return self._start(rows, start_time)
+        if self._compiled:
+            rows = [*rows, *[rows[-1]] * (self.batch_size - wanted)]
+        latents = self._start(rows, start_time)
         labels = torch.tensor([class_index(row.label) for row in rows])
         features = self._guiding_features(rows, labels)
         labels = labels.to(self.device)
-        # One autocast around all steps, so that the cast weights are kept from step to step.
-        with self._autocast(self.precision):
-            velocity = GuidedVelocity(
-                self.denoiser,
-                self._context(labels, features),
-                self.denoiser.context(torch.full_like(labels, NUM_CLASSES)),
-                scale=row.guidance_scale,
-                interval=(row.guidance_low, row.guidance_high),
-            )
-            return solve(velocity, latents, steps=steps, solver=cast(Solver, row.solver), start_time=start_time)
+        velocity = GuidedVelocity(
+            self,
+            self._context(labels, features).to(self._dtype),
+            self.denoiser.context(torch.full_like(labels, NUM_CLASSES)).to(self._dtype),
+            scale=row.guidance_scale,
+            interval=(row.guidance_low, row.guidance_high),
+        )
+        end = solve(velocity, latents, steps=steps, solver=cast(Solver, row.solver), start_time=start_time)
+        return end[:wanted]
+
+    def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """d x_t / d t, [B, C, h, w] in x_t's type, by the U-Net in its own. context: [B, L, Dc], in the U-Net's type.
+
+        t: float32 [B], as bf16 has no 999.3; the U-Net takes the sines of it in float32 before it converts them.
+        """
+        velocity = self.denoiser.velocity(x_t.to(self._dtype), t, context)
+        # CUDA graphs, of two of the compile modes, write the next result to the same place.
+        return velocity.to(x_t.dtype, copy=self._compiled)
 
     @torch.inference_mode()
     def encode(self, paths: Sequence[str]) -> Tensor:
@@ -122,16 +140,26 @@ class Generator:
         """
 
         def means(pixels: Tensor) -> Tensor:
-            return self.denoiser.normalize(self.autoencoder.encode(pixels.float() / 127.5 - 1).mode())
+            parts = pixels.split(coded_at_once(self.checkpoint.image_size))
+            latents = torch.cat([self.autoencoder.encode(part.float() / 127.5 - 1).mode() for part in parts])
+            return self.denoiser.normalize(latents)
 
         return self._of_each(paths, self._latents, means)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> np.ndarray:
-        """uint8 [B, H, W, 3] RGB of normalised latents [B, C, h, w]. Raises CheckpointError where they are no image."""
-        # fp16 overflows in VAE decoders; one pass in full precision costs little beside the steps.
-        with self._autocast("no" if self.precision == "fp16" else self.precision):
-            images = self.autoencoder.decode(self.denoiser.denormalize(latents)).float()
+        """uint8 [B, H, W, 3] RGB of normalised latents [B, C, h, w], of a few at once: see coded_at_once.
+
+        Raises CheckpointError where they are no image.
+        """
+        parts = self.denoiser.denormalize(latents).split(coded_at_once(self.checkpoint.image_size))
+        return np.concatenate([self._decoded(part) for part in parts])
+
+    def _decoded(self, latents: Tensor) -> np.ndarray:
+        # fp16 overflows in VAE decoders; one pass in full precision costs little beside the steps. bf16 by autocast:
+        # its casts are made once, not in each step, and `encode` needs the same weights in float32.
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            images = self.autoencoder.decode(latents).float()
         if not torch.isfinite(images).all():
             raise CheckpointError(
                 f"{self.checkpoint.path}: the model's images are not finite numbers (precision {self.precision}); "
@@ -176,7 +204,7 @@ class Generator:
         chosen = torch.tensor(with_feature, device=self.device)
         guided, alone = self.denoiser.context(labels[chosen], cls), self.denoiser.context(labels[~chosen])
         context = guided.new_empty(len(labels), *guided.shape[1:])
-        context[chosen], context[~chosen] = guided, alone.to(guided.dtype)
+        context[chosen], context[~chosen] = guided, alone
         return context
 
     def _guiding_features(self, rows: Sequence[PlanRow], labels: Tensor) -> list[Tensor | None]:
@@ -210,6 +238,8 @@ class Generator:
 
     def _cls(self, pixels: Tensor) -> Tensor:
         """float32 [B, D] of uint8 [B, 3, H, W], in full precision, as training extracts them."""
+        # Matrix products stay in true float32 here, in setup_data and in evaluation, though TF32 is a few times faster
+        # on a GPU: thresholds, stored features and results were measured so. cuDNN's convolutions are TF32 by default.
         extractor = self._required_extractor()
         cls: Tensor = extractor(extractor.preprocess(pixels)).cls
         return cls.float()
@@ -239,9 +269,6 @@ class Generator:
         while len(kept) > _REFERENCES_KEPT:
             kept.popitem(last=False)
         return torch.stack([found[path] for path in paths])
-
-    def _autocast(self, precision: Precision) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=DTYPES[precision], enabled=precision != "no")
 
 
 def start_of(row: PlanRow) -> tuple[float, int]:
@@ -286,6 +313,23 @@ def _no_prior(checkpoint: Checkpoint) -> str:
         f"feature is prior, but the checkpoint {checkpoint.path} holds no feature prior; leave --feature out, or "
         "take a checkpoint that was trained with this M2D"
     )
+
+
+def _with_unet_in(dtype: torch.dtype, denoiser: Denoiser, device: torch.device) -> Denoiser:
+    """In another type than float32 a copy of the U-Net on the device, which may be a run's own; the rest is shared.
+
+    Autocast would cast every weight in every step: it keeps the casts of weights that require a gradient alone.
+    """
+    if dtype == torch.float32:
+        return denoiser
+    # What deepcopy finds in its memo it takes as copied, so there is never a second U-Net in float32.
+    memo: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.detach().to(device, dtype), requires_grad=False)
+        for weight in denoiser.unet.parameters()
+    }
+    converted = Denoiser(copy.deepcopy(denoiser.unet, memo), denoiser.conditioning, denoiser.unet.config.in_channels)
+    converted.latent_norm = denoiser.latent_norm
+    return converted
 
 
 def _placed(network: NetworkT, device: torch.device) -> NetworkT:

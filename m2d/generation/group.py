@@ -28,6 +28,7 @@ from m2d.generation.whole_files import cannot_write
 if TYPE_CHECKING:  # writing tasks need no torch: seconds and 200 MB each
     from m2d.generation.gates import GateReference, Verdict
     from m2d.generation.generator import Generator
+    from m2d.generation.settings import CompileMode
     from m2d.models.settings import Precision
 
 
@@ -69,6 +70,7 @@ class GeneratorSettings:
     batch_size: int
     mixed_precision: Precision
     compile: bool
+    compile_mode: CompileMode = "default"
     with_extractor: bool  # gates or references ask for features
     extractor_weights: str | None
 
@@ -90,6 +92,7 @@ class GeneratorSettings:
             mixed_precision=self.mixed_precision,
             extractor=load_reference_extractor(checkpoint, self.extractor_weights) if self.with_extractor else None,
             compile=self.compile,
+            compile_mode=self.compile_mode,
         )
 
 

@@ -168,6 +168,7 @@ class _Run:
                     mixed_precision=self.precision,
                     extractor=self._extractor(),
                     compile=self.config.compile,
+                    compile_mode=self.config.compile_mode,
                 )
             yield from make_here(self.generator, groups, writer, features=self.gates.need_features)
             return
@@ -189,6 +190,7 @@ class _Run:
             batch_size=self.config.batch_size,
             mixed_precision=self.precision,
             compile=self.config.compile,
+            compile_mode=self.config.compile_mode,
             with_extractor=self._needs_extractor(),
             extractor_weights=self.config.extractor_weights,
         )

@@ -13,6 +13,7 @@ from m2d.models.settings import Precision
 
 Feature = Literal["prior", "none", "reference"]
 Mode = Literal["standard", "image2image", "interpolate", "balance"]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 OutputFormat = Literal["folder", "webdataset", "parquet"]
 
 
@@ -43,6 +44,7 @@ class GenerateConfig(SamplingSettings):
     device: str | None = None  # None: cuda where there is one, otherwise cpu
     mixed_precision: Precision | None = None  # None: bf16 on a GPU that has it, otherwise no
     compile: bool = False  # torch.compile of the U-Net; pays off over thousands of images
+    compile_mode: CompileMode = "default"  # torch.compile's; reduce-overhead: CUDA graphs, for small batches on a GPU
     num_actors: int | None = None  # generators on Ray; 0: this process, without Ray; None: by devices and work
     gpus_per_actor: float | None = None  # GPUs an actor reserves, or a fraction of one; None: one where it uses any
     format: OutputFormat = "folder"  # folder: CLASS/<id>.png; webdataset: tar shards; parquet: shards of PNG bytes
@@ -65,9 +67,11 @@ class GenerateConfig(SamplingSettings):
         for name, kind in (("mixed_precision", Precision), ("feature", Feature)):
             if getattr(self, name) not in (None, *get_args(kind)):
                 raise ConfigError(f"{name} is {getattr(self, name)}; known: {' '.join(get_args(kind))}")
-        for name, kind in (("mode", Mode), ("format", OutputFormat)):
+        for name, kind in (("mode", Mode), ("format", OutputFormat), ("compile_mode", CompileMode)):
             if getattr(self, name) not in get_args(kind):
                 raise ConfigError(f"{name} is {getattr(self, name)}; known: {' '.join(get_args(kind))}")
+        if self.compile_mode != "default" and not self.compile:
+            raise ConfigError(f"compile_mode is {self.compile_mode}, but nothing is compiled; add --compile true")
         if not (isfinite(self.feature_temperature) and self.feature_temperature >= 0):
             raise ConfigError(
                 f"feature_temperature is {self.feature_temperature}; it must be a number of at least 0 "

@@ -35,16 +35,28 @@ class SampleQuality:
         self._real: np.ndarray | None = None
 
     def measure(self, info: CheckpointInfo) -> dict[str, float]:
-        """`val/kernel_distance` and its standard error; {} where there are too few images, or no samples yet."""
+        """`val/kernel_distance` and its standard error; {} where images are too few or none can be made."""
         if len(self.rows) < LEAST:
             return {}
-        labels = self.reader.labels[self.rows]
-        counts = {CLASSES[label]: int((labels == label).sum()) for label in np.unique(labels)}
         try:
-            images, _ = self.state.samples(info, counts)
+            return self._measured(info)
         except M2DError as error:
             logger.warning("no kernel distance at step %d: %s", info.step, error)
-            return {}
+        except torch.OutOfMemoryError:  # no reason to end the run
+            size, device = self.state.plan.config.batch_size, self.state.device
+            logger.warning(
+                "no kernel distance at step %d: samples in batches of %d do not fit the memory of %s beside the run; "
+                "lower batch_size",
+                info.step,
+                size,
+                device,
+            )
+        return {}
+
+    def _measured(self, info: CheckpointInfo) -> dict[str, float]:
+        labels = self.reader.labels[self.rows]
+        counts = {CLASSES[label]: int((labels == label).sum()) for label in np.unique(labels)}
+        images, _ = self.state.samples(info, counts)
         extractor = self.state.extractor()
         real, generated = self._real_cls(extractor), self._cls(extractor, images)
         scale = Scale.of_rows(real)

@@ -39,7 +39,8 @@ class RunState:
     def samples(self, info: CheckpointInfo, counts: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
         """counts[code] images of each class: uint8 [M, H, W, 3] and labels [M], from the same seeds each time.
 
-        Raises an M2DError where the model gives no numbers, or the prior knows no image of a class.
+        Raises an M2DError where the model gives no numbers, or the prior knows no image of a class, and torch's
+        OutOfMemoryError where the run's batch size fits its step but not its samples.
         """
         # A copy: the generator lays weights out in memory as it likes, and the optimiser's moments would not follow.
         autoencoder = copy.deepcopy(self.networks.autoencoder)
@@ -48,7 +49,12 @@ class RunState:
             counts, run_seed=self.plan.config.seed, sampling=self.sampling, feature=pick_feature(None, checkpoint)
         )
         rows = rows_of(table)
-        generator = Generator(checkpoint, device=str(self.device), mixed_precision=self.plan.precision)
+        generator = Generator(
+            checkpoint,
+            batch_size=self.plan.config.batch_size,
+            device=str(self.device),
+            mixed_precision=self.plan.precision,
+        )
         return generator.generate(rows), np.array([class_index(row.label) for row in rows])
 
     def extractor(self) -> FeatureExtractor:

@@ -74,8 +74,10 @@ class Visuals:
     def _reconstructions(self, telemetry: Telemetry, step: int) -> None:
         pixels, labels, _ = self._shown()
         targets = pixels.float() / 127.5 - 1.0
-        autoencoder = self.networks.autoencoder
-        reconstructed = autoencoder.decode(autoencoder.encode(targets).mean).float().clamp(-1, 1)
+        decode = self.networks.autoencoder.decode
+        size = self.plan.config.batch_size
+        parts = [decode(latents).float().clamp(-1, 1) for latents in self._latents(targets).split(size)]
+        reconstructed = torch.cat(parts)
         decibels = psnr(reconstructed, targets).cpu().numpy()
         grid = reconstruction_grid(_arrays(pixels), to_uint8(reconstructed), labels, decibels, step=step)
         telemetry.picture(step, "reconstructions", grid, f"mean PSNR {decibels.mean():.2f} dB")
@@ -118,13 +120,18 @@ class Visuals:
     def _cosine(self, pixels: Tensor, labels: np.ndarray, rows: np.ndarray, cls: Tensor, patches: Tensor) -> np.ndarray:
         """[N, P]: cosine of every token of the tapped block, projected, with the extractor's patch."""
         averaged, networks = self.state.averaged, self.networks
-        clean = averaged.normalize(networks.autoencoder.encode(pixels.float() / 127.5 - 1.0).mean)
+        clean = averaged.normalize(self._latents(pixels.float() / 127.5 - 1.0))
         _, noise = fixed_noise(rows, clean)
         t = torch.full((len(clean),), ALIGNMENT_TIME, device=self.device)
         context = averaged.context(torch.from_numpy(labels).to(self.device), cls)
         tapped = averaged.tapped(interpolate(clean, noise, t), t, context, self.plan.config.alignment.tap)
         predicted = networks.projector(tapped, patches.shape[1])
         return F.cosine_similarity(predicted.float(), patches, dim=-1).cpu().numpy()
+
+    def _latents(self, images: Tensor) -> Tensor:
+        """The posterior means [N, C, h, w] of images [N, 3, H, W] in [-1, 1], in the run's batches."""
+        encode = self.networks.autoencoder.encode
+        return torch.cat([encode(part).mean for part in images.split(self.plan.config.batch_size)])
 
     def _shown(self) -> tuple[Tensor, np.ndarray, np.ndarray]:
         """The validation images that every picture shows: uint8 [N, 3, H, W] on the device, labels, rows."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from m2d.data.order import micro_batch_number, worker_rows
 from m2d.diffusion.feature_prior import FeaturePrior
+from m2d.models.autoencoder import coded_at_once
 from m2d.models.checkpoint import CheckpointInfo, read_prior
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
@@ -34,7 +35,6 @@ from m2d.training.throughput import Throughput, peak_memory_gib
 from m2d.training.validation import score, validate
 from m2d.training.visuals import Visuals, show_gradients
 
-CACHED_PIXELS = 2**19  # encoded at once for the latent cache, in float32: 1.3 GiB for isic-256's VAE
 AHEAD = 2  # batches that are read while the device computes
 
 
@@ -361,6 +361,6 @@ def _latent_table(plan: RunPlan, networks: Networks, source: FeatureSource, link
 
     return cache_latents(
         networks, plan.reader("train"), source, plan.experiment.path / "cache" / "latents",
-        views=config.data.views, batch_size=max(1, CACHED_PIXELS // config.data.image_size**2), rank=link.rank,
+        views=config.data.views, batch_size=coded_at_once(config.data.image_size), rank=link.rank,
         world_size=link.world_size, progress=progress,
     )  # fmt: skip

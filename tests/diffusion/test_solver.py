@@ -6,11 +6,14 @@ the same cumulative probability.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2d.diffusion.settings import SOLVERS, Solver
 from m2d.diffusion.solver import solve, time_grid
@@ -80,6 +83,53 @@ def test_higher_order_beats_euler_at_the_same_number_of_evaluations(solver: Solv
     assert mixture_error(solver, evaluations) < 0.4 * mixture_error("euler", evaluations)
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "solver", "tolerance"),
+    [(UniPCMultistepScheduler, "unipc", 1e-11), (DPMSolverMultistepScheduler, "dpmpp", 1e-5)],  # the latter in float32
+)
+@pytest.mark.parametrize(
+    ("steps", "start_time"), [(1, 1.0), (2, 1.0), (3, 1.0), (10, 1.0), (25, 1.0), (60, 1.0), (9, 0.6)]
+)
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers on its betas
+def test_multistep_solvers_are_those_of_diffusers(
+    scheduler: Any, solver: Solver, tolerance: float, steps: int, start_time: float
+) -> None:
+    """On our grid, in float64. (In float32 diffusers' UniPC is up to 3e-5 off its own float64.)"""
+    start = seeded_noise(256, 1)
+    times = time_grid(steps, start_time=start_time).clamp(max=1 - 1e-6)
+    theirs = scheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", solver_order=2, final_sigmas_type="zero"
+    )
+    theirs.set_timesteps(steps)
+    theirs.sigmas = times.float().double()
+    theirs.set_begin_index(0)
+    expected = start
+    for index in range(steps):
+        velocity = mixture_velocity(expected, times[index])
+        expected = theirs.step(velocity, theirs.timesteps[index], expected, return_dict=False)[0]
+    end = solve(mixture_velocity, start, steps=steps, solver=solver, start_time=start_time)
+    assert_close(end, expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_step_asks_a_device_for_sums_and_products_alone(solver: Solver) -> None:
+    """Nothing is read from it or copied to it, and no system is solved on it: a GPU is never waited for."""
+    asked: set[str] = set()
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **kwargs or {})
+            if isinstance(result, Tensor) and result.device.type == "meta":
+                asked.add(func.overloadpacket.__name__)
+            return result
+
+    start = torch.zeros(2, 3, device="meta")  # without values: reading one is an error
+    with Asked():
+        end = solve(lambda x, t: x, start, steps=6, solver=solver)
+    assert end.shape == start.shape
+    assert asked <= {"add", "sub", "mul", "div", "detach"}
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_channels_flow_apart_from_each_other(solver: Solver) -> None:
     mean = torch.tensor([0.0, 3.0, -1.0]).view(1, 3, 1, 1)
@@ -133,7 +183,7 @@ def test_the_state_stays_in_float32_when_the_network_does_not(solver: Solver) ->
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_caller_s_autocast_does_not_reach_the_solver(solver: Solver) -> None:
-    """The generator puts one autocast around all steps; diffusers' UniPC contains an einsum, which autocast knows."""
+    """As training's autocast around a picture's samples."""
     start, velocity = seeded_noise(64, 1).float(), gaussian_velocity(mean=2.0, std=0.5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = solve(velocity, start, steps=10, solver=solver)

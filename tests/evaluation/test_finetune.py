@@ -89,6 +89,21 @@ def test_torchs_random_state_is_left_as_it_was() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_cudnn_is_on_and_deterministic_in_training_and_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    forward = torch.nn.Conv2d.forward
+
+    def recording(self: torch.nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
+        cudnn = torch.backends.cudnn
+        seen.append((self.training, cudnn.enabled, cudnn.deterministic, cudnn.benchmark))
+        return forward(self, images)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", recording)
+    predict("a", config=replace(TINY, epochs=0.1))
+    assert set(seen) == {(True, True, True, False), (False, True, True, False)}
+    assert not torch.backends.cudnn.deterministic, "put back"
+
+
 def test_every_arm_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two passes over 48 real images in batches of 8: 12."""
     steps = []

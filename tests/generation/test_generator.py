@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from tiny_references import SixFeatures, write_photographs
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from m2d.classes import class_index
+from m2d.classes import NUM_CLASSES, class_index
+from m2d.diffusion.guidance import GuidedVelocity
 from m2d.diffusion.settings import SOLVERS, SamplingSettings, Solver
+from m2d.diffusion.solver import solve
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.generation import generator as generator_module
 from m2d.generation.generator import Generator, pick_device, pick_feature, start_of, to_uint8
@@ -28,6 +32,7 @@ from m2d.generation.plan import (
 )
 from m2d.generation.references import Reference, read_reference, read_references
 from m2d.generation.request import feature_seed, noise_for
+from m2d.models.autoencoder import coded_at_once
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.feature_extractor import FeatureExtractor
 
@@ -400,6 +405,53 @@ def test_images_come_as_uint8_rgb_in_the_order_of_the_rows(checkpoint: Checkpoin
     assert len(np.unique(images.reshape(8, -1), axis=0)) == 8
 
 
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the U-Net would have been compiled with; it computes as it is."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: asked.append(options))
+    return asked
+
+
+def test_a_compiled_network_sees_a_full_batch_and_twice_that(
+    prior_checkpoint: Checkpoint,
+    references: dict[str, tuple[Reference, ...]],
+    extractor: FeatureExtractor,
+    uncompiled: list[dict[str, Any]],
+) -> None:
+    rows = every_kind(references)
+    generator = Generator(prior_checkpoint, batch_size=5, device="cpu", extractor=extractor, compile=True)
+    seen = set()
+    handle = generator.denoiser.unet.register_forward_pre_hook(
+        lambda module, inputs: seen.add((tuple(inputs[0].shape), tuple(inputs[2].shape)))
+    )
+    images = generator.generate(rows)
+    handle.remove()
+    tokens = next(iter(seen))[1][1:]
+    assert seen == {((5, 4, 8, 8), (5, *tokens)), ((10, 4, 8, 8), (10, *tokens))}
+    assert levels_apart(images, images_of(prior_checkpoint, rows, 5, extractor)) <= 1
+
+
+def test_the_compile_mode_is_handed_to_torch(checkpoint: Checkpoint, uncompiled: list[dict[str, Any]]) -> None:
+    Generator(checkpoint, device="cpu", compile=True, compile_mode="max-autotune")
+    Generator(checkpoint, device="cpu", compile=False)
+    assert [options["mode"] for options in uncompiled] == ["max-autotune"]
+
+
+def test_a_compiled_network_s_result_outlives_its_buffer(
+    checkpoint: Checkpoint, uncompiled: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA graphs give each result in the same memory; heun needs two at once."""
+    rows = rows_for({"DF": 2}, solver="heun", guidance_scale=1.0)
+    expected = images_of(checkpoint, rows)
+    generator = Generator(checkpoint, batch_size=2, device="cpu", compile=True, compile_mode="reduce-overhead")
+    forward, buffer = generator.denoiser.unet.forward, torch.empty(2, 4, 8, 8)
+    monkeypatch.setattr(
+        generator.denoiser.unet, "forward", lambda *given, **more: (buffer.copy_(forward(*given, **more)[0]),)
+    )
+    assert np.array_equal(generator.generate(rows), expected)
+
+
 def test_nothing_asked_for_is_nothing_made(checkpoint: Checkpoint) -> None:
     assert images_of(checkpoint, []).shape == (0, 16, 16, 3)
 
@@ -429,6 +481,98 @@ def test_bf16_is_near_float32(prior_checkpoint: Checkpoint, feature: GuidingFeat
     images = Generator(prior_checkpoint, device="cpu", mixed_precision="bf16").generate(rows)
     assert images.dtype == np.uint8
     assert np.abs(images.astype(int) - images_of(prior_checkpoint, rows).astype(int)).mean() < 4
+
+
+class WeightCasts(TorchDispatchMode):
+    """How often a weight is turned into another type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        name = func.overloadpacket.__name__  # it is `to` in inference mode
+        if name in ("to", "_to_copy") and isinstance(args[0], torch.nn.Parameter):
+            self.count += result.dtype != args[0].dtype
+        return result
+
+
+@torch.inference_mode()
+def latents_by_autocast(checkpoint: Checkpoint, rows: Sequence[PlanRow]) -> torch.Tensor:
+    """Of rows without a feature: float32 weights in bf16's autocast."""
+    labels = torch.tensor([class_index(row.label) for row in rows])
+    noise = torch.stack([noise_for(row.seed, checkpoint.latent_shape) for row in rows])
+    contexts = (checkpoint.denoiser.context(which) for which in (labels, torch.full_like(labels, NUM_CLASSES)))
+    velocity = GuidedVelocity(checkpoint.denoiser, *contexts, scale=2.0, interval=(0.0, 0.8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return solve(velocity, noise, steps=rows[0].steps)
+
+
+def test_in_bf16_no_weight_is_cast_in_a_solver_step(checkpoint: Checkpoint) -> None:
+    generator = Generator(checkpoint, device="cpu", mixed_precision="bf16")
+    with WeightCasts() as casts:
+        generator.denoise(ROWS)
+    assert casts.count == 0
+    with WeightCasts() as casts:
+        latents_by_autocast(checkpoint, ROWS)
+    assert casts.count > 4 * 50, "what this test counts has another name"
+
+
+def test_bf16_weights_are_as_near_to_float32_as_autocast(checkpoint: Checkpoint) -> None:
+    rows = rows_for({"DF": 16, "MEL": 16}, steps=10)
+    exact = Generator(checkpoint, device="cpu").denoise(rows)
+    by_autocast = (latents_by_autocast(checkpoint, rows) - exact).square().mean().sqrt()
+    by_weights = (
+        (Generator(checkpoint, device="cpu", mixed_precision="bf16").denoise(rows) - exact).square().mean().sqrt()
+    )
+    assert by_weights < 1.5 * by_autocast < 0.02 * exact.std()
+
+
+def test_in_bf16_the_sines_of_the_time_are_of_float32(checkpoint: Checkpoint) -> None:
+    """From t = 0.998 on bf16 would be off by up to 2 of 1000 steps, and a fast sine by anything."""
+    seen: list[torch.Tensor] = []
+    generator = Generator(checkpoint, device="cpu", mixed_precision="bf16")
+    generator.denoiser.unet.time_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    generator.denoise(rows_for({"MEL": 2}, steps=7))
+    times = [1 - 1e-6, *(1 - k / 7 for k in range(1, 7))]
+    expected = torch.stack([get_timestep_embedding(torch.tensor([1000 * t]), 16, True, 0)[0] for t in times])
+    torch.testing.assert_close(torch.stack([sines[0] for sines in seen]), expected, atol=1e-4, rtol=0)
+
+
+def test_the_checkpoint_s_own_networks_stay_in_float32(checkpoint: Checkpoint) -> None:
+    """They may be those of a run in progress."""
+    before = copy.deepcopy(checkpoint.denoiser.state_dict())
+    generator = Generator(checkpoint, device="cpu", mixed_precision="bf16")
+    generator.generate(ROWS)
+    assert {weight.dtype for weight in generator.denoiser.unet.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in generator.denoiser.conditioning.parameters()} == {torch.float32}
+    after = checkpoint.denoiser.state_dict()
+    assert all(after[name].dtype == torch.float32 and torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_vae_sees_few_large_images_at_once(
+    checkpoint: Checkpoint, references: dict[str, tuple[Reference, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = from_images(references, 0.5, "none", num_samples=5)
+    expected = images_of(checkpoint, rows, 10)
+    monkeypatch.setattr(generator_module, "coded_at_once", lambda image_size: 3)
+    seen: dict[str, list[int]] = {"encoder": [], "decoder": []}
+    handles = [
+        getattr(checkpoint.autoencoder.vae, name).register_forward_pre_hook(
+            lambda module, inputs, sizes=sizes: sizes.append(len(inputs[0]))
+        )
+        for name, sizes in seen.items()
+    ]
+    images = images_of(checkpoint, rows, 10)
+    for handle in handles:
+        handle.remove()
+    assert seen == {"encoder": [3, 3], "decoder": [3, 3, 3, 1]}  # of three references each, ten images
+    assert levels_apart(images, expected) <= 1
+
+
+def test_a_vae_takes_eight_images_of_256_pixels() -> None:
+    assert [coded_at_once(size) for size in (64, 128, 256, 2048)] == [128, 32, 8, 1]
 
 
 def test_rounding_is_to_the_nearest_level_and_clips() -> None:

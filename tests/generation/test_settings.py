@@ -52,6 +52,11 @@ def test_no_classes_means_all() -> None:
         ({"gpus_per_actor": 1.5}, "gpus_per_actor is 1.5; above 1 it must be a whole number"),
         ({"merge": True}, "merge needs the real images; name their folder by --data_root"),
         ({"plan": "p", "plan_only": True}, "plan_only would write the plan that --plan names"),
+        (
+            {"compile_mode": "fast", "compile": True},
+            "compile_mode is fast; known: default reduce-overhead max-autotune",
+        ),
+        ({"compile_mode": "max-autotune"}, "compile_mode is max-autotune, but nothing is compiled; add --compile true"),
         ({"mixed_precision": "fp8"}, "mixed_precision is fp8; known: no bf16 fp16"),
     ],
 )
