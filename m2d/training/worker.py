@@ -62,11 +62,14 @@ def read_ahead(batches: Iterator[ImageBatch | LatentBatch], *, pin_memory: bool)
         batch = next(batches, None)
         return batch.pinned() if batch is not None and pin_memory else batch
 
-    with ThreadPoolExecutor(1, thread_name_prefix="m2d-read") as thread:
+    thread = ThreadPoolExecutor(1, thread_name_prefix="m2d-read")
+    try:
         waiting = deque(thread.submit(read) for _ in range(AHEAD))
         while (batch := waiting.popleft().result()) is not None:
             waiting.append(thread.submit(read))
             yield batch
+    finally:  # a run that stops early leaves what it has asked for
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 def train_worker(plan: RunPlan, link: WorkerLink) -> None:
