@@ -1,0 +1,75 @@
+"""Training on the GPU: every preset in each stage and precision, validation, the latent cache."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_cuda.lane import CUDA, TOTAL_STEPS, PresetStep, host_waits, preset
+
+from m2d.config import preset_names
+from m2d.models.perceptual import build_perceptual
+from m2d.training.features import FeatureSource
+from m2d.training.latents import cache_latents
+from m2d.training.settings import Precision
+from m2d.training.validation import validate
+
+VAE = {"loss/reconstruction", "loss/perceptual"}
+UNET = {"loss/diffusion", "loss/alignment", "loss/manifold"}
+LOSSES = {
+    "joint": VAE | UNET | {"loss/kl", "loss/alignment_vae"},
+    "warm-up": VAE | {"loss/kl"},
+    "latent": UNET,
+    "decoder": VAE,
+}
+ADVERSARIAL = {"loss/adversarial", "loss/discriminator"}
+# Elsewhere bf16, an H100's own, for CPU time. ham-128 has a discriminator, which fp16 scales too.
+PRECISIONS: dict[str, tuple[Precision, ...]] = {"demo": ("no", "bf16", "fp16"), "ham-128": ("bf16", "fp16")}
+CASES = [
+    (name, stage, precision)
+    for name in preset_names()
+    for stage in LOSSES
+    for precision in PRECISIONS.get(name, ("bf16",))
+]
+
+
+@pytest.mark.parametrize(("name", "stage", "precision"), CASES)
+def test_a_step_never_waits_for_the_host(name: str, stage: str, precision: Precision) -> None:
+    """Two accumulated steps, the first of which creates the optimiser's moments; the log line then has every loss."""
+    warmup = TOTAL_STEPS if stage == "warm-up" else 0
+    run = PresetStep(preset(name), "joint" if warmup else stage, precision, warmup_steps=warmup)
+    with host_waits() as waits:
+        for number in range(2):
+            run.take(2, micro_batches=2, step=number)
+    assert waits == Counter()
+    expected = LOSSES[stage] | (ADVERSARIAL if run.networks.discriminator is not None else set())
+    assert {scalar for scalar in run.step.read_scalars() if scalar.startswith("loss/")} == expected
+
+
+class BlankImages:
+    """A reader of ten black images."""
+
+    labels = np.zeros(10, dtype=np.int64)
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
+        images = np.zeros((len(rows), self.side, self.side, 3), np.uint8)
+        return {"images": images, "labels": self.labels[rows], "catalog_rows": rows}
+
+
+def test_validation_and_the_latent_cache_run_on_the_gpu(tmp_path: Path) -> None:
+    run = PresetStep(preset("demo"), "joint", "bf16")
+    reader, source = BlankImages(48), FeatureSource(CUDA, run.networks.extractor)
+    perceptual = build_perceptual("features", run.networks.extractor)
+    measures = validate(
+        run.networks, run.step.ema.module, perceptual, reader, source,
+        images=8, batch_size=4, rank=0, world_size=1, device=CUDA,
+    )  # fmt: skip
+    assert measures == {}  # the number of images is summed on the GPU, which computes nothing: 0
+    table = cache_latents(run.networks, reader, source, tmp_path, views=2, batch_size=4, rank=0, world_size=1)
+    assert table.batch(np.arange(3), np.zeros(3, dtype=np.int8)).mean.shape == (3, 4, 12, 12)
