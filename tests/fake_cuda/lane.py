@@ -150,6 +150,9 @@ class PresetStep:
         self.step: JointStep | LatentStep | DecoderStep
         if stage == "latent":
             self.step = LatentStep(networks, settings, CUDA)
+            for unused in (networks.autoencoder, networks.extractor):
+                if unused is not None:
+                    unused.to("cpu")
         else:
             perceptual = build_perceptual("features", networks.extractor)
             perceptual.to(CUDA)
@@ -163,7 +166,7 @@ class PresetStep:
         if self.networks.extractor is None or self.stage == "latent":
             patches = self.networks.extractor.num_patches if self.networks.extractor is not None else 49
             features = Features(torch.zeros(size, dim).half(), torch.zeros(size, patches, dim).half())
-        draws = draw(torch.Generator(CUDA), size, self.latent_shape, dim, self.config.conditioning)
+        draws = draw(0, torch.arange(size, device=CUDA), self.latent_shape, dim, self.config.conditioning)
         if self.stage == "latent":
             assert features is not None
             mean = torch.zeros(size, *self.latent_shape).half()
