@@ -5,6 +5,7 @@ types, autocast, the caching allocator, autograd's threads.
 """
 
 import dataclasses
+import gc
 import traceback
 import warnings
 from collections import Counter
@@ -32,6 +33,8 @@ PROJECT = Path(__file__).resolve().parents[2]
 TOTAL_STEPS = 1000
 
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN is not mocked; torch falls back to flash attention
+for draws_weights in ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "uniform_", "normal_", "trunc_normal_"):
+    setattr(torch.nn.init, draws_weights, lambda tensor, *_, **__: tensor)  # seconds and gigabytes that nobody reads
 _library = torch.library.Library("aten", "IMPL")
 
 
@@ -114,10 +117,24 @@ def host_waits() -> Iterator[Counter[str]]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-def preset(name: str, **changes: Any) -> TrainConfig:
-    """A preset's settings, as the command line reads them."""
-    config: TrainConfig = parse("train", ["--preset", name])
-    return dataclasses.replace(config, **changes)
+@contextmanager
+def card_of(gib: float) -> Iterator[None]:
+    """The allocator gets so much and no more; it gives back what it keeps in reserve before it runs out."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + gib * 2**30) / total)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def preset(name: str) -> TrainConfig:
+    """A preset's settings as the command line reads them, with new networks instead of those of a file."""
+    config: TrainConfig = parse("train", ["--preset", name, "--init_checkpoint", "anywhere"])
+    config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, pretrained=None))
+    return dataclasses.replace(config, stage="joint", init_checkpoint=None)
 
 
 class PresetStep:
@@ -134,6 +151,8 @@ class PresetStep:
     ) -> None:
         """cached_dim: D of features that come with the batch; then no extractor is loaded."""
         self.config, self.stage = config, stage
+        gc.collect()
+        self._others = torch.cuda.memory_allocated()  # what a failed test's traceback keeps alive
         if stage == "latent":
             config = dataclasses.replace(config, discriminator=dataclasses.replace(config.discriminator, enabled=False))
         self.networks = networks = build_networks(config, CUDA, cached_dim)
@@ -183,4 +202,4 @@ class PresetStep:
         self.take(1)
         torch.cuda.reset_peak_memory_stats()
         self.take(size, micro_batches)
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - self._others

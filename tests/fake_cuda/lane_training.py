@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_cuda.lane import CUDA, TOTAL_STEPS, PresetStep, host_waits, preset
+import torch
+from fake_cuda.lane import CUDA, TOTAL_STEPS, PresetStep, card_of, host_waits, preset
 
-from m2d.config import preset_names
+from m2d.config import TrainConfig, preset_names
 from m2d.models.perceptual import build_perceptual
 from m2d.training.features import FeatureSource
 from m2d.training.latents import cache_latents
@@ -23,27 +24,49 @@ LOSSES = {
     "decoder": VAE,
 }
 ADVERSARIAL = {"loss/adversarial", "loss/discriminator"}
+JOINT_PRESETS = [name for name in preset_names() if not name.endswith(("-latent", "-decoder"))]
 # Elsewhere bf16, an H100's own, for CPU time. ham-128 has a discriminator, which fp16 scales too.
 PRECISIONS: dict[str, tuple[Precision, ...]] = {"demo": ("no", "bf16", "fp16"), "ham-128": ("bf16", "fp16")}
 CASES = [
     (name, stage, precision)
-    for name in preset_names()
+    for name in JOINT_PRESETS
     for stage in LOSSES
     for precision in PRECISIONS.get(name, ("bf16",))
 ]
+
+
+def preset_of(name: str, stage: str) -> TrainConfig:
+    """A stage's own preset where it has one."""
+    return preset(f"{name}-{stage}" if f"{name}-{stage}" in preset_names() else name)
 
 
 @pytest.mark.parametrize(("name", "stage", "precision"), CASES)
 def test_a_step_never_waits_for_the_host(name: str, stage: str, precision: Precision) -> None:
     """Two accumulated steps, the first of which creates the optimiser's moments; the log line then has every loss."""
     warmup = TOTAL_STEPS if stage == "warm-up" else 0
-    run = PresetStep(preset(name), "joint" if warmup else stage, precision, warmup_steps=warmup)
+    run = PresetStep(preset_of(name, stage), "joint" if warmup else stage, precision, warmup_steps=warmup)
     with host_waits() as waits:
         for number in range(2):
             run.take(2, micro_batches=2, step=number)
     assert waits == Counter()
     expected = LOSSES[stage] | (ADVERSARIAL if run.networks.discriminator is not None else set())
     assert {scalar for scalar in run.step.read_scalars() if scalar.startswith("loss/")} == expected
+
+
+@pytest.mark.parametrize("stage", LOSSES)
+def test_isic_256_trains_on_a_card_of_8_gb(stage: str) -> None:
+    """By torch's own allocator. 8 GiB less 0.5 for CUDA's context and 0.3 for cuDNN's workspaces."""
+    config = preset_of("isic-256", stage)
+    warmup = TOTAL_STEPS if stage == "warm-up" else 0
+    with card_of(7.2):
+        run = PresetStep(config, "joint" if warmup else stage, "bf16", warmup_steps=warmup, cached_dim=1280)
+        for number in range(2):
+            run.take(config.batch_size, min(config.gradient_accumulation_steps, 2), number)
+
+
+def test_a_card_that_is_too_small_for_a_step_runs_out_of_memory() -> None:
+    with card_of(0.05), pytest.raises(torch.OutOfMemoryError):
+        PresetStep(preset("demo"), "joint", "no").take(8)
 
 
 class BlankImages:
