@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ CUDA = torch.device("cuda", 0)
 PROJECT = Path(__file__).resolve().parents[2]
 TOTAL_STEPS = 1000
 
+torch.cuda.init()  # memory_stats() is empty before
 torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN is not mocked; torch falls back to flash attention
 for draws_weights in ("kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "uniform_", "normal_", "trunc_normal_"):
     setattr(torch.nn.init, draws_weights, lambda tensor, *_, **__: tensor)  # seconds and gigabytes that nobody reads
@@ -117,6 +118,12 @@ def host_waits() -> Iterator[Counter[str]]:
             torch.cuda.set_sync_debug_mode("default")
 
 
+def live_bytes(when: Literal["current", "peak"] = "current") -> int:
+    """Of tensors on the GPU, as they asked for them; memory_allocated counts up to 1 MiB more for each large one."""
+    asked: int = torch.cuda.memory_stats()[f"requested_bytes.all.{when}"]
+    return asked
+
+
 @contextmanager
 def card_of(gib: float) -> Iterator[None]:
     """The allocator gets so much and no more; it gives back what it keeps in reserve before it runs out."""
@@ -152,7 +159,7 @@ class PresetStep:
         """cached_dim: D of features that come with the batch; then no extractor is loaded."""
         self.config, self.stage = config, stage
         gc.collect()
-        self._others = torch.cuda.memory_allocated()  # what a failed test's traceback keeps alive
+        self._others = live_bytes()  # what a failed test's traceback keeps alive
         if stage == "latent":
             config = dataclasses.replace(config, discriminator=dataclasses.replace(config.discriminator, enabled=False))
         self.networks = networks = build_networks(config, CUDA, cached_dim)
@@ -202,4 +209,4 @@ class PresetStep:
         self.take(1)
         torch.cuda.reset_peak_memory_stats()
         self.take(size, micro_batches)
-        return torch.cuda.max_memory_allocated() - self._others
+        return live_bytes("peak") - self._others

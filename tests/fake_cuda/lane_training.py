@@ -24,7 +24,8 @@ LOSSES = {
     "decoder": VAE,
 }
 ADVERSARIAL = {"loss/adversarial", "loss/discriminator"}
-JOINT_PRESETS = [name for name in preset_names() if not name.endswith(("-latent", "-decoder"))]
+# isic-256-pretrained is isic-256 without its file.
+JOINT_PRESETS = [name for name in preset_names() if not name.endswith(("-latent", "-decoder", "-pretrained"))]
 # Elsewhere bf16, an H100's own, for CPU time. ham-128 has a discriminator, which fp16 scales too.
 PRECISIONS: dict[str, tuple[Precision, ...]] = {"demo": ("no", "bf16", "fp16"), "ham-128": ("bf16", "fp16")}
 CASES = [

@@ -1,6 +1,6 @@
-"""Builds the mock GPU and runs the lane's tests under it: python tests/fake_cuda/mock_gpu.py [pytest's arguments].
+"""Builds the mock GPU and runs the lane_*.py tests with it: python tests/fake_cuda/mock_gpu.py [pytest's arguments].
 
-In a process of its own, since the mock must be loaded before torch is.
+They run in a process of their own, because the mock must be loaded before torch is.
 """
 
 import importlib.util
