@@ -42,7 +42,7 @@ class Ema(Generic[NetworkT]):
         decay = torch.clamp((1 + self.updates) / (self.warmup + self.updates), max=self.decay)
         weight = (1 - decay) * step_taken
         for averaged, current in _chunks(_float_tensors(self.module), _float_tensors(source)):
-            difference = torch._foreach_sub([tensor.to(device) for tensor in current], averaged)
+            difference = torch._foreach_sub(_on(device, current), averaged)
             torch._foreach_mul_(difference, weight)
             torch._foreach_add_(averaged, difference)
         self.updates += step_taken
@@ -61,6 +61,15 @@ class Ema(Generic[NetworkT]):
 def _float_tensors(module: nn.Module) -> list[Tensor]:
     tensors = [*module.parameters(), *module.buffers()]
     return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+
+
+def _on(device: torch.device, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors on a device, in one copy where they are not there."""
+    if tensors[0].device == device:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _chunks(first: list[Tensor], second: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:

@@ -1,5 +1,6 @@
 """Training on the GPU: every preset in each stage and precision, validation, the latent cache."""
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 
@@ -63,6 +64,16 @@ def test_isic_256_trains_on_a_card_of_8_gb(stage: str) -> None:
         run = PresetStep(config, "joint" if warmup else stage, "bf16", warmup_steps=warmup, cached_dim=1280)
         for number in range(2):
             run.take(config.batch_size, min(config.gradient_accumulation_steps, 2), number)
+
+
+def test_averages_in_host_memory_cost_a_copy_of_the_whole_and_not_one_of_each_tensor() -> None:
+    config = preset("demo")
+    config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, ema_on_cpu=True))
+    run = PresetStep(config, "joint", "bf16")
+    with host_waits() as waits:
+        run.take(2)
+    assert {tensor.device.type for tensor in run.step.ema.state_dict().values()} == {"cpu"}
+    assert 0 < waits.total() <= 3  # whether the step counts, and the weights
 
 
 def test_a_card_that_is_too_small_for_a_step_runs_out_of_memory() -> None:
