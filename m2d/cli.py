@@ -34,6 +34,11 @@ class Command:
 
 
 def _train(config: TrainConfig) -> None:
+    if config.dry_run:
+        from m2d.training.dry_run import dry_run
+
+        return dry_run(config)
+
     from m2d.training.trainer import train
 
     experiment = train(config)

@@ -53,6 +53,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile of VAE and U-Net
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"  # reduce-overhead: CUDA graphs
     channels_last: bool = True  # memory layout of the networks; usually the faster one
+    dry_run: bool = False  # print memory, time and disk that the run will need, from fake tensors; train nothing
     fresh: bool = False  # start a new experiment although an unfinished one of this name exists
     use_wandb: bool = False  # besides the JSON lines and CSV that are always written
     wandb_project: str = "m2d"  # where the run appears on wandb
@@ -86,12 +87,13 @@ class TrainConfig:
             raise ConfigError(f"seed is {self.seed}; it must be at least 0")
         if not re.fullmatch(r"[\w.-]+", self.name, flags=re.ASCII):
             raise ConfigError(f"name is {self.name!r}; use letters, digits, '.', '_' and '-'")
-        if self.stage == "latent" and self.init_checkpoint is None and self.autoencoder.pretrained is None:
+        begins = self.init_checkpoint is not None or self.dry_run
+        if self.stage == "latent" and not begins and self.autoencoder.pretrained is None:
             raise ConfigError(
                 "stage latent trains on a frozen VAE; name an earlier run's checkpoint by --init_checkpoint, or a "
                 "published VAE by --autoencoder.pretrained"
             )
-        if self.stage == "decoder" and self.init_checkpoint is None:
+        if self.stage == "decoder" and not begins:
             raise ConfigError(
                 "stage decoder keeps encoder and U-Net as they are; name an earlier run's checkpoint by "
                 "--init_checkpoint"
@@ -154,6 +156,7 @@ DIVISION = frozenset(["num_workers", "batch_size", "gradient_accumulation_steps"
 # What may differ between a run and its resumption: where it runs and how it talks, never what it computes.
 RESUMABLE_CHANGES = frozenset(
     [
+        "dry_run",
         "fresh",
         "use_wandb",
         "wandb_project",

@@ -70,6 +70,7 @@ class SweepConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(not self.dry_run, "dry_run is of the command train; try a trial's settings there")
         _require(self.num_trials >= 1, f"num_trials is {self.num_trials}; it must be at least 1")
         fewest, most = self.workers
         _require(most >= 1, "num_workers is 0; a trial trains with at least one Ray worker")
