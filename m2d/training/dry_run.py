@@ -116,7 +116,7 @@ def _run_lines(run: FakeRun, count: DataCount) -> list[str]:
     config, plan = run.config, run.plan
     features = "from setup_data's cache" if count.cached else f"{config.feature_extractor.name} in every step"
     net = f" ({config.perceptual.lpips_net})" if plan.perceptual == "lpips" else ""
-    assumed = ", assumed since perceptual.kind is not set" if config.perceptual.kind is None else ""
+    assumed = ", assumed" if config.perceptual.kind is None else ""
     return [
         f"{config.name}: stage {config.stage}, {config.data.image_size} px, {plan.precision}",
         f"step: {plan.global_batch} images = batch_size {config.batch_size} x {config.gradient_accumulation_steps} "

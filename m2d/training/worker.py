@@ -136,7 +136,8 @@ class _Run:
         # Not on the GPU while the loop runs: averages that are kept in host memory, and what a cached latent needs not.
         self.aside: list[nn.Module] = [self.step.ema.module] if config.schedule.ema_on_cpu else []
         if table is not None:
-            self.aside += [module for module in (networks.autoencoder, networks.extractor) if module is not None]
+            unused = (networks.autoencoder, networks.extractor, self.perceptual)
+            self.aside += [module for module in unused if module is not None]
         self.leads = link.rank == 0
         self.accumulation = plan.accumulation(link.world_size)
         self.keeper = CheckpointKeeper(plan.experiment.checkpoints, config.saving.keep_last) if self.leads else None

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from fake_cuda.lane import PresetStep, preset
 
-fake_run = pytest.importorskip("m2d.training.fake_run")
+from m2d.training.fake_run import FakeRun
 
 
 @pytest.mark.parametrize(
@@ -21,5 +21,5 @@ def test_the_dry_run_counts_the_peak_that_the_allocator_sees(name: str, stage: s
     )
     peak = PresetStep(config, stage, "bf16", cached_dim=1280).peak_bytes(config.batch_size, micro_batches=2)
     config = dataclasses.replace(config, stage=stage, init_checkpoint="anywhere")
-    counted = fake_run.FakeRun(config, train_images=8000, cached=True).cost(config.batch_size)
+    counted = FakeRun(config, train_images=8000, cached=True).cost(config.batch_size)
     assert counted.peak == pytest.approx(peak, rel=0.05)  # small networks: 2 to 4 % too little; isic-256: 0.1 %
