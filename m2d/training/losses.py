@@ -42,7 +42,8 @@ def spatially_normalized(patches: Tensor, gamma: float) -> Tensor:
     global content, is what alignment profits from. Source: iREPA (arXiv 2512.10794), section 4, and its code.
     """
     patches = patches.float()
-    mean, std = patches.mean(dim=1, keepdim=True), patches.std(dim=1, keepdim=True)
+    mean = patches.mean(dim=1, keepdim=True)
+    std = patches.std(dim=1, keepdim=True, correction=min(1, patches.shape[1] - 1))  # one token's: 0
     return (patches - gamma * mean) / (std + 1e-6)
 
 
