@@ -92,7 +92,7 @@ class FakeRun:
         )
         self.counter = StepCounter(self.device.type)
         self._mode = _OneFakeMode(allow_non_fake_inputs=True)
-        self._kept = perceptual  # on the device in every stage, whoever calls it
+        self._kept = perceptual  # by this alone in the latent stage
         frozen = {judge, self.networks.extractor or judge}
         with self._faking(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a copy asks a fake tensor for its address
@@ -187,11 +187,10 @@ class FakeRun:
             counter.follow_gradients(module.parameters(), "gradients of weights")
         for optimized in self.step.optimized.values():
             counter.label("AdamW's moments", tree_leaves(list(optimized.optimizer.state.values())))
-        aside: list[nn.Module] = (
-            [averaged] if self.config.schedule.ema_on_cpu else []
-        )  # in host memory, as the worker has them
+        # In host memory, as the worker has them.
+        aside: list[nn.Module] = [averaged] if self.config.schedule.ema_on_cpu else []
         if self.config.stage == "latent":
-            aside += [module for module in (networks.autoencoder, networks.extractor) if module is not None]
+            aside += [networks.autoencoder, *frozen]
         for module in aside:
             counter.forget(_tensors(module))
         counter.follow(perceptual, "activations: perceptual")
