@@ -6,7 +6,7 @@ WORKERS ?= 3
 BENCH ?= ingest sampling scaleout
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test exhaustive lint audit format bench lock clean distclean
+.PHONY: help setup demo test exhaustive lint audit format bench gpu lock clean distclean
 
 help:  ## This list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -38,6 +38,9 @@ format: setup  ## Rewrite the sources as ruff formats them
 
 bench: setup  ## Side-by-side measurements; make bench BENCH=gates ARGS="..." for one (--help tells what it needs)
 	@set -e; for name in $(BENCH); do echo "== bench/$$name.py"; $(PY) "bench/$$name.py" $(ARGS); done
+
+gpu: setup  ## Test and measure this machine's GPU in five minutes: docs/results/gpu-NAME.md, ready to be sent in
+	$(PY) bench/gpu.py $(ARGS)
 
 lock: setup  ## Write requirements.lock from the versions in .venv
 	$(PY) scripts/lock.py
