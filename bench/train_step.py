@@ -18,12 +18,15 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -145,12 +148,14 @@ def speeds(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         for name, loop in loops.items() if arguments.loop_steps else ():
             # The bare step once more beside each run, for they take long enough for the machine to change its mood.
             bare = contenders["step, features extracted" if "nothing" in name else "step, features cached"]
-            rate, wait = run_rate(loop, arguments.loop_steps)
-            began = time.perf_counter()
+            rate, wait, cpu_ms = run_rate(loop, arguments.loop_steps)
+            began, cpu_began = time.perf_counter(), time.process_time()
             for _ in range(arguments.rounds):
                 bare.round()
             rates[f"beside {name}"].append(images / (time.perf_counter() - began))
+            cpu[f"beside {name}"].append(1000 * (time.process_time() - cpu_began) / images)
             rates[name].append(rate)
+            cpu[name].append(cpu_ms)
             waits[name].append(wait)
         print(f"repetition {repetition + 1} of {arguments.repetitions}", flush=True)
     parts = {
@@ -330,23 +335,55 @@ def looped_alignment(predicted: Tensor, target: Tensor) -> Tensor:
     return total / len(predicted)
 
 
-def run_rate(config: TrainConfig, steps: int) -> tuple[float, float]:
-    """Images a second of a real run by its own record, and its share of time that waited for data."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        experiment = train(dataclasses.replace(config, max_steps=steps))
+def run_rate(config: TrainConfig, steps: int) -> tuple[float, float, float]:
+    """Of a real run by its own record: images a second, share of time that waited for data, CPU ms an image.
+
+    The last is of every process: the worker, decoding, Ray's own.
+    """
+    used: list[tuple[float, float]] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            used.append((time.time(), cpu_seconds()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            experiment = train(dataclasses.replace(config, max_steps=steps))
+    finally:
+        over.set()
+        watcher.join()
     lines = (experiment.path / "metrics" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines][SKIPPED_INTERVALS:]
+    *_, before = (records := [json.loads(line) for line in lines])[:SKIPPED_INTERVALS]
+    records = records[SKIPPED_INTERVALS:]
     seconds = sum(1 / record["images_per_s"] for record in records)  # intervals are of equal length
     wait = sum(record["data_wait_share"] / record["images_per_s"] for record in records) / seconds
-    return len(records) / seconds, wait
+    began, ended = np.interp([before["time"], records[-1]["time"]], *zip(*used))
+    images = (records[-1]["step"] - before["step"]) * config.batch_size
+    return len(records) / seconds, wait, 1000 * (ended - began) / images
+
+
+def cpu_seconds() -> float:
+    """Of this process and everything below it that lives."""
+    total = 0.0
+    me = psutil.Process()
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def timed_parts(ours: OurStep, rounds: int) -> dict[str, float]:
     """Milliseconds of each part of a step, by putting a clock around the functions that it calls.
 
-    The backward passes are told apart by their order, which is the step's own.
+    Of CPU time, where the CPU computes, since other programs take none of that. The backward passes are told apart by
+    their order, which is the step's own.
     """
     spent: dict[str, float] = defaultdict(float)
+    now = time.perf_counter if ours.device.type == "cuda" else time.process_time  # other programs take no CPU time
     order = ["reconstruction", "perceptual", "decode", "alignment pass", "encode", "U-Net"]
     if ours.networks.discriminator is not None:
         order = ["reconstruction", "perceptual", "adversarial", "decode", "discriminator", *order[3:]]
@@ -358,10 +395,10 @@ def timed_parts(ours: OurStep, rounds: int) -> dict[str, float]:
             part = f"{order[turn % len(order)]}, backward"
             turn += 1
         synchronize(ours.device)
-        began = time.perf_counter()
+        began = now()
         answer = call(*arguments, **named)
         synchronize(ours.device)
-        spent[part] += 1000 * (time.perf_counter() - began)
+        spent[part] += 1000 * (now() - began)
         return answer
 
     places: list[tuple[Any, str, str]] = [
@@ -380,11 +417,11 @@ def timed_parts(ours: OurStep, rounds: int) -> dict[str, float]:
         for owner, name, part in places:
             stack.enter_context(replaced(owner, name, functools.partial(clock, part, getattr(owner, name))))
         stack.enter_context(replaced(globals(), "draw", functools.partial(clock, "draws", draw)))
-        turn, began = 0, time.perf_counter()
+        turn, began = 0, now()
         for _ in range(rounds * ROUND):
             ours.one()
         synchronize(ours.device)
-        whole = 1000 * (time.perf_counter() - began)
+        whole = 1000 * (now() - began)
     spent["everything else"] = whole - sum(spent.values())
     return {part: milliseconds / (rounds * ROUND) for part, milliseconds in spent.items()}
 
@@ -415,23 +452,28 @@ Series = dict[str, list[float]]
 
 
 def report(rates: Series, cpu: Series, waits: Series, batch: int) -> None:
-    """Rates and the ratios that matter."""
+    """Rates and the ratios that matter. By CPU time: what one thread each computes, whatever else the machine does."""
     print(f"\n| | images/s: median, least, most | ms a step of {batch} | CPU ms an image |\n|---|---|---|---|")
     for name, of_name in rates.items():
         rate = statistics.median(of_name)
         used = f"{statistics.median(cpu[name]):.0f}" if name in cpu else ""
         print(f"| {name} | {rate:.1f}, {min(of_name):.1f}, {max(of_name):.1f} | {1000 * batch / rate:.0f} | {used} |")
-    print("\n| ratio of rates | median, least, most |\n|---|---|")
+    print("\n| how many times as fast: median, least, most | by the clock | by CPU time |\n|---|---|---|")
     pairs = [(name, f"beside {name}") for name in waits]
     ours = [name for name in rates if name.startswith("step")]
     pairs += [(name, other) for other in rates if other.startswith("REPA-E") for name in ours]
     pairs += [(name, "step, features cached") for name in ours if "VAE" in name]
     for name, other in pairs:
         ratios = [a / b for a, b in zip(rates[name], rates[other], strict=True)]
+        work = [b / a for a, b in zip(cpu.get(name, []), cpu.get(other, []))]
         label = "bare step" if other.startswith("beside") else other
-        print(f"| {name} / {label} | {statistics.median(ratios):.2f}, {min(ratios):.2f}, {max(ratios):.2f} |")
+        print(f"| {name} / {label} | {_spread(ratios)} | {_spread(work) if work else ''} |")
     for name, of_name in waits.items():
         print(f"{name}: {100 * statistics.median(of_name):.1f} % of the time waits for data")
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f}, {min(ratios):.2f}, {max(ratios):.2f}"
 
 
 def report_parts(parts: dict[str, dict[str, float]]) -> None:
