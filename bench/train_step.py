@@ -157,12 +157,12 @@ def speeds(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
             rates[name].append(rate)
             cpu[name].append(cpu_ms)
             waits[name].append(wait)
-        print(f"repetition {repetition + 1} of {arguments.repetitions}", flush=True)
+        print(f"\nafter {repetition + 1} of {arguments.repetitions} repetitions", flush=True)
+        report(rates, cpu, waits, config.batch_size)
     parts = {
         "features extracted": timed_parts(OurStep(config, device, extracted), arguments.rounds),
         "features cached": timed_parts(OurStep(config, device, cached), arguments.rounds),
     }
-    report(rates, cpu, waits, config.batch_size)
     report_parts(parts)
     return {"images_per_s": rates, "cpu_ms_per_image": cpu, "data_wait_share": waits, "parts_ms": parts}
 
@@ -469,7 +469,7 @@ def report(rates: Series, cpu: Series, waits: Series, batch: int) -> None:
         label = "bare step" if other.startswith("beside") else other
         print(f"| {name} / {label} | {_spread(ratios)} | {_spread(work) if work else ''} |")
     for name, of_name in waits.items():
-        print(f"{name}: {100 * statistics.median(of_name):.1f} % of the time waits for data")
+        print(f"{name}: {100 * statistics.median(of_name):.1f} % of the time waits for data", flush=True)
 
 
 def _spread(ratios: list[float]) -> str:
