@@ -93,6 +93,7 @@ def main(
     batch_size: int = 64,
     repetitions: int = 5,
     enlarged: int = 2000,
+    decoders: bool = False,
     output: str | None = None,
 ) -> None:
     """Measure and print a table.
@@ -105,6 +106,7 @@ def main(
         batch_size: images in a batch
         repetitions: of each contender on each dataset
         enlarged: how many images are also measured at 600 x 450, JPEG quality 90 (0: none)
+        decoders: only Pillow's and torchvision's decoders, one core each
         output: JSON file for the measurements
     """
     torch.set_num_threads(1)
@@ -113,14 +115,15 @@ def main(
     if enlarged:
         datasets[f"{enlarged} images at 600 x 450"] = str(enlarge(Path(data_root), enlarged))
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # loopback only; token mode would write to the home directory
-    ray.init(
-        num_cpus=cores,
-        num_gpus=0,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=2 * 2**30,
-    )
+    if not decoders:
+        ray.init(
+            num_cpus=cores,
+            num_gpus=0,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=2 * 2**30,
+        )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     measurements: list[Measurement] = []
@@ -131,7 +134,7 @@ def main(
             reader.attach(reader.load_encoded())
             order = StreamOrder(reader.labels, balance="natural", views=1, seed=0)  # read_images has no views
             workload = Workload(reader, order, root, batch_size, images, warmup, cores)
-            measurements += measure(name, workload, repetitions)
+            measurements += measure(name, workload, DECODERS if decoders else CONTENDERS, repetitions)
     finally:
         ray.shutdown()
     report(measurements)
@@ -144,11 +147,13 @@ def main(
         )
 
 
-def measure(dataset: str, workload: Workload, repetitions: int) -> list[Measurement]:
+def measure(
+    dataset: str, workload: Workload, contenders: dict[str, Callable[[Workload], Batches]], repetitions: int
+) -> list[Measurement]:
     """Every contender `repetitions` times, interleaved."""
-    runs: dict[str, list[Run]] = {name: [] for name in CONTENDERS}
+    runs: dict[str, list[Run]] = {name: [] for name in contenders}
     for repetition in range(repetitions):
-        for name, contender in CONTENDERS.items():
+        for name, contender in contenders.items():
             run = timed(contender, workload)
             runs[name].append(run)
             print(f"{dataset}, repetition {repetition + 1}: {name} {run.images_per_s:,.0f} images/s", flush=True)
@@ -189,6 +194,23 @@ def decode_limit(workload: Workload) -> Batches:
     for start in range(0, workload.micro_batches * workload.batch_size, workload.batch_size):
         rows = np.arange(start, start + workload.batch_size)
         yield len(workload.reader.read(*workload.order.lookup(rows))["images"])
+
+
+def torchvision_limit(workload: Workload) -> Batches:
+    """The same by torchvision's decoder, which decodes at full size, and its antialiased bicubic resize."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import center_crop, resize
+
+    size, reader = workload.reader.image_size, workload.reader
+    for start in range(0, workload.micro_batches * workload.batch_size, workload.batch_size):
+        rows, _ = workload.order.lookup(np.arange(start, start + workload.batch_size))
+        images = []
+        for encoded in reader._fetch_many(rows):
+            decoded = decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
+            scaled = resize(decoded, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
+            images.append(center_crop(scaled, [size, size]))
+        yield len(torch.stack(images).permute(0, 2, 3, 1).contiguous().numpy())
 
 
 def stream(workload: Workload) -> Batches:
@@ -253,6 +275,10 @@ CONTENDERS: dict[str, Callable[[Workload], Batches]] = {
     "ray.data.read_images": read_images,
     "decode limit of one core": decode_limit,
 }
+DECODERS: dict[str, Callable[[Workload], Batches]] = {
+    "Pillow, one core": decode_limit,
+    "torchvision, one core": torchvision_limit,
+}
 
 
 def enlarge(data_root: Path, count: int) -> Path:
@@ -274,11 +300,11 @@ def report(measurements: list[Measurement]) -> None:
     print(f"{'first s':>8} {'CPU us':>7} {'x DataLoader':>12} {'x read_images':>13}")
     for row in measurements:
         peers = {peer.contender: peer.images_per_s for peer in measurements if peer.dataset == row.dataset}
-        loader = max(rate for name, rate in peers.items() if name.startswith("DataLoader"))
+        loader = max((rate for name, rate in peers.items() if name.startswith("DataLoader")), default=float("nan"))
         print(
             f"{row.dataset:28} {row.contender:26} {row.images_per_s:9,.0f} {row.lowest:8,.0f} {row.highest:8,.0f} "
             f"{row.first_batch_s:8.2f} {row.cpu_us:7,.0f} {row.images_per_s / loader:12.2f} "
-            f"{row.images_per_s / peers['ray.data.read_images']:13.2f}"
+            f"{row.images_per_s / peers.get('ray.data.read_images', float('nan')):13.2f}"
         )
     print(f"median, lowest and highest of {measurements[0].repetitions} interleaved repetitions")
 

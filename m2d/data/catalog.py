@@ -148,9 +148,11 @@ def write_duplicates(duplicates: pa.Table, path: str) -> None:
 
 def class_counts(catalog: pa.Table, split: str | None = None) -> dict[str, int]:
     """Images per class code, all seven in the order of CLASSES, 0 where none; of one split or of the whole catalog."""
-    rows = catalog if split is None else catalog.filter(pc.equal(catalog["split"], split))
-    counts = Counter(rows["label"].to_pylist())
-    return {code: counts[code] for code in CLASSES}
+    labels = catalog["label"]
+    if split is not None:
+        labels = labels.filter(pc.equal(catalog["split"], split))
+    counts = {entry["values"]: entry["counts"] for entry in labels.value_counts().to_pylist()}
+    return {code: counts.get(code, 0) for code in CLASSES}
 
 
 def catalog_hash(catalog: pa.Table) -> str:

@@ -68,12 +68,14 @@ def prepared_parts(config: TrainConfig, experiment: Experiment, catalog: pa.Tabl
     folder, size = prepared_folder(config.cache_dir, config.checked_data_root), config.data.image_size
     key, sha256 = extractor_identity(config.feature_extractor)
     experiment.update_info(feature_extractor={"key": key, "weights_sha256": sha256})
+    if not folder.is_dir():  # asking for a million images takes 160 MB
+        return {"extractor_key": key}
     found: dict[str, Any] = {}
     images = PreparedImages.open(folder, size)
     if images is not None and images.covers(catalog["sha256"].to_pylist()):
         found["prepared"] = folder
     store = FeatureStore.open(folder, key, size)
-    train, val = (catalog.filter(pc.equal(catalog["split"], split))["sha256"].to_pylist() for split in ("train", "val"))
+    train, val = (catalog["sha256"].filter(pc.equal(catalog["split"], split)).to_pylist() for split in ("train", "val"))
     missing = np.concatenate([store.missing(train, config.data.views).ravel(), store.missing(val, 1).ravel()])
     if not missing.any():
         found["features"] = folder
