@@ -37,9 +37,9 @@ from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, Crop, FeatureExtrac
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
 from m2d.training.decoder_step import DecoderStep
 from m2d.training.memory import OTHER, StepCounter, cuda_autocast_on_cpu
-from m2d.training.networks import build_networks
+from m2d.training.networks import build_networks, step_config_of
 from m2d.training.plan import RunPlan
-from m2d.training.step import JointStep, LatentStep, StepConfig
+from m2d.training.step import JointStep, LatentStep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,16 +153,11 @@ class FakeRun:
             yield
 
     def _build_step(self, perceptual: nn.Module) -> JointStep | LatentStep | DecoderStep:
-        config, plan = self.config, self.plan
-        step_config = StepConfig(
-            weights=config.loss_weights,
-            optimizer=config.optimizer,
+        config = self.config
+        step_config = dataclasses.replace(
+            step_config_of(self.plan),
             schedule=dataclasses.replace(config.schedule, ema_on_cpu=False),  # fakes do not move; `_label` forgets
-            precision=plan.precision,
-            total_steps=plan.total_steps,
-            vae_warmup_steps=plan.vae_warmup_steps,
-            discriminator_start=config.discriminator.start_step,
-            alignment=config.alignment,
+            compile=None,
         )
         if config.stage == "latent":
             return LatentStep(self.networks, step_config, self.device)

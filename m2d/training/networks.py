@@ -15,7 +15,8 @@ from m2d.models.feature_extractor import FeatureExtractor, load_feature_extracto
 from m2d.models.projector import AlignmentProjector
 from m2d.models.settings import FeatureExtractorConfig
 from m2d.models.unet import build_denoiser, tap_channels
-from m2d.training.step import Networks
+from m2d.training.plan import RunPlan
+from m2d.training.step import Networks, StepConfig
 
 
 def build_networks(config: TrainConfig, device: torch.device, cached_dim: int | None = None) -> Networks:
@@ -57,6 +58,22 @@ def build_networks(config: TrainConfig, device: torch.device, cached_dim: int | 
         if module is not None:
             _place(module, device, config.channels_last)
     return networks
+
+
+def step_config_of(plan: RunPlan) -> StepConfig:
+    """What a run's step needs to know of it."""
+    config = plan.config
+    return StepConfig(
+        weights=config.loss_weights,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        precision=plan.precision,
+        total_steps=plan.total_steps,
+        vae_warmup_steps=plan.vae_warmup_steps,
+        discriminator_start=config.discriminator.start_step,
+        alignment=config.alignment,
+        compile={"mode": config.compile_mode} if config.compile else None,
+    )
 
 
 def build_extractor(config: FeatureExtractorConfig) -> FeatureExtractor:

@@ -22,13 +22,13 @@ from m2d.training.checkpoints import BEST, complete_checkpoints
 from m2d.training.decoder_step import DecoderStep
 from m2d.training.features import FeatureSource, fit_features
 from m2d.training.latents import LatentTable, cache_latents
-from m2d.training.networks import build_networks
+from m2d.training.networks import build_networks, step_config_of
 from m2d.training.plan import RunPlan
 from m2d.training.reduce import all_reduce_sum, barrier
 from m2d.training.sample_quality import SampleQuality
 from m2d.training.sampling import RunState
 from m2d.training.saving import CheckpointKeeper, load_training_state, take_snapshot
-from m2d.training.step import JointStep, LatentStep, Networks, StepConfig
+from m2d.training.step import JointStep, LatentStep, Networks
 from m2d.training.stopping import Wish, stop_is_wanted
 from m2d.training.telemetry import open_telemetry
 from m2d.training.throughput import Throughput, peak_memory_gib
@@ -114,17 +114,7 @@ class _Run:
         self.latent_shape = networks.denoiser.latent_shape(config.data.image_size, networks.autoencoder.downsampling)
         self.perceptual = build_perceptual(plan.perceptual, networks.extractor, config.perceptual.lpips_net)
         self.perceptual.to(link.device)
-        step_config = StepConfig(
-            weights=config.loss_weights,
-            optimizer=config.optimizer,
-            schedule=config.schedule,
-            precision=plan.precision,
-            total_steps=plan.total_steps,
-            vae_warmup_steps=plan.vae_warmup_steps,
-            discriminator_start=config.discriminator.start_step,
-            alignment=config.alignment,
-            compile={"mode": config.compile_mode} if config.compile else None,
-        )
+        step_config = step_config_of(plan)
         distributed = link.world_size > 1
         self.step: JointStep | LatentStep | DecoderStep
         if table is not None:
