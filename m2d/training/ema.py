@@ -25,7 +25,7 @@ class Ema(Generic[NetworkT]):
         learns = any(parameter.requires_grad for parameter in source.parameters())
         self.module: NetworkT = copy.deepcopy(source) if learns else source
         self.module.eval().requires_grad_(False)
-        if device is not None:
+        if device is not None and self.module is not source:
             self.module.to(device)
         self.decay = decay
         self.warmup = warmup

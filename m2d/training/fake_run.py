@@ -183,7 +183,8 @@ class FakeRun:
         for optimized in self.step.optimized.values():
             counter.label("AdamW's moments", tree_leaves(list(optimized.optimizer.state.values())))
         # In host memory, as the worker has them.
-        aside: list[nn.Module] = [averaged] if self.config.schedule.ema_on_cpu else []
+        apart = self.config.schedule.ema_on_cpu and averaged is not networks.denoiser
+        aside: list[nn.Module] = [averaged] if apart else []
         if self.config.stage == "latent":
             aside += [networks.autoencoder, *frozen]
         for module in aside:

@@ -124,7 +124,9 @@ class _Run:
         else:
             self.step = JointStep(networks, self.perceptual, step_config, link.device, distributed)
         # Not on the GPU while the loop runs: averages that are kept in host memory, and what a cached latent needs not.
-        self.aside: list[nn.Module] = [self.step.ema.module] if config.schedule.ema_on_cpu else []
+        averaged = self.step.ema.module
+        apart = config.schedule.ema_on_cpu and averaged is not networks.denoiser  # which is its own where it is frozen
+        self.aside: list[nn.Module] = [averaged] if apart else []
         if table is not None:
             unused = (networks.autoencoder, networks.extractor, self.perceptual)
             self.aside += [module for module in unused if module is not None]

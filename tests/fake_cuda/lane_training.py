@@ -76,6 +76,15 @@ def test_averages_in_host_memory_cost_a_copy_of_the_whole_and_not_one_of_each_te
     assert 0 < waits.total() <= 3  # whether the step counts, and the weights
 
 
+def test_a_stage_without_averages_trains_where_they_would_be_in_host_memory() -> None:
+    """The decoder stage's U-Net is its own average and stays where the latent norm's statistics are needed."""
+    config = preset("demo")
+    config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, ema_on_cpu=True))
+    run = PresetStep(config, "decoder", "bf16")
+    run.take(2)
+    assert next(run.networks.denoiser.parameters()).device.type == "cuda"
+
+
 def test_a_card_that_is_too_small_for_a_step_runs_out_of_memory() -> None:
     with card_of(0.05), pytest.raises(torch.OutOfMemoryError):
         PresetStep(preset("demo"), "joint", "no").take(8)
