@@ -32,7 +32,7 @@ from m2d.models.feature_extractor import (
     FeatureExtractor,
     Features,
 )
-from m2d.models.perceptual import FeaturePyramid, LpipsDistance, build_perceptual
+from m2d.models.perceptual import LpipsDistance, build_perceptual
 from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, Crop, FeatureExtractorConfig, PerceptualKind
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
 from m2d.training.decoder_step import DecoderStep
@@ -268,7 +268,7 @@ def _lite_by_shape(name: str, side: int | None = None, crop: Crop = "whole") -> 
 def _perceptual_by_shape(kind: PerceptualKind, extractor: nn.Module | None, net: str) -> tuple[nn.Module, nn.Module]:
     """(its frozen network, the distance), as build_perceptual chooses them, without weights."""
     if kind == "features":
-        judge = extractor if isinstance(extractor, FeaturePyramid) else _lite_by_shape(LITE0)
+        judge = extractor if extractor is not None and hasattr(extractor, "pyramid") else _lite_by_shape(LITE0)
         return judge, build_perceptual(kind, judge)
     import lpips
 
