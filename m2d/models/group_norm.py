@@ -2,7 +2,7 @@
 
 CUDA's autocast computes group norms in float32 and keeps the result for the backward pass, beside the copy that the
 next convolution wants: a VAE then saves 14 % of its memory by bf16 instead of half. The kernel accumulates in float32
-whatever its input's type is.
+whatever its input's type is, and keeps mean and deviation in the input's: means of many deviations lose digits.
 """
 
 import torch

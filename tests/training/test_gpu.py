@@ -40,7 +40,10 @@ def test_memory_is_what_the_dry_run_says() -> None:
 
 
 def test_a_group_norm_in_bf16_is_that_of_float32() -> None:
-    """To bf16's own rounding, 2^-8 of a value: the kernel's sums are float32. Statistics over 64 x 64 cells."""
+    """To bf16's own rounding: of the output, 2^-8, and of the mean, which the kernel keeps in bf16.
+
+    A mean of 10 is kept to 2^-5, which is 2^-5 / 3 = 0.0104 deviations.
+    """
     torch.manual_seed(0)
     plain = nn.GroupNorm(8, 64).to(CUDA)
     x = (torch.randn(2, 64, 64, 64, device=CUDA) * 3 + 10).bfloat16()
@@ -48,7 +51,7 @@ def test_a_group_norm_in_bf16_is_that_of_float32() -> None:
     keep_input_type(ours)
     normed = ours(x)
     assert normed.dtype == torch.bfloat16
-    assert_close(normed.float(), plain(x.float()), rtol=2**-7, atol=2**-7)
+    assert_close(normed.float(), plain(x.float()), rtol=2**-7, atol=2**-6)
 
 
 def test_batches_are_read_ahead_into_pinned_memory() -> None:
