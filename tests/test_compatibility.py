@@ -129,6 +129,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     of_path = hashlib.sha256(str(root / "data").encode()).hexdigest()[:8]
     shutil.copytree(BEFORE / "prepared", root / "cache" / f"data-{of_path}")
     shutil.copytree(BEFORE / "experiment", root / "experiments" / NAME, symlinks=True)
+    for folder in ("generated_images", "logs", "outputs", "visualizations", "wandb"):  # empty, so git has them not
+        (root / "experiments" / NAME / folder).mkdir(exist_ok=True)
     shutil.copytree(BEFORE / "generated", root / "generated")
     for path in root.rglob("*"):
         if path.suffix in (".json", ".yaml") and path.is_file():
