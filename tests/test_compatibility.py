@@ -48,9 +48,11 @@ GENERATE = [
     "--steps", "4", "--num_actors", "0", "--device", "cpu", "--gates.max_attempts", "2", "--gates.class_consistency",
     "false",
 ]  # fmt: skip
+# With few images the default quantiles are extremes, which many a wrong rule would find too.
+INNER_GATES = ["--gates.near_copy_quantile", "0.3", "--gates.class_quantile", "0.6", "--gates.neighbours", "2"]
 EVALUATE = [
     "--num_actors", "0", "--device", "cpu", "--bootstrap", "100", "--seeds", "1", "--feature_extractor.input_size",
-    "32", "--independent_extractor.input_size", "32",
+    "32", "--independent_extractor.input_size", "32", "--data.val_fraction", "0", "--data.test_fraction", "0.4",
 ]  # fmt: skip
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="pinned on a CPU")
 
@@ -153,9 +155,17 @@ def experiment(place: Path, tmp_path: Path) -> Iterator[Path]:
     shutil.move(tmp_path / "kept", folder)
 
 
-def generate(experiment: Path, each: int, output: Path) -> None:
+def generate(experiment: Path, each: int, output: Path, *more: str) -> None:
     checkpoint = ["--checkpoint", str(checkpoint_of(experiment)), "--num_samples", str(each)]
-    main("generate", [*checkpoint, *GENERATE, "--output", str(output)])
+    main("generate", [*checkpoint, *GENERATE, *more, "--output", str(output)])
+
+
+def thresholds(reference: Path) -> dict[str, Any]:
+    """The numbers of a gate reference."""
+    with safe_open(reference, "pt") as opened:
+        (document,) = opened.metadata().values()
+    found: dict[str, Any] = json.loads(document)
+    return found
 
 
 def checkpoint_of(experiment: Path) -> Path:
@@ -201,6 +211,22 @@ def test_an_old_checkpoint_gives_the_same_pixels_and_gate_thresholds(experiment:
         assert old_one.metadata().keys() == new_one.metadata().keys()
         if SAME_MACHINE:  # among them the thresholds
             assert new_one.metadata() == old_one.metadata()
+
+
+def test_gates_of_other_quantiles_have_the_same_thresholds(experiment: Path, tmp_path: Path) -> None:
+    shutil.rmtree(experiment / "gate_reference")
+    generate(experiment, 1, tmp_path, "--classes", "NV", *INNER_GATES)
+    (reference,) = (experiment / "gate_reference").iterdir()
+    found = thresholds(reference)
+    assert found.keys() == EXPECTED["inner_gates"].keys()
+    for name, value in EXPECTED["inner_gates"].items():
+        if isinstance(value, float):
+            assert_close(found[name], value, name, 1e-3)
+        elif name == "class_thresholds":
+            for now, before in zip(found[name], value, strict=True):
+                assert_close(now, before, name, 1e-3)
+        else:
+            assert found[name] == value, name
 
 
 def test_an_old_generated_folder_continues(place: Path, experiment: Path, tmp_path: Path) -> None:
