@@ -18,8 +18,6 @@ from m2d.classes import CLASSES
 from m2d.data.demo_lesions import render_lesion
 from m2d.errors import ConfigError, DataError
 
-__all__ = ["demo_counts", "render_lesion", "write_demo_dataset"]
-
 HAM10000_COUNTS = {"AKIEC": 327, "BCC": 514, "BKL": 1099, "DF": 115, "MEL": 1113, "NV": 6705, "VASC": 142}
 MIN_PER_CLASS = 8
 VIEWS_PER_LESION = (0.75, 0.17, 0.08)  # probability of one, two, three; HAM10000 has 1.34 images a lesion, too

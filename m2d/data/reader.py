@@ -72,11 +72,6 @@ class ImageReader:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def attached(self) -> bool:
-        """Whether encoded bytes are at hand, so that no file is opened."""
-        return self._encoded is not None
-
     def attach(self, encoded: pa.ChunkedArray) -> None:
         """From now on rows come from these bytes: large_binary [N], null for an unreadable file. No copy is made."""
         if len(encoded) != len(self):

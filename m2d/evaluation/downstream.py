@@ -19,8 +19,6 @@ from m2d.evaluation.downstream_result import DownstreamResult, Settings
 from m2d.evaluation.feature_set import FeatureSet
 from m2d.evaluation.linear_probe import LinearProbe, best_c, choose_c
 
-__all__ = ["ProbeClassifier", "chosen_c", "measure_downstream", "run_here"]
-
 
 def measure_downstream(
     *,

@@ -18,7 +18,6 @@ import ray
 import ray.data
 import ray.exceptions
 
-from m2d.cluster import ray_cluster
 from m2d.data.stream import user_error
 from m2d.errors import ConfigError
 from m2d.generation.group import (
@@ -35,8 +34,6 @@ from m2d.nodes import device_of_actor, node_resources
 
 if TYPE_CHECKING:  # writing tasks import this file and need no torch: 400 MB and many seconds each
     from m2d.generation.generator import Generator
-
-__all__ = ["ActorPool", "cluster_gpus", "make_on_ray", "pick_pool", "ray_cluster"]
 
 WRITER_CPUS = 1.0  # logical ones of a writing task; one such task keeps up with a few hundred small images a second
 

@@ -201,11 +201,8 @@ class GateReference:
             raise cannot_write(path, error) from None
 
     @classmethod
-    def load(cls, path: Path, *, extractor: str | None = None, catalog: str | None = None) -> Self:
-        """What save wrote. extractor, catalog: what it must have been made from, where given.
-
-        Raises DataError where it is missing, damaged, or of something else.
-        """
+    def load(cls, path: Path) -> Self:
+        """What save wrote. Raises DataError where it is missing or damaged."""
         try:
             with safe_open(path, framework="pt") as file:
                 notes = dict(json.loads((file.metadata() or {})[_METADATA_KEY]))
@@ -219,12 +216,6 @@ class GateReference:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DataError(f"gate reference: {path} cannot be used ({reason}); delete it and run again") from None
-        for name, wanted in (("extractor", extractor), ("catalog", catalog)):
-            if wanted is not None and getattr(reference, name) != wanted:
-                raise DataError(
-                    f"gate reference: {path} is of {name} {getattr(reference, name)[:60] or '(unknown)'}, needed is "
-                    f"{wanted[:60]}; delete it and run again"
-                )
         return reference
 
     def _notes(self) -> dict[str, Any]:

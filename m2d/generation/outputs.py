@@ -32,13 +32,10 @@ from m2d.generation.journal import (
     gather_parts,
     joined,
     read_parts,
-    rejected_attempts,
     write_rows,
 )
-from m2d.generation.recipe import Recipe, default_output
+from m2d.generation.recipe import Recipe
 from m2d.generation.whole_files import LEFTOVER, cannot_write, replacing, require_damage
-
-__all__ = ["MANIFEST_NAME", "PLAN_NAME", "RECORD_NAME", "OutputFolder", "Recipe", "default_output", "replacing"]
 
 RECORD_NAME, PLAN_NAME, MANIFEST_NAME = "generation.json", "plan.parquet", "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema([field for field in JOURNAL_SCHEMA if field.name != "accepted"])
@@ -113,10 +110,6 @@ class OutputFolder:
             of_class = found.setdefault(label, {})
             of_class[reason] = of_class.get(reason, 0) + 1
         return found
-
-    def given_up(self, max_attempts: int) -> set[str]:
-        """Ids of which so many attempts were rejected."""
-        return {image_id for image_id, count in rejected_attempts(self.journal).items() if count >= max_attempts}
 
     def write_manifest(self) -> Path:
         """One row for every image of the folder, sorted by id. Returns the manifest's path."""

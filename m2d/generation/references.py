@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,15 +67,13 @@ def read_references(
     classes: Sequence[str] | None = None,
     setting: str = "init_images",
     max_pixels: int = MAX_PIXELS,
-    progress: Callable[[int, int], None] | None = None,
 ) -> References:
     """Every usable image of `classes` (None: of those that are there) in a folder, a local path or a URI.
 
     The folder holds class folders (any letter case, images at any depth), and an image's class is its folder's name;
     or it holds images, all of the one class that `classes` then names. The checks are those of a dataset's scan: hidden
     files are passed over, unreadable ones are left out and listed with a reason. setting: the flag to name in errors.
-    progress(done, total) is called once a file. Raises DataError where the folder cannot be used, or a class of
-    `classes` has no usable image in it.
+    Raises DataError where the folder cannot be used, or a class of `classes` has no usable image in it.
     """
     shown = without_secrets(folder)
     if shown != folder:  # each image's place goes into plan, manifest and image
@@ -93,8 +91,6 @@ def read_references(
         else:
             place = inside(folder, path) if "://" in folder else posixpath.join(root, path)
             found[label].append(Reference(path=place, label=label, sha256=result.sha256))
-        if progress is not None:
-            progress(sum(map(len, found.values())) + len(rejected), len(candidates))
     first = f"; the first of {len(rejected)} left out: {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
     if not any(found.values()):
         raise DataError(f"{setting}: {shown} holds no usable image{first}")
@@ -112,13 +108,13 @@ def read_references(
     )
 
 
-def read_reference(path: str, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_reference(path: str, size: int) -> np.ndarray:
     """One input image as training sees images of `size` pixels: uint8 [size, size, 3] RGB, the centre square.
 
     Raises DataError where it cannot be read.
     """
     try:
-        return decode_resized(_read(*open_storage(path)), size, max_pixels=max_pixels)
+        return decode_resized(_read(*open_storage(path)), size, max_pixels=MAX_PIXELS)
     except (ImageRejected, pa.ArrowException, OSError) as error:
         raise DataError(
             f"reference: {without_secrets(path)} cannot be used ({_one_line(error)}); put the image back, or take its "
@@ -126,13 +122,13 @@ def read_reference(path: str, size: int, max_pixels: int = MAX_PIXELS) -> np.nda
         ) from None
 
 
-def require_references(paths: Iterable[str], max_pixels: int = MAX_PIXELS) -> None:
+def require_references(paths: Iterable[str]) -> None:
     """Raise DataError for the first of the input images that cannot be read; for a plan that came from a file."""
     unique = sorted(set(paths))
 
     def reason(path: str) -> str | None:
         filesystem, inner = open_storage(path)
-        return _probe(filesystem, inner, max_pixels).reason
+        return _probe(filesystem, inner, MAX_PIXELS).reason
 
     with ThreadPoolExecutor(_THREADS) as pool:
         broken = [(path, why) for path, why in zip(unique, pool.map(reason, unique), strict=True) if why]

@@ -306,7 +306,8 @@ def _device(config: GenerateConfig, cluster: ExitStack) -> tuple[str, Precision]
 
 def _connect(cluster: ExitStack, config: GenerateConfig) -> None:
     """To Ray, once a run."""
-    from m2d.generation.bulk import WRITER_CPUS, ray_cluster
+    from m2d.cluster import ray_cluster
+    from m2d.generation.bulk import WRITER_CPUS
 
     joined = bool(os.environ.get("RAY_ADDRESS"))
     actors = config.num_actors or os.cpu_count() or 1

@@ -22,12 +22,11 @@ from m2d.generation.outputs import (
     MANIFEST_NAME,
     RECORD_NAME,
     OutputFolder,
-    Recipe,
-    default_output,
-    replacing,
 )
 from m2d.generation.plan import PlanRow, retried, table_of
+from m2d.generation.recipe import Recipe, default_output
 from m2d.generation.settings import GenerateConfig
+from m2d.generation.whole_files import replacing
 
 RECIPE = Recipe(
     checkpoint="ab" * 32,
