@@ -1,6 +1,6 @@
 """From a folder of class folders to one Arrow table, the catalog; all that follows reads the table, not the folder.
 
-Reads local disks, S3 and GCS alike (m2d.data.storage). Knows nothing of Ray, tensors or training.
+Reads local disks, S3 and GCS alike (m2d.files.storage). Knows nothing of Ray, tensors or training.
 """
 
 import csv
@@ -23,8 +23,8 @@ from m2d.classes import CLASSES
 from m2d.data.decode import ImageRejected, probe_image
 from m2d.data.settings import DataConfig
 from m2d.data.split import assign_splits
-from m2d.data.storage import open_storage, without_secrets
 from m2d.errors import DataError
+from m2d.files.storage import open_storage, without_secrets
 
 CATALOG_SCHEMA = pa.schema(
     [

@@ -22,20 +22,20 @@ import ray
 import ray.data
 import ray.exceptions
 
-from m2d.cluster import ray_cluster
+from m2d.cluster.nodes import node_resources, require_shared
+from m2d.cluster.start import ray_cluster
 from m2d.data.catalog import class_counts, dataset_fingerprint, scan_dataset
 from m2d.data.image_jobs import ImageJobs, JobResult
-from m2d.data.job_paths import absolute, input_path, result_path
 from m2d.data.prepared import PreparedImages, prepared_folder, reusable_catalog, write_scan
 from m2d.data.progress import progress
 from m2d.data.reader import ImageReader
 from m2d.data.settings import SetupConfig
 from m2d.data.setup_report import StageReport, print_table, say, size_text, write_record
 from m2d.data.shards import clear_leftovers
-from m2d.data.storage import without_secrets
 from m2d.data.stream import user_error
 from m2d.errors import ConfigError, DataError
-from m2d.nodes import node_resources, require_shared
+from m2d.files.paths import absolute, input_path, result_path
+from m2d.files.storage import without_secrets
 
 if TYPE_CHECKING:  # image tasks import this file and need no torch: seconds and 200 MB each
     from m2d.data.feature_jobs import FeatureJobs

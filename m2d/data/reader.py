@@ -15,9 +15,9 @@ import pyarrow.fs
 from m2d.classes import CLASSES
 from m2d.data.decode import ImageRejected, decode_resized
 from m2d.data.prepared import PreparedImages, PreparedRows
-from m2d.data.storage import open_storage, without_secrets
 from m2d.data.views import apply_view
 from m2d.errors import DataError
+from m2d.files.storage import open_storage, without_secrets
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from ray.data.block import BlockMetadata
 from ray.data.collate_fn import NumpyBatchCollateFn
 from ray.data.datasource import Datasource, ReadTask
 
+from m2d.cluster.nodes import node_resources
 from m2d.data.order import StreamOrder, worker_rows
 from m2d.data.reader import ImageReader
 from m2d.errors import M2DError, TrainingError
-from m2d.nodes import node_resources
 
 if TYPE_CHECKING:  # every decoding process imports this file, and it needs neither: seconds and 200 MB each
     import torch

@@ -9,11 +9,11 @@ import numpy as np
 import ray
 import ray.exceptions
 
-from m2d.cluster import ray_cluster
+from m2d.cluster.nodes import node_resources
+from m2d.cluster.start import ray_cluster
 from m2d.data.stream import user_error
 from m2d.errors import ConfigError
 from m2d.evaluation.downstream_jobs import Classifier, Job, OnDone, finish_jobs
-from m2d.nodes import node_resources
 
 GPU_SHARE = 0.25  # of a task: small networks on small images leave most of a GPU idle
 

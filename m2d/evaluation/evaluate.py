@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from m2d import __version__
-from m2d.cluster import ray_cluster
-from m2d.data.job_paths import result_path
+from m2d.cluster.nodes import device_of_actor
+from m2d.cluster.start import ray_cluster
 from m2d.errors import ConfigError, DataError, M2DError
 from m2d.evaluation.autoencoder_floor import drawn_like, psnr_db, reconstructions
 from m2d.evaluation.consistency import measure_consistency
@@ -41,11 +41,11 @@ from m2d.evaluation.progress import Progress
 from m2d.evaluation.provenance import find_checkpoint
 from m2d.evaluation.realism import typicality
 from m2d.evaluation.report import print_evaluation, write_report
+from m2d.files.paths import result_path
 from m2d.generation.generator import pick_device
 from m2d.models.checkpoint import Checkpoint, load_checkpoint
 from m2d.models.feature_extractor import extractor_identity
 from m2d.models.settings import FeatureExtractorConfig
-from m2d.nodes import device_of_actor
 
 VIEWS = 8  # of m2d.data.views: flips and quarter turns
 KEPT = "evaluation_v1/trainings"  # in the cache folder: what finished trainings answered

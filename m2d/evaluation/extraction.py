@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from m2d.cluster import ray_cluster
+from m2d.cluster.start import ray_cluster
 from m2d.data.feature_jobs import CPU_BATCH, GPU_BATCH, extract_view
 from m2d.data.shards import whole_file
 from m2d.data.stream import user_error

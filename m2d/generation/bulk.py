@@ -18,6 +18,7 @@ import ray
 import ray.data
 import ray.exceptions
 
+from m2d.cluster.nodes import device_of_actor, node_resources
 from m2d.data.stream import user_error
 from m2d.errors import ConfigError
 from m2d.generation.group import (
@@ -30,7 +31,6 @@ from m2d.generation.group import (
     planned_rows,
 )
 from m2d.generation.plan import PlanRow, rows_of, table_of
-from m2d.nodes import device_of_actor, node_resources
 
 if TYPE_CHECKING:  # writing tasks import this file and need no torch: 400 MB and many seconds each
     from m2d.generation.generator import Generator

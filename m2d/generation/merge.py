@@ -22,8 +22,8 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from m2d.classes import CLASSES
-from m2d.data.storage import without_secrets
 from m2d.errors import DataError
+from m2d.files.storage import without_secrets
 from m2d.generation.whole_files import cannot_write, replacing
 
 INDEX_SCHEMA = pa.schema(

@@ -14,8 +14,8 @@ from m2d.data.catalog import catalog_hash, read_catalog, scan_dataset
 from m2d.data.prepared import prepared_folder, reusable_catalog
 from m2d.data.progress import progress
 from m2d.data.settings import DataConfig
-from m2d.data.storage import open_storage, without_secrets
 from m2d.errors import ConfigError, DataError
+from m2d.files.storage import open_storage, without_secrets
 from m2d.generation.balance import real_counts, targets
 from m2d.generation.plan import (
     PLAN_SCHEMA,

@@ -20,8 +20,8 @@ from m2d.classes import CLASSES
 from m2d.data.catalog import IMAGE_SUFFIXES, is_debris
 from m2d.data.decode import ImageRejected, decode_resized, probe_image
 from m2d.data.settings import DataConfig
-from m2d.data.storage import inside, open_storage, without_secrets
 from m2d.errors import CheckpointError, ConfigError, DataError
+from m2d.files.storage import inside, open_storage, without_secrets
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 import torch
 from rich.console import Console
 
-from m2d.data.job_paths import input_path, result_path
+from m2d.cluster.nodes import cluster_gpu, require_shared
 from m2d.diffusion.feature_prior import WEAK_BELOW
 from m2d.errors import ConfigError, M2DError
+from m2d.files.paths import input_path, result_path
 from m2d.generation.formats import FORMATS
 from m2d.generation.gate_training import GatesAtWork, prepare_gates
 from m2d.generation.generator import Generator, pick_device, pick_feature
@@ -34,7 +35,6 @@ from m2d.models.checkpoint import Checkpoint, load_checkpoint
 from m2d.models.feature_extractor import FeatureExtractor
 from m2d.models.precision import pick_precision
 from m2d.models.settings import Precision
-from m2d.nodes import cluster_gpu, require_shared
 
 _RAY_PAYS_FROM = 512  # images on the CPUs of one machine; starting Ray and its actors costs about 15 s
 _GROUP_BYTES = 128 * 2**20  # of pixels that a group may take in memory
@@ -306,7 +306,7 @@ def _device(config: GenerateConfig, cluster: ExitStack) -> tuple[str, Precision]
 
 def _connect(cluster: ExitStack, config: GenerateConfig) -> None:
     """To Ray, once a run."""
-    from m2d.cluster import ray_cluster
+    from m2d.cluster.start import ray_cluster
     from m2d.generation.bulk import WRITER_CPUS
 
     joined = bool(os.environ.get("RAY_ADDRESS"))

@@ -8,7 +8,6 @@ import jinja2
 
 from m2d import __version__
 from m2d.classes import DIAGNOSES
-from m2d.data.storage import without_secrets
 from m2d.errors import ExperimentError
 from m2d.experiment import Experiment
 from m2d.experiments.advice import resume_command
@@ -16,6 +15,7 @@ from m2d.experiments.details import details
 from m2d.experiments.find import find_records
 from m2d.experiments.record import TRAIN, VALIDATION, Record, read_record
 from m2d.experiments.wording import number_text
+from m2d.files.storage import without_secrets
 from m2d.generation.whole_files import replacing
 from m2d.report import facts
 from m2d.report.counts import balance_runs, dataset_table

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from PIL import Image
 
 from m2d.config import as_dict
-from m2d.data.storage import without_secrets
+from m2d.files.storage import without_secrets
 from m2d.records import blanked
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from m2d.cluster.nodes import wait_for_nodes
 from m2d.errors import ConfigError
-from m2d.nodes import wait_for_nodes
-from m2d.private_folder import private_folder
+from m2d.files.paths import private_folder
 
 logger = logging.getLogger(__name__)
 DASHBOARD_S = 3.0  # in which it answers, or is not asked

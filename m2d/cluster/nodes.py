@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from math import ceil, floor
 from pathlib import Path
 
-from m2d.data.storage import without_secrets
 from m2d.errors import ConfigError
+from m2d.files.storage import without_secrets
 from m2d.models.settings import Precision
 
 logger = logging.getLogger(__name__)
