@@ -5,7 +5,6 @@ the same command: what is there is not made again. The driver sees file names an
 """
 
 import dataclasses
-import fcntl
 import logging
 import math
 import shutil
@@ -31,9 +30,9 @@ from m2d.data.progress import progress
 from m2d.data.reader import ImageReader
 from m2d.data.settings import SetupConfig
 from m2d.data.setup_report import StageReport, print_table, say, size_text, write_record
-from m2d.data.shards import clear_leftovers
 from m2d.data.stream import user_error
 from m2d.errors import ConfigError, DataError
+from m2d.files.atomic import clear_leftovers, try_lock
 from m2d.files.paths import absolute, input_path, result_path
 from m2d.files.storage import without_secrets
 
@@ -112,16 +111,14 @@ def _alone(folder: Path) -> Iterator[None]:
     """Keeps a second run out of the folder, then removes what a killed one left. A killed process loses the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "setup.lock").open("w")
+        lock = try_lock(folder / "setup.lock")
     except OSError as error:
         raise ConfigError(
             f"cache_dir: {folder} cannot be made ({error.strerror}); choose another --cache_dir"
         ) from None
+    if lock is None:
+        raise ConfigError(f"cache_dir: another setup_data is running in {folder}; wait for it to end")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"cache_dir: another setup_data is at work in {folder}; wait for it to end") from None
         leftovers = clear_leftovers(folder)
         if leftovers:
             say(f"removed {leftovers} half-written files of a run that was killed")

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from m2d.data.decode import ImageRejected, decode_image
-from m2d.data.shards import whole_file
+from m2d.data.shards import cache_file
 from m2d.errors import CheckpointError, ConfigError
 from m2d.evaluation.progress import Progress
 from m2d.files.storage import open_storage, without_secrets
@@ -209,7 +209,7 @@ class _CacheWriter:
             ids = np.stack([np.frombuffer(bytes.fromhex(sha256), dtype=np.uint8) for sha256 in self.pending])
             # Named by content, so that two probes at once never write different things to one name.
             name = f"cls_{hashlib.sha256(ids.tobytes()).hexdigest()[:16]}.safetensors"
-            with whole_file(self.folder / name) as partial:
+            with cache_file(self.folder / name) as partial:
                 partial.write_bytes(save({"sha256": ids, "cls": np.stack(list(self.pending.values()))}))
         self.pending = {}
         self.since = time.monotonic()

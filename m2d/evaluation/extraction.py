@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save
 
 from m2d.cluster.start import ray_cluster
 from m2d.data.feature_jobs import CPU_BATCH, GPU_BATCH, extract_view
-from m2d.data.shards import whole_file
+from m2d.data.shards import cache_file
 from m2d.data.stream import user_error
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.evaluation.feature_set import ImageSet
@@ -187,7 +187,7 @@ class _Work:
             )
         ids = np.stack([np.frombuffer(bytes.fromhex(self.sha256[row]), dtype=np.uint8) for row in job.rows])
         name = f"cls_{hashlib.sha256(ids.tobytes()).hexdigest()[:16]}.safetensors"
-        with whole_file(Path(job.folder) / name) as partial:
+        with cache_file(Path(job.folder) / name) as partial:
             partial.write_bytes(save({"sha256": ids, "cls": cls}))
         return len(job.rows)
 

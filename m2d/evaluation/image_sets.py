@@ -20,7 +20,7 @@ from m2d.data.catalog import read_catalog, scan_dataset
 from m2d.data.decode import ImageRejected, decode_resized, probe_image
 from m2d.data.prepared import prepared_folder, reusable_catalog
 from m2d.data.settings import DataConfig
-from m2d.data.shards import whole_file
+from m2d.data.shards import cache_file
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.feature_set import ImageSet
@@ -259,7 +259,7 @@ def _stored(cache_dir: str, sha256: Sequence[str], size: int, fill: Callable[[np
     path = Path(cache_dir).expanduser().absolute() / PIXELS / f"{size}px_{digest}.npy"
     shape = (len(sha256), size, size, 3)
     if not path.is_file():
-        with whole_file(path) as partial:
+        with cache_file(path) as partial:
             out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
             fill(out)
             out.flush()
