@@ -25,7 +25,7 @@ from m2d.data.shards import cache_file
 from m2d.data.stream import user_error
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.evaluation.feature_set import ImageSet
-from m2d.evaluation.progress import Progress
+from m2d.files.progress import progress
 from m2d.models.feature_extractor import FeatureExtractor, extractor_identity, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
 
@@ -74,10 +74,10 @@ class Extraction:
 
     def _run(self, work: "_Work", name: str) -> None:
         total = sum(len(job.rows) for job in work.jobs)
-        with Progress(f"features of {name}, {work.config.name}", total) as progress:
+        with progress(f"features of {name}, {work.config.name}", total) as shown:
             made = self._on_ray(work) if self._pays(total) else self._here(work)
             for count in made:
-                progress.advance(count)
+                shown.advance(count)
 
     def _pays(self, images: int) -> bool:
         if self.num_actors is not None:
