@@ -49,9 +49,14 @@ def fan_out(blocks: Sequence[pa.Table], *stages: Stage, bars: bool = False) -> I
         raise_user_error(error)
 
 
-def on_tasks(run: Callable[[pa.Table], pa.Table], *, cpus: float, gpus: float = 0.0) -> Stage:
-    """As many tasks as the cluster has room for. run: small, for Ray sends it with each. gpus: a block is a row."""
-    return {"fn": run, "num_cpus": cpus, "num_gpus": gpus or None, "batch_size": 1 if gpus else None}
+def on_tasks(held: Any, run: Callable[[Any, pa.Table], pa.Table], *, cpus: float, gpus: float = 0.0) -> Stage:
+    """As many tasks as the cluster has room for. held: goes to the object store once. gpus: then a block is one row."""
+    task = partial(_run_task, ray.put(held), run)
+    return {"fn": task, "num_cpus": cpus, "num_gpus": gpus or None, "batch_size": 1 if gpus else None}
+
+
+def _run_task(held: "ray.ObjectRef[Any]", run: Callable[[Any, pa.Table], pa.Table], block: pa.Table) -> pa.Table:
+    return run(ray.get(held), block)
 
 
 def on_actors(

@@ -120,6 +120,13 @@ def node_resources() -> list[dict[str, float]]:
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
+def cluster_total(name: str) -> float:
+    """How much of a resource, by Ray's name, the nodes of the cluster that is joined have together."""
+    import ray
+
+    return float(ray.cluster_resources().get(name, 0))
+
+
 def places(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:
     """Workers that the nodes hold together, each of which takes the whole `bundle` from one node."""
     asked = [(name, amount) for name, amount in bundle.items() if amount > 0]

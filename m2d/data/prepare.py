@@ -10,16 +10,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from m2d.cluster.fan_out import JobResult, as_block, fan_out, numbered, on_tasks, run_jobs
-from m2d.cluster.nodes import node_resources, require_shared
+from m2d.cluster.nodes import cluster_total, node_resources, require_shared
 from m2d.cluster.start import ray_cluster
 from m2d.data.catalog import class_counts, dataset_fingerprint, scan_dataset
 from m2d.data.image_jobs import ImageJobs
@@ -255,19 +253,18 @@ def _extracted_here(jobs: "FeatureJobs") -> Iterator[JobResult]:
 
 def _decoded(config: SetupConfig, jobs: ImageJobs) -> Iterator[JobResult]:
     """The results of all jobs as tasks, of which as many run as the cluster has CPUs."""
-    tasks = on_tasks(partial(_decode, ray.put(jobs)), cpus=config.data.read_cpus)
+    tasks = on_tasks(jobs, _decode, cpus=config.data.read_cpus)
     for row in fan_out(numbered(len(jobs.rows)), tasks):
         yield JobResult(**row)
 
 
-def _decode(jobs: "ray.ObjectRef[ImageJobs]", block: pa.Table) -> pa.Table:
-    return as_block(ray.get(jobs).run(block["job"][0].as_py()))
+def _decode(jobs: ImageJobs, block: pa.Table) -> pa.Table:
+    return as_block(jobs.run(block["job"][0].as_py()))
 
 
 def _extracted(config: SetupConfig, jobs: "FeatureJobs") -> Iterator[JobResult]:
     """The results of all jobs on actors: one a GPU, or as many as share the cores without waiting."""
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    gpus, cpus = int(cluster_total("GPU")), int(cluster_total("CPU")) or 1
     limit = gpus or cpus
     asked = config.num_actors
     if asked is not None and asked > limit:

@@ -1,7 +1,7 @@
 """Does the synthetic set help a classifier on unseen lesions? The five arms, their differences, and the verdict.
 
 Here: classifier 1, logistic regression on an extractor's features. Classifier 2 is in finetune.py; what both share, in
-downstream_comparison.py; Ray, in downstream_tasks.py.
+downstream_comparison.py; how trainings run, in downstream_jobs.py.
 """
 
 import hashlib

@@ -24,9 +24,8 @@ from m2d.errors import ConfigError, DataError, M2DError
 from m2d.evaluation.autoencoder_floor import drawn_like, psnr_db, reconstructions
 from m2d.evaluation.consistency import measure_consistency
 from m2d.evaluation.downstream import measure_downstream
-from m2d.evaluation.downstream_jobs import Classifier, Job, Runner, run_here
+from m2d.evaluation.downstream_jobs import Classifier, Job, Runner, run_here, run_on_ray
 from m2d.evaluation.downstream_result import DownstreamResult
-from m2d.evaluation.downstream_tasks import run_on_ray
 from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.evaluation import Evaluation, ImageCounts
 from m2d.evaluation.extraction import RAY_PAYS_FROM, Extraction

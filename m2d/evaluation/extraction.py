@@ -1,7 +1,7 @@
 """Features of image sets, extracted once for all parts of an evaluation, on Ray Data where that pays, and kept.
 
-A vector is kept by extractor, image size, view and image, some hundred a file, so that a killed extraction goes on.
-Knows nothing of labels or scores. The only file of the evaluation besides downstream_tasks that knows Ray.
+A vector is kept by extractor, image size, view and image, some hundred a file, so that an interrupted extraction
+resumes. Knows nothing of labels or scores.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from m2d.cluster.fan_out import JobResult, run_jobs
+from m2d.cluster.nodes import cluster_total, node_resources
 from m2d.cluster.start import ray_cluster
 from m2d.data.feature_jobs import CPU_BATCH, GPU_BATCH, extract_view
 from m2d.data.shards import cache_file
@@ -91,12 +92,10 @@ class Extraction:
     def _on_ray(self, work: "_Work") -> Iterator[JobResult]:
         """The jobs on actors that hold the extractor; each reserves a CPU, or a GPU, and so never waits for others."""
         with ray_cluster(verbose=self.verbose):
-            import ray
-
-            resources = ray.cluster_resources()
-            gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+            gpus, cpus = int(cluster_total("GPU")), int(cluster_total("CPU")) or 1
             use_gpu = gpus > 0 and self.device != "cpu"
-            limit = gpus if use_gpu else max(1, min(cpus, _cores(ray.nodes())))
+            # Of a machine started here its cores, however many logical CPUs it was given.
+            limit = gpus if use_gpu else max(1, min(cpus, len(node_resources()) * (os.cpu_count() or 1)))
             actors = min(self.num_actors or limit, limit, len(work.jobs))
             yield from run_jobs(
                 work,
@@ -170,11 +169,6 @@ class _Work:
         with cache_file(Path(folder) / name) as partial:
             partial.write_bytes(save({"sha256": ids, "cls": cls}))
         return JobResult(len(rows))
-
-
-def _cores(nodes: list[dict[str, object]]) -> int:
-    """What a machine started here can run at once: its cores, however many logical CPUs it was given."""
-    return len(nodes) * (os.cpu_count() or 1)
 
 
 def _first_of_each(sha256: Sequence[str]) -> Iterator[tuple[int, str]]:

@@ -1,6 +1,6 @@
 """Groups made on Ray: a pool of generator actors, then tasks that look at, encode and write; the driver counts.
 
-The only Ray file of this room. A group is a block of its own, so the loss of an actor, a task or a node costs the
+A group is a block of its own, so the loss of an actor, a task or a node costs the
 groups in the making, which Ray gives to another; who writes a group again replaces the same files by the same bytes.
 """
 
@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from m2d.cluster.fan_out import fan_out, on_actors, on_tasks
-from m2d.cluster.nodes import device_of_actor, node_resources
+from m2d.cluster.nodes import cluster_total, device_of_actor, node_resources
 from m2d.errors import ConfigError
 from m2d.generation.group import (
     GeneratorSettings,
@@ -53,26 +52,20 @@ class ActorPool:
         return f"up to {actors} on Ray, {share} each"
 
 
-def cluster_gpus() -> float:
-    """GPUs of the connected cluster."""
-    return float(ray.cluster_resources().get("GPU", 0))
-
-
 def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: str, groups: int) -> ActorPool:
     """A generator a GPU, or a fraction of one; on CPUs as many as there are, with one kept free for the writers.
 
     num_actors: at most so many; None: as many as the cluster has room for. groups: there is no use for more.
     Raises ConfigError where not even one has room.
     """
-    resources = ray.cluster_resources()
     gpus = gpus_per_actor if gpus_per_actor is not None else (1.0 if device.startswith("cuda") else 0.0)
-    cpus = int(resources.get("CPU", 1))
+    cpus, cluster_gpus = int(cluster_total("CPU")) or 1, cluster_total("GPU")
     if gpus:
-        room = int(resources.get("GPU", 0) / gpus + 1e-9)
+        room = int(cluster_gpus / gpus + 1e-9)
         if room < 1:
             raise ConfigError(
-                f"gpus_per_actor is {gpus:g} and the Ray cluster has {resources.get('GPU', 0):g} GPUs; lower it, add a "
-                "node, or name --device cpu"
+                f"gpus_per_actor is {gpus:g} and the Ray cluster has {cluster_gpus:g} GPUs; lower it, add a node, "
+                "or name --device cpu"
             )
         most = min(room, num_actors or room, max(groups, 1))
         return ActorPool(most=most, device=device_of_actor(device), gpus=gpus, threads=1)
@@ -100,7 +93,7 @@ def make_on_ray(
         block_rows=groups.size,
     )
     blocks = [groups.table(number) for number in range(len(groups))]
-    for row in fan_out(blocks, make, on_tasks(partial(_write, writer), cpus=WRITER_CPUS)):
+    for row in fan_out(blocks, make, on_tasks(writer, _write, cpus=WRITER_CPUS)):
         kept = dict(zip(row["kept_classes"], row["kept_images"], strict=True))
         yield GroupResult(kept, row["rejected"])
 

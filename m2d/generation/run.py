@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import torch
 from rich.console import Console
 
-from m2d.cluster.nodes import cluster_gpu, require_shared
+from m2d.cluster.nodes import cluster_gpu, cluster_total, require_shared
 from m2d.diffusion.feature_prior import WEAK_BELOW
 from m2d.errors import ConfigError, M2DError
 from m2d.files.paths import input_path, result_path
@@ -295,10 +295,8 @@ def _device(config: GenerateConfig, cluster: ExitStack) -> tuple[str, Precision]
     """Where images are made, and in which precision; on a cluster the GPUs of its nodes count, not the driver's."""
     elsewhere = bool(os.environ.get("RAY_ADDRESS")) and config.num_actors != 0
     if elsewhere and config.device in (None, "cuda") and not torch.cuda.is_available():
-        from m2d.generation.bulk import cluster_gpus
-
         _connect(cluster, config)
-        if cluster_gpus():
+        if cluster_total("GPU"):
             return "cuda", config.mixed_precision or cluster_gpu().precision
     device = pick_device(config.device)
     return str(device), pick_precision(config.mixed_precision, device)

@@ -11,8 +11,7 @@ from m2d.classes import class_index
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation.arms import TrainingRows, training_rows
 from m2d.evaluation.downstream import ProbeClassifier
-from m2d.evaluation.downstream_jobs import Job, run_here
-from m2d.evaluation.downstream_tasks import _gpu_share, run_on_ray
+from m2d.evaluation.downstream_jobs import Job, _gpu_share, run_here, run_on_ray
 from m2d.evaluation.feature_set import FeatureSet, ImageSet
 
 MEL, NV = class_index("MEL"), class_index("NV")
