@@ -25,7 +25,7 @@ from m2d.data.settings import DataConfig
 from m2d.data.split import assign_splits
 from m2d.errors import DataError
 from m2d.files.atomic import write_whole
-from m2d.files.storage import open_storage, without_secrets
+from m2d.files.storage import one_line, open_storage, without_secrets
 
 CATALOG_SCHEMA = pa.schema(
     [
@@ -134,7 +134,7 @@ def read_catalog(path: str) -> pa.Table:
     except FileNotFoundError:
         raise DataError(f"catalog: {shown} does not exist; scan the dataset first") from None
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"catalog: {shown} cannot be read ({_one_line(error)}); scan the dataset again") from error
+        raise DataError(f"catalog: {shown} cannot be read ({one_line(error)}); scan the dataset again") from error
 
 
 def write_rejected(rejected: pa.Table, path: str) -> None:
@@ -182,7 +182,7 @@ def _class_folders(filesystem: fs.FileSystem, root: str, shown: str, class_map: 
             raise DataError(f"data_root: {shown} is a file; give the folder that holds the class folders")
         entries = filesystem.get_file_info(fs.FileSelector(root))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"data_root: {shown} cannot be listed ({_one_line(error)}); check access to it") from error
+        raise DataError(f"data_root: {shown} cannot be listed ({one_line(error)}); check access to it") from error
     names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
     names = [name for name in names if not is_debris(name)]
 
@@ -232,7 +232,7 @@ def _read_lesions(filesystem: fs.FileSystem, root: str, shown: str) -> dict[str,
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{where} cannot be read ({_one_line(error)}); save it as UTF-8 or remove it") from error
+        raise DataError(f"{where} cannot be read ({one_line(error)}); save it as UTF-8 or remove it") from error
     lesion_of: dict[str, str] = {}
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -256,7 +256,7 @@ def _read_lesions(filesystem: fs.FileSystem, root: str, shown: str) -> dict[str,
                     f"(line {reader.line_num}); keep one"
                 )
     except csv.Error as error:
-        raise DataError(f"{where} is not a CSV file ({_one_line(error)}); mend it or remove it") from error
+        raise DataError(f"{where} is not a CSV file ({one_line(error)}); mend it or remove it") from error
     return lesion_of
 
 
@@ -277,7 +277,7 @@ def _probe_all(
         except ImageRejected as rejection:
             return rejection.reason
         except (pa.ArrowException, OSError) as error:
-            return f"cannot be read: {_one_line(error)}"
+            return f"cannot be read: {one_line(error)}"
         return _Probe(width, height, len(encoded), hashlib.sha256(encoded).hexdigest())
 
     probes: list[_Probe | str] = []
@@ -379,7 +379,7 @@ def _write_whole(path: str, encoded: pa.Buffer) -> None:
                 stream.write(encoded)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{without_secrets(path)} cannot be written ({_one_line(error)}); check the path, its rights and free space"
+            f"{without_secrets(path)} cannot be written ({one_line(error)}); check the path, its rights and free space"
         ) from error
 
 
@@ -395,7 +395,3 @@ def _without_image_suffix(name: str) -> str:
 def _abbreviated(names: list[str]) -> str:
     shown = [*names[:8], "..."] if len(names) > 8 else names
     return ", ".join(shown)
-
-
-def _one_line(error: Exception) -> str:
-    return without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from m2d.data.shards import DIGEST_BYTES, ShardIndex, cache_file, digests, shard_name
 from m2d.errors import DataError
+from m2d.files.storage import one_line
 from m2d.models.feature_extractor import Features
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ class FeatureStore:
                         if shard.get_slice("patches").get_shape()[0] != len(sums):
                             raise ValueError("holds more or fewer features than names")
                 except (SafetensorError, OSError, ValueError) as error:
-                    reason = " ".join(str(error).split())[:200]
+                    reason = one_line(error)
                     self.unreadable[path] = reason
                     logger.warning(
                         "features: %s cannot be read (%s); setup_data --features makes it again", path, reason
@@ -198,7 +199,7 @@ class FeatureTable:
             try:
                 columns = load_file(self._files[file])
             except (SafetensorError, OSError) as error:
-                raise self._damage(file, " ".join(str(error).split())) from None
+                raise self._damage(file, one_line(error)) from None
             self._mapped[file] = columns
             self._checked[file] = np.zeros((len(columns["cls"]), len(COLUMNS)), dtype=bool)
         return self._mapped[file]

@@ -34,7 +34,7 @@ from m2d.data.catalog import (
 from m2d.data.settings import DataConfig
 from m2d.data.shards import ShardIndex, cache_file, digests, shard_name
 from m2d.errors import ConfigError, DataError
-from m2d.files.storage import open_storage, without_secrets
+from m2d.files.storage import one_line, open_storage, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class PreparedImages:
                 if len(of_file) != metadata.num_rows:
                     raise ValueError(f"{metadata.num_rows} images under {len(of_file)} names")
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-                unreadable[path] = _one_line(error)
+                unreadable[path] = one_line(error)
                 continue
             files.append(path)
             keys.append(of_file)
@@ -230,7 +230,7 @@ class PreparedRows:
                         "prepared images: %s is damaged (%s), so files are decoded; delete it and run setup_data "
                         "--images, which makes it again",
                         self._files[file],
-                        _one_line(error),
+                        one_line(error),
                     )
         return pixels
 
@@ -260,7 +260,3 @@ def _scan_settings(config: DataConfig) -> dict[str, Any]:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -12,6 +12,7 @@ import numpy as np
 
 from m2d.errors import DataError
 from m2d.files.atomic import whole_file
+from m2d.files.storage import one_line
 
 DIGEST_BYTES = 32
 
@@ -36,7 +37,7 @@ def cache_file(path: Path) -> Iterator[Path]:
         with whole_file(path, durable=True) as partial:
             yield partial
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
+        reason = error.strerror or one_line(error)
         raise DataError(
             f"cache: {path} cannot be written ({reason}); check its disk, then run again to go on"
         ) from error

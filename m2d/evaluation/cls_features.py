@@ -28,7 +28,7 @@ from m2d.data.decode import ImageRejected, decode_image
 from m2d.data.shards import cache_file
 from m2d.errors import CheckpointError, ConfigError
 from m2d.files.progress import progress
-from m2d.files.storage import open_storage, without_secrets
+from m2d.files.storage import one_line, open_storage
 from m2d.models.feature_extractor import load_feature_extractor
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _decoded_batches(
         except FileNotFoundError:
             return image, "is not there"
         except (pa.ArrowException, OSError) as error:
-            return image, f"cannot be read ({without_secrets(' '.join(str(error).split()))})"
+            return image, f"cannot be read ({one_line(error)})"
         if hashlib.sha256(encoded).hexdigest() != image.sha256:
             return image, "is another file than when it was catalogued"
         try:
@@ -224,7 +224,7 @@ def _read_cache(folder: Path, wanted: Iterable[str]) -> dict[str, np.ndarray]:
             tensors = load_file(path)
             ids, cls = tensors["sha256"], tensors["cls"]
         except (SafetensorError, OSError, KeyError) as error:
-            logger.warning("%s cannot be read (%s); its images are extracted again", path, " ".join(str(error).split()))
+            logger.warning("%s cannot be read (%s); its images are extracted again", path, one_line(error))
             continue
         for row, sha256 in enumerate(bytes(digest).hex() for digest in ids):
             if sha256 in wanted:

@@ -4,7 +4,6 @@ Called by the downstream comparison. Knows no classifier in particular, and no s
 """
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,9 @@ import pyarrow as pa
 
 from m2d.classes import NUM_CLASSES
 from m2d.cluster.fan_out import fan_out, numbered, on_tasks
-from m2d.cluster.nodes import node_resources
+from m2d.cluster.nodes import cluster_total
 from m2d.cluster.start import ray_cluster
 from m2d.data.shards import cache_file
-from m2d.errors import ConfigError
 from m2d.evaluation.arms import TrainingRows
 
 GPU_SHARE = 0.25  # of a task: small networks on small images leave most of a GPU idle
@@ -113,22 +111,21 @@ def run_on_ray(
     classifier: Classifier,
     jobs: Sequence[Job],
     *,
-    gpus_per_task: float = GPU_SHARE,
     kept: Path | None = None,
     on_done: OnDone | None = None,
 ) -> list[np.ndarray]:
     """As run_here, with a Ray task for each job that is not kept yet.
 
     A task reserves one CPU, so that it runs on the smallest cluster; where the classifier gains by a GPU and the
-    cluster has some, also that share of one. The classifier, and with it the images, goes to the object store once.
-    Raises the M2DError that a task raised, ConfigError for a share that no node has.
+    cluster has some, also GPU_SHARE of one. The classifier, and with it the images, goes to the object store once.
+    Raises the M2DError that a task raised.
     """
 
     def run(left: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
         if not left:
             return
         with ray_cluster():
-            share = _gpu_share(gpus_per_task) if classifier.wants_gpu else 0.0
+            share = GPU_SHARE if classifier.wants_gpu and cluster_total("GPU") else 0.0
             tasks = on_tasks((classifier, left), _predict, cpus=1, gpus=share)
             for row in fan_out(numbered(len(left)), tasks):
                 answer = np.frombuffer(row["answer"], row["dtype"]).reshape(row["shape"])
@@ -144,19 +141,6 @@ def _predict(held: tuple[Classifier, list[Job]], block: pa.Table) -> pa.Table:
     return pa.table(
         {"job": [number], "answer": [answer.tobytes()], "dtype": [answer.dtype.str], "shape": [list(answer.shape)]}
     )
-
-
-def _gpu_share(wanted: float) -> float:
-    """What a task asks for; 0 where the cluster has no GPU."""
-    largest = max((node.get("GPU", 0.0) for node in node_resources()), default=0.0)
-    if not largest:
-        return 0.0
-    if not 0 < wanted <= largest or (wanted > 1 and not math.isclose(wanted, round(wanted))):
-        raise ConfigError(
-            f"gpus_per_task is {wanted:g}; it must be above 0, a whole number if above 1, and at most {largest:g}, the "
-            "GPUs of the largest node"
-        )
-    return wanted
 
 
 def _finish_jobs(

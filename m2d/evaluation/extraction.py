@@ -24,6 +24,7 @@ from m2d.data.shards import cache_file
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.evaluation.feature_set import ImageSet
 from m2d.files.progress import progress
+from m2d.files.storage import one_line
 from m2d.models.feature_extractor import FeatureExtractor, extractor_identity, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
 
@@ -194,7 +195,7 @@ def _read(folder: Path, sha256: Sequence[str]) -> dict[str, np.ndarray]:
             tensors = load_file(path)
             ids, cls = tensors["sha256"], tensors["cls"]
         except (SafetensorError, OSError, KeyError) as error:
-            logger.warning("%s cannot be read (%s); its images are extracted again", path, " ".join(str(error).split()))
+            logger.warning("%s cannot be read (%s); its images are extracted again", path, one_line(error))
             if not isinstance(error, OSError):  # the disk's trouble is no damage
                 path.unlink(missing_ok=True)
             continue

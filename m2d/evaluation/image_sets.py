@@ -25,7 +25,7 @@ from m2d.errors import ConfigError, DataError
 from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.feature_set import ImageSet
 from m2d.files.progress import progress
-from m2d.files.storage import inside, open_storage, without_secrets
+from m2d.files.storage import inside, one_line, open_storage, without_secrets
 from m2d.generation.planning import data_config_of
 from m2d.generation.recipe import experiment_of
 from m2d.generation.references import read_references
@@ -216,7 +216,7 @@ def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: lis
             except FileNotFoundError:
                 failures[row] = "is not there"
             except (pa.ArrowException, OSError) as error:
-                failures[row] = f"cannot be read ({without_secrets(' '.join(str(error).split()))})"
+                failures[row] = f"cannot be read ({one_line(error)})"
 
         with progress(f"reading {side.name} images", len(out)) as shown, ThreadPoolExecutor(_THREADS) as pool:
             for _ in pool.map(decode, range(len(out))):

@@ -25,6 +25,7 @@ from m2d.data.feature_store import FeatureTable
 from m2d.data.views import apply_view
 from m2d.errors import DataError
 from m2d.files.atomic import write_whole
+from m2d.files.storage import one_line
 from m2d.generation.gate_settings import GateConfig
 from m2d.generation.journal import cannot_write
 from m2d.generation.neighbours import nearest, unit_rows
@@ -214,8 +215,9 @@ class GateReference:
             reference = cls(**tensors, **notes)
             reference._check()
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"gate reference: {path} cannot be used ({reason}); delete it and run again") from None
+            raise DataError(
+                f"gate reference: {path} cannot be used ({one_line(error)}); delete it and run again"
+            ) from None
         return reference
 
     def _notes(self) -> dict[str, Any]:

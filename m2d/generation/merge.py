@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from m2d.classes import CLASSES
 from m2d.errors import DataError
 from m2d.files.atomic import whole_file
-from m2d.files.storage import without_secrets
+from m2d.files.storage import one_line, without_secrets
 from m2d.generation.journal import cannot_write
 
 INDEX_SCHEMA = pa.schema(
@@ -151,8 +151,9 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise DataError(f"manifest: {path} does not exist; generate the images first") from None
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"manifest: {path} cannot be read ({reason}); run generate again, which rebuilds it") from None
+        raise DataError(
+            f"manifest: {path} cannot be read ({one_line(error)}); run generate again, which rebuilds it"
+        ) from None
     twice = [image_id for image_id, count in Counter(row["id"] for row in rows).items() if count > 1]
     if twice:
         raise DataError(f"manifest: {path} holds {twice[0]} twice; run generate again, which rebuilds it")

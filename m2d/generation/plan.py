@@ -20,6 +20,7 @@ from m2d.classes import CLASSES
 from m2d.diffusion.settings import SOLVERS, SamplingSettings
 from m2d.errors import ConfigError
 from m2d.files.atomic import whole_file
+from m2d.files.storage import one_line
 from m2d.generation.references import Reference
 from m2d.generation.request import next_attempt_seed, reference_seed, sample_seed
 
@@ -227,8 +228,7 @@ def read_plan(path: str | Path) -> pa.Table:
     except FileNotFoundError:
         raise ConfigError(f"plan: {path} does not exist; write one with --plan_only") from None
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise ConfigError(f"plan: {path} is no Parquet file ({reason}); write one with --plan_only") from None
+        raise ConfigError(f"plan: {path} is no Parquet file ({one_line(error)}); write one with --plan_only") from None
     names = [name for name in table.column_names if not name.startswith("__index_level_")]
     missing = [name for name in PLAN_SCHEMA.names if name not in names]
     unknown = [name for name in names if name not in PLAN_SCHEMA.names]
@@ -389,5 +389,5 @@ def _typed(column: pa.Array, field: pa.Field, path: str | Path) -> pa.Array:
             raise ConfigError(f"plan: {path} has {field.name} as {kind}; it must be {field.type}")
         return column.cast(field.type)
     except pa.ArrowException as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = one_line(error, 100)
         raise ConfigError(f"plan: {path} has {field.name} as {kind}; it must be {field.type} ({reason})") from None

@@ -21,7 +21,7 @@ from m2d.data.catalog import IMAGE_SUFFIXES, is_debris
 from m2d.data.decode import ImageRejected, decode_resized, probe_image
 from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError
-from m2d.files.storage import inside, open_storage, without_secrets
+from m2d.files.storage import inside, one_line, open_storage, without_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,7 +117,7 @@ def read_reference(path: str, size: int) -> np.ndarray:
         return decode_resized(_read(*open_storage(path)), size, max_pixels=MAX_PIXELS)
     except (ImageRejected, pa.ArrowException, OSError) as error:
         raise DataError(
-            f"reference: {without_secrets(path)} cannot be used ({_one_line(error)}); put the image back, or take its "
+            f"reference: {without_secrets(path)} cannot be used ({one_line(error)}); put the image back, or take its "
             "rows out of the plan"
         ) from None
 
@@ -204,7 +204,7 @@ def _candidates(
             listed = [(name, label) for name in files]
             loose = [(name, "is a folder that is no class") for name in names]
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{where} cannot be listed ({_one_line(error)}); check access to it") from None
+        raise DataError(f"{where} cannot be listed ({one_line(error)}); check access to it") from None
     wanted = sorted(pair for pair in listed if classes is None or pair[1] in classes)
     known = " ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
     other = [(path, f"its suffix is not one of {known}") for path, _ in wanted if not _is_image(path)]
@@ -260,7 +260,7 @@ def _probe(filesystem: fs.FileSystem, path: str, max_pixels: int) -> _Probed:
     except ImageRejected as rejection:
         return _Probed(None, rejection.reason)
     except (pa.ArrowException, OSError) as error:
-        return _Probed(None, f"cannot be read: {_one_line(error)}")
+        return _Probed(None, f"cannot be read: {one_line(error)}")
     return _Probed(hashlib.sha256(encoded).hexdigest())
 
 
@@ -268,7 +268,3 @@ def _read(filesystem: fs.FileSystem, path: str) -> bytes:
     with filesystem.open_input_stream(path, compression=None) as stream:
         encoded: bytes = stream.read()
     return encoded
-
-
-def _one_line(error: Exception) -> str:
-    return without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from PIL import Image
 
 from m2d.config import as_dict
+from m2d.errors import first_line
 from m2d.files.atomic import write_whole
 from m2d.files.storage import without_secrets
 from m2d.records import blanked
@@ -264,7 +265,7 @@ class Wandb:
         try:
             self._run = start(mode)
         except Exception as error:
-            reason = without_secrets(next(iter(str(error).strip().splitlines()), type(error).__name__))
+            reason = without_secrets(first_line(error))
             try:
                 if mode != "online":
                     raise
