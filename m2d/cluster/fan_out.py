@@ -50,9 +50,12 @@ def fan_out(blocks: Sequence[pa.Table], *stages: Stage, bars: bool = False) -> I
 
 
 def on_tasks(held: Any, run: Callable[[Any, pa.Table], pa.Table], *, cpus: float, gpus: float = 0.0) -> Stage:
-    """As many tasks as the cluster has room for. held: goes to the object store once. gpus: then a block is one row."""
-    task = partial(_run_task, ray.put(held), run)
-    return {"fn": task, "num_cpus": cpus, "num_gpus": gpus or None, "batch_size": 1 if gpus else None}
+    """As many tasks as the cluster has room for.
+
+    held: goes to the object store once. gpus: of a task, reserved instead of CPUs; a block is then one row.
+    """
+    reserved = {"num_gpus": gpus, "batch_size": 1} if gpus else {"num_cpus": cpus, "batch_size": None}
+    return {"fn": partial(_run_task, ray.put(held), run), **reserved}
 
 
 def _run_task(held: "ray.ObjectRef[Any]", run: Callable[[Any, pa.Table], pa.Table], block: pa.Table) -> pa.Table:

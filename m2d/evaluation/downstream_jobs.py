@@ -117,7 +117,7 @@ def run_on_ray(
     """As run_here, with a Ray task for each job that is not kept yet.
 
     A task reserves one CPU, so that it runs on the smallest cluster; where the classifier gains by a GPU and the
-    cluster has some, also GPU_SHARE of one. The classifier, and with it the images, goes to the object store once.
+    cluster has some, GPU_SHARE of one instead. The classifier, and with it the images, goes to the object store once.
     Raises the M2DError that a task raised.
     """
 
