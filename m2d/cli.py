@@ -48,7 +48,7 @@ def _train(config: TrainConfig) -> None:
         print(f"report: {write_report(experiment)}")
     except Exception as error:  # the run is done and whole; a page about it must not make it look failed
         reason = " ".join(str(error).split()) or type(error).__name__
-        from m2d.data.storage import without_secrets
+        from m2d.files.storage import without_secrets
 
         place = without_secrets(config.experiments_dir)
         again = f"python -m m2d experiments report {experiment.name} --experiments_dir {place}"

@@ -27,9 +27,9 @@ import yaml
 from m2d import __version__
 from m2d.code_backup import back_up_code
 from m2d.config import differences
-from m2d.data.storage import copy_changed, inside, open_storage, without_secrets
 from m2d.errors import ExperimentError
-from m2d.private_folder import private_folder
+from m2d.files.paths import private_folder
+from m2d.files.storage import copy_changed, inside, open_storage, without_secrets
 from m2d.records import blanked
 
 FOLDERS = (

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from m2d.data.storage import without_secrets
+from m2d.files.storage import without_secrets
 
 
 def blanked(values: Any) -> Any:

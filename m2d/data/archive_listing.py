@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from m2d.data.isic_archive import ArchiveImage, collection_number, read_record
 from m2d.data.settings import DownloadConfig
-from m2d.data.storage import without_secrets
 from m2d.data.transfer import Refused, Transfer, TransferError, Unreachable
 from m2d.errors import DataError
+from m2d.files.storage import without_secrets
 
 PAGE_SIZE = 100  # the API gives no more
 

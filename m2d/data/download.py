@@ -28,9 +28,9 @@ from m2d.data.catalog import IMAGE_SUFFIXES
 from m2d.data.decode import ImageRejected, probe_image
 from m2d.data.isic_archive import ArchiveImage, class_of
 from m2d.data.settings import DownloadConfig
-from m2d.data.storage import open_storage, without_secrets
 from m2d.data.transfer import Refused, Transfer, TransferError, disk_is_full
 from m2d.errors import DataError
+from m2d.files.storage import open_storage, without_secrets
 
 STATE_FOLDER = ".m2d-download"
 

@@ -4,12 +4,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2d.data.job_paths import copy_around
 from m2d.experiments.measures import seconds_left
 from m2d.experiments.record import FINISHED, TRAIN, Record
 from m2d.experiments.wording import duration_text
+from m2d.files.paths import copy_around
 
-BLANKED = "***"  # of m2d.data.storage.without_secrets
+BLANKED = "***"  # of m2d.files.storage.without_secrets
 
 
 def next_step(record: Record, all_records: Sequence[Record]) -> tuple[str, str | None]:

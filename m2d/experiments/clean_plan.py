@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from m2d.data.job_paths import result_path
 from m2d.experiment import INFO
 from m2d.experiments.files import LOCK, ExperimentFiles, folder_bytes
 from m2d.experiments.find import find_records
 from m2d.experiments.record import DIRECTORY, FINISHED, Record
 from m2d.experiments.settings import CleanConfig
+from m2d.files.paths import result_path
 
 HIDDEN = ".removing-"  # before the name of what is being removed; nothing lists it, the next clean ends it
 CACHE = "cache"

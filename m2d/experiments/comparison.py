@@ -8,7 +8,6 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from m2d.data.storage import without_secrets
 from m2d.experiments.comparable import not_comparable
 from m2d.experiments.find import records_for
 from m2d.experiments.measures import (
@@ -23,6 +22,7 @@ from m2d.experiments.measures import (
 from m2d.experiments.record import TRAIN, VALIDATION, Record
 from m2d.experiments.settings import CompareConfig
 from m2d.experiments.wording import duration_text, number_text, open_console, print_json, state_text
+from m2d.files.storage import without_secrets
 
 # Where a run lies and how it talks; everything else is worth telling.
 TELLS_NOTHING = frozenset(

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from m2d.data.storage import open_storage
 from m2d.experiment import Experiment
+from m2d.files.storage import open_storage
 from m2d.models.settings import COMPLETE
 
 LOCK = ".running.lock"  # held by Experiment.running

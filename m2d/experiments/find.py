@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2d.data.job_paths import result_path
-from m2d.data.storage import without_secrets
 from m2d.errors import ExperimentError
 from m2d.experiment import Experiment, list_experiments
 from m2d.experiments.record import DIRECTORY, Record, family, read_record
+from m2d.files.paths import result_path
+from m2d.files.storage import without_secrets
 
 LATEST = "latest"
 NAMED = 8  # so many experiments are named in one message

@@ -7,8 +7,6 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from m2d.data.job_paths import result_path
-from m2d.data.storage import without_secrets
 from m2d.experiments.find import find_records
 from m2d.experiments.record import Record
 from m2d.experiments.settings import ListConfig
@@ -22,6 +20,8 @@ from m2d.experiments.wording import (
     steps_text,
     time_text,
 )
+from m2d.files.paths import result_path
+from m2d.files.storage import without_secrets
 
 UNKNOWN = "unknown: its record says running, and whether it is, only the machine that trains it can tell"
 

@@ -8,7 +8,6 @@ from rich.table import Table
 from rich.text import Text
 
 from m2d.classes import CLASSES
-from m2d.data.storage import without_secrets
 from m2d.experiments.curves import Curve, drawn
 from m2d.experiments.details import details
 from m2d.experiments.find import records_for
@@ -24,6 +23,7 @@ from m2d.experiments.wording import (
     steps_text,
     time_text,
 )
+from m2d.files.storage import without_secrets
 
 PLOT_WIDTH, PLOT_HEIGHT, LABELS = 26, 4, 9  # characters: a plot, and the numbers left of it
 SCALAR_WIDTH = 38

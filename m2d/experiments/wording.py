@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from m2d.data.storage import without_secrets
 from m2d.experiments.record import Record, State
+from m2d.files.storage import without_secrets
 
 NOTHING = "–"
 PIPE_WIDTH = 160  # characters

@@ -8,9 +8,9 @@ from typing import Any
 
 from m2d.classes import CLASSES
 from m2d.config import TrainConfig, as_dict
-from m2d.data.storage import without_secrets
 from m2d.experiments.record import Record, State
 from m2d.experiments.wording import duration_text, number_text, plain
+from m2d.files.storage import without_secrets
 
 STAGES = {
     "joint": "VAE and U-Net trained together",

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from m2d.classes import CLASSES
-from m2d.cluster import ray_cluster
+from m2d.cluster.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, places, require_shared
+from m2d.cluster.start import ray_cluster
 from m2d.config import TrainConfig, as_dict, with_absolute_paths
 from m2d.data.catalog import class_counts
 from m2d.data.local import iterate_local
-from m2d.data.storage import open_storage
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
 from m2d.experiment import Experiment, open_experiment
+from m2d.files.storage import open_storage
 from m2d.models.perceptual import lpips_available
 from m2d.models.settings import PerceptualKind, Precision
-from m2d.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, places, require_shared
 from m2d.records import BlankingFormatter
 from m2d.training.checkpoints import newest_step
 from m2d.training.console import Console

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tiny_run import TINY, write_images
 from torch.testing import assert_close
 
-from m2d import nodes
 from m2d.cli import parse
+from m2d.cluster import nodes
 from m2d.config import TrainConfig, as_dict
 from m2d.errors import ConfigError, DataError, TrainingError
 from m2d.experiment import open_experiment

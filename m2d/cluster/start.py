@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from m2d.errors import ConfigError
-from m2d.nodes import wait_for_nodes
-from m2d.private_folder import private_folder
+from m2d.cluster.nodes import wait_for_nodes
+from m2d.errors import ConfigError, first_line
+from m2d.files.paths import private_folder
 
 logger = logging.getLogger(__name__)
 DASHBOARD_S = 3.0  # in which it answers, or is not asked
@@ -49,10 +49,9 @@ def ray_cluster(
         try:
             context = ray.init(address="auto", **options)
         except ConnectionError as error:
-            reason = str(error).strip().splitlines()[0]
             raise ConfigError(
-                f"RAY_ADDRESS: no Ray cluster answers at {os.environ['RAY_ADDRESS']} ({reason}); start one there, or "
-                "unset RAY_ADDRESS to use this machine"
+                f"RAY_ADDRESS: no Ray cluster answers at {os.environ['RAY_ADDRESS']} ({first_line(error)}); "
+                "start one there, or unset RAY_ADDRESS to use this machine"
             ) from None
         _warn_if_open(getattr(context, "dashboard_url", None))
     else:

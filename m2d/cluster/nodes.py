@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from math import ceil, floor
 from pathlib import Path
 
-from m2d.data.storage import without_secrets
 from m2d.errors import ConfigError
+from m2d.files.storage import without_secrets
 from m2d.models.settings import Precision
 
 logger = logging.getLogger(__name__)
@@ -118,6 +118,13 @@ def node_resources() -> list[dict[str, float]]:
     import ray
 
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def cluster_total(name: str) -> float:
+    """How much of a resource, by Ray's name, the nodes of the cluster that is joined have together."""
+    import ray
+
+    return float(ray.cluster_resources().get(name, 0))
 
 
 def places(bundle: Mapping[str, float], nodes: Sequence[Mapping[str, float]]) -> int:

@@ -12,9 +12,10 @@ import pytest
 import ray
 import torch
 
-from m2d import cluster, nodes
+from m2d.cluster import nodes
+from m2d.cluster import start as cluster
+from m2d.cluster.nodes import GpuFacts, not_seen, places, require_shared
 from m2d.errors import ConfigError
-from m2d.nodes import GpuFacts, not_seen, places, require_shared
 
 HERE = {"NodeID": "a", "NodeManagerAddress": "10.0.0.1", "Alive": True, "Resources": {"CPU": 2.0}}
 THERE = {"NodeID": "b", "NodeManagerAddress": "10.0.0.2", "Alive": True, "Resources": {"CPU": 2.0}}
@@ -216,7 +217,7 @@ import ctypes, os, subprocess, sys
 import ray
 from ray.cluster_utils import Cluster
 from m2d.errors import ConfigError
-from m2d.nodes import require_shared
+from m2d.cluster.nodes import require_shared
 
 shared, private = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

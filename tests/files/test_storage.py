@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from m2d.data.storage import open_storage, without_secrets
 from m2d.errors import DataError
+from m2d.files.storage import open_storage, without_secrets
 
 
 def test_a_local_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import ray
 
-from m2d import cluster
-from m2d.cluster import quiet, ray_cluster
+from m2d.cluster import start as cluster
+from m2d.cluster.start import quiet, ray_cluster
 from m2d.errors import ConfigError
 
 

@@ -25,9 +25,8 @@ def open_storage(location: str) -> tuple[fs.FileSystem, str]:
     try:
         filesystem, path = fs.FileSystem.from_uri(location)
     except (pa.ArrowException, ValueError, TypeError, OSError, ImportError) as error:
-        detail = without_secrets(" ".join(str(error).split()))
         raise DataError(
-            f"storage: {without_secrets(location)} cannot be reached ({detail}); "
+            f"storage: {without_secrets(location)} cannot be reached ({one_line(error)}); "
             "give a local path or a URI of file://, s3://, gs://, abfs:// or hdfs://"
         ) from error
     return filesystem, path
@@ -77,6 +76,11 @@ def without_secrets(text: str) -> str:
     text = _KEYS.sub(r"\1***@", text)
     text = _NAME.sub(lambda found: found[0] if _is_mere_name(found) else f"{found[1]}***@", text)
     return _QUERY.sub(lambda found: found[1] + "?" + _without_secret_options(found[2]), text)
+
+
+def one_line(error: Exception, longest: int = 200) -> str:
+    """An error's text as a part of a message: in one line, without secrets, at most so many characters."""
+    return without_secrets(" ".join(str(error).split()))[:longest] or type(error).__name__
 
 
 # Of pyarrow's URIs; anything else in a query may be a token or a signature.

@@ -1,11 +1,14 @@
-"""What a relative path means in a job of Ray; everywhere else it begins in the working directory, as it always does.
+"""Local paths: what a relative one means in a job of Ray, and the user's own temporary folders.
 
 `ray job submit --working-dir` runs in a copy of the submitted directory that Ray deletes, so what is written there is
 lost. Every command asks here before it opens a path that a user gave. Light: the standard library alone.
 """
 
+import errno
 import json
 import os
+import stat
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -74,6 +77,20 @@ def copy_around(path: Path) -> Path | None:
 def absolute(location: Location) -> Location:
     """A path made absolute, `~` and links resolved; a URI or None as it is."""
     return location if location is None or "://" in location else str(Path(location).expanduser().resolve())
+
+
+def private_folder(purpose: str) -> Path:
+    """/tmp/m2d-PURPOSE-UID, made with mode 700 where it is not there yet.
+
+    Who guesses the name may have been there first and read along: raises OSError for a link and for another user's.
+    """
+    folder = Path(tempfile.gettempdir()) / f"m2d-{purpose}-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, "it is a link or another user's", str(folder))
+    folder.chmod(0o700)
+    return folder
 
 
 @dataclass(frozen=True)
