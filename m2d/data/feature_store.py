@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from m2d.data.shards import DIGEST_BYTES, ShardIndex, digests, shard_name, whole_file
+from m2d.data.shards import DIGEST_BYTES, ShardIndex, digests, shard_name
 from m2d.errors import DataError
+from m2d.files.atomic import whole_file
 from m2d.models.feature_extractor import Features
 
 logger = logging.getLogger(__name__)

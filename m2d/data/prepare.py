@@ -31,9 +31,9 @@ from m2d.data.progress import progress
 from m2d.data.reader import ImageReader
 from m2d.data.settings import SetupConfig
 from m2d.data.setup_report import StageReport, print_table, say, size_text, write_record
-from m2d.data.shards import clear_leftovers
 from m2d.data.stream import user_error
 from m2d.errors import ConfigError, DataError
+from m2d.files.atomic import clear_leftovers
 from m2d.files.paths import absolute, input_path, result_path
 from m2d.files.storage import without_secrets
 
@@ -56,7 +56,7 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
     data_root = _checked_data_root(config)
     folder = prepared_folder(config.cache_dir, data_root)
     if config.download.enabled:
-        from m2d.data.download import download_isic
+        from m2d.data.isic import download_isic
 
         download_isic(config.download, data_root)
     if not stages:

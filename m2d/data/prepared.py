@@ -32,8 +32,9 @@ from m2d.data.catalog import (
     write_rejected,
 )
 from m2d.data.settings import DataConfig
-from m2d.data.shards import ShardIndex, digests, shard_name, whole_file
+from m2d.data.shards import ShardIndex, digests, shard_name
 from m2d.errors import ConfigError, DataError
+from m2d.files.atomic import whole_file
 from m2d.files.storage import open_storage, without_secrets
 
 logger = logging.getLogger(__name__)

@@ -1,20 +1,14 @@
-"""Files of many images' values: written whole or not at all, and searched by the sha256 of the images in them.
+"""Files of many images' values, searched by the sha256 of the images in them.
 
 m2d.data.prepared and m2d.data.feature_store keep such files in a cache folder; what stands in them is theirs to know.
 """
 
 import hashlib
-import os
-import socket
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from m2d.errors import DataError
-
-PARTIAL = ".partial"
 DIGEST_BYTES = 32
 
 
@@ -28,37 +22,6 @@ def digests(sha256: Sequence[str]) -> np.ndarray:
 def shard_name(keys: np.ndarray, suffix: str) -> str:
     """A name that depends on the images alone (digests S32 [n]), so that two runs make the same file, not two."""
     return f"shard_{hashlib.sha256(keys.tobytes()).hexdigest()[:16]}{suffix}"
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields the name to write to; afterwards the file is on the disk and takes its real name, replacing an older one.
-
-    A process that is killed leaves a *.partial file at most, which nobody reads (see `clear_leftovers`).
-    Raises DataError where the disk refuses.
-    """
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())  # otherwise a power cut may leave the name without the content
-        partial.replace(path)
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise DataError(
-            f"cache: {path} cannot be written ({reason}); check its disk, then run again to go on"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def clear_leftovers(folder: Path) -> int:
-    """Remove what killed runs left half written below the folder; returns how many files that were."""
-    leftovers = list(folder.rglob(f"*{PARTIAL}"))
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)
 
 
 class ShardIndex:

@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from m2d.data.decode import ImageRejected, decode_image
-from m2d.data.shards import whole_file
 from m2d.errors import CheckpointError, ConfigError
 from m2d.evaluation.progress import Progress
+from m2d.files.atomic import whole_file
 from m2d.files.storage import open_storage, without_secrets
 from m2d.models.feature_extractor import load_feature_extractor
 

@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from m2d.classes import NUM_CLASSES
-from m2d.data.shards import whole_file
 from m2d.evaluation.arms import TrainingRows
+from m2d.files.atomic import whole_file
 
 OnDone = Callable[[int, int], None]  # jobs done, jobs in all
 

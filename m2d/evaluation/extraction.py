@@ -21,11 +21,11 @@ from safetensors.numpy import load_file, save
 
 from m2d.cluster.start import ray_cluster
 from m2d.data.feature_jobs import CPU_BATCH, GPU_BATCH, extract_view
-from m2d.data.shards import whole_file
 from m2d.data.stream import user_error
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.progress import Progress
+from m2d.files.atomic import whole_file
 from m2d.models.feature_extractor import FeatureExtractor, extractor_identity, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
 

@@ -20,11 +20,11 @@ from m2d.data.catalog import read_catalog, scan_dataset
 from m2d.data.decode import ImageRejected, decode_resized, probe_image
 from m2d.data.prepared import prepared_folder, reusable_catalog
 from m2d.data.settings import DataConfig
-from m2d.data.shards import whole_file
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.progress import Progress
+from m2d.files.atomic import whole_file
 from m2d.files.storage import inside, open_storage, without_secrets
 from m2d.generation.planning import data_config_of
 from m2d.generation.recipe import experiment_of

@@ -21,8 +21,9 @@ from m2d.data.prepared import (
     write_scan,
 )
 from m2d.data.settings import DataConfig
-from m2d.data.shards import ShardIndex, clear_leftovers, digests, whole_file
+from m2d.data.shards import ShardIndex, digests
 from m2d.errors import ConfigError, DataError
+from m2d.files.atomic import clear_leftovers, whole_file
 
 SIZE = 16
 SHA = [f"{number:064x}" for number in range(40)]
