@@ -6,12 +6,12 @@ Reads local disks, S3 and GCS alike (m2d.files.storage). Knows nothing of Ray, t
 import csv
 import hashlib
 import io
-import os
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,6 +24,7 @@ from m2d.data.decode import ImageRejected, probe_image
 from m2d.data.settings import DataConfig
 from m2d.data.split import assign_splits
 from m2d.errors import DataError
+from m2d.files.atomic import write_whole
 from m2d.files.storage import open_storage, without_secrets
 
 CATALOG_SCHEMA = pa.schema(
@@ -367,16 +368,15 @@ def _write_csv(table: pa.Table, path: str) -> None:
 
 
 def _write_whole(path: str, encoded: pa.Buffer) -> None:
-    """All or nothing: on a local disk by renaming a complete neighbour, which object stores do of themselves."""
+    """All or nothing, which object stores do of themselves."""
     filesystem, inner = open_storage(path)
-    local = isinstance(filesystem, fs.LocalFileSystem)
-    target = f"{inner}.{os.getpid()}.partial" if local else inner
     try:
         filesystem.create_dir(posixpath.dirname(inner), recursive=True)
-        with filesystem.open_output_stream(target, compression=None) as stream:
-            stream.write(encoded)
-        if local:
-            filesystem.move(target, inner)
+        if isinstance(filesystem, fs.LocalFileSystem):
+            write_whole(Path(inner), encoded.to_pybytes())
+        else:
+            with filesystem.open_output_stream(inner, compression=None) as stream:
+                stream.write(encoded)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{without_secrets(path)} cannot be written ({_one_line(error)}); check the path, its rights and free space"

@@ -7,7 +7,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from PIL import Image
 from m2d.classes import CLASSES
 from m2d.data.demo_lesions import render_lesion
 from m2d.errors import ConfigError, DataError
+from m2d.files.atomic import write_whole
 
 HAM10000_COUNTS = {"AKIEC": 327, "BCC": 514, "BKL": 1099, "DF": 115, "MEL": 1113, "NV": 6705, "VASC": 142}
 MIN_PER_CLASS = 8
@@ -77,14 +77,14 @@ def write_demo_dataset(root: str | Path, *, total: int = 600, seed: int = 0) -> 
             path.parent.mkdir(exist_ok=True)
             encoded = io.BytesIO()
             Image.fromarray(render_lesion(image.label, image.seed, view=image.view)).save(encoded, "JPEG", quality=92)
-            _write_whole(path, encoded.getvalue())
+            write_whole(path, encoded.getvalue())
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["image_id", "lesion_id"])
     writer.writerows([image.image_id, image.lesion_id] for image in images)
     metadata = root / "metadata.csv"
     if not metadata.exists() or metadata.read_text() != table.getvalue():
-        _write_whole(metadata, table.getvalue().encode())
+        write_whole(metadata, table.getvalue())
     return counts
 
 
@@ -126,14 +126,4 @@ def _claim(root: Path, arguments: dict[str, int]) -> None:
     if root.exists() and any(not entry.name.startswith(".") for entry in root.iterdir()):
         raise DataError(f"root: {root} is not empty and holds no demo set; name an empty or new folder")
     root.mkdir(parents=True, exist_ok=True)
-    _write_whole(marker, json.dumps({"arguments": arguments, "arguments_sha256": digest}).encode())
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write through a hidden neighbour: a killed process never leaves half a file under the final name."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(marker, json.dumps({"arguments": arguments, "arguments_sha256": digest}))

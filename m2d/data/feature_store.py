@@ -17,9 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from m2d.data.shards import DIGEST_BYTES, ShardIndex, digests, shard_name
+from m2d.data.shards import DIGEST_BYTES, ShardIndex, cache_file, digests, shard_name
 from m2d.errors import DataError
-from m2d.files.atomic import whole_file
 from m2d.models.feature_extractor import Features
 
 logger = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ def write_features(
         "crc32": torch.tensor([[_checksum(row) for row in pair] for pair in zip(cls, patches, strict=True)]),
     }
     path = _view_folder(folder, extractor_key, image_size, view) / shard_name(keys, ".safetensors")
-    with whole_file(path) as partial:
+    with cache_file(path) as partial:
         try:
             save_file(columns, partial, metadata=_notes(extractor_key, image_size, view))
         except SafetensorError as error:  # of a full disk, say

@@ -35,10 +35,10 @@ from m2d.classes import CLASSES
 from m2d.data.catalog import IMAGE_SUFFIXES, is_debris, without_image_suffix
 from m2d.data.decode import ImageRejected, probe_image
 from m2d.data.isic_archive import ArchiveImage, class_of, collection_number, read_record
-from m2d.data.progress import PLAIN_LINE_EVERY_S, progress
 from m2d.data.settings import DownloadConfig
 from m2d.errors import DataError
-from m2d.files.atomic import locked, whole_file
+from m2d.files.atomic import try_lock, write_whole
+from m2d.files.progress import PLAIN_LINE_EVERY_S, progress
 from m2d.files.storage import open_storage, without_secrets
 
 STATE_FOLDER = ".m2d-download"
@@ -84,11 +84,12 @@ def download_isic(config: DownloadConfig, data_root: str, *, first_wait_s: float
         )
     root = Path(inner)
     try:
-        (root / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
-        with locked(root / STATE_FOLDER / "lock"):
+        (root / STATE_FOLDER / "listing").mkdir(parents=True, exist_ok=True)
+        lock = try_lock(root / STATE_FOLDER / "lock")
+        if lock is None:
+            raise DataError(f"download: another run is fetching into {root}; wait for it to end")
+        with lock:
             _download(config, root, _Archive(config, root / STATE_FOLDER, first_wait_s))
-    except BlockingIOError:
-        raise DataError(f"download: another run is fetching into {root}; wait for it to end") from None
     except OSError as error:
         raise DataError(
             f"download: {root} cannot be written ({error.strerror or error}); check the path and its free space"
@@ -165,7 +166,7 @@ def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
     other_length = in_a_row = 0
     pool = ThreadPoolExecutor(config.connections, thread_name_prefix="m2d-download")
     try:
-        with progress("fetching", "images") as advance:
+        with progress("fetching", len(missing), stderr=False) as shown:
             futures = {pool.submit(fetch, image, code): image.isic_id for image, code in missing}
             for done, future in enumerate(as_completed(futures), 1):
                 try:
@@ -180,7 +181,7 @@ def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
                             f"download: {in_a_row} images in a row could not be fetched ({failure}); {there:,} of "
                             f"{len(wanted):,} are in {root}. Run the same command again to resume."
                         ) from None
-                advance(done, len(missing))
+                shown.advance(1)
     finally:
         archive.stop.set()
         pool.shutdown(cancel_futures=True)
@@ -308,8 +309,7 @@ class _Archive:
                 "run again to resume, or put the images into class folders by hand"
             ) from failure
         check(found)
-        with whole_file(kept) as unfinished:
-            unfinished.write_text(json.dumps(found))
+        write_whole(kept, json.dumps(found))
         return found
 
     def _check_collection(self, about: dict[str, Any]) -> None:
@@ -654,5 +654,4 @@ def _write_provenance(path: Path, wanted: Wanted, source: str, collection: int) 
 def _write_changed(path: Path, text: str) -> None:
     """The same content keeps its date, by which the next scan knows it."""
     if not path.is_file() or path.read_bytes() != text.encode():
-        with whole_file(path) as unfinished:
-            unfinished.write_bytes(text.encode())
+        write_whole(path, text)

@@ -5,7 +5,6 @@ the same command: what is there is not made again. The driver sees file names an
 """
 
 import dataclasses
-import fcntl
 import logging
 import math
 import shutil
@@ -27,14 +26,14 @@ from m2d.cluster.start import ray_cluster
 from m2d.data.catalog import class_counts, dataset_fingerprint, scan_dataset
 from m2d.data.image_jobs import ImageJobs, JobResult
 from m2d.data.prepared import PreparedImages, prepared_folder, reusable_catalog, write_scan
-from m2d.data.progress import progress
 from m2d.data.reader import ImageReader
 from m2d.data.settings import SetupConfig
 from m2d.data.setup_report import StageReport, print_table, say, size_text, write_record
 from m2d.data.stream import user_error
 from m2d.errors import ConfigError, DataError
-from m2d.files.atomic import clear_leftovers
+from m2d.files.atomic import clear_leftovers, try_lock
 from m2d.files.paths import absolute, input_path, result_path
+from m2d.files.progress import progress
 from m2d.files.storage import without_secrets
 
 if TYPE_CHECKING:  # image tasks import this file and need no torch: seconds and 200 MB each
@@ -112,16 +111,14 @@ def _alone(folder: Path) -> Iterator[None]:
     """Keeps a second run out of the folder, then removes what a killed one left. A killed process loses the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "setup.lock").open("w")
+        lock = try_lock(folder / "setup.lock")
     except OSError as error:
         raise ConfigError(
             f"cache_dir: {folder} cannot be made ({error.strerror}); choose another --cache_dir"
         ) from None
+    if lock is None:
+        raise ConfigError(f"cache_dir: another setup_data is running in {folder}; wait for it to end")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"cache_dir: another setup_data is at work in {folder}; wait for it to end") from None
         leftovers = clear_leftovers(folder)
         if leftovers:
             say(f"removed {leftovers} half-written files of a run that was killed")
@@ -134,8 +131,8 @@ def _scan(config: SetupConfig, data_root: str, folder: Path, catalog: pa.Table |
         say(f"scan: {len(catalog):,} images found in the catalog; no file and no setting has changed since")
         return catalog, StageReport("catalog", len(catalog), 0, 0, 1, _size(folder / "catalog.parquet"))
     fingerprint = dataset_fingerprint(data_root, config.data)  # from before, so that a change during the scan shows
-    with progress("scan", "images") as advance:
-        scan = scan_dataset(data_root, config.data, advance)
+    with progress("scan", stderr=False) as shown:
+        scan = scan_dataset(data_root, config.data, shown.show)
     write_scan(folder, scan, data_root, config.data, fingerprint)
     _say_failures("scan", [f"{row['path']}: {row['reason']}" for row in scan.rejected.to_pylist()])
     counts = " ".join(f"{code} {count}" for code, count in class_counts(scan.catalog).items())
@@ -170,11 +167,11 @@ def _images(
         else:
             need_ray()
             results = _results(_decoding(config, jobs))
-        with progress("images", "images") as advance:
+        with progress("images", stderr=False) as shown:
             for result in results:
                 made += result.images
                 failures += result.failures
-                advance(made + len(failures), len(missing))
+                shown.show(made + len(failures), len(missing))
     _say_failures("images", failures)
     files = PreparedImages.look(folder, size).files
     return StageReport(
@@ -217,10 +214,10 @@ def _features(config: SetupConfig, folder: Path, catalog: pa.Table, need_ray: Ca
             need_ray()
             results = _results(_extraction(config, jobs))
         made = 0
-        with progress("features", "views") as advance:
+        with progress("features", unit="views", stderr=False) as shown:
             for result in results:
                 made += result.images
-                advance(made, left)
+                shown.show(made, left)
     return _feature_reports(FeatureStore.open(folder, key, size), sha256, missing, time.monotonic() - began)
 
 

@@ -1,13 +1,17 @@
-"""Files of many images' values, searched by the sha256 of the images in them.
+"""Files of many images' values: written whole or not at all, and searched by the sha256 of the images in them.
 
 m2d.data.prepared and m2d.data.feature_store keep such files in a cache folder; what stands in them is theirs to know.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+from m2d.errors import DataError
+from m2d.files.atomic import whole_file
 
 DIGEST_BYTES = 32
 
@@ -22,6 +26,20 @@ def digests(sha256: Sequence[str]) -> np.ndarray:
 def shard_name(keys: np.ndarray, suffix: str) -> str:
     """A name that depends on the images alone (digests S32 [n]), so that two runs make the same file, not two."""
     return f"shard_{hashlib.sha256(keys.tobytes()).hexdigest()[:16]}{suffix}"
+
+
+@contextmanager
+def cache_file(path: Path) -> Iterator[Path]:
+    """As m2d.files.atomic.whole_file, durable, its folder made. Raises DataError where the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path, durable=True) as partial:
+            yield partial
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise DataError(
+            f"cache: {path} cannot be written ({reason}); check its disk, then run again to go on"
+        ) from error
 
 
 class ShardIndex:

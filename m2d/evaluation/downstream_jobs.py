@@ -12,8 +12,8 @@ from typing import Protocol
 import numpy as np
 
 from m2d.classes import NUM_CLASSES
+from m2d.data.shards import cache_file
 from m2d.evaluation.arms import TrainingRows
-from m2d.files.atomic import whole_file
 
 OnDone = Callable[[int, int], None]  # jobs done, jobs in all
 
@@ -82,7 +82,7 @@ class KeptAnswers:
     def keep(self, job: Job, answer: np.ndarray) -> None:
         """Raises DataError where the disk refuses."""
         if self.folder is not None:
-            with whole_file(self._path(job)) as partial, partial.open("wb") as stream:
+            with cache_file(self._path(job)) as partial, partial.open("wb") as stream:
                 np.save(stream, answer, allow_pickle=False)
 
     def _path(self, job: Job) -> Path:

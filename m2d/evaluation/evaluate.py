@@ -37,11 +37,11 @@ from m2d.evaluation.finetune_settings import FinetuneConfig
 from m2d.evaluation.image_sets import ImageSets, read_image_sets
 from m2d.evaluation.memorization import measure_memorization
 from m2d.evaluation.memorization_result import MemorizationResult
-from m2d.evaluation.progress import Progress
 from m2d.evaluation.provenance import find_checkpoint
 from m2d.evaluation.realism import typicality
 from m2d.evaluation.report import print_evaluation, write_report
 from m2d.files.paths import result_path
+from m2d.files.progress import progress
 from m2d.generation.generator import pick_device
 from m2d.models.checkpoint import Checkpoint, load_checkpoint
 from m2d.models.feature_extractor import extractor_identity
@@ -271,10 +271,10 @@ class _Run:
         kept = Path(self.config.cache_dir).expanduser() / KEPT
 
         def run(classifier: Classifier, jobs: Sequence[Job]) -> list[np.ndarray]:
-            with Progress(what, len(jobs)) as progress:
+            with progress(what, len(jobs), unit="trainings") as shown:
                 if self.on_ray:
-                    return run_on_ray(classifier, jobs, kept=kept, on_done=progress.show)
-                return run_here(classifier, jobs, kept=kept, on_done=progress.show)
+                    return run_on_ray(classifier, jobs, kept=kept, on_done=shown.show)
+                return run_here(classifier, jobs, kept=kept, on_done=shown.show)
 
         return run
 

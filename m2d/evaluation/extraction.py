@@ -21,11 +21,11 @@ from safetensors.numpy import load_file, save
 
 from m2d.cluster.start import ray_cluster
 from m2d.data.feature_jobs import CPU_BATCH, GPU_BATCH, extract_view
+from m2d.data.shards import cache_file
 from m2d.data.stream import user_error
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.evaluation.feature_set import ImageSet
-from m2d.evaluation.progress import Progress
-from m2d.files.atomic import whole_file
+from m2d.files.progress import progress
 from m2d.models.feature_extractor import FeatureExtractor, extractor_identity, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
 
@@ -74,10 +74,10 @@ class Extraction:
 
     def _run(self, work: "_Work", name: str) -> None:
         total = sum(len(job.rows) for job in work.jobs)
-        with Progress(f"features of {name}, {work.config.name}", total) as progress:
+        with progress(f"features of {name}, {work.config.name}", total) as shown:
             made = self._on_ray(work) if self._pays(total) else self._here(work)
             for count in made:
-                progress.advance(count)
+                shown.advance(count)
 
     def _pays(self, images: int) -> bool:
         if self.num_actors is not None:
@@ -187,7 +187,7 @@ class _Work:
             )
         ids = np.stack([np.frombuffer(bytes.fromhex(self.sha256[row]), dtype=np.uint8) for row in job.rows])
         name = f"cls_{hashlib.sha256(ids.tobytes()).hexdigest()[:16]}.safetensors"
-        with whole_file(Path(job.folder) / name) as partial:
+        with cache_file(Path(job.folder) / name) as partial:
             partial.write_bytes(save({"sha256": ids, "cls": cls}))
         return len(job.rows)
 

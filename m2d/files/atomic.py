@@ -1,52 +1,60 @@
-"""Files that appear whole or not at all, and folders that one process writes at a time."""
+"""Files that are whole or absent, and locks that end with the process that holds them."""
 
 import fcntl
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
-from m2d.errors import DataError
-
-PARTIAL = ".partial"
+PARTIAL = ".partial"  # ends the hidden name of a file that is being written
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields the name to write to; afterwards the file is on the disk and takes its real name, replacing an older one.
+def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yields a hidden name beside `path` to write to; it becomes `path` at the end, or is removed on an error.
 
-    A killed process leaves a *.partial file at most, which nothing reads (see `clear_leftovers`).
-    Raises DataError where the disk refuses.
+    An older file is replaced. durable: the content is on the disk first, so that a power cut cannot leave the name
+    without it. A killed process leaves the hidden file at most (see `clear_leftovers`).
     """
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
+    # Nodes, processes and threads may write one file at the same time: each its own, and the last one counts.
+    writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    partial = path.with_name(f".{path.name}.{writer}{PARTIAL}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())  # otherwise a power cut may leave the name without the content
+        if durable:
+            with partial.open("rb+") as written:
+                os.fsync(written.fileno())
         partial.replace(path)
-    except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
-        raise DataError(f"{path} cannot be written ({reason}); check its disk, then run again to resume") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file of this text (UTF-8) or these bytes as `whole_file` does."""
+    with whole_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def clear_leftovers(folder: Path) -> int:
-    """Remove what killed runs left half written below the folder; returns how many files that were."""
+    """Remove what killed processes left half written below the folder; returns how many files that were."""
     leftovers = list(folder.rglob(f"*{PARTIAL}"))
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds a lock file, which is made where it is missing; a process that is killed loses the lock.
+def try_lock(path: Path) -> IO[str] | None:
+    """The file at `path`, made where need be, locked until it is closed; None while another process holds it.
 
-    Raises BlockingIOError where another process holds it, OSError where it cannot be made.
+    A killed process loses its lock. Raises OSError where the file cannot be opened or its disk knows no locks.
     """
-    with path.open("w") as lock:
+    lock = path.open("a")
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock

@@ -24,9 +24,10 @@ from m2d.data.catalog import catalog_hash
 from m2d.data.feature_store import FeatureTable
 from m2d.data.views import apply_view
 from m2d.errors import DataError
+from m2d.files.atomic import write_whole
 from m2d.generation.gate_settings import GateConfig
+from m2d.generation.journal import cannot_write
 from m2d.generation.neighbours import nearest, unit_rows
-from m2d.generation.whole_files import cannot_write, replacing
 from m2d.models.feature_extractor import FeatureExtractor
 
 if TYPE_CHECKING:
@@ -195,8 +196,7 @@ class GateReference:
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as stream:
-                stream.write(save(tensors, metadata={_METADATA_KEY: json.dumps(self._notes())}))
+            write_whole(path, save(tensors, metadata={_METADATA_KEY: json.dumps(self._notes())}))
         except OSError as error:
             raise cannot_write(path, error) from None
 

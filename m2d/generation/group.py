@@ -21,9 +21,8 @@ import pyarrow as pa
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.formats import FORMATS, EncodedImage, encode_png
 from m2d.generation.gate_settings import GateConfig
-from m2d.generation.journal import JOURNAL_SCHEMA, group_name, write_part
+from m2d.generation.journal import JOURNAL_SCHEMA, cannot_write, group_name, write_part
 from m2d.generation.plan import PlanRow, retried, rows_of, table_of
-from m2d.generation.whole_files import cannot_write
 
 if TYPE_CHECKING:  # writing tasks need no torch: seconds and 200 MB each
     from m2d.generation.gate_reference import GateReference

@@ -17,6 +17,7 @@ from m2d.cluster.nodes import cluster_gpu, require_shared
 from m2d.diffusion.feature_prior import WEAK_BELOW
 from m2d.errors import ConfigError, M2DError
 from m2d.files.paths import input_path, result_path
+from m2d.files.progress import progress, say
 from m2d.generation.formats import FORMATS
 from m2d.generation.gate_training import GatesAtWork, prepare_gates
 from m2d.generation.generator import Generator, pick_device, pick_feature
@@ -26,7 +27,6 @@ from m2d.generation.local import make_here
 from m2d.generation.outputs import MANIFEST_NAME, PLAN_NAME, OutputFolder
 from m2d.generation.plan import read_plan, write_plan
 from m2d.generation.planning import Planned, dataset_catalog, make_plan
-from m2d.generation.progress import progress, say
 from m2d.generation.recipe import Recipe, default_output
 from m2d.generation.references import load_reference_extractor
 from m2d.generation.settings import Feature, GenerateConfig
@@ -130,7 +130,7 @@ class _Run:
     def _make(self, rounds: list[pa.Table], missing: int) -> int:
         """Round k makes attempt k of all rows that need it; returns how many images were kept."""
         kept, rejected = 0, set[str]()
-        with progress(missing) as report:
+        with progress("generating", missing) as shown:
             for attempts, waiting in enumerate(rounds):
                 table = waiting
                 if rejected:  # in the plan's order, so that an interrupted run goes on with the same groups
@@ -145,7 +145,7 @@ class _Run:
                         images = sum(result.kept.values())
                         kept += images
                         rejected.update(result.rejected)
-                        report.advance(images)
+                        shown.advance(images)
         return kept
 
     def _results(self, groups: PlanGroups) -> collections.abc.Generator[GroupResult, None, None]:

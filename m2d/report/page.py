@@ -15,8 +15,8 @@ from m2d.experiments.details import details
 from m2d.experiments.find import find_records
 from m2d.experiments.record import TRAIN, VALIDATION, Record, read_record
 from m2d.experiments.wording import number_text
+from m2d.files.atomic import write_whole
 from m2d.files.storage import without_secrets
-from m2d.generation.whole_files import replacing
 from m2d.report import facts
 from m2d.report.counts import balance_runs, dataset_table
 from m2d.report.pictures import Picture, fitted, newest_picture, png_picture
@@ -144,5 +144,4 @@ def _curves(record: Record) -> dict[str, Picture]:
 
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as stream:
-        stream.write(content)
+    write_whole(path, content)

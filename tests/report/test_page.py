@@ -201,6 +201,6 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(full_run: Run, monk
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("m2d.report.page.replacing", full)
+    monkeypatch.setattr("m2d.report.page.write_whole", full)
     with pytest.raises(ExperimentError, match=r"report\.html cannot be written \(No space left on device\)"):
         write_report(full_run.experiment)
