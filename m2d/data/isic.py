@@ -51,6 +51,11 @@ _MAX_FILE_BYTES = 256 * 2**20  # a dermoscopic image has a few MB; an endless an
 _MAX_PIXELS = 250_000_000  # of one image, against decompression bombs
 _LIKELY_BYTES = 300_000  # of an image whose record has no size
 _SUFFIX_OF = {b"\xff\xd8\xff": ".jpg", b"\x89PNG\r\n\x1a\n": ".png", b"II*\0": ".tif", b"MM\0*": ".tif"}
+_NEVER_CONNECTED = (
+    urllib3_errors.NewConnectionError,
+    urllib3_errors.ConnectTimeoutError,
+    urllib3_errors.ProxyError,
+)
 _LICENSES = {
     "CC-0": "https://creativecommons.org/publicdomain/zero/1.0/",
     "CC-BY": "https://creativecommons.org/licenses/by/4.0/",
@@ -275,10 +280,7 @@ class _Archive:
 
     def get_image(self, image: ArchiveImage) -> tuple[bytes, str]:
         """The whole, verified file, and the suffix that its bytes call for. Raises _Failure."""
-
-        def verify(content: bytes) -> tuple[bytes, str]:
-            return content, _suffix(content, image)
-
+        verify = partial(_with_suffix, image)
         try:
             return self._get(image.url, verify, _MAX_FILE_BYTES)
         except _Failure as failure:
@@ -386,8 +388,9 @@ class _Archive:
             )
         except requests.RequestException as error:
             lost = isinstance(error, requests.ConnectionError | requests.Timeout)
-            refused = not self._reached and _never_connected(error)  # there is no network: say so at once
-            if not lost or refused or isinstance(error, requests.exceptions.SSLError):
+            reason = getattr(error.args[0], "reason", None) if error.args else None
+            no_network = not self._reached and isinstance(reason, _NEVER_CONNECTED)  # say so at once
+            if not lost or no_network or isinstance(error, requests.exceptions.SSLError):
                 raise _Failure(_cause(error)) from None
             raise _Transient(_cause(error)) from None
         self._reached = True
@@ -485,8 +488,8 @@ def _read_json(body: bytes) -> dict[str, Any]:
     return found
 
 
-def _suffix(content: bytes, image: ArchiveImage) -> str:
-    """The file name's suffix by the bytes' signature; _Transient where they are not the whole image of the record."""
+def _with_suffix(image: ArchiveImage, content: bytes) -> tuple[bytes, str]:
+    """The bytes and the suffix by their signature; _Transient where they are not the whole image of the record."""
     suffix = next((suffix for signature, suffix in _SUFFIX_OF.items() if content.startswith(signature)), None)
     if suffix is None:
         raise _Transient("what came is " + ("a web page" if content.lstrip()[:1] == b"<" else "no image"))
@@ -496,13 +499,7 @@ def _suffix(content: bytes, image: ArchiveImage) -> str:
         raise _Transient(f"what came is no whole image: {rejection.reason}") from None
     if image.pixels is not None and sorted(pixels) != sorted(image.pixels):
         raise _Transient(f"what came has {pixels[0]} x {pixels[1]} pixels, the record {image.pixels}")
-    return suffix
-
-
-def _never_connected(error: requests.RequestException) -> bool:
-    reason = getattr(error.args[0], "reason", None) if error.args else None
-    no_way = (urllib3_errors.NewConnectionError, urllib3_errors.ConnectTimeoutError, urllib3_errors.ProxyError)
-    return isinstance(reason, no_way)
+    return content, suffix
 
 
 def _cause(error: requests.RequestException) -> str:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 from archive_server import Archive, jpeg, running
 from PIL import Image
 
@@ -494,6 +495,13 @@ def test_an_image_may_be_on_another_host(archive: Archive, tmp_path: Path) -> No
         archive.mishaps["ISIC_0000001.jpg"] = [{"status": 302, "Location": f"{elsewhere.address}/images/{isic_id}.jpg"}]
         fetch(archive, tmp_path)
         assert elsewhere.fetched() == [isic_id]
+
+
+def test_a_file_is_not_fetched_in_clear_when_https_was_asked_for() -> None:
+    answer = requests.Response()
+    answer.status_code, answer.url, answer.headers["Location"] = 302, "https://example.org/a", "http://example.org/a"
+    with pytest.raises(isic._Failure, match="from https to http"):
+        isic._check_redirect(False, answer)
 
 
 def test_the_suffix_comes_from_the_bytes(archive: Archive, tmp_path: Path) -> None:
