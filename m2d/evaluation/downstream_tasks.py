@@ -1,17 +1,17 @@
 """Trainings of the downstream comparison as Ray tasks side by side. The only file of that comparison that knows Ray."""
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import ray
-import ray.exceptions
 
+from m2d.cluster.fan_out import fan_out, numbered, on_tasks
 from m2d.cluster.nodes import node_resources
 from m2d.cluster.start import ray_cluster
-from m2d.data.stream import user_error
 from m2d.errors import ConfigError
 from m2d.evaluation.downstream_jobs import Classifier, Job, OnDone, finish_jobs
 
@@ -32,7 +32,7 @@ def run_on_ray(
     cluster has some, that share of one besides. The classifier, and with it the images, goes to the object store once.
     Raises the M2DError that a task raised, ConfigError for a share that no node has.
     """
-    return finish_jobs(jobs, kept, on_done, functools.partial(_run, classifier, gpus_per_task))
+    return finish_jobs(jobs, kept, on_done, partial(_run, classifier, gpus_per_task))
 
 
 def _run(classifier: Classifier, gpus_per_task: float, jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
@@ -40,26 +40,18 @@ def _run(classifier: Classifier, gpus_per_task: float, jobs: list[Job]) -> Itera
         return
     with ray_cluster():
         share = _gpu_share(gpus_per_task) if classifier.wants_gpu else 0.0
-        held = ray.put(classifier)
-        task = _predict.options(num_cpus=1, num_gpus=share)
-        waiting = {task.remote(held, job): job for job in jobs}
-        try:
-            while waiting:
-                (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
-                yield waiting.pop(ready), np.array(ray.get(ready))  # a copy, so that the store can let go of it
-        except ray.exceptions.RayError as error:
-            cause = user_error(error)
-            if cause is None:
-                raise
-            raise cause from error
-        finally:
-            for reference in waiting:  # after an error or Ctrl-C
-                ray.cancel(reference)
+        predict = partial(_predict, ray.put((classifier, jobs)))
+        for row in fan_out(numbered(len(jobs)), on_tasks(predict, cpus=1, gpus=share)):
+            yield jobs[row["job"]], np.frombuffer(row["answer"], row["dtype"]).reshape(row["shape"]).copy()
 
 
-@ray.remote
-def _predict(classifier: Classifier, job: Job) -> np.ndarray:
-    return classifier.predict(job.rows, job.seed)
+def _predict(work: "ray.ObjectRef[tuple[Classifier, list[Job]]]", block: pa.Table) -> pa.Table:
+    classifier, jobs = ray.get(work)
+    number = block["job"][0].as_py()
+    answer = classifier.predict(jobs[number].rows, jobs[number].seed)
+    return pa.table(
+        {"job": [number], "answer": [answer.tobytes()], "dtype": [answer.dtype.str], "shape": [list(answer.shape)]}
+    )
 
 
 def _gpu_share(wanted: float) -> float:

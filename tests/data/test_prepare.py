@@ -249,7 +249,7 @@ def test_two_runs_do_not_share_a_folder(root: Path, cache: Path) -> None:
     folder = prepared_folder(str(cache), str(root))
     with (folder / "setup.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another setup_data is at work"):
+        with pytest.raises(ConfigError, match="cache_dir: another setup_data"):
             run(root, cache, "--all")
     run(root, cache, "--scan")
 
@@ -359,7 +359,7 @@ def test_a_prepared_image_that_is_damaged_ends_the_job_with_its_file(tmp_path: P
 def test_a_node_with_other_weights_is_refused(tmp_path: Path) -> None:
     jobs = feature_jobs(tmp_path, [10])
     with pytest.raises(ConfigError, match="every node needs the same file"):
-        jobs.load_extractor("cpu", torch.get_num_threads())
+        jobs.load("cpu", torch.get_num_threads())
 
 
 @pytest.mark.ray
