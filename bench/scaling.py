@@ -30,8 +30,8 @@ import pyarrow as pa
 from m2d.cli import parse
 from m2d.config import TrainConfig, as_dict, with_absolute_paths
 from m2d.data.catalog import scan_dataset, write_catalog
-from m2d.data.demo import write_demo_dataset
 from m2d.data.settings import DataConfig
+from m2d.demo.dataset import write_demo_dataset
 from m2d.experiment import list_experiments, open_experiment
 
 STAGES = (

@@ -128,7 +128,7 @@ class DemoConfig:
 
 
 def _demo(config: DemoConfig) -> None:
-    from m2d.demo import run_demo
+    from m2d.demo_command import run_demo
 
     run_demo(config.directory, config.images, config.num_samples, config.fresh)
 

@@ -246,7 +246,7 @@ def _read_lesions(filesystem: fs.FileSystem, root: str, shown: str) -> dict[str,
             )
         reader.fieldnames = columns
         for row in reader:
-            image_id = _without_image_suffix((row["image_id"] or "").strip())
+            image_id = without_image_suffix((row["image_id"] or "").strip())
             lesion_id = (row["lesion_id"] or "").strip()
             if not image_id or not lesion_id:
                 continue
@@ -326,7 +326,7 @@ def _group_lesions(images: list[_Image], kept: list[_Image], lesion_of: dict[str
     image_id_of = {path: _stem(path) if stems[_stem(path)] == 1 else path for path, _, _ in kept}
 
     def recorded(path: str) -> str | None:
-        return lesion_of.get(_without_image_suffix(path)) or lesion_of.get(_stem(path))
+        return lesion_of.get(without_image_suffix(path)) or lesion_of.get(_stem(path))
 
     kept_path = {probe.sha256: path for path, _, probe in kept}
     lesion_at = {path: recorded(path) or image_id_of[path] for path, _, _ in kept}
@@ -387,7 +387,8 @@ def _stem(path: str) -> str:
     return posixpath.splitext(posixpath.basename(path))[0]
 
 
-def _without_image_suffix(name: str) -> str:
+def without_image_suffix(name: str) -> str:
+    """ISIC_1 for ISIC_1.jpg: tables name images either way."""
     stem, suffix = posixpath.splitext(name)
     return stem if suffix.lower() in IMAGE_SUFFIXES else name
 

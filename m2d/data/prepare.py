@@ -49,7 +49,7 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
     data_root = _checked_data_root(config)
     folder = prepared_folder(config.cache_dir, data_root)
     if config.download.enabled:
-        from m2d.data.download import download_isic
+        from m2d.data.isic import download_isic
 
         download_isic(config.download, data_root)
     if not stages:

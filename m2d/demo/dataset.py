@@ -1,10 +1,9 @@
 """A demo dataset without a download: procedural images in class folders, with HAM10000's imbalance and sibling views.
 
-Called by `make demo` and by tests. The drawing is in demo_lesions.py. These images teach the pipeline, never a doctor.
+Called by `make demo` and by tests. These images teach the pipeline, never a doctor.
 """
 
 import csv
-import hashlib
 import io
 import json
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from m2d.classes import CLASSES
-from m2d.data.demo_lesions import render_lesion
+from m2d.demo.lesions import render_lesion
 from m2d.errors import ConfigError, DataError
 from m2d.files.atomic import write_whole
 
@@ -109,14 +108,12 @@ def _plan(counts: dict[str, int], seed: int) -> list[_DemoImage]:
 def _claim(root: Path, arguments: dict[str, int]) -> None:
     """Make `root` the home of this set, or raise DataError where it is the home of another one."""
     marker = root / _MARKER
-    digest = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
     if marker.exists():
         try:
-            earlier = json.loads(marker.read_text())
-        except ValueError:
-            earlier = None
-        if not isinstance(earlier, dict) or earlier.get("arguments_sha256") != digest:
-            found = earlier.get("arguments") if isinstance(earlier, dict) else "an unreadable marker"
+            found = json.loads(marker.read_text())["arguments"]
+        except (ValueError, KeyError, TypeError):
+            found = "an unreadable marker"
+        if found != arguments:
             raise DataError(
                 f"root: {root} holds a demo set made with {found}, not {arguments}; delete it or name another folder"
             )
@@ -126,4 +123,4 @@ def _claim(root: Path, arguments: dict[str, int]) -> None:
     if root.exists() and any(not entry.name.startswith(".") for entry in root.iterdir()):
         raise DataError(f"root: {root} is not empty and holds no demo set; name an empty or new folder")
     root.mkdir(parents=True, exist_ok=True)
-    write_whole(marker, json.dumps({"arguments": arguments, "arguments_sha256": digest}))
+    write_whole(marker, json.dumps({"arguments": arguments}))

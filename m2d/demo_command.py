@@ -7,7 +7,7 @@ from pathlib import Path
 from m2d.arguments import parse_arguments
 from m2d.classes import CLASSES
 from m2d.config import TrainConfig, preset_files
-from m2d.data.demo import write_demo_dataset
+from m2d.demo.dataset import write_demo_dataset
 from m2d.experiment import list_experiments
 from m2d.files.paths import result_path
 from m2d.generation.gate_settings import GateConfig

@@ -12,8 +12,8 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import balanced_accuracy_score
 
 from m2d.classes import CLASSES
-from m2d.data.demo import HAM10000_COUNTS, MIN_PER_CLASS, demo_counts, write_demo_dataset
-from m2d.data.demo_lesions import render_lesion
+from m2d.demo.dataset import HAM10000_COUNTS, MIN_PER_CLASS, demo_counts, write_demo_dataset
+from m2d.demo.lesions import render_lesion
 from m2d.errors import ConfigError, DataError
 
 SMALLEST = MIN_PER_CLASS * len(CLASSES)
