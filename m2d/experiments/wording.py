@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from math import isfinite
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from m2d.data.storage import without_secrets
@@ -95,6 +96,14 @@ def plain(value: Any) -> Any:
 def print_json(value: Any) -> None:
     """The value on stdout, as JSON."""
     print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+def table(*titles: str, right: Collection[str] = ()) -> Table:
+    """An empty table that folds its columns where the terminal is narrow. right: titles of those with numbers."""
+    made = Table(box=None, pad_edge=False, header_style="dim")
+    for title in titles:
+        made.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    return made
 
 
 def open_console() -> Console:

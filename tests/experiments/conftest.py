@@ -5,11 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from report_run import Page, Run, write_full_run, write_run
 
 from m2d.config import TrainConfig, as_dict
 
@@ -89,3 +91,21 @@ def hold_lock() -> HoldLock:
                 process.communicate("")
 
     return hold
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Run]:
+    """make_run(config={...}, **info): a finished run's record and settings, nothing else."""
+    return partial(write_run, tmp_path)
+
+
+@pytest.fixture
+def full_run(tmp_path: Path) -> Run:
+    """A finished run with one of everything."""
+    return write_full_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def full_page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Its report."""
+    return write_full_run(tmp_path_factory.mktemp("full")).page()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from m2d.errors import ConfigError, ExperimentError
-from m2d.experiments.comparison import compare_command, measure_rows, setting_differences
+from m2d.experiments.compare import compare_command, measure_rows, setting_differences
 from m2d.experiments.find import find_records
 from m2d.experiments.settings import CompareConfig
 

@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 
 from m2d.errors import ConfigError, ExperimentError
-from m2d.experiments.clean_plan import plan_experiments
-from m2d.experiments.cleaning import clean_command
+from m2d.experiments.clean import clean_command, planned, remove
 from m2d.experiments.find import find_records
-from m2d.experiments.removal import remove
 from m2d.experiments.settings import CleanConfig
 
 
@@ -81,7 +79,7 @@ def test_a_running_one_is_never_removed(clean: Any, root: Path, make_experiment:
 
 def test_a_run_that_starts_after_the_plan_is_left_alone(root: Path, make_experiment: Any, hold_lock: Any) -> None:
     path = make_experiment(names(1)[0], "failed")
-    (removal,) = plan_experiments(CleanConfig(experiments_dir=str(root), keep=0)).removals
+    (removal,), _ = planned(CleanConfig(experiments_dir=str(root), keep=0))
     with hold_lock(path):
         assert remove(removal) == "a run has just started in it"
     assert (path / "experiment_info.json").is_file()
@@ -89,7 +87,7 @@ def test_a_run_that_starts_after_the_plan_is_left_alone(root: Path, make_experim
 
 def test_what_became_resumable_after_the_plan_is_left_alone(root: Path, make_experiment: Any) -> None:
     path = make_experiment(names(1)[0], "failed")
-    (removal,) = plan_experiments(CleanConfig(experiments_dir=str(root), keep=0)).removals
+    (removal,), _ = planned(CleanConfig(experiments_dir=str(root), keep=0))
     (path / "checkpoints" / "step_00000005").mkdir()
     (path / "checkpoints" / "step_00000005" / "complete.json").write_text("{}")
     assert "it is resumable now" in str(remove(removal))
@@ -98,7 +96,7 @@ def test_what_became_resumable_after_the_plan_is_left_alone(root: Path, make_exp
 
 def test_what_is_gone_already_is_no_error(root: Path, make_experiment: Any) -> None:
     path = make_experiment(names(1)[0])
-    (removal,) = plan_experiments(CleanConfig(experiments_dir=str(root), keep=0)).removals
+    (removal,), _ = planned(CleanConfig(experiments_dir=str(root), keep=0))
     shutil.rmtree(path)
     assert remove(removal) == "it is gone already"
 
@@ -244,7 +242,7 @@ def test_killed_half_way_it_leaves_no_half_experiment_and_goes_on_the_next_time(
             clean(keep=0)
     assert find_records(str(root)) == []
     assert there(root) == [f".removing-{names(1)[0]}"]
-    assert "left by a clean that was cut off" in clean()
+    assert "left by an interrupted clean" in clean()
     assert there(root) == []
 
 

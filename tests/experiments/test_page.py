@@ -13,7 +13,8 @@ from report_run import TRAIN, Page, Run
 
 from m2d.errors import ExperimentError
 from m2d.experiment import Experiment
-from m2d.report import write_report
+from m2d.experiments import page as page_module
+from m2d.experiments.page import write_report
 
 MakeRun = Callable[..., Run]
 FEATURES = ("patch_features", "alignment", "feature_projection", "class_similarity")
@@ -117,8 +118,8 @@ def test_an_unfinished_run_says_where_its_command_goes_on(make_run: MakeRun) -> 
     run.checkpoint(7)
     run.records("train", {"step": 8, "loss/diffusion": 1.0})
     page = run.page()
-    assert "Unfinished, can go on" in page.sections["state"]
-    assert "goes on at step 7" in page.sections["state"]
+    assert "Unfinished, can be resumed" in page.sections["state"]
+    assert "continues at step 7" in page.sections["state"]
     assert "8 of 20 steps" in page.text
 
 
@@ -201,6 +202,6 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(full_run: Run, monk
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("m2d.report.page.replacing", full)
+    monkeypatch.setattr(page_module, "replacing", full)
     with pytest.raises(ExperimentError, match=r"report\.html cannot be written \(No space left on device\)"):
         write_report(full_run.experiment)
