@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from m2d.data.storage import without_secrets
@@ -80,13 +79,17 @@ def compare_command(config: CompareConfig) -> None:
     letters = [ascii_uppercase[i] if i < 26 else str(i + 1) for i in range(len(records))]
     for letter, record in zip(letters, records):
         console.print(Text.assemble((letter, "bold cyan"), "  ", (record.name, "bold"), "  ", state_text(record.state)))
-    console.print()
-    if settings:
-        console.print(_settings_table(settings, letters))
-    else:
-        console.print("no setting differs" if all(record.config for record in records) else "settings cannot be read")
-    console.print()
-    console.print(_measures_table(rows, letters))
+    shown = table("setting", *letters)
+    for key, values in settings.items():
+        shown.add_row(key, *(Text(without_secrets("null" if value is None else str(value))) for value in values))
+    none = "no setting differs" if all(record.config for record in records) else "settings cannot be read"
+    console.print("", shown if settings else none, "", sep="\n")
+    titles = [f"{letter}  " for letter in letters]
+    shown = table("measure", *titles, right=titles)
+    for row in rows:
+        texts = [f"{row.text(value)} {'*' if index == row.better else ' '}" for index, value in enumerate(row.values)]
+        shown.add_row(row.label, *(Text(text, "bold green" if text.endswith("*") else "") for text in texts))
+    console.print(shown)
     if any(row.better is not None for row in rows):
         console.print(Text("* the better one", "dim"))
     for note in notes:
@@ -124,8 +127,8 @@ def measure_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
         add(f"{name}, last", name, [last_value(entries, name) for entries in train])
     add("images/s, last", "images_per_s", [last_value(entries, "images_per_s") for entries in train])
     add("steps", "", [record.steps_done for record in records])
-    add("training time", "", [record.training_seconds for record in records], _duration)
-    add("wall time", "", [record.wall_seconds for record in records], _duration)
+    add("training time", "", [record.training_seconds for record in records], duration_text)
+    add("wall time", "", [record.wall_seconds for record in records], duration_text)
     shown = {row.label.partition(",")[0] for row in rows}
     told = [(sorted(shown & names), why) for names, why in differing]
     return rows, [f"{why}, so no better one is named for {', '.join(names)}" for names, why in told if names]
@@ -142,26 +145,6 @@ def _better(values: Sequence[float | None], direction: str | None) -> int | None
     best = min(known) if direction == "lower" else max(known)
     alike = [value for value in known if number_text(float(value)) == number_text(float(best))]
     return values.index(best) if len(alike) == 1 else None
-
-
-def _settings_table(settings: dict[str, tuple[Any, ...]], letters: Sequence[str]) -> Table:
-    rows = table("setting", *letters)
-    for key, values in settings.items():
-        rows.add_row(key, *(Text(without_secrets("null" if value is None else str(value))) for value in values))
-    return rows
-
-
-def _measures_table(rows: Sequence[Row], letters: Sequence[str]) -> Table:
-    titles = [f"{letter}  " for letter in letters]
-    shown = table("measure", *titles, right=titles)
-    for row in rows:
-        texts = [f"{row.text(value)} {'*' if index == row.better else ' '}" for index, value in enumerate(row.values)]
-        shown.add_row(row.label, *(Text(text, "bold green" if text.endswith("*") else "") for text in texts))
-    return shown
-
-
-def _duration(seconds: float | None) -> str:
-    return number_text(None) if seconds is None else duration_text(seconds)
 
 
 def _as_values(

@@ -96,7 +96,7 @@ def show_command(config: ShowConfig) -> None:
                 rows.add_row(name, *(number_text(value) for value in (best.get("value"), best.get("step"), last)))
         _section(console, "Validation", rows)
     if known["last_scalars"]:
-        scalars = [f"{name} {number_text(value)}" for name, value in known["last_scalars"].items()]
+        scalars = [Text(f"{name} {number_text(value)}") for name, value in known["last_scalars"].items()]
         _section(console, f"Last of training, step {record.steps_done:,}", Columns(scalars, padding=(0, 3)))
     versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items() if version)
     if versions:

@@ -36,8 +36,10 @@ def size_text(size: float) -> str:
     return f"{size:,.1f} TiB"
 
 
-def duration_text(seconds: float) -> str:
-    """Seconds as 48 s, 4 min 48 s, 2 h 10 min, 3 d 4 h."""
+def duration_text(seconds: float | None) -> str:
+    """Seconds as 48 s, 4 min 48 s, 2 h 10 min, 3 d 4 h; – for none."""
+    if seconds is None:
+        return NOTHING
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
