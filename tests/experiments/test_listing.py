@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from m2d.errors import ExperimentError
 from m2d.experiments.listing import list_command
 from m2d.experiments.settings import ListConfig
 
@@ -55,11 +54,6 @@ def test_an_empty_root_is_one_line_and_for_machines_an_empty_list(listed: Any, r
 def test_a_name_that_nothing_bears_is_told(listed: Any, make_experiment: Any) -> None:
     make_experiment("a_20250101_000000")
     assert listed(name="b").startswith("no experiment of the name b in")
-
-
-def test_a_missing_root_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match="is not there"):
-        list_command(ListConfig(experiments_dir=str(tmp_path / "nowhere")))
 
 
 def test_a_broken_one_is_listed_with_its_reason(listed: Any, make_experiment: Any) -> None:
