@@ -13,7 +13,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -56,7 +56,7 @@ class Experiment:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints lie."""
+        """The folder of its checkpoints."""
         return self.path / "checkpoints"
 
     def info(self) -> dict[str, Any]:
@@ -209,20 +209,22 @@ def open_experiment(
 def list_experiments(root: str, name: str | None = None) -> list[Experiment]:
     """Experiments under a root, oldest first; those of one name only where it is given."""
     pattern = re.compile(rf"{re.escape(name) if name else '.+'}_\d{{8}}_\d{{6}}")
+
+    def by_time(names: Iterable[str]) -> list[str]:
+        return sorted(filter(pattern.fullmatch, names), key=lambda name: name[-len("YYYYMMDD_HHMMSS") :])
+
     if "://" in root:
         try:
             filesystem, base = open_storage(root)
             found = filesystem.get_file_info(pyarrow.fs.FileSelector(base, allow_not_found=True))
-            names = [info.base_name for info in found if pattern.fullmatch(info.base_name)]
-            staged = [_staged(root, name) for name in sorted(names, key=_created)]
+            experiments = [_staged(root, name) for name in by_time(info.base_name for info in found)]
         except OSError as error:
             raise _unreachable(root, "read", error) from None
-        return [experiment for experiment in staged if (experiment.path / INFO).is_file()]
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        return []
-    paths = [child for child in folder.iterdir() if pattern.fullmatch(child.name) and (child / INFO).is_file()]
-    return [Experiment(path.resolve()) for path in sorted(paths, key=lambda path: _created(path.name))]
+    else:
+        folder = Path(root).expanduser()
+        children = os.listdir(folder) if folder.is_dir() else []
+        experiments = [Experiment((folder / name).resolve()) for name in by_time(children)]
+    return [experiment for experiment in experiments if (experiment.path / INFO).is_file()]
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -310,10 +312,6 @@ def _staging(root: str) -> Path:
             f"staging: {error.filename} cannot be used for the files of {without_secrets(root)} ({error.strerror}); "
             "remove it, or set TMPDIR to a directory of yours"
         ) from None
-
-
-def _created(name: str) -> str:
-    return name[-len("YYYYMMDD_HHMMSS") :]
 
 
 def _make_folders(path: Path) -> None:
