@@ -58,3 +58,18 @@ def try_lock(path: Path) -> IO[str] | None:
         lock.close()
         return None
     return lock
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock at `path`; True also where that cannot be found out. Makes no file.
+
+    Looking shares the lock, so that two processes that look do not take each other for its holder.
+    """
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return False

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, TrainingError
+from m2d.experiment import BEST, complete_checkpoints
 from m2d.files.atomic import write_whole
 from m2d.models.checkpoint import CheckpointInfo, mark_complete, save_tensors, write_inference_files
 from m2d.models.settings import COMPLETE
-from m2d.training.checkpoints import BEST, complete_checkpoints
 from m2d.training.step import Networks
 
 

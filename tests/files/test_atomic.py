@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from m2d.files.atomic import clear_leftovers, try_lock, whole_file, write_whole
+from m2d.files.atomic import clear_leftovers, is_locked, try_lock, whole_file, write_whole
 
 
 def fail_midway(path: Path) -> None:
@@ -50,9 +50,13 @@ def test_one_process_holds_a_lock_until_it_closes_it(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     ask = "import sys, pathlib; from m2d.files import atomic; sys.exit(not atomic.try_lock(pathlib.Path(sys.argv[1])))"
     asked = [sys.executable, "-c", ask, str(path)]
+    assert not is_locked(path)
+    assert not path.exists()
     lock = try_lock(path)
     assert lock is not None
     with lock:
+        assert is_locked(path)
         assert try_lock(path) is None
         assert subprocess.run(asked, check=False).returncode == 1
+    assert not is_locked(path)
     assert subprocess.run(asked, check=False).returncode == 0

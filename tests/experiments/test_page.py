@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from report_run import TRAIN, Page, Run
+from report_run import BALANCE, TRAIN, Page, Run
 
 from m2d.errors import ExperimentError
 from m2d.experiment import Experiment
-from m2d.report import write_report
+from m2d.experiments import page as page_module
+from m2d.experiments.page import write_report
 
 MakeRun = Callable[..., Run]
 FEATURES = ("patch_features", "alignment", "feature_projection", "class_similarity")
@@ -117,8 +118,8 @@ def test_an_unfinished_run_says_where_its_command_goes_on(make_run: MakeRun) -> 
     run.checkpoint(7)
     run.records("train", {"step": 8, "loss/diffusion": 1.0})
     page = run.page()
-    assert "Unfinished, can go on" in page.sections["state"]
-    assert "goes on at step 7" in page.sections["state"]
+    assert "Unfinished, can be resumed" in page.sections["state"]
+    assert "continues at step 7" in page.sections["state"]
     assert "8 of 20 steps" in page.text
 
 
@@ -201,6 +202,53 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(full_run: Run, monk
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("m2d.report.page.write_whole", full)
+    monkeypatch.setattr(page_module, "write_whole", full)
     with pytest.raises(ExperimentError, match=r"report\.html cannot be written \(No space left on device\)"):
         write_report(full_run.experiment)
+
+
+def test_each_split_counts_as_the_record_says(full_page: Page) -> None:
+    assert full_page.row("val", "NV")[1:4] == ["378", "44", "422"]
+    assert full_page.row("val", "all")[1:4] == ["560", "68", "628"]
+    assert "629 images in /data/skin; files rejected: 3, duplicates left out: 1." in full_page.sections["counts"]
+
+
+def test_before_and_after_are_the_balance_runs_counts(full_page: Page) -> None:
+    """DF: 5 + 2 real images, 33 made. VASC: 8 + 1, 31 made. NV: 378 + 44, none made."""
+    assert full_page.row("real (before)", "DF")[1:4] == ["7", "33", "40"]
+    assert full_page.row("real (before)", "VASC")[1:4] == ["9", "31", "40"]
+    assert full_page.row("real (before)", "NV")[1:4] == ["422", "0", "422"]
+    assert full_page.row("real (before)", "all")[1:4] == ["628", "64", "692"]
+    assert "Before and after: 40 images of each class" in full_page.sections["counts"]
+
+
+def test_a_run_that_balanced_the_training_split_begins_with_its_images(make_run: MakeRun) -> None:
+    run = make_run()
+    run.generation("fill", {"DF": 373}, mode="balance", balance=BALANCE | {"split": "train", "to": "max"})
+    page = run.page()
+    assert page.row("real (before)", "DF")[1:4] == ["5", "373", "378"]
+    assert "as many as the largest class has" in page.sections["counts"]
+
+
+def test_images_that_were_asked_for_and_are_not_there_are_told(make_run: MakeRun) -> None:
+    run = make_run()
+    run.generation("fill", {"DF": 30}, asked={"DF": 33}, mode="balance", balance=BALANCE)
+    page = run.page()
+    assert page.row("missing", "DF")[1:5] == ["7", "30", "3", "37"]
+    assert "3 images that were asked for are not there" in page.sections["counts"]
+
+
+def test_real_images_of_another_dataset_are_not_guessed(make_run: MakeRun) -> None:
+    run = make_run()
+    run.generation("fill", {"DF": 33}, mode="balance", balance=BALANCE | {"catalog": "999999999999"})
+    page = run.page()
+    assert page.row("real (before)", "DF")[1:4] == ["–", "33", "–"]
+    assert "another dataset" in page.sections["counts"]
+
+
+def test_a_run_that_balanced_nothing_has_no_before_and_after(make_run: MakeRun) -> None:
+    run = make_run()
+    run.generation("plain", {"DF": 4, "NV": 4})
+    page = run.page()
+    assert "Before and after" not in page.text
+    assert page.row("val", "all")[3] == "628"
