@@ -39,6 +39,7 @@ from torch import nn
 
 from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.cli import parse
+from m2d.cluster.nodes import gpu_facts
 from m2d.config import TrainConfig, preset_names
 from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import ConfigError, M2DError
@@ -48,7 +49,6 @@ from m2d.models.checkpoint import Checkpoint, CheckpointInfo
 from m2d.models.feature_extractor import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.precision import DTYPES, pick_precision
-from m2d.nodes import gpu_facts
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
 from m2d.training.decoder_step import DecoderStep
 from m2d.training.fake_run import FakeRun

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from jsonargparse import auto_cli
 
 ROOT = Path(__file__).resolve().parents[1]
-ACTOR = "_GeneratorActor"  # Ray names a worker's process after its actor
+ACTOR = "BlockActor"  # Ray names a worker's process after its actor
 LONGEST_S = 1800.0
 
 

@@ -28,10 +28,10 @@ import psutil
 import pyarrow as pa
 
 from m2d.cli import parse
-from m2d.config import TrainConfig, as_dict, with_absolute_paths
+from m2d.config import TrainConfig, as_dict, differences, with_absolute_paths
 from m2d.data.catalog import scan_dataset, write_catalog
-from m2d.data.demo import write_demo_dataset
 from m2d.data.settings import DataConfig
+from m2d.demo.dataset import write_demo_dataset
 from m2d.experiment import list_experiments, open_experiment
 
 STAGES = (
@@ -62,7 +62,7 @@ def main() -> None:
                 place = Path(folder) / f"{rows}-{repetition}"
                 config = configuration(place, arguments.steps)
                 experiment, _ = open_experiment(
-                    config.experiments_dir, config.name, as_dict(config), fresh=False, command=[]
+                    config.experiments_dir, config.name, as_dict(config), differences, fresh=False, command=[]
                 )
                 write_catalog(grown(catalog, rows), str(experiment.path / "cache" / "catalog.parquet"))
                 command = [sys.executable, __file__, "--drive", str(place), "--steps", str(arguments.steps)]

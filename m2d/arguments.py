@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from m2d.data.job_paths import input_path
 from m2d.errors import ConfigError, M2DError
+from m2d.files.paths import input_path
 
 ConfigT = TypeVar("ConfigT")
 

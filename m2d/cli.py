@@ -43,12 +43,12 @@ def _train(config: TrainConfig) -> None:
 
     experiment = train(config)
     try:
-        from m2d.report import write_report
+        from m2d.experiments.page import write_report
 
         print(f"report: {write_report(experiment)}")
     except Exception as error:  # the run is done and whole; a page about it must not make it look failed
         reason = " ".join(str(error).split()) or type(error).__name__
-        from m2d.data.storage import without_secrets
+        from m2d.files.storage import without_secrets
 
         place = without_secrets(config.experiments_dir)
         again = f"python -m m2d experiments report {experiment.name} --experiments_dir {place}"
@@ -92,27 +92,25 @@ def _list_experiments(config: ListConfig) -> None:
 
 
 def _show_experiment(config: ShowConfig) -> None:
-    from m2d.experiments.showing import show_command
+    from m2d.experiments.listing import show_command
 
     show_command(config)
 
 
 def _report_experiment(config: ReportConfig) -> None:
-    from m2d.experiments.find import find_records, resolve
-    from m2d.report import write_report
+    from m2d.experiments.page import report_experiment
 
-    found = resolve(find_records(config.experiments_dir), config.experiment, config.experiments_dir)
-    print(f"report: {write_report(found.experiment)}")
+    report_experiment(config)
 
 
 def _clean_experiments(config: CleanConfig) -> None:
-    from m2d.experiments.cleaning import clean_command
+    from m2d.experiments.clean import clean_command
 
     clean_command(config)
 
 
 def _compare_experiments(config: CompareConfig) -> None:
-    from m2d.experiments.comparison import compare_command
+    from m2d.experiments.compare import compare_command
 
     compare_command(config)
 
@@ -128,7 +126,7 @@ class DemoConfig:
 
 
 def _demo(config: DemoConfig) -> None:
-    from m2d.demo import run_demo
+    from m2d.demo_command import run_demo
 
     run_demo(config.directory, config.images, config.num_samples, config.fresh)
 
@@ -153,7 +151,7 @@ COMMANDS: dict[str, Command] = {
     "experiments": Command("List the experiments; the same as experiments list.", ListConfig, _list_experiments),
     "experiments list": Command("List the experiments, their states and best measures.", ListConfig, _list_experiments),
     "experiments show": Command(
-        "Show one experiment: what it did, how it went, how to go on.",
+        "Show one experiment: what it did, how it went, how to continue it.",
         ShowConfig,
         _show_experiment,
         positional="experiment",
@@ -165,7 +163,7 @@ COMMANDS: dict[str, Command] = {
         positional="experiments",
     ),
     "experiments report": Command(
-        "Write an experiment's report.html anew.", ReportConfig, _report_experiment, positional="experiment"
+        "Write an experiment's report.html again.", ReportConfig, _report_experiment, positional="experiment"
     ),
     "experiments clean": Command("Remove old experiments; asks first.", CleanConfig, _clean_experiments),
     "demo": Command("Render demo images, train on them with two workers, generate samples.", DemoConfig, _demo),

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from m2d.data.job_paths import absolute, input_path, result_path
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
+from m2d.files.paths import absolute, input_path, result_path
 from m2d.models.settings import (
     AutoencoderConfig,
     ConditioningConfig,
@@ -181,7 +181,7 @@ RESUMABLE_CHANGES = frozenset(
 def with_absolute_paths(config: TrainConfigT) -> TrainConfigT:
     """The same run with its local paths absolute: workers and trials may start in another directory. URIs stay.
 
-    Raises ConfigError for a path that cannot mean in a job of Ray what it says: see m2d.data.job_paths.
+    Raises ConfigError for a path that cannot mean in a job of Ray what it says: see m2d.files.paths.
     """
     weights = input_path("feature_extractor.weights", config.feature_extractor.weights)
     return dataclasses.replace(

@@ -23,3 +23,8 @@ class ExperimentError(M2DError):
 
 class TrainingError(M2DError):
     """Training cannot go on; the message names the cause."""
+
+
+def first_line(error: Exception) -> str:
+    """Of another library's error, whose further lines are advice on its own settings; its class where it is silent."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

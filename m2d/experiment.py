@@ -1,10 +1,9 @@
-"""One experiment directory: NAME_YYYYMMDD_HHMMSS with everything a run reads and leaves.
+"""One experiment directory: NAME_YYYYMMDD_HHMMSS with everything a run reads and leaves. What a run writes, no more.
 
 The root may be a path or a URI. For a URI the run works in a staging directory of this machine; `publish` copies it to
-the root and `fetch` brings it to a machine that does not hold it.
+the root and `fetch` brings it to a machine that does not hold it. `m2d.experiments` looks at what lies here.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,12 +24,12 @@ import pyarrow.fs
 import yaml
 
 from m2d import __version__
-from m2d.code_backup import back_up_code
-from m2d.config import differences
-from m2d.data.storage import copy_changed, inside, open_storage, without_secrets
 from m2d.errors import ExperimentError
-from m2d.private_folder import private_folder
-from m2d.records import blanked
+from m2d.files.atomic import is_locked, try_lock, write_whole
+from m2d.files.paths import private_folder
+from m2d.files.storage import copy_changed, inside, open_storage, without_secrets
+from m2d.models.settings import COMPLETE
+from m2d.records import back_up_code, blanked
 
 FOLDERS = (
     "checkpoints", "logs", "outputs", "generated_images", "cache", "wandb", "configs", "code_backup", "metrics",
@@ -39,6 +38,7 @@ FOLDERS = (
 INFO = "experiment_info.json"
 CONFIG = "configs/config.yaml"
 LOCK = ".running.lock"  # held by the process that trains
+BEST = "best"  # the link to the best checkpoint
 REPORTED_PACKAGES = ("torch", "torchvision", "ray", "diffusers", "timm", "lpips", "numpy", "pyarrow", "pillow", "wandb")
 
 
@@ -56,7 +56,7 @@ class Experiment:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints lie."""
+        """The folder of its checkpoints."""
         return self.path / "checkpoints"
 
     def info(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Experiment:
 
     def update_info(self, **values: Any) -> None:
         """Merge values into experiment_info.json, atomically, without the secrets of URIs in them."""
-        _write_text(self.path / INFO, json.dumps(blanked({**self.info(), **values}), indent=2, default=str))
+        write_whole(self.path / INFO, json.dumps(blanked({**self.info(), **values}), indent=2, default=str))
         self.publish(INFO)
 
     def config(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Experiment:
             return
 
         def wanted(name: str) -> bool:
-            # Hidden: locks and half-written files. checkpoints/best is a link; best.json says the same.
+            # Hidden: locks and partial files. checkpoints/best is a link; best.json says the same.
             return not name.startswith("checkpoints/best/") and not any(p.startswith(".") for p in Path(name).parts)
 
         try:
@@ -106,19 +106,19 @@ class Experiment:
         if self.remote is None:
             return
         try:
-            there = _complete_checkpoints(*open_storage(self.remote))
-            here = _complete_checkpoints(pyarrow.fs.LocalFileSystem(), str(self.path))
-            if here and (not there or here[-1] >= there[-1]):
+            there = checkpoint_names(*open_storage(inside(self.remote, "checkpoints")))
+            here = complete_checkpoints(self.checkpoints)
+            if here and (not there or here[-1].name >= there[-1]):
                 return
             _make_folders(self.path)  # object stores know no empty ones
             copy_changed(self.remote, str(self.path), lambda name: not name.startswith("checkpoints/step_"))
             record = self.checkpoints / "best.json"
             best = json.loads(record.read_text(encoding="utf-8"))["checkpoint"] if record.is_file() else None
             for name in {*there[-1:], *([best] if best else [])}:
-                copy_changed(inside(self.remote, f"checkpoints/{name}"), str(self.checkpoints / name), _anything)
+                copy_changed(inside(self.remote, f"checkpoints/{name}"), str(self.checkpoints / name), lambda _: True)
             if best is not None:
-                (self.checkpoints / "best").unlink(missing_ok=True)
-                (self.checkpoints / "best").symlink_to(best)
+                (self.checkpoints / BEST).unlink(missing_ok=True)
+                (self.checkpoints / BEST).symlink_to(best)
         except OSError as error:
             raise _unreachable(self.remote, "read", error) from None
 
@@ -137,49 +137,50 @@ class Experiment:
         """Hold the experiment for this process. Raises ExperimentError where another process trains in it."""
         path = self.path / LOCK
         try:
-            lock = path.open("a")
+            lock = try_lock(path)
         except FileNotFoundError:
             raise self._removed() from None
+        except OSError as error:
+            raise ExperimentError(
+                f"{path} cannot be locked ({error.strerror}); name another --experiments_dir"
+            ) from None
+        if lock is None:
+            raise ExperimentError(
+                f"{self.path} is being trained by another process; wait for it, or start beside it with --fresh"
+            )
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ExperimentError(
-                    f"{self.path} is being trained by another process; wait for it, or start beside it with --fresh"
-                ) from None
             # `experiments clean` may have moved the directory away between the opening and the locking.
             if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                 raise self._removed()
             yield
 
     def _removed(self) -> ExperimentError:
-        return ExperimentError(f"{self.path} has just been removed; run the same command again to start anew")
+        return ExperimentError(f"{self.path} has just been removed; run the same command again to start over")
 
     @property
     def is_running(self) -> bool:
-        """Whether a process holds it now. Looking shares the lock, so that two who look do not see each other."""
-        try:
-            with (self.path / LOCK).open("r") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
-        return False
+        """Whether a process of this machine holds it now."""
+        return is_locked(self.path / LOCK)
 
 
 def open_experiment(
-    root: str, name: str, config: dict[str, Any], *, fresh: bool, command: list[str]
+    root: str,
+    name: str,
+    config: dict[str, Any],
+    differences: Callable[[dict[str, Any], dict[str, Any]], list[str]],
+    *,
+    fresh: bool,
+    command: list[str],
 ) -> tuple[Experiment, bool]:
     """The experiment to train in, and whether it continues an earlier run.
 
-    Re-running a command goes on with the newest unfinished experiment of its name. Raises ExperimentError, with the
-    difference, where that one was made with another configuration. Keys in URIs make no difference: the record has
-    none, and the new command's are used.
+    differences: what of an earlier run's settings and these no continuation allows. Running a command again continues
+    the newest unfinished experiment of its name. Raises ExperimentError, with the differences, where that one was made
+    with other settings. Keys in URIs make no difference: the record has none, and the new command's are used.
     """
     config = blanked(config)
-    unfinished = [experiment for experiment in list_experiments(root, name) if experiment.info().get("state") != "done"]
-    unfinished = [experiment for experiment in unfinished if experiment.info().get("state") != "superseded"]
+    finished = ("done", "superseded")
+    unfinished = [found for found in list_experiments(root, name) if found.info().get("state") not in finished]
     if fresh:
         for experiment in unfinished:
             if not experiment.is_running:
@@ -191,7 +192,7 @@ def open_experiment(
         if changed:
             raise ExperimentError(
                 f"{experiment.path} is unfinished and was made with other settings ({'; '.join(changed)}); "
-                "repeat its command to go on, or start anew with --fresh or another --name"
+                "repeat its command to continue, or start over with --fresh or another --name"
             )
         return experiment, True
     return _create(root, name, config, command), False
@@ -200,20 +201,46 @@ def open_experiment(
 def list_experiments(root: str, name: str | None = None) -> list[Experiment]:
     """Experiments under a root, oldest first; those of one name only where it is given."""
     pattern = re.compile(rf"{re.escape(name) if name else '.+'}_\d{{8}}_\d{{6}}")
+
+    def by_time(names: Iterable[str]) -> list[str]:
+        return sorted(filter(pattern.fullmatch, names), key=lambda name: name[-len("YYYYMMDD_HHMMSS") :])
+
     if "://" in root:
         try:
             filesystem, base = open_storage(root)
             found = filesystem.get_file_info(pyarrow.fs.FileSelector(base, allow_not_found=True))
-            names = [info.base_name for info in found if pattern.fullmatch(info.base_name)]
-            staged = [_staged(root, name) for name in sorted(names, key=_created)]
+            experiments = [_staged(root, name) for name in by_time(info.base_name for info in found)]
         except OSError as error:
             raise _unreachable(root, "read", error) from None
-        return [experiment for experiment in staged if (experiment.path / INFO).is_file()]
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        return []
-    paths = [child for child in folder.iterdir() if pattern.fullmatch(child.name) and (child / INFO).is_file()]
-    return [Experiment(path.resolve()) for path in sorted(paths, key=lambda path: _created(path.name))]
+    else:
+        folder = Path(root).expanduser()
+        children = os.listdir(folder) if folder.is_dir() else []
+        experiments = [Experiment((folder / name).resolve()) for name in by_time(children)]
+    return [experiment for experiment in experiments if (experiment.path / INFO).is_file()]
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints of a run on this machine, oldest first. directory: its checkpoints/."""
+    return [directory / name for name in checkpoint_names(pyarrow.fs.LocalFileSystem(), str(directory))]
+
+
+def checkpoint_names(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
+    """Names of the complete checkpoints in a checkpoints/ folder, oldest first. Raises OSError."""
+    found = filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
+    names = sorted(info.base_name for info in found if info.base_name.startswith("step_"))
+    markers = filesystem.get_file_info([f"{folder}/{name}/{COMPLETE}" for name in names])
+    return [name for name, marker in zip(names, markers) if marker.type == pyarrow.fs.FileType.File]
+
+
+def newest_step(directory: Path) -> int:
+    """The step of the newest complete checkpoint in a run's checkpoints/; 0 where there is none."""
+    return max((step_of(path.name) for path in complete_checkpoints(directory)), default=0)
+
+
+def step_of(checkpoint: str) -> int:
+    """2130 of step_00002130; 0 of another name."""
+    digits = checkpoint.removeprefix("step_")
+    return int(digits) if digits.isdecimal() else 0
 
 
 def environment() -> dict[str, Any]:
@@ -241,7 +268,7 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
             raise _unreachable(root, "written", error) from None
     experiment = Experiment(path.resolve(), inside(root, path.name) if remote else None)
     _make_folders(path)
-    _write_text(path / CONFIG, yaml.safe_dump(config, sort_keys=False))
+    write_whole(path / CONFIG, yaml.safe_dump(config, sort_keys=False))
     experiment.publish(CONFIG)  # before the info, which makes the folder an experiment
     experiment.update_info(
         name=path.name,
@@ -279,33 +306,11 @@ def _staging(root: str) -> Path:
         ) from None
 
 
-def _created(name: str) -> str:
-    return name[-len("YYYYMMDD_HHMMSS") :]
-
-
-def _complete_checkpoints(filesystem: pyarrow.fs.FileSystem, root: str) -> list[str]:
-    """Names of an experiment's complete checkpoints, oldest first."""
-    folders = filesystem.get_file_info(pyarrow.fs.FileSelector(f"{root}/checkpoints", allow_not_found=True))
-    names = sorted(info.base_name for info in folders if info.base_name.startswith("step_"))
-    markers = filesystem.get_file_info([f"{root}/checkpoints/{name}/complete.json" for name in names])
-    return [name for name, marker in zip(names, markers) if marker.type == pyarrow.fs.FileType.File]
-
-
 def _make_folders(path: Path) -> None:
     for folder in FOLDERS:
         (path / folder).mkdir(parents=True, exist_ok=True)
 
 
-def _anything(name: str) -> bool:
-    return True
-
-
 def _unreachable(root: str, done: str, error: OSError) -> ExperimentError:
     reason = error.strerror or without_secrets(" ".join(str(error).split()))
     return ExperimentError(f"experiments_dir: {without_secrets(root)} cannot be {done} ({reason}); name another")
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -28,8 +28,8 @@ def jpeg(number: int, size: tuple[int, int] = (48, 36)) -> bytes:
 class Archive:
     """What the server holds, how it misbehaves, and what it was asked."""
 
-    def __init__(self) -> None:
-        self.address = ""
+    def __init__(self, address: str = "") -> None:
+        self.address = address
         self.records: list[Any] = []
         self.files: dict[str, bytes] = {}
         self.collections: dict[int, str] = {212: "HAM10000", 66: "Challenge 2018: Task 3: Training"}
@@ -100,6 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
                 archive.range_headers.append((name.removesuffix(".jpg"), self.headers.get("Range")))
             waiting = archive.mishaps.get(name, [])
             mishap = waiting.pop(0) if waiting else None
+            if isinstance(mishap, bytes):  # from now on the file is another one
+                archive.files[name.removesuffix(".jpg")] = mishap
         if isinstance(mishap, dict):
             self._send(mishap["status"], b"{}", {key: value for key, value in mishap.items() if key != "status"})
         elif parts.path.startswith("/api/v2/"):

@@ -1,6 +1,7 @@
-"""An experiment's folder as training leaves it, part by part, and its report read as a browser would."""
+"""Experiments' folders as training leaves them, part by part, and a report read as a browser would."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 from m2d.classes import CLASSES
 from m2d.config import TrainConfig, as_dict
 from m2d.experiment import Experiment
-from m2d.report import write_report
+from m2d.experiments.page import write_report
 
 VOID = {"meta", "link", "img", "source", "br"}
 TRAIN = dict(zip(CLASSES, (18, 30, 57, 5, 64, 378, 8), strict=True))  # 560
@@ -80,16 +81,13 @@ class Run:
     def experiment(self) -> Experiment:
         return Experiment(self.path)
 
-    def info(self, **values: Any) -> None:
-        self.experiment.update_info(**values)
-
     def checkpoint(self, step: int) -> None:
         folder = self.path / "checkpoints" / f"step_{step:08d}"
-        folder.mkdir(parents=True)
+        folder.mkdir()
+        (folder / "weights.safetensors").write_bytes(bytes(1000))
         (folder / "complete.json").write_text("{}")
 
     def records(self, log: str, *records: dict[str, float]) -> None:
-        (self.path / "metrics").mkdir(exist_ok=True)
         lines = "".join(json.dumps(record) + "\n" for record in records)
         (self.path / "metrics" / f"{log}.jsonl").write_text(lines)
 
@@ -118,22 +116,47 @@ def write_png(path: Path, pixels: np.ndarray) -> bytes:
     return path.read_bytes()
 
 
-def write_run(root: Path, config: dict[str, Any] | None = None, **info: Any) -> Run:
-    """A finished run's record and settings, nothing else; `info` takes the place of what the record says."""
-    run = Run(root / "tiny_20261122_120000")
-    (run.path / "configs").mkdir(parents=True)
-    settings = as_dict(TrainConfig(name="tiny")) | (config or {})
-    (run.path / "configs" / "config.yaml").write_text(yaml.safe_dump(settings))
+def write_experiment(
+    root: Path,
+    name: str,
+    state: str = "done",
+    *,
+    steps: tuple[int, ...] = (),
+    train: Sequence[dict[str, Any]] = (),
+    validation: Sequence[dict[str, Any]] = (),
+    config: dict[str, Any] | None = None,
+    best: tuple[int, float] | None = None,
+    **info: Any,
+) -> Path:
+    """An experiment's directory as a run leaves it. steps: of its checkpoints; best: (step, score)."""
+    run = Run(root / name)
+    for folder in ("configs", "metrics", "checkpoints", "cache", "generated_images"):
+        (run.path / folder).mkdir(parents=True)
+    settings = as_dict(TrainConfig(name=name[:-16])) | (config or {})
+    text = yaml.dump(settings, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
+    (run.path / "configs" / "config.yaml").write_text(text)
+    record = {"name": name, "state": state, "command": "jobs/train.py --name tiny", **info}
+    (run.path / "experiment_info.json").write_text(json.dumps(record))
+    for step in steps:
+        run.checkpoint(step)
+    if best is not None:
+        kept = f"step_{best[0]:08d}"
+        (run.path / "checkpoints" / "best.json").write_text(json.dumps({"checkpoint": kept, "score": best[1]}))
+        (run.path / "checkpoints" / "best").symlink_to(kept)
+    run.records("train", *train)
+    run.records("validation", *validation)
+    return run.path
+
+
+def write_run(root: Path, state: str = "done", **more: Any) -> Run:
+    """A finished run's record and settings, nothing else; `more` takes the place of what the record says."""
     dataset = {"root": "/data/skin", "images": 629, "rejected": 3, "duplicates": 1, "sha256": "abcdef0123456789"}
-    dataset["counts"] = {"train": TRAIN, "val": VAL}
     known = {
-        "state": "done", "created": "2026-11-22T12:00:00+00:00", "finished": "2026-11-22T13:30:00+00:00",
-        "command": "jobs/train.py --name tiny", "total_steps": 20, "device": "1 H100", "precision": "bfloat16",
-        "dataset": dataset, "versions": {"torch": "2.15.0", "wandb": None}, "degraded": [],
-        "git": {"commit": "524b87c390", "uncommitted_changes": False},
+        "created": "2026-11-22T12:00:00+00:00", "finished": "2026-11-22T13:30:00+00:00", "total_steps": 20,
+        "device": "1 H100", "precision": "bfloat16", "dataset": dataset | {"counts": {"train": TRAIN, "val": VAL}},
+        "versions": {"torch": "2.15.0", "wandb": None}, "git": {"commit": "524b87c390", "uncommitted_changes": False},
     }  # fmt: skip
-    run.info(**(known | info))
-    return run
+    return Run(write_experiment(root, "tiny_20261122_120000", state, **(known | more)))
 
 
 def write_full_run(root: Path) -> Run:

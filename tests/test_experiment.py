@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from m2d import experiment as experiment_module
-from m2d.config import TrainConfig, as_dict
-from m2d.data.storage import inside
+from m2d.config import TrainConfig, as_dict, differences
 from m2d.errors import ExperimentError
 from m2d.experiment import FOLDERS, Experiment, list_experiments, open_experiment
+from m2d.files.storage import inside
 
 CONFIG = as_dict(TrainConfig(name="tiny"))
 COMMAND = ["jobs/train.py", "--name", "tiny", "--data_root", "/my data"]
@@ -31,11 +31,11 @@ def staging_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def opened(root: Path | str, config: dict[str, Any] = CONFIG, *, name: str = "tiny", fresh: bool = False) -> Experiment:
-    return open_experiment(str(root), name, config, fresh=fresh, command=COMMAND)[0]
+    return open_experiment(str(root), name, config, differences, fresh=fresh, command=COMMAND)[0]
 
 
 def continued(root: Path | str, config: dict[str, Any] = CONFIG) -> bool:
-    return open_experiment(str(root), "tiny", config, fresh=False, command=COMMAND)[1]
+    return open_experiment(str(root), "tiny", config, differences, fresh=False, command=COMMAND)[1]
 
 
 def test_its_name_is_name_date_and_time(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_it_keeps_the_resolved_configuration_and_the_source(tmp_path: Path) -> N
 
 def test_access_keys_in_the_command_are_not_kept(tmp_path: Path) -> None:
     command = ["train", "--data_root", "s3://key:word@bucket/ISIC?secret_token=hidden"]
-    info = open_experiment(str(tmp_path), "tiny", CONFIG, fresh=False, command=command)[0].info()
+    info = open_experiment(str(tmp_path), "tiny", CONFIG, differences, fresh=False, command=command)[0].info()
     assert "word" not in info["command"]
     assert "hidden" not in info["command"]
 
@@ -266,7 +266,7 @@ def test_another_machine_goes_on_from_the_newest_checkpoint(tmp_path: Path, monk
         save_checkpoint(experiment, step, best=best)
     experiment.publish()
     on_another_machine(monkeypatch, tmp_path)
-    resumed, continues = open_experiment(root, "tiny", CONFIG, fresh=False, command=COMMAND)
+    resumed, continues = open_experiment(root, "tiny", CONFIG, differences, fresh=False, command=COMMAND)
     assert continues
     assert resumed.path != experiment.path
     fetched = sorted(path.name for path in resumed.checkpoints.iterdir())

@@ -1,1 +1,1 @@
-"""Images in: catalog, split, decoding, demo data and the training stream."""
+"""Images in: download, catalog, split, decoding and the training stream."""

@@ -1,17 +1,17 @@
 """From a folder of class folders to one Arrow table, the catalog; all that follows reads the table, not the folder.
 
-Reads local disks, S3 and GCS alike (m2d.data.storage). Knows nothing of Ray, tensors or training.
+Reads local disks, S3 and GCS alike (m2d.files.storage). Knows nothing of Ray, tensors or training.
 """
 
 import csv
 import hashlib
 import io
-import os
 import posixpath
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,8 +23,9 @@ from m2d.classes import CLASSES
 from m2d.data.decode import ImageRejected, probe_image
 from m2d.data.settings import DataConfig
 from m2d.data.split import assign_splits
-from m2d.data.storage import open_storage, without_secrets
 from m2d.errors import DataError
+from m2d.files.atomic import write_whole
+from m2d.files.storage import one_line, open_storage, without_secrets
 
 CATALOG_SCHEMA = pa.schema(
     [
@@ -133,7 +134,7 @@ def read_catalog(path: str) -> pa.Table:
     except FileNotFoundError:
         raise DataError(f"catalog: {shown} does not exist; scan the dataset first") from None
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"catalog: {shown} cannot be read ({_one_line(error)}); scan the dataset again") from error
+        raise DataError(f"catalog: {shown} cannot be read ({one_line(error)}); scan the dataset again") from error
 
 
 def write_rejected(rejected: pa.Table, path: str) -> None:
@@ -181,7 +182,7 @@ def _class_folders(filesystem: fs.FileSystem, root: str, shown: str, class_map: 
             raise DataError(f"data_root: {shown} is a file; give the folder that holds the class folders")
         entries = filesystem.get_file_info(fs.FileSelector(root))
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"data_root: {shown} cannot be listed ({_one_line(error)}); check access to it") from error
+        raise DataError(f"data_root: {shown} cannot be listed ({one_line(error)}); check access to it") from error
     names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
     names = [name for name in names if not is_debris(name)]
 
@@ -231,7 +232,7 @@ def _read_lesions(filesystem: fs.FileSystem, root: str, shown: str) -> dict[str,
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{where} cannot be read ({_one_line(error)}); save it as UTF-8 or remove it") from error
+        raise DataError(f"{where} cannot be read ({one_line(error)}); save it as UTF-8 or remove it") from error
     lesion_of: dict[str, str] = {}
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""))
@@ -245,7 +246,7 @@ def _read_lesions(filesystem: fs.FileSystem, root: str, shown: str) -> dict[str,
             )
         reader.fieldnames = columns
         for row in reader:
-            image_id = _without_image_suffix((row["image_id"] or "").strip())
+            image_id = without_image_suffix((row["image_id"] or "").strip())
             lesion_id = (row["lesion_id"] or "").strip()
             if not image_id or not lesion_id:
                 continue
@@ -255,7 +256,7 @@ def _read_lesions(filesystem: fs.FileSystem, root: str, shown: str) -> dict[str,
                     f"(line {reader.line_num}); keep one"
                 )
     except csv.Error as error:
-        raise DataError(f"{where} is not a CSV file ({_one_line(error)}); mend it or remove it") from error
+        raise DataError(f"{where} is not a CSV file ({one_line(error)}); mend it or remove it") from error
     return lesion_of
 
 
@@ -276,7 +277,7 @@ def _probe_all(
         except ImageRejected as rejection:
             return rejection.reason
         except (pa.ArrowException, OSError) as error:
-            return f"cannot be read: {_one_line(error)}"
+            return f"cannot be read: {one_line(error)}"
         return _Probe(width, height, len(encoded), hashlib.sha256(encoded).hexdigest())
 
     probes: list[_Probe | str] = []
@@ -325,7 +326,7 @@ def _group_lesions(images: list[_Image], kept: list[_Image], lesion_of: dict[str
     image_id_of = {path: _stem(path) if stems[_stem(path)] == 1 else path for path, _, _ in kept}
 
     def recorded(path: str) -> str | None:
-        return lesion_of.get(_without_image_suffix(path)) or lesion_of.get(_stem(path))
+        return lesion_of.get(without_image_suffix(path)) or lesion_of.get(_stem(path))
 
     kept_path = {probe.sha256: path for path, _, probe in kept}
     lesion_at = {path: recorded(path) or image_id_of[path] for path, _, _ in kept}
@@ -367,19 +368,18 @@ def _write_csv(table: pa.Table, path: str) -> None:
 
 
 def _write_whole(path: str, encoded: pa.Buffer) -> None:
-    """All or nothing: on a local disk by renaming a complete neighbour, which object stores do of themselves."""
+    """All or nothing, which object stores do of themselves."""
     filesystem, inner = open_storage(path)
-    local = isinstance(filesystem, fs.LocalFileSystem)
-    target = f"{inner}.{os.getpid()}.partial" if local else inner
     try:
         filesystem.create_dir(posixpath.dirname(inner), recursive=True)
-        with filesystem.open_output_stream(target, compression=None) as stream:
-            stream.write(encoded)
-        if local:
-            filesystem.move(target, inner)
+        if isinstance(filesystem, fs.LocalFileSystem):
+            write_whole(Path(inner), encoded.to_pybytes())
+        else:
+            with filesystem.open_output_stream(inner, compression=None) as stream:
+                stream.write(encoded)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{without_secrets(path)} cannot be written ({_one_line(error)}); check the path, its rights and free space"
+            f"{without_secrets(path)} cannot be written ({one_line(error)}); check the path, its rights and free space"
         ) from error
 
 
@@ -387,7 +387,8 @@ def _stem(path: str) -> str:
     return posixpath.splitext(posixpath.basename(path))[0]
 
 
-def _without_image_suffix(name: str) -> str:
+def without_image_suffix(name: str) -> str:
+    """ISIC_1 for ISIC_1.jpg: tables name images either way."""
     stem, suffix = posixpath.splitext(name)
     return stem if suffix.lower() in IMAGE_SUFFIXES else name
 
@@ -395,7 +396,3 @@ def _without_image_suffix(name: str) -> str:
 def _abbreviated(names: list[str]) -> str:
     shown = [*names[:8], "..."] if len(names) > 8 else names
     return ", ".join(shown)
-
-
-def _one_line(error: Exception) -> str:
-    return without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__

@@ -4,6 +4,8 @@ Knows nothing of files, labels or Ray. Safe in many threads at once: it neither 
 """
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -11,7 +13,7 @@ from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base as ExifTag
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import BITSPERSAMPLE, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
@@ -34,14 +36,10 @@ def decode_image(encoded: bytes, *, max_pixels: int) -> np.ndarray:
     Raises ImageRejected for bytes that are no whole JPEG, PNG, BMP, TIFF or WEBP image.
     """
     image = _open(encoded, max_pixels)
-    try:
+    with _readable(image.format):
         image.load()
         upright = _upright(_opaque(image), _orientation(image))
         return np.array(upright.convert("RGB"))
-    except ImageRejected:
-        raise
-    except Exception as error:
-        raise _unreadable(image, error) from error
 
 
 def decode_resized(encoded: bytes, size: int, *, max_pixels: int) -> np.ndarray:
@@ -52,7 +50,7 @@ def decode_resized(encoded: bytes, size: int, *, max_pixels: int) -> np.ndarray:
     within a few grey levels of the full way. Otherwise as decode_image.
     """
     image = _open(encoded, max_pixels)
-    try:
+    with _readable(image.format):
         draft = image.draft(None, (size, size)) if isinstance(image, JpegImageFile) else None
         image.load()
         opaque = _opaque(image)
@@ -65,10 +63,6 @@ def decode_resized(encoded: bytes, size: int, *, max_pixels: int) -> np.ndarray:
             (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=2.0
         )
         return np.array(_upright(square, _orientation(image)).convert("RGB"))
-    except ImageRejected:
-        raise
-    except Exception as error:
-        raise _unreadable(image, error) from error
 
 
 def probe_image(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
@@ -78,35 +72,23 @@ def probe_image(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
     """
     image = _open(encoded, max_pixels)
     width, height = image.size
-    try:
+    with _readable(image.format):
         if isinstance(image, JpegImageFile):
             image.draft(None, (1, 1))  # entropy decoding still reads all of the file; only the inverse DCT gets cheaper
         image.load()
         _opaque(image)
         return (height, width) if _orientation(image) in _QUARTER_TURNED else (width, height)
-    except ImageRejected:
-        raise
-    except Exception as error:
-        raise _unreadable(image, error) from error
-
-
-class _Tiff(TiffImageFile):
-    """Without Pillow's own size guard, which warns or raises at a fixed size; max_pixels has been checked already."""
-
-    def load_prepare(self) -> None:
-        if self._im is None:
-            self.im = Image.new(self.mode, getattr(self, "_tile_size", self.size)).im
-        super().load_prepare()
 
 
 _SIGNATURES: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (b"\xff\xd8\xff", JpegImageFile),  # also MPO: its first picture is an ordinary JPEG
     (b"\x89PNG\r\n\x1a\n", PngImageFile),
     (b"BM", BmpImageFile),
-    (b"II*\0", _Tiff),
-    (b"MM\0*", _Tiff),
-    (b"II+\0", _Tiff),
-    (b"MM\0+", _Tiff),
+    (b"II*\0", TiffImageFile),
+    (b"MM\0*", TiffImageFile),
+    (b"II+\0", TiffImageFile),
+    (b"MM\0+", TiffImageFile),
+    (b"RIFF", WebPImageFile),  # reserves two canvases as it opens, but touches no page of them before it decodes
 )
 # (offset, signature, name): only so that the reason can name what the file is.
 _REFUSED_SIGNATURES = (
@@ -138,23 +120,18 @@ def _open(encoded: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """Read the header alone. The plugin is called directly: Image.open applies Pillow's process-wide size guard."""
     if not encoded:
         raise ImageRejected("the file is empty")
-    if encoded[:4] == b"RIFF" and encoded[8:12] == b"WEBP":
-        # The WebP plugin allocates two canvases as it opens, so its size is read by hand first.
-        _check_size(*_webp_size(encoded), max_pixels)
-        plugin: type[ImageFile.ImageFile] | None = WebPImageFile
-    else:
-        plugin = next((plugin for signature, plugin in _SIGNATURES if encoded.startswith(signature)), None)
+    plugin = next((plugin for signature, plugin in _SIGNATURES if encoded.startswith(signature)), None)
     if plugin is None:
         names = (name for offset, signature, name in _REFUSED_SIGNATURES if encoded.startswith(signature, offset))
         found = next(names, None)
         expected = " ".join(FORMATS)
         content = f"the real format is {found}" if found else "the content is no image"
         raise ImageRejected(f"{content}, not one of {expected}")
-    try:
+    with _readable(plugin.format):
         image = plugin(io.BytesIO(encoded))
-    except Exception as error:
-        raise ImageRejected(f"unreadable {plugin.format}: {_one_line(error)}") from error
     _check_size(*image.size, max_pixels)
+    if isinstance(image, TiffImageFile):  # with memory of its own, Pillow's process-wide size guard is not asked
+        image.im = Image.new(image.mode, (image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH])).im
     if plugin is JpegImageFile and encoded.endswith(bytes(64)) and not encoded.rstrip(b"\0").endswith(_END_OF_JPEG):
         # A download that broke off in a preallocated file. libjpeg takes the zeros for codes and paints a grey tail.
         raise ImageRejected("truncated JPEG: zeros in place of its tail")
@@ -166,20 +143,6 @@ def _check_size(width: int, height: int, max_pixels: int) -> None:
         raise ImageRejected(f"{width} x {height} is more than max_pixels = {max_pixels}")
     if min(width, height) < MIN_SIDE:
         raise ImageRejected(f"{width} x {height} is too small; each side must have at least {MIN_SIDE} pixels")
-
-
-def _webp_size(encoded: bytes) -> tuple[int, int]:
-    """(width, height) from a WebP header. Layout: RFC 9649, sections 2.5 to 2.7; VP8 frame header: RFC 6386, 9.1."""
-    head = encoded[:30]
-    if len(head) == 30:
-        if head[12:16] == b"VP8X":
-            return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
-        if head[12:16] == b"VP8L":
-            packed = int.from_bytes(head[21:25], "little")
-            return (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1
-        if head[12:16] == b"VP8 ":
-            return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
-    raise ImageRejected("unreadable WEBP: broken header")
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -236,9 +199,13 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _unreadable(image: ImageFile.ImageFile, error: Exception) -> ImageRejected:
-    return ImageRejected(f"unreadable {image.format}: {_one_line(error)}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+@contextmanager
+def _readable(image_format: str | None) -> Iterator[None]:
+    """Whatever Pillow raises becomes ImageRejected."""
+    try:
+        yield
+    except ImageRejected:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ImageRejected(f"unreadable {image_format}: {text}") from error

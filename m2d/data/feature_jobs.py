@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from m2d.cluster.fan_out import JobResult
 from m2d.data.feature_store import write_features
-from m2d.data.image_jobs import JobResult
 from m2d.data.prepared import PreparedRows
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, DataError
@@ -63,7 +63,7 @@ class FeatureJobs:
         )
         return JobResult(len(rows))
 
-    def load_extractor(self, device: str, threads: int) -> FeatureExtractor:
+    def load(self, device: str, threads: int) -> FeatureExtractor:
         """On the device, ready to use. threads: of torch in this process, for a CPU, never more than it has cores.
 
         Raises ConfigError where this machine's weights are not the driver's.

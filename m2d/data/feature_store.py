@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from m2d.data.shards import DIGEST_BYTES, ShardIndex, digests, shard_name, whole_file
+from m2d.data.shards import DIGEST_BYTES, ShardIndex, cache_file, digests, shard_name
 from m2d.errors import DataError
+from m2d.files.storage import one_line
 from m2d.models.feature_extractor import Features
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def write_features(
         "crc32": torch.tensor([[_checksum(row) for row in pair] for pair in zip(cls, patches, strict=True)]),
     }
     path = _view_folder(folder, extractor_key, image_size, view) / shard_name(keys, ".safetensors")
-    with whole_file(path) as partial:
+    with cache_file(path) as partial:
         try:
             save_file(columns, partial, metadata=_notes(extractor_key, image_size, view))
         except SafetensorError as error:  # of a full disk, say
@@ -139,7 +140,7 @@ class FeatureStore:
                         if shard.get_slice("patches").get_shape()[0] != len(sums):
                             raise ValueError("holds more or fewer features than names")
                 except (SafetensorError, OSError, ValueError) as error:
-                    reason = " ".join(str(error).split())[:200]
+                    reason = one_line(error)
                     self.unreadable[path] = reason
                     logger.warning(
                         "features: %s cannot be read (%s); setup_data --features makes it again", path, reason
@@ -198,7 +199,7 @@ class FeatureTable:
             try:
                 columns = load_file(self._files[file])
             except (SafetensorError, OSError) as error:
-                raise self._damage(file, " ".join(str(error).split())) from None
+                raise self._damage(file, one_line(error)) from None
             self._mapped[file] = columns
             self._checked[file] = np.zeros((len(columns["cls"]), len(COLUMNS)), dtype=bool)
         return self._mapped[file]

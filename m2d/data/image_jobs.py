@@ -7,22 +7,15 @@ seconds and 200 MB. A job returns small numbers, the file holds the rest.
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from m2d.cluster.fan_out import JobResult
 from m2d.data.decode import ImageRejected, decode_resized
 from m2d.data.prepared import write_images
 from m2d.data.reader import READ_THREADS, ImageReader
-
-
-@dataclass(frozen=True)
-class JobResult:
-    """What a finished job tells."""
-
-    images: int  # in the file
-    failures: list[str] = field(default_factory=list)  # `path: reason` of each image that is not in the file
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the ISIC archive's public API (v2) says, in M2D's words: collections, image records, diagnoses as class codes.
 
-m2d.data.download asks it; nothing here opens a connection, so that the settings may read it. Not seen live: taken from
+m2d.data.isic asks it; nothing here opens a connection, so that the settings may read it. Not seen live: taken from
 the archive's own published sources (the server ImageMarkup/isic, the clients isic-cli and isic-metadata 4.12).
 
 - `collections/ID/` describes a collection; an unknown one is a 404.

@@ -5,42 +5,35 @@ the same command: what is there is not made again. The driver sees file names an
 """
 
 import dataclasses
-import fcntl
-import logging
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import ray
-import ray.data
-import ray.exceptions
 
-from m2d.cluster import ray_cluster
+from m2d.cluster.fan_out import JobResult, as_block, fan_out, numbered, on_tasks, run_jobs
+from m2d.cluster.nodes import cluster_total, node_resources, require_shared
+from m2d.cluster.start import ray_cluster
 from m2d.data.catalog import class_counts, dataset_fingerprint, scan_dataset
-from m2d.data.image_jobs import ImageJobs, JobResult
-from m2d.data.job_paths import absolute, input_path, result_path
+from m2d.data.image_jobs import ImageJobs
 from m2d.data.prepared import PreparedImages, prepared_folder, reusable_catalog, write_scan
-from m2d.data.progress import progress
 from m2d.data.reader import ImageReader
 from m2d.data.settings import SetupConfig
 from m2d.data.setup_report import StageReport, print_table, say, size_text, write_record
-from m2d.data.shards import clear_leftovers
-from m2d.data.storage import without_secrets
-from m2d.data.stream import user_error
 from m2d.errors import ConfigError, DataError
-from m2d.nodes import node_resources, require_shared
+from m2d.files.atomic import clear_leftovers, try_lock
+from m2d.files.paths import absolute, input_path, result_path
+from m2d.files.progress import progress
+from m2d.files.storage import without_secrets
 
 if TYPE_CHECKING:  # image tasks import this file and need no torch: seconds and 200 MB each
     from m2d.data.feature_jobs import FeatureJobs
     from m2d.data.feature_store import FeatureStore
-    from m2d.models.feature_extractor import FeatureExtractor
 
 ACTORS_PER_CPU_NODE = 8  # each holds the network; more cores than that become threads of the actors
 SHOWN_FAILURES = 10
@@ -56,7 +49,7 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
     data_root = _checked_data_root(config)
     folder = prepared_folder(config.cache_dir, data_root)
     if config.download.enabled:
-        from m2d.data.download import download_isic
+        from m2d.data.isic import download_isic
 
         download_isic(config.download, data_root)
     if not stages:
@@ -112,16 +105,14 @@ def _alone(folder: Path) -> Iterator[None]:
     """Keeps a second run out of the folder, then removes what a killed one left. A killed process loses the lock."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "setup.lock").open("w")
+        lock = try_lock(folder / "setup.lock")
     except OSError as error:
         raise ConfigError(
             f"cache_dir: {folder} cannot be made ({error.strerror}); choose another --cache_dir"
         ) from None
+    if lock is None:
+        raise ConfigError(f"cache_dir: another setup_data is running in {folder}; wait for it to end")
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"cache_dir: another setup_data is at work in {folder}; wait for it to end") from None
         leftovers = clear_leftovers(folder)
         if leftovers:
             say(f"removed {leftovers} half-written files of a run that was killed")
@@ -134,8 +125,8 @@ def _scan(config: SetupConfig, data_root: str, folder: Path, catalog: pa.Table |
         say(f"scan: {len(catalog):,} images found in the catalog; no file and no setting has changed since")
         return catalog, StageReport("catalog", len(catalog), 0, 0, 1, _size(folder / "catalog.parquet"))
     fingerprint = dataset_fingerprint(data_root, config.data)  # from before, so that a change during the scan shows
-    with progress("scan", "images") as advance:
-        scan = scan_dataset(data_root, config.data, advance)
+    with progress("scan", stderr=False) as shown:
+        scan = scan_dataset(data_root, config.data, shown.show)
     write_scan(folder, scan, data_root, config.data, fingerprint)
     _say_failures("scan", [f"{row['path']}: {row['reason']}" for row in scan.rejected.to_pylist()])
     counts = " ".join(f"{code} {count}" for code, count in class_counts(scan.catalog).items())
@@ -169,12 +160,12 @@ def _images(
             results = map(jobs.run, range(len(rows)))
         else:
             need_ray()
-            results = _results(_decoding(config, jobs))
-        with progress("images", "images") as advance:
+            results = _decoded(config, jobs)
+        with progress("images", stderr=False) as shown:
             for result in results:
                 made += result.images
                 failures += result.failures
-                advance(made + len(failures), len(missing))
+                shown.show(made + len(failures), len(missing))
     _say_failures("images", failures)
     files = PreparedImages.look(folder, size).files
     return StageReport(
@@ -215,12 +206,12 @@ def _features(config: SetupConfig, folder: Path, catalog: pa.Table, need_ray: Ca
             results = _extracted_here(jobs)
         else:
             need_ray()
-            results = _results(_extraction(config, jobs))
+            results = _extracted(config, jobs)
         made = 0
-        with progress("features", "views") as advance:
+        with progress("features", unit="views", stderr=False) as shown:
             for result in results:
                 made += result.images
-                advance(made, left)
+                shown.show(made, left)
     return _feature_reports(FeatureStore.open(folder, key, size), sha256, missing, time.monotonic() - began)
 
 
@@ -254,23 +245,26 @@ def _extracted_here(jobs: "FeatureJobs") -> Iterator[JobResult]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    extractor = jobs.load_extractor(device, torch.get_num_threads())
+    extractor = jobs.load(device, torch.get_num_threads())
     say(f"features: {len(jobs.rows):,} files to make, in this process")
     for number in range(len(jobs.rows)):
         yield jobs.run(number, extractor, device)
 
 
-def _decoding(config: SetupConfig, jobs: ImageJobs) -> ray.data.Dataset:
-    """All jobs as tasks, of which as many run as the cluster has CPUs."""
-    return _numbered(len(jobs.rows)).map_batches(
-        _DecodeShard(ray.put(jobs)).run, batch_size=None, batch_format="pyarrow", num_cpus=config.data.read_cpus
-    )
+def _decoded(config: SetupConfig, jobs: ImageJobs) -> Iterator[JobResult]:
+    """The results of all jobs as tasks, of which as many run as the cluster has CPUs."""
+    tasks = on_tasks(jobs, _decode, cpus=config.data.read_cpus)
+    for row in fan_out(numbered(len(jobs.rows)), tasks):
+        yield JobResult(**row)
 
 
-def _extraction(config: SetupConfig, jobs: "FeatureJobs") -> ray.data.Dataset:
-    """All jobs on actors that hold the extractor: one a GPU, or as many as share the cores without waiting."""
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+def _decode(jobs: ImageJobs, block: pa.Table) -> pa.Table:
+    return as_block(jobs.run(block["job"][0].as_py()))
+
+
+def _extracted(config: SetupConfig, jobs: "FeatureJobs") -> Iterator[JobResult]:
+    """The results of all jobs on actors: one a GPU, or as many as share the cores without waiting."""
+    gpus, cpus = int(cluster_total("GPU")), int(cluster_total("CPU")) or 1
     limit = gpus or cpus
     asked = config.num_actors
     if asked is not None and asked > limit:
@@ -283,73 +277,9 @@ def _extraction(config: SetupConfig, jobs: "FeatureJobs") -> ray.data.Dataset:
     # An actor reserves one CPU and computes on its node's share of the cores: one that reserved them all would wait for
     # whatever else holds a part of one.
     threads = max(1, node_cpus // math.ceil(actors / max(1, cpus // node_cpus)))
-    share: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
     where = f"{actors} GPU{'s' if actors > 1 else ''}" if gpus else f"{actors} x {threads} CPU threads"
     say(f"features: {len(jobs.rows):,} files to make, on {where}")
-    return _numbered(len(jobs.rows)).map_batches(
-        _ExtractShard,
-        fn_constructor_args=(jobs, "cuda" if gpus else "cpu", threads),
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        batch_size=1 if gpus else None,  # a job a block; Ray asks for a number where GPUs are reserved
-        batch_format="pyarrow",
-        **share,
-    )
-
-
-@dataclass(frozen=True)
-class _DecodeShard:
-    """The map function of the image stage. Small, for Ray sends it with each task."""
-
-    jobs: "ray.ObjectRef[ImageJobs]"
-
-    def run(self, block: pa.Table) -> pa.Table:
-        """One job: its number in, its result out."""
-        return _as_block(ray.get(self.jobs).run(block["job"][0].as_py()))
-
-
-class _ExtractShard:
-    """The actor of the feature stage. It loads the network with its first job: an error there reaches the driver."""
-
-    def __init__(self, jobs: "FeatureJobs", device: str, threads: int) -> None:
-        self._jobs = jobs  # by value: Ray puts it into the object store itself, and complains of a reference
-        self._device = device
-        self._threads = threads
-        self._extractor: FeatureExtractor | None = None
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        if self._extractor is None:
-            self._extractor = self._jobs.load_extractor(self._device, self._threads)
-        return _as_block(self._jobs.run(block["job"][0].as_py(), self._extractor, self._device))
-
-
-def _numbered(count: int) -> ray.data.Dataset:
-    """0 .. count - 1, each a block of its own, so that each is a task of its own; made without tasks."""
-    return ray.data.from_arrow([pa.table({"job": [number]}) for number in range(count)])
-
-
-def _as_block(result: JobResult) -> pa.Table:
-    return pa.Table.from_pylist([dataclasses.asdict(result)], schema=_RESULT)
-
-
-_RESULT = pa.schema([("images", pa.int64()), ("failures", pa.list_(pa.string()))])
-
-
-def _results(dataset: ray.data.Dataset) -> Iterator[JobResult]:
-    """Of each job, as they end. Raises the M2DError that one raised."""
-    context = dataset.context
-    context.execution_no_progress_timeout_s = -1  # a large network on a CPU may take very long over one file
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars
-    try:
-        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in cast(pa.Table, block).to_pylist():
-                yield JobResult(**row)
-    except ray.exceptions.RayError as error:
-        cause = user_error(error)
-        if cause is None:
-            raise
-        raise cause from error
+    return run_jobs(jobs, len(jobs.rows), actors=actors, device="cuda" if gpus else "cpu", threads=threads)
 
 
 def _pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:

@@ -32,9 +32,9 @@ from m2d.data.catalog import (
     write_rejected,
 )
 from m2d.data.settings import DataConfig
-from m2d.data.shards import ShardIndex, digests, shard_name, whole_file
-from m2d.data.storage import open_storage, without_secrets
+from m2d.data.shards import ShardIndex, cache_file, digests, shard_name
 from m2d.errors import ConfigError, DataError
+from m2d.files.storage import one_line, open_storage, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def write_scan(folder: Path, scan: Scan, data_root: str, config: DataConfig, fin
         "duplicates": len(scan.duplicates),
         "counts": {split: class_counts(scan.catalog, split) for split in ("train", "val", "test")},
     }
-    with whole_file(folder / DATASET) as partial:
+    with cache_file(folder / DATASET) as partial:
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -124,7 +124,7 @@ def write_images(folder: Path, image_size: int, sha256: Sequence[str], pixels: n
     notes = {"m2d.format": str(FORMAT), "m2d.image_size": str(image_size), "m2d.sha256": "".join(sha256)}
     path = images_folder(folder, image_size) / shard_name(keys, ".parquet")
     settings = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True, "store_schema": False}
-    with whole_file(path) as partial, pq.ParquetWriter(partial, table.schema, compression="none", **settings) as writer:
+    with cache_file(path) as partial, pq.ParquetWriter(partial, table.schema, compression="none", **settings) as writer:
         writer.write_table(table, row_group_size=max(1, ROW_GROUP_BYTES // row_bytes))
         writer.add_key_value_metadata(notes)
     return path
@@ -162,7 +162,7 @@ class PreparedImages:
                 if len(of_file) != metadata.num_rows:
                     raise ValueError(f"{metadata.num_rows} images under {len(of_file)} names")
             except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-                unreadable[path] = _one_line(error)
+                unreadable[path] = one_line(error)
                 continue
             files.append(path)
             keys.append(of_file)
@@ -230,7 +230,7 @@ class PreparedRows:
                         "prepared images: %s is damaged (%s), so files are decoded; delete it and run setup_data "
                         "--images, which makes it again",
                         self._files[file],
-                        _one_line(error),
+                        one_line(error),
                     )
         return pixels
 
@@ -260,7 +260,3 @@ def _scan_settings(config: DataConfig) -> dict[str, Any]:
 
 def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

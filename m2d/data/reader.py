@@ -15,9 +15,9 @@ import pyarrow.fs
 from m2d.classes import CLASSES
 from m2d.data.decode import ImageRejected, decode_resized
 from m2d.data.prepared import PreparedImages, PreparedRows
-from m2d.data.storage import open_storage, without_secrets
 from m2d.data.views import apply_view
 from m2d.errors import DataError
+from m2d.files.storage import open_storage, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -71,11 +71,6 @@ class ImageReader:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @property
-    def attached(self) -> bool:
-        """Whether encoded bytes are at hand, so that no file is opened."""
-        return self._encoded is not None
 
     def attach(self, encoded: pa.ChunkedArray) -> None:
         """From now on rows come from these bytes: large_binary [N], null for an unreadable file. No copy is made."""

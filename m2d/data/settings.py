@@ -78,8 +78,8 @@ class DownloadConfig:
             raise ConfigError(f"download.retries is {self.retries}; it must be from 0 to 100")
         if not 0 < self.timeout_s <= 3600:
             raise ConfigError(f"download.timeout_s is {self.timeout_s}; it must be above 0 and at most 3600")
-        if not is_web_address(self.api):
-            raise ConfigError(f"download.api is {self.api}; it must be an http or https address without a password")
+        if not is_web_address(self.api) or "?" in self.api:
+            raise ConfigError(f"download.api is {self.api}; it must be a plain http or https address")
 
 
 @dataclass(frozen=True, kw_only=True)

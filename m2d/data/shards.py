@@ -4,8 +4,6 @@ m2d.data.prepared and m2d.data.feature_store keep such files in a cache folder; 
 """
 
 import hashlib
-import os
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from m2d.errors import DataError
+from m2d.files.atomic import whole_file
+from m2d.files.storage import one_line
 
-PARTIAL = ".partial"
 DIGEST_BYTES = 32
 
 
@@ -31,34 +30,17 @@ def shard_name(keys: np.ndarray, suffix: str) -> str:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields the name to write to; afterwards the file is on the disk and takes its real name, replacing an older one.
-
-    A process that is killed leaves a *.partial file at most, which nobody reads (see `clear_leftovers`).
-    Raises DataError where the disk refuses.
-    """
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}{PARTIAL}")
+def cache_file(path: Path) -> Iterator[Path]:
+    """As m2d.files.atomic.whole_file, durable, its folder made. Raises DataError where the disk refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())  # otherwise a power cut may leave the name without the content
-        partial.replace(path)
+        with whole_file(path, durable=True) as partial:
+            yield partial
     except OSError as error:
-        reason = error.strerror or " ".join(str(error).split())
+        reason = error.strerror or one_line(error)
         raise DataError(
             f"cache: {path} cannot be written ({reason}); check its disk, then run again to go on"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def clear_leftovers(folder: Path) -> int:
-    """Remove what killed runs left half written below the folder; returns how many files that were."""
-    leftovers = list(folder.rglob(f"*{PARTIAL}"))
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)
 
 
 class ShardIndex:

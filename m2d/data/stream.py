@@ -5,7 +5,6 @@ images those are (m2d.data.order) and decodes them (m2d.data.reader), into a sin
 in two; Ray deals the blocks out to the workers in turn.
 """
 
-import gc
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from ray.data.block import BlockMetadata
 from ray.data.collate_fn import NumpyBatchCollateFn
 from ray.data.datasource import Datasource, ReadTask
 
+from m2d.cluster.fan_out import raise_user_error
+from m2d.cluster.nodes import node_resources
 from m2d.data.order import StreamOrder, worker_rows
 from m2d.data.reader import ImageReader
-from m2d.errors import M2DError, TrainingError
-from m2d.nodes import node_resources
+from m2d.errors import TrainingError
 
 if TYPE_CHECKING:  # every decoding process imports this file, and it needs neither: seconds and 200 MB each
     import torch
@@ -173,10 +173,7 @@ def iterate_stream(
                 )
             yield batch
     except ray.exceptions.RayError as error:
-        cause = user_error(error)
-        if cause is None:
-            raise
-        raise cause from error
+        raise_user_error(error)
     finally:
         cast(Any, blocks).close()  # lets Ray stop decoding ahead
 
@@ -278,33 +275,3 @@ def _smallest_store() -> float:
 def _block_micro_batches(batch_size: int, num_micro_batches: int, image_size: int) -> int:
     images = min(BLOCK_IMAGES, BLOCK_BYTES // (3 * image_size**2))
     return max(1, min(images // batch_size, -(-num_micro_batches // 4)))  # of a short run every core gets a share
-
-
-def user_error(error: BaseException | None) -> M2DError | None:
-    """The M2DError that a task raised, out of Ray's wrappings; None where it raised another error.
-
-    The wrappings lose their tracebacks, which hold Ray Data's executor, and so actors with their CPUs, for as long as
-    somebody holds the error: in a notebook the next run would wait for ever.
-    """
-    one, seen = error, set[int]()
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
-        if isinstance(one, M2DError) and not isinstance(one, ray.exceptions.RayError):
-            for wrapping in _chained(error):
-                wrapping.__traceback__ = None
-            gc.collect()  # the executor is part of a cycle
-            return type(one)(str(one).splitlines()[0])  # Ray appends advice on its own settings
-        one = getattr(one, "cause", None) or one.__cause__
-    return None
-
-
-def _chained(error: BaseException | None) -> list[BaseException]:
-    """The error, what it came from, and what was being handled meanwhile."""
-    found: dict[int, BaseException] = {}
-    left = [error]
-    while left:
-        one = left.pop()
-        if one is not None and id(one) not in found:
-            found[id(one)] = one
-            left += [getattr(one, "cause", None), one.__cause__, one.__context__]
-    return list(found.values())

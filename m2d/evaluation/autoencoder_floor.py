@@ -11,7 +11,7 @@ import torch
 from m2d.errors import ConfigError
 from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.image_sets import with_pixels
-from m2d.evaluation.progress import Progress
+from m2d.files.progress import progress
 from m2d.models.autoencoder import coded_at_once
 from m2d.models.checkpoint import Checkpoint
 
@@ -29,7 +29,7 @@ def reconstructions(
     autoencoder = checkpoint.autoencoder.to(device)
     size = min(batch_size or BATCH, coded_at_once(images.image_size))
     pixels = np.empty(images.pixels.shape, dtype=np.uint8)
-    with Progress(f"reconstructing {images.name}", len(images)) as progress:
+    with progress(f"reconstructing {images.name}", len(images)) as shown:
         for first in range(0, len(images), size):
             batch = images.pixels[first : first + size]
             try:
@@ -39,7 +39,7 @@ def reconstructions(
                     f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} (the "
                     "result stays the same)"
                 ) from None
-            progress.advance(len(batch))
+            shown.advance(len(batch))
     return with_pixels(
         images,
         name="reconstructions",

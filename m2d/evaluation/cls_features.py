@@ -25,10 +25,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from m2d.data.decode import ImageRejected, decode_image
-from m2d.data.shards import whole_file
-from m2d.data.storage import open_storage, without_secrets
+from m2d.data.shards import cache_file
 from m2d.errors import CheckpointError, ConfigError
-from m2d.evaluation.progress import Progress
+from m2d.files.progress import progress
+from m2d.files.storage import one_line, open_storage
 from m2d.models.feature_extractor import load_feature_extractor
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def cls_features(
         )
         # On a CPU convolutions take half the time so.
         extractor = extractor.to(device).to(memory_format=torch.channels_last)
-        with _CacheWriter(folder) as writer, Progress("extracting features", len(missing)) as progress:
+        with _CacheWriter(folder) as writer, progress("extracting features", len(missing)) as shown:
             for batch in _decoded_batches(missing, extractor, batch_size, max_pixels):
                 good = [(image.sha256, pixels) for image, pixels in batch if isinstance(pixels, np.ndarray)]
                 for image, pixels in batch:
@@ -101,7 +101,7 @@ def cls_features(
                     for (sha256, _), vector in zip(good, cls, strict=True):
                         found[sha256] = vector
                         writer.add(sha256, vector)
-                progress.advance(len(batch))
+                shown.advance(len(batch))
     return ClsFeatures(found, unreadable, extracted=len(missing) - len(unreadable))
 
 
@@ -159,7 +159,7 @@ def _decoded_batches(
         except FileNotFoundError:
             return image, "is not there"
         except (pa.ArrowException, OSError) as error:
-            return image, f"cannot be read ({without_secrets(' '.join(str(error).split()))})"
+            return image, f"cannot be read ({one_line(error)})"
         if hashlib.sha256(encoded).hexdigest() != image.sha256:
             return image, "is another file than when it was catalogued"
         try:
@@ -209,7 +209,7 @@ class _CacheWriter:
             ids = np.stack([np.frombuffer(bytes.fromhex(sha256), dtype=np.uint8) for sha256 in self.pending])
             # Named by content, so that two probes at once never write different things to one name.
             name = f"cls_{hashlib.sha256(ids.tobytes()).hexdigest()[:16]}.safetensors"
-            with whole_file(self.folder / name) as partial:
+            with cache_file(self.folder / name) as partial:
                 partial.write_bytes(save({"sha256": ids, "cls": np.stack(list(self.pending.values()))}))
         self.pending = {}
         self.since = time.monotonic()
@@ -224,7 +224,7 @@ def _read_cache(folder: Path, wanted: Iterable[str]) -> dict[str, np.ndarray]:
             tensors = load_file(path)
             ids, cls = tensors["sha256"], tensors["cls"]
         except (SafetensorError, OSError, KeyError) as error:
-            logger.warning("%s cannot be read (%s); its images are extracted again", path, " ".join(str(error).split()))
+            logger.warning("%s cannot be read (%s); its images are extracted again", path, one_line(error))
             continue
         for row, sha256 in enumerate(bytes(digest).hex() for digest in ids):
             if sha256 in wanted:

@@ -69,23 +69,6 @@ def kernel_distance(
     return KernelDistance(float(value), float(np.sqrt(variance)))
 
 
-def subset_kernel_distance(
-    a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int | None = None, seed: int
-) -> tuple[float, float]:
-    """Mean and deviation of the kernel distance over random subsets: KID as it is published and in torchmetrics.
-
-    subset_size: of both sides; None takes half of the smaller one, at most 1,000. The deviation tells how far one
-    subset strays, it is no standard error of the mean: see kernel_distance.
-    """
-    size = min(1000, min(len(a), len(b)) // 2) if subset_size is None else subset_size
-    generator = np.random.default_rng(seed)
-    values = []
-    for _ in range(subsets):
-        rows_a, rows_b = (generator.permutation(len(side))[:size] for side in (a, b))
-        values.append(kernel_distance(a[rows_a], b[rows_b]).value)
-    return float(np.mean(values)), float(np.std(values))
-
-
 @dataclass(frozen=True)
 class NeighbourScores:
     """How the balls around the images of one set, each reaching to its k-th neighbour, hold the images of the other."""

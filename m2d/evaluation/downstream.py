@@ -1,7 +1,7 @@
 """Does the synthetic set help a classifier on unseen lesions? The five arms, their differences, and the verdict.
 
 Here: classifier 1, logistic regression on an extractor's features. Classifier 2 is in finetune.py; what both share, in
-downstream_comparison.py; Ray, in downstream_tasks.py.
+downstream_comparison.py; how trainings run, in downstream_jobs.py.
 """
 
 import hashlib
@@ -18,8 +18,6 @@ from m2d.evaluation.downstream_jobs import Runner, run_here
 from m2d.evaluation.downstream_result import DownstreamResult, Settings
 from m2d.evaluation.feature_set import FeatureSet
 from m2d.evaluation.linear_probe import LinearProbe, best_c, choose_c
-
-__all__ = ["ProbeClassifier", "chosen_c", "measure_downstream", "run_here"]
 
 
 def measure_downstream(

@@ -1,6 +1,6 @@
-"""One training of one classifier, what it leaves on the disk, and how jobs are run in this process.
+"""One training of one classifier, what it leaves on the disk, and how jobs are run, in this process or on Ray.
 
-Called by the downstream comparison and by its Ray tasks. Knows no classifier in particular, and no scores.
+Called by the downstream comparison. Knows no classifier in particular, and no scores.
 """
 
 import hashlib
@@ -10,11 +10,16 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from m2d.classes import NUM_CLASSES
-from m2d.data.shards import whole_file
+from m2d.cluster.fan_out import fan_out, numbered, on_tasks
+from m2d.cluster.nodes import cluster_total
+from m2d.cluster.start import ray_cluster
+from m2d.data.shards import cache_file
 from m2d.evaluation.arms import TrainingRows
 
+GPU_SHARE = 0.25  # of a task: small networks on small images leave most of a GPU idle
 OnDone = Callable[[int, int], None]  # jobs done, jobs in all
 
 
@@ -82,7 +87,7 @@ class KeptAnswers:
     def keep(self, job: Job, answer: np.ndarray) -> None:
         """Raises DataError where the disk refuses."""
         if self.folder is not None:
-            with whole_file(self._path(job)) as partial, partial.open("wb") as stream:
+            with cache_file(self._path(job)) as partial, partial.open("wb") as stream:
                 np.save(stream, answer, allow_pickle=False)
 
     def _path(self, job: Job) -> Path:
@@ -97,12 +102,48 @@ def run_here(
 
     kept: a folder for what is finished, so that a killed run goes on. on_done: told after each job.
     """
-    return finish_jobs(
+    return _finish_jobs(
         jobs, kept, on_done, lambda left: ((job, classifier.predict(job.rows, job.seed)) for job in left)
     )
 
 
-def finish_jobs(
+def run_on_ray(
+    classifier: Classifier,
+    jobs: Sequence[Job],
+    *,
+    kept: Path | None = None,
+    on_done: OnDone | None = None,
+) -> list[np.ndarray]:
+    """As run_here, with a Ray task for each job that is not kept yet.
+
+    A task reserves one CPU, so that it runs on the smallest cluster; where the classifier gains by a GPU and the
+    cluster has some, GPU_SHARE of one instead. The classifier, and with it the images, goes to the object store once.
+    Raises the M2DError that a task raised.
+    """
+
+    def run(left: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
+        if not left:
+            return
+        with ray_cluster():
+            share = GPU_SHARE if classifier.wants_gpu and cluster_total("GPU") else 0.0
+            tasks = on_tasks((classifier, left), _predict, cpus=1, gpus=share)
+            for row in fan_out(numbered(len(left)), tasks):
+                answer = np.frombuffer(row["answer"], row["dtype"]).reshape(row["shape"])
+                yield left[row["job"]], answer.copy()
+
+    return _finish_jobs(jobs, kept, on_done, run)
+
+
+def _predict(held: tuple[Classifier, list[Job]], block: pa.Table) -> pa.Table:
+    classifier, jobs = held
+    number = block["job"][0].as_py()
+    answer = classifier.predict(jobs[number].rows, jobs[number].seed)
+    return pa.table(
+        {"job": [number], "answer": [answer.tobytes()], "dtype": [answer.dtype.str], "shape": [list(answer.shape)]}
+    )
+
+
+def _finish_jobs(
     jobs: Sequence[Job],
     kept: Path | None,
     on_done: OnDone | None,

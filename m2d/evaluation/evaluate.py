@@ -18,15 +18,14 @@ import numpy as np
 import torch
 
 from m2d import __version__
-from m2d.cluster import ray_cluster
-from m2d.data.job_paths import result_path
+from m2d.cluster.nodes import device_of_actor
+from m2d.cluster.start import ray_cluster
 from m2d.errors import ConfigError, DataError, M2DError
 from m2d.evaluation.autoencoder_floor import drawn_like, psnr_db, reconstructions
 from m2d.evaluation.consistency import measure_consistency
-from m2d.evaluation.downstream import measure_downstream, run_here
-from m2d.evaluation.downstream_jobs import Classifier, Job, Runner
+from m2d.evaluation.downstream import measure_downstream
+from m2d.evaluation.downstream_jobs import Classifier, Job, Runner, run_here, run_on_ray
 from m2d.evaluation.downstream_result import DownstreamResult
-from m2d.evaluation.downstream_tasks import run_on_ray
 from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.evaluation import Evaluation, ImageCounts
 from m2d.evaluation.extraction import RAY_PAYS_FROM, Extraction
@@ -37,15 +36,15 @@ from m2d.evaluation.finetune_settings import FinetuneConfig
 from m2d.evaluation.image_sets import ImageSets, read_image_sets
 from m2d.evaluation.memorization import measure_memorization
 from m2d.evaluation.memorization_result import MemorizationResult
-from m2d.evaluation.progress import Progress
 from m2d.evaluation.provenance import find_checkpoint
 from m2d.evaluation.realism import typicality
 from m2d.evaluation.report import print_evaluation, write_report
+from m2d.files.paths import result_path
+from m2d.files.progress import progress
 from m2d.generation.generator import pick_device
 from m2d.models.checkpoint import Checkpoint, load_checkpoint
 from m2d.models.feature_extractor import extractor_identity
 from m2d.models.settings import FeatureExtractorConfig
-from m2d.nodes import device_of_actor
 
 VIEWS = 8  # of m2d.data.views: flips and quarter turns
 KEPT = "evaluation_v1/trainings"  # in the cache folder: what finished trainings answered
@@ -271,10 +270,10 @@ class _Run:
         kept = Path(self.config.cache_dir).expanduser() / KEPT
 
         def run(classifier: Classifier, jobs: Sequence[Job]) -> list[np.ndarray]:
-            with Progress(what, len(jobs)) as progress:
+            with progress(what, len(jobs), unit="trainings") as shown:
                 if self.on_ray:
-                    return run_on_ray(classifier, jobs, kept=kept, on_done=progress.show)
-                return run_here(classifier, jobs, kept=kept, on_done=progress.show)
+                    return run_on_ray(classifier, jobs, kept=kept, on_done=shown.show)
+                return run_here(classifier, jobs, kept=kept, on_done=shown.show)
 
         return run
 

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field, replace
 
-from m2d.data.job_paths import input_path, result_path
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
 from m2d.evaluation.finetune_settings import FinetuneConfig
 from m2d.evaluation.settings import FEWEST_RESAMPLES
+from m2d.files.paths import input_path, result_path
 from m2d.models.settings import FeatureExtractorConfig
 
 PARTS = ("fidelity", "memorization", "downstream", "consistency")
@@ -69,7 +69,7 @@ class EvaluateConfig:
                 raise ConfigError(f"{name} is {folder or 'empty'}; it must be a folder of this machine")
 
     def in_this_place(self) -> "EvaluateConfig":
-        """The same with the paths of a job of Ray where they are found and outlive it: see m2d.data.job_paths.
+        """The same with the paths of a job of Ray where they are found and outlive it: see m2d.files.paths.
 
         Raises ConfigError.
         """

@@ -1,31 +1,30 @@
 """Features of image sets, extracted once for all parts of an evaluation, on Ray Data where that pays, and kept.
 
-A vector is kept by extractor, image size, view and image, some hundred a file, so that a killed extraction goes on.
-Knows nothing of labels or scores. The only file of the evaluation besides downstream_tasks that knows Ray.
+A vector is kept by extractor, image size, view and image, some hundred a file, so that an interrupted extraction
+resumes. Knows nothing of labels or scores.
 """
 
 import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
-import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
-from m2d.cluster import ray_cluster
+from m2d.cluster.fan_out import JobResult, run_jobs
+from m2d.cluster.nodes import cluster_total, node_resources
+from m2d.cluster.start import ray_cluster
 from m2d.data.feature_jobs import CPU_BATCH, GPU_BATCH, extract_view
-from m2d.data.shards import whole_file
-from m2d.data.stream import user_error
+from m2d.data.shards import cache_file
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.evaluation.feature_set import ImageSet
-from m2d.evaluation.progress import Progress
+from m2d.files.progress import progress
+from m2d.files.storage import one_line
 from m2d.models.feature_extractor import FeatureExtractor, extractor_identity, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
 
@@ -74,10 +73,10 @@ class Extraction:
 
     def _run(self, work: "_Work", name: str) -> None:
         total = sum(len(job.rows) for job in work.jobs)
-        with Progress(f"features of {name}, {work.config.name}", total) as progress:
+        with progress(f"features of {name}, {work.config.name}", total) as shown:
             made = self._on_ray(work) if self._pays(total) else self._here(work)
-            for count in made:
-                progress.advance(count)
+            for result in made:
+                shown.advance(result.images)
 
     def _pays(self, images: int) -> bool:
         if self.num_actors is not None:
@@ -86,46 +85,27 @@ class Extraction:
             return bool(os.environ.get("RAY_ADDRESS")) or (images >= RAY_PAYS_FROM and (os.cpu_count() or 1) > 1)
         return torch.cuda.device_count() > 1
 
-    def _here(self, work: "_Work") -> Iterator[int]:
+    def _here(self, work: "_Work") -> Iterator[JobResult]:
         extractor = work.load(self.device, None)
         for number in range(len(work.jobs)):
             yield work.run(number, extractor, self.device)
 
-    def _on_ray(self, work: "_Work") -> Iterator[int]:
+    def _on_ray(self, work: "_Work") -> Iterator[JobResult]:
         """The jobs on actors that hold the extractor; each reserves a CPU, or a GPU, and so never waits for others."""
-        with ExitStack() as cluster:
-            cluster.enter_context(ray_cluster(verbose=self.verbose))
-            import ray
-            import ray.data
-
-            resources = ray.cluster_resources()
-            gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        with ray_cluster(verbose=self.verbose):
+            gpus, cpus = int(cluster_total("GPU")), int(cluster_total("CPU")) or 1
             use_gpu = gpus > 0 and self.device != "cpu"
-            limit = gpus if use_gpu else max(1, min(cpus, _cores(ray.nodes())))
+            # Of a machine started here its cores, however many logical CPUs it was given.
+            limit = gpus if use_gpu else max(1, min(cpus, len(node_resources()) * (os.cpu_count() or 1)))
             actors = min(self.num_actors or limit, limit, len(work.jobs))
-            dataset = ray.data.from_arrow(
-                [pa.table({"job": [number]}) for number in range(len(work.jobs))]
-            ).map_batches(
-                _Actor,
-                fn_constructor_args=(work, "cuda" if use_gpu else "cpu", max(1, limit // actors)),
-                compute=ray.data.ActorPoolStrategy(size=actors),
-                batch_size=1 if use_gpu else None,  # a job a block; Ray asks for a number where GPUs are reserved
-                batch_format="pyarrow",
-                num_gpus=1 if use_gpu else 0,
-                num_cpus=0 if use_gpu else 1,
+            yield from run_jobs(
+                work,
+                len(work.jobs),
+                actors=actors,
+                device="cuda" if use_gpu else "cpu",
+                threads=max(1, limit // actors),
+                bars=self.verbose,
             )
-            context = dataset.context
-            context.execution_no_progress_timeout_s = -1  # a large network on a CPU may take very long over one file
-            context.enable_progress_bars = self.verbose
-            context.raise_original_map_exception = True
-            try:
-                for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                    yield from cast(pa.Table, block)["made"].to_pylist()
-            except ray.exceptions.RayError as error:
-                cause = user_error(error)
-                if cause is None:
-                    raise
-                raise cause from error
 
 
 @dataclass(frozen=True)
@@ -159,9 +139,9 @@ class _Work:
             )
         return extractor.to(device).to(memory_format=torch.channels_last)
 
-    def run(self, number: int, extractor: FeatureExtractor, device: str) -> int:
-        """Make and keep the vectors of one job; returns how many."""
-        job = self.jobs[number]
+    def run(self, job: int, extractor: FeatureExtractor, device: str) -> JobResult:
+        """Make and keep the vectors of one job."""
+        folder, view, rows = self.jobs[job].folder, self.jobs[job].view, self.jobs[job].rows
         try:
             pixels = np.load(self.pixels, mmap_mode="r")
         except OSError as error:
@@ -170,10 +150,10 @@ class _Work:
             ) from None
         size = self.batch_size or (CPU_BATCH if device == "cpu" else GPU_BATCH)
         parts = []
-        for first in range(0, len(job.rows), size):
-            batch = pixels[list(job.rows[first : first + size])]
+        for first in range(0, len(rows), size):
+            batch = pixels[list(rows[first : first + size])]
             try:
-                parts.append(extract_view(extractor, batch, job.view, device).cls.numpy())
+                parts.append(extract_view(extractor, batch, view, device).cls.numpy())
             except torch.OutOfMemoryError:
                 raise ConfigError(
                     f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} (the "
@@ -185,30 +165,11 @@ class _Work:
                 f"feature extractor {extractor.name} gives features that are not finite; its weights are broken, get "
                 "the file again"
             )
-        ids = np.stack([np.frombuffer(bytes.fromhex(self.sha256[row]), dtype=np.uint8) for row in job.rows])
+        ids = np.stack([np.frombuffer(bytes.fromhex(self.sha256[row]), dtype=np.uint8) for row in rows])
         name = f"cls_{hashlib.sha256(ids.tobytes()).hexdigest()[:16]}.safetensors"
-        with whole_file(Path(job.folder) / name) as partial:
+        with cache_file(Path(folder) / name) as partial:
             partial.write_bytes(save({"sha256": ids, "cls": cls}))
-        return len(job.rows)
-
-
-class _Actor:
-    """Holds the network; loads it with its first job, so that an error reaches the driver."""
-
-    def __init__(self, work: _Work, device: str, threads: int) -> None:
-        self._work, self._device, self._threads = work, device, threads
-        self._extractor: FeatureExtractor | None = None
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        if self._extractor is None:
-            self._extractor = self._work.load(self._device, self._threads)
-        made = [self._work.run(job, self._extractor, self._device) for job in block["job"].to_pylist()]
-        return pa.table({"made": made})
-
-
-def _cores(nodes: list[dict[str, object]]) -> int:
-    """What a machine started here can run at once: its cores, however many logical CPUs it was given."""
-    return len(nodes) * (os.cpu_count() or 1)
+        return JobResult(len(rows))
 
 
 def _first_of_each(sha256: Sequence[str]) -> Iterator[tuple[int, str]]:
@@ -234,7 +195,7 @@ def _read(folder: Path, sha256: Sequence[str]) -> dict[str, np.ndarray]:
             tensors = load_file(path)
             ids, cls = tensors["sha256"], tensors["cls"]
         except (SafetensorError, OSError, KeyError) as error:
-            logger.warning("%s cannot be read (%s); its images are extracted again", path, " ".join(str(error).split()))
+            logger.warning("%s cannot be read (%s); its images are extracted again", path, one_line(error))
             if not isinstance(error, OSError):  # the disk's trouble is no damage
                 path.unlink(missing_ok=True)
             continue

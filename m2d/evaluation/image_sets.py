@@ -20,12 +20,12 @@ from m2d.data.catalog import read_catalog, scan_dataset
 from m2d.data.decode import ImageRejected, decode_resized, probe_image
 from m2d.data.prepared import prepared_folder, reusable_catalog
 from m2d.data.settings import DataConfig
-from m2d.data.shards import whole_file
-from m2d.data.storage import inside, open_storage, without_secrets
+from m2d.data.shards import cache_file
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.feature_set import ImageSet
-from m2d.evaluation.progress import Progress
+from m2d.files.progress import progress
+from m2d.files.storage import inside, one_line, open_storage, without_secrets
 from m2d.generation.planning import data_config_of
 from m2d.generation.recipe import experiment_of
 from m2d.generation.references import read_references
@@ -133,8 +133,8 @@ def _catalog(root: str, data: DataConfig, cache_dir: str, notes: list[str]) -> p
     prepared = reusable_catalog(prepared_folder(cache_dir, root), root, data)
     if prepared is not None:
         return prepared
-    with Progress(f"scanning {without_secrets(root)}", 0) as progress:
-        scan = scan_dataset(root, data, progress.show)
+    with progress(f"scanning {without_secrets(root)}") as shown:
+        scan = scan_dataset(root, data, shown.show)
     notes += [f"left out {row['path']}: {row['reason']}" for row in scan.rejected.slice(0, NAMED).to_pylist()]
     if scan.rejected.num_rows > NAMED:
         notes.append(f"left out {scan.rejected.num_rows:,} unusable files of {without_secrets(root)} in all")
@@ -216,11 +216,11 @@ def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: lis
             except FileNotFoundError:
                 failures[row] = "is not there"
             except (pa.ArrowException, OSError) as error:
-                failures[row] = f"cannot be read ({without_secrets(' '.join(str(error).split()))})"
+                failures[row] = f"cannot be read ({one_line(error)})"
 
-        with Progress(f"reading {side.name} images", len(out)) as progress, ThreadPoolExecutor(_THREADS) as pool:
+        with progress(f"reading {side.name} images", len(out)) as shown, ThreadPoolExecutor(_THREADS) as pool:
             for _ in pool.map(decode, range(len(out))):
-                progress.advance(1)
+                shown.advance(1)
         if failures:
             raise _Unreadable
 
@@ -259,7 +259,7 @@ def _stored(cache_dir: str, sha256: Sequence[str], size: int, fill: Callable[[np
     path = Path(cache_dir).expanduser().absolute() / PIXELS / f"{size}px_{digest}.npy"
     shape = (len(sha256), size, size, 3)
     if not path.is_file():
-        with whole_file(path) as partial:
+        with cache_file(path) as partial:
             out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
             fill(out)
             out.flush()

@@ -1,7 +1,6 @@
 """The nearest pairs of generated and training images as one picture, for a person to judge. It measures nothing."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -53,11 +52,6 @@ def worst_pairs_picture(pairs: Sequence[Pair], generated: ImageSet, train: Image
         _paste(page, below, x, y + _TILE + 7, pair.train_class)
         _label(draw, x, y + 2 * _TILE + 11, number + 1, pair)
     return page
-
-
-def write_worst_pairs(path: Path, pairs: Sequence[Pair], generated: ImageSet, train: ImageSet) -> None:
-    """worst_pairs_picture as a PNG."""
-    worst_pairs_picture(pairs, generated, train).save(path, format="PNG")
 
 
 def _paste(page: Image.Image, image: np.ndarray, x: int, y: int, code: str) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 
 from m2d import __version__
 from m2d.classes import CLASSES, NUM_CLASSES
-from m2d.data.job_paths import result_path
 from m2d.errors import DataError
 from m2d.evaluation.bootstrap import interval, resampled_confusions
 from m2d.evaluation.classification_scores import confusion_matrix, scores
@@ -19,6 +18,7 @@ from m2d.evaluation.linear_probe import LinearProbe, choose_c
 from m2d.evaluation.probe_images import ProbeImages, check_classes, train_and_test
 from m2d.evaluation.probe_report import Estimate, ProbeResult, Side, print_result, write_result
 from m2d.evaluation.settings import ProbeConfig
+from m2d.files.paths import result_path
 from m2d.generation.generator import pick_device
 from m2d.models.feature_extractor import extractor_key
 

@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 from m2d.classes import CLASSES
 from m2d.data.catalog import read_catalog, scan_dataset
 from m2d.data.prepared import prepared_folder, reusable_catalog
-from m2d.data.storage import without_secrets
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation.cls_features import ImageFile
-from m2d.evaluation.progress import Progress
 from m2d.evaluation.settings import ProbeConfig
+from m2d.files.progress import progress
+from m2d.files.storage import without_secrets
 
 NAMED = 3  # of the shared lesions or images
 
@@ -111,8 +111,8 @@ def _scanned(root: str, config: ProbeConfig) -> pa.Table:
     prepared = reusable_catalog(prepared_folder(config.cache_dir, root), root, config.data)
     if prepared is not None:
         return prepared
-    with Progress("scanning images", 0) as progress:
-        scan = scan_dataset(root, config.data, progress.show)
+    with progress("scanning images") as shown:
+        scan = scan_dataset(root, config.data, shown.show)
     if scan.rejected.num_rows:
         first = scan.rejected.slice(0, 1).to_pylist()[0]
         print(

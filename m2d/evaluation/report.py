@@ -21,7 +21,7 @@ from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.fidelity import GENERATED
 from m2d.evaluation.image_sets import ImageSets
 from m2d.evaluation.memorization_pictures import worst_pairs_picture
-from m2d.evaluation.report_plots import class_colours, confusions, differences, kernel_distances, ratio_curve
+from m2d.evaluation.report_plots import confusions, differences, kernel_distances, ratio_curve
 from m2d.evaluation.report_readings import answers
 from m2d.evaluation.report_tables import (
     Row,
@@ -33,6 +33,7 @@ from m2d.evaluation.report_tables import (
     score_table,
 )
 from m2d.generation.contact_sheet import contact_sheet
+from m2d.plots.style import class_colours
 
 SHOWN = 10  # images of a class on a sheet
 

@@ -9,11 +9,7 @@ from m2d.evaluation.consistency import ConsistencyResult
 from m2d.evaluation.downstream_result import DownstreamResult, Estimate
 from m2d.evaluation.downstream_scores import LOWER_IS_BETTER
 from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
-from m2d.plots.style import FAINT, INK, class_colours, new_figure, png, styled
-
-__all__ = [
-    "NAMES", "SCORES", "class_colours", "confusions", "differences", "kernel_distances", "ratio_curve",
-]  # fmt: skip
+from m2d.plots.style import FAINT, INK, new_figure, png, styled
 
 COLOURS = {GENERATED: "#D55E00", AUTOENCODER: "#E69F00", UNSEEN: "#0072B2", FLOOR: "#56B4E9"}
 MARKERS = {GENERATED: "D", AUTOENCODER: "s", UNSEEN: "o", FLOOR: "."}

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from m2d.evaluation.consistency import ConsistencyResult
 from m2d.evaluation.downstream_result import DownstreamResult
 from m2d.evaluation.evaluation import Evaluation
-from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult, FidelityRow
+from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
+from m2d.evaluation.fidelity_rows import FidelityRow
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field, replace
 
-from m2d.data.job_paths import input_path, result_path
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
+from m2d.files.paths import input_path, result_path
 from m2d.models.settings import FeatureExtractorConfig
 
 FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three lowest resamples: noise
@@ -52,7 +52,7 @@ class ProbeConfig:
                 raise ConfigError(f"{name} is {folder or 'empty'}; it must be a folder of this machine")
 
     def in_this_place(self) -> "ProbeConfig":
-        """The same with the paths of a job of Ray where they are found and outlive it: see m2d.data.job_paths.
+        """The same with the paths of a job of Ray where they are found and outlive it: see m2d.files.paths.
 
         Raises ConfigError.
         """

@@ -1,25 +1,45 @@
-"""All that `experiments show` tells of one experiment, as plain values: for --json, and for the page."""
+"""What is known of one experiment as plain values, for `--json`, the terminal and the page; and what to do next."""
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from m2d.experiments.advice import next_step
-from m2d.experiments.curves import Curve, curves
-from m2d.experiments.listing import summary
-from m2d.experiments.measures import best_value, last_value, measure_names, training_seconds, wall_seconds
-from m2d.experiments.record import TRAIN, VALIDATION, Record, step_of
-from m2d.experiments.wording import one_line
+from m2d.experiment import step_of
+from m2d.experiments.measures import best_value, curve, last_value, measure_names
+from m2d.experiments.record import FINISHED, Record
+from m2d.experiments.wording import duration_text, one_line
+from m2d.files.paths import copy_around
+from m2d.files.storage import without_secrets
 
-CURVE_POINTS = 200  # of a curve in --json; metrics/train.jsonl holds them all
-DRAWN = ("loss/", "learning_rate/")
+BLANKED = "***"  # of m2d.files.storage.without_secrets
+
+
+def summary(record: Record) -> dict[str, Any]:
+    """A row of the list, for machines. started: ISO 8601. bytes: of all its files, links left out."""
+    best = record.best
+    return {
+        "name": record.name,
+        "state": record.state,
+        "problem": record.problem,
+        "started": record.started.isoformat(timespec="seconds"),
+        "steps_done": record.steps_done,
+        "total_steps": record.total_steps,
+        "best": None if best is None else dict(zip(("checkpoint", "measure", "value"), best)),
+        "bytes": record.files.size(),
+        "path": record.location,
+    }
 
 
 def details(record: Record, all_records: Sequence[Record]) -> dict[str, Any]:
     """What is known, by topic. all_records: of the same root, oldest first. Times in seconds, sizes in bytes."""
-    info = record.info
-    train, validation = record.files.records(TRAIN), record.files.records(VALIDATION)
+    info, train, validation = record.info, record.train, record.validation
     what, command = next_step(record, all_records)
     failed = record.state != "running" and info.get("state") == "failed" and info.get("error")
+    measured = {entry["step"]: entry for entry in validation}
+    best = {name: best_value(validation, name) for name in measure_names(validation)}
+    drawn = [(train, name) for prefix in ("loss/", "learning_rate/") for name in sorted(measure_names(train, prefix))]
+    drawn += [(validation, name) for name in sorted(measure_names(validation, "val/"))]
     return {
         **summary(record),
         "next": what,
@@ -34,43 +54,108 @@ def details(record: Record, all_records: Sequence[Record]) -> dict[str, Any]:
         "versions": info.get("versions") or {},
         "git": info.get("git"),
         "finished": info.get("finished"),
-        "wall_seconds": wall_seconds(record, train[-1] if train else None),
-        "training_seconds": training_seconds(record, train),
-        "checkpoints": _checkpoints(record, validation),
+        "wall_seconds": record.wall_seconds,
+        "training_seconds": record.training_seconds,
+        "checkpoints": [
+            {
+                "name": name,
+                "step": step_of(name),
+                "best": record.best is not None and name == record.best[0],
+                "bytes": record.files.size(f"checkpoints/{name}"),
+                "measures": {k: v for k, v in measured.get(step_of(name), {}).items() if k not in ("step", "time")},
+            }
+            for name in record.checkpoints
+        ],
         "validation": validation,
-        "best_measures": _best_measures(validation),
+        "best_measures": {name: {"step": found[0], "value": found[1]} for name, found in best.items() if found},
         "last_scalars": {name: last_value(train, name) for name in sorted(measure_names(train))},
-        "curves": {curve.name: _points(curve) for curve in drawn_curves(train, validation)},
+        "curves": {name: points for records, name in drawn if (points := curve(records, name))},
         "config": record.config,
     }
 
 
-def drawn_curves(train: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    """Losses and learning rates, then the validation measures."""
-    return [*curves(train, *DRAWN), *curves(validation, "val/")]
+def next_step(record: Record, all_records: Sequence[Record]) -> tuple[str, str | None]:
+    """(what to do in one sentence, the command for it or None). all_records: of the same root, oldest first."""
+    generate = generate_command(record)
+    if record.state == "running":
+        left = record.seconds_left
+        return "it is training" + (f"; about {duration_text(left)} left" if left is not None else ""), None
+    if record.state == "unknown":
+        return "its record says running; if it is not, its command continues it", resume_command(record)
+    if record.state == "broken":
+        use = "it cannot be resumed, its checkpoint still generates"
+        return f"{record.problem}; {use if generate else 'nothing can be done with it, and clean removes it'}", generate
+    if record.state in FINISHED:
+        why = "" if record.state == "done" else "a --fresh run took its place; "
+        kind = "best checkpoint" if record.best and record.best[0] in record.checkpoints else "checkpoint"
+        return f"{why}its {kind} generates" if generate else f"{why}it holds no checkpoint", generate
+    # Neither running nor finished: a command continues the newest such run of its name.
+    rivals = [r for r in all_records if r.family == record.family and r.state not in (*FINISHED, "broken")]
+    if rivals and rivals[-1].name != record.name:
+        use = "this one's checkpoint still generates" if generate else "this one holds no checkpoint"
+        newest = f"its command would continue {rivals[-1].name}, the newest unfinished one of this name"
+        return f"{newest}; {use}", generate
+    command = resume_command(record)
+    if command is None:
+        return "its command was not recorded; repeat it to continue", None
+    notes = ["in the folder it was started in"] if record.info.get("cwd") is None else []
+    notes += [f"with your keys in place of {BLANKED}"] if BLANKED in command else []
+    where = f" ({', '.join(notes)})" if notes else ""
+    if record.state == "failed":
+        return f"no checkpoint yet: its command begins at step 0 again{where}", command
+    return f"its command continues at step {record.checkpoint_step:,}{where}", command
 
 
-def _checkpoints(record: Record, validation: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    measures = {entry["step"]: entry for entry in validation}
-    best = None if record.best is None else record.best[0]
-    rows = []
-    for name in record.checkpoints:
-        entry = measures.get(step_of(name), {})
-        row = {
-            "name": name,
-            "step": step_of(name),
-            "best": name == best,
-            "bytes": record.files.size(f"checkpoints/{name}"),
-        }
-        rows.append(row | {"measures": {key: entry[key] for key in measure_names([entry])}})
-    return rows
+def resume_command(record: Record) -> str | None:
+    """The command of the record as a shell takes it, without --fresh; None where the record has none.
+
+    For a job that ran in a copy it is to be given in the directory that was submitted.
+    """
+    recorded = record.info.get("command")
+    if not isinstance(recorded, str) or not recorded.strip():
+        return None
+    try:
+        words = _without_fresh(shlex.split(recorded))
+    except ValueError:
+        return recorded
+    script = Path(words[0])
+    start = ["python", words[0]] if script.suffix == ".py" else [script.name]
+    if script.name == "__main__.py":
+        start = ["python", "-m", script.parent.name]
+    command, folder = shlex.join([*start, *words[1:]]), record.info.get("cwd")
+    if not isinstance(folder, str):
+        return command
+    if copy_around(Path(folder)) is not None:  # Ray has deleted it; the submitted directory is not on record
+        return f"ray job submit --working-dir . -- {command}"
+    return f"cd {shlex.quote(folder)} && {command}"
 
 
-def _best_measures(validation: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    found = {name: best_value(validation, name) for name in measure_names(validation)}
-    return {name: {"step": best[0], "value": best[1]} for name, best in found.items() if best is not None}
+def generate_command(record: Record) -> str | None:
+    """Makes samples of the best checkpoint, or of the newest; None where there is none."""
+    if not record.checkpoints:
+        return None
+    name = record.checkpoints[-1]
+    if record.best is not None and record.best[0] in record.checkpoints:
+        name = record.best[0] if record.experiment.remote else "best"  # object stores know no links
+    return shlex.join(["python", "-m", "m2d", "generate", "--checkpoint", f"{record.location}/checkpoints/{name}"])
 
 
-def _points(curve: Curve) -> dict[str, Any]:
-    thin = curve.thinned(CURVE_POINTS)
-    return {"steps": thin.steps, "values": thin.values}
+def report_command(record: Record) -> str:
+    """Writes the page again."""
+    root = record.location.rpartition("/")[0]
+    words = ["python", "-m", "m2d", "experiments", "report", record.name, "--experiments_dir", root]
+    return without_secrets(shlex.join(words))
+
+
+def _without_fresh(words: list[str]) -> list[str]:
+    """--fresh would start over instead of continuing."""
+    kept: list[str] = []
+    skip = False
+    for word, following in zip(words, [*words[1:], ""]):
+        if skip:
+            skip = False
+        elif word.partition("=")[0] == "--fresh":
+            skip = "=" not in word and bool(following) and not following.startswith("-")
+        else:
+            kept.append(word)
+    return kept

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from m2d.data.job_paths import result_path
-from m2d.data.storage import without_secrets
 from m2d.errors import ExperimentError
 from m2d.experiment import Experiment, list_experiments
-from m2d.experiments.record import DIRECTORY, Record, family, read_record
+from m2d.experiments.record import DIRECTORY, Record, read_record
+from m2d.files.paths import result_path
+from m2d.files.storage import without_secrets
 
 LATEST = "latest"
 NAMED = 8  # so many experiments are named in one message
@@ -20,9 +20,9 @@ def find_records(root: str, name: str | None = None) -> list[Record]:
     there or cannot be read, ConfigError for one in a job's copy, which holds none.
     """
     root = result_path("experiments_dir", root)
-    experiments = _remote(root) if "://" in root else _local(root)
-    records = [read_record(found) for found in experiments if name in (None, family(found.name))]
-    return sorted(records, key=lambda record: (record.name[-len("YYYYMMDD_HHMMSS") :], record.name))
+    records = [read_record(found) for found in (_remote(root) if "://" in root else _local(root))]
+    wanted = [record for record in records if name in (None, record.family)]
+    return sorted(wanted, key=lambda record: (record.stamp, record.name))
 
 
 def resolve(records: Sequence[Record], wanted: str, root: str) -> Record:
@@ -68,7 +68,7 @@ def _remote(root: str) -> list[Experiment]:
         return list_experiments(root)
     except ValueError as error:  # of json
         raise ExperimentError(
-            f"experiments_dir: a record in {without_secrets(root)} is not JSON ({error}); mend or remove it there"
+            f"experiments_dir: a record in {without_secrets(root)} is not JSON ({error}); fix or remove it there"
         ) from None
 
 

@@ -1,15 +1,13 @@
-"""Which way a measure is better, its best and last value, and how long a run's steps took."""
+"""A run's measures: which way each is better, its best and last value, its curve."""
 
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from math import isfinite
-from typing import Any, Literal, TypeGuard
+from statistics import median
+from typing import Any, Literal
 
-from m2d.experiments.record import Record
+from m2d.experiments.record import is_finite
 
-Direction = Literal["lower", "higher"]
 # A name that is not here has no direction that is known: kl and the two sides of a discriminator's game among them.
-DIRECTIONS: dict[str, Direction] = {
+DIRECTIONS: dict[str, Literal["lower", "higher"]] = {
     "val/psnr_db": "higher",
     "val/perceptual": "lower",
     "val/velocity_mse": "lower",
@@ -21,6 +19,7 @@ DIRECTIONS: dict[str, Direction] = {
     "loss/manifold": "lower",
     "images_per_s": "higher",
 }
+CURVE_POINTS = 200  # of a curve in --json; metrics/train.jsonl holds them all
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -33,66 +32,36 @@ def measure_names(records: Records, prefix: str = "") -> list[str]:
 
 def last_value(records: Records, name: str) -> float | None:
     """The last finite value of a measure; None where there is none."""
-    return next((record[name] for record in reversed(records) if _is_finite(record.get(name))), None)
+    return next((record[name] for record in reversed(records) if is_finite(record.get(name))), None)
 
 
 def best_value(records: Records, name: str) -> tuple[int, float] | None:
     """(step, value) of the best value; None where none is finite or which way is better is not known."""
-    direction = DIRECTIONS.get(name)
-    known = [(record["step"], float(record[name])) for record in records if _is_finite(record.get(name))]
+    known, direction = _points(records, name), DIRECTIONS.get(name)
     if not known or direction is None:
         return None
     return (min if direction == "lower" else max)(known, key=lambda point: point[1])
 
 
-def training_seconds(record: Record, train: Records) -> float | None:
-    """Seconds that the recorded steps took, by their images/s: no start, validation or pause between two tries.
+def curve(records: Records, name: str, points: int = CURVE_POINTS) -> dict[str, list[Any]] | None:
+    """{steps, values} of a measure's finite values; None for fewer than two.
 
-    None where the record does not tell how many images a step has.
+    At most so many points, each the median of its stretch of steps; the first and the last step stay.
     """
-    images = images_a_step(record)
-    if images is None or not train:
+    known = _points(records, name)
+    if len(known) < 2:
         return None
-    steps, seconds = 0, 0.0
-    for entry in train:
-        speed = entry.get("images_per_s")
-        if _is_finite(speed) and speed > 0:
-            seconds += (entry["step"] - steps) * images / speed
-        steps = entry["step"]
-    return seconds
+    first, span = known[0][0], max(known[-1][0] - known[0][0], 1)
+    stretches: dict[int, list[tuple[int, float]]] = {}
+    for index, (step, value) in enumerate(known):
+        place = index if len(known) <= points else min((step - first) * points // span, points - 1)
+        stretches.setdefault(place, []).append((step, value))
+    groups = list(stretches.values())
+    return {
+        "steps": [first, *(group[-1][0] for group in groups[1:])],
+        "values": [median(value for _, value in group) for group in groups],
+    }
 
 
-def wall_seconds(record: Record, last: Mapping[str, Any] | None) -> float | None:
-    """Seconds from its making to its end, or to its last record of metrics, pauses between two tries included."""
-    try:
-        ended = datetime.fromisoformat(str(record.info["finished"])).timestamp()
-    except (KeyError, ValueError):
-        time = (last or {}).get("time")
-        if not _is_finite(time):
-            return None
-        ended = float(time)
-    return max(ended - record.started.timestamp(), 0.0)
-
-
-def seconds_left(record: Record, last: Mapping[str, Any] | None) -> float | None:
-    """Seconds to the run's last step at its last speed; None where that is not known."""
-    images, speed = images_a_step(record), (last or {}).get("images_per_s")
-    if images is None or record.total_steps is None or not _is_finite(speed) or not speed:
-        return None
-    return (record.total_steps - record.steps_done) * images / float(speed)
-
-
-def images_a_step(record: Record) -> int | None:
-    """Images of one optimiser step, all workers together."""
-    config = record.config
-    factors = (config.get("batch_size"), config.get("gradient_accumulation_steps"), record.info.get("world_size"))
-    product = 1
-    for factor in factors:
-        if not isinstance(factor, int):
-            return None
-        product *= factor
-    return product
-
-
-def _is_finite(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and isfinite(value)
+def _points(records: Records, name: str) -> list[tuple[int, float]]:
+    return [(record["step"], float(record[name])) for record in records if is_finite(record.get(name))]

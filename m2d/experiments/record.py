@@ -2,19 +2,20 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from math import isfinite
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import yaml
 
-from m2d.experiment import CONFIG, INFO, Experiment
-from m2d.experiments.files import ExperimentFiles, lock_is_held
+from m2d.experiment import CONFIG, INFO, Experiment, step_of
+from m2d.experiments.files import END_BYTES, ExperimentFiles
 
 State = Literal["running", "done", "resumable", "failed", "superseded", "broken", "unknown"]
-FINISHED: tuple[State, ...] = ("done", "superseded")  # no command goes on with them
+FINISHED: tuple[State, ...] = ("done", "superseded")  # no command continues them
 DIRECTORY = re.compile(r"(.+)_(\d{8}_\d{6})")
 TRAIN, VALIDATION = "metrics/train.jsonl", "metrics/validation.jsonl"
 # What m2d.training.validation.score minimises, by stage; that module loads torch.
@@ -42,7 +43,17 @@ class Record:
     @property
     def family(self) -> str:
         """NAME, which a command's --name gave."""
-        return family(self.name)
+        return self.name[: -len("_YYYYMMDD_HHMMSS")]
+
+    @property
+    def stamp(self) -> str:
+        """YYYYMMDD_HHMMSS."""
+        return self.name[-len("YYYYMMDD_HHMMSS") :]
+
+    @property
+    def location(self) -> str:
+        """Its path, or its URI."""
+        return self.experiment.remote or str(self.experiment.path)
 
     @cached_property
     def started(self) -> datetime:
@@ -50,22 +61,36 @@ class Record:
         try:
             return datetime.fromisoformat(str(self.info["created"])).astimezone()
         except (KeyError, ValueError):
-            stamp = self.name[-len("YYYYMMDD_HHMMSS") :]
+            pass
         try:
-            return datetime.strptime(stamp, "%Y%m%d_%H%M%S").astimezone()
+            return datetime.strptime(self.stamp, "%Y%m%d_%H%M%S").astimezone()
         except ValueError:  # digits that are no time
             return datetime.fromtimestamp(0).astimezone()
 
-    @property
-    def checkpoint_step(self) -> int:
-        """The step that resuming goes on from; 0 without a checkpoint."""
-        return step_of(self.checkpoints[-1]) if self.checkpoints else 0
+    @cached_property
+    def train(self) -> list[dict[str, Any]]:
+        """Every record of training."""
+        return self.files.records(TRAIN)
 
     @cached_property
+    def validation(self) -> list[dict[str, Any]]:
+        """Every record of validation."""
+        return self.files.records(VALIDATION)
+
+    @cached_property
+    def last(self) -> dict[str, Any]:
+        """The last record of training; {} where there is none. Reads the file's end alone."""
+        return next(reversed(self.files.records(TRAIN, END_BYTES)), {})
+
+    @property
+    def checkpoint_step(self) -> int:
+        """The step that resuming continues from; 0 without a checkpoint."""
+        return step_of(self.checkpoints[-1]) if self.checkpoints else 0
+
+    @property
     def steps_done(self) -> int:
         """Optimiser steps so far, those after the last checkpoint included."""
-        last = self.files.last_record(TRAIN)
-        return max(self.checkpoint_step, last["step"] if last else 0)
+        return max(self.checkpoint_step, int(self.last.get("step", 0)))
 
     @property
     def total_steps(self) -> int | None:
@@ -76,12 +101,51 @@ class Record:
     @cached_property
     def best(self) -> tuple[str, str, float] | None:
         """(checkpoint, measure, value) of the best checkpoint; None where none was judged."""
+        found = self.files.json("checkpoints/best.json")
         try:
-            best = json.loads(self.files.text("checkpoints/best.json") or "")
-            name, value = str(best["checkpoint"]), float(best["score"])
+            name, value = str(found["checkpoint"]), float(found["score"])
         except (ValueError, KeyError, TypeError):
             return None
         return (name, SCORES.get(self.config.get("stage", ""), SCORE), value) if isfinite(value) else None
+
+    @property
+    def images_a_step(self) -> int | None:
+        """Images of one optimiser step, all workers together; None where the record does not tell."""
+        batch, micro = self.config.get("batch_size"), self.config.get("gradient_accumulation_steps")
+        workers = self.info.get("world_size")
+        if isinstance(batch, int) and isinstance(micro, int) and isinstance(workers, int):
+            return batch * micro * workers
+        return None
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Seconds that the recorded steps took, by their images/s: no start, validation or pause between two tries."""
+        if self.images_a_step is None or not self.train:
+            return None
+        steps, seconds = 0, 0.0
+        for entry in self.train:
+            speed = entry.get("images_per_s")
+            if is_finite(speed) and speed > 0:
+                seconds += (entry["step"] - steps) * self.images_a_step / speed
+            steps = entry["step"]
+        return seconds
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """Seconds from its making to its end, or to its last record of training, pauses between two tries included."""
+        try:
+            ended: Any = datetime.fromisoformat(str(self.info["finished"])).timestamp()
+        except (KeyError, ValueError):
+            ended = self.last.get("time")
+        return max(ended - self.started.timestamp(), 0.0) if is_finite(ended) else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds to the run's last step at its last speed; None where that is not known."""
+        speed = self.last.get("images_per_s")
+        if self.images_a_step is None or self.total_steps is None or not is_finite(speed) or not speed:
+            return None
+        return (self.total_steps - self.steps_done) * self.images_a_step / speed
 
 
 def read_record(experiment: Experiment, *, held: bool = False) -> Record:
@@ -90,62 +154,56 @@ def read_record(experiment: Experiment, *, held: bool = False) -> Record:
     Raises DataError for a remote one that cannot be reached.
     """
     files = ExperimentFiles.of(experiment)
-    info, problem = _read_info(files)
-    config, no_config = _read_config(files)
-    checkpoints = files.complete_checkpoints()
-    running = not held and lock_is_held(experiment.path)
-    problem = problem or no_config
-    state = _state(info, problem, checkpoints, running=running, remote=experiment.remote is not None)
+    info, problem = _parsed(files, INFO, "JSON", json.loads)
+    config, no_config = _parsed(files, CONFIG, "YAML", _load_yaml)
+    checkpoints = files.checkpoints()
+    recorded, problem = info.get("state"), problem or no_config
+    state: State = "resumable" if checkpoints else "failed"
+    if not held and experiment.is_running:
+        state = "running"
+    elif problem:
+        state = "broken"
+    elif recorded == "done" or recorded == "superseded":
+        state = recorded
+    elif recorded == "running" and experiment.remote is not None:
+        state = "unknown"  # its lock, if any, is on another machine
     return Record(experiment, files, state, info, config, problem, checkpoints)
 
 
-def family(name: str) -> str:
-    """NAME of NAME_YYYYMMDD_HHMMSS."""
-    return name[: -len("_YYYYMMDD_HHMMSS")]
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether a record's value is a number."""
+    return isinstance(value, (int, float)) and isfinite(value)
 
 
-def step_of(checkpoint: str) -> int:
-    """2130 of step_00002130."""
-    digits = checkpoint.removeprefix("step_")
-    return int(digits) if digits.isdecimal() else 0
+def within(settings: Any, group: str, name: str) -> Any:
+    """settings[group][name]; None where there is no such thing."""
+    inside = settings.get(group) if isinstance(settings, dict) else None
+    return inside.get(name) if isinstance(inside, dict) else None
 
 
-def _state(
-    info: dict[str, Any], problem: str | None, checkpoints: tuple[str, ...], *, running: bool, remote: bool
-) -> State:
-    if running:
-        return "running"
-    if problem:
-        return "broken"
-    recorded = info.get("state")
-    if recorded == "done":
-        return "done"
-    if recorded == "superseded":
-        return "superseded"
-    if remote and recorded == "running":
-        return "unknown"  # its lock, if any, is on another machine
-    return "resumable" if checkpoints else "failed"
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names to values; a mapping without entries is a value."""
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return values
 
 
-def _read_info(files: ExperimentFiles) -> tuple[dict[str, Any], str | None]:
-    text = files.text(INFO)
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def _parsed(
+    files: ExperimentFiles, name: str, kind: str, load: Callable[[str], Any]
+) -> tuple[dict[str, Any], str | None]:
+    """(what the file holds, what is wrong with it)."""
+    text = files.text(name)
     if text is None:
-        return {}, f"{INFO} is missing"
+        return {}, f"{name} is missing"
     if not text.strip():
-        return {}, f"{INFO} is empty"
+        return {}, f"{name} is empty"
     try:
-        info = json.loads(text)
-    except ValueError as error:
-        return {}, f"{INFO} is not JSON ({error})"
-    return (info, None) if isinstance(info, dict) else ({}, f"{INFO} holds no record")
-
-
-def _read_config(files: ExperimentFiles) -> tuple[dict[str, Any], str | None]:
-    text = files.text(CONFIG)
-    if text is None:
-        return {}, f"{CONFIG} is missing"
-    try:
-        config = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError:
-        return {}, f"{CONFIG} is not YAML"
-    return (config, None) if isinstance(config, dict) else ({}, f"{CONFIG} holds no settings")
+        found = load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        return {}, f"{name} is not {kind} ({str(error).splitlines()[0]})"
+    return (found, None) if isinstance(found, dict) else ({}, f"{name} holds no {kind} mapping")

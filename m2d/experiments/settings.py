@@ -15,20 +15,18 @@ class ListConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShowConfig:
-    """Which experiment is shown."""
+class ReportConfig:
+    """Which experiment's report.html is written again."""
 
     experiment: str = "latest"  # its directory's name, the beginning of it where only one begins so, or latest
     experiments_dir: str = "./experiments"  # path or URI that holds the experiment directories
-    json: bool = False  # for machines
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """Which experiment's report.html is written anew."""
+class ShowConfig(ReportConfig):
+    """Which experiment is shown."""
 
-    experiment: str = "latest"  # its directory's name, the beginning of it where only one begins so, or latest
-    experiments_dir: str = "./experiments"  # path or URI that holds the experiment directories
+    json: bool = False  # for machines
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,16 +2,17 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from math import isfinite
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from m2d.data.storage import without_secrets
 from m2d.experiments.record import Record, State
+from m2d.files.storage import without_secrets
 
 NOTHING = "–"
 PIPE_WIDTH = 160  # characters
@@ -35,8 +36,10 @@ def size_text(size: float) -> str:
     return f"{size:,.1f} TiB"
 
 
-def duration_text(seconds: float) -> str:
-    """Seconds as 48 s, 4 min 48 s, 2 h 10 min, 3 d 4 h."""
+def duration_text(seconds: float | None) -> str:
+    """Seconds as 48 s, 4 min 48 s, 2 h 10 min, 3 d 4 h; – for none."""
+    if seconds is None:
+        return NOTHING
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -95,6 +98,14 @@ def plain(value: Any) -> Any:
 def print_json(value: Any) -> None:
     """The value on stdout, as JSON."""
     print(json.dumps(plain(value), indent=2, ensure_ascii=False))
+
+
+def table(*titles: str, right: Collection[str] = ()) -> Table:
+    """An empty table that folds its columns where the terminal is narrow. right: titles of those with numbers."""
+    made = Table(box=None, pad_edge=False, header_style="dim")
+    for title in titles:
+        made.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    return made
 
 
 def open_console() -> Console:

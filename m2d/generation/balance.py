@@ -13,7 +13,6 @@ from m2d.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from rich.table import Table
 
 BalanceSplit = Literal["all", "train"]
 BALANCE_SPLITS: tuple[str, ...] = get_args(BalanceSplit)
@@ -87,23 +86,3 @@ def real_counts(catalog: "pa.Table", split: BalanceSplit = "all") -> dict[str, i
     from m2d.data.catalog import class_counts
 
     return class_counts(catalog, None if split == "all" else split)
-
-
-def counts_table(before: Mapping[str, int], made: Mapping[str, int], *, title: str | None = None) -> "Table":
-    """A rich table for the console: a row for each class that has images or gets some, and the sums.
-
-    before: real images by class code. made: synthetic ones.
-    """
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("class")
-    for name in ("real", "synthetic", "together"):
-        table.add_column(name, justify="right")
-    shown = [code for code in CLASSES if before.get(code, 0) or made.get(code, 0)]
-    for place, code in enumerate(shown):
-        real, synthetic = before.get(code, 0), made.get(code, 0)
-        table.add_row(code, f"{real:,}", f"{synthetic:,}", f"{real + synthetic:,}", end_section=place == len(shown) - 1)
-    real, synthetic = (sum(counts.get(code, 0) for code in shown) for counts in (before, made))
-    table.add_row("all", f"{real:,}", f"{synthetic:,}", f"{real + synthetic:,}")
-    return table

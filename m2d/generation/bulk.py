@@ -1,25 +1,22 @@
 """Groups made on Ray: a pool of generator actors, then tasks that look at, encode and write; the driver counts.
 
-The only Ray file of this room. A group is a block of its own, so the loss of an actor, a task or a node costs the
+A group is a block of its own, so the loss of an actor, a task or a node costs the
 groups in the making, which Ray gives to another; who writes a group again replaces the same files by the same bytes.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import ray
-import ray.data
-import ray.exceptions
 
-from m2d.cluster import ray_cluster
-from m2d.data.stream import user_error
+from m2d.cluster.fan_out import fan_out, on_actors, on_tasks
+from m2d.cluster.nodes import cluster_total, device_of_actor, node_resources
 from m2d.errors import ConfigError
 from m2d.generation.group import (
     GeneratorSettings,
@@ -31,12 +28,9 @@ from m2d.generation.group import (
     planned_rows,
 )
 from m2d.generation.plan import PlanRow, rows_of, table_of
-from m2d.nodes import device_of_actor, node_resources
 
 if TYPE_CHECKING:  # writing tasks import this file and need no torch: 400 MB and many seconds each
     from m2d.generation.generator import Generator
-
-__all__ = ["ActorPool", "cluster_gpus", "make_on_ray", "pick_pool", "ray_cluster"]
 
 WRITER_CPUS = 1.0  # logical ones of a writing task; one such task keeps up with a few hundred small images a second
 
@@ -58,26 +52,20 @@ class ActorPool:
         return f"up to {actors} on Ray, {share} each"
 
 
-def cluster_gpus() -> float:
-    """GPUs of the connected cluster."""
-    return float(ray.cluster_resources().get("GPU", 0))
-
-
 def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: str, groups: int) -> ActorPool:
     """A generator a GPU, or a fraction of one; on CPUs as many as there are, with one kept free for the writers.
 
     num_actors: at most so many; None: as many as the cluster has room for. groups: there is no use for more.
     Raises ConfigError where not even one has room.
     """
-    resources = ray.cluster_resources()
     gpus = gpus_per_actor if gpus_per_actor is not None else (1.0 if device.startswith("cuda") else 0.0)
-    cpus = int(resources.get("CPU", 1))
+    cpus, cluster_gpus = int(cluster_total("CPU")) or 1, cluster_total("GPU")
     if gpus:
-        room = int(resources.get("GPU", 0) / gpus + 1e-9)
+        room = int(cluster_gpus / gpus + 1e-9)
         if room < 1:
             raise ConfigError(
-                f"gpus_per_actor is {gpus:g} and the Ray cluster has {resources.get('GPU', 0):g} GPUs; lower it, add a "
-                "node, or name --device cpu"
+                f"gpus_per_actor is {gpus:g} and the Ray cluster has {cluster_gpus:g} GPUs; lower it, add a node, "
+                "or name --device cpu"
             )
         most = min(room, num_actors or room, max(groups, 1))
         return ActorPool(most=most, device=device_of_actor(device), gpus=gpus, threads=1)
@@ -95,81 +83,48 @@ def make_on_ray(
 
     Raises the M2DError that an actor or a task raised. Closing the iterator ends the work.
     """
-    share: dict[str, Any] = {"num_gpus": pool.gpus, "num_cpus": 0} if pool.gpus else {"num_cpus": pool.threads}
-    dataset = (
-        ray.data.from_arrow([groups.table(number) for number in range(len(groups))])  # a block a group, without tasks
-        .map_batches(
-            _GeneratorActor,
-            fn_constructor_args=(settings, groups.attempts, pool.device, pool.threads, features),
-            # One at least, not all: after the loss of a node the others go on.
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=pool.most, initial_size=pool.most),
-            # A block is a group. Ray asks for a number where GPUs are reserved.
-            batch_size=groups.size if pool.gpus else None,
-            batch_format="pyarrow",
-            **share,
-        )
-        .map_batches(_WriteGroups(writer).run, batch_size=None, batch_format="pyarrow", num_cpus=WRITER_CPUS)
+    make = on_actors(
+        partial(_load, settings, pool.device, pool.threads),
+        partial(_make, groups.attempts, features),
+        most=pool.most,
+        least=1,  # after the loss of a node the others go on
+        cpus=0 if pool.gpus else pool.threads,
+        gpus=pool.gpus,
+        block_rows=groups.size,
     )
-    context = dataset.context
-    context.execution_no_progress_timeout_s = -1  # a group of large images on a CPU may take very long
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # it warns that there are no bars
-    for name in ("_internal.execution.streaming_executor_state", "exceptions"):
-        # They show where in Ray an error passed by; what is wrong is raised below.
-        logging.getLogger(f"ray.data.{name}").setLevel(logging.CRITICAL)
-    try:
-        for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for row in cast(pa.Table, block).to_pylist():
-                kept = dict(zip(row["kept_classes"], row["kept_images"], strict=True))
-                yield GroupResult(kept, row["rejected"])
-    except ray.exceptions.RayError as error:
-        cause = user_error(error)
-        if cause is None:
-            raise
-        raise cause from error
+    blocks = [groups.table(number) for number in range(len(groups))]
+    for row in fan_out(blocks, make, on_tasks(writer, _write, cpus=WRITER_CPUS)):
+        kept = dict(zip(row["kept_classes"], row["kept_images"], strict=True))
+        yield GroupResult(kept, row["rejected"])
 
 
-class _GeneratorActor:
-    """Holds the networks. They are loaded with the first group: an error there reaches the driver."""
+def _load(settings: GeneratorSettings, device: str, threads: int) -> Generator:
+    if device == "cpu":
+        import torch
 
-    def __init__(self, settings: GeneratorSettings, attempts: int, device: str, threads: int, features: bool) -> None:
-        self._settings = settings
-        self._attempts = attempts
-        self._device = device
-        self._threads = threads
-        self._features = features
-        self._generator: Generator | None = None
-
-    def __call__(self, block: pa.Table) -> pa.Table:
-        """The plan's rows of one group in, its images out."""
-        if self._generator is None:
-            if self._device == "cpu":
-                import torch
-
-                # Ray's CPUs are a budget, which may be more than the machine has. OMP_NUM_THREADS: the user's own
-                # word, or what Ray makes of the actor's CPUs.
-                limit = int(os.environ.get("OMP_NUM_THREADS") or self._threads)
-                torch.set_num_threads(max(1, min(self._threads, limit, os.cpu_count() or 1)))
-            self._generator = self._settings.load(self._device)
-        rows = planned_rows(block, self._attempts)
-        return _packed(rows, make_group(self._generator, rows, with_features=self._features))
+        # Ray's CPUs are a budget, which may be more than the machine has. OMP_NUM_THREADS: the user's own word, or what
+        # Ray makes of the actor's CPUs.
+        limit = int(os.environ.get("OMP_NUM_THREADS") or threads)
+        torch.set_num_threads(max(1, min(threads, limit, os.cpu_count() or 1)))
+    return settings.load(device)
 
 
-@dataclass(frozen=True)
-class _WriteGroups:
-    writer: GroupWriter
+def _make(attempts: int, features: bool, generator: Generator, block: pa.Table) -> pa.Table:
+    """The plan's rows of one group in, its images out."""
+    rows = planned_rows(block, attempts)
+    return _packed(rows, make_group(generator, rows, with_features=features))
 
-    def run(self, block: pa.Table) -> pa.Table:
-        """Groups' images in, what became of them out."""
-        results = [self.writer.write(*_unpacked(block, number)) for number in range(block.num_rows)]
-        return pa.table(
-            {
-                "kept_classes": pa.array([list(result.kept) for result in results], pa.list_(pa.string())),
-                "kept_images": pa.array([list(result.kept.values()) for result in results], pa.list_(pa.int64())),
-                "rejected": pa.array([result.rejected for result in results], pa.list_(pa.string())),
-            }
-        )
+
+def _write(writer: GroupWriter, block: pa.Table) -> pa.Table:
+    """Groups' images in, what became of them out."""
+    results = [writer.write(*_unpacked(block, number)) for number in range(block.num_rows)]
+    return pa.table(
+        {
+            "kept_classes": pa.array([list(result.kept) for result in results], pa.list_(pa.string())),
+            "kept_images": pa.array([list(result.kept.values()) for result in results], pa.list_(pa.int64())),
+            "rejected": pa.array([result.rejected for result in results], pa.list_(pa.string())),
+        }
+    )
 
 
 def _packed(rows: Sequence[PlanRow], made: MadeGroup) -> pa.Table:

@@ -59,10 +59,10 @@ def contact_sheet(
     return sheet
 
 
-def strip(images: Sequence[np.ndarray], *, scale: int | None = None) -> Image.Image:
-    """Images uint8 [H, W, 3] of one size side by side, first to last. scale: as of contact_sheet."""
+def strip(images: Sequence[np.ndarray]) -> Image.Image:
+    """Images uint8 [H, W, 3] of one size side by side, first to last, each pixel a square of equal pixels."""
     height, width = images[0].shape[:2]
-    scale = scale or max(1, -(-_TILE // max(height, width)))
+    scale = max(1, -(-_TILE // max(height, width)))
     sheet = Image.new("RGB", (len(images) * (width * scale + _GAP) - _GAP, height * scale), "white")
     for column, image in enumerate(images):
         tile = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 from PIL import Image, PngImagePlugin
 
 from m2d.classes import CLASSES, class_index
+from m2d.files.atomic import whole_file, write_whole
 from m2d.generation.plan import PlanRow
-from m2d.generation.whole_files import replacing
 
 SHARDS = "shards"
 
@@ -95,8 +95,7 @@ class FolderFormat:
         paths = [f"{image.row.label}/{image.row.id}.png" for image in images]
         for image, path in zip(images, paths, strict=True):
             (root / path).parent.mkdir(exist_ok=True)
-            with replacing(root / path) as stream:
-                stream.write(image.png)
+            write_whole(root / path, image.png)
         return paths
 
     def read(self, root: Path, path: str) -> Mapping[str, bytes]:
@@ -114,8 +113,8 @@ class WebdatasetFormat:
         path = f"{SHARDS}/{group}.tar"
         (root / SHARDS).mkdir(exist_ok=True)
         with (
-            replacing(root / path) as stream,
-            tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+            whole_file(root / path) as partial,
+            tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT) as tar,
         ):
             for image in images:
                 row = image.row
@@ -174,8 +173,8 @@ class ParquetFormat:
             for image in images
         ]
         table = pa.Table.from_pylist(rows, SHARD_SCHEMA.with_metadata({"classes": " ".join(CLASSES)}))
-        with replacing(root / path) as stream:
-            pq.write_table(table, stream, compression="none", row_group_size=64)  # PNGs are compressed already
+        with whole_file(root / path) as partial:
+            pq.write_table(table, partial, compression="none", row_group_size=64)  # PNGs are compressed already
         return [path] * len(images)
 
     def read(self, root: Path, path: str) -> Mapping[str, bytes]:

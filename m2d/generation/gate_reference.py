@@ -24,9 +24,11 @@ from m2d.data.catalog import catalog_hash
 from m2d.data.feature_store import FeatureTable
 from m2d.data.views import apply_view
 from m2d.errors import DataError
+from m2d.files.atomic import write_whole
+from m2d.files.storage import one_line
 from m2d.generation.gate_settings import GateConfig
+from m2d.generation.journal import cannot_write
 from m2d.generation.neighbours import nearest, unit_rows
-from m2d.generation.whole_files import cannot_write, replacing
 from m2d.models.feature_extractor import FeatureExtractor
 
 if TYPE_CHECKING:
@@ -195,17 +197,13 @@ class GateReference:
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as stream:
-                stream.write(save(tensors, metadata={_METADATA_KEY: json.dumps(self._notes())}))
+            write_whole(path, save(tensors, metadata={_METADATA_KEY: json.dumps(self._notes())}))
         except OSError as error:
             raise cannot_write(path, error) from None
 
     @classmethod
-    def load(cls, path: Path, *, extractor: str | None = None, catalog: str | None = None) -> Self:
-        """What save wrote. extractor, catalog: what it must have been made from, where given.
-
-        Raises DataError where it is missing, damaged, or of something else.
-        """
+    def load(cls, path: Path) -> Self:
+        """What save wrote. Raises DataError where it is missing or damaged."""
         try:
             with safe_open(path, framework="pt") as file:
                 notes = dict(json.loads((file.metadata() or {})[_METADATA_KEY]))
@@ -217,14 +215,9 @@ class GateReference:
             reference = cls(**tensors, **notes)
             reference._check()
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"gate reference: {path} cannot be used ({reason}); delete it and run again") from None
-        for name, wanted in (("extractor", extractor), ("catalog", catalog)):
-            if wanted is not None and getattr(reference, name) != wanted:
-                raise DataError(
-                    f"gate reference: {path} is of {name} {getattr(reference, name)[:60] or '(unknown)'}, needed is "
-                    f"{wanted[:60]}; delete it and run again"
-                )
+            raise DataError(
+                f"gate reference: {path} cannot be used ({one_line(error)}); delete it and run again"
+            ) from None
         return reference
 
     def _notes(self) -> dict[str, Any]:

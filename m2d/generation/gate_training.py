@@ -23,11 +23,11 @@ from m2d.data.feature_store import FeatureStore, FeatureTable
 from m2d.data.prepared import prepared_folder
 from m2d.data.reader import ImageReader
 from m2d.errors import DataError, M2DError
+from m2d.files.progress import progress, say
 from m2d.generation.gate_reference import GateReference, build_gate_reference
 from m2d.generation.gate_settings import GateConfig
 from m2d.generation.gates import active_gates as at_work
 from m2d.generation.planning import data_config_of, dataset_catalog
-from m2d.generation.progress import progress, say
 from m2d.generation.recipe import experiment_of
 from m2d.generation.references import load_reference_extractor
 from m2d.generation.settings import GenerateConfig
@@ -160,17 +160,10 @@ def _built(
     data = data_config_of(checkpoint.info)
     reader = ImageReader(images.catalog, images.data_root, image_size=checkpoint.image_size, max_pixels=data.max_pixels)
     say(f"gates: looking at {len(images.catalog):,} training images, once for this checkpoint and these settings")
-    done = 0
-    with progress(len(images.catalog), "gates") as report:
-
-        def advance(now: int, _: int) -> None:
-            nonlocal done
-            report.advance(now - done)
-            done = now
-
+    with progress("gates", len(images.catalog)) as shown:
         return build_gate_reference(
             images.catalog, reader, source, gates,
-            extractor=None if extractor is None else extractor.key, device=here, progress=advance,
+            extractor=None if extractor is None else extractor.key, device=here, progress=shown.show,
         )  # fmt: skip
 
 

@@ -21,16 +21,11 @@ from m2d.generation.gate_reference import (
     FIXED_MIN_CONTRAST,
     GateReference,
     ImageFacts,
-    build_gate_reference,
     mean_distance,
     nearest_thumbnails,
 )
 from m2d.generation.gate_settings import GateConfig
 from m2d.generation.neighbours import nearest, unit_rows
-
-__all__ = ["GateReference", "Verdict", "active_gates", "build_gate_reference", "check"]
-
-REASONS = ("blank", "saturated", "noise", "near_copy", "outside_class")
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class Verdict:
     """What the gates found on one image. A number that could not be had is NaN."""
 
     accepted: bool
-    reason: str | None  # one of REASONS: the first gate, in this order, that refused; None: accepted
+    reason: str | None  # blank, saturated, noise, near_copy, outside_class: the first, in this order; None: accepted
     nearest_distance: float  # to the nearest training image of any class, 1 - cosine of standardised features
     class_distance: float  # mean of the same to the nearest training images of its class
     nearest_id: str | None  # the training image nearest by features, or the one that it copies by pixels

@@ -349,10 +349,6 @@ def _solver_settings(row: PlanRow) -> tuple[Any, ...]:
     return (start_time, row.solver, steps, row.guidance_scale, row.guidance_low, row.guidance_high)
 
 
-def _temperature(row: PlanRow) -> float:
-    return 1.0 if row.feature_temperature is None else row.feature_temperature
-
-
 def _reference(row: PlanRow) -> str:
     assert row.reference is not None, f"{row.id} is no row of a checked plan"
     return row.reference

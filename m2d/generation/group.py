@@ -21,12 +21,12 @@ import pyarrow as pa
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.formats import FORMATS, EncodedImage, encode_png
 from m2d.generation.gate_settings import GateConfig
-from m2d.generation.journal import JOURNAL_SCHEMA, group_name, write_part
+from m2d.generation.journal import JOURNAL_SCHEMA, cannot_write, group_name, write_part
 from m2d.generation.plan import PlanRow, retried, rows_of, table_of
-from m2d.generation.whole_files import cannot_write
 
 if TYPE_CHECKING:  # writing tasks need no torch: seconds and 200 MB each
-    from m2d.generation.gates import GateReference, Verdict
+    from m2d.generation.gate_reference import GateReference
+    from m2d.generation.gates import Verdict
     from m2d.generation.generator import Generator
     from m2d.generation.settings import CompileMode
     from m2d.models.settings import Precision
@@ -216,6 +216,6 @@ def _columns_of(verdict: Verdict) -> dict[str, Any]:
 
 @lru_cache(maxsize=2)
 def _loaded_reference(path: Path) -> GateReference:
-    from m2d.generation.gates import GateReference
+    from m2d.generation.gate_reference import GateReference
 
     return GateReference.load(path)

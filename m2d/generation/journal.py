@@ -6,6 +6,7 @@ A row in here is the only thing that counts as done, so a killed run loses the g
 A part's name comes from its rows: whoever makes a group again replaces its part. Called by actors and driver alike.
 """
 
+import errno
 import hashlib
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +19,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from m2d.errors import ConfigError
+from m2d.files.atomic import whole_file
 from m2d.generation.plan import PLAN_SCHEMA, PlanRow
-from m2d.generation.whole_files import cannot_write, replacing, require_damage
 
 PARTS, JOURNAL_NAME = "parts", "journal.parquet"
 VERDICT_FIELDS = [
@@ -65,8 +66,8 @@ def write_rows(path: Path, rows: pa.Table) -> None:
     """A part of the journal, whole or not at all. Raises ConfigError where it cannot be written."""
     try:
         path.parent.mkdir(exist_ok=True)
-        with replacing(path, durable=path.name == JOURNAL_NAME) as stream:  # its parts are removed afterwards
-            pq.write_table(rows, stream)
+        with whole_file(path, durable=path.name == JOURNAL_NAME) as partial:  # its parts are removed afterwards
+            pq.write_table(rows, partial)
     except OSError as error:
         raise cannot_write(path, error) from None
 
@@ -151,3 +152,23 @@ def rejected_attempts(journal: pa.Table) -> dict[str, int]:
         return {}
     counted = rejected.group_by("id").aggregate([("attempt", "count_distinct")])
     return dict(zip(counted["id"].to_pylist(), counted["attempt_count_distinct"].to_pylist(), strict=True))
+
+
+def cannot_write(path: Path, error: OSError) -> ConfigError:
+    """What to raise for an OSError: a full disk, a folder without permission, a file where a folder should be."""
+    return ConfigError(
+        f"output: {path} cannot be written ({error.strerror or error}); make room or name another --output, "
+        "then run the same command again"
+    )
+
+
+def require_damage(path: Path, error: Exception) -> None:
+    """Return where the error says that the file is gone or its content damaged, so that it may be made again.
+
+    Raises ConfigError where the system refused to read it: it may be whole, and is not to be removed.
+    """
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+        raise ConfigError(
+            f"output: {path} cannot be read ({error.strerror}), so nothing was removed; see to its disk and rights, "
+            "then run the same command again"
+        ) from error

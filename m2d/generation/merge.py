@@ -22,9 +22,10 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from m2d.classes import CLASSES
-from m2d.data.storage import without_secrets
 from m2d.errors import DataError
-from m2d.generation.whole_files import cannot_write, replacing
+from m2d.files.atomic import whole_file
+from m2d.files.storage import one_line, without_secrets
+from m2d.generation.journal import cannot_write
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -90,10 +91,10 @@ def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: 
     csv_path = path.with_suffix(".csv")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(csv_path) as stream:
-            pa_csv.write_csv(table, stream)
-        with replacing(path) as stream:
-            pq.write_table(table, stream, compression="zstd")
+        with whole_file(csv_path) as partial:
+            pa_csv.write_csv(table, partial)
+        with whole_file(path) as partial:
+            pq.write_table(table, partial, compression="zstd")
     except OSError as error:
         raise cannot_write(path, error) from None
     return MergedIndex(path, csv_path, _by_class(real), _by_class(synthetic), tuple(left_out))
@@ -150,8 +151,9 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         raise DataError(f"manifest: {path} does not exist; generate the images first") from None
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"manifest: {path} cannot be read ({reason}); run generate again, which rebuilds it") from None
+        raise DataError(
+            f"manifest: {path} cannot be read ({one_line(error)}); run generate again, which rebuilds it"
+        ) from None
     twice = [image_id for image_id, count in Counter(row["id"] for row in rows).items() if count > 1]
     if twice:
         raise DataError(f"manifest: {path} holds {twice[0]} twice; run generate again, which rebuilds it")

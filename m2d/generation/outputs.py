@@ -8,7 +8,6 @@
 A run that has ended leaves no folder but those of the classes, so its output is what ImageFolder and m2d.data read.
 """
 
-import fcntl
 import hashlib
 import json
 import re
@@ -24,21 +23,20 @@ from PIL import Image
 
 from m2d.classes import CLASSES
 from m2d.errors import ConfigError
+from m2d.files.atomic import PARTIAL, try_lock, whole_file, write_whole
 from m2d.generation.formats import FORMATS, SHARDS, Format
 from m2d.generation.journal import (
     JOURNAL_NAME,
     JOURNAL_SCHEMA,
     PARTS,
+    cannot_write,
     gather_parts,
     joined,
     read_parts,
-    rejected_attempts,
+    require_damage,
     write_rows,
 )
-from m2d.generation.recipe import Recipe, default_output
-from m2d.generation.whole_files import LEFTOVER, cannot_write, replacing, require_damage
-
-__all__ = ["MANIFEST_NAME", "PLAN_NAME", "RECORD_NAME", "OutputFolder", "Recipe", "default_output", "replacing"]
+from m2d.generation.recipe import Recipe
 
 RECORD_NAME, PLAN_NAME, MANIFEST_NAME = "generation.json", "plan.parquet", "manifest.parquet"
 MANIFEST_SCHEMA = pa.schema([field for field in JOURNAL_SCHEMA if field.name != "accepted"])
@@ -114,18 +112,14 @@ class OutputFolder:
             of_class[reason] = of_class.get(reason, 0) + 1
         return found
 
-    def given_up(self, max_attempts: int) -> set[str]:
-        """Ids of which so many attempts were rejected."""
-        return {image_id for image_id, count in rejected_attempts(self.journal).items() if count >= max_attempts}
-
     def write_manifest(self) -> Path:
         """One row for every image of the folder, sorted by id. Returns the manifest's path."""
         table = self.accepted.select(MANIFEST_SCHEMA.names)
         table = table.replace_schema_metadata({"m2d": self.recipe.to_json()})
         path = self.root / MANIFEST_NAME
         try:
-            with replacing(path) as stream:
-                pq.write_table(table, stream)
+            with whole_file(path) as partial:
+                pq.write_table(table, partial)
         except OSError as error:
             raise cannot_write(path, error) from None
         return path
@@ -146,24 +140,20 @@ class OutputFolder:
                 f"output: {self.root} holds {taken[0]} but no {RECORD_NAME}, so M2D did not start it; "
                 "name an empty folder, or leave --output out"
             )
-        with replacing(path) as stream:
-            stream.write(self.recipe.to_json().encode() + b"\n")
+        write_whole(path, f"{self.recipe.to_json()}\n")
 
     def _hold(self) -> None:
-        lock = (self.root / _LOCK).open("a")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
+        self._lock = try_lock(self.root / _LOCK)
+        if self._lock is None:
             raise ConfigError(
                 f"output: another run is at work in {self.root}; wait for it to end, or name another --output"
-            ) from None
-        self._lock = lock
+            )
 
     def _remove_leftovers(self) -> None:
         for name in (".", *CLASSES, SHARDS, PARTS):
-            for path in (self.root / name).glob(f".*{LEFTOVER}"):
-                path.unlink(missing_ok=True)
+            for suffix in (PARTIAL, ".tmp"):  # the second of older versions
+                for path in (self.root / name).glob(f".*{suffix}"):
+                    path.unlink(missing_ok=True)
 
     def _forget_what_is_lost(self) -> None:
         """Strike the images from the journal whose file is gone or not what it was; every file is read and hashed."""

@@ -4,7 +4,6 @@ Built here from counts or from input images, written as Parquet, read back after
 networks nor pixels.
 """
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -20,6 +19,8 @@ import pyarrow.parquet as pq
 from m2d.classes import CLASSES
 from m2d.diffusion.settings import SOLVERS, SamplingSettings
 from m2d.errors import ConfigError
+from m2d.files.atomic import whole_file
+from m2d.files.storage import one_line
 from m2d.generation.references import Reference
 from m2d.generation.request import next_attempt_seed, reference_seed, sample_seed
 
@@ -208,15 +209,12 @@ def retried(row: PlanRow) -> PlanRow:
 def write_plan(table: pa.Table, path: str | Path) -> None:
     """Write a plan as Parquet; the file appears whole or not at all. Raises ConfigError where it cannot."""
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table.select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA), temporary)
-        os.replace(temporary, target)
+        with whole_file(target) as partial:
+            pq.write_table(table.select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA), partial)
     except OSError as error:
         raise ConfigError(f"plan: {path} cannot be written ({error.strerror or error}); name another file") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_plan(path: str | Path) -> pa.Table:
@@ -230,8 +228,7 @@ def read_plan(path: str | Path) -> pa.Table:
     except FileNotFoundError:
         raise ConfigError(f"plan: {path} does not exist; write one with --plan_only") from None
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise ConfigError(f"plan: {path} is no Parquet file ({reason}); write one with --plan_only") from None
+        raise ConfigError(f"plan: {path} is no Parquet file ({one_line(error)}); write one with --plan_only") from None
     names = [name for name in table.column_names if not name.startswith("__index_level_")]
     missing = [name for name in PLAN_SCHEMA.names if name not in names]
     unknown = [name for name in names if name not in PLAN_SCHEMA.names]
@@ -392,5 +389,5 @@ def _typed(column: pa.Array, field: pa.Field, path: str | Path) -> pa.Array:
             raise ConfigError(f"plan: {path} has {field.name} as {kind}; it must be {field.type}")
         return column.cast(field.type)
     except pa.ArrowException as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = one_line(error, 100)
         raise ConfigError(f"plan: {path} has {field.name} as {kind}; it must be {field.type} ({reason})") from None

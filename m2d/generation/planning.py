@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from m2d.data.catalog import catalog_hash, read_catalog, scan_dataset
 from m2d.data.prepared import prepared_folder, reusable_catalog
-from m2d.data.progress import progress
 from m2d.data.settings import DataConfig
-from m2d.data.storage import open_storage, without_secrets
 from m2d.errors import ConfigError, DataError
+from m2d.files.progress import progress, say
+from m2d.files.storage import one_line, open_storage, without_secrets
 from m2d.generation.balance import real_counts, targets
 from m2d.generation.plan import (
     PLAN_SCHEMA,
@@ -25,7 +25,6 @@ from m2d.generation.plan import (
     read_plan,
     standard_plan,
 )
-from m2d.generation.progress import say
 from m2d.generation.references import References, read_references, require_references
 from m2d.generation.settings import GenerateConfig
 
@@ -108,8 +107,8 @@ def dataset_catalog(config: GenerateConfig, info: CheckpointInfo) -> pa.Table | 
         kept = reusable_catalog(prepared_folder(cache_dir, config.data_root), config.data_root, data_config)
         if kept is not None:
             return kept
-    with progress("scan", "images") as advance:
-        scan = scan_dataset(config.data_root, data_config, advance)
+    with progress("scan") as report:
+        scan = scan_dataset(config.data_root, data_config, report.show)
     shown = [(row["path"], row["reason"]) for row in scan.rejected.slice(0, _SHOWN_REJECTED).to_pylist()]
     _say_rejected("data_root", shown, len(scan.rejected))
     return scan.catalog
@@ -160,5 +159,4 @@ def _file_sha256(path: str) -> str:
         with filesystem.open_input_stream(inner, compression=None) as stream:
             return hashlib.sha256(stream.read()).hexdigest()
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"plan: {without_secrets(path)} cannot be read ({reason}); put it back") from None
+        raise DataError(f"plan: {without_secrets(path)} cannot be read ({one_line(error)}); put it back") from None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ from m2d.classes import CLASSES
 from m2d.data.catalog import IMAGE_SUFFIXES, is_debris
 from m2d.data.decode import ImageRejected, decode_resized, probe_image
 from m2d.data.settings import DataConfig
-from m2d.data.storage import inside, open_storage, without_secrets
 from m2d.errors import CheckpointError, ConfigError, DataError
+from m2d.files.storage import inside, one_line, open_storage, without_secrets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,15 +67,13 @@ def read_references(
     classes: Sequence[str] | None = None,
     setting: str = "init_images",
     max_pixels: int = MAX_PIXELS,
-    progress: Callable[[int, int], None] | None = None,
 ) -> References:
     """Every usable image of `classes` (None: of those that are there) in a folder, a local path or a URI.
 
     The folder holds class folders (any letter case, images at any depth), and an image's class is its folder's name;
     or it holds images, all of the one class that `classes` then names. The checks are those of a dataset's scan: hidden
     files are passed over, unreadable ones are left out and listed with a reason. setting: the flag to name in errors.
-    progress(done, total) is called once a file. Raises DataError where the folder cannot be used, or a class of
-    `classes` has no usable image in it.
+    Raises DataError where the folder cannot be used, or a class of `classes` has no usable image in it.
     """
     shown = without_secrets(folder)
     if shown != folder:  # each image's place goes into plan, manifest and image
@@ -93,8 +91,6 @@ def read_references(
         else:
             place = inside(folder, path) if "://" in folder else posixpath.join(root, path)
             found[label].append(Reference(path=place, label=label, sha256=result.sha256))
-        if progress is not None:
-            progress(sum(map(len, found.values())) + len(rejected), len(candidates))
     first = f"; the first of {len(rejected)} left out: {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
     if not any(found.values()):
         raise DataError(f"{setting}: {shown} holds no usable image{first}")
@@ -112,27 +108,27 @@ def read_references(
     )
 
 
-def read_reference(path: str, size: int, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_reference(path: str, size: int) -> np.ndarray:
     """One input image as training sees images of `size` pixels: uint8 [size, size, 3] RGB, the centre square.
 
     Raises DataError where it cannot be read.
     """
     try:
-        return decode_resized(_read(*open_storage(path)), size, max_pixels=max_pixels)
+        return decode_resized(_read(*open_storage(path)), size, max_pixels=MAX_PIXELS)
     except (ImageRejected, pa.ArrowException, OSError) as error:
         raise DataError(
-            f"reference: {without_secrets(path)} cannot be used ({_one_line(error)}); put the image back, or take its "
+            f"reference: {without_secrets(path)} cannot be used ({one_line(error)}); put the image back, or take its "
             "rows out of the plan"
         ) from None
 
 
-def require_references(paths: Iterable[str], max_pixels: int = MAX_PIXELS) -> None:
+def require_references(paths: Iterable[str]) -> None:
     """Raise DataError for the first of the input images that cannot be read; for a plan that came from a file."""
     unique = sorted(set(paths))
 
     def reason(path: str) -> str | None:
         filesystem, inner = open_storage(path)
-        return _probe(filesystem, inner, max_pixels).reason
+        return _probe(filesystem, inner, MAX_PIXELS).reason
 
     with ThreadPoolExecutor(_THREADS) as pool:
         broken = [(path, why) for path, why in zip(unique, pool.map(reason, unique), strict=True) if why]
@@ -208,7 +204,7 @@ def _candidates(
             listed = [(name, label) for name in files]
             loose = [(name, "is a folder that is no class") for name in names]
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{where} cannot be listed ({_one_line(error)}); check access to it") from None
+        raise DataError(f"{where} cannot be listed ({one_line(error)}); check access to it") from None
     wanted = sorted(pair for pair in listed if classes is None or pair[1] in classes)
     known = " ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
     other = [(path, f"its suffix is not one of {known}") for path, _ in wanted if not _is_image(path)]
@@ -264,7 +260,7 @@ def _probe(filesystem: fs.FileSystem, path: str, max_pixels: int) -> _Probed:
     except ImageRejected as rejection:
         return _Probed(None, rejection.reason)
     except (pa.ArrowException, OSError) as error:
-        return _Probed(None, f"cannot be read: {_one_line(error)}")
+        return _Probed(None, f"cannot be read: {one_line(error)}")
     return _Probed(hashlib.sha256(encoded).hexdigest())
 
 
@@ -272,7 +268,3 @@ def _read(filesystem: fs.FileSystem, path: str) -> bytes:
     with filesystem.open_input_stream(path, compression=None) as stream:
         encoded: bytes = stream.read()
     return encoded
-
-
-def _one_line(error: Exception) -> str:
-    return without_secrets(" ".join(str(error).split()))[:200] or type(error).__name__

@@ -1,4 +1,4 @@
-"""One image asked for, its seeds and its noise: the same for every batch size, worker and device.
+"""An image's seeds and its noise: the same for every batch size, worker and device.
 
 Plans and writers use the seeds alone, so torch waits until noise is asked for.
 """
@@ -7,38 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class SampleRequest:
-    """Image number `index` of class `label` (a class code), made from the noise of `seed`."""
-
-    label: str
-    index: int
-    seed: int
-
-    @property
-    def image_id(self) -> str:
-        """MEL_000003: the stem of its file and its key in the manifest."""
-        return f"{self.label}_{self.index:06d}"
-
-
-def class_requests(classes: Iterable[str], *, num_samples: int, run_seed: int) -> list[SampleRequest]:
-    """`num_samples` requests a class, index by index, so that an interrupted run has as many of each class."""
-    labels = list(classes)
-    return [
-        SampleRequest(label=label, index=index, seed=sample_seed(run_seed, label, index))
-        for index in range(num_samples)
-        for label in labels
-    ]
 
 
 def sample_seed(run_seed: int, label: str, index: int) -> int:

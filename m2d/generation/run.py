@@ -13,9 +13,11 @@ import pyarrow.compute as pc
 import torch
 from rich.console import Console
 
-from m2d.data.job_paths import input_path, result_path
+from m2d.cluster.nodes import cluster_gpu, cluster_total, require_shared
 from m2d.diffusion.feature_prior import WEAK_BELOW
 from m2d.errors import ConfigError, M2DError
+from m2d.files.paths import input_path, result_path
+from m2d.files.progress import progress, say
 from m2d.generation.formats import FORMATS
 from m2d.generation.gate_training import GatesAtWork, prepare_gates
 from m2d.generation.generator import Generator, pick_device, pick_feature
@@ -25,7 +27,6 @@ from m2d.generation.local import make_here
 from m2d.generation.outputs import MANIFEST_NAME, PLAN_NAME, OutputFolder
 from m2d.generation.plan import read_plan, write_plan
 from m2d.generation.planning import Planned, dataset_catalog, make_plan
-from m2d.generation.progress import progress, say
 from m2d.generation.recipe import Recipe, default_output
 from m2d.generation.references import load_reference_extractor
 from m2d.generation.settings import Feature, GenerateConfig
@@ -34,7 +35,6 @@ from m2d.models.checkpoint import Checkpoint, load_checkpoint
 from m2d.models.feature_extractor import FeatureExtractor
 from m2d.models.precision import pick_precision
 from m2d.models.settings import Precision
-from m2d.nodes import cluster_gpu, require_shared
 
 _RAY_PAYS_FROM = 512  # images on the CPUs of one machine; starting Ray and its actors costs about 15 s
 _GROUP_BYTES = 128 * 2**20  # of pixels that a group may take in memory
@@ -130,7 +130,7 @@ class _Run:
     def _make(self, rounds: list[pa.Table], missing: int) -> int:
         """Round k makes attempt k of all rows that need it; returns how many images were kept."""
         kept, rejected = 0, set[str]()
-        with progress(missing) as report:
+        with progress("generating", missing) as shown:
             for attempts, waiting in enumerate(rounds):
                 table = waiting
                 if rejected:  # in the plan's order, so that an interrupted run goes on with the same groups
@@ -145,7 +145,7 @@ class _Run:
                         images = sum(result.kept.values())
                         kept += images
                         rejected.update(result.rejected)
-                        report.advance(images)
+                        shown.advance(images)
         return kept
 
     def _results(self, groups: PlanGroups) -> collections.abc.Generator[GroupResult, None, None]:
@@ -295,10 +295,8 @@ def _device(config: GenerateConfig, cluster: ExitStack) -> tuple[str, Precision]
     """Where images are made, and in which precision; on a cluster the GPUs of its nodes count, not the driver's."""
     elsewhere = bool(os.environ.get("RAY_ADDRESS")) and config.num_actors != 0
     if elsewhere and config.device in (None, "cuda") and not torch.cuda.is_available():
-        from m2d.generation.bulk import cluster_gpus
-
         _connect(cluster, config)
-        if cluster_gpus():
+        if cluster_total("GPU"):
             return "cuda", config.mixed_precision or cluster_gpu().precision
     device = pick_device(config.device)
     return str(device), pick_precision(config.mixed_precision, device)
@@ -306,7 +304,8 @@ def _device(config: GenerateConfig, cluster: ExitStack) -> tuple[str, Precision]
 
 def _connect(cluster: ExitStack, config: GenerateConfig) -> None:
     """To Ray, once a run."""
-    from m2d.generation.bulk import WRITER_CPUS, ray_cluster
+    from m2d.cluster.start import ray_cluster
+    from m2d.generation.bulk import WRITER_CPUS
 
     joined = bool(os.environ.get("RAY_ADDRESS"))
     actors = config.num_actors or os.cpu_count() or 1

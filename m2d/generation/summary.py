@@ -9,10 +9,11 @@ from PIL import Image
 from rich.table import Table
 
 from m2d.classes import CLASSES
+from m2d.files.atomic import whole_file
 from m2d.generation.contact_sheet import contact_sheet, strip
 from m2d.generation.formats import read_images
+from m2d.generation.journal import cannot_write
 from m2d.generation.outputs import OutputFolder
-from m2d.generation.whole_files import cannot_write, replacing
 
 SHEET_COLUMNS = 8
 
@@ -109,8 +110,8 @@ def _paths(folder: OutputFolder) -> dict[str, str]:
 
 def _save(image: Image.Image, path: Path) -> Path:
     try:
-        with replacing(path) as stream:
-            image.save(stream, format="PNG")
+        with whole_file(path) as partial:
+            image.save(partial, format="PNG")
     except OSError as error:
         raise cannot_write(path, error) from None
     return path

@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from m2d.errors import CheckpointError
+from m2d.errors import CheckpointError, first_line
 from m2d.models.group_norm import keep_input_type
 from m2d.models.settings import AutoencoderConfig
 
@@ -77,10 +77,9 @@ def _pretrained(location: str) -> AutoencoderKL:
             location = str(folder / "vae")
         vae, loading = AutoencoderKL.from_pretrained(location, torch_dtype=torch.float32, output_loading_info=True)
     except Exception as error:  # diffusers, huggingface_hub, safetensors and torch each have their own
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
             f"autoencoder.pretrained: {location} is neither a folder with an AutoencoderKL nor a hub id that can be "
-            f"reached ({first_line}); give a local folder"
+            f"reached ({first_line(error)}); give a local folder"
         ) from None
     strangers = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
     if strangers:  # diffusers warns and leaves such tensors at random values

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from m2d.classes import CLASSES
 from m2d.diffusion.feature_prior import FeaturePrior
-from m2d.errors import CheckpointError
+from m2d.errors import CheckpointError, first_line
 from m2d.models.autoencoder import Autoencoder
 from m2d.models.conditioning import ConditionEncoder
 from m2d.models.settings import COMPLETE, ConditioningConfig
@@ -146,9 +146,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
         written_as = document.pop("format", None)
         info = CheckpointInfo(**document) if written_as == FORMAT else None
     except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"checkpoint: {directory / 'checkpoint.yaml'} is damaged ({_first_line(error)})"
-        ) from None
+        raise CheckpointError(f"checkpoint: {directory / 'checkpoint.yaml'} is damaged ({first_line(error)})") from None
     if info is None:
         raise CheckpointError(
             f"checkpoint: {path} is of format {written_as}, this M2D reads {FORMAT}; use the version that wrote it"
@@ -182,7 +180,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     except CheckpointError:
         raise
     except Exception as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be loaded ({_first_line(error)}); take another one") from None
+        raise CheckpointError(f"checkpoint: {path} cannot be loaded ({first_line(error)}); take another one") from None
     missing = [name for name in missing if not name.startswith("unet.")]
     if missing or unexpected:
         raise CheckpointError(f"checkpoint: {path} lacks {missing} and has unknown {unexpected}")
@@ -203,7 +201,7 @@ def _read_prior(directory: Path, info: CheckpointInfo) -> FeaturePrior | None:
     try:
         prior = FeaturePrior.from_tensors(load_file(path))
     except Exception as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be used ({_first_line(error)}); take another one") from None
+        raise CheckpointError(f"checkpoint: {path} cannot be used ({first_line(error)}); take another one") from None
     if prior.dim != info.feature_dim:
         raise CheckpointError(
             f"checkpoint: {path} is of features with {prior.dim} dimensions, the checkpoint's have {info.feature_dim}; "
@@ -222,10 +220,6 @@ def _strictly(network: type[NetworkT], folder: Path) -> NetworkT:
     return network_loaded
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def _frozen(network: NetworkT, device: str | torch.device) -> NetworkT:
     return network.eval().requires_grad_(False).to(device)
 
@@ -234,7 +228,7 @@ def _check_files(directory: Path) -> None:
     try:
         listed = dict(json.loads((directory / COMPLETE).read_text(encoding="utf-8"))["files"])
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint: {directory / COMPLETE} is damaged ({_first_line(error)})") from None
+        raise CheckpointError(f"checkpoint: {directory / COMPLETE} is damaged ({first_line(error)})") from None
     for name, size in listed.items():
         path = directory / name
         if not path.is_file() or path.stat().st_size != size:

@@ -269,10 +269,6 @@ def _packaged_lite(name: str) -> Path:
     return Path(model_file.get_model_file_path())
 
 
-def _packaged_lite0() -> Path:
-    return _packaged_lite(LITE0)
-
-
 def _rename_by_order(name: str, state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The wheel's tensors stand in timm's order under other names; shapes and leaf names prove each pair."""
     if len(state) != len(target):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2d.errors import first_line
 from m2d.models.feature_extractor import LITE0, load_feature_extractor
 from m2d.models.settings import PerceptualKind
 
@@ -88,7 +89,7 @@ def lpips_available(net: str) -> tuple[bool, str]:
     except Exception as error:
         if isinstance(error, URLError):  # its own text is a socket's error number
             return False, "no network to fetch them from, and not in the torch hub cache"
-        return False, str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return False, first_line(error)
     return True, ""
 
 

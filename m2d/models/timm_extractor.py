@@ -16,7 +16,7 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from m2d.errors import CheckpointError, ConfigError
+from m2d.errors import CheckpointError, ConfigError, first_line
 from m2d.models.feature_extractor import FeatureExtractor, Features
 from m2d.models.settings import TIMM_PREFIX, Crop
 from m2d.models.weights_file import file_sha256, read_tensors, require_finite, some_of, tensors_sha256
@@ -183,8 +183,9 @@ def _measure(name: str, network: nn.Module, side: int) -> tuple[int, int]:
 
 
 def _wrong_size(name: str, side: int, error: Exception) -> ConfigError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ConfigError(f"feature_extractor.input_size: {name} does not take {side} px ({reason[:120]}); give another")
+    return ConfigError(
+        f"feature_extractor.input_size: {name} does not take {side} px ({first_line(error)[:120]}); give another"
+    )
 
 
 class _NoGridError(Exception):

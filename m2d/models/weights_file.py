@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from m2d.errors import CheckpointError
+from m2d.errors import CheckpointError, first_line
 
 WRAPPERS = ("model", "module", "state_dict")  # where training scripts put the weights among other things
 
@@ -54,7 +54,7 @@ def read_tensors(path: Path, *, accept_safetensors: bool = False) -> dict[str, T
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise _refusal(path, f"cannot be read as safetensors ({_first_line(error)}); copy it again") from None
+            raise _refusal(path, f"cannot be read as safetensors ({first_line(error)}); copy it again") from None
     content = _unwrapped(_load(path))
     if not isinstance(content, Mapping) or not content or not all(map(_is_plain, content.values())):
         raise _refusal(path, f"holds something else than named tensors ({_kind(content)}); give a state dict")
@@ -87,7 +87,7 @@ def _load(path: Path) -> Any:
             raise _refusal(
                 path, f"is a pickle that would run code ({code[1]}), which is never done; give a file of tensors only"
             ) from None
-        raise _refusal(path, f"is no file of tensors by torch.save ({_first_line(error)})") from None
+        raise _refusal(path, f"is no file of tensors by torch.save ({first_line(error)})") from None
     except Exception as error:  # whatever a broken file makes of torch's reader
         raise _refusal(
             path,
@@ -150,10 +150,6 @@ def _kind(content: Any) -> str:
         return f"a {type(content).__name__}"
     odd = [str(name) for name, value in content.items() if not _is_plain(value)]
     return some_of(odd) if odd else "nothing"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _refusal(path: Path, what: str) -> CheckpointError:

@@ -9,13 +9,9 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image
 
-from m2d.plots.class_charts import class_similarity, cls_projection
 from m2d.plots.components import patch_colours
-from m2d.plots.gradients import gradient_histogram
 from m2d.plots.style import percent
 from m2d.plots.tiles import GAP, LINE, STRIPE, Page, columns_for, require_images, require_labels, whole_factor
-
-__all__ = ["alignment_map", "class_similarity", "cls_projection", "gradient_histogram", "patch_pca"]
 
 _HEAD = LINE + STRIPE + 4  # a class's code and stripe
 _BETWEEN = 20  # from one pair to the next, more than within one

@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,16 +37,6 @@ class Console:
     def warn(self, line: str) -> None:
         """A degraded path, said once at the start."""
         self.rich.print(f"WARNING: {line}", style="yellow", markup=False)
-
-    @contextmanager
-    def counting(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar for work with a known total; yields the function to call with (done, total)."""
-        if not self.interactive:
-            yield lambda done, total: None
-            return
-        with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=self.rich) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
 
     @contextmanager
     def progress(self, metrics: Path, total_steps: int, steps_per_epoch: int, start: int) -> Iterator[None]:

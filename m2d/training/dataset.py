@@ -21,6 +21,7 @@ from m2d.data.catalog import (
 from m2d.data.feature_store import FeatureStore
 from m2d.data.prepared import PreparedImages, prepared_folder, reusable_catalog
 from m2d.experiment import Experiment
+from m2d.files.progress import progress
 from m2d.models.feature_extractor import extractor_identity
 from m2d.training.console import Console
 from m2d.training.plan import CATALOG
@@ -38,8 +39,8 @@ def run_catalog(config: TrainConfig, experiment: Experiment, data_root: str, con
         rejected, duplicates = (pa_csv.read_csv(folder / name) for name in ("rejected.csv", "duplicates.csv"))
         scan = Scan(prepared, rejected, duplicates)
     else:
-        with console.counting("scanning images") as progress:
-            scan = scan_dataset(data_root, config.data, progress)
+        with progress("scan", stderr=False) as shown:
+            scan = scan_dataset(data_root, config.data, shown.show)
     write_catalog(scan.catalog, path)
     if len(scan.rejected):
         listed = str(experiment.path / "cache" / "rejected.csv")

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from m2d.config import TrainConfig
-from m2d.errors import CheckpointError
+from m2d.errors import CheckpointError, first_line
 from m2d.experiment import Experiment
 from m2d.models.feature_extractor import (
     LITE0,
@@ -313,8 +313,9 @@ def _pretrained_shape(location: str) -> dict[str, Any]:
         where = str(inner) if (inner / "config.json").is_file() else location
         shape: dict[str, Any] = AutoencoderKL.load_config(where)
     except Exception as error:  # diffusers and huggingface_hub each have their own
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"autoencoder.pretrained: {location} has no config.json to be read ({reason})") from None
+        raise CheckpointError(
+            f"autoencoder.pretrained: {location} has no config.json to be read ({first_line(error)})"
+        ) from None
     return shape
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from m2d.data.feature_store import FeatureTable
 from m2d.data.reader import ImageReader
+from m2d.files.atomic import whole_file
 from m2d.models.feature_extractor import Features
 from m2d.training.batch import LatentBatch
 from m2d.training.features import FeatureSource
@@ -90,9 +91,8 @@ def cache_latents(
             for i in range(0, len(indices), batch_size)
         ]
         columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        partial = folder / f".{_name(start)}.{rank}.partial"
-        save_file(columns, partial)
-        partial.replace(folder / _name(start))
+        with whole_file(folder / _name(start)) as partial:
+            save_file(columns, partial)
         if progress is not None:
             progress(min(start + SHARD, entries), entries)
     barrier()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from m2d.data.stream import build_stream, iterate_stream, stream_options
+from m2d.experiment import newest_step
 from m2d.records import BlankingFormatter
-from m2d.training.checkpoints import newest_step
 from m2d.training.plan import RunPlan
 from m2d.training.stopping import failures_recorded, recorded_failure
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, TrainingError
+from m2d.experiment import BEST, complete_checkpoints
+from m2d.files.atomic import write_whole
 from m2d.models.checkpoint import CheckpointInfo, mark_complete, save_tensors, write_inference_files
 from m2d.models.settings import COMPLETE
-from m2d.training.checkpoints import BEST, complete_checkpoints
 from m2d.training.step import Networks
 
 
@@ -179,9 +180,7 @@ class CheckpointKeeper:
         best = read_best(self.directory)
         if best is None or score <= best[1]:
             best = (path.name, score)
-            temporary = self.directory / f".{BEST}.json.partial"
-            temporary.write_text(json.dumps({"checkpoint": path.name, "score": score}), encoding="utf-8")
-            temporary.rename(self.directory / f"{BEST}.json")
+            write_whole(self.directory / f"{BEST}.json", json.dumps({"checkpoint": path.name, "score": score}))
         link = self.directory / f".{BEST}.partial"  # each time: a crash may have come between the record and the link
         link.unlink(missing_ok=True)
         link.symlink_to(best[0])

@@ -20,6 +20,7 @@ from m2d.errors import TrainingError
 from m2d.models.autoencoder import Autoencoder
 from m2d.models.discriminator import PatchDiscriminator
 from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.precision import DTYPES
 from m2d.models.projector import AlignmentProjector
 from m2d.models.unet import Denoiser
 from m2d.training.batch import Draws, ImageBatch, LatentBatch
@@ -115,8 +116,7 @@ class BaseStep(Generic[BatchT]):
         """The forward pass's precision."""
         if self.config.precision == "no":
             return nullcontext()
-        dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float16
-        return torch.autocast(self.device.type, dtype=dtype)
+        return torch.autocast(self.device.type, dtype=DTYPES[self.config.precision])
 
     def read_scalars(self) -> dict[str, float]:
         """Means since the last call. The only place that waits for the device.

@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from PIL import Image
 
 from m2d.config import as_dict
-from m2d.data.storage import without_secrets
+from m2d.errors import first_line
+from m2d.files.atomic import write_whole
+from m2d.files.storage import without_secrets
 from m2d.records import blanked
 
 if TYPE_CHECKING:
@@ -44,9 +46,7 @@ class MetricsLog:
     def resume_at(self, step: int) -> None:
         """Drop records of steps that will be taken again (after `step`)."""
         kept = [record for record in self.read() if record["step"] <= step]
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append the record of a step."""
@@ -165,9 +165,7 @@ class Telemetry:
         png = image if isinstance(image, bytes) else as_png(image)
         path = self.folder / "visualizations" / name / f"step_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".partial")
-        temporary.write_bytes(png)
-        temporary.replace(path)
+        write_whole(path, png)
         for sink in self.sinks:
             sink.picture(step, name, png, caption)
         return path
@@ -267,7 +265,7 @@ class Wandb:
         try:
             self._run = start(mode)
         except Exception as error:
-            reason = without_secrets(next(iter(str(error).strip().splitlines()), type(error).__name__))
+            reason = without_secrets(first_line(error))
             try:
                 if mode != "online":
                     raise

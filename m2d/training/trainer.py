@@ -16,18 +16,17 @@ import torch
 from torch import Tensor
 
 from m2d.classes import CLASSES
-from m2d.cluster import ray_cluster
-from m2d.config import TrainConfig, as_dict, with_absolute_paths
+from m2d.cluster.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, places, require_shared
+from m2d.cluster.start import ray_cluster
+from m2d.config import TrainConfig, as_dict, differences, with_absolute_paths
 from m2d.data.catalog import class_counts
 from m2d.data.local import iterate_local
-from m2d.data.storage import open_storage
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
-from m2d.experiment import Experiment, open_experiment
+from m2d.experiment import Experiment, newest_step, open_experiment
+from m2d.files.storage import open_storage
 from m2d.models.perceptual import lpips_available
 from m2d.models.settings import PerceptualKind, Precision
-from m2d.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, places, require_shared
 from m2d.records import BlankingFormatter
-from m2d.training.checkpoints import newest_step
 from m2d.training.console import Console
 from m2d.training.dataset import prepared_parts, run_catalog
 from m2d.training.plan import CATALOG, RunPlan
@@ -55,7 +54,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
     console = Console()
     data_root = config.checked_data_root
     experiment, resumed = open_experiment(
-        config.experiments_dir, config.name, as_dict(config), fresh=config.fresh, command=sys.argv
+        config.experiments_dir, config.name, as_dict(config), differences, fresh=config.fresh, command=sys.argv
     )
     with experiment.running(), _log_file(experiment):
         try:

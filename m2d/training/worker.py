@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from m2d.data.order import micro_batch_number, worker_rows
 from m2d.diffusion.feature_prior import FeaturePrior
+from m2d.experiment import BEST, complete_checkpoints
 from m2d.models.autoencoder import coded_at_once
 from m2d.models.checkpoint import CheckpointInfo, read_prior
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
-from m2d.training.checkpoints import BEST, complete_checkpoints
 from m2d.training.decoder_step import DecoderStep
 from m2d.training.features import FeatureSource, fit_features
 from m2d.training.latents import LatentTable, cache_latents

@@ -1,6 +1,5 @@
 """The folder of a sweep: which settings it was begun with, who holds it, and what a resumption may change."""
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -11,6 +10,7 @@ import yaml
 
 from m2d.config import as_dict, differences
 from m2d.errors import ConfigError, ExperimentError
+from m2d.files.atomic import try_lock, write_whole
 from m2d.records import blanked
 from m2d.tuning.ledger import Ledger
 from m2d.tuning.settings import SweepConfig
@@ -23,9 +23,7 @@ CHANGEABLE_OF_SWEEP = frozenset({"max_concurrent"})
 
 def write_settings(folder: Path, config: SweepConfig) -> None:
     """Keep the settings, atomically."""
-    temporary = folder / f".{SETTINGS}.partial"
-    temporary.write_text(yaml.safe_dump(blanked(as_dict(config)), sort_keys=False), encoding="utf-8")
-    temporary.replace(folder / SETTINGS)
+    write_whole(folder / SETTINGS, yaml.safe_dump(blanked(as_dict(config)), sort_keys=False))
 
 
 def require_same(folder: Path, config: SweepConfig, ledger: Ledger) -> None:
@@ -67,9 +65,8 @@ def set_aside(folder: Path) -> None:
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold the sweep for this process. Raises ExperimentError where another one does."""
-    with (folder / ".running.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ExperimentError(f"the sweep {folder} is being run by another process; wait for it") from None
+    lock = try_lock(folder / ".running.lock")
+    if lock is None:
+        raise ExperimentError(f"the sweep {folder} is being run by another process; wait for it")
+    with lock:
         yield

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from m2d.errors import ExperimentError
 from m2d.experiment import Experiment, list_experiments
+from m2d.files.atomic import write_whole
 from m2d.training.telemetry import MetricsLog
 
 RECORDS, TRIALS = "trials.json", "trials"
@@ -107,9 +108,7 @@ class Ledger:
 
     def _write(self) -> None:
         entries = [asdict(self.records[number]) for number in sorted(self.records)]
-        temporary = self.path.with_name(f".{RECORDS}.partial")
-        temporary.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, json.dumps(entries, indent=1))
 
 
 def trial_experiment(folder: Path, name: str) -> Experiment | None:

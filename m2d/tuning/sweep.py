@@ -17,10 +17,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlgorithm, Searcher
 
-from m2d.cluster import ray_cluster
+from m2d.cluster.nodes import node_resources, places, require_shared
+from m2d.cluster.start import ray_cluster
 from m2d.config import with_absolute_paths
 from m2d.errors import ConfigError, ExperimentError
-from m2d.nodes import node_resources, places, require_shared
 from m2d.training.console import Console
 from m2d.tuning.folder import SETTINGS, held, require_enough, require_same, set_aside, write_settings
 from m2d.tuning.ledger import Ledger, TrialRecord

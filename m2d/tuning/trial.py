@@ -12,7 +12,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from m2d.config import TrainConfig
-from m2d.training.checkpoints import newest_step
+from m2d.experiment import newest_step
 from m2d.training.console import Console
 from m2d.tuning.ledger import TRIALS, Ledger, State, trial_experiment, validations
 from m2d.tuning.objective import OBJECTIVE, objective

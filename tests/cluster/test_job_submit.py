@@ -11,7 +11,7 @@ import pytest
 from cluster.job_cluster import CPUS, JobCluster, await_that, copy_repository, job_cluster
 from tiny_run import TINY, write_images
 
-from m2d.data.demo import write_demo_dataset
+from m2d.demo.dataset import write_demo_dataset
 from m2d.experiment import list_experiments
 from m2d.models.checkpoint import load_checkpoint
 

@@ -36,7 +36,7 @@ from m2d.data.settings import DataConfig
 from m2d.data.setup_report import StageReport
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, DataError
-from m2d.models.feature_extractor import Features, _packaged_lite0, extractor_key, load_feature_extractor
+from m2d.models.feature_extractor import LITE0, Features, _packaged_lite, extractor_key, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,7 +194,7 @@ def test_another_split_or_fewer_views_make_nothing_invalid(root: Path, cache: Pa
 def test_other_weights_make_their_own_features_and_leave_the_old_ones(
     root: Path, cache: Path, tmp_path: Path, no_ray: None
 ) -> None:
-    state: dict[str, Tensor] = torch.load(_packaged_lite0(), weights_only=True)
+    state: dict[str, Tensor] = torch.load(_packaged_lite(LITE0), weights_only=True)
     first = next(iter(state))
     torch.save({**state, first: state[first] * 1.5}, tmp_path / "other.pth")
     before = marks(cache)
@@ -249,7 +249,7 @@ def test_two_runs_do_not_share_a_folder(root: Path, cache: Path) -> None:
     folder = prepared_folder(str(cache), str(root))
     with (folder / "setup.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ConfigError, match="another setup_data is at work"):
+        with pytest.raises(ConfigError, match="cache_dir: another setup_data"):
             run(root, cache, "--all")
     run(root, cache, "--scan")
 
@@ -359,7 +359,7 @@ def test_a_prepared_image_that_is_damaged_ends_the_job_with_its_file(tmp_path: P
 def test_a_node_with_other_weights_is_refused(tmp_path: Path) -> None:
     jobs = feature_jobs(tmp_path, [10])
     with pytest.raises(ConfigError, match="every node needs the same file"):
-        jobs.load_extractor("cpu", torch.get_num_threads())
+        jobs.load("cpu", torch.get_num_threads())
 
 
 @pytest.mark.ray

@@ -14,14 +14,13 @@ import pytest
 from m2d.data.catalog import dataset_fingerprint, scan_dataset
 from m2d.data.prepared import (
     PreparedImages,
-    images_folder,
     prepared_folder,
     reusable_catalog,
     write_images,
     write_scan,
 )
 from m2d.data.settings import DataConfig
-from m2d.data.shards import ShardIndex, clear_leftovers, digests, whole_file
+from m2d.data.shards import ShardIndex, cache_file, digests
 from m2d.errors import ConfigError, DataError
 
 SIZE = 16
@@ -236,28 +235,12 @@ def test_two_shards_that_hold_the_same_image_are_fine(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found, pixels[number])
 
 
-def write_and_fail(path: Path, error: Exception) -> None:
-    with whole_file(path) as partial:
-        partial.write_bytes(b"half")
-        raise error
-
-
-def test_a_write_that_fails_leaves_no_file_and_no_leftover(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError):
-        write_and_fail(tmp_path / "shard", RuntimeError())
-    assert list(tmp_path.iterdir()) == []
+def fail_on_a_full_disk(path: Path) -> None:
+    with cache_file(path):
+        raise OSError(28, "No space left on device")
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)") as error:
-        write_and_fail(tmp_path / "shard", OSError(28, "No space left on device"))
+        fail_on_a_full_disk(tmp_path / "shard")
     assert "\n" not in str(error.value)
-
-
-def test_leftovers_of_a_kill_are_cleared_and_nothing_else(tmp_path: Path) -> None:
-    path = write_images(tmp_path, SIZE, SHA[:3], pixels_of(3))
-    leftover = images_folder(tmp_path, SIZE) / ".shard_1.parquet.host.17.partial"
-    leftover.write_bytes(b"half")
-    assert clear_leftovers(tmp_path) == 1
-    assert not leftover.exists()
-    assert path.exists()

@@ -15,7 +15,6 @@ from m2d.evaluation.distances import (
     frechet_distance,
     kernel_distance,
     neighbour_scores,
-    subset_kernel_distance,
     vendi_score,
 )
 
@@ -97,22 +96,6 @@ def test_kernel_distance_of_all_images_is_that_of_torchmetrics() -> None:
     a, b = gaussian(96, 40, 0), gaussian(96, 40, 1, shift=0.2)
     expected, _ = of_torchmetrics(published_kid(subsets=1, subset_size=96), a, b)
     assert kernel_distance(a, b).value == pytest.approx(expected, rel=1e-6)
-
-
-def test_kernel_distance_over_subsets_is_that_of_torchmetrics_over_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = gaussian(96, 40, 0), gaussian(120, 40, 1, shift=0.2)
-    ours = subset_kernel_distance(a, b, subsets=7, subset_size=30, seed=5)
-    generator = np.random.default_rng(5)
-    monkeypatch.setattr(torch, "randperm", lambda count: torch.from_numpy(generator.permutation(count)))
-    expected = of_torchmetrics(published_kid(subsets=7, subset_size=30), a, b)
-    assert list(ours) == pytest.approx(expected, rel=1e-6)
-
-
-def test_subsets_take_half_of_the_smaller_side() -> None:
-    a, b = gaussian(40, 8, 0), gaussian(90, 8, 1)
-    assert subset_kernel_distance(a, b, subsets=3, seed=1) == subset_kernel_distance(
-        a, b, subsets=3, subset_size=20, seed=1
-    )
 
 
 def test_kernel_distance_of_two_points_has_a_closed_form() -> None:

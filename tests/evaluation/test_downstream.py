@@ -15,8 +15,8 @@ from sklearn.preprocessing import StandardScaler
 from m2d.classes import class_index
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation.arms import TrainingRows, training_rows
-from m2d.evaluation.downstream import ProbeClassifier, measure_downstream, run_here
-from m2d.evaluation.downstream_jobs import Job
+from m2d.evaluation.downstream import ProbeClassifier, measure_downstream
+from m2d.evaluation.downstream_jobs import Job, run_here
 from m2d.evaluation.downstream_result import DownstreamResult, Estimate, verdict
 from m2d.evaluation.feature_set import FeatureSet, ImageSet
 

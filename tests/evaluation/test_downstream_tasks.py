@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 
 from m2d.classes import class_index
-from m2d.errors import ConfigError, DataError
+from m2d.errors import DataError
 from m2d.evaluation.arms import TrainingRows, training_rows
-from m2d.evaluation.downstream import ProbeClassifier, run_here
-from m2d.evaluation.downstream_jobs import Job
-from m2d.evaluation.downstream_tasks import _gpu_share, run_on_ray
+from m2d.evaluation.downstream import ProbeClassifier
+from m2d.evaluation.downstream_jobs import Job, run_here, run_on_ray
 from m2d.evaluation.feature_set import FeatureSet, ImageSet
 
 MEL, NV = class_index("MEL"), class_index("NV")
@@ -72,27 +70,3 @@ def test_an_error_that_a_user_can_mend_comes_through_as_one_line() -> None:
     judge = _Refusing(PROBE.train, PROBE.test, PROBE.generated, 0.1)
     with pytest.raises(DataError, match=r"^test: 3 of these lesions have no name; give them one$"):
         run_on_ray(judge, jobs(judge, "ab"))
-
-
-def nodes_with(monkeypatch: pytest.MonkeyPatch, *gpus: float) -> None:
-    monkeypatch.setattr(
-        ray, "nodes", lambda: [{"Alive": True, "Resources": {"GPU": one} if one else {}} for one in gpus]
-    )
-
-
-def test_without_gpus_a_task_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes_with(monkeypatch, 0, 0)
-    assert _gpu_share(0.25) == 0
-
-
-@pytest.mark.parametrize("share", [0.25, 1, 2])
-def test_a_share_that_a_node_has_is_asked_for(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    nodes_with(monkeypatch, 0, 2)
-    assert _gpu_share(share) == share
-
-
-@pytest.mark.parametrize("share", [0, -1, 1.5, 3])
-def test_a_share_that_would_wait_for_ever_is_refused(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    nodes_with(monkeypatch, 2, 2)
-    with pytest.raises(ConfigError, match="gpus_per_task"):
-        _gpu_share(share)

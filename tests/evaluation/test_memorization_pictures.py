@@ -1,15 +1,12 @@
 """The page of worst pairs shows the pixels of the right images, turned as found, and marks near-copies."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from m2d.classes import DIAGNOSES, class_index
 from m2d.data.views import apply_view
 from m2d.evaluation.feature_set import ImageSet
-from m2d.evaluation.memorization_pictures import worst_pairs_picture, write_worst_pairs
+from m2d.evaluation.memorization_pictures import worst_pairs_picture
 from m2d.evaluation.memorization_result import Pair
 
 RED = (0xB0, 0x00, 0x20)
@@ -83,13 +80,6 @@ def test_only_a_pair_within_the_limit_is_red(share: float, marked: bool) -> None
 def test_images_of_any_size_fit_their_column(size: int) -> None:
     page = worst_pairs_picture([pair()] * 8, images(1, size), images(2, size))
     assert page.width == worst_pairs_picture([pair()], images(1), images(2)).width
-
-
-def test_the_page_is_written_as_a_png(tmp_path: Path) -> None:
-    write_worst_pairs(tmp_path / "worst.png", [pair()], images(1), images(2))
-    with Image.open(tmp_path / "worst.png") as page:
-        assert page.format == "PNG"
-        assert np.array_equal(np.asarray(page), np.asarray(worst_pairs_picture([pair()], images(1), images(2))))
 
 
 def test_no_pairs_are_a_mistake_of_the_caller() -> None:

@@ -1,17 +1,14 @@
 """Experiment directories as a run leaves them, and a second process that trains in one."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-
-from m2d.config import TrainConfig, as_dict
+from report_run import Page, Run, write_experiment, write_full_run, write_run
 
 MakeExperiment = Callable[..., Path]
 HoldLock = Callable[[Path], AbstractContextManager[None]]
@@ -36,41 +33,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def make_experiment(root: Path) -> MakeExperiment:
     """make_experiment(name, state, steps=(checkpoint steps), train=[...], validation=[...], config={...}, **info)."""
-
-    def make(
-        name: str,
-        state: str = "done",
-        *,
-        steps: tuple[int, ...] = (),
-        train: list[dict[str, Any]] | None = None,
-        validation: list[dict[str, Any]] | None = None,
-        config: dict[str, Any] | None = None,
-        best: tuple[int, float] | None = None,
-        **info: Any,
-    ) -> Path:
-        path = root / name
-        for folder in ("configs", "metrics", "checkpoints", "cache", "generated_images"):
-            (path / folder).mkdir(parents=True)
-        settings = as_dict(TrainConfig(name=name[:-16])) | (config or {})
-        (path / "configs" / "config.yaml").write_text(
-            yaml.dump(settings, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
-        )
-        record = {"name": name, "state": state, "command": "jobs/train.py --name tiny", **info}
-        (path / "experiment_info.json").write_text(json.dumps(record))
-        for step in steps:
-            folder_of_step = path / "checkpoints" / f"step_{step:08d}"
-            folder_of_step.mkdir()
-            (folder_of_step / "weights.safetensors").write_bytes(bytes(1000))
-            (folder_of_step / "complete.json").write_text("{}")
-        if best is not None:
-            record_of_best = {"checkpoint": f"step_{best[0]:08d}", "score": best[1]}
-            (path / "checkpoints" / "best.json").write_text(json.dumps(record_of_best))
-            (path / "checkpoints" / "best").symlink_to(f"step_{best[0]:08d}")
-        for log, records in (("train", train), ("validation", validation)):
-            (path / "metrics" / f"{log}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records or []))
-        return path
-
-    return make
+    return partial(write_experiment, root)
 
 
 @pytest.fixture
@@ -89,3 +52,21 @@ def hold_lock() -> HoldLock:
                 process.communicate("")
 
     return hold
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Run]:
+    """make_run(config={...}, **info): a finished run's record and settings, nothing else."""
+    return partial(write_run, tmp_path)
+
+
+@pytest.fixture
+def full_run(tmp_path: Path) -> Run:
+    """A finished run with one of everything."""
+    return write_full_run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def full_page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    """Its report."""
+    return write_full_run(tmp_path_factory.mktemp("full")).page()

@@ -1,12 +1,12 @@
 """The list, as a person and as a machine read it."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from m2d.errors import ExperimentError
 from m2d.experiments.listing import list_command
 from m2d.experiments.settings import ListConfig
 
@@ -56,11 +56,6 @@ def test_a_name_that_nothing_bears_is_told(listed: Any, make_experiment: Any) ->
     assert listed(name="b").startswith("no experiment of the name b in")
 
 
-def test_a_missing_root_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ExperimentError, match="is not there"):
-        list_command(ListConfig(experiments_dir=str(tmp_path / "nowhere")))
-
-
 def test_a_broken_one_is_listed_with_its_reason(listed: Any, make_experiment: Any) -> None:
     make_experiment("a_20250101_000000")
     (make_experiment("b_20250102_000000") / "experiment_info.json").write_text("{")
@@ -73,11 +68,9 @@ def test_a_broken_one_is_listed_with_its_reason(listed: Any, make_experiment: An
 def test_a_narrow_terminal_cuts_nothing_off(
     listed: Any, make_experiment: Any, monkeypatch: pytest.MonkeyPatch, columns: str
 ) -> None:
-    monkeypatch.setenv("COLUMNS", columns)
     make_experiment("a_name_of_some_length_20250101_000000", steps=(5,), best=(5, 0.25), total_steps=1200)
-    output = listed()
-    assert max(len(line) for line in output.splitlines()) <= int(columns)
-    assert "…" not in output
-    together = "".join(output.split())
-    for fact in ("a_name_of_some_length_20250101_000000", "done", "2025-01-0100:00", "5/1,200", "perceptual0.25"):
-        assert fact in together
+    wide = listed()
+    monkeypatch.setenv("COLUMNS", columns)
+    narrow = listed()
+    assert max(len(line) for line in narrow.splitlines()) <= int(columns)
+    assert Counter("".join(narrow.split())) == Counter("".join(wide.split()))  # folded, no character lost

@@ -1,5 +1,6 @@
 """The state of an experiment, and the facts that every command reads of it."""
 
+import fcntl
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 
 from m2d.experiment import Experiment
-from m2d.experiments.files import lock_is_held
+from m2d.experiments.measures import curve
 from m2d.experiments.record import Record, read_record
 
 
@@ -59,14 +60,12 @@ def test_looking_leaves_no_file_behind(make_experiment: Any) -> None:
     assert sorted(path.rglob("*")) == before
 
 
-def test_two_who_look_do_not_take_each_other_for_a_run(make_experiment: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import fcntl
-
+def test_two_who_look_do_not_take_each_other_for_a_run(make_experiment: Any) -> None:
     path = make_experiment("a_20250101_000000")
     (path / ".running.lock").touch()
     with (path / ".running.lock").open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
-        assert not lock_is_held(path)
+        assert not Experiment(path).is_running
 
 
 @pytest.mark.parametrize(
@@ -75,10 +74,11 @@ def test_two_who_look_do_not_take_each_other_for_a_run(make_experiment: Any, mon
         ("experiment_info.json", None, "experiment_info.json is missing"),
         ("experiment_info.json", "", "experiment_info.json is empty"),
         ("experiment_info.json", '{"state": "do', "experiment_info.json is not JSON"),
-        ("experiment_info.json", "[]", "experiment_info.json holds no record"),
+        ("experiment_info.json", "[]", "experiment_info.json holds no"),
         ("configs/config.yaml", None, "configs/config.yaml is missing"),
         ("configs/config.yaml", "a: [", "configs/config.yaml is not YAML"),
-        ("configs/config.yaml", "", "configs/config.yaml holds no settings"),
+        ("configs/config.yaml", "", "configs/config.yaml is empty"),
+        ("configs/config.yaml", "3", "configs/config.yaml holds no"),
     ],
 )
 def test_one_whose_record_cannot_be_read_is_broken(
@@ -136,3 +136,18 @@ def test_it_started_when_its_record_says_or_its_name(make_experiment: Any) -> No
     untold = read(make_experiment("b_20250102_030405"))
     assert told.started == datetime.fromisoformat("2025-03-04T05:06:07+00:00")
     assert untold.started.replace(tzinfo=None) == datetime(2025, 1, 2, 3, 4, 5)
+
+
+def test_a_long_curve_keeps_its_ends_and_the_medians_between() -> None:
+    values = [1.0, 1.0, 1.0, 5.0, 5.0, 99.0, 7.0, 7.0, 7.0]
+    records = [{"step": step, "x": value} for step, value in zip(range(10, 100, 10), values)]
+    thin = curve(records, "x", points=3)
+    assert thin is not None
+    assert (thin["steps"][0], thin["steps"][-1], thin["values"]) == (10, 90, [1.0, 5.0, 7.0])
+
+
+def test_a_curve_has_the_finite_values_of_its_measure_and_two_at_least() -> None:
+    records = [{"step": 1, "a": 1.0, "b": float("nan"), "c": "?"}, {"step": 2, "a": 2.0, "b": 3.0, "c": "?"}]
+    assert curve(records, "a") == {"steps": [1, 2], "values": [1.0, 2.0]}
+    assert curve(records, "b") is None
+    assert curve(records, "c") is None

@@ -9,10 +9,10 @@ import pytest
 
 from m2d.classes import CLASSES
 from m2d.cli import parse
-from m2d.experiments.advice import next_step, resume_command
+from m2d.experiments.details import next_step, resume_command
 from m2d.experiments.find import find_records
+from m2d.experiments.listing import show_command
 from m2d.experiments.settings import ShowConfig
-from m2d.experiments.showing import show_command
 
 COUNTS = {split: dict.fromkeys(CLASSES, 1234) for split in ("train", "val")}
 TRAIN = [
@@ -54,7 +54,7 @@ def test_a_page_tells_everything(shown: Any, told: Path) -> None:
     for fact in (
         "a_20250101_000000  resumable",
         "it ended by: RuntimeError: out of memory\n",
-        "its command goes on at step 6",
+        "its command continues at step 6",
         "python jobs/train.py --name tiny",
         "3 x a GPU",
         "bfloat16 autocast",
@@ -64,7 +64,7 @@ def test_a_page_tells_everything(shown: Any, told: Path) -> None:
         "torch 2.15.0",
         "step_00000006",
         "loss/diffusion",
-        "⣀",  # of a curve
+        "report.html",  # where the curves are
     ):
         assert fact in page
     assert "\x1b" not in page
@@ -204,5 +204,5 @@ def test_an_older_unfinished_one_is_not_what_its_command_goes_on_with(root: Path
     make_experiment("a_20250103_000000", "done")
     make_experiment("b_20250104_000000", "failed")
     records = find_records(str(root))
-    assert "would go on with a_20250102_000000" in next_step(records[0], records)[0]
+    assert "would continue a_20250102_000000" in next_step(records[0], records)[0]
     assert next_step(records[1], records)[1] == "python jobs/train.py --name tiny"

@@ -62,7 +62,7 @@ def largest_difference(one: dict[str, bytes], other: dict[str, bytes]) -> int:
 
 def actor_processes() -> list[psutil.Process]:
     """The generators of the Ray that this process started, and of no other."""
-    return descendants("_GeneratorActor")
+    return descendants("BlockActor")
 
 
 @pytest.mark.parametrize(("gpus", "device"), [(1.0, "cuda"), (0.5, "cuda"), (0.0, "cuda:1")])

@@ -25,9 +25,9 @@ from m2d.data.settings import DataConfig
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, DataError
 from m2d.generation import gate_reference
-from m2d.generation.gate_reference import ImageFacts
+from m2d.generation.gate_reference import GateReference, ImageFacts, build_gate_reference
 from m2d.generation.gate_settings import GateConfig
-from m2d.generation.gates import GateReference, Verdict, active_gates, build_gate_reference, check
+from m2d.generation.gates import Verdict, active_gates, check
 from m2d.generation.neighbours import nearest, unit_rows
 from m2d.models.feature_extractor import load_feature_extractor
 
@@ -324,7 +324,7 @@ def full_reference() -> GateReference:
 def test_a_loaded_reference_is_the_saved_one(full_reference: GateReference, tmp_path: Path) -> None:
     path = tmp_path / "new" / f"reference{GateReference.SUFFIX}"
     full_reference.save(path)
-    loaded = GateReference.load(path, extractor="tiny-1", catalog="c" * 64)
+    loaded = GateReference.load(path)
     assert vars(loaded).keys() == vars(full_reference).keys()
     for name, value in vars(full_reference).items():
         there = getattr(loaded, name)
@@ -366,15 +366,6 @@ def test_a_damaged_reference_is_refused_in_one_line(full_reference: GateReferenc
             save_file(tensors, path, {"m2d_gate_reference": json.dumps(notes)})
     with pytest.raises(DataError, match=r"^gate reference: [^\n]+$"):
         GateReference.load(path)
-
-
-def test_a_reference_of_another_extractor_or_dataset_is_refused(full_reference: GateReference, tmp_path: Path) -> None:
-    path = tmp_path / "reference.safetensors"
-    full_reference.save(path)
-    with pytest.raises(DataError, match="tiny-1"):
-        GateReference.load(path, extractor="tiny-2")
-    with pytest.raises(DataError, match="catalog"):
-        GateReference.load(path, catalog="d" * 64)
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:

@@ -22,11 +22,9 @@ from m2d.generation.outputs import (
     MANIFEST_NAME,
     RECORD_NAME,
     OutputFolder,
-    Recipe,
-    default_output,
-    replacing,
 )
 from m2d.generation.plan import PlanRow, retried, table_of
+from m2d.generation.recipe import Recipe, default_output
 from m2d.generation.settings import GenerateConfig
 
 RECIPE = Recipe(
@@ -279,7 +277,8 @@ def test_an_image_without_its_journal_does_not_count_and_leaves_nothing(in_forma
     write(root, [MEL], recipe)
     for part in (root / PARTS).iterdir():
         part.unlink()
-    (root / ".manifest.parquet.host.1.1.tmp").write_bytes(b"half")
+    for suffix in ("partial", "tmp"):  # the second of older versions
+        (root / f".manifest.parquet.host.1.1.{suffix}").write_bytes(b"half")
     assert ids(root, recipe) == []
     left = {path.name for path in root.rglob("*") if path.is_file()}
     assert left == {RECORD_NAME, ".running.lock"}
@@ -341,20 +340,6 @@ def test_an_output_that_is_a_file_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         OutputFolder.open(tmp_path / "file", RECIPE)
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def fail_midway() -> None:
-        with replacing(path) as stream:
-            stream.write(b"new")
-            raise RuntimeError("power cut")
-
-    with pytest.raises(RuntimeError):
-        fail_midway()
-    assert [(child.name, child.read_bytes()) for child in tmp_path.iterdir()] == [("file", b"old")]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from m2d.generation.plan import (
     write_plan,
 )
 from m2d.generation.references import Reference
-from m2d.generation.request import class_requests, sample_seed
+from m2d.generation.request import sample_seed
 
 SAMPLING = SamplingSettings(solver="heun", steps=9, guidance_scale=2.0, guidance_interval=(0.1, 0.7))
 
@@ -61,9 +61,10 @@ def first_64_bits_halved(text: str) -> int:
 
 def test_a_standard_plan_is_the_images_that_were_always_made() -> None:
     rows = standard({"DF": 3, "MEL": 3})
-    requests = class_requests(["DF", "MEL"], num_samples=3, run_seed=4)
     assert [(row.id, row.label, row.index, row.seed) for row in rows] == [
-        (request.image_id, request.label, request.index, request.seed) for request in requests
+        (f"{label}_{index:06d}", label, index, sample_seed(4, label, index))
+        for index in range(3)
+        for label in ("DF", "MEL")
     ]
 
 

@@ -6,7 +6,6 @@ import torch
 from torch.testing import assert_close
 
 from m2d.generation.request import (
-    class_requests,
     feature_seed,
     next_attempt_seed,
     noise_for,
@@ -62,13 +61,6 @@ def test_noise_is_standard_normal_and_touches_no_global_state() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert_close(noise.mean().item(), 0.0, atol=5 / 200, rtol=0)
     assert_close(noise.var().item(), 1.0, atol=5 * (2 / 40_000) ** 0.5, rtol=0)
-
-
-def test_more_samples_keep_the_first_ones() -> None:
-    few = class_requests(["DF", "MEL"], num_samples=2, run_seed=4)
-    many = class_requests(["DF", "MEL", "NV"], num_samples=5, run_seed=4)
-    assert set(few) < set(many)
-    assert [request.image_id for request in few] == ["DF_000000", "MEL_000000", "DF_000001", "MEL_000001"]
 
 
 def test_the_seed_of_the_next_attempt_is_pinned() -> None:

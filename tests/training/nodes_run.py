@@ -25,7 +25,7 @@ from ray.cluster_utils import Cluster
 from tiny_run import TINY
 
 from m2d.cli import parse
-from m2d.training.checkpoints import complete_checkpoints
+from m2d.experiment import complete_checkpoints
 from m2d.training.stopping import Stopped
 from m2d.training.trainer import train
 

@@ -11,9 +11,8 @@ from tiny_run import TINY, write_images
 from m2d.cli import parse
 from m2d.data.prepare import setup_data
 from m2d.data.reader import ImageReader
-from m2d.experiment import Experiment
+from m2d.experiment import Experiment, complete_checkpoints
 from m2d.models.checkpoint import load_checkpoint, read_prior
-from m2d.training.checkpoints import complete_checkpoints
 from m2d.training.trainer import train
 
 VIEWS = ["--data.views", "4"]

@@ -9,9 +9,8 @@ from torch import nn
 
 from m2d.cli import parse
 from m2d.errors import CheckpointError
-from m2d.experiment import Experiment
+from m2d.experiment import Experiment, complete_checkpoints
 from m2d.models.checkpoint import load_checkpoint, read_prior
-from m2d.training.checkpoints import complete_checkpoints
 from m2d.training.trainer import train
 
 IN_PROCESS = ["--num_workers", "0", "--name", "run", *TINY]

@@ -14,15 +14,14 @@ from safetensors.torch import load_file
 from tiny_run import TINY, write_images
 from torch.testing import assert_close
 
-from m2d import nodes
 from m2d.cli import parse
-from m2d.config import TrainConfig, as_dict
+from m2d.cluster import nodes
+from m2d.config import TrainConfig, as_dict, differences
 from m2d.errors import ConfigError, DataError, TrainingError
-from m2d.experiment import open_experiment
+from m2d.experiment import complete_checkpoints, open_experiment
 from m2d.generation.run import generate
 from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import load_checkpoint
-from m2d.training.checkpoints import complete_checkpoints
 from m2d.training.saving import read_best
 from m2d.training.trainer import _opening, allocator_settings, train
 
@@ -164,7 +163,7 @@ def test_a_stopped_run_without_images_and_cache_keeps_its_checkpoints(tmp_path: 
     """Somebody cleared cache/, and the disk with the images is not mounted when the command is run again."""
     (tmp_path / "unmounted").mkdir()
     config = config_of(tmp_path / "unmounted", tmp_path / "runs", "--num_workers", "0")
-    (stopped, _) = open_experiment(config.experiments_dir, "run", as_dict(config), fresh=False, command=[])
+    (stopped, _) = open_experiment(config.experiments_dir, "run", as_dict(config), differences, fresh=False, command=[])
     marker = stopped.checkpoints / "step_00000004" / "complete.json"
     marker.parent.mkdir()
     marker.write_text("{}", encoding="utf-8")
@@ -178,7 +177,7 @@ def test_a_resumed_run_that_has_no_checkpoint_yet_is_kept_too(tmp_path: Path) ->
     """This call did not create it: its logs, and what the user put there, are not ours to remove."""
     (tmp_path / "unmounted").mkdir()
     config = config_of(tmp_path / "unmounted", tmp_path / "runs", "--num_workers", "0")
-    (killed, _) = open_experiment(config.experiments_dir, "run", as_dict(config), fresh=False, command=[])
+    (killed, _) = open_experiment(config.experiments_dir, "run", as_dict(config), differences, fresh=False, command=[])
     with pytest.raises(DataError, match="data_root"):
         train(config)
     assert killed.path.is_dir()

@@ -33,7 +33,7 @@ DEADLINE_S = 900.0  # for a whole sweep on a machine that does much else
 PROGRAM = """
 import sys, time, ray
 from m2d.cli import main
-from m2d.cluster import ray_cluster
+from m2d.cluster.start import ray_cluster
 with ray_cluster(min_cpus=3):
     main("tune", sys.argv[1:])
     deadline = time.monotonic() + 180

@@ -1,0 +1,275 @@
+"""report.html of an experiment, one page that holds everything it shows: facts and pictures, laid out by a template.
+
+It reads an experiment's files alone, so that a run of any machine has one, also long afterwards.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from m2d import __version__
+from m2d.classes import CLASSES, DIAGNOSES
+from m2d.config import TrainConfig, as_dict
+from m2d.errors import ConfigError, ExperimentError
+from m2d.experiment import Experiment
+from m2d.experiments.details import details, generate_command, report_command, resume_command
+from m2d.experiments.files import ExperimentFiles
+from m2d.experiments.find import find_records, resolve
+from m2d.experiments.pictures import RUNS, Picture, find_samples, fitted, newest_picture, png_picture
+from m2d.experiments.record import Record, flat, read_record, within
+from m2d.experiments.settings import ReportConfig
+from m2d.experiments.wording import duration_text, number_text, plain
+from m2d.files.atomic import write_whole
+from m2d.files.storage import without_secrets
+from m2d.generation.balance import parse_target
+
+REPORT = "report.html"
+KEPT_CURVES = frozenset({"training_curves", "validation_curves"})  # as PNG too
+PICTURES = ("reconstructions", "patch_features", "alignment", "feature_projection", "class_similarity")
+STAGES = {
+    "joint": "VAE and U-Net trained together",
+    "latent": "U-Net trained alone (on the latents of a frozen VAE)",
+    "decoder": "Decoder of the VAE trained alone (encoder and U-Net kept)",
+}
+MEASURES = {
+    "val/psnr_db": "reconstruction PSNR (dB, more is better)",
+    "val/perceptual": "perceptual distance of reconstructions (less is better)",
+    "val/velocity_mse": "velocity error of the averaged U-Net (less is better)",
+}
+UNCOUNTED = frozenset({"name", "fresh", "verbose"})  # settings that say nothing of the result
+
+Counts = Mapping[str, int]
+
+
+def report_experiment(config: ReportConfig) -> None:
+    """Write an experiment's page again and say where it is."""
+    found = resolve(find_records(config.experiments_dir), config.experiment, config.experiments_dir)
+    print(f"report: {write_report(found.experiment)}")
+
+
+def write_report(experiment: Experiment, samples: Path | None = None, *, held: bool = False) -> Path:
+    """Write report.html into the experiment, and the curves as PNG into its visualizations/; returns the page.
+
+    samples: a generation run whose contact sheet the page shows; None: the newest samples there are. held: this process
+    holds the experiment's lock, so no other trains in it. Whatever a run has not left is left out, or said to be
+    missing. Raises ExperimentError where the page cannot be written, DataError for a remote one that cannot be reached.
+    """
+    record = read_record(experiment, held=held)
+    curves = _curves(record)
+    written = {f"visualizations/{name}.png": curves[name].data for name in sorted(KEPT_CURVES & curves.keys())}
+    written[REPORT] = _page(record, find_samples(record.files, samples), curves).encode()
+    path = experiment.path / REPORT
+    try:
+        for name, content in written.items():
+            (experiment.path / name).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(experiment.path / name, content)
+    except OSError as error:
+        raise ExperimentError(
+            f"{path} cannot be written ({error.strerror or error}); make room, then: {report_command(record)}"
+        ) from error
+    for name in written:
+        experiment.publish(name)
+    return path
+
+
+def _page(record: Record, samples: Picture | None, curves: Mapping[str, Picture]) -> str:
+    siblings = [record]
+    if record.state in ("resumable", "failed"):  # which run of the name its command continues matters to these alone
+        siblings = find_records(record.location.rpartition("/")[0], record.family)
+    known = details(record, siblings)
+    dataset = known["dataset"] if isinstance(known["dataset"], dict) else {}
+    pictures = {kind: newest_picture(record.files, kind) for kind in PICTURES} | {"samples": samples}
+    found = {kind: picture for kind, picture in pictures.items() if picture is not None}
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("m2d.experiments", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number_text, "shown": lambda text: text and without_secrets(text)}
+    return environment.get_template("report.html.jinja").render(
+        known=known,
+        lead=without_secrets(_lead(record, known)),
+        pictures=fitted({**found, **curves}),
+        samples=samples,
+        generate_command=generate_command(record),
+        psnr=_psnr_text(known),
+        measures=_validation_measures(known),
+        diagnoses={diagnosis.code: diagnosis for diagnosis in DIAGNOSES},
+        dataset={key: without_secrets(number_text(value)) for key, value in dataset.items()},
+        counts=_dataset_table(dataset.get("counts")),
+        balances=_balance_runs(record.files, dataset),
+        settings=_other_settings(record.config),
+        command=resume_command(record),
+        report_command=report_command(record),
+        made=f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z} by M2D {__version__}",
+    )
+
+
+def _curves(record: Record) -> dict[str, Picture]:
+    """training_curves and validation_curves, and each as ..._narrow for a phone; none of what was not recorded."""
+    from m2d.plots.curves import training_curves, validation_curves  # heavy: matplotlib
+
+    found: dict[str, Picture] = {}
+    for records, draw in ((record.train, training_curves), (record.validation, validation_curves)):
+        for suffix, columns in (("", 3), ("_narrow", 1)) if records else ():
+            picture = png_picture(draw(records, columns=columns))
+            assert picture is not None, "just drawn"
+            found[f"{draw.__name__}{suffix}"] = picture
+    return found
+
+
+def _lead(record: Record, known: Mapping[str, Any]) -> str:
+    """What was trained on what, in one sentence."""
+    config = record.config
+    lead = STAGES.get(str(config.get("stage")), "Training")
+    train, size = within(record.info.get("dataset"), "counts", "train"), within(config, "data", "image_size")
+    if isinstance(train, dict) and all(isinstance(number, int) for number in train.values()):
+        each = ", ".join(f"{code} {train[code]:,}" for code in CLASSES if code in train)
+        pixels = f" at {size} × {size} px" if isinstance(size, int) else ""
+        lead += f" on {sum(train.values()):,} training images{pixels} ({each})"
+    if extractor := within(config, "feature_extractor", "name"):
+        kind, _, size = str(extractor).partition("-")
+        if kind == "panderm":
+            extractor = f"PanDerm-{size.capitalize()}"
+        elif kind == "efficientnet":
+            extractor = f"ImageNet {extractor.replace('efficientnet-lite', 'EfficientNet-Lite')}"
+        lead += f", with {extractor} as feature extractor"
+    if config.get("init_checkpoint"):
+        lead += f", starting from {config['init_checkpoint']}"
+    if device := ", ".join(str(known[key]) for key in ("device", "precision") if known.get(key)):
+        lead += f", on {device}"
+    of_total = "" if record.total_steps is None else f" of {record.total_steps:,}"
+    if not record.steps_done:
+        return f"{lead}: no step recorded{of_total}."
+    time = "" if record.wall_seconds is None else f" in {duration_text(record.wall_seconds)}"
+    return f"{lead}: {record.steps_done:,}{of_total} steps{time}."
+
+
+def _validation_measures(known: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(name, best, its step, last) of every validation measure, known ones first."""
+    records: Sequence[Mapping[str, Any]] = known["validation"]
+    there = dict.fromkeys(name for entry in records for name in entry if name.startswith("val/"))
+    rows = []
+    for name in dict.fromkeys([*(name for name in MEASURES if name in there), *there]):
+        best = known["best_measures"].get(name, {})
+        last = next((entry[name] for entry in reversed(records) if name in entry), None)
+        numbers = [number_text(value) for value in (best.get("value"), best.get("step"), last)]
+        rows.append((MEASURES.get(name, name), numbers[0], numbers[1], numbers[2]))
+    return rows
+
+
+def _psnr_text(known: Mapping[str, Any]) -> str | None:
+    """The PSNR that validation last measured, and the best one; None where it measured none."""
+    measured = [entry for entry in known["validation"] if isinstance(entry.get("val/psnr_db"), (int, float))]
+    if not measured:
+        return None
+    last, best = measured[-1], known["best_measures"].get("val/psnr_db")
+    text = f"PSNR over the validation images: {last['val/psnr_db']:.2f} dB at step {last['step']:,}"
+    if best is None or best["step"] == last["step"]:
+        return f"{text}."
+    return f"{text}; the best was {best['value']:.2f} dB at step {best['step']:,}."
+
+
+def _other_settings(config: dict[str, Any]) -> list[tuple[str, str, str]] | None:
+    """(dotted name, value, default) of every setting that is not the default; None where none can be read."""
+    defaults = flat(as_dict(TrainConfig()))
+
+    def text(value: Any) -> str:
+        shown = plain(value)
+        return shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
+
+    rows = [
+        (name, text(value), text(defaults[name]) if name in defaults else "not known")
+        for name, value in flat(config).items()
+        if name not in UNCOUNTED and (name not in defaults or value != defaults[name])
+    ]
+    return rows if config else None
+
+
+def _count_table(columns: Mapping[str, Counts | None], bars: Sequence[str]) -> dict[str, Any]:
+    """A table by class. columns: name to images by class code, None where not known. bars: the columns drawn."""
+    lengths = {code: [(columns[name] or {}).get(code, 0) for name in bars] for code in CLASSES}
+    percent = 100 / (max(map(sum, lengths.values())) or 1)  # of the longest row
+    numbers = {code: [None if one is None else one.get(code, 0) for one in columns.values()] for code in CLASSES}
+    return {
+        "columns": list(columns),
+        "rows": [(code, numbers[code], [percent * length for length in lengths[code]]) for code in CLASSES],
+        "sums": [None if one is None else sum(one.values()) for one in columns.values()],
+    }
+
+
+def _dataset_table(counts: Any) -> dict[str, Any] | None:
+    """Of `dataset.counts` in an experiment's record: split to class code to images. None where it has none."""
+    splits = {str(split): _known(one) for split, one in counts.items()} if isinstance(counts, dict) else {}
+    return _count_table({**splits, "all": _sum(splits.values())}, ["all"]) if splits else None
+
+
+def _balance_runs(files: ExperimentFiles, dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The experiment's generation runs that filled up classes, the latest first. dataset: of its record."""
+    found = []
+    for name in files.names(RUNS):
+        folder = f"{RUNS}/{name}"
+        balance = files.json(f"{folder}/generation.json").get("balance")
+        made = _by_class(files.content(f"{folder}/manifest.parquet"))
+        if not isinstance(balance, dict) or made is None:
+            continue
+        split = str(balance.get("split", "all"))
+        asked = _by_class(files.content(f"{folder}/plan.parquet")) or made
+        before = _real_images(dataset, str(balance.get("catalog")), split)
+        lacking = {code: asked[code] - made[code] for code in CLASSES}
+        missing = sum(lacking.values())
+        columns: dict[str, Counts | None] = {"real (before)": before, "synthetic": made}
+        columns |= {"missing": lacking} if missing else {}
+        columns["together (after)"] = None if before is None else _sum([before, made])
+        run = {
+            "folder": folder,
+            "target": _target_text(str(balance.get("to", ""))),
+            "split": split,
+            "before": before,
+            "missing": missing,
+            "table": _count_table(columns, ["real (before)", "synthetic"]),
+        }
+        found.append((files.modified(f"{folder}/manifest.parquet"), run))
+    return [run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def _real_images(dataset: Mapping[str, Any], catalog: str, split: str) -> Counts | None:
+    """Of the splits that were counted, if the generation run counted the dataset that the experiment knows."""
+    splits = dataset.get("counts")
+    if not catalog or not str(dataset.get("sha256", "")).startswith(catalog) or not isinstance(splits, dict):
+        return None
+    return _sum(_known(one) for one in (splits.values() if split == "all" else [splits.get(split)]))
+
+
+def _by_class(content: bytes | None) -> Counts | None:
+    """Images by class of a manifest or a plan; None where it cannot be read."""
+    try:
+        labels = pq.read_table(io.BytesIO(content or b""), columns=["class"])["class"].to_pylist()
+    except (OSError, KeyError, pa.ArrowException):
+        return None
+    return {code: labels.count(code) for code in CLASSES}
+
+
+def _target_text(to: str) -> str:
+    try:
+        target = parse_target(to)
+    except ConfigError:
+        return to
+    if target.images is not None:
+        return f"{target.images:,} images of each class"
+    return "as many as the largest class has" if target.share == 1 else f"{target.share:g} of the largest class"
+
+
+def _known(of_class: Any) -> Counts:
+    known = of_class.items() if isinstance(of_class, dict) else ()
+    return {str(code): number for code, number in known if isinstance(number, int)}
+
+
+def _sum(columns: Iterable[Counts]) -> Counts:
+    columns = list(columns)
+    return {code: sum(column.get(code, 0) for column in columns) for code in CLASSES}

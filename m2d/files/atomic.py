@@ -1,0 +1,75 @@
+"""Files that are whole or absent, and locks that end with the process that holds them."""
+
+import fcntl
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+PARTIAL = ".partial"  # ends the hidden name of a file that is being written
+
+
+@contextmanager
+def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Yields a hidden name beside `path` to write to; it becomes `path` at the end, or is removed on an error.
+
+    An older file is replaced. durable: the content is on the disk first, so that a power cut cannot leave the name
+    without it. A killed process leaves the hidden file at most (see `clear_leftovers`).
+    """
+    # Nodes, processes and threads may write one file at the same time: each its own, and the last one counts.
+    writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    partial = path.with_name(f".{path.name}.{writer}{PARTIAL}")
+    try:
+        yield partial
+        if durable:
+            with partial.open("rb+") as written:
+                os.fsync(written.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file of this text (UTF-8) or these bytes as `whole_file` does."""
+    with whole_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def clear_leftovers(folder: Path) -> int:
+    """Remove what killed processes left half written below the folder; returns how many files that were."""
+    leftovers = list(folder.rglob(f"*{PARTIAL}"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def try_lock(path: Path) -> IO[str] | None:
+    """The file at `path`, made where need be, locked until it is closed; None while another process holds it.
+
+    A killed process loses its lock. Raises OSError where the file cannot be opened or its disk knows no locks.
+    """
+    lock = path.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock at `path`; True also where that cannot be found out. Makes no file.
+
+    Looking shares the lock, so that two processes that look do not take each other for its holder.
+    """
+    try:
+        with path.open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return False

@@ -1,0 +1,119 @@
+"""Local paths: what a relative one means in a job of Ray, and the user's own temporary folders.
+
+`ray job submit --working-dir` runs in a copy of the submitted directory that Ray deletes, so what is written there is
+lost. Every command asks here before it opens a path that a user gave. Light: the standard library alone.
+"""
+
+import errno
+import json
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from m2d.errors import ConfigError
+
+STORAGE = "M2D_STORAGE"  # set on the nodes of a cluster: the directory that relative paths of a job begin in
+_JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # the variable's very name; Ray gives it to a job's own process alone
+_COPIES = "working_dir_files"  # Ray unpacks each submitted directory into a folder in one of this name
+
+Location = TypeVar("Location", str, str | None)
+
+
+def result_path(setting: str, location: Location) -> Location:
+    """The place of results that a user gave, which must outlive the job.
+
+    setting: its name, for the message. location: a path, a URI, or None; outside a job it comes back as it is. In a job
+    a relative path begins in M2D_STORAGE where that is set. Raises ConfigError for a place in the job's copy.
+    """
+    job = _Job.of_this_process()
+    if location is None or "://" in location or job is None:
+        return location
+    given = Path(location).expanduser()
+    if job.storage is not None and not given.is_absolute():
+        place = Path(os.path.normpath(job.storage / given))
+        if not place.is_relative_to(job.storage):
+            raise ConfigError(f"{setting}: {location} leaves {STORAGE} ({job.storage}); give an absolute path")
+        return str(place)
+    if job.copy is not None and (not given.is_absolute() or given.resolve().is_relative_to(job.copy)):
+        raise ConfigError(
+            f"{setting}: {location} would lie in this job's copy of the submitted directory, which Ray deletes; give "
+            f"an absolute path, or set {STORAGE} on the cluster's nodes to a directory that all of them see"
+        )
+    return location
+
+
+def input_path(setting: str, location: Location, *, required: bool = True) -> Location:
+    """The place of an input that a user gave: as it is, or in a job where it is found.
+
+    A relative path is looked for in the job's working directory, then in M2D_STORAGE. One that is in neither comes back
+    as it is, for the caller to refuse, or in a job's copy, if required, raises ConfigError that tells why it is absent.
+    """
+    job = _Job.of_this_process()
+    if location is None or "://" in location or job is None:
+        return location
+    given = Path(location).expanduser()
+    if given.is_absolute():
+        return location
+    for folder in (Path.cwd(), job.storage):
+        if folder is not None and (folder / given).exists():
+            return os.path.normpath(folder / given)
+    if job.copy is None or not required:
+        return location
+    elsewhere = "" if job.storage is None else f", nor in {STORAGE} ({job.storage})"
+    raise ConfigError(
+        f"{setting}: {location} is not there{elsewhere}: this job runs in a copy of the submitted directory, without "
+        "what git ignores; give an absolute path"
+    )
+
+
+def copy_around(path: Path) -> Path | None:
+    """The copy of a submitted directory that an absolute path lies in or is, by where Ray puts them."""
+    return next((folder for folder in (path, *path.parents) if folder.parent.name == _COPIES), None)
+
+
+def absolute(location: Location) -> Location:
+    """A path made absolute, `~` and links resolved; a URI or None as it is."""
+    return location if location is None or "://" in location else str(Path(location).expanduser().resolve())
+
+
+def private_folder(purpose: str) -> Path:
+    """/tmp/m2d-PURPOSE-UID, made with mode 700 where it is not there yet.
+
+    Who guesses the name may have been there first and read along: raises OSError for a link and for another user's.
+    """
+    folder = Path(tempfile.gettempdir()) / f"m2d-{purpose}-{os.getuid()}"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+        raise PermissionError(errno.EPERM, "it is a link or another user's", str(folder))
+    folder.chmod(0o700)
+    return folder
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The job that this process runs for."""
+
+    copy: Path | None  # the directory that Ray deletes; None where the job works in a lasting one
+    storage: Path | None  # M2D_STORAGE
+
+    @staticmethod
+    def of_this_process() -> "_Job | None":
+        """None in a process that no job began. Raises ConfigError for a relative M2D_STORAGE."""
+        config = os.environ.get(_JOB_CONFIG)
+        if config is None:
+            return None
+        storage = os.environ.get(STORAGE) or None
+        if storage is not None and not Path(storage).is_absolute():
+            raise ConfigError(f"{STORAGE} is {storage}; it must be an absolute path that every node sees")
+        return _Job(_copy(config), None if storage is None else Path(os.path.normpath(storage)))
+
+
+def _copy(config: str) -> Path | None:
+    """The copy around the working directory, if a directory was submitted. The command may have gone elsewhere."""
+    if not (json.loads(config).get("runtime_env") or {}).get("working_dir"):
+        return None
+    return copy_around(Path.cwd().resolve())
