@@ -1,4 +1,4 @@
-"""README.md and README.zh-CN.md say the same: commands, settings, numbers, links, headings, tables."""
+"""Each page in English and in Chinese says the same: commands, settings, numbers, links, headings, tables."""
 
 import re
 from collections.abc import Callable
@@ -12,8 +12,7 @@ from rich.markdown import Markdown
 from m2d.classes import DIAGNOSES
 
 ROOT = Path(__file__).resolve().parent.parent
-ENGLISH = ROOT / "README.md"
-CHINESE = ROOT / "README.zh-CN.md"
+CHINESE = sorted(path for folder in (ROOT, ROOT / "docs") for path in folder.glob("*.zh-CN.md"))
 FLAG = re.compile(r"--[A-Za-z][\w.*-]*")
 NUMBER = re.compile(r"(?<![\w.-])\d+(?:[.,]\d+)*", re.ASCII)
 PATH = re.compile(r"[\w*.-]*[/_*][\w*./-]*|[\w-]+\.[a-z]+\b|\*\.\w+", re.ASCII)
@@ -67,9 +66,13 @@ def _add_text(section: Section, kind: str, content: str, target: str) -> None:
         section.links.append(target)
 
 
-def side_by_side() -> list[tuple[Section, Section]]:
+def english_of(chinese: Path) -> Path:
+    return chinese.with_name(chinese.name.replace(".zh-CN", ""))
+
+
+def side_by_side(page: Path) -> list[tuple[Section, Section]]:
     """English and Chinese sections in pairs. Without the same headings there are none, and the failure shows both."""
-    english, chinese = sections(ENGLISH), sections(CHINESE)
+    english, chinese = sections(english_of(page)), sections(page)
     if [section.level for section in english] != [section.level for section in chinese]:
         titles = [[f"{'#' * section.level} {section.title}" for section in readme] for readme in (english, chinese)]
         pairs = "\n".join(f"{a}  |  {b}" for a, b in zip_longest(*titles, fillvalue="(none)"))
@@ -95,7 +98,9 @@ def settings(section: Section) -> list[str]:
 
 
 def links(section: Section) -> list[str]:
-    return sorted(set(section.links) - {ENGLISH.name, CHINESE.name})
+    """Of a page that is there in both languages, the English name; without the link from one language to the other."""
+    targets = {link.replace(".zh-CN", "") for link in section.links}
+    return sorted(targets - {english_of(page).name for page in CHINESE if section.level == 1})
 
 
 def numbers(section: Section) -> list[str]:
@@ -106,6 +111,7 @@ def block_kinds(section: Section) -> list[str]:
     return [language for language, _ in section.blocks]
 
 
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.name)
 @pytest.mark.parametrize(
     "read",
     [
@@ -120,10 +126,10 @@ def block_kinds(section: Section) -> list[str]:
     ],
     ids=["commands", "layouts", "settings", "numbers", "links", "kinds of blocks", "shapes of tables", "bold phrases"],
 )
-def test_each_section_has_the_same(read: Callable[[Section], object]) -> None:
+def test_each_section_has_the_same(read: Callable[[Section], object], page: Path) -> None:
     different = [
         f"\n{english.title} / {chinese.title}: {difference(read(english), read(chinese))}"
-        for english, chinese in side_by_side()
+        for english, chinese in side_by_side(page)
         if read(english) != read(chinese)
     ]
     assert different == [], "".join(different)
@@ -131,31 +137,35 @@ def test_each_section_has_the_same(read: Callable[[Section], object]) -> None:
 
 def difference(english: object, chinese: object) -> str:
     if not (isinstance(english, list) and isinstance(chinese, list)):
-        return f"{ENGLISH.name} has {english}, {CHINESE.name} has {chinese}"
+        return f"English has {english}, Chinese has {chinese}"
     only = [
         f"only in {name}: {', '.join(f'{one}' for one in ours if one not in theirs)}"
-        for name, ours, theirs in ((ENGLISH.name, english, chinese), (CHINESE.name, chinese, english))
+        for name, ours, theirs in (("English", english, chinese), ("Chinese", chinese, english))
         if any(one not in theirs for one in ours)
     ]
     return "; ".join(only) or f"another order or number: {english} and {chinese}"
 
 
-def test_headings_are_as_many_and_of_the_same_levels() -> None:
-    assert len(side_by_side()) > 5
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.name)
+def test_each_links_to_the_other_in_its_first_lines(page: Path) -> None:
+    for readme, other in ((page, english_of(page)), (english_of(page), page)):
+        first = readme.read_text(encoding="utf-8").splitlines()[:4]
+        assert f"]({other.name})" in "".join(first), f"{readme.name} starts with {first} and no link to {other.name}"
 
 
-@pytest.mark.parametrize(("readme", "other"), [(ENGLISH, CHINESE), (CHINESE, ENGLISH)], ids=["English", "Chinese"])
-def test_each_links_to_the_other_in_its_first_lines(readme: Path, other: Path) -> None:
-    first = readme.read_text(encoding="utf-8").splitlines()[:4]
-    assert f"]({other.name})" in "".join(first), f"{readme.name} starts with {first} and no link to {other.name}"
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_links_of_the_pages_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (page.parent / target).exists()] == []
 
 
 def test_chinese_names_of_the_classes_are_those_of_the_package() -> None:
-    text = CHINESE.read_text(encoding="utf-8")
+    text = (ROOT / "README.zh-CN.md").read_text(encoding="utf-8")
     absent = [name for d in DIAGNOSES if (name := f"{d.code}（{d.chinese_name}）") not in text.replace("\n", "")]
-    assert absent == [], f"{CHINESE.name} lacks {', '.join(absent)}"
+    assert absent == [], f"README.zh-CN.md lacks {', '.join(absent)}"
 
 
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: page.name)
 @pytest.mark.parametrize(
     ("fault", "pattern"),
     [
@@ -165,7 +175,7 @@ def test_chinese_names_of_the_classes_are_those_of_the_package() -> None:
         ("a space beside a full-width mark", rf"[{MARK}] | [{MARK}]"),
     ],
 )
-def test_chinese_prose_is_set_as_chinese(fault: str, pattern: str) -> None:
-    prose = "\n".join(section.prose for section in sections(CHINESE))
+def test_chinese_prose_is_set_as_chinese(fault: str, pattern: str, page: Path) -> None:
+    prose = "\n".join(section.prose for section in sections(page))
     found = [prose[max(0, m.start() - 10) : m.end() + 10] for m in re.finditer(pattern, prose)]
     assert found == [], f"{fault}: {found}"
