@@ -36,6 +36,8 @@ import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
 from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.cli import parse
@@ -101,6 +103,8 @@ class Row:
     allocated_gib: float | None = None
     reserved_gib: float | None = None
     predicted_gib: float | None = None
+    kernels: int | None = None  # in one step
+    kernel_s: float | None = None  # their own time: what a step takes where the host keeps up
     host_waits: int | None = None  # in one step
     waits_at: list[str] = field(default_factory=list)
     failed: str | None = None  # why there are no numbers
@@ -294,6 +298,7 @@ def measure(case: Case, steps: int, device: torch.device) -> Row:
     steps = max(1, min(steps, int(ROW_S / warm[-1])))
     seconds, memory = _measured(lambda: [training.take(first + number) for number in range(steps)], device, before)
     waits = host_waits(partial(training.take, first + steps)) if on_gpu else []
+    kernels, kernel_s = kernel_time(partial(training.take, first + steps + 1)) if on_gpu else (None, None)
     skipped = training.step.read_scalars()["skipped_steps"]
     if skipped >= 1:
         raise RuntimeError(f"{skipped:.0f} steps were skipped: a loss or gradient is not finite")
@@ -310,6 +315,8 @@ def measure(case: Case, steps: int, device: torch.device) -> Row:
         first_step_s=warm[0],
         tflops=None if flops is None else flops / step_s / 1e12,
         utilisation=None if flops is None else flops / step_s / _peak(device, precision),
+        kernels=kernels or None,  # none are seen where the profiler may not look
+        kernel_s=kernel_s or None,
         host_waits=len(waits) if on_gpu else None,
         waits_at=sorted(set(waits)),
         **memory,
@@ -417,6 +424,15 @@ def host_waits(compute: Callable[[], object]) -> list[str]:
             torch.cuda.set_sync_debug_mode("default")
     waits = [warning for warning in caught if "synchronizing CUDA operation" in str(warning.message)]
     return [f"{Path(warning.filename).name}:{warning.lineno}" for warning in waits]
+
+
+def kernel_time(compute: Callable[[], object]) -> tuple[int, float]:
+    """How many kernels and copies `compute` runs on the GPU, and their seconds, one after the other."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        compute()
+        torch.cuda.synchronize()
+    spans = [event.time_range.elapsed_us() for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    return len(spans), sum(spans) / 1e6
 
 
 def predicted_gib(config: TrainConfig) -> float:
@@ -549,6 +565,8 @@ COLUMNS = [
     Column("predicted GiB", lambda row: row.predicted_gib, "{:.2f}".format),
     Column("allocated / predicted", _of_prediction, "{:.2f}".format),
     Column("reserved GiB", lambda row: row.reserved_gib, "{:.2f}".format),
+    Column("kernels", lambda row: row.kernels, "{:,}".format),
+    Column("s, kernels alone", lambda row: row.kernel_s, "{:.4f}".format),
     Column("host waits", lambda row: row.host_waits),
 ]
 PARTS = {
@@ -556,7 +574,8 @@ PARTS = {
         "A training step of each preset",
         "Random networks, one synthetic batch in memory, cached features, every network learning, at most two\n"
         "micro-batches a step (8 x 2: two of 8 images). Goals are a quarter of an H100's peak. Memory is of a step in\n"
-        "its steady state; predicted are the live tensors that `train --dry_run` counts.",
+        "its steady state; predicted are the live tensors that `train --dry_run` counts. Where the kernels alone\n"
+        "take much less than a step, the host sets the pace.",
     ),
     "switches": ("What switches change", "The same, with one setting turned in each row."),
     "sampling": ("Sampling", "`Generator` on random networks, guided by the class, without Ray."),
