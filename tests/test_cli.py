@@ -11,8 +11,8 @@ import yaml
 
 from m2d.arguments import setting_comments, setting_types
 from m2d.cli import COMMANDS, main, main_from_shell, parse
-from m2d.config import TrainConfig, as_dict
 from m2d.data.settings import SetupConfig
+from m2d.training.settings import TrainConfig, as_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -7,18 +7,8 @@ import pytest
 import torch
 import yaml
 
-from m2d.arguments import setting_types
+from m2d.arguments import preset_names, preset_path, setting_types
 from m2d.cli import parse
-from m2d.config import (
-    DIVISION,
-    RESUMABLE_CHANGES,
-    TrainConfig,
-    as_dict,
-    differences,
-    parse_num_workers,
-    preset_names,
-    preset_path,
-)
 from m2d.errors import ConfigError
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.discriminator import PatchDiscriminator
@@ -32,6 +22,7 @@ from m2d.models.settings import (
     UNetConfig,
 )
 from m2d.models.unet import build_denoiser, tap_channels
+from m2d.training.settings import DIVISION, RESUMABLE_CHANGES, TrainConfig, as_dict, differences, parse_num_workers
 
 
 def test_the_promised_presets_are_there() -> None:

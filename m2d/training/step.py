@@ -1,13 +1,13 @@
 """One training step, in pure torch: runs in a test, a notebook or a bare GPU box as well as in a Ray worker.
 
 `JointStep` trains VAE and U-Net together as REPA-E does (arXiv 2504.10483), `LatentStep` the U-Net alone on cached
-posteriors; decoder_step.py has a third. All skip a step whose loss or gradient is not finite, count it, and leave
-every tensor as it was. Each part's backward pass follows as soon as its loss is known, so that no two parts'
+posteriors, `DecoderStep` the VAE's decoder alone. All skip a step whose loss or gradient is not finite, count it, and
+leave every tensor as it was. Each part's backward pass follows as soon as its loss is known, so that no two parts'
 activations are kept at the same time.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -22,15 +22,14 @@ from m2d.models.discriminator import PatchDiscriminator
 from m2d.models.feature_extractor import FeatureExtractor, Features
 from m2d.models.precision import DTYPES
 from m2d.models.projector import AlignmentProjector
+from m2d.models.settings import Precision
 from m2d.models.unet import Denoiser
 from m2d.training.batch import Draws, ImageBatch, LatentBatch
-from m2d.training.ema import Ema
-from m2d.training.flops import count_flops
-from m2d.training.gradients import GradientStatistics, gradient_statistics
 from m2d.training.losses import adversarial_loss, discriminator_loss, reconstruction_loss
+from m2d.training.measure import GradientStatistics, count_flops, gradient_statistics
 from m2d.training.phases import AutoencoderPhase, DenoiserLosses, DenoiserPhase, frozen, sample
-from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, Precision, ScheduleConfig
-from m2d.training.update import Optimized, guarded_update, learning_rate
+from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig
+from m2d.training.update import Ema, Optimized, guarded_update, learning_rate
 
 BatchT = TypeVar("BatchT", ImageBatch, LatentBatch)
 MicroBatchT = TypeVar("MicroBatchT")
@@ -161,6 +160,10 @@ class BaseStep(Generic[BatchT]):
         weights = self.config.weights
         alignment = weights.alignment if self.config.aligns(step) else 0.0
         return weights.diffusion * flow.diffusion + alignment * (flow.alignment + weights.manifold * flow.manifold)
+
+    def kind(self, step: int) -> Hashable:
+        """Steps of one kind do the same work."""
+        return ()
 
     def flops(self, batch: BatchT, draws: Draws, step: int) -> int:
         """What forward and backward of a micro-batch take at `step`, by computing them once for nothing.
@@ -293,6 +296,10 @@ class JointStep(BaseStep[ImageBatch]):
         self.optimized["denoiser"] = Optimized(self.denoiser_phase, config.optimizer, config.optimizer.lr_denoiser)
         self._autoencoder = self._with_autoencoder(perceptual, distributed)
         self._denoiser = parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
+
+    def kind(self, step: int) -> Hashable:
+        """See BaseStep: whether the U-Net joins, and whether the VAE learns."""
+        return step < self.config.vae_warmup_steps, self.config.trains_autoencoder(step)
 
     def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:
         """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
@@ -443,3 +450,44 @@ def parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel
         "gradient_as_bucket_view": True,
     }
     return DistributedDataParallel(module, **settings)
+
+
+class DecoderStep(BaseStep[ImageBatch]):
+    """Reconstruction, perceptual and adversarial loss on the decoder (and its 1 x 1 convolution in front) alone.
+
+    Source: latent diffusion's first stage (arXiv 2112.10752, appendix G) with its encoder frozen, as the decoders that
+    were tuned for Stable Diffusion's latents were made.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        perceptual: nn.Module,
+        config: StepConfig,
+        device: torch.device,
+        distributed: bool = False,
+    ) -> None:
+        vae = networks.autoencoder.vae
+        for module in (vae.encoder, vae.quant_conv, networks.denoiser, networks.projector):
+            if module is not None:
+                module.requires_grad_(False)
+        super().__init__(networks, config, device, distributed)
+        self._autoencoder = self._with_autoencoder(perceptual, distributed)
+
+    def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:
+        """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
+        norm_before = self._norm_buffers()
+        losses = self.forward_backward(micro_batches, step)
+        for name in self.optimized:
+            self._set_rate(name, step, 0)
+        self._finish(self.optimized, losses, norm_before)
+
+    def forward_backward(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> dict[str, Tensor]:
+        """See BaseStep."""
+        losses = Means(len(micro_batches))
+        for batch, draws in self._in_turn(micro_batches, self._autoencoder, self._discriminator):
+            _, images = model_images(batch, self.device)
+            with self.autocast():
+                reconstructed = self._autoencoder(images, draws.posterior).reconstructed
+            losses.add(self._decoder_backward(images, reconstructed, step, len(micro_batches)))
+        return losses.values

@@ -16,8 +16,8 @@ from types import FrameType
 import torch
 
 from m2d import errors
-from m2d.config import TrainConfig
 from m2d.errors import M2DError, TrainingError
+from m2d.training.settings import TrainConfig
 
 CONTROL = ".control"  # in the experiment's directory
 CONTROL_BYTES = 4096  # taken at the start, so that a word can be left on a disk that is full

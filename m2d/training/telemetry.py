@@ -18,16 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 from PIL import Image
 
-from m2d.config import as_dict
 from m2d.errors import first_line
 from m2d.files.atomic import write_whole
 from m2d.files.storage import without_secrets
 from m2d.records import blanked
+from m2d.training.settings import as_dict
 
 if TYPE_CHECKING:
-    from m2d.training.plan import RunPlan
+    from m2d.training.run_plan import RunPlan
 
 logger = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
@@ -93,8 +94,6 @@ def open_telemetry(plan: "RunPlan") -> "Telemetry":
             )
         )  # fmt: skip
     if config.telemetry.tensorboard:
-        from m2d.training.tensorboard import TensorBoard
-
         sinks.append(TensorBoard(experiment.path))
     return Telemetry(experiment.path, sinks)
 
@@ -363,3 +362,44 @@ def as_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+class TensorBoard:
+    """Event files that `tensorboard --logdir EXPERIMENT/tensorboard` reads."""
+
+    forgets = 0  # flushed before each checkpoint
+
+    def __init__(self, folder: Path) -> None:
+        """folder: the experiment's."""
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """See Sink."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, png: bytes, caption: str) -> None:
+        """See Sink."""
+        with Image.open(io.BytesIO(png)) as image:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
+        """See Sink. Each bin stands as its middle: TensorBoard's summary wants sums that counts do not hold."""
+        middles = (np.asarray(edges[:-1]) + np.asarray(edges[1:])) / 2
+        total = int(sum(counts))
+        if total:
+            self._writer.add_histogram_raw(
+                name, min=float(edges[0]), max=float(edges[-1]), num=total, sum=float((middles * counts).sum()),
+                sum_squares=float((middles**2 * counts).sum()), bucket_limits=list(edges[1:]),
+                bucket_counts=list(counts), global_step=step,
+            )  # fmt: skip
+
+    def flush(self) -> None:
+        """See Sink."""
+        self._writer.flush()
+
+    def finish(self, best: Path | None) -> None:
+        """See Sink."""
+        self._writer.close()

@@ -18,7 +18,6 @@ from torch import Tensor
 from m2d.classes import CLASSES
 from m2d.cluster.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
-from m2d.config import TrainConfig, as_dict, differences, with_absolute_paths
 from m2d.data.catalog import class_counts
 from m2d.data.local import iterate_local
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
@@ -28,8 +27,8 @@ from m2d.models.perceptual import lpips_available
 from m2d.models.settings import PerceptualKind, Precision
 from m2d.records import BlankingFormatter
 from m2d.training.console import Console
-from m2d.training.dataset import prepared_parts, run_catalog
-from m2d.training.plan import CATALOG, RunPlan
+from m2d.training.run_plan import CATALOG, RunPlan, prepared_parts, run_catalog
+from m2d.training.settings import TrainConfig, as_dict, differences, with_absolute_paths
 from m2d.training.stopping import Stopped, StopRequest, failures_recorded, recorded_failure
 from m2d.training.telemetry import WandbKey, find_wandb_key
 
@@ -147,7 +146,7 @@ def _train_in(
         console.progress(record, plan.total_steps, plan.steps_per_epoch, done),
     ):
         if config.workers[1] == 0:
-            from m2d.training.worker import train_worker  # the networks; on Ray the driver does without
+            from m2d.training.loop import train_worker  # the networks; on Ray the driver does without
 
             with failures_recorded(experiment.path, config):
                 train_worker(plan, _LocalLink(plan, torch.device("cuda" if opening.on_gpu else "cpu")))
@@ -254,7 +253,7 @@ def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any], key: WandbKey | 
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from m2d.training.loop import GroupStream, ray_worker
+    from m2d.training.ray_worker import GroupStream, ray_worker
 
     config = plan.config
     fewest, most = config.workers

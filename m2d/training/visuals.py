@@ -24,12 +24,11 @@ from m2d.plots.features import alignment_map, patch_pca
 from m2d.plots.gradients import gradient_histogram
 from m2d.plots.reconstructions import reconstruction_grid
 from m2d.training.features import FeatureSource, spread_over_classes
-from m2d.training.gradients import GradientStatistics
 from m2d.training.losses import psnr
-from m2d.training.sampling import RunState
+from m2d.training.measure import GradientStatistics
 from m2d.training.step import extract
 from m2d.training.telemetry import Telemetry
-from m2d.training.validation import SEED, fixed_noise
+from m2d.training.validation import SEED, RunState, fixed_noise
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,13 @@
-"""trials.json of a sweep: every trial that was begun, what it chose and how it ended.
+"""trials.json of a sweep: every trial that was begun, what it chose and how it ended; and what a trial is worth.
 
 The sweep's driver alone writes it, at every start and end of a trial, so that a sweep that is killed at any moment
-goes on where it was. What a trial measured lies in its own experiment.
+resumes where it was. What a trial measured is in its own experiment.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,3 +121,26 @@ def trial_experiment(folder: Path, name: str) -> Experiment | None:
 def validations(experiment: Experiment) -> list[dict[str, Any]]:
     """A run's validations so far, in order."""
     return MetricsLog(experiment.path / "metrics", "validation").read()
+
+
+OBJECTIVE = "objective"
+WORST = 1e6  # of a trial that gave no samples or no numbers; finite, so that ranks and means exist
+
+
+def reconstruction_error(psnr_db: float) -> float:
+    """Root mean square error of pixels in [0, 1] that a PSNR stands for: 10^(-PSNR / 20)."""
+    return float(10 ** (-psnr_db / 20))
+
+
+def objective(measures: Mapping[str, float], reconstruction_weight: float) -> float:
+    """Kernel distance of generated to validation features + weight * reconstruction error. Lower is better.
+
+    measures: `val/kernel_distance` and `val/psnr_db` of one validation. A distance of 0 is as good as real images, and
+    30 dB is an error of 0.032, so a weight of 10 puts both on one scale: 0.3 each where samples are fair.
+    """
+    values = [measures.get("val/kernel_distance"), measures.get("val/psnr_db")]
+    if any(value is None or not isfinite(value) for value in values):
+        return WORST
+    return float(measures["val/kernel_distance"]) + reconstruction_weight * reconstruction_error(
+        measures["val/psnr_db"]
+    )

@@ -6,8 +6,8 @@ from math import isfinite
 from typing import Any, Literal, TypeVar
 
 from m2d.arguments import setting_types
-from m2d.config import TrainConfig
 from m2d.errors import ConfigError
+from m2d.training.settings import TrainConfig
 from m2d.tuning.space import parse_distribution
 
 ConfigT = TypeVar("ConfigT")

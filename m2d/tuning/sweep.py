@@ -1,5 +1,6 @@
 """The driver of a sweep: starts or resumes Ray Tune, follows its trials, writes what came out."""
 
+import itertools
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, Tuner
 from ray.tune.experiment import Trial
@@ -19,16 +21,15 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 
 from m2d.cluster.nodes import node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
-from m2d.config import with_absolute_paths
 from m2d.errors import ConfigError, ExperimentError
+from m2d.files.atomic import try_lock, write_whole
+from m2d.records import blanked
 from m2d.training.console import Console
-from m2d.tuning.folder import SETTINGS, held, require_enough, require_same, set_aside, write_settings
-from m2d.tuning.ledger import Ledger, TrialRecord
-from m2d.tuning.objective import OBJECTIVE, objective
+from m2d.training.settings import as_dict, differences, with_absolute_paths
+from m2d.tuning.ledger import OBJECTIVE, Ledger, TrialRecord, objective
 from m2d.tuning.outcome import Outcome, read_outcome, write_outcome
-from m2d.tuning.proposals import count, distributions, planned
 from m2d.tuning.settings import SweepConfig
-from m2d.tuning.space import Distribution
+from m2d.tuning.space import Distribution, parse_distribution
 from m2d.tuning.trial import NUMBER, REPORT, FollowTrials, run_trial
 
 STOPPING_S = 60.0  # in which a stopped trial's processes end
@@ -258,3 +259,98 @@ def _leave_stopped(ledger: Ledger) -> None:
             time.sleep(0.2)  # Tune does not wait for the processes that it stops
         if not experiment.is_running:
             experiment.update_info(state="superseded", error=None, stopped_by="the sweep's scheduler")
+
+
+SETTINGS = "sweep.yaml"
+# May differ between a sweep and its resumption, besides what may of a training run.
+CHANGEABLE = frozenset({"resume", "num_trials"})
+CHANGEABLE_OF_SWEEP = frozenset({"max_concurrent"})
+
+
+def write_settings(folder: Path, config: SweepConfig) -> None:
+    """Keep the settings, atomically."""
+    write_whole(folder / SETTINGS, yaml.safe_dump(blanked(as_dict(config)), sort_keys=False))
+
+
+def require_same(folder: Path, config: SweepConfig, ledger: Ledger) -> None:
+    """Raises ExperimentError, with the difference, where a sweep's trials were begun with other settings."""
+    if not ledger.records:
+        return  # it was refused before its first trial, and is repeated with what was wrong put right
+    old, new = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8")), blanked(as_dict(config))
+    changed = differences(_binding(old), _binding(yaml.safe_load(yaml.safe_dump(new))))
+    if changed:
+        raise ExperimentError(
+            f"the sweep {folder} was begun with other settings ({'; '.join(changed)}); repeat its command to go on, or "
+            "begin anew with --fresh or another --name"
+        )
+
+
+def _binding(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a sweep's resumption must not change."""
+    found = {key: value for key, value in settings.items() if key not in CHANGEABLE}
+    found["sweep"] = {key: value for key, value in settings["sweep"].items() if key not in CHANGEABLE_OF_SWEEP}
+    return found
+
+
+def require_enough(folder: Path, config: SweepConfig, ledger: Ledger) -> None:
+    """Raises ConfigError where fewer trials are asked for than were begun."""
+    begun = max(ledger.records, default=-1) + 1
+    if config.search != "grid" and config.num_trials < begun:
+        raise ConfigError(
+            f"num_trials is {config.num_trials}, and the sweep {folder} has begun {begun} trials already; give at "
+            f"least {begun}, or begin anew with --fresh or another --name"
+        )
+
+
+def set_aside(folder: Path) -> None:
+    """Rename the folder of an older sweep, so that its name is free."""
+    began = datetime.fromtimestamp((folder / SETTINGS).stat().st_mtime)
+    folder.rename(folder.with_name(f"{folder.name}_until_{began:%Y%m%d_%H%M%S}"))
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the sweep for this process. Raises ExperimentError where another one does."""
+    lock = try_lock(folder / ".running.lock")
+    if lock is None:
+        raise ExperimentError(f"the sweep {folder} is being run by another process; wait for it")
+    with lock:
+        yield
+
+
+def planned(config: SweepConfig) -> list[dict[str, float]]:
+    """The values of every trial of a random or grid search, by the trial's number.
+
+    A random trial has a generator of its own, so that the first trials of a longer sweep are those of a shorter one.
+    """
+    space = distributions(config)
+    if config.search == "grid":
+        return [
+            dict(zip(space, values, strict=True)) for values in itertools.product(*(s.numbers for s in space.values()))
+        ]
+    trials = []
+    for number in range(config.num_trials):
+        generator = np.random.default_rng((config.sweep.seed, number))
+        trials.append({setting: _draw(one, generator) for setting, one in space.items()})
+    return trials
+
+
+def count(config: SweepConfig) -> int:
+    """Trials of the whole sweep."""
+    if config.search != "grid":
+        return config.num_trials
+    return math.prod(len(one.numbers) for one in distributions(config).values())
+
+
+def distributions(config: SweepConfig) -> dict[str, Distribution]:
+    """Setting -> what it is chosen from."""
+    return {setting: parse_distribution(setting, text) for setting, text in config.sweep.space.items()}
+
+
+def _draw(one: Distribution, generator: np.random.Generator) -> float:
+    if one.is_finite:
+        return float(generator.choice(one.numbers))
+    low, high = one.numbers
+    if one.kind == "uniform":
+        return float(generator.uniform(low, high))
+    return float(np.exp(generator.uniform(np.log(low), np.log(high))))

@@ -11,11 +11,10 @@ from ray.tune import Callback
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from m2d.config import TrainConfig
 from m2d.experiment import newest_step
 from m2d.training.console import Console
-from m2d.tuning.ledger import TRIALS, Ledger, State, trial_experiment, validations
-from m2d.tuning.objective import OBJECTIVE, objective
+from m2d.training.settings import TrainConfig
+from m2d.tuning.ledger import OBJECTIVE, TRIALS, Ledger, State, objective, trial_experiment, validations
 from m2d.tuning.settings import SweepConfig
 
 NUMBER = "number"  # of a trial whose values were planned, in what Tune proposes

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from m2d.models.perceptual import FeatureDistance
-from m2d.training.decoder_step import DecoderStep
 from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
-from m2d.training.step import Networks, StepConfig
+from m2d.training.step import DecoderStep, Networks, StepConfig
 
 ONLY = {"reconstruction": 0.0, "perceptual": 0.0, "adversarial": 0.0}
 

@@ -5,7 +5,7 @@ import torch
 from tiny_networks import tiny_batch, tiny_networks, tiny_step
 from torch import nn
 
-from m2d.training.flops import count_flops, known_peak, measured_peak, peak_flops
+from m2d.training.measure import count_flops, known_peak, measured_peak, peak_flops
 
 
 def test_a_linear_layers_forward_and_backward_are_counted() -> None:

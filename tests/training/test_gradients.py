@@ -7,7 +7,7 @@ import torch
 from tiny_networks import tiny_batch, tiny_networks, tiny_step
 from torch import nn
 
-from m2d.training.gradients import BINS, gradient_statistics, part_of
+from m2d.training.measure import BINS, gradient_statistics, part_of
 
 
 def network_with(gradient: list[float]) -> nn.Module:

@@ -1,8 +1,8 @@
 """The values that trials take before anything is known of them."""
 
 from m2d.cli import parse
-from m2d.tuning.proposals import count, planned
 from m2d.tuning.settings import SweepConfig
+from m2d.tuning.sweep import count, planned
 
 GRID = "{batch_size: 'choice(4, 8, 16)', loss_weights.diffusion: 'choice(0.5, 1)', optimizer.lr_denoiser: 'fixed(0.1)'}"
 RANGES = (

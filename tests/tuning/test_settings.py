@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 
 from m2d.cli import parse
-from m2d.config import TrainConfig, as_dict
 from m2d.errors import ConfigError
-from m2d.training.settings import RayConfig
-from m2d.tuning.objective import WORST, objective, reconstruction_error
+from m2d.training.settings import RayConfig, TrainConfig, as_dict
+from m2d.tuning.ledger import WORST, objective, reconstruction_error
 from m2d.tuning.settings import SweepConfig, SweepSettings
 from m2d.tuning.sweep import concurrent_trials, trial_cpus
 
