@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m2d.data.stream import build_stream, iterate_stream, stream_options
 from m2d.experiment import newest_step
-from m2d.records import BlankingFormatter
+from m2d.records import log_file
 from m2d.training.run_plan import RunPlan
 from m2d.training.stopping import failures_recorded, recorded_failure
 
@@ -65,31 +65,22 @@ def ray_worker(loop_config: dict[str, Any]) -> None:
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     plan: RunPlan = loop_config["plan"]
     link = RayLink(plan)
-    logger = logging.getLogger("m2d")
-    folder = plan.experiment.path / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"worker_{link.rank}.log")
-    handler.setFormatter(BlankingFormatter())
-    logger.addHandler(handler)
     if link.rank == 0 and loop_config["wandb"] is not None:
         loop_config["wandb"].use()
-    try:
-        if recorded_failure(plan.experiment.path) is None:  # else this group is Ray's next try at what cannot work
-            with failures_recorded(plan.experiment.path, plan.config):
-                train_worker(plan, link)
-    except Exception:
-        logger.exception("worker %d of %d failed", link.rank, link.world_size)
-        raise
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
+    with log_file(plan.experiment.path / "logs" / f"worker_{link.rank}.log"):
+        try:
+            if recorded_failure(plan.experiment.path) is None:  # else this group is Ray's next try at what cannot work
+                with failures_recorded(plan.experiment.path, plan.config):
+                    train_worker(plan, link)
+        except Exception:
+            logging.getLogger("m2d").exception("worker %d of %d failed", link.rank, link.world_size)
+            raise
 
 
 class GroupStream(ray.train.DataConfig):
-    """Makes the training stream anew for each worker group, from where the newest checkpoint stands.
+    """Makes the training stream for each worker group, from the newest checkpoint on, in an actor of the group.
 
-    Ray asks for datasets before it knows how many workers an elastic group has; here it tells. It runs in an actor that
-    lives as long as the group.
+    Ray asks for datasets before it knows how many workers an elastic group has; here it tells.
     """
 
     NAME = "train"

@@ -24,12 +24,13 @@ from m2d.models.settings import (
 )
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
 
 
-def _require_range(
+def require_range(
     config: object, room: str, low: float, *names: str, high: float = math.inf, above: bool = False, below: bool = False
 ) -> None:
     """Each named number is finite and in [low, high]. room: "schedule." say. above, below: an end that is left out."""
@@ -40,7 +41,7 @@ def _require_range(
         value = getattr(config, name)
         fits = value is None or (math.isfinite(value) and low <= value <= high)
         fits = fits and not (above and value == low) and not (below and value == high)
-        _require(fits, f"{room}{name} is {value}; it must be {shown}")
+        require(fits, f"{room}{name} is {value}; it must be {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +58,7 @@ class LossWeights:
     adversarial: float = 0.1  # on the VAE, where discriminator.enabled
 
     def __post_init__(self) -> None:
-        _require_range(self, "loss_weights.", 0, *vars(self))
+        require_range(self, "loss_weights.", 0, *vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class AlignmentConfig:
 
     def __post_init__(self) -> None:
         parse_tap(self.tap)
-        _require_range(self, "alignment.", 0, "spatial_norm", "stop_fraction", high=1)
+        require_range(self, "alignment.", 0, "spatial_norm", "stop_fraction", high=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +89,11 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # of each network's gradient
 
     def __post_init__(self) -> None:
-        _require_range(self, "optimizer.", 0, "lr_autoencoder", "lr_denoiser", "lr_discriminator", above=True)
-        _require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be above 0")
-        _require_range(self, "optimizer.", 0, "warmup_steps")
-        _require_range(self, "optimizer.", 0, "final_fraction", high=1)
-        _require(len(self.betas) == 2, f"optimizer.betas is {self.betas}; give two numbers")
+        require_range(self, "optimizer.", 0, "lr_autoencoder", "lr_denoiser", "lr_discriminator", above=True)
+        require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be above 0")
+        require_range(self, "optimizer.", 0, "warmup_steps")
+        require_range(self, "optimizer.", 0, "final_fraction", high=1)
+        require(len(self.betas) == 2, f"optimizer.betas is {self.betas}; give two numbers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,9 +109,9 @@ class ScheduleConfig:
     max_skipped_in_row: int = 50  # non-finite steps one after the other, before the run ends with an error
 
     def __post_init__(self) -> None:
-        _require_range(self, "schedule.", 0, "vae_warmup_fraction", high=1)
-        _require_range(self, "schedule.", 0, "ema_decay", high=1, below=True)
-        _require_range(self, "schedule.", 1, "ema_warmup", "log_every_steps", "vae_every_k_steps", "max_skipped_in_row")
+        require_range(self, "schedule.", 0, "vae_warmup_fraction", high=1)
+        require_range(self, "schedule.", 0, "ema_decay", high=1, below=True)
+        require_range(self, "schedule.", 1, "ema_warmup", "log_every_steps", "vae_every_k_steps", "max_skipped_in_row")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +124,8 @@ class SavingConfig:
     validation_samples: int = 0  # generated ones whose kernel distance to validation images is measured; 0: none
 
     def __post_init__(self) -> None:
-        _require_range(self, "saving.", 1, "every_steps", "keep_last", "validation_images")
-        _require_range(self, "saving.", 0, "validation_samples")
+        require_range(self, "saving.", 1, "every_steps", "keep_last", "validation_images")
+        require_range(self, "saving.", 0, "validation_samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +152,9 @@ class TelemetryConfig:
             "features_every_epochs",
             "gradients_every_steps",
         )
-        _require_range(self, "telemetry.", 0, *every)
-        _require_range(self, "telemetry.", 1, "images", "samples_per_class", "sample_steps")
-        _require_range(self, "telemetry.", 0, "guidance_scale", "finish_timeout_s", above=True)
+        require_range(self, "telemetry.", 0, *every)
+        require_range(self, "telemetry.", 1, "images", "samples_per_class", "sample_steps")
+        require_range(self, "telemetry.", 0, "guidance_scale", "finish_timeout_s", above=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +170,9 @@ class RayConfig:
 
     def __post_init__(self) -> None:
         names = ("collective_timeout_s", "resize_check_s", "cpus_per_worker")
-        _require_range(self, "ray.", 0, *names, above=True)
-        _require_range(self, "ray.", 0, "wait_for_nodes_s")
-        _require_range(self, "ray.", -1, "max_failures")  # -1: without limit
+        require_range(self, "ray.", 0, *names, above=True)
+        require_range(self, "ray.", 0, "wait_for_nodes_s")
+        require_range(self, "ray.", -1, "max_failures")  # -1: without limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,20 +219,20 @@ class TrainConfig:
     ray: RayConfig = field(default_factory=RayConfig)
 
     def __post_init__(self) -> None:
-        _require_range(self, "", 1, "epochs", "batch_size", "gradient_accumulation_steps", "max_steps")
-        _require_range(self, "", 0, "seed")
+        require_range(self, "", 1, "epochs", "batch_size", "gradient_accumulation_steps", "max_steps")
+        require_range(self, "", 0, "seed")
         parse_num_workers(self.num_workers)
-        _require(
+        require(
             re.fullmatch(r"[\w.-]+", self.name, flags=re.ASCII) is not None,
             f"name is {self.name!r}; use letters, digits, '.', '_' and '-'",
         )
         begins = self.init_checkpoint is not None or self.dry_run
-        _require(
+        require(
             begins or self.stage != "latent" or self.autoencoder.pretrained is not None,
             "stage latent trains on a frozen VAE; name an earlier run's checkpoint by --init_checkpoint, or a "
             "published VAE by --autoencoder.pretrained",
         )
-        _require(
+        require(
             begins or self.stage != "decoder",
             "stage decoder keeps encoder and U-Net as they are; name an earlier run's checkpoint by --init_checkpoint",
         )
@@ -239,17 +240,17 @@ class TrainConfig:
         if self.autoencoder.pretrained is None:
             down, halvings = self.autoencoder.downsampling, 2 ** (levels - 1)
             latent = size // down
-            _require(
+            require(
                 not (size % down or latent % halvings),
                 f"data.image_size {size} gives latents of {latent} x {latent}, which {levels} U-Net levels cannot "
                 f"halve evenly; use an image size that is a multiple of {down * halvings}",
             )
-        _require(
+        require(
             parse_tap(self.alignment.tap)[1] < levels,
             f"alignment.tap is {self.alignment.tap}; the U-Net has {levels} blocks each way, numbered from 0",
         )
         smallest = 3 * 2**self.discriminator.layers
-        _require(
+        require(
             not self.discriminator.enabled or size >= smallest,
             f"data.image_size {size} is too small for discriminator.layers {self.discriminator.layers}, which need "
             f"{smallest} pixels; use fewer layers",

@@ -111,6 +111,35 @@ class BaseStep(Generic[BatchT]):
         self.watch_gradients = False  # whether the next step leaves `gradients` behind
         self.gradients: GradientStatistics | None = None
 
+    def __call__(self, micro_batches: Sequence[tuple[BatchT, Draws]], step: int) -> None:
+        """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
+        norm_before = self._norm_buffers()
+        losses = self.forward_backward(micro_batches, step)
+        starts, config = self._learning(step), self.config
+        active = {name: self.optimized[name] for name in starts}
+        for name, network in active.items():
+            rate = learning_rate(config.optimizer, network.peak_rate, step, starts[name], config.total_steps)
+            for group in network.optimizer.param_groups:
+                group["lr"] = rate
+        accepted, norms = guarded_update(
+            list(active.values()), torch.stack(list(losses.values())), self.scaler, self._look_at_gradients
+        )
+        self._restore_norm(norm_before, accepted)
+        if "denoiser" in active:
+            self.ema.update(self.networks.denoiser, accepted)
+        self.skipped += (~accepted).float()
+        self.skipped_in_row = torch.where(accepted, 0.0, self.skipped_in_row + 1)
+        scalars = {f"loss/{name}": loss for name, loss in losses.items()}
+        scalars |= {f"gradient_norm/{name}": norm for name, norm in zip(active, norms, strict=True)}
+        for name, scalar in scalars.items():
+            scalar = scalar.detach().float()
+            self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _learning(self, step: int) -> dict[str, int]:
+        """The networks that learn at a step, and the step from which on each does."""
+        return dict.fromkeys(self.optimized, 0)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass's precision."""
         if self.config.precision == "no":
@@ -238,37 +267,12 @@ class BaseStep(Generic[BatchT]):
         return losses
 
     def _backward(self, loss: Tensor, micro_batches: int) -> None:
-        self._scaled(loss, micro_batches).backward()
-
-    def _scaled(self, loss: Tensor, micro_batches: int) -> Tensor:
-        scaled: Tensor = self.scaler.scale(loss / micro_batches)
-        return scaled
-
-    def _finish(self, active: dict[str, Optimized], losses: dict[str, Tensor], norm_before: list[Tensor]) -> None:
-        """Update the active networks, or undo what the forward passes changed, and add up the scalars."""
-        accepted, norms = guarded_update(
-            list(active.values()), torch.stack(list(losses.values())), self.scaler, self._look_at_gradients
-        )
-        self._restore_norm(norm_before, accepted)
-        if "denoiser" in active:
-            self.ema.update(self.networks.denoiser, accepted)
-        self.skipped += (~accepted).float()
-        self.skipped_in_row = torch.where(accepted, 0.0, self.skipped_in_row + 1)
-        scalars = {f"loss/{name}": loss for name, loss in losses.items()}
-        scalars |= {f"gradient_norm/{name}": norm for name, norm in zip(active, norms, strict=True)}
-        for name, scalar in scalars.items():
-            scalar = scalar.detach().float()
-            self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
-            self._counts[name] = self._counts.get(name, 0) + 1
+        self.scaler.scale(loss / micro_batches).backward()
 
     def _look_at_gradients(self) -> None:
         if self.watch_gradients:
             self.gradients = gradient_statistics(self.networks.trained())
             self.watch_gradients = False
-
-    def _set_rate(self, name: str, step: int, first_step: int) -> None:
-        network, config = self.optimized[name], self.config
-        network.set_rate(learning_rate(config.optimizer, network.peak_rate, step, first_step, config.total_steps))
 
     def _restore_norm(self, before: list[Tensor], accepted: Tensor) -> None:
         """Statistics of the latent norm as they were, where `accepted` (0-dim bool on the device) is False."""
@@ -301,17 +305,12 @@ class JointStep(BaseStep[ImageBatch]):
         """See BaseStep: whether the U-Net joins, and whether the VAE learns."""
         return step < self.config.vae_warmup_steps, self.config.trains_autoencoder(step)
 
-    def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:
-        """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
-        norm_before = self._norm_buffers()
-        losses = self.forward_backward(micro_batches, step)
-        starts = {"autoencoder": 0, "discriminator": 0, "denoiser": self.config.vae_warmup_steps}
-        active = [name for name in self.optimized if step >= starts[name]]
+    def _learning(self, step: int) -> dict[str, int]:
+        """See BaseStep."""
+        joins = {"denoiser": self.config.vae_warmup_steps}
         if not self.config.trains_autoencoder(step):
-            active = ["denoiser"]
-        for name in active:
-            self._set_rate(name, step, starts[name])
-        self._finish({name: self.optimized[name] for name in active}, losses, norm_before)
+            return joins
+        return {name: start for name, start in (super()._learning(step) | joins).items() if step >= start}
 
     def forward_backward(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> dict[str, Tensor]:
         """See BaseStep. The U-Net's half waits for the latents of all micro-batches, whose statistics it takes."""
@@ -357,7 +356,8 @@ class JointStep(BaseStep[ImageBatch]):
                     alignment = self.denoiser_phase.align_autoencoder(latents, labels, features, draws)
                 self._backward(weights.alignment_vae * alignment, parts)
             losses.add({"alignment_vae": alignment})
-        torch.autograd.backward([vae.latents, self._scaled(weights.kl * vae.kl, parts)], [vae.decoder_input.grad, None])
+        divergence = self.scaler.scale(weights.kl * vae.kl / parts)
+        torch.autograd.backward([vae.latents, divergence], [vae.decoder_input.grad, None])
         return vae.latents.detach(), features
 
     def _features(self, batch: ImageBatch, pixels: Tensor) -> Features:
@@ -375,13 +375,6 @@ class LatentStep(BaseStep[LatentBatch]):
         networks.autoencoder.requires_grad_(False)
         self.optimized["denoiser"] = Optimized(self.denoiser_phase, config.optimizer, config.optimizer.lr_denoiser)
         self._denoiser = parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
-
-    def __call__(self, micro_batches: Sequence[tuple[LatentBatch, Draws]], step: int) -> None:
-        """One optimiser step over the micro-batches."""
-        norm_before = self._norm_buffers()
-        losses = self.forward_backward(micro_batches, step)
-        self._set_rate("denoiser", step, 0)
-        self._finish(self.optimized, losses, norm_before)
 
     def forward_backward(self, micro_batches: Sequence[tuple[LatentBatch, Draws]], step: int) -> dict[str, Tensor]:
         """See BaseStep."""
@@ -441,11 +434,10 @@ def on_device(features: Features, device: torch.device) -> Features:
 def parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
     """The module as DDP wants it here: one forward a backward, no buffers sent around."""
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
-    buffers = (
-        "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    )  # before torch 2.15
+    before_2_15 = "forward_sync_buffers" not in parameters
     settings: dict[str, Any] = {
-        buffers: False,  # the only buffers that move are the latent norm's, already equal on every worker
+        # The only buffers that move are the latent norm's, already equal on every worker.
+        "broadcast_buffers" if before_2_15 else "forward_sync_buffers": False,
         "device_ids": [device] if device.type == "cuda" else None,
         "gradient_as_bucket_view": True,
     }
@@ -473,14 +465,6 @@ class DecoderStep(BaseStep[ImageBatch]):
                 module.requires_grad_(False)
         super().__init__(networks, config, device, distributed)
         self._autoencoder = self._with_autoencoder(perceptual, distributed)
-
-    def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:
-        """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
-        norm_before = self._norm_buffers()
-        losses = self.forward_backward(micro_batches, step)
-        for name in self.optimized:
-            self._set_rate(name, step, 0)
-        self._finish(self.optimized, losses, norm_before)
 
     def forward_backward(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> dict[str, Tensor]:
         """See BaseStep."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -49,8 +49,8 @@ class MetricsLog:
         kept = [record for record in self.read() if record["step"] <= step]
         write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Append the record of a step."""
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the record of a step, with the time."""
         self.append({"step": step, "time": round(time.time(), 3), **values})
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -82,7 +82,7 @@ class MetricsLog:
 def open_telemetry(plan: "RunPlan") -> "Telemetry":
     """What a run asked for: records and pictures, and wandb and TensorBoard as its settings say."""
     config, experiment = plan.config, plan.experiment
-    sinks: list[Sink] = []
+    sinks: list[Wandb | TensorBoard] = []
     if config.use_wandb:
         info = experiment.info()
         known = {name: info.get(name) for name in ("dataset", "feature_extractor", "versions", "git", "degraded")}
@@ -98,31 +98,14 @@ def open_telemetry(plan: "RunPlan") -> "Telemetry":
     return Telemetry(experiment.path, sinks)
 
 
-class Sink(Protocol):
-    """Another place that hears what a run says. None of its methods raises: a lost connection never stops training."""
-
-    forgets: int  # records of each kind that a killed process may have lost, although they were told; 0: none
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by name."""
-
-    def picture(self, step: int, name: str, png: bytes, caption: str) -> None:
-        """A PNG."""
-
-    def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
-        """Counts [n] between edges [n + 1]."""
-
-    def flush(self) -> None:
-        """What was said so far must last: a checkpoint is about to be kept, and its steps are not taken again."""
-
-    def finish(self, best: Path | None) -> None:
-        """The run has ended. best: a checkpoint to keep there."""
-
-
 class Telemetry:
-    """One voice of a run: records in metrics/, pictures in visualizations/, and the same to every sink."""
+    """One voice of a run: records in metrics/, pictures in visualizations/, and the same to every sink.
 
-    def __init__(self, folder: Path, sinks: Sequence[Sink] = ()) -> None:
+    A sink never raises: a lost connection must not stop training. `forgets`: how many records of each kind a killed
+    process may have lost although the sink was told them.
+    """
+
+    def __init__(self, folder: Path, sinks: "Sequence[Wandb | TensorBoard]" = ()) -> None:
         """folder: the experiment's."""
         self.folder = folder
         self.sinks = list(sinks)
@@ -132,26 +115,23 @@ class Telemetry:
         self.histograms = MetricsLog(folder / "metrics", "histograms")
 
     def resume_at(self, step: int) -> None:
-        """Drop records of steps that will be taken again (after `step`), and tell forgetful sinks the last ones."""
+        """Drop records of steps that will be taken again (after `step`); repeat the last ones to sinks that forget."""
         for log in [*self.logs.values(), self.histograms]:
             log.resume_at(step)
         for sink in self.sinks:
-            if sink.forgets and step > 0:
-                self._repeat(sink, step)
-
-    def _repeat(self, sink: Sink, step: int) -> None:
-        first = 0
-        for log in self.logs.values():
-            records = log.read()[-sink.forgets :]
-            first = max(first, records[0]["step"] if len(records) == sink.forgets else 0)
-            for record in records:
-                sink.scalars(record["step"], {k: v for k, v in record.items() if k not in ("step", "time")})
-        for record in self.histograms.read()[-sink.forgets :]:
-            sink.histogram(record["step"], record["name"], record["counts"], record["edges"])
-        for path in sorted((self.folder / "visualizations").glob("*/step_*.png")):
-            taken = int(path.stem.removeprefix("step_"))
-            if first <= taken <= step:
-                sink.picture(taken, path.parent.name, path.read_bytes(), "")
+            if not sink.forgets:
+                continue
+            first = 0  # step of which something may be lost
+            for log in self.logs.values():
+                records = log.read()[-sink.forgets :]
+                first = max(first, records[0]["step"] if len(records) == sink.forgets else 0)
+                for record in records:
+                    sink.scalars(record["step"], {k: v for k, v in record.items() if k not in ("step", "time")})
+            for record in self.histograms.read()[-sink.forgets :]:
+                sink.histogram(**{name: record[name] for name in ("step", "name", "counts", "edges")})
+            for path in sorted((self.folder / "visualizations").glob("*/step_*.png")):
+                if first <= (taken := int(path.stem.removeprefix("step_"))) <= step:
+                    sink.picture(taken, path.parent.name, path.read_bytes(), "")
 
     def scalars(self, log: str, step: int, values: dict[str, float]) -> None:
         """Append a record to metrics/LOG.jsonl."""
@@ -161,7 +141,7 @@ class Telemetry:
 
     def picture(self, step: int, name: str, image: Image.Image | bytes, caption: str = "") -> Path:
         """Keep a picture as visualizations/NAME/step_00000042.png. image: a Pillow image, or a PNG's bytes."""
-        png = image if isinstance(image, bytes) else as_png(image)
+        png = image if isinstance(image, bytes) else _as_png(image)
         path = self.folder / "visualizations" / name / f"step_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, png)
@@ -282,11 +262,11 @@ class Wandb:
         self._try("set up", lambda run: (run.define_metric("step"), run.define_metric("*", step_metric="step")))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See Sink."""
+        """Numbers by name."""
         self._try(f"log step {step}", lambda run: run.log({"step": step, **values}))
 
     def picture(self, step: int, name: str, png: bytes, caption: str) -> None:
-        """See Sink."""
+        """A PNG."""
 
         def send(run: Any) -> None:
             import wandb
@@ -297,7 +277,7 @@ class Wandb:
         self._try(f"log the picture {name}", send)
 
     def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
-        """See Sink."""
+        """Counts [n] between edges [n + 1]."""
 
         def send(run: Any) -> None:
             import numpy as np
@@ -309,10 +289,10 @@ class Wandb:
         self._try(f"log the histogram {name}", send)
 
     def flush(self) -> None:
-        """See Sink. wandb's own process holds what it was told."""
+        """Does nothing: wandb's own process holds what it was told."""
 
     def finish(self, best: Path | None) -> None:
-        """See Sink. Waits for what is yet to be sent, but not for ever."""
+        """The run has ended. best: a checkpoint to upload. Waits for what is left to send, but not forever."""
         if self._run is None:
             return
 
@@ -357,8 +337,7 @@ def _for_nobody_at_a_terminal() -> Iterator[None]:
             sys.argv, sys.stdin = command, terminal
 
 
-def as_png(image: Image.Image) -> bytes:
-    """A picture as the bytes of a PNG."""
+def _as_png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
@@ -376,17 +355,17 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See Sink."""
+        """Numbers by name."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, png: bytes, caption: str) -> None:
-        """See Sink."""
+        """A PNG."""
         with Image.open(io.BytesIO(png)) as image:
             self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
-        """See Sink. Each bin stands as its middle: TensorBoard's summary wants sums that counts do not hold."""
+        """Each bin stands as its middle: TensorBoard's summary wants sums that counts do not hold."""
         middles = (np.asarray(edges[:-1]) + np.asarray(edges[1:])) / 2
         total = int(sum(counts))
         if total:
@@ -397,9 +376,9 @@ class TensorBoard:
             )  # fmt: skip
 
     def flush(self) -> None:
-        """See Sink."""
+        """A checkpoint is about to be kept, whose steps are not taken again: what was said so far must last."""
         self._writer.flush()
 
     def finish(self, best: Path | None) -> None:
-        """See Sink."""
+        """The run has ended. best: a checkpoint to keep there."""
         self._writer.close()

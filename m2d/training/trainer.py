@@ -1,7 +1,6 @@
 """The driver of a training run: checks, opens the experiment, scans the data, starts the workers, shows progress."""
 
 import dataclasses
-import logging
 import math
 import os
 import sys
@@ -25,7 +24,7 @@ from m2d.experiment import Experiment, newest_step, open_experiment
 from m2d.files.storage import open_storage
 from m2d.models.perceptual import lpips_available
 from m2d.models.settings import PerceptualKind, Precision
-from m2d.records import BlankingFormatter
+from m2d.records import log_file
 from m2d.training.console import Console
 from m2d.training.run_plan import CATALOG, RunPlan, prepared_parts, run_catalog
 from m2d.training.settings import TrainConfig, as_dict, differences, with_absolute_paths
@@ -45,9 +44,9 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
     """Train to the end, starting or resuming. Returns the experiment.
 
     callbacks: `ray.train.UserCallback`s that hear of every report of the workers; a sweep's trials have one.
-    stoppable: SIGINT and SIGTERM make the run save before it ends; not where somebody else ends it, as a sweep does.
+    stoppable: SIGINT and SIGTERM make the run save before it ends; False where the caller ends it, as a sweep does.
 
-    Raises an M2DError for what a user can mend. Everything written so far stays; running the same command goes on.
+    Raises an M2DError for what a user can fix. Everything written so far stays; running the same command resumes.
     """
     config = with_absolute_paths(config)
     console = Console()
@@ -55,7 +54,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
     experiment, resumed = open_experiment(
         config.experiments_dir, config.name, as_dict(config), differences, fresh=config.fresh, command=sys.argv
     )
-    with experiment.running(), _log_file(experiment):
+    with experiment.running(), log_file(experiment.path / "logs" / "driver.log"):
         try:
             with _resources(config):
                 opening = _opening(config)
@@ -126,18 +125,36 @@ def _train_in(
     callbacks: Sequence[Any],
     stoppable: bool,
 ) -> None:
-    """Plan and run, once the data is known."""
+    """Plan, announce and run, once the data is known."""
+    train_images = sum(class_counts(catalog, "train").values())
+    if train_images == 0:
+        raise DataError("the train split is empty; lower data.val_fraction and data.test_fraction, or add images")
     plan = RunPlan(
         config=config,
         experiment=experiment,
         world_size=max(config.workers[1], 1),
-        train_images=_count(catalog, "train"),
+        train_images=train_images,
         precision=opening.precision,
         perceptual=opening.perceptual,
         **prepared_parts(config, experiment, catalog, console),
     )
-    _announce(plan, catalog, opening, console)
-    done = newest_step(plan.experiment.checkpoints)
+    counts = class_counts(catalog, "train")
+    console.say(f"training images: {' '.join(f'{code} {counts[code]}' for code in CLASSES)}")
+    console.say(
+        f"{plan.total_steps:,} steps of {plan.global_batch} images, {plan.steps_per_epoch:,} steps an epoch: "
+        f"{plan.total_steps / plan.steps_per_epoch:.3g} epoch(s)"
+    )
+    experiment.update_info(
+        state="running",
+        device=opening.device,
+        precision=PRECISION_NAMES[plan.precision],
+        perceptual=plan.perceptual,
+        degraded=opening.degraded,
+        total_steps=plan.total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        world_size=plan.world_size,
+    )
+    done = newest_step(experiment.checkpoints)
     if done >= plan.total_steps:
         return
     record = experiment.path / "metrics" / "train.jsonl"
@@ -153,16 +170,9 @@ def _train_in(
         else:
             online = config.use_wandb and config.wandb_mode == "online"
             _fit(plan, opening.on_gpu, callbacks, find_wandb_key(console.warn) if online else None)
-    done = newest_step(plan.experiment.checkpoints)
+    done = newest_step(experiment.checkpoints)
     if request.signal is not None and done < plan.total_steps:
-        raise Stopped(f"stopped at step {done:,} of {plan.total_steps:,}; the same command goes on", request.signal)
-
-
-def _count(catalog: pa.Table, split: str) -> int:
-    count = sum(class_counts(catalog, split).values())
-    if count == 0:
-        raise DataError(f"the {split} split is empty; lower data.val_fraction and data.test_fraction, or add images")
-    return count
+        raise Stopped(f"stopped at step {done:,} of {plan.total_steps:,}; the same command resumes", request.signal)
 
 
 def _resources(config: TrainConfig) -> AbstractContextManager[None]:
@@ -226,27 +236,6 @@ def _perceptual(config: TrainConfig, degraded: list[str]) -> PerceptualKind:
         )
     degraded.append(f"LPIPS weights cannot be had ({reason}): the perceptual loss uses the feature extractor's maps")
     return "features"
-
-
-def _announce(plan: RunPlan, catalog: pa.Table, opening: _Opening, console: Console) -> None:
-    """The run in numbers, to the person and into the record."""
-    counts = class_counts(catalog, "train")
-    console.say(f"training images: {' '.join(f'{code} {counts[code]}' for code in CLASSES)}")
-    epochs = plan.total_steps / plan.steps_per_epoch
-    console.say(
-        f"{plan.total_steps:,} steps of {plan.global_batch} images, {plan.steps_per_epoch:,} steps an epoch: "
-        f"{epochs:.3g} epoch(s)"
-    )
-    plan.experiment.update_info(
-        state="running",
-        device=opening.device,
-        precision=PRECISION_NAMES[plan.precision],
-        perceptual=plan.perceptual,
-        degraded=opening.degraded,
-        total_steps=plan.total_steps,
-        steps_per_epoch=plan.steps_per_epoch,
-        world_size=plan.world_size,
-    )
 
 
 def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any], key: WandbKey | None) -> None:
@@ -369,18 +358,3 @@ class _LocalLink:
     def preempted(self) -> bool:
         """A process of one's own is not told."""
         return False
-
-
-class _log_file:
-    """Messages of the driver, kept in logs/driver.log."""
-
-    def __init__(self, experiment: Experiment) -> None:
-        self.handler = logging.FileHandler(experiment.path / "logs" / "driver.log")
-        self.handler.setFormatter(BlankingFormatter())
-
-    def __enter__(self) -> None:
-        logging.getLogger("m2d").addHandler(self.handler)
-
-    def __exit__(self, *exception: object) -> None:
-        logging.getLogger("m2d").removeHandler(self.handler)
-        self.handler.close()

@@ -67,11 +67,6 @@ class Optimized:
                 if moment.shape == parameter.shape:
                     entry[name] = torch.empty_like(parameter).copy_(moment)
 
-    def set_rate(self, rate: float) -> None:
-        """Learning rate of the next update."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
 
 def guarded_update(
     networks: list[Optimized],
@@ -97,7 +92,7 @@ def guarded_update(
         norms.append(norm)
         finite = finite & torch.isfinite(norm)
     rejected = (~finite).float()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if distributed():
         dist.all_reduce(rejected, op=dist.ReduceOp.MAX)  # a loss can be non-finite on one worker alone
     for network in networks:
         network.optimizer.grad_scale = None  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,10 +56,11 @@ def validate(
     val/psnr_db and val/perceptual: reconstructions from the posterior's mean. val/velocity_mse: the averaged denoiser
     at fixed times and noise, guided by class and feature. Every worker returns the same numbers; {} without images.
     """
-    rows = validation_rows(len(reader), images)
+    rows = validation_rows(len(reader), images)[rank::world_size]
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     autoencoder = networks.autoencoder
-    for share in _batches(rows[rank::world_size], batch_size):
+    for start in range(0, len(rows), batch_size):
+        share = rows[start : start + batch_size]
         read = reader.read(share, np.zeros(len(share), dtype=np.int8))
         pixels = torch.from_numpy(read["images"]).to(device).permute(0, 3, 1, 2)
         labels = torch.from_numpy(read["labels"]).to(device)
@@ -89,11 +90,6 @@ def score(measures: dict[str, float], stage: str) -> float:
     compare.
     """
     return measures.get("val/velocity_mse" if stage == "latent" else "val/perceptual", float("inf"))
-
-
-def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
 
 
 def fixed_noise(rows: np.ndarray, clean: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +137,19 @@ class RunState:
         )
         return generator.generate(rows), np.array([class_index(row.label) for row in rows])
 
+    def cls(self, extractor: FeatureExtractor, images: np.ndarray) -> np.ndarray:
+        """cls features float32 [N, D] of images uint8 [N, H, W, 3]."""
+        parts = torch.from_numpy(images).permute(0, 3, 1, 2).split(self.plan.config.batch_size)
+        return torch.cat([extract(extractor, part.to(self.device)).cls.cpu() for part in parts]).numpy()
+
+    def real_cls(
+        self, extractor: FeatureExtractor, reader: ImageReader, source: FeatureSource, rows: np.ndarray
+    ) -> np.ndarray:
+        """The same of a split's rows, from the cache where it holds them."""
+        if source.table is not None:
+            return source.cls(reader, rows).cpu().numpy()
+        return self.cls(extractor, reader.read(rows, np.zeros(len(rows), dtype=np.int8))["images"])
+
     def extractor(self) -> FeatureExtractor:
         """The run's, or where all its features are cached, one for the moment: generated images are in no cache."""
         if self.networks.extractor is not None:
@@ -177,11 +186,8 @@ class SampleQuality:
             size, device = self.state.plan.config.batch_size, self.state.device
             logger.warning(
                 "no kernel distance at step %d: samples in batches of %d do not fit the memory of %s beside the run; "
-                "lower batch_size",
-                info.step,
-                size,
-                device,
-            )
+                "lower batch_size", info.step, size, device,
+            )  # fmt: skip
         return {}
 
     def _measured(self, info: CheckpointInfo) -> dict[str, float]:
@@ -189,29 +195,13 @@ class SampleQuality:
         counts = {CLASSES[label]: int((labels == label).sum()) for label in np.unique(labels)}
         images, _ = self.state.samples(info, counts)
         extractor = self.state.extractor()
-        real, generated = self._real_cls(extractor), self._cls(extractor, images)
+        if self._real is None:
+            self._real = self.state.real_cls(extractor, self.reader, self.source, self.rows).astype(np.float64)
+        real, generated = self._real, self.state.cls(extractor, images).astype(np.float64)
         scale = Scale.of_rows(real)
         generated, real = ((side - scale.mean) / scale.deviation for side in (generated, real))
         distance = kernel_distance(generated, real)
         return {"val/kernel_distance": distance.value, "val/kernel_distance_se": distance.standard_error}
-
-    def _real_cls(self, extractor: FeatureExtractor) -> np.ndarray:
-        if self._real is None:
-            if self.source.table is not None:
-                self._real = self.source.cls(self.reader, self.rows).cpu().double().numpy()
-            else:
-                read = self.reader.read(self.rows, np.zeros(len(self.rows), dtype=np.int8))
-                self._real = self._cls(extractor, read["images"])
-        return self._real
-
-    def _cls(self, extractor: FeatureExtractor, images: np.ndarray) -> np.ndarray:
-        """float64 [N, D] of images uint8 [N, H, W, 3]."""
-        size = self.state.plan.config.batch_size
-        parts = [
-            extract(extractor, torch.from_numpy(images[first : first + size]).to(self.state.device).permute(0, 3, 1, 2))
-            for first in range(0, len(images), size)
-        ]
-        return torch.cat([part.cls.cpu() for part in parts]).double().numpy()
 
 
 def rows_of_each_class(labels: np.ndarray, images: int) -> np.ndarray:

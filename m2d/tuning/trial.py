@@ -14,9 +14,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from m2d.experiment import newest_step
 from m2d.training.console import Console
 from m2d.training.settings import TrainConfig
-from m2d.tuning.ledger import OBJECTIVE, TRIALS, Ledger, State, objective, trial_experiment, validations
+from m2d.tuning.ledger import TRIALS, Ledger, State, objective, trial_experiment, validations
 from m2d.tuning.settings import SweepConfig
 
+OBJECTIVE = "objective"
 NUMBER = "number"  # of a trial whose values were planned, in what Tune proposes
 REPORT = "report"  # how often a trial has been judged; Tune's own count starts again with each process
 

@@ -2,7 +2,7 @@
 
 from m2d.cli import parse
 from m2d.tuning.settings import SweepConfig
-from m2d.tuning.sweep import count, planned
+from m2d.tuning.sweep import planned
 
 GRID = "{batch_size: 'choice(4, 8, 16)', loss_weights.diffusion: 'choice(0.5, 1)', optimizer.lr_denoiser: 'fixed(0.1)'}"
 RANGES = (
@@ -19,7 +19,7 @@ def config(*flags: str) -> SweepConfig:
 def test_a_grid_holds_every_combination_once() -> None:
     grid = config("--search", "grid", "--sweep.space", GRID)
     trials = [tuple(trial.values()) for trial in planned(grid)]
-    assert count(grid) == 6
+    assert grid.count == 6
     assert sorted(trials) == [(b, w, 0.1) for b in (4.0, 8.0, 16.0) for w in (0.5, 1.0)]
 
 
