@@ -35,7 +35,6 @@ os.environ["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expanda
 import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
-from torch import nn
 
 from m2d.arguments import preset_names
 from m2d.classes import CLASSES, NUM_CLASSES
@@ -53,7 +52,7 @@ from m2d.models.settings import Precision
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
 from m2d.training.dry_run import FakeRun
 from m2d.training.measure import peak_flops
-from m2d.training.networks import build_networks, build_step, step_config_of
+from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
 from m2d.training.settings import TrainConfig
 from m2d.training.step import DecoderStep, JointStep, LatentStep, Networks
 
@@ -215,8 +214,7 @@ class Training:
         self.latent_shape = networks.denoiser.latent_shape(config.data.image_size, networks.autoencoder.downsampling)
         self.micro_batches = config.gradient_accumulation_steps
         self.batch = self._batch()
-        aside: list[nn.Module] = [self.step.ema.module] if config.schedule.ema_on_cpu else []
-        for module in [*aside, networks.autoencoder] if config.stage == "latent" else aside:
+        for module in idle_modules(config, networks, self.step.ema.module):
             module.to("cpu")
 
     def take(self, number: int) -> None:

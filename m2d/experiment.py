@@ -1,7 +1,7 @@
 """One experiment directory: NAME_YYYYMMDD_HHMMSS with everything a run reads and leaves. What a run writes, no more.
 
 The root may be a path or a URI. For a URI the run works in a staging directory of this machine; `publish` copies it to
-the root and `fetch` brings it to a machine that does not hold it. `m2d.experiments` looks at what lies here.
+the root and `fetch` brings it to a machine that does not hold it. `m2d.experiments` reads it.
 """
 
 import hashlib

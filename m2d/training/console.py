@@ -57,6 +57,7 @@ class Console:
             TextColumn("epoch {task.fields[epoch]}"), TextColumn("step"), MofNCompleteColumn(), BarColumn(),
             TextColumn("{task.fields[left]}"), TextColumn("{task.description}"),
         )  # fmt: skip
+        log = MetricsLog(metrics.parent, metrics.stem)
         shown, at, ended = pace.start, 0.0, False
         with Progress(*columns, console=self.rich, disable=not self.interactive) as bar:
             task = bar.add_task(
@@ -64,9 +65,10 @@ class Console:
             )
             while not ended:
                 ended = stop.wait(1.0)
-                record = _newest(metrics, pace.since)
-                if not record:
+                records = log.read()
+                if not records or records[-1]["time"] < pace.since:  # of an earlier run, whose steps are taken again
                     continue
+                record = records[-1]
                 step, left = record["step"], pace.left(record)
                 if self.interactive:
                     epoch = f"{min(int(record['epoch']) + 1, epochs)}/{epochs}"
@@ -95,12 +97,6 @@ class _Pace:
             return ""
         remaining = (self.total - record["step"]) * seconds / steps
         return f"{remaining / 3600:.1f} h left" if remaining >= 5400 else f"{remaining / 60:.1f} min left"
-
-
-def _newest(metrics: Path, since: float) -> dict[str, Any] | None:
-    """The last record, unless it is one of an earlier run whose steps will be taken again."""
-    records = MetricsLog(metrics.parent, metrics.stem).read()
-    return records[-1] if records and records[-1]["time"] >= since else None
 
 
 def _describe(record: dict[str, Any]) -> str:

@@ -47,7 +47,7 @@ from m2d.models.perceptual import LpipsDistance, build_perceptual
 from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, Crop, FeatureExtractorConfig, PerceptualKind
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
 from m2d.training.measure import known_peak
-from m2d.training.networks import build_networks, build_step, step_config_of
+from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
 from m2d.training.run_plan import RunPlan
 from m2d.training.settings import TrainConfig, with_absolute_paths
 from m2d.training.step import DecoderStep, JointStep, LatentStep
@@ -344,12 +344,7 @@ class FakeRun:
             counter.follow_gradients(module.parameters(), "gradients of weights")
         for optimized in self.step.optimized.values():
             counter.label("AdamW's moments", tree_leaves(list(optimized.optimizer.state.values())))
-        # In host memory, as the worker has them.
-        apart = self.config.schedule.ema_on_cpu and averaged is not networks.denoiser
-        aside: list[nn.Module] = [averaged] if apart else []
-        if self.config.stage == "latent":
-            aside += [networks.autoencoder, *frozen]
-        for module in aside:
+        for module in idle_modules(self.config, networks, averaged, frozen):
             counter.forget(_tensors(module))
         counter.follow(perceptual, "activations: perceptual")
         if networks.extractor is not None:

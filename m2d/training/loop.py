@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2d.data.order import micro_batch_number, worker_rows
 from m2d.diffusion.feature_prior import FeaturePrior
@@ -22,7 +22,7 @@ from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
 from m2d.training.features import FeatureSource, fit_features
 from m2d.training.latents import LatentTable, cache_latents
 from m2d.training.measure import Throughput, peak_memory_gib
-from m2d.training.networks import build_networks, build_step, step_config_of
+from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
 from m2d.training.run_plan import RunPlan
 from m2d.training.saving import CheckpointKeeper, load_training_state, take_snapshot
 from m2d.training.step import Networks
@@ -144,13 +144,8 @@ class _Run:
         self.step = build_step(
             config.stage, networks, self.perceptual, step_config, link.device, distributed=link.world_size > 1
         )
-        # Not on the GPU while the loop runs: averages kept in host memory, and what cached latents do without.
         averaged = self.step.ema.module
-        apart = config.schedule.ema_on_cpu and averaged is not networks.denoiser  # which is its own where it is frozen
-        self.aside: list[nn.Module] = [averaged] if apart else []
-        if table is not None:
-            unused = (networks.autoencoder, networks.extractor, self.perceptual)
-            self.aside += [module for module in unused if module is not None]
+        self.aside = idle_modules(config, networks, averaged, [networks.extractor, self.perceptual])
         self.leads = link.rank == 0
         self.accumulation = plan.accumulation(link.world_size)
         self.keeper = CheckpointKeeper(plan.experiment.checkpoints, config.saving.keep_last) if self.leads else None
@@ -245,7 +240,8 @@ class _Run:
         plan, link, cached = self.plan, self.link, self.source.table
         first, count = plan.micro_batches_from(start, link.world_size)
         if self.table is None:
-            warmup = plan.steps_without_features * self.accumulation
+            unguided = plan.total_steps if plan.config.stage == "decoder" else plan.vae_warmup_steps
+            warmup = unguided * self.accumulation  # the first micro-batches need no features
             for micro_batch, batch in enumerate(link.images(first, count), start=first):
                 features = None
                 if cached is not None and micro_batch >= warmup:

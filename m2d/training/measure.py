@@ -81,7 +81,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, se
 class Throughput:
     """Images a second, the share of time that waits for data, and model FLOP utilisation, between two readings.
 
-    `restart` leaves out what lies beside the steps, such as saving.
+    `restart` leaves out what is not a step, such as saving.
     """
 
     def __init__(self, device: torch.device, precision: Precision | None, start: int, images_per_step: int) -> None:

@@ -1,5 +1,6 @@
 """Builds what a run trains, from its configuration or from an earlier checkpoint."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -91,6 +92,20 @@ def build_step(
         return LatentStep(networks, config, device, distributed)
     kind = DecoderStep if stage == "decoder" else JointStep
     return kind(networks, perceptual, config, device, distributed)
+
+
+def idle_modules(
+    config: TrainConfig, networks: Networks, averaged: nn.Module, frozen: Iterable[nn.Module | None] = ()
+) -> list[nn.Module]:
+    """What is not on the GPU while the loop runs: averages kept in host memory, and what cached latents do without.
+
+    frozen: extractor and perceptual network.
+    """
+    apart = config.schedule.ema_on_cpu and averaged is not networks.denoiser  # a frozen one is its own average
+    idle: list[nn.Module | None] = [averaged] if apart else []
+    if config.stage == "latent":
+        idle += [networks.autoencoder, *frozen]
+    return [module for module in idle if module is not None]
 
 
 def build_extractor(config: FeatureExtractorConfig) -> FeatureExtractor:

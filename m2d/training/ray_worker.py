@@ -26,7 +26,7 @@ class RayLink:
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self.device: torch.device = ray.train.torch.get_device()
-        self._leaving: set[str] = set()  # nodes of which was told
+        self._leaving: set[str] = set()  # nodes already reported
 
     def images(self, first_micro_batch: int, num_micro_batches: int) -> Iterator[dict[str, Tensor]]:
         """See WorkerLink."""
@@ -42,7 +42,7 @@ class RayLink:
         )
 
     def report(self, metrics: dict[str, float], checkpoint: str | None) -> None:
-        """See WorkerLink. The checkpoint already lies in the experiment, so Ray is told of it and copies nothing."""
+        """See WorkerLink. The checkpoint is in the experiment already, so Ray copies nothing."""
         ray.train.report(
             metrics,
             checkpoint=None if checkpoint is None else ray.train.Checkpoint(checkpoint),

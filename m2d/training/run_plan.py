@@ -73,11 +73,6 @@ class RunPlan:
         return round(self.config.schedule.vae_warmup_fraction * self.total_steps)
 
     @property
-    def steps_without_features(self) -> int:
-        """Steps at the start that need no features of their images."""
-        return self.total_steps if self.config.stage == "decoder" else self.vae_warmup_steps
-
-    @property
     def save_every(self) -> int:
         """Steps from checkpoint to checkpoint."""
         return self.config.saving.every_steps or self.steps_per_epoch
@@ -184,7 +179,7 @@ def run_catalog(config: TrainConfig, experiment: Experiment, data_root: str, con
 
 
 def prepared_parts(config: TrainConfig, experiment: Experiment, catalog: pa.Table, console: Console) -> dict[str, Any]:
-    """The plan's entries for what setup_data made: used where it is complete, told where it is not."""
+    """The plan's entries for what setup_data made: used where it is complete, reported where it is not."""
     folder, size = prepared_folder(config.cache_dir, config.checked_data_root), config.data.image_size
     key, sha256 = extractor_identity(config.feature_extractor)
     experiment.update_info(feature_extractor={"key": key, "weights_sha256": sha256})

@@ -27,7 +27,7 @@ from m2d.training.step import Networks
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything of a moment, copied to the CPU, so that training can go on while it is written."""
+    """Everything of a moment, copied to the CPU, so that training continues while it is written."""
 
     info: CheckpointInfo
     networks: Networks  # for their configurations only
@@ -74,7 +74,7 @@ def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
                 with path.open("rb") as file:  # older checkpoints are deleted next, and the power may fail then
                     os.fsync(file.fileno())
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again for what tells so
+        shutil.rmtree(partial, ignore_errors=True)  # so that a full disk has room for the record of the failure
         raise
     shutil.rmtree(directory, ignore_errors=True)  # half of a deleted one
     partial.rename(directory)

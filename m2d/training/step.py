@@ -121,8 +121,14 @@ class BaseStep(Generic[BatchT]):
             rate = learning_rate(config.optimizer, network.peak_rate, step, starts[name], config.total_steps)
             for group in network.optimizer.param_groups:
                 group["lr"] = rate
+
+        def look_at_gradients() -> None:
+            if self.watch_gradients:
+                self.gradients = gradient_statistics(self.networks.trained())
+                self.watch_gradients = False
+
         accepted, norms = guarded_update(
-            list(active.values()), torch.stack(list(losses.values())), self.scaler, self._look_at_gradients
+            list(active.values()), torch.stack(list(losses.values())), self.scaler, look_at_gradients
         )
         self._restore_norm(norm_before, accepted)
         if "denoiser" in active:
@@ -159,7 +165,7 @@ class BaseStep(Generic[BatchT]):
             bad = [name for name, value in scalars.items() if not torch.isfinite(torch.tensor(value))]
             raise TrainingError(
                 f"{in_row} steps in a row had a loss or gradient that is not finite ({', '.join(bad) or 'gradients'}); "
-                "lower the learning rates or use --mixed_precision no, and run again to go on from the last checkpoint"
+                "lower the learning rates or use --mixed_precision no, and run again to resume from the last checkpoint"
             )
         self._sums, self._counts = {}, {}
         return scalars
@@ -268,11 +274,6 @@ class BaseStep(Generic[BatchT]):
 
     def _backward(self, loss: Tensor, micro_batches: int) -> None:
         self.scaler.scale(loss / micro_batches).backward()
-
-    def _look_at_gradients(self) -> None:
-        if self.watch_gradients:
-            self.gradients = gradient_statistics(self.networks.trained())
-            self.watch_gradients = False
 
     def _restore_norm(self, before: list[Tensor], accepted: Tensor) -> None:
         """Statistics of the latent norm as they were, where `accepted` (0-dim bool on the device) is False."""

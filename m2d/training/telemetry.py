@@ -141,7 +141,11 @@ class Telemetry:
 
     def picture(self, step: int, name: str, image: Image.Image | bytes, caption: str = "") -> Path:
         """Keep a picture as visualizations/NAME/step_00000042.png. image: a Pillow image, or a PNG's bytes."""
-        png = image if isinstance(image, bytes) else _as_png(image)
+        if isinstance(image, bytes):
+            png = image
+        else:
+            image.save(buffer := io.BytesIO(), format="PNG")
+            png = buffer.getvalue()
         path = self.folder / "visualizations" / name / f"step_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, png)
@@ -208,7 +212,7 @@ def find_wandb_key(warn: Callable[[str], None]) -> WandbKey | None:
 class Wandb:
     """A wandb run that never stops training: what fails is said once and then left.
 
-    The run's id is the experiment's name, so a resumed experiment goes on in the same run. Its horizontal axis is
+    The run's id is the experiment's name, so a resumed experiment continues the same run. Its horizontal axis is
     `step`, ours: wandb's own counter refuses steps that are taken again after a restart.
     """
 
@@ -335,12 +339,6 @@ def _for_nobody_at_a_terminal() -> Iterator[None]:
             yield
         finally:
             sys.argv, sys.stdin = command, terminal
-
-
-def _as_png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 class TensorBoard:

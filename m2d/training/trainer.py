@@ -75,7 +75,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
             if not (never_began and experiment.discard()):  # so a wrong data_root leaves no trace
                 asked = isinstance(error, (Stopped, KeyboardInterrupt, SystemExit))
                 failed: dict[str, Any] = {"state": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
-                with suppress(OSError):  # of a full disk; what is wrong is told all the same
+                with suppress(OSError):  # of a full disk; the error is raised all the same
                     experiment.update_info(**({"state": "stopped", "error": None} if asked else failed))
             raise
         experiment.update_info(state="done", finished=datetime.now(UTC).isoformat(timespec="seconds"), error=None)
@@ -246,7 +246,7 @@ def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any], key: WandbKey | 
 
     config = plan.config
     fewest, most = config.workers
-    # Of Ray's own barriers, and for a process that answers nobody; those of torch are told below.
+    # Of Ray's own barriers and health checks; torch's timeout is set below.
     patience_s = config.ray.collective_timeout_s
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(patience_s)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(min(patience_s, HEALTH_CHECK_S))
@@ -322,7 +322,7 @@ def _cause(error: Exception, plan: RunPlan) -> Exception:
     if any(words in str(error) for words in WORDS_OF_HANGS):
         return TrainingError(
             f"the workers waited {plan.config.ray.collective_timeout_s:g} s for one that does not answer "
-            f"(ray.collective_timeout_s); the same command goes on; the logs: {plan.experiment.path / 'logs'}"
+            f"(ray.collective_timeout_s); the same command resumes; the logs: {plan.experiment.path / 'logs'}"
         )
     return TrainingError(
         f"a worker failed: {str(error).strip().splitlines()[-1]}; its log: {plan.experiment.path / 'logs'}"
@@ -356,5 +356,5 @@ class _LocalLink:
         """Nobody to tell."""
 
     def preempted(self) -> bool:
-        """A process of one's own is not told."""
+        """The calling process gets no notice."""
         return False

@@ -32,11 +32,6 @@ from m2d.training.update import all_reduce_sum
 SEED = 20261122  # of the choice of images and of their noise
 
 
-def validation_rows(num_rows: int, wanted: int) -> np.ndarray:
-    """The rows of the validation split that every validation of every run uses, int64 [min(wanted, num_rows)]."""
-    return np.sort(np.random.default_rng(SEED).permutation(num_rows)[:wanted])
-
-
 @torch.no_grad()
 def validate(
     networks: Networks,
@@ -56,7 +51,7 @@ def validate(
     val/psnr_db and val/perceptual: reconstructions from the posterior's mean. val/velocity_mse: the averaged denoiser
     at fixed times and noise, guided by class and feature. Every worker returns the same numbers; {} without images.
     """
-    rows = validation_rows(len(reader), images)[rank::world_size]
+    rows = np.sort(np.random.default_rng(SEED).permutation(len(reader))[:images])[rank::world_size]
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     autoencoder = networks.autoencoder
     for start in range(0, len(rows), batch_size):
@@ -112,7 +107,7 @@ class RunState:
 
     @property
     def sampling(self) -> SamplingSettings:
-        """How samples are drawn while a run goes on."""
+        """How samples are drawn during a run."""
         settings = self.plan.config.telemetry
         return SamplingSettings(steps=settings.sample_steps, guidance_scale=settings.guidance_scale)
 

@@ -18,7 +18,7 @@ from m2d.training.telemetry import MetricsLog
 
 TRIALS = "trials"
 WORST = 1e6  # of a trial that gave no samples or no numbers; finite, so that ranks and means exist
-State = Literal["open", "done", "stopped", "failed"]  # open: it runs, or has to go on
+State = Literal["open", "done", "stopped", "failed"]  # open: it runs, or has to be resumed
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Ledger:
     def begin(self, tune_id: str, chosen: Mapping[str, float], number: int | None) -> TrialRecord:
         """Record a trial that starts, or starts again.
 
-        number: None where the search does not know its trials' numbers; then an open one with these values goes on.
+        number: None where the search does not know its trials' numbers; then an open one with these values is resumed.
         """
         known = [record for record in self.records.values() if record.tune_id == tune_id]
         if number is None and not known:

@@ -38,12 +38,12 @@ class ReportObjective(TuneReportCallback):
 
 
 def judged(measures: Mapping[str, Any], report: int, reconstruction_weight: float) -> dict[str, Any]:
-    """What Tune is told of one validation."""
+    """What one validation reports to Tune."""
     return {**measures, OBJECTIVE: objective(measures, reconstruction_weight), REPORT: report}
 
 
 def run_trial(proposed: Mapping[str, float], *, config: SweepConfig, folder: str) -> None:
-    """Train with the values that the sweep's ledger names. A trial that was begun before goes on from its checkpoint.
+    """Train with the values that the sweep's ledger names. A trial that was begun before resumes from its checkpoint.
 
     proposed: what Tune's search gave; the driver has written the values, and the trial's name, into the ledger.
     folder: the sweep's.
@@ -54,7 +54,7 @@ def run_trial(proposed: Mapping[str, float], *, config: SweepConfig, folder: str
     if experiment is not None:
         reached = newest_step(experiment.checkpoints)
         rows = [row for row in validations(experiment) if row["step"] <= reached]
-        if rows:  # where it stands, which Tune, begun anew, does not know
+        if rows:  # how far it came, which a restarted Tune does not know
             tune.report(judged(rows[-1], len(rows), weight))
     run = config.trial(record.chosen, name=record.name, folder=str(Path(folder) / TRIALS))
     ray.get(_in_known_cluster(_train).remote(run, ReportObjective(weight, Path(folder), record.name)))
@@ -83,7 +83,7 @@ def _in_known_cluster(function: Callable[..., None]) -> Any:
 
 
 class FollowTrials(Callback):
-    """In the driver: writes the ledger as trials start, are judged and end, and tells the person.
+    """In the driver: writes the ledger as trials start, are judged and end, and prints what happens.
 
     chosen: the values of planned trials; None where the search proposes them.
     """

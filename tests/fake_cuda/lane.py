@@ -23,7 +23,7 @@ from m2d.models.feature_extractor import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.settings import Precision
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
-from m2d.training.networks import build_networks, build_step, step_config_of
+from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
 from m2d.training.settings import TrainConfig
 
 CUDA = torch.device("cuda", 0)
@@ -166,10 +166,9 @@ class PresetStep:
         perceptual = build_perceptual("features", networks.extractor)
         perceptual.to(CUDA)
         self.step = build_step(stage, networks, perceptual, settings, CUDA)
-        if stage == "latent":
-            for unused in (networks.autoencoder, networks.extractor, perceptual):
-                if unused is not None:
-                    unused.to("cpu")
+        staged = dataclasses.replace(config, stage=stage, init_checkpoint="anywhere")
+        for unused in idle_modules(staged, networks, self.step.ema.module, [networks.extractor, perceptual]):
+            unused.to("cpu")
         self.latent_shape = networks.denoiser.latent_shape(config.data.image_size, networks.autoencoder.downsampling)
 
     def batch(self, size: int) -> tuple[Any, Draws]:

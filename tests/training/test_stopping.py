@@ -148,7 +148,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_o
     out, err = process.communicate(timeout=120)
     last = steps(tmp_path)[-1]
     assert process.returncode == 130, err
-    assert f"stopped at step {last:,} of 30; the same command goes on" in err
+    assert f"stopped at step {last:,} of 30; the same command resumes" in err
     assert "SIGINT: saving a checkpoint" in out
     (run,) = (tmp_path / "runs").glob("run_*")
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == [f"step_{last:08d}"]
