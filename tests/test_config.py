@@ -144,7 +144,7 @@ def test_latents_that_the_unet_cannot_halve_are_refused_with_a_size_that_works()
     """72 / 4 = 18, which two halvings do not divide; 4 * 4 = 16 is the unit."""
     message = refusal_of(TrainConfig, data=dataclasses.replace(TrainConfig().data, image_size=72))
     assert "18 x 18" in message
-    assert message.endswith("divides by 16")
+    assert message.endswith("multiple of 16")
 
 
 def test_an_image_too_small_for_the_discriminator_is_refused() -> None:
