@@ -130,7 +130,7 @@ def _run(config: SweepConfig, folder: Path, ledger: Ledger, left: int, console: 
             f"{config.sweep.scheduler}, {at_once} at a time, in {folder}"
         )
         with _own_words(console.say):
-            _tuner(config, folder, ledger, at_once, console).fit()
+            _tuner(config, folder, ledger, at_once).fit()
 
 
 @contextmanager
@@ -209,7 +209,7 @@ def _draw(one: Distribution, generator: np.random.Generator) -> float:
     return float(np.exp(generator.uniform(np.log(low), np.log(high))))
 
 
-def _tuner(config: SweepConfig, folder: Path, ledger: Ledger, at_once: int, console: Console) -> Tuner:
+def _tuner(config: SweepConfig, folder: Path, ledger: Ledger, at_once: int) -> Tuner:
     """Ray Tune over the trials that are left, informed of what the others were worth.
 
     Tune could restore its own state instead, but that is up to ten seconds old, knows nothing of the scheduler's, and
@@ -242,7 +242,7 @@ def _tuner(config: SweepConfig, folder: Path, ledger: Ledger, at_once: int, cons
             name=f"{datetime.now():%Y%m%d_%H%M%S}",
             storage_path=str(folder / "tune"),  # what Tune keeps of each time that the sweep ran
             verbose=0,
-            callbacks=[FollowTrials(console, ledger, config.count, chosen)],
+            callbacks=[FollowTrials(ledger, config.count, chosen)],
             failure_config=FailureConfig(max_failures=1),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),

@@ -88,25 +88,25 @@ class FollowTrials(Callback):
     chosen: the values of planned trials; None where the search proposes them.
     """
 
-    def __init__(
-        self, console: Console, ledger: Ledger, trials: int, chosen: Sequence[dict[str, float]] | None
-    ) -> None:
-        self.console, self.ledger, self.trials, self.chosen = console, ledger, trials, chosen
+    def __init__(self, ledger: Ledger, trials: int, chosen: Sequence[dict[str, float]] | None) -> None:
+        self.ledger, self.trials, self.chosen = ledger, trials, chosen  # no console: Tune pickles its callbacks
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's process is there and has not begun: it finds its name and its values in the ledger."""
-        number = None if self.chosen is None else int(trial.config[NUMBER])
-        values = trial.config if self.chosen is None or number is None else self.chosen[number]
-        record = self.ledger.begin(trial.trial_id, values, number)
+        if self.chosen is None:
+            record = self.ledger.begin(trial.trial_id, trial.config, None)
+        else:
+            number = int(trial.config[NUMBER])
+            record = self.ledger.begin(trial.trial_id, self.chosen[number], number)
         settings = "  ".join(f"{name.rpartition('.')[2]} {value:.3g}" for name, value in record.chosen.items())
-        self.console.say(f"{record.name}  {settings}")
+        Console().say(f"{record.name}  {settings}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """A trial was judged."""
         if OBJECTIVE in result:
-            self.console.say(
+            Console().say(
                 f"{self.ledger.of(trial.trial_id).name}  report {result[REPORT]}  step {result.get('step', 0):g}  "
                 f"objective {result[OBJECTIVE]:.4g}"
             )
@@ -131,11 +131,4 @@ class FollowTrials(Callback):
         self.ledger.end(trial.trial_id, state, step=step, error=error)
         ended = len(self.ledger.in_state("done", "stopped", "failed"))
         how = {"done": "took all its steps", "stopped": f"stopped early, at step {step}"}.get(state, f"failed: {error}")
-        self.console.say(f"{self.ledger.of(trial.trial_id).name}  {how} ({ended} of {self.trials} ended)")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune keeps its callbacks with its state; a console has a lock and cannot be kept."""
-        return {**self.__dict__, "console": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, console=Console())
+        Console().say(f"{self.ledger.of(trial.trial_id).name}  {how} ({ended} of {self.trials} ended)")
