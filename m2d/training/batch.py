@@ -6,7 +6,7 @@ the same however it is divided into workers and micro-batches, and whether the r
 
 import hashlib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -55,10 +55,6 @@ class Draws:
     drop_feature: Tensor  # bool [B]
     feature_noise: Tensor  # standard normal [B, D]
     feature_noise_level: Tensor  # [B]
-
-    def part(self, start: int, stop: int) -> "Draws":
-        """The draws of samples start..stop."""
-        return Draws(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
 
 
 def _pinned(features: Features) -> Features:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_networks import CPU, tiny_batch, tiny_networks
+from tiny_networks import CPU, part, tiny_batch, tiny_networks
 from tiny_run import TINY, write_images
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -91,12 +91,10 @@ def test_the_adversarial_loss_is_in_the_decoder_only_from_its_start_on() -> None
 def test_two_micro_batches_are_one_batch_of_twice_the_size() -> None:
     """Without a discriminator every loss is a mean over images, so the decoder's gradient is the mean of both."""
     whole, halves = tiny_networks(), tiny_networks()
-    images, draws = tiny_batch(8)
-    first = (type(images)(images.images[:4], images.labels[:4]), draws.part(0, 4))
-    second = (type(images)(images.images[4:], images.labels[4:]), draws.part(4, 8))
+    batch = tiny_batch(8)
     one, two = decoder_step(whole), decoder_step(halves)
-    one([(images, draws)], 0)
-    two([first, second], 0)
+    one([batch], 0)
+    two([part(batch, 0, 4), part(batch, 4, 8)], 0)
     assert_close(two.read_scalars()["gradient_norm/autoencoder"], one.read_scalars()["gradient_norm/autoencoder"])
 
 
