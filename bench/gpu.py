@@ -35,14 +35,13 @@ os.environ["PYTORCH_ALLOC_CONF"] = os.environ.get("PYTORCH_ALLOC_CONF", "expanda
 import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
-from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from m2d.arguments import preset_names
 from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.cli import parse
 from m2d.cluster.nodes import gpu_facts
-from m2d.config import TrainConfig, preset_names
 from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import ConfigError, M2DError
 from m2d.generation.generator import Generator
@@ -51,13 +50,13 @@ from m2d.models.checkpoint import Checkpoint, CheckpointInfo
 from m2d.models.feature_extractor import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.precision import DTYPES, pick_precision
+from m2d.models.settings import Precision
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
-from m2d.training.decoder_step import DecoderStep
-from m2d.training.fake_run import FakeRun
-from m2d.training.flops import peak_flops
-from m2d.training.networks import build_networks
-from m2d.training.settings import Precision
-from m2d.training.step import JointStep, LatentStep, Networks, StepConfig
+from m2d.training.dry_run import FakeRun
+from m2d.training.measure import peak_flops
+from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
+from m2d.training.settings import TrainConfig
+from m2d.training.step import DecoderStep, JointStep, LatentStep, Networks
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -210,17 +209,16 @@ def switch_cases(preset: str, device: torch.device, *, compiled: bool) -> list[C
 
 
 class Training:
-    """A preset's random networks and their step, as m2d.training.worker builds them, and a batch in memory."""
+    """A preset's random networks and their step, as m2d.training.loop builds them, and a batch in memory."""
 
     def __init__(self, config: TrainConfig, device: torch.device, *, rank: int = 0, world_size: int = 1) -> None:
         self.config, self.device, self.rank = config, device, rank
         self.networks = networks = random_networks(config, device)
-        self.step = build_step(config, networks, device, distributed=world_size > 1)
+        self.step = step_of(config, networks, device, distributed=world_size > 1)
         self.latent_shape = networks.denoiser.latent_shape(config.data.image_size, networks.autoencoder.downsampling)
         self.micro_batches = config.gradient_accumulation_steps
         self.batch = self._batch()
-        aside: list[nn.Module] = [self.step.ema.module] if config.schedule.ema_on_cpu else []
-        for module in [*aside, networks.autoencoder] if config.stage == "latent" else aside:
+        for module in idle_modules(config, networks, self.step.ema.module):
             module.to("cpu")
 
     def take(self, number: int) -> None:
@@ -265,25 +263,18 @@ def random_networks(config: TrainConfig, device: torch.device) -> Networks:
     return build_networks(fresh, device, FEATURE_DIM)
 
 
-def build_step(
+def step_of(
     config: TrainConfig, networks: Networks, device: torch.device, *, distributed: bool
 ) -> JointStep | LatentStep | DecoderStep:
     """The step of the config's stage; every network learns in it from its first step on."""
-    step_config = StepConfig(
-        weights=config.loss_weights,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        precision=config.mixed_precision or "no",
-        total_steps=config.max_steps or 10_000,
-        alignment=config.alignment,
-        compile={"mode": config.compile_mode} if config.compile else None,
+    step_config = step_config_of(
+        config, precision=config.mixed_precision or "no", total_steps=config.max_steps or 10_000
     )
-    if config.stage == "latent":
-        return LatentStep(networks, step_config, device, distributed)
     perceptual = build_perceptual("features", None)
-    perceptual.to(device)
-    kind = DecoderStep if config.stage == "decoder" else JointStep
-    return kind(networks, perceptual, step_config, device, distributed)
+    if config.stage != "latent":
+        perceptual.to(device)
+    step_config = replace(step_config, discriminator_start=0)
+    return build_step(config.stage, networks, perceptual, step_config, device, distributed)
 
 
 def measure(case: Case, steps: int, device: torch.device) -> Row:

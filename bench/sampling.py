@@ -33,8 +33,8 @@ from diffusers import UniPCMultistepScheduler
 from jsonargparse import auto_cli
 from torch import nn
 
+from m2d.arguments import preset_path
 from m2d.classes import CLASSES, NUM_CLASSES, class_index
-from m2d.config import preset_path
 from m2d.diffusion.settings import SOLVERS, SamplingSettings
 from m2d.generation.generator import Generator
 from m2d.generation.plan import PlanRow, rows_of, standard_plan

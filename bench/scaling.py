@@ -28,11 +28,11 @@ import psutil
 import pyarrow as pa
 
 from m2d.cli import parse
-from m2d.config import TrainConfig, as_dict, differences, with_absolute_paths
 from m2d.data.catalog import scan_dataset, write_catalog
 from m2d.data.settings import DataConfig
 from m2d.demo.dataset import write_demo_dataset
 from m2d.experiment import list_experiments, open_experiment
+from m2d.training.settings import TrainConfig, as_dict, differences, with_absolute_paths
 
 STAGES = (
     "imports", "Ray", "catalog and plan", "worker group", "worker's imports", "networks", "features fitted",
@@ -110,11 +110,11 @@ def drive(place: Path, steps: int) -> None:
     """The measured process: `train`, with a mark written down whenever a stage is over, here and in Ray's processes."""
     marks = place / "marks.jsonl"
     mark(marks, "process started", psutil.Process().create_time())
-    import m2d.training.loop as loop
+    import m2d.training.ray_worker as ray_side
     import m2d.training.trainer as trainer
 
     mark(marks, "imports")
-    run_ray, prepared_parts, group_stream = trainer.ray_cluster, trainer.prepared_parts, loop.GroupStream
+    run_ray, prepared_parts, group_stream = trainer.ray_cluster, trainer.prepared_parts, ray_side.GroupStream
 
     @contextlib.contextmanager
     def marked_ray(**settings: Any) -> Iterator[None]:
@@ -130,7 +130,7 @@ def drive(place: Path, steps: int) -> None:
     class MarkedStream(group_stream):  # type: ignore[misc, valid-type]
         @classmethod
         def placeholder(cls) -> dict[str, Any]:
-            loop.GroupStream = group_stream  # type: ignore[misc]  # Ray looks for the base class under its name
+            ray_side.GroupStream = group_stream  # type: ignore[misc]  # Ray looks for the base class under its name
             return group_stream.placeholder()
 
         def stream(self, world_size: int) -> Any:
@@ -140,12 +140,13 @@ def drive(place: Path, steps: int) -> None:
 
     def marked_worker(settings: dict[str, Any]) -> None:
         mark(marks, "worker group")
-        from m2d.training import worker
-        from m2d.training.loop import ray_worker
+        from m2d.training import loop as worker
+        from m2d.training.ray_worker import ray_worker
+        from m2d.training.step import JointStep
 
         mark(marks, "worker's imports")
         build, fit, ahead = worker.build_networks, worker._fit_features, worker.read_ahead
-        step = worker.JointStep.__call__
+        step = JointStep.__call__
 
         def marked_build(*arguments: Any) -> Any:
             networks = build(*arguments)
@@ -169,12 +170,12 @@ def drive(place: Path, steps: int) -> None:
                 mark(marks, "first step")
 
         worker.build_networks, worker._fit_features, worker.read_ahead = marked_build, marked_fit, marked_ahead
-        worker.JointStep.__call__ = marked_step  # type: ignore[method-assign]
+        JointStep.__call__ = marked_step  # type: ignore[method-assign]
         ray_worker(settings)
         mark(marks, "worker's end")
 
     trainer.ray_cluster, trainer.prepared_parts = marked_ray, marked_parts  # type: ignore[assignment]
-    loop.GroupStream, loop.ray_worker = MarkedStream, marked_worker  # type: ignore[misc, assignment]
+    ray_side.GroupStream, ray_side.ray_worker = MarkedStream, marked_worker  # type: ignore[misc, assignment]
     trainer.train(configuration(place, steps))
     mark(marks, "driver's end")
 

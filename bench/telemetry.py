@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from m2d.cli import parse
-from m2d.config import TrainConfig
 from m2d.demo.dataset import write_demo_dataset
 from m2d.experiment import Experiment
+from m2d.training.settings import TrainConfig
 from m2d.training.trainer import train
 
 OFF = ["--telemetry.gradients_every_steps", "0"]

@@ -34,7 +34,6 @@ from torch import Tensor, nn
 import m2d.training.step as step_module
 from m2d.classes import NUM_CLASSES
 from m2d.cli import parse
-from m2d.config import TrainConfig
 from m2d.data.catalog import scan_dataset
 from m2d.data.order import StreamOrder
 from m2d.data.prepare import setup_data
@@ -51,9 +50,10 @@ from m2d.training.losses import (
     manifold_loss,
     reconstruction_loss,
 )
-from m2d.training.networks import build_networks
+from m2d.training.networks import build_networks, step_config_of
 from m2d.training.phases import DenoiserPhase
-from m2d.training.step import JointStep, Networks, StepConfig, extract, model_images
+from m2d.training.settings import TrainConfig
+from m2d.training.step import JointStep, Networks, extract, model_images
 from m2d.training.trainer import train
 
 EVERY_K = (1, 2, 4)
@@ -193,14 +193,7 @@ class OurStep:
     def __init__(self, config: TrainConfig, device: torch.device, batches: list[ImageBatch]) -> None:
         self.config, self.device, self.batches, self.done = config, device, batches, 0
         self.networks = build_networks(config, device)
-        settings = StepConfig(
-            weights=config.loss_weights,
-            optimizer=config.optimizer,
-            schedule=config.schedule,
-            precision="no",
-            total_steps=10_000,
-            alignment=config.alignment,
-        )
+        settings = step_config_of(config, precision="no", total_steps=10_000)
         perceptual = build_perceptual("features", self.networks.extractor)
         self.step = JointStep(self.networks, perceptual, settings, device)
         size = config.data.image_size

@@ -21,6 +21,7 @@ from m2d.errors import ConfigError, M2DError
 from m2d.files.paths import input_path
 
 ConfigT = TypeVar("ConfigT")
+PRESETS_DIR = Path(__file__).parent / "presets"
 
 
 def parse_arguments(
@@ -251,3 +252,22 @@ _LISTS = {int: "[64, 128]", float: "[0.9, 0.999]", bool: "[false, true]"}
 
 def _alternatives(words: list[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def preset_path(name: str) -> Path:
+    """The YAML of a preset. Raises ConfigError that lists the known ones."""
+    path = PRESETS_DIR / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"preset {name} is not known; choose from {' '.join(preset_names())}")
+    return path
+
+
+def preset_files(name: str) -> list[Path]:
+    """The files whose settings a preset is, later ones over earlier: isic-256-latent lies over isic-256."""
+    below = [base for base in preset_names() if name.startswith(f"{base}-")]
+    return [*map(preset_path, below), preset_path(name)]
+
+
+def preset_names() -> list[str]:
+    """The presets that come with M2D."""
+    return sorted(path.stem for path in PRESETS_DIR.glob("*.yaml"))

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from m2d import __version__
-from m2d.arguments import parse_arguments
-from m2d.config import TrainConfig, preset_files, preset_names
+from m2d.arguments import parse_arguments, preset_files, preset_names
 from m2d.data.settings import SetupConfig
 from m2d.errors import ConfigError, M2DError
 from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.settings import ProbeConfig
 from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, ReportConfig, ShowConfig
 from m2d.generation.settings import GenerateConfig
+from m2d.training.settings import TrainConfig
 from m2d.tuning.settings import SweepConfig
 
 

@@ -4,9 +4,8 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from m2d.arguments import parse_arguments
+from m2d.arguments import parse_arguments, preset_files
 from m2d.classes import CLASSES
-from m2d.config import TrainConfig, preset_files
 from m2d.demo.dataset import write_demo_dataset
 from m2d.experiment import list_experiments
 from m2d.experiments.page import write_report
@@ -14,6 +13,7 @@ from m2d.files.paths import result_path
 from m2d.generation.gate_settings import GateConfig
 from m2d.generation.run import generate
 from m2d.generation.settings import GenerateConfig
+from m2d.training.settings import TrainConfig
 from m2d.training.trainer import train
 
 NAME = "demo"

@@ -1,7 +1,7 @@
 """One experiment directory: NAME_YYYYMMDD_HHMMSS with everything a run reads and leaves. What a run writes, no more.
 
 The root may be a path or a URI. For a URI the run works in a staging directory of this machine; `publish` copies it to
-the root and `fetch` brings it to a machine that does not hold it. `m2d.experiments` looks at what lies here.
+the root and `fetch` brings it to a machine that does not hold it. `m2d.experiments` reads it.
 """
 
 import hashlib
@@ -136,10 +136,11 @@ class Experiment:
     def running(self) -> Iterator[None]:
         """Hold the experiment for this process. Raises ExperimentError where another process trains in it."""
         path = self.path / LOCK
+        removed = ExperimentError(f"{self.path} has just been removed; run the same command again to start over")
         try:
             lock = try_lock(path)
         except FileNotFoundError:
-            raise self._removed() from None
+            raise removed from None
         except OSError as error:
             raise ExperimentError(
                 f"{path} cannot be locked ({error.strerror}); name another --experiments_dir"
@@ -151,11 +152,8 @@ class Experiment:
         with lock:
             # `experiments clean` may have moved the directory away between the opening and the locking.
             if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                raise self._removed()
+                raise removed
             yield
-
-    def _removed(self) -> ExperimentError:
-        return ExperimentError(f"{self.path} has just been removed; run the same command again to start over")
 
     @property
     def is_running(self) -> bool:
@@ -209,7 +207,11 @@ def list_experiments(root: str, name: str | None = None) -> list[Experiment]:
         try:
             filesystem, base = open_storage(root)
             found = filesystem.get_file_info(pyarrow.fs.FileSelector(base, allow_not_found=True))
-            experiments = [_staged(root, name) for name in by_time(info.base_name for info in found)]
+            experiments = []
+            for experiment in by_time(info.base_name for info in found):
+                there, here = inside(root, experiment), _staging(root) / experiment
+                copy_changed(there, str(here), {INFO, CONFIG}.__contains__)  # as far as a list needs it
+                experiments.append(Experiment(here, there))
         except OSError as error:
             raise _unreachable(root, "read", error) from None
     else:
@@ -280,14 +282,6 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
         git=back_up_code(path / "code_backup"),
     )
     experiment.publish()
-    return experiment
-
-
-def _staged(root: str, name: str) -> Experiment:
-    """A remote experiment as far as a list needs it: its info and its configuration."""
-    experiment = Experiment(_staging(root) / name, inside(root, name))
-    assert experiment.remote is not None
-    copy_changed(experiment.remote, str(experiment.path), {INFO, CONFIG}.__contains__)
     return experiment
 
 

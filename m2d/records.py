@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,20 @@ class BlankingFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """See logging.Formatter."""
         return without_secrets(super().format(record))
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """M2D's messages inside the `with` block, kept in this file too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(BlankingFormatter())
+    logging.getLogger("m2d").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("m2d").removeHandler(handler)
+        handler.close()
 
 
 def back_up_code(target: Path) -> dict[str, Any]:

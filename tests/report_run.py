@@ -14,9 +14,9 @@ import yaml
 from PIL import Image
 
 from m2d.classes import CLASSES
-from m2d.config import TrainConfig, as_dict
 from m2d.experiment import Experiment
 from m2d.experiments.page import write_report
+from m2d.training.settings import TrainConfig, as_dict
 
 VOID = {"meta", "link", "img", "source", "br"}
 TRAIN = dict(zip(CLASSES, (18, 30, 57, 5, 64, 378, 8), strict=True))  # 560

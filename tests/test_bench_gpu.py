@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.gpu import Report, Row, attempt, main, preset_cases
-from m2d.config import preset_names
+from m2d.arguments import preset_names
 from m2d.errors import ConfigError
 
 

@@ -11,8 +11,8 @@ import yaml
 
 from m2d.arguments import setting_comments, setting_types
 from m2d.cli import COMMANDS, main, main_from_shell, parse
-from m2d.config import TrainConfig, as_dict
 from m2d.data.settings import SetupConfig
+from m2d.training.settings import TrainConfig, as_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -134,7 +134,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = 
         (["--fresh", "maybe"], "fresh is maybe; it must be true or false"),
         (["--data.views", "3"], "data.views is 3; it must be 1, 4 or 8"),
         (["--unet.block_channels", "3"], "unet.block_channels is 3; it must be a list"),
-        (["--loss_weights.kl", "-1"], "loss_weights.kl is -1.0; it must be a number of at least 0"),
+        (["--loss_weights.kl", "-1"], "loss_weights.kl is -1.0; it must be at least 0"),
         (["--preset", "ham-65"], "preset ham-65 is not known; choose from demo"),
         (["--preset"], "--preset needs a name"),
         (["--config", "--fresh"], "--config needs a file"),

@@ -7,18 +7,8 @@ import pytest
 import torch
 import yaml
 
-from m2d.arguments import setting_types
+from m2d.arguments import preset_names, preset_path, setting_types
 from m2d.cli import parse
-from m2d.config import (
-    DIVISION,
-    RESUMABLE_CHANGES,
-    TrainConfig,
-    as_dict,
-    differences,
-    parse_num_workers,
-    preset_names,
-    preset_path,
-)
 from m2d.errors import ConfigError
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.discriminator import PatchDiscriminator
@@ -32,6 +22,7 @@ from m2d.models.settings import (
     UNetConfig,
 )
 from m2d.models.unet import build_denoiser, tap_channels
+from m2d.training.settings import DIVISION, RESUMABLE_CHANGES, TrainConfig, as_dict, differences, parse_num_workers
 
 
 def test_the_promised_presets_are_there() -> None:
@@ -153,7 +144,7 @@ def test_latents_that_the_unet_cannot_halve_are_refused_with_a_size_that_works()
     """72 / 4 = 18, which two halvings do not divide; 4 * 4 = 16 is the unit."""
     message = refusal_of(TrainConfig, data=dataclasses.replace(TrainConfig().data, image_size=72))
     assert "18 x 18" in message
-    assert message.endswith("divides by 16")
+    assert message.endswith("multiple of 16")
 
 
 def test_an_image_too_small_for_the_discriminator_is_refused() -> None:

@@ -14,10 +14,10 @@ import pytest
 import yaml
 
 from m2d import experiment as experiment_module
-from m2d.config import TrainConfig, as_dict, differences
 from m2d.errors import ExperimentError
 from m2d.experiment import FOLDERS, Experiment, list_experiments, open_experiment
 from m2d.files.storage import inside
+from m2d.training.settings import TrainConfig, as_dict, differences
 
 CONFIG = as_dict(TrainConfig(name="tiny"))
 COMMAND = ["jobs/train.py", "--name", "tiny", "--data_root", "/my data"]

@@ -15,10 +15,10 @@ from tiny_run import TINY, write_images
 
 import m2d
 from m2d.cli import parse
-from m2d.config import TrainConfig
 from m2d.experiment import list_experiments
 from m2d.files.storage import without_secrets
 from m2d.records import BLANKED_LINE, BlankingFormatter, back_up_code, blanked, code_without_keys
+from m2d.training.settings import TrainConfig
 from m2d.training.telemetry import find_wandb_key
 from m2d.training.trainer import train
 

@@ -82,4 +82,9 @@ def tiny_batch(size: int = 4, seed: int = 0) -> tuple[ImageBatch, Draws]:
 def part(batch: tuple[ImageBatch, Draws], start: int, stop: int) -> tuple[ImageBatch, Draws]:
     """Samples start..stop of a batch."""
     images, draws = batch
-    return ImageBatch(images.images[start:stop], images.labels[start:stop]), draws.part(start, stop)
+    return ImageBatch(images.images[start:stop], images.labels[start:stop]), draws_part(draws, start, stop)
+
+
+def draws_part(draws: Draws, start: int, stop: int) -> Draws:
+    """The draws of samples start..stop."""
+    return Draws(**{name: values[start:stop] for name, values in vars(draws).items()})

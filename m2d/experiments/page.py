@@ -16,7 +16,6 @@ import pyarrow.parquet as pq
 
 from m2d import __version__
 from m2d.classes import CLASSES, DIAGNOSES
-from m2d.config import TrainConfig, as_dict
 from m2d.errors import ConfigError, ExperimentError
 from m2d.experiment import Experiment
 from m2d.experiments.details import details, generate_command, report_command, resume_command
@@ -29,6 +28,7 @@ from m2d.experiments.wording import duration_text, number_text, plain
 from m2d.files.atomic import write_whole
 from m2d.files.storage import without_secrets
 from m2d.generation.balance import parse_target
+from m2d.training.settings import TrainConfig, as_dict
 
 REPORT = "report.html"
 KEPT_CURVES = frozenset({"training_curves", "validation_curves"})  # as PNG too

@@ -6,7 +6,7 @@ the same however it is divided into workers and micro-batches, and whether the r
 
 import hashlib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -56,10 +56,6 @@ class Draws:
     feature_noise: Tensor  # standard normal [B, D]
     feature_noise_level: Tensor  # [B]
 
-    def part(self, start: int, stop: int) -> "Draws":
-        """The draws of samples start..stop."""
-        return Draws(**{f.name: getattr(self, f.name)[start:stop] for f in fields(self)})
-
 
 def _pinned(features: Features) -> Features:
     return Features(features.cls.pin_memory(), features.patches.pin_memory())
@@ -77,7 +73,9 @@ def draw(
     Each row has a SplitMix64 stream of its own, and every number its place in it.
     """
     batch, latent = len(rows), math.prod(latent_shape)
-    bits = splitmix64(_stream_starts(run_seed, rows), 4 + latent + (feature_dim + 1) // 2)
+    key = int.from_bytes(hashlib.sha256(f"m2d draws {run_seed}".encode()).digest()[:8], "little")
+    starts = _mixed(_mixed(rows) + _signed(key))
+    bits = splitmix64(starts, 4 + latent + (feature_dim + 1) // 2)
     t, drop_class, drop_feature, level = _uniform(bits[:, :4]).unbind(1)
     normal = _normal(bits[:, 4:])
     posterior, noise, feature_noise = normal[:, : 2 * latent + feature_dim].split([latent, latent, feature_dim], 1)
@@ -100,11 +98,6 @@ def splitmix64(starts: Tensor, count: int) -> Tensor:
     """
     number = torch.arange(1, count + 1, device=starts.device)
     return _mixed(starts[:, None] + number * _signed(0x9E3779B97F4A7C15))
-
-
-def _stream_starts(run_seed: int, rows: Tensor) -> Tensor:
-    key = int.from_bytes(hashlib.sha256(f"m2d draws {run_seed}".encode()).digest()[:8], "little")
-    return _mixed(_mixed(rows) + _signed(key))
 
 
 def _mixed(z: Tensor) -> Tensor:

@@ -43,9 +43,8 @@ class Console:
         """Follow a run's metrics file until the block ends."""
         epochs = -(-total_steps // steps_per_epoch)
         stop = threading.Event()
-        show = self._show_bar if self.interactive else self._show_lines
         pace = _Pace(start, total_steps)  # now: the thread may start after the first record
-        thread = threading.Thread(target=show, args=(metrics, epochs, pace, stop), daemon=True)
+        thread = threading.Thread(target=self._follow, args=(metrics, epochs, pace, stop), daemon=True)
         thread.start()
         try:
             yield
@@ -53,39 +52,32 @@ class Console:
             stop.set()
             thread.join(timeout=5)
 
-    def _show_bar(self, metrics: Path, epochs: int, pace: "_Pace", stop: threading.Event) -> None:
+    def _follow(self, metrics: Path, epochs: int, pace: "_Pace", stop: threading.Event) -> None:
         columns = (
             TextColumn("epoch {task.fields[epoch]}"), TextColumn("step"), MofNCompleteColumn(), BarColumn(),
             TextColumn("{task.fields[left]}"), TextColumn("{task.description}"),
         )  # fmt: skip
-        with Progress(*columns, console=self.rich, transient=False) as bar:
+        log = MetricsLog(metrics.parent, metrics.stem)
+        shown, at, ended = pace.start, 0.0, False
+        with Progress(*columns, console=self.rich, disable=not self.interactive) as bar:
             task = bar.add_task(
                 "starting workers", total=pace.total, completed=pace.start, epoch=f"-/{epochs}", left=""
             )
-            while True:
+            while not ended:
                 ended = stop.wait(1.0)
-                record = _newest(metrics, pace.since)
-                if record:
+                records = log.read()
+                if not records or records[-1]["time"] < pace.since:  # of an earlier run, whose steps are taken again
+                    continue
+                record = records[-1]
+                step, left = record["step"], pace.left(record)
+                if self.interactive:
                     epoch = f"{min(int(record['epoch']) + 1, epochs)}/{epochs}"
-                    left = pace.left(record)
-                    bar.update(task, completed=record["step"], epoch=epoch, description=_describe(record), left=left)
-                if ended:
-                    return
-
-    def _show_lines(self, metrics: Path, epochs: int, pace: "_Pace", stop: threading.Event) -> None:
-        shown, at = pace.start, 0.0
-        while True:
-            ended = stop.wait(1.0)
-            record = _newest(metrics, pace.since)
-            due = time.monotonic() - at >= PLAIN_SECONDS or ended
-            if record and record["step"] > shown and due:
-                shown, at = record["step"], time.monotonic()
-                self.say(
-                    f"epoch {record['epoch']:.2f}/{epochs}  step {shown}/{pace.total}  {_describe(record)}  "
-                    f"{pace.left(record)}"
-                )
-            if ended:
-                return
+                    bar.update(task, completed=step, epoch=epoch, description=_describe(record), left=left)
+                elif step > shown and (ended or time.monotonic() - at >= PLAIN_SECONDS):
+                    shown, at = step, time.monotonic()
+                    self.say(
+                        f"epoch {record['epoch']:.2f}/{epochs}  step {step}/{pace.total}  {_describe(record)}  {left}"
+                    )
 
 
 class _Pace:
@@ -105,12 +97,6 @@ class _Pace:
             return ""
         remaining = (self.total - record["step"]) * seconds / steps
         return f"{remaining / 3600:.1f} h left" if remaining >= 5400 else f"{remaining / 60:.1f} min left"
-
-
-def _newest(metrics: Path, since: float) -> dict[str, Any] | None:
-    """The last record, unless it is one of an earlier run whose steps will be taken again."""
-    records = MetricsLog(metrics.parent, metrics.stem).read()
-    return records[-1] if records and records[-1]["time"] >= since else None
 
 
 def _describe(record: dict[str, Any]) -> str:

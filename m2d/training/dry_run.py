@@ -1,26 +1,484 @@
 """`train --dry_run`: memory, time and disk that a run will need, before any GPU is booked.
 
-Counted is a training step in its steady state, on fake tensors (fake_run.py). What runs beside it (validation, samples,
-the latent stage's encoding) is not.
+The run's own networks and step on fake tensors, which have shapes and no contents: no GPU, no data and no weights are
+read. Counted is a training step in its steady state; validation, samples and the latent stage's encoding are not.
 """
 
+import contextlib
+import dataclasses
+import gc
+import io
 import math
-from collections.abc import Mapping
+import warnings
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow.compute as pc
+import timm
+import torch
 from pyarrow import fs
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import flop_registry
 
-from m2d.config import TrainConfig, with_absolute_paths
 from m2d.data.catalog import IMAGE_SUFFIXES, is_debris
 from m2d.data.feature_store import FeatureStore, feature_bytes
 from m2d.data.prepared import prepared_folder, reusable_catalog
-from m2d.errors import DataError
+from m2d.errors import CheckpointError, DataError, first_line
+from m2d.experiment import Experiment
 from m2d.files.storage import open_storage, without_secrets
-from m2d.models.feature_extractor import extractor_identity
-from m2d.training.fake_run import FakeRun, StepCost, largest_batch
-from m2d.training.flops import known_peak
-from m2d.training.plan import RunPlan
+from m2d.models.feature_extractor import (
+    LITE0,
+    EfficientNetLite,
+    EfficientNetLite0,
+    EfficientNetLite1,
+    FeatureExtractor,
+    Features,
+    extractor_identity,
+)
+from m2d.models.perceptual import LpipsDistance, build_perceptual
+from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, Crop, FeatureExtractorConfig, PerceptualKind
+from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
+from m2d.training.measure import known_peak
+from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
+from m2d.training.run_plan import RunPlan
+from m2d.training.settings import TrainConfig, with_absolute_paths
+from m2d.training.step import DecoderStep, JointStep, LatentStep
+
+BLOCK_BYTES = 512  # to which torch's CUDA allocator rounds a tensor up
+BACKWARD = "gradients of activations"
+OTHER = "inputs, losses and the rest"
+
+
+class StepCounter(TorchDispatchMode):
+    """Follows every storage of one kind of device from its making to its end, while it is active.
+
+    device_type: "cpu" or "cuda"; storages on others are not counted. A storage belongs to the part of the outermost
+    followed module that is computing when it is made, to BACKWARD in a backward pass outside of all modules (one under
+    gradient checkpointing computes again), and otherwise to OTHER; `label` changes that. Views share a storage.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.device_type = device_type
+        self.now = 0  # bytes
+        self.peak = 0  # bytes, since `restart`
+        self.peak_parts: dict[str, int] = {}  # bytes of each part at the peak
+        self.trace: list[int] = []  # bytes after each storage's making or end, since `restart`
+        self.flops = 0  # of matrix products, convolutions and attentions, since `restart`
+        self.launches = 0  # of forward and backward passes: operations that are no view, since `restart`
+        self.host_reads = 0  # values that the host asked for, since `restart`: it waits for the device then
+        self._live: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # by the storage's address
+        self._parts: defaultdict[str, int] = defaultdict(int)
+        self._computing: list[str] = []
+
+    def restart(self) -> None:
+        """Begin a new measurement; what is alive stays counted."""
+        self.peak, self.peak_parts = self.now, dict(self._parts)
+        self.trace, self.flops, self.launches, self.host_reads = [self.now], 0, 0, 0
+
+    def label(self, part: str, tensors: Iterable[Tensor]) -> None:
+        """Tensors that are alive belong to this part from now on."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._live:
+                size, before, reference = self._live[key]
+                self._parts[before] -= size
+                self._parts[part] += size
+                self._live[key] = (size, part, reference)
+
+    def forget(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that are alive count no longer: they are elsewhere in the run that this one stands for."""
+        for tensor in tensors:
+            key = tensor.untyped_storage()._cdata
+            if key in self._live:  # and stays known, for its views would be taken for something new
+                size, part, reference = self._live[key]
+                self._parts[part] -= size
+                self.now -= size
+                self._live[key] = (0, part, reference)
+
+    def follow(self, module: nn.Module, part: str, part_if_frozen: str | None = None) -> None:
+        """What is made while the module or one inside it computes belongs to the part.
+
+        part_if_frozen: the part while its parameters require no gradient.
+        """
+        reference = next((parameter for parameter in module.parameters() if parameter.requires_grad), None)
+
+        def enter(*_: Any) -> None:
+            frozen = reference is not None and not reference.requires_grad
+            self._computing.append(part_if_frozen if frozen and part_if_frozen is not None else part)
+
+        def leave(*_: Any) -> None:
+            self._computing.pop()
+
+        for inner in module.modules():
+            inner.register_forward_pre_hook(enter)
+            inner.register_forward_hook(leave, always_call=True)  # checkpointing ends a recomputation by an exception
+
+    def follow_gradients(self, parameters: Iterable[Tensor], part: str) -> None:
+        """The gradients that a backward pass leaves behind in the parameters belong to the part."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: self.label(part, [p.grad]))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Compute, then look at what came out."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func is torch.ops.prim.device.default:  # torch asks every fake tensor where it is
+            return out
+        self.host_reads += func is torch.ops.aten._local_scalar_dense.default
+        if self._computing or torch.is_grad_enabled() or _in_backward():
+            self.launches += not func.is_view
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += int(formula(*args, **kwargs, out_val=out))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.device.type == self.device_type:
+                self._see(leaf)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live:
+            return
+        if self._computing:
+            part = self._computing[0]
+        else:
+            part = BACKWARD if _in_backward() else OTHER
+        size = -(-storage.nbytes() // BLOCK_BYTES) * BLOCK_BYTES
+        self._live[key] = (size, part, weakref.ref(storage, lambda _: self._end(key)))
+        self._parts[part] += size
+        self.now += size
+        self.trace.append(self.now)
+        if self.now > self.peak:
+            self.peak, self.peak_parts = self.now, dict(self._parts)
+
+    def _end(self, key: int) -> None:
+        size, part, _ = self._live.pop(key)
+        self._parts[part] -= size
+        self.now -= size
+        self.trace.append(self.now)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+# Of what CUDA's autocast computes in float32 and the CPU's does not (aten/src/ATen/autocast_mode.h), those operations
+# that networks of ours do on whole activations: the float32 copies are kept for the backward pass, and so count.
+_CUDA_FLOAT32 = ("group_norm", "layer_norm", "softmax.int", "upsample_nearest2d.vec", "upsample_bilinear2d.vec")
+
+
+@contextlib.contextmanager
+def cuda_autocast_on_cpu() -> Iterator[None]:
+    """Within, autocast on the CPU casts as it does on a GPU."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for name in _CUDA_FLOAT32:
+            library.impl(name, _in_float32(name), "AutocastCPU")
+        yield
+
+
+def _in_float32(name: str) -> Callable[..., Any]:
+    packet, _, overload = name.partition(".")
+    operation = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def compute(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return operation(*tree_map(_float32, args), **tree_map(_float32, kwargs))
+
+    return compute
+
+
+def _float32(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """What one optimiser step of a worker takes. Bytes are of live tensors on the device."""
+
+    batch_size: int  # images a micro-batch
+    parts: dict[str, int]  # bytes at the peak
+    between: int  # bytes before the step
+    trace: np.ndarray  # bytes after each storage's making or end
+    flops: int  # a micro-batch
+    launches: int  # of kernels, a micro-batch
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return int(self.trace.max())
+
+
+class FakeRun:
+    """What the worker makes of a configuration, on a device that need not exist.
+
+    train_images: of the training split. cached: setup_data's features are there, so that no extractor is loaded.
+    device: the CPU, where bfloat16 and float16 are then cast as on CUDA; or a CUDA device, where torch sees one.
+    perceptual.kind None stands for LPIPS, the larger one: whether its weights can be had shows on the day.
+    """
+
+    def __init__(
+        self, config: TrainConfig, *, train_images: int, cached: bool = False, device: torch.device | None = None
+    ) -> None:
+        self.device = torch.device("cpu") if device is None else device
+        self.config = config = _by_shape(config)
+        kind: PerceptualKind = config.perceptual.kind or "lpips"
+        self.plan = RunPlan(
+            config=config,
+            experiment=Experiment(Path(config.name)),  # for the plan's arithmetic; it is never made
+            world_size=max(config.workers[1], 1),
+            train_images=train_images,
+            precision=config.mixed_precision or "bf16",
+            perceptual=kind,
+        )
+        with torch.device("meta"):  # neither memory nor random numbers
+            extractor = extractor_by_shape(config.feature_extractor)
+            self.networks = build_networks(config, torch.device("meta"), extractor.dim)
+            self.networks.extractor = None if cached else extractor
+            judge, perceptual = _perceptual_by_shape(kind, self.networks.extractor, config.perceptual.lpips_net)
+        self.feature_dim, self.num_patches = extractor.dim, extractor.num_patches
+        self.latent_shape = self.networks.denoiser.latent_shape(
+            config.data.image_size, self.networks.autoencoder.downsampling
+        )
+        self.counter = StepCounter(self.device.type)
+        self._mode = _OneFakeMode(allow_non_fake_inputs=True)
+        self._kept = perceptual  # by this alone in the latent stage
+        frozen = {judge, self.networks.extractor or judge}
+        with self._faking(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a copy asks a fake tensor for its address
+            for module in (*self.networks.trained().values(), *frozen):
+                for inner in module.modules():  # each once; LPIPS names some of its own twice
+                    inner.to_empty(device=self.device, recurse=False)
+            self.step = self._build_step(perceptual)
+            self._give_moments()
+            self._label(perceptual, frozen)
+            leaves = tree_leaves(self.step.state_dict())
+            self.checkpoint_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+
+    def cost(self, batch_size: int, number: int | None = None, computed: int = 2) -> StepCost:
+        """Step `number` of micro-batches of `batch_size` images; None: the first in which every network learns.
+
+        computed: micro-batches at most. The second one finds the first one's gradients; of each further one only what
+        is kept until the U-Net's half is added.
+        """
+        number = self.first_whole_step if number is None else number
+        accumulation = self.plan.accumulation(self.plan.world_size)
+        computed = min(accumulation, computed)
+        counter = self.counter
+        gc.collect()
+        gc.disable()  # so that the same step of another size frees its tensors in the same order
+        try:
+            with self._faking():
+                counter.restart()
+                between = counter.now
+                micro_batches = [(self._batch(batch_size), self._draws(batch_size)) for _ in range(computed)]
+                kept = (counter.now - between) // computed
+                self.step(micro_batches, number)  # type: ignore[arg-type]
+                del micro_batches
+        finally:
+            gc.enable()
+        if self.config.stage == "joint":
+            kept += 4 * batch_size * (math.prod(self.latent_shape) + self.feature_dim * (1 + self.num_patches))
+        further = (accumulation - computed) * kept
+        parts = counter.peak_parts
+        return StepCost(
+            batch_size=batch_size,
+            parts=parts | {OTHER: parts.get(OTHER, 0) + further},
+            between=between,
+            trace=np.array(counter.trace) + further,
+            flops=counter.flops // computed,
+            launches=counter.launches // computed,
+        )
+
+    @property
+    def first_whole_step(self) -> int:
+        """The number of the first step in which every network learns; of the last one, if none is."""
+        warmup = self.plan.vae_warmup_steps if self.config.stage == "joint" else 0
+        return min(warmup, self.plan.total_steps - 1)
+
+    @contextlib.contextmanager
+    def _faking(self) -> Iterator[None]:
+        autocast = cuda_autocast_on_cpu() if self.device.type == "cpu" else contextlib.nullcontext()
+        with self._mode, autocast, self.counter:
+            yield
+
+    def _build_step(self, perceptual: nn.Module) -> JointStep | LatentStep | DecoderStep:
+        # Fakes do not move to the CPU; `_label` forgets those that would.
+        config = dataclasses.replace(
+            self.config, compile=False, schedule=dataclasses.replace(self.config.schedule, ema_on_cpu=False)
+        )
+        plan = self.plan
+        step_config = step_config_of(
+            config, precision=plan.precision, total_steps=plan.total_steps, vae_warmup_steps=plan.vae_warmup_steps
+        )
+        return build_step(config.stage, self.networks, perceptual, step_config, self.device)
+
+    def _give_moments(self) -> None:
+        """AdamW's state as after a first step, made by its own update."""
+        for optimized in self.step.optimized.values():
+            for parameter in optimized.parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            optimized.optimizer.step()
+            optimized.optimizer.zero_grad(set_to_none=True)
+
+    def _label(self, perceptual: nn.Module, frozen: Iterable[nn.Module]) -> None:
+        counter, networks, averaged = self.counter, self.networks, self.step.ema.module
+        counter.label("averaged weights (EMA)", _tensors(averaged))
+        for module in frozen:
+            counter.label("frozen extractor, perceptual network", _tensors(module))
+        for module in networks.trained().values():  # after the averaged ones, which in the decoder stage are the same
+            counter.label("weights", _tensors(module))
+            counter.follow_gradients(module.parameters(), "gradients of weights")
+        for optimized in self.step.optimized.values():
+            counter.label("AdamW's moments", tree_leaves(list(optimized.optimizer.state.values())))
+        for module in idle_modules(self.config, networks, averaged, frozen):
+            counter.forget(_tensors(module))
+        counter.follow(perceptual, "activations: perceptual")
+        if networks.extractor is not None:
+            counter.follow(networks.extractor, "features")
+        counter.follow(networks.autoencoder, "activations: VAE")
+        for module in (networks.denoiser, networks.projector):
+            counter.follow(module, "activations: U-Net", part_if_frozen="activations: alignment of the VAE")
+        if networks.discriminator is not None:
+            counter.follow(networks.discriminator, "activations: discriminator")
+
+    def _batch(self, size: int) -> ImageBatch | LatentBatch:
+        labels = torch.zeros(size, dtype=torch.int64)
+        features = Features(
+            torch.zeros(size, self.feature_dim, dtype=torch.float16),
+            torch.zeros(size, self.num_patches, self.feature_dim, dtype=torch.float16),
+        )
+        if self.config.stage == "latent":
+            mean = torch.zeros(size, *self.latent_shape, dtype=torch.float16)
+            return LatentBatch(mean, mean.clone(), features, labels)
+        side = self.config.data.image_size
+        images = torch.zeros(size, side, side, 3, dtype=torch.uint8)
+        return ImageBatch(images, labels, features if self.networks.extractor is None else None)
+
+    def _draws(self, size: int) -> Draws:
+        rows = torch.arange(size, device=self.device)
+        return draw(self.config.seed, rows, self.latent_shape, self.feature_dim, self.config.conditioning)
+
+
+class _OneFakeMode(FakeTensorMode):
+    """Copies of fake tensors stay in it: a deep copy, as the averages are, would come with a mode of its own."""
+
+    def __deepcopy__(self, memo: object) -> "_OneFakeMode":
+        return self
+
+
+def largest_batch(low: StepCost, high: StepCost, usable_bytes: float) -> int:
+    """The largest batch_size whose peak fits; 0 where none does.
+
+    The bytes alive at any moment of a step grow linearly with its images, so two steps tell those of every other size;
+    the peak is at the moment that needs most. Where the two steps differ in more than sizes, the peaks alone count.
+    """
+    a, b = low.trace.astype(float), high.trace.astype(float)
+    if len(a) != len(b):
+        a, b = np.array([a.max()]), np.array([b.max()])
+    slope = (b - a) / (high.batch_size - low.batch_size)
+    base = a - slope * low.batch_size
+    if base.max() > usable_bytes:
+        return 0
+    grows = slope > 0
+    return max(0, math.floor(float(((usable_bytes - base[grows]) / slope[grows]).min())))
+
+
+def extractor_by_shape(config: FeatureExtractorConfig) -> FeatureExtractor:
+    """The extractor that the settings name, without its weights."""
+    name, side = config.name, config.input_size
+    if name.startswith(PANDERM_PREFIX):
+        from m2d.models.panderm import NATIVE_SIZE, SIZES, PanDerm
+
+        encoder = {key: torch.zeros(shape) for key, shape in SIZES[name].shapes().items()}
+        return PanDerm(name, encoder, side or NATIVE_SIZE, config.crop)
+    if name.startswith(TIMM_PREFIX):
+        from m2d.models.timm_extractor import TimmExtractor, native_size
+
+        native = native_size(name)
+        network: Any = timm.create_model(name.removeprefix(TIMM_PREFIX), pretrained=False, num_classes=0)
+        if side not in (None, native) and hasattr(network, "set_input_size"):
+            network.set_input_size(img_size=(side, side))
+        return TimmExtractor(name, network, side or native, config.crop, "0" * 64)
+    return _lite_by_shape(name, side, config.crop)
+
+
+def _lite_by_shape(name: str, side: int | None = None, crop: Crop = "whole") -> EfficientNetLite:
+    kind = EfficientNetLite0 if name == LITE0 else EfficientNetLite1
+    state = timm.create_model(f"tf_{name.replace('-', '_')}", pretrained=False).state_dict()
+    return kind(state, side, crop)
+
+
+def _perceptual_by_shape(kind: PerceptualKind, extractor: nn.Module | None, net: str) -> tuple[nn.Module, nn.Module]:
+    """(its frozen network, the distance), as build_perceptual chooses them, without weights."""
+    if kind == "features":
+        judge = extractor if extractor is not None and hasattr(extractor, "pyramid") else _lite_by_shape(LITE0)
+        return judge, build_perceptual(kind, judge)
+    import lpips
+
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls torchvision by arguments that were renamed since
+        network: nn.Module = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+    network.eval().requires_grad_(False)
+    return network, _ShapedLpips(network)
+
+
+class _ShapedLpips(LpipsDistance):
+    """LPIPS on a network that is given: its own constructor would fetch weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self._network = [network]
+
+
+def _by_shape(config: TrainConfig) -> TrainConfig:
+    """The config without weights to load. A checkpoint's shapes are the settings', or the run refuses it."""
+    autoencoder = config.autoencoder
+    if autoencoder.pretrained is not None:
+        shape = _pretrained_shape(autoencoder.pretrained)
+        autoencoder = dataclasses.replace(
+            autoencoder,
+            pretrained=None,
+            block_channels=list(shape["block_out_channels"]),
+            layers_per_block=shape["layers_per_block"],
+            latent_channels=shape["latent_channels"],
+            norm_groups=shape["norm_num_groups"],
+            mid_attention=shape.get("mid_block_add_attention", True),
+        )
+    return dataclasses.replace(config, dry_run=True, init_checkpoint=None, autoencoder=autoencoder)
+
+
+def _pretrained_shape(location: str) -> dict[str, Any]:
+    """The config.json of a VAE, from its folder, from a pipeline's, or from the hub."""
+    from diffusers import AutoencoderKL
+
+    inner = Path(location) / "vae"
+    try:
+        where = str(inner) if (inner / "config.json").is_file() else location
+        shape: dict[str, Any] = AutoencoderKL.load_config(where)
+    except Exception as error:  # diffusers and huggingface_hub each have their own
+        raise CheckpointError(
+            f"autoencoder.pretrained: {location} has no config.json to be read ({first_line(error)})"
+        ) from None
+    return shape
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
 
 GIB, GB = 2**30, 1e9
 ASSUMED_IMAGES = 10_000  # about HAM10000's, where no data_root is named

@@ -14,8 +14,8 @@ from m2d.data.feature_store import FeatureTable
 from m2d.data.reader import ImageReader
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.models.feature_extractor import FeatureExtractor, Features
-from m2d.training.reduce import all_reduce_sum
 from m2d.training.step import extract, on_device
+from m2d.training.update import all_reduce_sum
 
 
 @dataclass(frozen=True)

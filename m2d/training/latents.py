@@ -19,8 +19,8 @@ from m2d.files.atomic import whole_file
 from m2d.models.feature_extractor import Features
 from m2d.training.batch import LatentBatch
 from m2d.training.features import FeatureSource
-from m2d.training.reduce import barrier
 from m2d.training.step import Networks
+from m2d.training.update import barrier
 
 SHARD = 1024  # (image, view) pairs a file
 

@@ -1,128 +1,340 @@
-"""The worker loop inside Ray Train: gives `train_worker` the stream, the device and the reports of a Ray worker."""
+"""The loop of one worker, without Ray: start or resume, train, validate, save. Called by a Ray worker or in-process."""
 
-import logging
+import dataclasses
+import os
+from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
 
-import ray.data
-import ray.train
-import ray.train.torch
 import torch
 from torch import Tensor
 
-from m2d.data.stream import build_stream, iterate_stream, stream_options
-from m2d.experiment import newest_step
-from m2d.records import BlankingFormatter
-from m2d.training.plan import RunPlan
-from m2d.training.stopping import failures_recorded, recorded_failure
+from m2d.data.order import micro_batch_number, worker_rows
+from m2d.diffusion.feature_prior import FeaturePrior
+from m2d.experiment import BEST, complete_checkpoints
+from m2d.models.autoencoder import coded_at_once
+from m2d.models.checkpoint import CheckpointInfo, read_prior
+from m2d.models.perceptual import build_perceptual
+from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
+from m2d.training.features import FeatureSource, fit_features
+from m2d.training.latents import LatentTable, cache_latents
+from m2d.training.measure import Throughput, peak_memory_gib
+from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
+from m2d.training.run_plan import RunPlan
+from m2d.training.saving import CheckpointKeeper, load_training_state, take_snapshot
+from m2d.training.step import Networks
+from m2d.training.stopping import Wish, stop_is_wanted
+from m2d.training.telemetry import open_telemetry
+from m2d.training.update import all_reduce_sum, barrier
+from m2d.training.validation import RunState, SampleQuality, score, validate
+from m2d.training.visuals import Visuals, show_gradients
+
+AHEAD = 2  # batches that are read while the device computes
 
 
-class RayLink:
-    """A Ray Train worker's rank, device, shard and reports."""
+class WorkerLink(Protocol):
+    """What a worker needs of whoever runs it."""
 
-    def __init__(self, plan: RunPlan) -> None:
-        context = ray.train.get_context()
-        self.plan = plan
-        self.rank = context.get_world_rank()
-        self.world_size = context.get_world_size()
-        self.device: torch.device = ray.train.torch.get_device()
-        self._leaving: set[str] = set()  # nodes of which was told
+    rank: int
+    world_size: int
+    device: torch.device
 
     def images(self, first_micro_batch: int, num_micro_batches: int) -> Iterator[dict[str, Tensor]]:
-        """See WorkerLink."""
-        return iterate_stream(
-            ray.train.get_dataset_shard(GroupStream.NAME),
-            batch_size=self.plan.config.batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            start_micro_batch=first_micro_batch,
-            num_micro_batches=num_micro_batches,
-            step_micro_batches=self.plan.step_micro_batches,
-            pin_memory=self.device.type == "cuda",
-        )
+        """The worker's micro-batches, from the stream."""
 
     def report(self, metrics: dict[str, float], checkpoint: str | None) -> None:
-        """See WorkerLink. The checkpoint already lies in the experiment, so Ray is told of it and copies nothing."""
-        ray.train.report(
-            metrics,
-            checkpoint=None if checkpoint is None else ray.train.Checkpoint(checkpoint),
-            checkpoint_upload_mode=ray.train.CheckpointUploadMode.NO_UPLOAD,
-        )
+        """Tell the driver of a checkpoint; called by every worker equally often."""
 
     def preempted(self) -> bool:
-        """See WorkerLink. Ray starts the group again on other nodes once those that are being drained are gone."""
-        info = ray.train.get_preemption_info()
-        leaving = set() if info is None else set(info.preempted_node_ids)
-        new = leaving - self._leaving
-        self._leaving |= leaving
-        return bool(new)
+        """Whether a node of the group is about to be taken away, reported once; all workers call it equally often."""
 
 
-def ray_worker(loop_config: dict[str, Any]) -> None:
-    """TorchTrainer's train_loop_per_worker. loop_config: plan, a RunPlan; wandb, a WandbKey or None."""
-    from m2d.training.worker import train_worker  # the networks, which Ray's controller imports this module without
+def read_ahead(batches: Iterator[ImageBatch | LatentBatch], *, pin_memory: bool) -> Iterator[ImageBatch | LatentBatch]:
+    """The batches, read and (for a GPU) put into pinned memory by a thread that is AHEAD of them."""
 
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    plan: RunPlan = loop_config["plan"]
-    link = RayLink(plan)
-    logger = logging.getLogger("m2d")
-    folder = plan.experiment.path / "logs"
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"worker_{link.rank}.log")
-    handler.setFormatter(BlankingFormatter())
-    logger.addHandler(handler)
-    if link.rank == 0 and loop_config["wandb"] is not None:
-        loop_config["wandb"].use()
+    def read() -> ImageBatch | LatentBatch | None:
+        batch = next(batches, None)
+        return batch.pinned() if batch is not None and pin_memory else batch
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="m2d-read")
     try:
-        if recorded_failure(plan.experiment.path) is None:  # else this group is Ray's next try at what cannot work
-            with failures_recorded(plan.experiment.path, plan.config):
-                train_worker(plan, link)
-    except Exception:
-        logger.exception("worker %d of %d failed", link.rank, link.world_size)
-        raise
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
+        waiting = deque(thread.submit(read) for _ in range(AHEAD))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(read))
+            yield batch
+    finally:  # a run that stops early leaves what it has asked for
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
-class GroupStream(ray.train.DataConfig):
-    """Makes the training stream anew for each worker group, from where the newest checkpoint stands.
+def train_worker(plan: RunPlan, link: WorkerLink) -> None:
+    """Train from the newest checkpoint, or from the start, to the plan's last step."""
+    config, device = plan.config, link.device
+    if device.type == "cpu":
+        threads = max(1, (os.cpu_count() or 1) // max(1, link.world_size))
+        torch.set_num_threads(config.ray.threads_per_worker or threads)
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    features = plan.feature_table("train")
+    networks = build_networks(config, device, None if features is None else features.dim)
+    source = FeatureSource(device, networks.extractor, features)
+    checkpoints = complete_checkpoints(plan.experiment.checkpoints)
+    prior = read_prior(checkpoints[-1]) if checkpoints else None
+    if prior is None and config.stage == "decoder":
+        prior = read_prior(Path(config.init_checkpoint or ""))  # as it belongs to the U-Net, which stays
+    if prior is None:
+        prior = _fit_features(plan, networks, source, link, set_statistics=not checkpoints)
+    table: LatentTable | None = None
+    if config.stage == "latent":
 
-    Ray asks for datasets before it knows how many workers an elastic group has; here it tells. It runs in an actor that
-    lives as long as the group.
-    """
+        def progress(done: int, total: int) -> None:
+            if link.rank == 0:
+                print(f"caching latents: {done} of {total} image views", flush=True)
 
-    NAME = "train"
+        table = cache_latents(
+            networks, plan.reader("train"), source, plan.experiment.path / "cache" / "latents",
+            views=config.data.views, batch_size=coded_at_once(config.data.image_size), rank=link.rank,
+            world_size=link.world_size, progress=progress,
+        )  # fmt: skip
+        if not checkpoints:
+            mean, variance = table.moments()
+            networks.denoiser.latent_norm.running_mean.copy_(mean)
+            networks.denoiser.latent_norm.running_var.copy_(variance)
+    _Run(plan, link, networks, source, prior, table).train()
 
-    def __init__(self, plan: RunPlan) -> None:
-        super().__init__(execution_options=stream_options(), enable_shard_locality=False)
-        self.plan = plan
 
-    @classmethod
-    def placeholder(cls) -> dict[str, Any]:
-        """TorchTrainer's datasets: the name alone matters."""
-        return {cls.NAME: ray.data.range(1)}
+def _fit_features(
+    plan: RunPlan, networks: Networks, source: FeatureSource, link: WorkerLink, *, set_statistics: bool
+) -> FeaturePrior:
+    """The prior of the training split's features; a new denoiser also learns their mean and deviation."""
+    config = plan.config
+    fit = fit_features(
+        source, plan.reader("train"), dim=networks.feature_dim, images=config.feature_extractor.statistics_images,
+        batch_size=config.batch_size, seed=config.seed, rank=link.rank, world_size=link.world_size,
+    )  # fmt: skip
+    if set_statistics and networks.denoiser_is_new:
+        networks.denoiser.conditioning.set_statistics(fit.mean, fit.std)
+    return fit.prior
 
-    def configure(
-        self, datasets: Any, world_size: int, worker_handles: Any, worker_node_ids: Any, **kwargs: Any
-    ) -> list[dict[str, ray.data.DataIterator]]:
-        """See DataConfig: a shard of the stream for each of `world_size` workers."""
-        streams = {self.NAME: self.stream(world_size)}
-        return super().configure(streams, world_size, worker_handles, worker_node_ids, **kwargs)
 
-    def stream(self, world_size: int) -> ray.data.Dataset:
-        """The rest of the run's rows."""
-        plan = self.plan
-        first, count = plan.micro_batches_from(newest_step(plan.experiment.checkpoints), world_size)
-        reader = plan.reader("train")
-        return build_stream(
-            reader,
-            plan.order(reader),
-            batch_size=plan.config.batch_size,
-            num_workers=world_size,
-            start_micro_batch=first,
-            num_micro_batches=max(count, 1),  # a group restarted after the last checkpoint asks for none of them
-            object_store_share=plan.config.data.object_store_share,
-            read_cpus=plan.config.data.read_cpus,
-            step_micro_batches=plan.step_micro_batches,
+class _Run:
+    """State of the loop."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        link: WorkerLink,
+        networks: Networks,
+        source: FeatureSource,
+        prior: FeaturePrior,
+        table: LatentTable | None,
+    ) -> None:
+        config = plan.config
+        self.plan, self.link, self.networks, self.source, self.prior = plan, link, networks, source, prior
+        self.table = table
+        self.latent_shape = networks.denoiser.latent_shape(config.data.image_size, networks.autoencoder.downsampling)
+        self.perceptual = build_perceptual(plan.perceptual, networks.extractor, config.perceptual.lpips_net)
+        self.perceptual.to(link.device)
+        step_config = step_config_of(
+            config, precision=plan.precision, total_steps=plan.total_steps, vae_warmup_steps=plan.vae_warmup_steps
+        )
+        self.step = build_step(
+            config.stage, networks, self.perceptual, step_config, link.device, distributed=link.world_size > 1
+        )
+        averaged = self.step.ema.module
+        self.aside = idle_modules(config, networks, averaged, [networks.extractor, self.perceptual])
+        self.leads = link.rank == 0
+        self.accumulation = plan.accumulation(link.world_size)
+        self.keeper = CheckpointKeeper(plan.experiment.checkpoints, config.saving.keep_last) if self.leads else None
+        self.telemetry = open_telemetry(plan) if self.leads else None
+        self.validation_reader = plan.reader("val") if len(plan.catalog("val")) else None
+        self.validation_source = dataclasses.replace(source, table=plan.feature_table("val"))
+        self.visuals: Visuals | None = None
+        self.quality: SampleQuality | None = None
+        state = RunState(plan, networks, averaged, prior, link.device)
+        reader, of_validation = self.validation_reader, self.validation_source
+        if self.leads and config.telemetry.pictures:
+            self.visuals = Visuals(state, None if reader is None else (reader, of_validation))
+        if self.leads and config.saving.validation_samples and reader is not None:
+            self.quality = SampleQuality(state, reader, of_validation, config.saving.validation_samples)
+        self.reported: dict[str, float] = {}
+
+    def train(self) -> None:
+        """From the newest checkpoint to the last step."""
+        plan, device, accumulation, telemetry = self.plan, self.link.device, self.accumulation, self.telemetry
+        config = plan.config
+        start = self._resume()
+        for module in self.aside:
+            module.to("cpu")
+        batches = read_ahead(self._batches(start), pin_memory=device.type == "cuda")
+        images_per_step = config.batch_size * accumulation * self.link.world_size
+        meter = Throughput(device, None if config.compile else plan.precision, start, images_per_step)
+        done = start
+        for step in range(start, plan.total_steps):
+            micro_batches = []
+            for k in range(accumulation):
+                with meter.waiting():
+                    batch = next(batches)
+                micro_batches.append((batch, self._draws(step * accumulation + k)))
+            meter.count(
+                self.step.kind(step),
+                lambda: accumulation * self.step.flops(*micro_batches[0], step),  # type: ignore[arg-type] # noqa: B023
+            )
+            done = step + 1
+            gradients_every = config.telemetry.gradients_every_steps
+            self.step.watch_gradients = self.leads and gradients_every > 0 and done % gradients_every == 0
+            self.step(micro_batches, step)  # type: ignore[arg-type]
+            if telemetry is not None and self.step.gradients is not None:
+                show_gradients(telemetry, done, self.step.gradients, config.telemetry.pictures)
+                self.step.gradients = None
+            last = done == plan.total_steps
+            if done % config.schedule.log_every_steps == 0 or last:
+                self._log_scalars(done, meter.read(done))
+            wish = self._wish(done)
+            save = done % plan.save_every == 0 or last or wish != Wish.GO_ON
+            due = plan.pictures_due(done)
+            if save or due:
+                with self._all_on_device():
+                    if save:
+                        self._save(done)
+                    if due and self.visuals is not None and telemetry is not None:
+                        self.visuals.show(telemetry, self._info(done), due)
+                meter.restart(done)
+            if wish == Wish.STOP:
+                break
+        self._report(self.keeper.wait() if self.keeper is not None else None)
+        if telemetry is not None:
+            best = plan.experiment.checkpoints / BEST
+            upload = config.telemetry.upload_best and done == plan.total_steps and best.exists()
+            telemetry.finish(best.resolve() if upload else None)
+            plan.experiment.publish()
+        all_reduce_sum(torch.zeros(1, device=device))  # no worker leaves before the last checkpoint is whole
+
+    def _resume(self) -> int:
+        checkpoints = complete_checkpoints(self.plan.experiment.checkpoints)
+        start = 0
+        if checkpoints:
+            state, document = load_training_state(checkpoints[-1], self.step.state_dict())
+            self.step.load_state_dict(state)
+            start = int(document["position"]["step"])
+        if self.telemetry is not None:
+            self.telemetry.resume_at(start)
+        barrier()
+        return start
+
+    def _wish(self, done: int) -> Wish:
+        """What the first worker is asked for, the same for all. On a GPU it is asked where scalars are read anyway."""
+        logs = done % self.plan.config.schedule.log_every_steps == 0
+        if not logs and self.link.device.type == "cuda":
+            return Wish.GO_ON
+        wish = Wish.SAVE if logs and self.link.preempted() else Wish.GO_ON
+        if self.leads and stop_is_wanted(self.plan.experiment.path):
+            wish = Wish.STOP
+        agreed = all_reduce_sum(torch.tensor(float(wish) if self.leads else 0.0, device=self.link.device))
+        return Wish(int(agreed.item()))
+
+    def _batches(self, start: int) -> Iterator[ImageBatch | LatentBatch]:
+        plan, link, cached = self.plan, self.link, self.source.table
+        first, count = plan.micro_batches_from(start, link.world_size)
+        if self.table is None:
+            unguided = plan.total_steps if plan.config.stage == "decoder" else plan.vae_warmup_steps
+            warmup = unguided * self.accumulation  # the first micro-batches need no features
+            for micro_batch, batch in enumerate(link.images(first, count), start=first):
+                features = None
+                if cached is not None and micro_batch >= warmup:
+                    features = cached.batch(batch["catalog_rows"].numpy(), batch["views"].numpy())
+                yield ImageBatch(images=batch["images"], labels=batch["labels"], features=features)
+            return
+        order = plan.order(plan.reader("train"))
+        for micro_batch in range(first, first + count):
+            rows = worker_rows(
+                micro_batch, batch_size=plan.config.batch_size, rank=link.rank, world_size=link.world_size,
+                step_micro_batches=plan.step_micro_batches,
+            )  # fmt: skip
+            yield self.table.batch(*order.lookup(rows))
+
+    def _draws(self, micro_batch: int) -> Draws:
+        """Those of the worker's micro-batch: the same whichever worker takes it, of however many."""
+        config, link = self.plan.config, self.link
+        number = micro_batch_number(
+            micro_batch, rank=link.rank, world_size=link.world_size, step_micro_batches=self.plan.step_micro_batches
+        )
+        first = number * config.batch_size
+        rows = torch.arange(first, first + config.batch_size, device=link.device)
+        return draw(config.seed, rows, self.latent_shape, self.networks.feature_dim, config.conditioning)
+
+    @contextmanager
+    def _all_on_device(self) -> Iterator[None]:
+        """For what needs every network: validation and samples."""
+        for module in self.aside:
+            module.to(self.link.device)
+        try:
+            yield
+        finally:
+            for module in self.aside:
+                module.to("cpu")
+
+    def _log_scalars(self, step: int, speed: dict[str, float]) -> None:
+        scalars = self.step.read_scalars()
+        names = sorted(scalars)
+        mean = all_reduce_sum(torch.tensor([scalars[name] for name in names], device=self.link.device))
+        values = dict(zip(names, (mean / self.link.world_size).tolist(), strict=True)) | speed
+        for name, network in self.step.optimized.items():
+            if name == "denoiser" and self.table is None and step <= self.plan.vae_warmup_steps:
+                continue  # it does not learn yet
+            values[f"learning_rate/{name}"] = float(network.optimizer.param_groups[0]["lr"])
+        fewest, most = self.plan.config.workers
+        if fewest < most:
+            values["workers"] = float(self.link.world_size)
+        values["epoch"] = step * self.plan.global_batch / self.plan.train_images
+        values["peak_memory_gib"] = peak_memory_gib(self.link.device)
+        if self.telemetry is not None:
+            self.telemetry.scalars("train", step, values)
+
+    def _save(self, done: int) -> None:
+        """Validate, snapshot, write in the background; report the checkpoint before this one, which is whole by now."""
+        plan, link = self.plan, self.link
+        measures: dict[str, float] = {}
+        if self.validation_reader is not None:
+            measures = validate(
+                self.networks, self.step.ema.module, self.perceptual, self.validation_reader, self.validation_source,
+                images=plan.config.saving.validation_images, batch_size=plan.config.batch_size,
+                rank=link.rank, world_size=link.world_size, device=link.device,
+            )  # fmt: skip
+        if self.quality is not None:
+            measures |= self.quality.measure(self._info(done))
+        previous = None
+        if self.keeper is not None and self.telemetry is not None:
+            previous = self.keeper.wait()  # first: two snapshots are twice the host memory
+            state = self.step.state_dict()
+            state["position"] = {"step": done, "stream_row": done * plan.global_batch, "seed": plan.config.seed}
+            snapshot = take_snapshot(self._info(done), self.networks, state, measures, self.prior)
+            self.telemetry.flush()
+            self.keeper.save(snapshot, score(measures, plan.config.stage))
+            self.telemetry.scalars("validation", done, measures)
+            plan.experiment.publish("metrics")
+        if self.reported:
+            self._report(previous)
+        self.reported = measures | {"step": float(done)}
+
+    def _report(self, checkpoint: Path | None) -> None:
+        if checkpoint is not None:
+            self.plan.experiment.publish(f"checkpoints/{checkpoint.name}")
+        self.link.report(self.reported, None if checkpoint is None else str(checkpoint))
+
+    def _info(self, step: int) -> CheckpointInfo:
+        config = self.plan.config
+        return CheckpointInfo(
+            step=step,
+            stage=config.stage,
+            image_size=config.data.image_size,
+            feature_extractor=config.feature_extractor.name,
+            feature_dim=self.networks.feature_dim,
+            num_patches=self.source.num_patches,
+            conditioning=vars(config.conditioning),
+            config=self.plan.experiment.config(),
+            extractor_key=self.plan.extractor_key,
         )

@@ -1,22 +1,22 @@
 """Builds what a run trains, from its configuration or from an earlier checkpoint."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from m2d.config import TrainConfig
 from m2d.errors import CheckpointError
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import load_checkpoint
 from m2d.models.discriminator import PatchDiscriminator
 from m2d.models.feature_extractor import FeatureExtractor, load_feature_extractor
 from m2d.models.projector import AlignmentProjector
-from m2d.models.settings import FeatureExtractorConfig
+from m2d.models.settings import FeatureExtractorConfig, Precision
 from m2d.models.unet import build_denoiser, tap_channels
-from m2d.training.plan import RunPlan
-from m2d.training.step import Networks, StepConfig
+from m2d.training.settings import TrainConfig
+from m2d.training.step import DecoderStep, JointStep, LatentStep, Networks, StepConfig
 
 
 def build_networks(config: TrainConfig, device: torch.device, cached_dim: int | None = None) -> Networks:
@@ -56,35 +56,61 @@ def build_networks(config: TrainConfig, device: torch.device, cached_dim: int | 
             )
     for module in (*networks.trained().values(), extractor):
         if module is not None:
-            _place(module, device, config.channels_last)
+            module.to(device)
+            if config.channels_last:
+                module.to(memory_format=torch.channels_last)
     return networks
 
 
-def step_config_of(plan: RunPlan) -> StepConfig:
+def step_config_of(
+    config: TrainConfig, *, precision: Precision, total_steps: int, vae_warmup_steps: int = 0
+) -> StepConfig:
     """What a run's step needs to know of it."""
-    config = plan.config
     return StepConfig(
         weights=config.loss_weights,
         optimizer=config.optimizer,
         schedule=config.schedule,
-        precision=plan.precision,
-        total_steps=plan.total_steps,
-        vae_warmup_steps=plan.vae_warmup_steps,
+        precision=precision,
+        total_steps=total_steps,
+        vae_warmup_steps=vae_warmup_steps,
         discriminator_start=config.discriminator.start_step,
         alignment=config.alignment,
         compile={"mode": config.compile_mode} if config.compile else None,
     )
 
 
+def build_step(
+    stage: str,
+    networks: Networks,
+    perceptual: nn.Module,
+    config: StepConfig,
+    device: torch.device,
+    distributed: bool = False,
+) -> JointStep | LatentStep | DecoderStep:
+    """The step of a stage."""
+    if stage == "latent":
+        return LatentStep(networks, config, device, distributed)
+    kind = DecoderStep if stage == "decoder" else JointStep
+    return kind(networks, perceptual, config, device, distributed)
+
+
+def idle_modules(
+    config: TrainConfig, networks: Networks, averaged: nn.Module, frozen: Iterable[nn.Module | None] = ()
+) -> list[nn.Module]:
+    """What is not on the GPU while the loop runs: averages kept in host memory, and what cached latents do without.
+
+    frozen: extractor and perceptual network.
+    """
+    apart = config.schedule.ema_on_cpu and averaged is not networks.denoiser  # a frozen one is its own average
+    idle: list[nn.Module | None] = [averaged] if apart else []
+    if config.stage == "latent":
+        idle += [networks.autoencoder, *frozen]
+    return [module for module in idle if module is not None]
+
+
 def build_extractor(config: FeatureExtractorConfig) -> FeatureExtractor:
     """The extractor that the settings name."""
     return load_feature_extractor(config.name, config.weights, config.input_size, config.crop)
-
-
-def _place(module: nn.Module, device: torch.device, channels_last: bool) -> None:
-    module.to(device)
-    if channels_last:
-        module.to(memory_format=torch.channels_last)
 
 
 def _start_from(path: str, networks: Networks, extractor: str) -> bool:
@@ -101,9 +127,7 @@ def _start_from(path: str, networks: Networks, extractor: str) -> bool:
             "was trained with (its experiment's configs/config.yaml)"
         ) from None
     theirs = checkpoint.denoiser.state_dict()
-    shapes = {name: tensor.shape for name, tensor in theirs.items()}
-    fits = shapes == {name: tensor.shape for name, tensor in networks.denoiser.state_dict().items()}
-    if not fits or checkpoint.info.feature_extractor != extractor:
+    if not _fits(theirs, networks.denoiser) or checkpoint.info.feature_extractor != extractor:
         # A new U-Net on a tuned VAE is a recipe of its own (REPA-E's best FID); its latent scale is the VAE's, though.
         networks.denoiser.latent_norm.load_state_dict(checkpoint.denoiser.latent_norm.state_dict())
         return False
@@ -111,8 +135,10 @@ def _start_from(path: str, networks: Networks, extractor: str) -> bool:
     projector = Path(path) / "training" / "projector.safetensors"
     if projector.is_file():
         state = load_file(projector)
-        if {name: tensor.shape for name, tensor in state.items()} == {
-            name: tensor.shape for name, tensor in networks.projector.state_dict().items()
-        }:
+        if _fits(state, networks.projector):
             networks.projector.load_state_dict(state)
     return True
+
+
+def _fits(state: dict[str, Tensor], module: nn.Module) -> bool:
+    return {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in module.state_dict().items()}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, TrainingError
@@ -26,7 +27,7 @@ from m2d.training.step import Networks
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything of a moment, copied to the CPU, so that training can go on while it is written."""
+    """Everything of a moment, copied to the CPU, so that training continues while it is written."""
 
     info: CheckpointInfo
     networks: Networks  # for their configurations only
@@ -49,7 +50,11 @@ def take_snapshot(
     prior: FeaturePrior | None = None,
 ) -> Snapshot:
     """Copy the step's state to the CPU. This is all that the training loop waits for."""
-    return Snapshot(info, networks, _to_cpu(state), torch.get_rng_state(), dict(metrics), prior)
+
+    def copied(value: Any) -> Any:
+        return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+
+    return Snapshot(info, networks, tree_map(copied, state), torch.get_rng_state(), dict(metrics), prior)
 
 
 def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
@@ -64,20 +69,15 @@ def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write_files(snapshot, partial)
-        _flush(partial)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:  # older checkpoints are deleted next, and the power may fail then
+                    os.fsync(file.fileno())
     except OSError:
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk has room again for what tells so
+        shutil.rmtree(partial, ignore_errors=True)  # so that a full disk has room for the record of the failure
         raise
     shutil.rmtree(directory, ignore_errors=True)  # half of a deleted one
     partial.rename(directory)
-
-
-def _flush(folder: Path) -> None:
-    """Wait until the files are on the disk: older checkpoints are deleted next, and the power may fail then."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def _write_files(snapshot: Snapshot, partial: Path) -> None:
@@ -185,16 +185,11 @@ class CheckpointKeeper:
         link.unlink(missing_ok=True)
         link.symlink_to(best[0])
         link.replace(self.directory / BEST)
-        self._forget_old()
+        for old in complete_checkpoints(self.directory)[: -self.keep_last]:
+            if old.name != best[0]:
+                (old / COMPLETE).unlink()  # first: half a deletion must not look like a checkpoint
+                shutil.rmtree(old, ignore_errors=True)
         return path
-
-    def _forget_old(self) -> None:
-        best = read_best(self.directory)
-        kept = {path.name for path in complete_checkpoints(self.directory)[-self.keep_last :]}
-        for path in complete_checkpoints(self.directory):
-            if path.name not in kept and (best is None or path.name != best[0]):
-                (path / COMPLETE).unlink()  # first: half a deletion must not look like a checkpoint
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def read_best(directory: Path) -> tuple[str, float] | None:
@@ -204,13 +199,3 @@ def read_best(directory: Path) -> tuple[str, float] | None:
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
     return str(record["checkpoint"]), float(record["score"])
-
-
-def _to_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _to_cpu(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_to_cpu(entry) for entry in value]
-    return value

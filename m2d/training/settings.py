@@ -1,17 +1,47 @@
-"""Settings of the training room. Light on purpose: the command line reads them before torch is imported."""
+"""Settings of a training run. Light on purpose: the command line reads them before torch is imported."""
 
+import dataclasses
+import math
+import re
 from dataclasses import dataclass, field
-from math import isfinite
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
-from m2d.models.settings import MIDDLE, parse_tap
-from m2d.models.settings import Precision as Precision  # until step.py asks there
+from m2d.files.paths import absolute, input_path, result_path
+from m2d.models.settings import (
+    MIDDLE,
+    AutoencoderConfig,
+    ConditioningConfig,
+    DiscriminatorConfig,
+    FeatureExtractorConfig,
+    PerceptualConfig,
+    Precision,
+    ProjectorConfig,
+    UNetConfig,
+    parse_tap,
+)
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_range(
+    config: object, room: str, low: float, *names: str, high: float = math.inf, above: bool = False, below: bool = False
+) -> None:
+    """Each named number is finite and in [low, high]. room: "schedule." say. above, below: an end that is left out."""
+    shown = f"above {low:g}" if above else f"at least {low:g}"
+    if high < math.inf:
+        shown = f"in [{low:g}, {high:g}{')' if below else ']'}"
+    for name in names:
+        value = getattr(config, name)
+        fits = value is None or (math.isfinite(value) and low <= value <= high)
+        fits = fits and not (above and value == low) and not (below and value == high)
+        require(fits, f"{room}{name} is {value}; it must be {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +58,7 @@ class LossWeights:
     adversarial: float = 0.1  # on the VAE, where discriminator.enabled
 
     def __post_init__(self) -> None:
-        for name, weight in vars(self).items():
-            _require(
-                isfinite(weight) and weight >= 0, f"loss_weights.{name} is {weight}; it must be a number of at least 0"
-            )
+        require_range(self, "loss_weights.", 0, *vars(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +71,7 @@ class AlignmentConfig:
 
     def __post_init__(self) -> None:
         parse_tap(self.tap)
-        _require(
-            0 <= self.spatial_norm <= 1,
-            f"alignment.spatial_norm is {self.spatial_norm}; it must be in [0, 1] (iREPA uses 0.6 to 0.8)",
-        )
-        _require(
-            0 <= self.stop_fraction <= 1,
-            f"alignment.stop_fraction is {self.stop_fraction}; it must be in [0, 1]",
-        )
+        require_range(self, "alignment.", 0, "spatial_norm", "stop_fraction", high=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +89,11 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # of each network's gradient
 
     def __post_init__(self) -> None:
-        for name in ("lr_autoencoder", "lr_denoiser", "lr_discriminator"):
-            rate = getattr(self, name)
-            _require(isfinite(rate) and rate > 0, f"optimizer.{name} is {rate}; it must be above 0")
-        _require(len(self.betas) == 2, f"optimizer.betas is {self.betas}; give two numbers")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps is {self.warmup_steps}; it must be at least 0")
-        _require(0 <= self.final_fraction <= 1, f"optimizer.final_fraction is {self.final_fraction}; it is a fraction")
-        _require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be above 0")
+        require_range(self, "optimizer.", 0, "lr_autoencoder", "lr_denoiser", "lr_discriminator", above=True)
+        require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be above 0")
+        require_range(self, "optimizer.", 0, "warmup_steps")
+        require_range(self, "optimizer.", 0, "final_fraction", high=1)
+        require(len(self.betas) == 2, f"optimizer.betas is {self.betas}; give two numbers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +109,9 @@ class ScheduleConfig:
     max_skipped_in_row: int = 50  # non-finite steps one after the other, before the run ends with an error
 
     def __post_init__(self) -> None:
-        _require(
-            0 <= self.vae_warmup_fraction <= 1,
-            f"schedule.vae_warmup_fraction is {self.vae_warmup_fraction}; it must be in [0, 1]",
-        )
-        _require(0 <= self.ema_decay < 1, f"schedule.ema_decay is {self.ema_decay}; it must be in [0, 1)")
-        _require(self.ema_warmup >= 1, f"schedule.ema_warmup is {self.ema_warmup}; it must be at least 1")
-        for name in ("log_every_steps", "vae_every_k_steps"):
-            _require(getattr(self, name) >= 1, f"schedule.{name} is {getattr(self, name)}; it must be at least 1")
-        _require(self.max_skipped_in_row >= 1, "schedule.max_skipped_in_row must be at least 1")
+        require_range(self, "schedule.", 0, "vae_warmup_fraction", high=1)
+        require_range(self, "schedule.", 0, "ema_decay", high=1, below=True)
+        require_range(self, "schedule.", 1, "ema_warmup", "log_every_steps", "vae_every_k_steps", "max_skipped_in_row")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,13 +124,8 @@ class SavingConfig:
     validation_samples: int = 0  # generated ones whose kernel distance to validation images is measured; 0: none
 
     def __post_init__(self) -> None:
-        _require(
-            self.every_steps is None or self.every_steps >= 1,
-            f"saving.every_steps is {self.every_steps}; it must be at least 1",
-        )
-        _require(self.keep_last >= 1, f"saving.keep_last is {self.keep_last}; it must be at least 1")
-        _require(self.validation_images >= 1, "saving.validation_images must be at least 1")
-        _require(self.validation_samples >= 0, "saving.validation_samples must be at least 0")
+        require_range(self, "saving.", 1, "every_steps", "keep_last", "validation_images")
+        require_range(self, "saving.", 0, "validation_samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,17 +146,15 @@ class TelemetryConfig:
     finish_timeout_s: float = 120.0  # how long the end of a run waits for wandb to send what is left
 
     def __post_init__(self) -> None:
-        for name in ("reconstructions_every_epochs", "samples_every_epochs", "features_every_epochs"):
-            _require(getattr(self, name) >= 0, f"telemetry.{name} is {getattr(self, name)}; it must be at least 0")
-        _require(
-            self.gradients_every_steps >= 0,
-            f"telemetry.gradients_every_steps is {self.gradients_every_steps}; it must be at least 0",
+        every = (
+            "reconstructions_every_epochs",
+            "samples_every_epochs",
+            "features_every_epochs",
+            "gradients_every_steps",
         )
-        for name in ("images", "samples_per_class", "sample_steps"):
-            _require(getattr(self, name) >= 1, f"telemetry.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("guidance_scale", "finish_timeout_s"):
-            value = getattr(self, name)
-            _require(isfinite(value) and value > 0, f"telemetry.{name} is {value}; it must be above 0")
+        require_range(self, "telemetry.", 0, *every)
+        require_range(self, "telemetry.", 1, "images", "samples_per_class", "sample_steps")
+        require_range(self, "telemetry.", 0, "guidance_scale", "finish_timeout_s", above=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +169,185 @@ class RayConfig:
     resize_check_s: float = 600.0  # elastic runs: how often to look for room for more workers; growing costs a restart
 
     def __post_init__(self) -> None:
-        for name in ("collective_timeout_s", "resize_check_s"):
-            value = getattr(self, name)
-            _require(isfinite(value) and value > 0, f"ray.{name} is {value}; it must be above 0")
-        _require(
-            isfinite(self.wait_for_nodes_s) and self.wait_for_nodes_s >= 0,
-            f"ray.wait_for_nodes_s is {self.wait_for_nodes_s}; it must be at least 0",
+        names = ("collective_timeout_s", "resize_check_s", "cpus_per_worker")
+        require_range(self, "ray.", 0, *names, above=True)
+        require_range(self, "ray.", 0, "wait_for_nodes_s")
+        require_range(self, "ray.", -1, "max_failures")  # -1: without limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. The flags that people know stand at the top; the rest belongs to its room."""
+
+    data_root: str | None = None  # a folder of class folders: a path or a URI (s3://, gs://)
+    experiments_dir: str = "./experiments"  # a path that all nodes see; a URI only where one machine does all the work
+    cache_dir: str = "./cache"  # what setup_data prepared; read where it is there. A path that every node sees
+    name: str = "m2d"  # of the experiment; its directory is NAME_YYYYMMDD_HHMMSS
+    seed: int = 0  # of weights, order, noise and dropout; the split has data.split_seed
+    stage: Literal["joint", "latent", "decoder"] = "joint"  # latent: the U-Net alone; decoder: the VAE's decoder alone
+    init_checkpoint: str | None = None  # networks to start from; stages latent and decoder need one, or a published VAE
+    epochs: int = 100  # passes over the training split
+    max_steps: int | None = None  # optimiser steps; ends the run before its epochs do
+    batch_size: int = 32  # images a worker and micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches an optimiser step
+    num_workers: int | str = 1  # 0: train in the calling process, for a debugger; "2-8": as many as there is room for
+    mixed_precision: Precision | None = None  # None: bf16 on a GPU that has it, otherwise no
+    compile: bool = False  # torch.compile of VAE and U-Net
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = "default"  # reduce-overhead: CUDA graphs
+    channels_last: bool = True  # memory layout of the networks; usually the faster one
+    dry_run: bool = False  # print memory, time and disk that the run will need, from fake tensors; train nothing
+    fresh: bool = False  # start a new experiment although an unfinished one of this name exists
+    use_wandb: bool = False  # besides the JSON lines and CSV that are always written
+    wandb_project: str = "m2d"  # where the run appears on wandb
+    wandb_group: str | None = None  # runs that wandb shows together; a sweep sets it for its trials
+    wandb_mode: Literal["online", "offline", "disabled"] = "online"  # offline: `wandb sync` sends it later
+    verbose: bool = False  # show Ray's own bars and messages
+    data: DataConfig = field(default_factory=DataConfig)
+    feature_extractor: FeatureExtractorConfig = field(default_factory=FeatureExtractorConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss_weights: LossWeights = field(default_factory=LossWeights)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    saving: SavingConfig = field(default_factory=SavingConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+
+    def __post_init__(self) -> None:
+        require_range(self, "", 1, "epochs", "batch_size", "gradient_accumulation_steps", "max_steps")
+        require_range(self, "", 0, "seed")
+        parse_num_workers(self.num_workers)
+        require(
+            re.fullmatch(r"[\w.-]+", self.name, flags=re.ASCII) is not None,
+            f"name is {self.name!r}; use letters, digits, '.', '_' and '-'",
         )
-        _require(self.cpus_per_worker > 0, f"ray.cpus_per_worker is {self.cpus_per_worker}; it must be above 0")
-        _require(self.max_failures >= -1, "ray.max_failures must be -1 (without limit) or more")
+        begins = self.init_checkpoint is not None or self.dry_run
+        require(
+            begins or self.stage != "latent" or self.autoencoder.pretrained is not None,
+            "stage latent trains on a frozen VAE; name an earlier run's checkpoint by --init_checkpoint, or a "
+            "published VAE by --autoencoder.pretrained",
+        )
+        require(
+            begins or self.stage != "decoder",
+            "stage decoder keeps encoder and U-Net as they are; name an earlier run's checkpoint by --init_checkpoint",
+        )
+        levels, size = len(self.unet.block_channels), self.data.image_size
+        if self.autoencoder.pretrained is None:
+            down, halvings = self.autoencoder.downsampling, 2 ** (levels - 1)
+            latent = size // down
+            require(
+                not (size % down or latent % halvings),
+                f"data.image_size {size} gives latents of {latent} x {latent}, which {levels} U-Net levels cannot "
+                f"halve evenly; use an image size that is a multiple of {down * halvings}",
+            )
+        require(
+            parse_tap(self.alignment.tap)[1] < levels,
+            f"alignment.tap is {self.alignment.tap}; the U-Net has {levels} blocks each way, numbered from 0",
+        )
+        smallest = 3 * 2**self.discriminator.layers
+        require(
+            not self.discriminator.enabled or size >= smallest,
+            f"data.image_size {size} is too small for discriminator.layers {self.discriminator.layers}, which need "
+            f"{smallest} pixels; use fewer layers",
+        )
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """(fewest, most) training processes; the same number twice but for an elastic run."""
+        return parse_num_workers(self.num_workers)
+
+    @property
+    def checked_data_root(self) -> str:
+        """data_root, or ConfigError where it was not given or is no folder of this machine."""
+        if self.data_root is None:
+            raise ConfigError("data_root is not set; name the folder that holds the class folders by --data_root")
+        if "://" not in self.data_root and not Path(self.data_root).expanduser().is_dir():
+            raise ConfigError(f"data_root: {self.data_root} is not a folder; name the one that holds the class folders")
+        return self.data_root
+
+
+def parse_num_workers(value: int | str) -> tuple[int, int]:
+    """(fewest, most) workers of `4`, or of the elastic `2-8`. Raises ConfigError for anything else."""
+    matched = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(value))
+    if matched is None:
+        raise ConfigError(f"num_workers is {value}; it must be a number (0: this process) or a range such as 2-8")
+    fewest = int(matched[1])
+    most = fewest if matched[2] is None else int(matched[2])
+    if matched[2] is not None and not 1 <= fewest <= most:
+        raise ConfigError(f"num_workers is {value}; a range begins at 1 or more and ends where it began or above")
+    return fewest, most
+
+
+TrainConfigT = TypeVar("TrainConfigT", bound=TrainConfig)  # a sweep's settings are a run's and more
+
+# What divides a step among workers and micro-batches.
+DIVISION = frozenset(["num_workers", "batch_size", "gradient_accumulation_steps"])
+
+# What may differ between a run and its resumption: where it runs and how it talks, never what it computes.
+RESUMABLE_CHANGES = frozenset(
+    [
+        *("dry_run", "fresh", "use_wandb", "wandb_project", "wandb_group", "wandb_mode", "verbose", "telemetry"),
+        *("experiments_dir", "cache_dir", "ray", "data_root", "compile", "compile_mode", "channels_last"),
+        *("autoencoder.gradient_checkpointing", "unet.gradient_checkpointing", "schedule.ema_on_cpu"),
+    ]
+)
+
+
+def with_absolute_paths(config: TrainConfigT) -> TrainConfigT:
+    """The same run with its local paths absolute: workers and trials may start in another directory. URIs stay.
+
+    Raises ConfigError for a path that cannot mean in a job of Ray what it says: see m2d.files.paths.
+    """
+    weights = input_path("feature_extractor.weights", config.feature_extractor.weights)
+    return dataclasses.replace(
+        config,
+        data_root=absolute(input_path("data_root", config.data_root)),
+        experiments_dir=absolute(result_path("experiments_dir", config.experiments_dir)),
+        init_checkpoint=absolute(input_path("init_checkpoint", config.init_checkpoint)),
+        cache_dir=absolute(input_path("cache_dir", config.cache_dir, required=False)),
+        feature_extractor=dataclasses.replace(config.feature_extractor, weights=absolute(weights)),
+    )
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A config as plain values, for YAML."""
+    values: dict[str, Any] = dataclasses.asdict(config)
+    return values
+
+
+def differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = "", defaults: dict[str, Any] | None = None
+) -> list[str]:
+    """`key: old -> new` for every value that differs and matters to the run's result.
+
+    A setting that `old` lacks, since it is from before there was one, has the default value.
+    """
+    changed = []
+    defaults = as_dict(TrainConfig()) if defaults is None else defaults
+    ignored = RESUMABLE_CHANGES
+    if not prefix and _global_batch({**defaults, **old}) == _global_batch({**defaults, **new}):
+        ignored = ignored | DIVISION  # the same steps, of the same images, with the same noise
+    for key in sorted(old.keys() | new.keys()):
+        if prefix + key in ignored:
+            continue
+        before, after = old.get(key, defaults.get(key)), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            within = defaults.get(key)
+            changed += differences(before, after, f"{prefix}{key}.", within if isinstance(within, dict) else {})
+        elif before != after:
+            changed.append(f"{prefix}{key}: {before} -> {after}")
+    return changed
+
+
+def _global_batch(settings: dict[str, Any]) -> Any:
+    """Images an optimiser step; None where the settings are none that a run could have."""
+    try:
+        most = parse_num_workers(settings["num_workers"])[1]
+    except ConfigError:
+        return None
+    return settings["batch_size"] * settings["gradient_accumulation_steps"] * max(most, 1)

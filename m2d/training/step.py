@@ -1,13 +1,13 @@
 """One training step, in pure torch: runs in a test, a notebook or a bare GPU box as well as in a Ray worker.
 
 `JointStep` trains VAE and U-Net together as REPA-E does (arXiv 2504.10483), `LatentStep` the U-Net alone on cached
-posteriors; decoder_step.py has a third. All skip a step whose loss or gradient is not finite, count it, and leave
-every tensor as it was. Each part's backward pass follows as soon as its loss is known, so that no two parts'
+posteriors, `DecoderStep` the VAE's decoder alone. All skip a step whose loss or gradient is not finite, count it, and
+leave every tensor as it was. Each part's backward pass follows as soon as its loss is known, so that no two parts'
 activations are kept at the same time.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -22,15 +22,14 @@ from m2d.models.discriminator import PatchDiscriminator
 from m2d.models.feature_extractor import FeatureExtractor, Features
 from m2d.models.precision import DTYPES
 from m2d.models.projector import AlignmentProjector
+from m2d.models.settings import Precision
 from m2d.models.unet import Denoiser
 from m2d.training.batch import Draws, ImageBatch, LatentBatch
-from m2d.training.ema import Ema
-from m2d.training.flops import count_flops
-from m2d.training.gradients import GradientStatistics, gradient_statistics
 from m2d.training.losses import adversarial_loss, discriminator_loss, reconstruction_loss
+from m2d.training.measure import GradientStatistics, count_flops, gradient_statistics
 from m2d.training.phases import AutoencoderPhase, DenoiserLosses, DenoiserPhase, frozen, sample
-from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, Precision, ScheduleConfig
-from m2d.training.update import Optimized, guarded_update, learning_rate
+from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig
+from m2d.training.update import Ema, Optimized, guarded_update, learning_rate
 
 BatchT = TypeVar("BatchT", ImageBatch, LatentBatch)
 MicroBatchT = TypeVar("MicroBatchT")
@@ -112,6 +111,41 @@ class BaseStep(Generic[BatchT]):
         self.watch_gradients = False  # whether the next step leaves `gradients` behind
         self.gradients: GradientStatistics | None = None
 
+    def __call__(self, micro_batches: Sequence[tuple[BatchT, Draws]], step: int) -> None:
+        """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
+        norm_before = self._norm_buffers()
+        losses = self.forward_backward(micro_batches, step)
+        starts, config = self._learning(step), self.config
+        active = {name: self.optimized[name] for name in starts}
+        for name, network in active.items():
+            rate = learning_rate(config.optimizer, network.peak_rate, step, starts[name], config.total_steps)
+            for group in network.optimizer.param_groups:
+                group["lr"] = rate
+
+        def look_at_gradients() -> None:
+            if self.watch_gradients:
+                self.gradients = gradient_statistics(self.networks.trained())
+                self.watch_gradients = False
+
+        accepted, norms = guarded_update(
+            list(active.values()), torch.stack(list(losses.values())), self.scaler, look_at_gradients
+        )
+        self._restore_norm(norm_before, accepted)
+        if "denoiser" in active:
+            self.ema.update(self.networks.denoiser, accepted)
+        self.skipped += (~accepted).float()
+        self.skipped_in_row = torch.where(accepted, 0.0, self.skipped_in_row + 1)
+        scalars = {f"loss/{name}": loss for name, loss in losses.items()}
+        scalars |= {f"gradient_norm/{name}": norm for name, norm in zip(active, norms, strict=True)}
+        for name, scalar in scalars.items():
+            scalar = scalar.detach().float()
+            self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def _learning(self, step: int) -> dict[str, int]:
+        """The networks that learn at a step, and the step from which on each does."""
+        return dict.fromkeys(self.optimized, 0)
+
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass's precision."""
         if self.config.precision == "no":
@@ -131,7 +165,7 @@ class BaseStep(Generic[BatchT]):
             bad = [name for name, value in scalars.items() if not torch.isfinite(torch.tensor(value))]
             raise TrainingError(
                 f"{in_row} steps in a row had a loss or gradient that is not finite ({', '.join(bad) or 'gradients'}); "
-                "lower the learning rates or use --mixed_precision no, and run again to go on from the last checkpoint"
+                "lower the learning rates or use --mixed_precision no, and run again to resume from the last checkpoint"
             )
         self._sums, self._counts = {}, {}
         return scalars
@@ -161,6 +195,10 @@ class BaseStep(Generic[BatchT]):
         weights = self.config.weights
         alignment = weights.alignment if self.config.aligns(step) else 0.0
         return weights.diffusion * flow.diffusion + alignment * (flow.alignment + weights.manifold * flow.manifold)
+
+    def kind(self, step: int) -> Hashable:
+        """Steps of one kind do the same work."""
+        return ()
 
     def flops(self, batch: BatchT, draws: Draws, step: int) -> int:
         """What forward and backward of a micro-batch take at `step`, by computing them once for nothing.
@@ -235,37 +273,7 @@ class BaseStep(Generic[BatchT]):
         return losses
 
     def _backward(self, loss: Tensor, micro_batches: int) -> None:
-        self._scaled(loss, micro_batches).backward()
-
-    def _scaled(self, loss: Tensor, micro_batches: int) -> Tensor:
-        scaled: Tensor = self.scaler.scale(loss / micro_batches)
-        return scaled
-
-    def _finish(self, active: dict[str, Optimized], losses: dict[str, Tensor], norm_before: list[Tensor]) -> None:
-        """Update the active networks, or undo what the forward passes changed, and add up the scalars."""
-        accepted, norms = guarded_update(
-            list(active.values()), torch.stack(list(losses.values())), self.scaler, self._look_at_gradients
-        )
-        self._restore_norm(norm_before, accepted)
-        if "denoiser" in active:
-            self.ema.update(self.networks.denoiser, accepted)
-        self.skipped += (~accepted).float()
-        self.skipped_in_row = torch.where(accepted, 0.0, self.skipped_in_row + 1)
-        scalars = {f"loss/{name}": loss for name, loss in losses.items()}
-        scalars |= {f"gradient_norm/{name}": norm for name, norm in zip(active, norms, strict=True)}
-        for name, scalar in scalars.items():
-            scalar = scalar.detach().float()
-            self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
-            self._counts[name] = self._counts.get(name, 0) + 1
-
-    def _look_at_gradients(self) -> None:
-        if self.watch_gradients:
-            self.gradients = gradient_statistics(self.networks.trained())
-            self.watch_gradients = False
-
-    def _set_rate(self, name: str, step: int, first_step: int) -> None:
-        network, config = self.optimized[name], self.config
-        network.set_rate(learning_rate(config.optimizer, network.peak_rate, step, first_step, config.total_steps))
+        self.scaler.scale(loss / micro_batches).backward()
 
     def _restore_norm(self, before: list[Tensor], accepted: Tensor) -> None:
         """Statistics of the latent norm as they were, where `accepted` (0-dim bool on the device) is False."""
@@ -294,17 +302,16 @@ class JointStep(BaseStep[ImageBatch]):
         self._autoencoder = self._with_autoencoder(perceptual, distributed)
         self._denoiser = parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
 
-    def __call__(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> None:
-        """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
-        norm_before = self._norm_buffers()
-        losses = self.forward_backward(micro_batches, step)
-        starts = {"autoencoder": 0, "discriminator": 0, "denoiser": self.config.vae_warmup_steps}
-        active = [name for name in self.optimized if step >= starts[name]]
+    def kind(self, step: int) -> Hashable:
+        """See BaseStep: whether the U-Net joins, and whether the VAE learns."""
+        return step < self.config.vae_warmup_steps, self.config.trains_autoencoder(step)
+
+    def _learning(self, step: int) -> dict[str, int]:
+        """See BaseStep."""
+        joins = {"denoiser": self.config.vae_warmup_steps}
         if not self.config.trains_autoencoder(step):
-            active = ["denoiser"]
-        for name in active:
-            self._set_rate(name, step, starts[name])
-        self._finish({name: self.optimized[name] for name in active}, losses, norm_before)
+            return joins
+        return {name: start for name, start in (super()._learning(step) | joins).items() if step >= start}
 
     def forward_backward(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> dict[str, Tensor]:
         """See BaseStep. The U-Net's half waits for the latents of all micro-batches, whose statistics it takes."""
@@ -350,7 +357,8 @@ class JointStep(BaseStep[ImageBatch]):
                     alignment = self.denoiser_phase.align_autoencoder(latents, labels, features, draws)
                 self._backward(weights.alignment_vae * alignment, parts)
             losses.add({"alignment_vae": alignment})
-        torch.autograd.backward([vae.latents, self._scaled(weights.kl * vae.kl, parts)], [vae.decoder_input.grad, None])
+        divergence = self.scaler.scale(weights.kl * vae.kl / parts)
+        torch.autograd.backward([vae.latents, divergence], [vae.decoder_input.grad, None])
         return vae.latents.detach(), features
 
     def _features(self, batch: ImageBatch, pixels: Tensor) -> Features:
@@ -368,13 +376,6 @@ class LatentStep(BaseStep[LatentBatch]):
         networks.autoencoder.requires_grad_(False)
         self.optimized["denoiser"] = Optimized(self.denoiser_phase, config.optimizer, config.optimizer.lr_denoiser)
         self._denoiser = parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
-
-    def __call__(self, micro_batches: Sequence[tuple[LatentBatch, Draws]], step: int) -> None:
-        """One optimiser step over the micro-batches."""
-        norm_before = self._norm_buffers()
-        losses = self.forward_backward(micro_batches, step)
-        self._set_rate("denoiser", step, 0)
-        self._finish(self.optimized, losses, norm_before)
 
     def forward_backward(self, micro_batches: Sequence[tuple[LatentBatch, Draws]], step: int) -> dict[str, Tensor]:
         """See BaseStep."""
@@ -434,12 +435,44 @@ def on_device(features: Features, device: torch.device) -> Features:
 def parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
     """The module as DDP wants it here: one forward a backward, no buffers sent around."""
     parameters = inspect.signature(DistributedDataParallel.__init__).parameters
-    buffers = (
-        "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
-    )  # before torch 2.15
+    before_2_15 = "forward_sync_buffers" not in parameters
     settings: dict[str, Any] = {
-        buffers: False,  # the only buffers that move are the latent norm's, already equal on every worker
+        # The only buffers that move are the latent norm's, already equal on every worker.
+        "broadcast_buffers" if before_2_15 else "forward_sync_buffers": False,
         "device_ids": [device] if device.type == "cuda" else None,
         "gradient_as_bucket_view": True,
     }
     return DistributedDataParallel(module, **settings)
+
+
+class DecoderStep(BaseStep[ImageBatch]):
+    """Reconstruction, perceptual and adversarial loss on the decoder (and its 1 x 1 convolution in front) alone.
+
+    Source: latent diffusion's first stage (arXiv 2112.10752, appendix G) with its encoder frozen, as the decoders that
+    were tuned for Stable Diffusion's latents were made.
+    """
+
+    def __init__(
+        self,
+        networks: Networks,
+        perceptual: nn.Module,
+        config: StepConfig,
+        device: torch.device,
+        distributed: bool = False,
+    ) -> None:
+        vae = networks.autoencoder.vae
+        for module in (vae.encoder, vae.quant_conv, networks.denoiser, networks.projector):
+            if module is not None:
+                module.requires_grad_(False)
+        super().__init__(networks, config, device, distributed)
+        self._autoencoder = self._with_autoencoder(perceptual, distributed)
+
+    def forward_backward(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> dict[str, Tensor]:
+        """See BaseStep."""
+        losses = Means(len(micro_batches))
+        for batch, draws in self._in_turn(micro_batches, self._autoencoder, self._discriminator):
+            _, images = model_images(batch, self.device)
+            with self.autocast():
+                reconstructed = self._autoencoder(images, draws.posterior).reconstructed
+            losses.add(self._decoder_backward(images, reconstructed, step, len(micro_batches)))
+        return losses.values

@@ -1,6 +1,6 @@
-"""How a run is asked to stop, and how it says why it cannot go on: a word in a file that driver and workers share.
+"""How a run is asked to stop, and how it says why it cannot continue: a word in a file that driver and workers share.
 
-A file, because it needs nothing of Ray, and because it is still there for the workers that Ray starts anew.
+A file, because it needs nothing of Ray, and because it is still there for the workers that Ray starts again.
 """
 
 import errno
@@ -16,8 +16,8 @@ from types import FrameType
 import torch
 
 from m2d import errors
-from m2d.config import TrainConfig
 from m2d.errors import M2DError, TrainingError
+from m2d.training.settings import TrainConfig
 
 CONTROL = ".control"  # in the experiment's directory
 CONTROL_BYTES = 4096  # taken at the start, so that a word can be left on a disk that is full
@@ -91,7 +91,7 @@ def _memory_advice(config: TrainConfig) -> str:
     )
     return (
         f"batch_size {batch} with gradient_accumulation_steps {accumulated} does not fit into memory; try {halved}"
-        "--unet.gradient_checkpointing true or --autoencoder.gradient_checkpointing true, and the run goes on from its "
+        "--unet.gradient_checkpointing true or --autoencoder.gradient_checkpointing true, and the run resumes from its "
         "last checkpoint; train --dry_run predicts what fits"
     )
 
@@ -100,7 +100,7 @@ class StopRequest:
     """For the time of a `with` block in the main thread: SIGINT and SIGTERM ask the run to save and stop.
 
     The second signal ends the process at once. In another thread, which may set none, signals stay as they are.
-    say: tells the person. signals: False leaves them as they are here too.
+    say: prints a line. signals: False leaves them as they are here too.
     """
 
     def __init__(self, experiment: Path, say: Callable[[str], None], *, signals: bool = True) -> None:
@@ -132,7 +132,7 @@ class StopRequest:
 
 
 def _read(experiment: Path) -> str:
-    """The word in the file. Opened anew each time: network file systems show what was closed before."""
+    """The word in the file. Opened each time: network file systems show what was closed before."""
     try:
         return (experiment / CONTROL).read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:

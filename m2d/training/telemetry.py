@@ -16,18 +16,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 from PIL import Image
 
-from m2d.config import as_dict
 from m2d.errors import first_line
 from m2d.files.atomic import write_whole
 from m2d.files.storage import without_secrets
 from m2d.records import blanked
+from m2d.training.settings import as_dict
 
 if TYPE_CHECKING:
-    from m2d.training.plan import RunPlan
+    from m2d.training.run_plan import RunPlan
 
 logger = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
@@ -48,8 +49,8 @@ class MetricsLog:
         kept = [record for record in self.read() if record["step"] <= step]
         write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Append the record of a step."""
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the record of a step, with the time."""
         self.append({"step": step, "time": round(time.time(), 3), **values})
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -81,7 +82,7 @@ class MetricsLog:
 def open_telemetry(plan: "RunPlan") -> "Telemetry":
     """What a run asked for: records and pictures, and wandb and TensorBoard as its settings say."""
     config, experiment = plan.config, plan.experiment
-    sinks: list[Sink] = []
+    sinks: list[Wandb | TensorBoard] = []
     if config.use_wandb:
         info = experiment.info()
         known = {name: info.get(name) for name in ("dataset", "feature_extractor", "versions", "git", "degraded")}
@@ -93,37 +94,18 @@ def open_telemetry(plan: "RunPlan") -> "Telemetry":
             )
         )  # fmt: skip
     if config.telemetry.tensorboard:
-        from m2d.training.tensorboard import TensorBoard
-
         sinks.append(TensorBoard(experiment.path))
     return Telemetry(experiment.path, sinks)
 
 
-class Sink(Protocol):
-    """Another place that hears what a run says. None of its methods raises: a lost connection never stops training."""
-
-    forgets: int  # records of each kind that a killed process may have lost, although they were told; 0: none
-
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by name."""
-
-    def picture(self, step: int, name: str, png: bytes, caption: str) -> None:
-        """A PNG."""
-
-    def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
-        """Counts [n] between edges [n + 1]."""
-
-    def flush(self) -> None:
-        """What was said so far must last: a checkpoint is about to be kept, and its steps are not taken again."""
-
-    def finish(self, best: Path | None) -> None:
-        """The run has ended. best: a checkpoint to keep there."""
-
-
 class Telemetry:
-    """One voice of a run: records in metrics/, pictures in visualizations/, and the same to every sink."""
+    """One voice of a run: records in metrics/, pictures in visualizations/, and the same to every sink.
 
-    def __init__(self, folder: Path, sinks: Sequence[Sink] = ()) -> None:
+    A sink never raises: a lost connection must not stop training. `forgets`: how many records of each kind a killed
+    process may have lost although the sink was told them.
+    """
+
+    def __init__(self, folder: Path, sinks: "Sequence[Wandb | TensorBoard]" = ()) -> None:
         """folder: the experiment's."""
         self.folder = folder
         self.sinks = list(sinks)
@@ -133,26 +115,23 @@ class Telemetry:
         self.histograms = MetricsLog(folder / "metrics", "histograms")
 
     def resume_at(self, step: int) -> None:
-        """Drop records of steps that will be taken again (after `step`), and tell forgetful sinks the last ones."""
+        """Drop records of steps that will be taken again (after `step`); repeat the last ones to sinks that forget."""
         for log in [*self.logs.values(), self.histograms]:
             log.resume_at(step)
         for sink in self.sinks:
-            if sink.forgets and step > 0:
-                self._repeat(sink, step)
-
-    def _repeat(self, sink: Sink, step: int) -> None:
-        first = 0
-        for log in self.logs.values():
-            records = log.read()[-sink.forgets :]
-            first = max(first, records[0]["step"] if len(records) == sink.forgets else 0)
-            for record in records:
-                sink.scalars(record["step"], {k: v for k, v in record.items() if k not in ("step", "time")})
-        for record in self.histograms.read()[-sink.forgets :]:
-            sink.histogram(record["step"], record["name"], record["counts"], record["edges"])
-        for path in sorted((self.folder / "visualizations").glob("*/step_*.png")):
-            taken = int(path.stem.removeprefix("step_"))
-            if first <= taken <= step:
-                sink.picture(taken, path.parent.name, path.read_bytes(), "")
+            if not sink.forgets:
+                continue
+            first = 0  # step of which something may be lost
+            for log in self.logs.values():
+                records = log.read()[-sink.forgets :]
+                first = max(first, records[0]["step"] if len(records) == sink.forgets else 0)
+                for record in records:
+                    sink.scalars(record["step"], {k: v for k, v in record.items() if k not in ("step", "time")})
+            for record in self.histograms.read()[-sink.forgets :]:
+                sink.histogram(**{name: record[name] for name in ("step", "name", "counts", "edges")})
+            for path in sorted((self.folder / "visualizations").glob("*/step_*.png")):
+                if first <= (taken := int(path.stem.removeprefix("step_"))) <= step:
+                    sink.picture(taken, path.parent.name, path.read_bytes(), "")
 
     def scalars(self, log: str, step: int, values: dict[str, float]) -> None:
         """Append a record to metrics/LOG.jsonl."""
@@ -162,7 +141,11 @@ class Telemetry:
 
     def picture(self, step: int, name: str, image: Image.Image | bytes, caption: str = "") -> Path:
         """Keep a picture as visualizations/NAME/step_00000042.png. image: a Pillow image, or a PNG's bytes."""
-        png = image if isinstance(image, bytes) else as_png(image)
+        if isinstance(image, bytes):
+            png = image
+        else:
+            image.save(buffer := io.BytesIO(), format="PNG")
+            png = buffer.getvalue()
         path = self.folder / "visualizations" / name / f"step_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, png)
@@ -229,7 +212,7 @@ def find_wandb_key(warn: Callable[[str], None]) -> WandbKey | None:
 class Wandb:
     """A wandb run that never stops training: what fails is said once and then left.
 
-    The run's id is the experiment's name, so a resumed experiment goes on in the same run. Its horizontal axis is
+    The run's id is the experiment's name, so a resumed experiment continues the same run. Its horizontal axis is
     `step`, ours: wandb's own counter refuses steps that are taken again after a restart.
     """
 
@@ -283,11 +266,11 @@ class Wandb:
         self._try("set up", lambda run: (run.define_metric("step"), run.define_metric("*", step_metric="step")))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """See Sink."""
+        """Numbers by name."""
         self._try(f"log step {step}", lambda run: run.log({"step": step, **values}))
 
     def picture(self, step: int, name: str, png: bytes, caption: str) -> None:
-        """See Sink."""
+        """A PNG."""
 
         def send(run: Any) -> None:
             import wandb
@@ -298,7 +281,7 @@ class Wandb:
         self._try(f"log the picture {name}", send)
 
     def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
-        """See Sink."""
+        """Counts [n] between edges [n + 1]."""
 
         def send(run: Any) -> None:
             import numpy as np
@@ -310,10 +293,10 @@ class Wandb:
         self._try(f"log the histogram {name}", send)
 
     def flush(self) -> None:
-        """See Sink. wandb's own process holds what it was told."""
+        """Does nothing: wandb's own process holds what it was told."""
 
     def finish(self, best: Path | None) -> None:
-        """See Sink. Waits for what is yet to be sent, but not for ever."""
+        """The run has ended. best: a checkpoint to upload. Waits for what is left to send, but not forever."""
         if self._run is None:
             return
 
@@ -358,8 +341,42 @@ def _for_nobody_at_a_terminal() -> Iterator[None]:
             sys.argv, sys.stdin = command, terminal
 
 
-def as_png(image: Image.Image) -> bytes:
-    """A picture as the bytes of a PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+class TensorBoard:
+    """Event files that `tensorboard --logdir EXPERIMENT/tensorboard` reads."""
+
+    forgets = 0  # flushed before each checkpoint
+
+    def __init__(self, folder: Path) -> None:
+        """folder: the experiment's."""
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers by name."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, png: bytes, caption: str) -> None:
+        """A PNG."""
+        with Image.open(io.BytesIO(png)) as image:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
+        """Each bin stands as its middle: TensorBoard's summary wants sums that counts do not hold."""
+        middles = (np.asarray(edges[:-1]) + np.asarray(edges[1:])) / 2
+        total = int(sum(counts))
+        if total:
+            self._writer.add_histogram_raw(
+                name, min=float(edges[0]), max=float(edges[-1]), num=total, sum=float((middles * counts).sum()),
+                sum_squares=float((middles**2 * counts).sum()), bucket_limits=list(edges[1:]),
+                bucket_counts=list(counts), global_step=step,
+            )  # fmt: skip
+
+    def flush(self) -> None:
+        """A checkpoint is about to be kept, whose steps are not taken again: what was said so far must last."""
+        self._writer.flush()
+
+    def finish(self, best: Path | None) -> None:
+        """The run has ended. best: a checkpoint to keep there."""
+        self._writer.close()

@@ -1,7 +1,6 @@
 """The driver of a training run: checks, opens the experiment, scans the data, starts the workers, shows progress."""
 
 import dataclasses
-import logging
 import math
 import os
 import sys
@@ -18,7 +17,6 @@ from torch import Tensor
 from m2d.classes import CLASSES
 from m2d.cluster.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
-from m2d.config import TrainConfig, as_dict, differences, with_absolute_paths
 from m2d.data.catalog import class_counts
 from m2d.data.local import iterate_local
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
@@ -26,10 +24,10 @@ from m2d.experiment import Experiment, newest_step, open_experiment
 from m2d.files.storage import open_storage
 from m2d.models.perceptual import lpips_available
 from m2d.models.settings import PerceptualKind, Precision
-from m2d.records import BlankingFormatter
+from m2d.records import log_file
 from m2d.training.console import Console
-from m2d.training.dataset import prepared_parts, run_catalog
-from m2d.training.plan import CATALOG, RunPlan
+from m2d.training.run_plan import CATALOG, RunPlan, prepared_parts, run_catalog
+from m2d.training.settings import TrainConfig, as_dict, differences, with_absolute_paths
 from m2d.training.stopping import Stopped, StopRequest, failures_recorded, recorded_failure
 from m2d.training.telemetry import WandbKey, find_wandb_key
 
@@ -46,9 +44,9 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
     """Train to the end, starting or resuming. Returns the experiment.
 
     callbacks: `ray.train.UserCallback`s that hear of every report of the workers; a sweep's trials have one.
-    stoppable: SIGINT and SIGTERM make the run save before it ends; not where somebody else ends it, as a sweep does.
+    stoppable: SIGINT and SIGTERM make the run save before it ends; False where the caller ends it, as a sweep does.
 
-    Raises an M2DError for what a user can mend. Everything written so far stays; running the same command goes on.
+    Raises an M2DError for what a user can fix. Everything written so far stays; running the same command resumes.
     """
     config = with_absolute_paths(config)
     console = Console()
@@ -56,7 +54,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
     experiment, resumed = open_experiment(
         config.experiments_dir, config.name, as_dict(config), differences, fresh=config.fresh, command=sys.argv
     )
-    with experiment.running(), _log_file(experiment):
+    with experiment.running(), log_file(experiment.path / "logs" / "driver.log"):
         try:
             with _resources(config):
                 opening = _opening(config)
@@ -77,7 +75,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
             if not (never_began and experiment.discard()):  # so a wrong data_root leaves no trace
                 asked = isinstance(error, (Stopped, KeyboardInterrupt, SystemExit))
                 failed: dict[str, Any] = {"state": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
-                with suppress(OSError):  # of a full disk; what is wrong is told all the same
+                with suppress(OSError):  # of a full disk; the error is raised all the same
                     experiment.update_info(**({"state": "stopped", "error": None} if asked else failed))
             raise
         experiment.update_info(state="done", finished=datetime.now(UTC).isoformat(timespec="seconds"), error=None)
@@ -127,18 +125,36 @@ def _train_in(
     callbacks: Sequence[Any],
     stoppable: bool,
 ) -> None:
-    """Plan and run, once the data is known."""
+    """Plan, announce and run, once the data is known."""
+    train_images = sum(class_counts(catalog, "train").values())
+    if train_images == 0:
+        raise DataError("the train split is empty; lower data.val_fraction and data.test_fraction, or add images")
     plan = RunPlan(
         config=config,
         experiment=experiment,
         world_size=max(config.workers[1], 1),
-        train_images=_count(catalog, "train"),
+        train_images=train_images,
         precision=opening.precision,
         perceptual=opening.perceptual,
         **prepared_parts(config, experiment, catalog, console),
     )
-    _announce(plan, catalog, opening, console)
-    done = newest_step(plan.experiment.checkpoints)
+    counts = class_counts(catalog, "train")
+    console.say(f"training images: {' '.join(f'{code} {counts[code]}' for code in CLASSES)}")
+    console.say(
+        f"{plan.total_steps:,} steps of {plan.global_batch} images, {plan.steps_per_epoch:,} steps an epoch: "
+        f"{plan.total_steps / plan.steps_per_epoch:.3g} epoch(s)"
+    )
+    experiment.update_info(
+        state="running",
+        device=opening.device,
+        precision=PRECISION_NAMES[plan.precision],
+        perceptual=plan.perceptual,
+        degraded=opening.degraded,
+        total_steps=plan.total_steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        world_size=plan.world_size,
+    )
+    done = newest_step(experiment.checkpoints)
     if done >= plan.total_steps:
         return
     record = experiment.path / "metrics" / "train.jsonl"
@@ -147,23 +163,16 @@ def _train_in(
         console.progress(record, plan.total_steps, plan.steps_per_epoch, done),
     ):
         if config.workers[1] == 0:
-            from m2d.training.worker import train_worker  # the networks; on Ray the driver does without
+            from m2d.training.loop import train_worker  # the networks; on Ray the driver does without
 
             with failures_recorded(experiment.path, config):
                 train_worker(plan, _LocalLink(plan, torch.device("cuda" if opening.on_gpu else "cpu")))
         else:
             online = config.use_wandb and config.wandb_mode == "online"
             _fit(plan, opening.on_gpu, callbacks, find_wandb_key(console.warn) if online else None)
-    done = newest_step(plan.experiment.checkpoints)
+    done = newest_step(experiment.checkpoints)
     if request.signal is not None and done < plan.total_steps:
-        raise Stopped(f"stopped at step {done:,} of {plan.total_steps:,}; the same command goes on", request.signal)
-
-
-def _count(catalog: pa.Table, split: str) -> int:
-    count = sum(class_counts(catalog, split).values())
-    if count == 0:
-        raise DataError(f"the {split} split is empty; lower data.val_fraction and data.test_fraction, or add images")
-    return count
+        raise Stopped(f"stopped at step {done:,} of {plan.total_steps:,}; the same command resumes", request.signal)
 
 
 def _resources(config: TrainConfig) -> AbstractContextManager[None]:
@@ -229,36 +238,15 @@ def _perceptual(config: TrainConfig, degraded: list[str]) -> PerceptualKind:
     return "features"
 
 
-def _announce(plan: RunPlan, catalog: pa.Table, opening: _Opening, console: Console) -> None:
-    """The run in numbers, to the person and into the record."""
-    counts = class_counts(catalog, "train")
-    console.say(f"training images: {' '.join(f'{code} {counts[code]}' for code in CLASSES)}")
-    epochs = plan.total_steps / plan.steps_per_epoch
-    console.say(
-        f"{plan.total_steps:,} steps of {plan.global_batch} images, {plan.steps_per_epoch:,} steps an epoch: "
-        f"{epochs:.3g} epoch(s)"
-    )
-    plan.experiment.update_info(
-        state="running",
-        device=opening.device,
-        precision=PRECISION_NAMES[plan.precision],
-        perceptual=plan.perceptual,
-        degraded=opening.degraded,
-        total_steps=plan.total_steps,
-        steps_per_epoch=plan.steps_per_epoch,
-        world_size=plan.world_size,
-    )
-
-
 def _fit(plan: RunPlan, on_gpu: bool, callbacks: Sequence[Any], key: WandbKey | None) -> None:
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from m2d.training.loop import GroupStream, ray_worker
+    from m2d.training.ray_worker import GroupStream, ray_worker
 
     config = plan.config
     fewest, most = config.workers
-    # Of Ray's own barriers, and for a process that answers nobody; those of torch are told below.
+    # Of Ray's own barriers and health checks; torch's timeout is set below.
     patience_s = config.ray.collective_timeout_s
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(patience_s)
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(min(patience_s, HEALTH_CHECK_S))
@@ -334,7 +322,7 @@ def _cause(error: Exception, plan: RunPlan) -> Exception:
     if any(words in str(error) for words in WORDS_OF_HANGS):
         return TrainingError(
             f"the workers waited {plan.config.ray.collective_timeout_s:g} s for one that does not answer "
-            f"(ray.collective_timeout_s); the same command goes on; the logs: {plan.experiment.path / 'logs'}"
+            f"(ray.collective_timeout_s); the same command resumes; the logs: {plan.experiment.path / 'logs'}"
         )
     return TrainingError(
         f"a worker failed: {str(error).strip().splitlines()[-1]}; its log: {plan.experiment.path / 'logs'}"
@@ -368,20 +356,5 @@ class _LocalLink:
         """Nobody to tell."""
 
     def preempted(self) -> bool:
-        """A process of one's own is not told."""
+        """The calling process gets no notice."""
         return False
-
-
-class _log_file:
-    """Messages of the driver, kept in logs/driver.log."""
-
-    def __init__(self, experiment: Experiment) -> None:
-        self.handler = logging.FileHandler(experiment.path / "logs" / "driver.log")
-        self.handler.setFormatter(BlankingFormatter())
-
-    def __enter__(self) -> None:
-        logging.getLogger("m2d").addHandler(self.handler)
-
-    def __exit__(self, *exception: object) -> None:
-        logging.getLogger("m2d").removeHandler(self.handler)
-        self.handler.close()

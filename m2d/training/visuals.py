@@ -18,18 +18,16 @@ from m2d.diffusion.interpolant import interpolate
 from m2d.generation.contact_sheet import contact_sheet
 from m2d.generation.generator import to_uint8
 from m2d.models.checkpoint import CheckpointInfo
-from m2d.models.feature_extractor import FeatureExtractor
 from m2d.plots.class_charts import class_similarity, cls_projection
 from m2d.plots.features import alignment_map, patch_pca
 from m2d.plots.gradients import gradient_histogram
 from m2d.plots.reconstructions import reconstruction_grid
 from m2d.training.features import FeatureSource, spread_over_classes
-from m2d.training.gradients import GradientStatistics
 from m2d.training.losses import psnr
-from m2d.training.sampling import RunState
+from m2d.training.measure import GradientStatistics
 from m2d.training.step import extract
 from m2d.training.telemetry import Telemetry
-from m2d.training.validation import SEED, fixed_noise
+from m2d.training.validation import SEED, RunState, fixed_noise
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +38,16 @@ ALIGNMENT_TIME = 0.5  # t at which tokens are compared, half noise
 class Visuals:
     """Draws a run's networks as they are when it is asked."""
 
-    def __init__(
-        self,
-        state: RunState,
-        validation: tuple[ImageReader, FeatureSource] | None,
-    ) -> None:
+    def __init__(self, state: RunState, validation: tuple[ImageReader, FeatureSource] | None) -> None:
         """validation: None where the run has no validation images."""
         self.state, self.validation = state, validation
         self.plan, self.networks, self.device = state.plan, state.networks, state.device
-        self._real: tuple[np.ndarray, np.ndarray] | None = None  # cls and labels, the same all along
+        self._real: np.ndarray | None = None  # cls features of real images, the same each time
 
     def show(self, telemetry: Telemetry, info: CheckpointInfo, kinds: set[str]) -> None:
         """Make and keep the pictures asked for: of `reconstructions`, `samples`, `features`.
 
-        A picture that cannot be made, as of a model that gives no numbers yet, is told in the log and left out.
+        A picture that cannot be made, as of a model that gives no numbers yet, is logged and left out.
         """
 
         def attempt(kind: str, make: Callable[[], None]) -> None:
@@ -100,17 +94,21 @@ class Visuals:
     @torch.no_grad()
     def _features(self, telemetry: Telemetry, step: int, generated: np.ndarray, generated_labels: np.ndarray) -> None:
         extractor = self.state.extractor()
-        pixels, labels, rows = self._shown()
+        pixels, labels, shown = self._shown()
         images, features = _arrays(pixels), extract(extractor, pixels)
         patches = features.patches.cpu().numpy()
         grid = round(patches.shape[1] ** 0.5)
         if grid**2 == patches.shape[1]:  # a network with register tokens, say, has no such picture
             telemetry.picture(step, "patch_features", patch_pca(images, patches, labels))
-            cosine = self._cosine(pixels, labels, rows, features.cls, features.patches)
+            cosine = self._cosine(pixels, labels, shown, features.cls, features.patches)
             maps = cosine.reshape(len(images), grid, grid)
             telemetry.picture(step, "alignment", alignment_map(images, maps, labels), f"mean {cosine.mean():.3f}")
-        real, real_labels = self._real_cls(extractor)
-        cls = torch.cat([extract(extractor, part).cls.cpu() for part in self._batches(generated)]).numpy()
+        reader, source = self._required_validation()
+        rows = spread_over_classes(reader.labels, REAL_IMAGES, SEED)
+        if self._real is None:
+            self._real = self.state.real_cls(extractor, reader, source, rows)
+        real, real_labels = self._real, reader.labels[rows]
+        cls = self.state.cls(extractor, generated)
         telemetry.picture(step, "feature_projection", cls_projection(real, real_labels, cls, generated_labels))
         picture, numbers = class_similarity(real, real_labels, cls, generated_labels)
         telemetry.picture(step, "class_similarity", picture)
@@ -137,31 +135,8 @@ class Visuals:
         """The validation images that every picture shows: uint8 [N, 3, H, W] on the device, labels, rows."""
         reader, _ = self._required_validation()
         rows = spread_over_classes(reader.labels, self.plan.config.telemetry.images, SEED)
-        return *self._read(reader, rows), rows
-
-    def _read(self, reader: ImageReader, rows: np.ndarray) -> tuple[Tensor, np.ndarray]:
         read = reader.read(rows, np.zeros(len(rows), dtype=np.int8))
-        return torch.from_numpy(read["images"]).to(self.device).permute(0, 3, 1, 2), read["labels"]
-
-    def _real_cls(self, extractor: FeatureExtractor) -> tuple[np.ndarray, np.ndarray]:
-        """cls features [N, D] and labels [N] of validation images, from the cache where it holds them."""
-        if self._real is None:
-            reader, source = self._required_validation()
-            rows = spread_over_classes(reader.labels, REAL_IMAGES, SEED)
-            size = self.plan.config.batch_size
-            parts = []
-            for first in range(0, len(rows), size):
-                share = rows[first : first + size]
-                if source.table is not None:
-                    parts.append(source.cls(reader, share).cpu())
-                else:
-                    parts.append(extract(extractor, self._read(reader, share)[0]).cls.cpu())
-            self._real = torch.cat(parts).numpy(), reader.labels[rows]
-        return self._real
-
-    def _batches(self, images: np.ndarray) -> list[Tensor]:
-        whole = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2)
-        return list(whole.split(self.plan.config.batch_size))
+        return torch.from_numpy(read["images"]).to(self.device).permute(0, 3, 1, 2), read["labels"], rows
 
     def _required_validation(self) -> tuple[ImageReader, FeatureSource]:
         assert self.validation is not None, "the run has no validation images"

@@ -1,12 +1,13 @@
-"""trials.json of a sweep: every trial that was begun, what it chose and how it ended.
+"""trials.json of a sweep: every trial that was begun, what it chose and how it ended; and what a trial is worth.
 
 The sweep's driver alone writes it, at every start and end of a trial, so that a sweep that is killed at any moment
-goes on where it was. What a trial measured lies in its own experiment.
+resumes where it was. What a trial measured is in its own experiment.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,9 @@ from m2d.experiment import Experiment, list_experiments
 from m2d.files.atomic import write_whole
 from m2d.training.telemetry import MetricsLog
 
-RECORDS, TRIALS = "trials.json", "trials"
-State = Literal["open", "done", "stopped", "failed"]  # open: it runs, or has to go on
+TRIALS = "trials"
+WORST = 1e6  # of a trial that gave no samples or no numbers; finite, so that ranks and means exist
+State = Literal["open", "done", "stopped", "failed"]  # open: it runs, or has to be resumed
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,15 @@ class Ledger:
     def __init__(self, folder: Path) -> None:
         """Raises ExperimentError where trials.json is damaged."""
         self.folder = folder
-        self.path = folder / RECORDS
+        self.path = folder / "trials.json"
         self.records: dict[int, TrialRecord] = {}
         if self.path.is_file():
             try:
                 found = [TrialRecord(**entry) for entry in json.loads(self.path.read_text(encoding="utf-8"))]
             except (ValueError, TypeError) as error:
-                raise ExperimentError(f"{self.path} is damaged ({error}); put it back, or begin with --fresh") from None
+                raise ExperimentError(
+                    f"{self.path} is damaged ({error}); put it back, or start over with --fresh"
+                ) from None
             self.records = {record.number: record for record in found}
 
     def take_up(self) -> None:
@@ -65,7 +69,7 @@ class Ledger:
     def begin(self, tune_id: str, chosen: Mapping[str, float], number: int | None) -> TrialRecord:
         """Record a trial that starts, or starts again.
 
-        number: None where the search does not know its trials' numbers; then an open one with these values goes on.
+        number: None where the search does not know its trials' numbers; then an open one with these values is resumed.
         """
         known = [record for record in self.records.values() if record.tune_id == tune_id]
         if number is None and not known:
@@ -120,3 +124,17 @@ def trial_experiment(folder: Path, name: str) -> Experiment | None:
 def validations(experiment: Experiment) -> list[dict[str, Any]]:
     """A run's validations so far, in order."""
     return MetricsLog(experiment.path / "metrics", "validation").read()
+
+
+def objective(measures: Mapping[str, float], reconstruction_weight: float) -> float:
+    """Kernel distance of generated to validation features + weight * reconstruction error. Lower is better.
+
+    The reconstruction error is the root mean square error of pixels in [0, 1]: 10^(-PSNR / 20). No loss weight counts:
+    a total of weighted losses would reward zero weights.
+    measures: `val/kernel_distance` and `val/psnr_db` of one validation. A distance of 0 is as good as real images, and
+    30 dB is an error of 0.032, so a weight of 10 puts both on one scale: 0.3 each where samples are fair.
+    """
+    distance, psnr_db = (measures.get(name, nan) for name in ("val/kernel_distance", "val/psnr_db"))
+    if not (isfinite(distance) and isfinite(psnr_db)):
+        return WORST
+    return float(distance + reconstruction_weight * 10 ** (-psnr_db / 20))

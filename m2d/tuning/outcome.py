@@ -2,23 +2,25 @@
 
 import csv
 import json
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from rich.console import Console as RichConsole
 from rich.table import Table
 
-from m2d.config import as_dict
 from m2d.errors import TrainingError
 from m2d.plots.sweeps import best_trial, importance_chart, parallel_coordinates
 from m2d.records import blanked
-from m2d.tuning.importance import importances
-from m2d.tuning.ledger import Ledger
-from m2d.tuning.objective import WORST, objective
+from m2d.training.settings import as_dict
+from m2d.tuning.ledger import WORST, Ledger, objective
 from m2d.tuning.settings import SweepConfig
 from m2d.tuning.space import parse_distribution
 
+LEAST_TRIALS = 4  # below, a variance has nothing to be shared out from
 MEASURES = ("val/kernel_distance", "val/psnr_db", "val/perceptual", "val/velocity_mse")
 
 
@@ -72,7 +74,8 @@ def read_outcome(config: SweepConfig, ledger: Ledger) -> Outcome:
                 error=record.error,
             )
         )
-    return Outcome(sorted(trials, key=_order))
+    # Whole trials first, those without an objective last.
+    return Outcome(sorted(trials, key=lambda t: (not t.finished, t.objective is None, t.objective or 0.0)))
 
 
 def write_outcome(outcome: Outcome, config: SweepConfig, folder: Path, console: RichConsole) -> None:
@@ -132,6 +135,36 @@ def _table(outcome: Outcome, settings: list[str]) -> Table:
     return table
 
 
-def _order(trial: TrialOutcome) -> tuple[bool, bool, float]:
-    """Whole trials first, those without an objective last."""
-    return not trial.finished, trial.objective is None, trial.objective or 0.0
+if TYPE_CHECKING:
+    from m2d.tuning.outcome import TrialOutcome
+
+
+def importances(trials: Sequence[TrialOutcome], space: Mapping[str, str], seed: int) -> tuple[dict[str, float], int]:
+    """(setting -> share of the objective's variance that it explains, largest first; the report that was compared).
+
+    fANOVA (Hutter et al., ICML 2014) as Optuna has it. All trials are compared at the latest report that every one of
+    them reached: the last objectives of trials that were stopped early are of other steps. {} for too few trials.
+    """
+    from optuna import create_study, logging
+    from optuna.distributions import BaseDistribution, FloatDistribution
+    from optuna.exceptions import ExperimentalWarning
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+    from optuna.trial import create_trial
+
+    report = min((len(trial.objectives) for trial in trials), default=0)
+    ranges: dict[str, BaseDistribution] = {}
+    for name, text in space.items():
+        if len({trial.chosen.get(name) for trial in trials}) > 1:
+            one = parse_distribution(name, text)
+            ranges[name] = FloatDistribution(min(one.numbers), max(one.numbers), log=one.is_logarithmic)
+    if len(trials) < LEAST_TRIALS or not ranges:
+        return {}, report
+    logging.set_verbosity(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study = create_study(direction="minimize")
+        for trial in trials:
+            params = {name: trial.chosen[name] for name in ranges}
+            study.add_trial(create_trial(params=params, distributions=ranges, value=trial.objectives[report - 1]))
+        found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=seed))
+    return {name: float(share) for name, share in found.items()}, report

@@ -1,14 +1,13 @@
 """Settings of a sweep. Light on purpose: the command line reads them before torch is imported."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from math import isfinite
 from typing import Any, Literal, TypeVar
 
 from m2d.arguments import setting_types
-from m2d.config import TrainConfig
-from m2d.errors import ConfigError
-from m2d.tuning.space import parse_distribution
+from m2d.training.settings import TrainConfig, require, require_range
+from m2d.tuning.space import Distribution, parse_distribution
 
 ConfigT = TypeVar("ConfigT")
 DEFAULT_SPACE = {
@@ -36,25 +35,19 @@ class SweepSettings:
     seed: int = 0  # of the search
 
     def __post_init__(self) -> None:
-        for name in ("reports", "grace_reports", "samples"):
-            _require(getattr(self, name) >= 1, f"sweep.{name} is {getattr(self, name)}; it must be at least 1")
-        _require(
+        require_range(self, "sweep.", 1, "reports", "grace_reports", "max_concurrent")
+        require_range(self, "sweep.", 3, "samples")  # fewer have no unbiased kernel distance
+        require_range(self, "sweep.", 1, "reduction_factor", above=True)
+        require_range(self, "sweep.", 0, "reconstruction_weight")
+        require(
             self.grace_reports <= self.reports,
             f"sweep.grace_reports is {self.grace_reports}, more than sweep.reports {self.reports}",
         )
-        _require(self.samples >= 3, f"sweep.samples is {self.samples}; a kernel distance needs at least 3")
-        _require(self.reduction_factor > 1, f"sweep.reduction_factor is {self.reduction_factor}; it must be above 1")
-        weight = self.reconstruction_weight
-        _require(isfinite(weight) and weight >= 0, f"sweep.reconstruction_weight is {weight}; it must be at least 0")
-        _require(
-            self.max_concurrent is None or self.max_concurrent >= 1,
-            f"sweep.max_concurrent is {self.max_concurrent}; it must be at least 1, or null",
-        )
-        _require(bool(self.space), "sweep.space is empty; name at least one setting")
+        require(bool(self.space), "sweep.space is empty; name at least one setting")
         known = dict(setting_types(TrainConfig))
         for setting, text in self.space.items():
-            _require(setting in known, f"sweep.space names {setting}, which is no setting of training; see --help")
-            _require(known[setting] in (int, float), f"sweep.space names {setting}, which is no number")
+            require(setting in known, f"sweep.space names {setting}, which is no setting of training; see --help")
+            require(known[setting] in (int, float), f"sweep.space names {setting}, which is no number")
             parse_distribution(setting, text)
 
 
@@ -70,25 +63,37 @@ class SweepConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(not self.dry_run, "dry_run is of the command train; try a trial's settings there")
-        _require(self.num_trials >= 1, f"num_trials is {self.num_trials}; it must be at least 1")
+        require(not self.dry_run, "dry_run is of the command train; try a trial's settings there")
+        require_range(self, "", 1, "num_trials")
         fewest, most = self.workers
-        _require(most >= 1, "num_workers is 0; a trial trains with at least one Ray worker")
-        _require(fewest == most, f"num_workers is {self.num_workers}; a sweep's trials have one number, all the same")
-        _require(not (self.resume and self.fresh), "resume and fresh contradict each other; give one of them")
-        _require("://" not in self.experiments_dir, "experiments_dir is a URI; a sweep needs a path that all nodes see")
-        for setting, text in self.sweep.space.items():
-            _require(
-                self.search != "grid" or parse_distribution(setting, text).is_finite,
-                f"sweep.space: {setting} is {text}, which no grid can hold; write choice(a, b, ...)",
+        require(most >= 1, "num_workers is 0; a trial trains with at least one Ray worker")
+        require(fewest == most, f"num_workers is {self.num_workers}; a sweep's trials have one number, all the same")
+        require(not (self.resume and self.fresh), "resume and fresh contradict each other; give one of them")
+        require("://" not in self.experiments_dir, "experiments_dir is a URI; a sweep needs a path that all nodes see")
+        for setting, one in self.distributions.items():
+            require(
+                self.search != "grid" or one.is_finite,
+                f"sweep.space: {setting} is {self.sweep.space[setting]}, which no grid can hold; write choice(a, ...)",
             )
+
+    @property
+    def distributions(self) -> dict[str, Distribution]:
+        """Setting -> what it is chosen from."""
+        return {setting: parse_distribution(setting, text) for setting, text in self.sweep.space.items()}
+
+    @property
+    def count(self) -> int:
+        """Trials of the whole sweep."""
+        if self.search != "grid":
+            return self.num_trials
+        return math.prod(len(one.numbers) for one in self.distributions.values())
 
     def training(self, chosen: Mapping[str, float]) -> TrainConfig:
         """The training settings alone, with the chosen values of dotted settings in their places."""
         config = TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)})
         whole = {setting for setting, kind in setting_types(TrainConfig) if kind is int}
         for setting, value in chosen.items():
-            config = with_setting(config, setting, round(value) if setting in whole else value)
+            config = _with_setting(config, setting, round(value) if setting in whole else value)
         return config
 
     def trial(self, chosen: Mapping[str, float], *, name: str, folder: str) -> TrainConfig:
@@ -123,13 +128,8 @@ class SweepConfig(TrainConfig):
         return self.epochs if self.saving.every_steps is None else self.sweep.reports
 
 
-def with_setting(config: ConfigT, setting: str, value: Any) -> ConfigT:
+def _with_setting(config: ConfigT, setting: str, value: Any) -> ConfigT:
     """The config with one (dotted) setting changed; checked as every config is."""
     name, _, rest = setting.partition(".")
-    new = with_setting(getattr(config, name), rest, value) if rest else value
+    new = _with_setting(getattr(config, name), rest, value) if rest else value
     return replace(config, **{name: new})  # type: ignore[type-var]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)

@@ -1,5 +1,6 @@
 """The driver of a sweep: starts or resumes Ray Tune, follows its trials, writes what came out."""
 
+import itertools
 import logging
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, Tuner
 from ray.tune.experiment import Trial
@@ -19,27 +21,26 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 
 from m2d.cluster.nodes import node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
-from m2d.config import with_absolute_paths
 from m2d.errors import ConfigError, ExperimentError
+from m2d.files.atomic import try_lock, write_whole
+from m2d.records import blanked
 from m2d.training.console import Console
-from m2d.tuning.folder import SETTINGS, held, require_enough, require_same, set_aside, write_settings
-from m2d.tuning.ledger import Ledger, TrialRecord
-from m2d.tuning.objective import OBJECTIVE, objective
+from m2d.training.settings import as_dict, differences, with_absolute_paths
+from m2d.tuning.ledger import Ledger, TrialRecord, objective
 from m2d.tuning.outcome import Outcome, read_outcome, write_outcome
-from m2d.tuning.proposals import count, distributions, planned
 from m2d.tuning.settings import SweepConfig
 from m2d.tuning.space import Distribution
-from m2d.tuning.trial import NUMBER, REPORT, FollowTrials, run_trial
+from m2d.tuning.trial import NUMBER, OBJECTIVE, REPORT, FollowTrials, run_trial
 
+SETTINGS = "sweep.yaml"
 STOPPING_S = 60.0  # in which a stopped trial's processes end
 DRIVER_CPUS = 0.1  # of a trial's own process, which waits for its workers
-SESSIONS = "tune"  # what Tune keeps of each time that the sweep ran
 
 
 def sweep(config: SweepConfig) -> Outcome:
-    """Search to the end, starting or going on. Returns what came out, which also lies in the sweep's folder.
+    """Search to the end, starting or resuming. Returns what came out, which is also in the sweep's folder.
 
-    Raises an M2DError for what a user can mend. Finished trials stay whatever happens; the same command goes on.
+    Raises an M2DError for what a user can fix. Finished trials stay whatever happens; the same command resumes.
     """
     config = with_absolute_paths(config)
     console = Console()
@@ -50,25 +51,65 @@ def sweep(config: SweepConfig) -> Outcome:
         raise ExperimentError(f"resume: there is no sweep {folder}; leave --resume out to begin it")
     if known and config.fresh:
         with held(folder):  # not from under a sweep that runs
-            set_aside(folder)
+            began = datetime.fromtimestamp((folder / SETTINGS).stat().st_mtime)
+            folder.rename(folder.with_name(f"{folder.name}_until_{began:%Y%m%d_%H%M%S}"))
         known = False
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
         ledger = Ledger(folder)
         if known:
             require_same(folder, config, ledger)
-        require_enough(folder, config, ledger)
+        begun = max(ledger.records, default=-1) + 1
+        if config.search != "grid" and config.num_trials < begun:
+            raise ConfigError(
+                f"num_trials is {config.num_trials}, and the sweep {folder} has begun {begun} trials already; give at "
+                f"least {begun}, or start over with --fresh or another --name"
+            )
         write_settings(folder, config)
         ledger.take_up()
-        left = count(config) - len(ledger.in_state("done", "stopped"))
+        left = config.count - len(ledger.in_state("done", "stopped"))
         if left:
             _run(config, folder, ledger, left, console)
         _leave_stopped(ledger)
-        if len(ledger.in_state("done", "stopped", "failed")) < count(config):
+        if len(ledger.in_state("done", "stopped", "failed")) < config.count:
             raise KeyboardInterrupt  # Tune takes it for a wish to end, and returns as if the sweep were over
         outcome = read_outcome(config, ledger)
         write_outcome(outcome, config, folder, console.rich)
     return outcome
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold the sweep for this process. Raises ExperimentError where another one does."""
+    lock = try_lock(folder / ".running.lock")
+    if lock is None:
+        raise ExperimentError(f"the sweep {folder} is being run by another process; wait for it")
+    with lock:
+        yield
+
+
+def write_settings(folder: Path, config: SweepConfig) -> None:
+    """Keep the settings, atomically."""
+    write_whole(folder / SETTINGS, yaml.safe_dump(blanked(as_dict(config)), sort_keys=False))
+
+
+def require_same(folder: Path, config: SweepConfig, ledger: Ledger) -> None:
+    """Raises ExperimentError, with the difference, where a sweep's trials were begun with other settings."""
+    if not ledger.records:
+        return  # it was refused before its first trial, and is repeated with what was wrong put right
+
+    def binding(written: str) -> dict[str, Any]:
+        settings: dict[str, Any] = yaml.safe_load(written)
+        del settings["resume"], settings["num_trials"], settings["sweep"]["max_concurrent"]
+        return settings
+
+    new = yaml.safe_dump(blanked(as_dict(config)))
+    changed = differences(binding((folder / SETTINGS).read_text(encoding="utf-8")), binding(new))
+    if changed:
+        raise ExperimentError(
+            f"the sweep {folder} was begun with other settings ({'; '.join(changed)}); repeat its command to resume, "
+            "or start over with --fresh or another --name"
+        )
 
 
 def _run(config: SweepConfig, folder: Path, ledger: Ledger, left: int, console: Console) -> None:
@@ -82,14 +123,14 @@ def _run(config: SweepConfig, folder: Path, ledger: Ledger, left: int, console: 
             read={"data_root": config.checked_data_root, "cache_dir": config.cache_dir},
         )
         at_once = min(concurrent_trials(config, node_resources()), left)
-        whole = count(config)
+        whole = config.count
         ended = f", {whole - left} of them ended before" if left < whole else ""
         console.say(
             f"sweep {config.name}: {whole} trials by {config.search} search{ended}, scheduler "
             f"{config.sweep.scheduler}, {at_once} at a time, in {folder}"
         )
         with _own_words(console.say):
-            _tuner(config, folder, ledger, at_once, console).fit()
+            _tuner(config, folder, ledger, at_once).fit()
 
 
 @contextmanager
@@ -124,8 +165,15 @@ def concurrent_trials(config: SweepConfig, nodes: Sequence[Mapping[str, float]])
     cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     per_worker, needed = config.ray.cpus_per_worker, trial_cpus(config) + DRIVER_CPUS
     worker = {"CPU": per_worker, "GPU": float(gpus > 0)}
+
+    def places_left(drivers: int) -> int:
+        """Workers that the nodes still hold when so many drivers are where they are most in the way."""
+        free = places(worker, nodes)
+        beside_all = places(worker, [{**node, "CPU": node.get("CPU", 0) - drivers * DRIVER_CPUS} for node in nodes])
+        return free - min(free - beside_all, drivers * math.ceil(DRIVER_CPUS / per_worker))
+
     fit = math.floor(cpus / needed + 1e-9)
-    while fit > 0 and _places_left(worker, nodes, fit) < fit * config.workers[1]:
+    while fit > 0 and places_left(fit) < fit * config.workers[1]:
         fit -= 1
     if fit < 1:
         gpu = " and a GPU" if gpus else ""
@@ -137,36 +185,49 @@ def concurrent_trials(config: SweepConfig, nodes: Sequence[Mapping[str, float]])
     wanted = config.sweep.max_concurrent
     if wanted is not None and wanted > fit:
         raise ConfigError(f"sweep.max_concurrent is {wanted}, and the cluster can hold {fit} trials at once; lower it")
-    return min(wanted or fit, count(config))
+    return min(wanted or fit, config.count)
 
 
-def _places_left(worker: Mapping[str, float], nodes: Sequence[Mapping[str, float]], drivers: int) -> int:
-    """Workers that the nodes still hold when so many trials' own processes sit where they are most in the way."""
-    free = places(worker, nodes)
-    beside_all = places(worker, [{**node, "CPU": node.get("CPU", 0) - drivers * DRIVER_CPUS} for node in nodes])
-    return free - min(free - beside_all, drivers * math.ceil(DRIVER_CPUS / worker["CPU"]))
+def planned(config: SweepConfig) -> list[dict[str, float]]:
+    """The values of every trial of a random or grid search, by the trial's number.
+
+    A random trial has a generator of its own, so that the first trials of a longer sweep are those of a shorter one.
+    """
+    space = config.distributions
+    if config.search == "grid":
+        return [dict(zip(space, values)) for values in itertools.product(*(one.numbers for one in space.values()))]
+    generators = [np.random.default_rng((config.sweep.seed, number)) for number in range(config.num_trials)]
+    return [{setting: _draw(one, generator) for setting, one in space.items()} for generator in generators]
 
 
-def _tuner(config: SweepConfig, folder: Path, ledger: Ledger, at_once: int, console: Console) -> Tuner:
-    """Ray Tune over the trials that are left, told what the others were worth.
+def _draw(one: Distribution, generator: np.random.Generator) -> float:
+    if one.is_finite:
+        return float(generator.choice(one.numbers))
+    low, high = one.numbers
+    if one.kind == "uniform":
+        return float(generator.uniform(low, high))
+    return float(np.exp(generator.uniform(np.log(low), np.log(high))))
+
+
+def _tuner(config: SweepConfig, folder: Path, ledger: Ledger, at_once: int) -> Tuner:
+    """Ray Tune over the trials that are left, informed of what the others were worth.
 
     Tune could restore its own state instead, but that is up to ten seconds old, knows nothing of the scheduler's, and
     is bound to the number of trials that it was begun with.
     """
     ended, left = ledger.in_state("done", "stopped"), ledger.in_state("open")
-    weight = config.sweep.reconstruction_weight
-    worth = [(record, [objective(row, weight) for row in ledger.rows(record)]) for record in ended]
-    space: dict[str, Any]
+    worth = [
+        (record, [objective(r, config.sweep.reconstruction_weight) for r in ledger.rows(record)]) for record in ended
+    ]
+    space: dict[str, Any] = {}
     search: SearchAlgorithm | Searcher
-    chosen: list[dict[str, float]] | None = None
-    samples = 1
+    chosen, samples = None, 1
     if config.search == "optuna":
-        known = [(record, objectives[-1]) for record, objectives in worth if objectives]
-        space, samples = {}, count(config) - len(ended)
-        search = _optuna(config, known, left, at_once)
+        samples = config.count - len(ended)
+        search = _optuna(config, [(record, found[-1]) for record, found in worth if found], left, at_once)
     else:
         chosen = planned(config)
-        numbers = [number for number in range(len(chosen)) if number not in {record.number for record in ended}]
+        numbers = sorted(set(range(len(chosen))) - {record.number for record in ended})
         space, search = {NUMBER: tune.grid_search(numbers)}, BasicVariantGenerator(max_concurrent=at_once)
     return Tuner(
         tune.with_resources(tune.with_parameters(run_trial, config=config, folder=str(folder)), {"CPU": DRIVER_CPUS}),
@@ -175,21 +236,17 @@ def _tuner(config: SweepConfig, folder: Path, ledger: Ledger, at_once: int, cons
             num_samples=samples,
             search_alg=search,  # it holds the limit of trials at a time: Tune ignores its own where there is one
             scheduler=_scheduler(config, {record.name: objectives for record, objectives in worth}),
-            trial_dirname_creator=_directory,
+            trial_dirname_creator=lambda trial: str(trial.trial_id),  # the default has every value in its name
         ),
         run_config=RunConfig(
             name=f"{datetime.now():%Y%m%d_%H%M%S}",
-            storage_path=str(folder / SESSIONS),
+            storage_path=str(folder / "tune"),  # what Tune keeps of each time that the sweep ran
             verbose=0,
-            callbacks=[FollowTrials(console, ledger, count(config), chosen)],
+            callbacks=[FollowTrials(ledger, config.count, chosen)],
             failure_config=FailureConfig(max_failures=1),
             checkpoint_config=CheckpointConfig(num_to_keep=None),
         ),
     )
-
-
-def _directory(trial: Any) -> str:
-    return str(trial.trial_id)  # of what Tune keeps of it; the default has every value in its name
 
 
 def _optuna(
@@ -207,11 +264,10 @@ def _optuna(
         return FloatDistribution(one.numbers[0], one.numbers[1], log=one.kind == "loguniform")
 
     optuna_logging.set_verbosity(optuna_logging.WARNING)
-    space = {setting: of(one) for setting, one in distributions(config).items()}
-    # Begun anew with its old seed, the sampler would propose again what it proposed first.
+    # Started over with its old seed, the sampler would propose again what it proposed first.
     seed = int(np.random.default_rng((config.sweep.seed, len(ended))).integers(2**31))
     search = OptunaSearch(
-        space,
+        {setting: of(one) for setting, one in config.distributions.items()},
         metric=OBJECTIVE,
         mode="min",
         sampler=TPESampler(seed=seed),
@@ -224,8 +280,7 @@ def _optuna(
 
 def _scheduler(config: SweepConfig, worth: dict[str, list[float]]) -> TrialScheduler:
     """worth: name -> objectives of each trial that has ended, at its reports."""
-    settings = config.sweep
-    reports = config.reports
+    settings, reports = config.sweep, config.reports
     if settings.scheduler == "none" or reports <= settings.grace_reports:
         return FIFOScheduler()
     asha = ASHAScheduler(
@@ -237,18 +292,18 @@ def _scheduler(config: SweepConfig, worth: dict[str, list[float]]) -> TrialSched
         grace_period=settings.grace_reports,
         reduction_factor=settings.reduction_factor,
     )
-    nobody: Any = None  # ASHA asks nothing of Tune's controller
+    controller: Any = None  # ASHA asks nothing of it
     for name, objectives in worth.items():
         past = Trial("past", stub=True, trial_id=name)
-        asha.on_trial_add(nobody, past)
+        asha.on_trial_add(controller, past)
         for report, value in enumerate(objectives, start=1):
-            asha.on_trial_result(nobody, past, {REPORT: report, OBJECTIVE: value})
-        asha.on_trial_remove(nobody, past)
+            asha.on_trial_result(controller, past, {REPORT: report, OBJECTIVE: value})
+        asha.on_trial_remove(controller, past)
     return asha
 
 
 def _leave_stopped(ledger: Ledger) -> None:
-    """Runs of trials that Tune stopped have not failed, and are none that someone should go on with."""
+    """Runs of trials that Tune stopped have not failed, and none of them is to be resumed."""
     deadline = time.monotonic() + STOPPING_S
     for record in ledger.in_state("done", "stopped"):
         experiment = ledger.experiment(record)

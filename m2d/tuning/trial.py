@@ -11,13 +11,13 @@ from ray.tune import Callback
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from m2d.config import TrainConfig
 from m2d.experiment import newest_step
 from m2d.training.console import Console
-from m2d.tuning.ledger import TRIALS, Ledger, State, trial_experiment, validations
-from m2d.tuning.objective import OBJECTIVE, objective
+from m2d.training.settings import TrainConfig
+from m2d.tuning.ledger import TRIALS, Ledger, State, objective, trial_experiment, validations
 from m2d.tuning.settings import SweepConfig
 
+OBJECTIVE = "objective"
 NUMBER = "number"  # of a trial whose values were planned, in what Tune proposes
 REPORT = "report"  # how often a trial has been judged; Tune's own count starts again with each process
 
@@ -38,12 +38,12 @@ class ReportObjective(TuneReportCallback):
 
 
 def judged(measures: Mapping[str, Any], report: int, reconstruction_weight: float) -> dict[str, Any]:
-    """What Tune is told of one validation."""
+    """What one validation reports to Tune."""
     return {**measures, OBJECTIVE: objective(measures, reconstruction_weight), REPORT: report}
 
 
 def run_trial(proposed: Mapping[str, float], *, config: SweepConfig, folder: str) -> None:
-    """Train with the values that the sweep's ledger names. A trial that was begun before goes on from its checkpoint.
+    """Train with the values that the sweep's ledger names. A trial that was begun before resumes from its checkpoint.
 
     proposed: what Tune's search gave; the driver has written the values, and the trial's name, into the ledger.
     folder: the sweep's.
@@ -54,7 +54,7 @@ def run_trial(proposed: Mapping[str, float], *, config: SweepConfig, folder: str
     if experiment is not None:
         reached = newest_step(experiment.checkpoints)
         rows = [row for row in validations(experiment) if row["step"] <= reached]
-        if rows:  # where it stands, which Tune, begun anew, does not know
+        if rows:  # how far it came, which a restarted Tune does not know
             tune.report(judged(rows[-1], len(rows), weight))
     run = config.trial(record.chosen, name=record.name, folder=str(Path(folder) / TRIALS))
     ray.get(_in_known_cluster(_train).remote(run, ReportObjective(weight, Path(folder), record.name)))
@@ -83,30 +83,30 @@ def _in_known_cluster(function: Callable[..., None]) -> Any:
 
 
 class FollowTrials(Callback):
-    """In the driver: writes the ledger as trials start, are judged and end, and tells the person.
+    """In the driver: writes the ledger as trials start, are judged and end, and prints what happens.
 
     chosen: the values of planned trials; None where the search proposes them.
     """
 
-    def __init__(
-        self, console: Console, ledger: Ledger, trials: int, chosen: Sequence[dict[str, float]] | None
-    ) -> None:
-        self.console, self.ledger, self.trials, self.chosen = console, ledger, trials, chosen
+    def __init__(self, ledger: Ledger, trials: int, chosen: Sequence[dict[str, float]] | None) -> None:
+        self.ledger, self.trials, self.chosen = ledger, trials, chosen  # no console: Tune pickles its callbacks
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's process is there and has not begun: it finds its name and its values in the ledger."""
-        number = None if self.chosen is None else int(trial.config[NUMBER])
-        values = trial.config if self.chosen is None or number is None else self.chosen[number]
-        record = self.ledger.begin(trial.trial_id, values, number)
+        if self.chosen is None:
+            record = self.ledger.begin(trial.trial_id, trial.config, None)
+        else:
+            number = int(trial.config[NUMBER])
+            record = self.ledger.begin(trial.trial_id, self.chosen[number], number)
         settings = "  ".join(f"{name.rpartition('.')[2]} {value:.3g}" for name, value in record.chosen.items())
-        self.console.say(f"{record.name}  {settings}")
+        Console().say(f"{record.name}  {settings}")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         """A trial was judged."""
         if OBJECTIVE in result:
-            self.console.say(
+            Console().say(
                 f"{self.ledger.of(trial.trial_id).name}  report {result[REPORT]}  step {result.get('step', 0):g}  "
                 f"objective {result[OBJECTIVE]:.4g}"
             )
@@ -131,11 +131,4 @@ class FollowTrials(Callback):
         self.ledger.end(trial.trial_id, state, step=step, error=error)
         ended = len(self.ledger.in_state("done", "stopped", "failed"))
         how = {"done": "took all its steps", "stopped": f"stopped early, at step {step}"}.get(state, f"failed: {error}")
-        self.console.say(f"{self.ledger.of(trial.trial_id).name}  {how} ({ended} of {self.trials} ended)")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Tune keeps its callbacks with its state; a console has a lock and cannot be kept."""
-        return {**self.__dict__, "console": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, console=Console())
+        Console().say(f"{self.ledger.of(trial.trial_id).name}  {how} ({ended} of {self.trials} ended)")

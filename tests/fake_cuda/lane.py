@@ -19,14 +19,12 @@ from torch import Tensor
 from torch._meta_registrations import calc_conv_nd_return_shape
 
 from m2d.cli import parse
-from m2d.config import TrainConfig
 from m2d.models.feature_extractor import Features
 from m2d.models.perceptual import build_perceptual
+from m2d.models.settings import Precision
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
-from m2d.training.decoder_step import DecoderStep
-from m2d.training.networks import build_networks
-from m2d.training.settings import Precision
-from m2d.training.step import JointStep, LatentStep, StepConfig
+from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
+from m2d.training.settings import TrainConfig
 
 CUDA = torch.device("cuda", 0)
 PROJECT = Path(__file__).resolve().parents[2]
@@ -145,7 +143,7 @@ def preset(name: str) -> TrainConfig:
 
 
 class PresetStep:
-    """A preset's networks and step of one stage on the mock GPU, as m2d.training.worker builds them."""
+    """A preset's networks and step of one stage on the mock GPU, as m2d.training.loop builds them."""
 
     def __init__(
         self,
@@ -163,26 +161,14 @@ class PresetStep:
         if stage == "latent":
             config = dataclasses.replace(config, discriminator=dataclasses.replace(config.discriminator, enabled=False))
         self.networks = networks = build_networks(config, CUDA, cached_dim)
-        settings = StepConfig(
-            weights=config.loss_weights,
-            optimizer=config.optimizer,
-            schedule=config.schedule,
-            precision=precision,
-            total_steps=TOTAL_STEPS,
-            vae_warmup_steps=warmup_steps,
-            discriminator_start=0,
-            alignment=config.alignment,
-        )
-        self.step: JointStep | LatentStep | DecoderStep
-        if stage == "latent":
-            self.step = LatentStep(networks, settings, CUDA)
-            for unused in (networks.autoencoder, networks.extractor):
-                if unused is not None:
-                    unused.to("cpu")
-        else:
-            perceptual = build_perceptual("features", networks.extractor)
-            perceptual.to(CUDA)
-            self.step = {"joint": JointStep, "decoder": DecoderStep}[stage](networks, perceptual, settings, CUDA)
+        settings = step_config_of(config, precision=precision, total_steps=TOTAL_STEPS, vae_warmup_steps=warmup_steps)
+        settings = dataclasses.replace(settings, discriminator_start=0, compile=None)
+        perceptual = build_perceptual("features", networks.extractor)
+        perceptual.to(CUDA)
+        self.step = build_step(stage, networks, perceptual, settings, CUDA)
+        staged = dataclasses.replace(config, stage=stage, init_checkpoint="anywhere")
+        for unused in idle_modules(staged, networks, self.step.ema.module, [networks.extractor, perceptual]):
+            unused.to("cpu")
         self.latent_shape = networks.denoiser.latent_shape(config.data.image_size, networks.autoencoder.downsampling)
 
     def batch(self, size: int) -> tuple[Any, Draws]:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from fake_cuda.lane import PresetStep, preset
 
-from m2d.training.fake_run import FakeRun
+from m2d.training.dry_run import FakeRun
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import pytest
 import torch
 from fake_cuda.lane import CUDA, TOTAL_STEPS, PresetStep, card_of, host_waits, preset
 
-from m2d.config import TrainConfig, preset_names
+from m2d.arguments import preset_names
 from m2d.models.perceptual import build_perceptual
+from m2d.models.settings import Precision
 from m2d.training.features import FeatureSource
 from m2d.training.latents import cache_latents
-from m2d.training.settings import Precision
+from m2d.training.settings import TrainConfig
 from m2d.training.validation import validate
 
 VAE = {"loss/reconstruction", "loss/perceptual"}

@@ -5,9 +5,9 @@ import pytest
 from tiny_checkpoint import make_checkpoint, write_checkpoint
 
 from m2d.cli import main, parse
-from m2d.config import TrainConfig, with_absolute_paths
 from m2d.errors import ConfigError
 from m2d.files.paths import input_path, result_path
+from m2d.training.settings import TrainConfig, with_absolute_paths
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # the name by which Ray hands a job its configuration
 SUBMITTED = json.dumps({"runtime_env": {"working_dir": "gcs://_ray_pkg_4711.zip"}, "metadata": {}})

@@ -6,11 +6,11 @@ from typing import get_args
 import pytest
 import torch
 
-from m2d.config import TrainConfig
 from m2d.generation.run import _device
 from m2d.generation.settings import GenerateConfig
 from m2d.models.precision import DTYPES, pick_precision
 from m2d.models.settings import Precision
+from m2d.training.settings import TrainConfig
 from m2d.training.trainer import _opening
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")

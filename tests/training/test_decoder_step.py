@@ -1,17 +1,23 @@
-"""The decoder stage: what learns, what must not move, and who gets which gradient."""
+"""The decoder's stage: its step, and a whole run."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_networks import CPU, tiny_batch, tiny_networks
+from tiny_networks import CPU, part, tiny_batch, tiny_networks
+from tiny_run import TINY, write_images
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from m2d.cli import parse
+from m2d.errors import CheckpointError
+from m2d.experiment import Experiment, complete_checkpoints
+from m2d.models.checkpoint import load_checkpoint, read_prior
 from m2d.models.perceptual import FeatureDistance
-from m2d.training.decoder_step import DecoderStep
 from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
-from m2d.training.step import Networks, StepConfig
+from m2d.training.step import DecoderStep, Networks, StepConfig
+from m2d.training.trainer import train
 
 ONLY = {"reconstruction": 0.0, "perceptual": 0.0, "adversarial": 0.0}
 
@@ -85,12 +91,10 @@ def test_the_adversarial_loss_is_in_the_decoder_only_from_its_start_on() -> None
 def test_two_micro_batches_are_one_batch_of_twice_the_size() -> None:
     """Without a discriminator every loss is a mean over images, so the decoder's gradient is the mean of both."""
     whole, halves = tiny_networks(), tiny_networks()
-    images, draws = tiny_batch(8)
-    first = (type(images)(images.images[:4], images.labels[:4]), draws.part(0, 4))
-    second = (type(images)(images.images[4:], images.labels[4:]), draws.part(4, 8))
+    batch = tiny_batch(8)
     one, two = decoder_step(whole), decoder_step(halves)
-    one([(images, draws)], 0)
-    two([first, second], 0)
+    one([batch], 0)
+    two([part(batch, 0, 4), part(batch, 4, 8)], 0)
     assert_close(two.read_scalars()["gradient_norm/autoencoder"], one.read_scalars()["gradient_norm/autoencoder"])
 
 
@@ -118,3 +122,53 @@ def test_its_state_goes_on_in_another_step(discriminator: bool) -> None:
     step([tiny_batch(seed=1)], 1)
     resumed([tiny_batch(seed=1)], 1)
     assert moved(resumed.networks.autoencoder, weights_of(unbroken.autoencoder)) == set()
+
+
+IN_PROCESS = ["--num_workers", "0", "--name", "run", *TINY]
+ADVERSARIAL = [
+    "--discriminator.enabled", "true", "--discriminator.channels", "8", "--discriminator.layers", "1",
+    "--discriminator.start_step", "2",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def start(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a joint run of three steps."""
+    root = tmp_path_factory.mktemp("joint")
+    return complete_checkpoints(run(data_root, root, "--max_steps", "3").checkpoints)[-1]
+
+
+def run(data_root: Path, root: Path, *more: str) -> Experiment:
+    places = ["--data_root", str(data_root), "--experiments_dir", str(root), "--cache_dir", str(root / "cache")]
+    return train(parse("train", [*places, *IN_PROCESS, *more]))
+
+
+def equal(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_new_checkpoint_differs_in_its_decoder_alone(data_root: Path, start: Path, tmp_path: Path) -> None:
+    stage = ["--stage", "decoder", "--init_checkpoint", str(start), "--max_steps", "4", *ADVERSARIAL]
+    made = complete_checkpoints(run(data_root, tmp_path, *stage).checkpoints)[-1]
+    before, after = load_checkpoint(start), load_checkpoint(made)
+    assert after.info.stage == "decoder"
+    assert equal(before.autoencoder.vae.encoder, after.autoencoder.vae.encoder)
+    assert equal(before.denoiser, after.denoiser)
+    assert not equal(before.autoencoder.vae.decoder, after.autoencoder.vae.decoder)
+    prior_before, prior_after = read_prior(start), read_prior(made)
+    assert prior_before is not None
+    assert prior_after is not None
+    label, noise = torch.tensor([0]), torch.ones(1, prior_before.noise_dim)
+    assert torch.equal(prior_before.sample(label, noise), prior_after.sample(label, noise))
+
+
+def test_a_unet_of_another_shape_is_refused(data_root: Path, start: Path, tmp_path: Path) -> None:
+    stage = ["--stage", "decoder", "--init_checkpoint", str(start), "--unet.block_channels", "[16,64]"]
+    with pytest.raises(CheckpointError, match=r"stage decoder keeps the U-Net of .* another shape or extractor"):
+        run(data_root, tmp_path, *stage)

@@ -11,19 +11,26 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m2d.cli import main, parse
-from m2d.config import TrainConfig
 from m2d.errors import ConfigError
 from m2d.experiment import Experiment
 from m2d.models.feature_extractor import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import ImageBatch, draw
-from m2d.training.dry_run import count_images, kinds_of_steps, two_alike
-from m2d.training.fake_run import FakeRun, largest_batch
-from m2d.training.flops import count_flops
-from m2d.training.memory import BACKWARD, OTHER, StepCounter
-from m2d.training.networks import build_networks
-from m2d.training.plan import RunPlan
-from m2d.training.step import JointStep, StepConfig
+from m2d.training.dry_run import (
+    BACKWARD,
+    OTHER,
+    FakeRun,
+    StepCounter,
+    count_images,
+    kinds_of_steps,
+    largest_batch,
+    two_alike,
+)
+from m2d.training.measure import count_flops
+from m2d.training.networks import build_networks, step_config_of
+from m2d.training.run_plan import RunPlan
+from m2d.training.settings import TrainConfig
+from m2d.training.step import JointStep
 
 CPU = torch.device("cpu")
 WEIGHTS, AVERAGES, MOMENTS = "weights", "averaged weights (EMA)", "AdamW's moments"
@@ -114,9 +121,8 @@ def test_flops_are_those_of_a_step_on_real_tensors(joint: FakeRun) -> None:
     networks = build_networks(config, CPU, 1280)
     step = JointStep(
         networks, build_perceptual("features", None),
-        StepConfig(
-            weights=config.loss_weights, optimizer=config.optimizer, schedule=config.schedule, precision="no",
-            total_steps=plan.total_steps, vae_warmup_steps=plan.vae_warmup_steps,
+        step_config_of(
+            config, precision="no", total_steps=plan.total_steps, vae_warmup_steps=plan.vae_warmup_steps
         ), CPU,
     )  # fmt: skip
     features = Features(torch.zeros(4, 1280), torch.zeros(4, 1, 1280))

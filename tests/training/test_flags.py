@@ -4,6 +4,7 @@ Networks are those of tests/tiny_run.py, built from the flags as a run builds th
 its generator of code, which takes minutes, does not.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -16,11 +17,11 @@ from tiny_run import TINY
 from torch import Tensor
 
 from m2d.cli import parse
-from m2d.config import TrainConfig
 from m2d.models.feature_extractor import Features
 from m2d.models.perceptual import FeatureDistance
 from m2d.training.batch import Draws, ImageBatch, draw
-from m2d.training.networks import build_networks
+from m2d.training.networks import build_networks, step_config_of
+from m2d.training.settings import TrainConfig
 from m2d.training.step import JointStep, Networks, StepConfig, extract
 
 CPU = torch.device("cpu")
@@ -141,17 +142,10 @@ class Case:
 
     def _step_config(self, backend: str) -> StepConfig:
         config = self.config
-        return StepConfig(
-            weights=config.loss_weights,
-            optimizer=config.optimizer,
-            schedule=config.schedule,
-            precision=config.mixed_precision or "no",
-            total_steps=100,
-            vae_warmup_steps=WARMUP,
-            discriminator_start=0,
-            alignment=config.alignment,
-            compile={"backend": backend} if config.compile else None,
-        )
+        precision = config.mixed_precision or "no"
+        found = step_config_of(config, precision=precision, total_steps=100, vae_warmup_steps=WARMUP)
+        compiled = {"backend": backend} if config.compile else None
+        return dataclasses.replace(found, discriminator_start=0, compile=compiled)
 
 
 def with_features(batch: ImageBatch, extractor: Any) -> ImageBatch:

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from bench.gpu import GIB, Training, host_waits, predicted_gib, settings
 from m2d.models.group_norm import keep_input_type
 from m2d.training.batch import ImageBatch, LatentBatch
-from m2d.training.worker import read_ahead
+from m2d.training.loop import read_ahead
 
 pytestmark = [
     pytest.mark.gpu,

@@ -22,9 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from m2d.arguments import preset_names
 from m2d.classes import CLASSES
 from m2d.cli import parse
-from m2d.config import TrainConfig, preset_names
 from m2d.diffusion.settings import SamplingSettings
 from m2d.experiment import Experiment
 from m2d.generation.generator import Generator
@@ -35,9 +35,9 @@ from m2d.models.feature_extractor import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.settings import AutoencoderConfig
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
-from m2d.training.decoder_step import DecoderStep
-from m2d.training.networks import build_networks
-from m2d.training.step import BaseStep, JointStep, LatentStep, Networks, StepConfig
+from m2d.training.networks import build_networks, step_config_of
+from m2d.training.settings import TrainConfig
+from m2d.training.step import BaseStep, DecoderStep, JointStep, LatentStep, Networks, StepConfig
 from m2d.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -303,14 +303,7 @@ def test_the_checkpoint_of_every_stage_generates(stages: Stages, stage: str) -> 
 
 
 def step_config(config: TrainConfig) -> StepConfig:
-    return StepConfig(
-        weights=config.loss_weights,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        precision="no",
-        total_steps=STEPS,
-        alignment=config.alignment,
-    )
+    return step_config_of(config, precision="no", total_steps=STEPS)
 
 
 def micro_batches(config: TrainConfig, networks: Networks, step: int) -> list[tuple[ImageBatch, Draws]]:

@@ -10,10 +10,9 @@ import torch
 from tiny_checkpoint import make_checkpoint, make_prior
 
 from m2d.classes import class_index
-from m2d.config import TrainConfig
 from m2d.errors import DataError
-from m2d.training.sample_quality import SampleQuality, rows_of_each_class
-from m2d.training.sampling import RunState
+from m2d.training.settings import TrainConfig
+from m2d.training.validation import RunState, SampleQuality, rows_of_each_class
 
 
 def test_every_class_has_the_same_share() -> None:

@@ -14,9 +14,9 @@ import pytest
 import torch
 from tiny_run import TINY, write_images
 
-from m2d.config import TrainConfig
 from m2d.errors import ConfigError, M2DError, TrainingError
 from m2d.experiment import complete_checkpoints
+from m2d.training.settings import TrainConfig
 from m2d.training.stopping import CONTROL, StopRequest, failures_recorded, recorded_failure, stop_is_wanted
 
 CONFIG = TrainConfig()
@@ -148,7 +148,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_o
     out, err = process.communicate(timeout=120)
     last = steps(tmp_path)[-1]
     assert process.returncode == 130, err
-    assert f"stopped at step {last:,} of 30; the same command goes on" in err
+    assert f"stopped at step {last:,} of 30; the same command resumes" in err
     assert "SIGINT: saving a checkpoint" in out
     (run,) = (tmp_path / "runs").glob("run_*")
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == [f"step_{last:08d}"]

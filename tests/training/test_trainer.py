@@ -16,13 +16,13 @@ from torch.testing import assert_close
 
 from m2d.cli import parse
 from m2d.cluster import nodes
-from m2d.config import TrainConfig, as_dict, differences
 from m2d.errors import ConfigError, DataError, TrainingError
 from m2d.experiment import complete_checkpoints, open_experiment
 from m2d.generation.run import generate
 from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import load_checkpoint
 from m2d.training.saving import read_best
+from m2d.training.settings import TrainConfig, as_dict, differences
 from m2d.training.trainer import _opening, allocator_settings, train
 
 

@@ -12,11 +12,10 @@ from rich.console import Console
 from tuning.trial_runs import run_of
 
 from m2d.cli import parse
-from m2d.config import TrainConfig
 from m2d.errors import TrainingError
-from m2d.tuning.importance import importances
+from m2d.training.settings import TrainConfig
 from m2d.tuning.ledger import Ledger, State
-from m2d.tuning.outcome import Outcome, TrialOutcome, read_outcome, write_outcome
+from m2d.tuning.outcome import Outcome, TrialOutcome, importances, read_outcome, write_outcome
 from m2d.tuning.settings import SweepConfig
 
 SPACE = "{loss_weights.diffusion: 'loguniform(0.1, 10)', optimizer.lr_denoiser: 'loguniform(1e-4, 1e-2)'}"

@@ -1,16 +1,59 @@
-"""A sweep's settings, and the runs that its trials become."""
+"""A sweep's settings, the values that its trials take, and the runs that they become."""
 
 import dataclasses
 
 import pytest
 
 from m2d.cli import parse
-from m2d.config import TrainConfig, as_dict
 from m2d.errors import ConfigError
-from m2d.training.settings import RayConfig
-from m2d.tuning.objective import WORST, objective, reconstruction_error
+from m2d.training.settings import RayConfig, TrainConfig, as_dict
+from m2d.tuning.ledger import WORST, objective
 from m2d.tuning.settings import SweepConfig, SweepSettings
-from m2d.tuning.sweep import concurrent_trials, trial_cpus
+from m2d.tuning.space import parse_distribution
+from m2d.tuning.sweep import concurrent_trials, planned, trial_cpus
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "numbers"),
+    [
+        ("loguniform(0.1, 10)", "loguniform", (0.1, 10.0)),
+        (" Uniform( -1 ,1 ) ", "uniform", (-1.0, 1.0)),
+        ("choice(1e-4, 1e-3, 1e-2)", "choice", (1e-4, 1e-3, 1e-2)),
+        ("fixed(3)", "fixed", (3.0,)),
+    ],
+)
+def test_a_range_is_read_as_it_is_written(text: str, kind: str, numbers: tuple[float, ...]) -> None:
+    found = parse_distribution("lr", text)
+    assert (found.kind, found.numbers) == (kind, numbers)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0.1..10", "it must be loguniform"),
+        ("normal(0, 1)", "it must be loguniform"),
+        ("uniform(a, b)", "between the brackets stand numbers"),
+        ("uniform()", "finite numbers"),
+        ("uniform(0, inf)", "finite numbers"),
+        ("uniform(2, 1)", "low below high"),
+        ("uniform(1, 2, 3)", "low below high"),
+        ("loguniform(0, 1)", "begins above 0"),
+        ("fixed(1, 2)", "takes one number"),
+    ],
+)
+def test_anything_else_is_refused_in_words_that_name_the_setting(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse_distribution("optimizer.lr", text)
+    assert str(refused.value).startswith("sweep.space: optimizer.lr is ")
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "logarithmic"),
+    [("loguniform(1, 2)", True), ("uniform(1, 1000)", False), ("choice(1, 1000)", True), ("choice(1, 2)", False)],
+)
+def test_an_axis_is_logarithmic_where_values_span_decades(text: str, logarithmic: bool) -> None:
+    assert parse_distribution("lr", text).is_logarithmic is logarithmic
 
 
 def config(*flags: str) -> SweepConfig:
@@ -87,7 +130,7 @@ def test_a_searched_setting_of_saving_or_telemetry_reaches_the_trial() -> None:
 
 
 def test_the_objective_is_the_distance_and_the_weighted_error() -> None:
-    assert reconstruction_error(20.0) == pytest.approx(0.1)
+    # 20 dB is an error of 0.1
     assert objective({"val/kernel_distance": 0.5, "val/psnr_db": 20.0}, 10.0) == pytest.approx(1.5)
 
 
@@ -152,3 +195,36 @@ def test_a_cluster_that_cannot_hold_one_trial_is_told_why(nodes: list[dict[str, 
 def test_more_trials_at_once_than_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"sweep.max_concurrent is 4, and the cluster can hold 1"):
         concurrent_trials(SweepConfig(num_workers=1, sweep=SweepSettings(max_concurrent=4)), [{"CPU": 3}])
+
+
+GRID = "{batch_size: 'choice(4, 8, 16)', loss_weights.diffusion: 'choice(0.5, 1)', optimizer.lr_denoiser: 'fixed(0.1)'}"
+RANGES = (
+    "{optimizer.lr_denoiser: 'loguniform(1e-5, 1e-2)', loss_weights.diffusion: 'uniform(1, 2)', "
+    "batch_size: 'choice(4, 8)'}"
+)
+
+
+def test_a_grid_holds_every_combination_once() -> None:
+    grid = config("--search", "grid", "--sweep.space", GRID)
+    trials = [tuple(trial.values()) for trial in planned(grid)]
+    assert grid.count == 6
+    assert sorted(trials) == [(b, w, 0.1) for b in (4.0, 8.0, 16.0) for w in (0.5, 1.0)]
+
+
+def test_more_trials_go_on_where_fewer_ended() -> None:
+    few, many = config("--num_trials", "4"), config("--num_trials", "7")
+    assert planned(many)[:4] == planned(few)
+    assert len({trial["optimizer.lr_denoiser"] for trial in planned(many)}) == 7
+
+
+def test_another_seed_is_another_search() -> None:
+    assert planned(config("--sweep.seed", "1")) != planned(config())
+
+
+def test_values_lie_where_they_may() -> None:
+    trials = planned(config("--num_trials", "200", "--sweep.space", RANGES))
+    rates = sorted(trial["optimizer.lr_denoiser"] for trial in trials)
+    assert 1e-5 <= rates[0] < rates[-1] <= 1e-2
+    assert 1e-4 < rates[100] < 1e-3  # the middle of three decades, not of the range
+    assert all(1 <= trial["loss_weights.diffusion"] <= 2 for trial in trials)
+    assert {trial["batch_size"] for trial in trials} == {4.0, 8.0}

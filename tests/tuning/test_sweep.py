@@ -21,10 +21,9 @@ from tuning.trial_runs import run_of
 from m2d.cli import parse
 from m2d.errors import ConfigError, ExperimentError
 from m2d.experiment import list_experiments
-from m2d.tuning.folder import held, require_same, write_settings
 from m2d.tuning.ledger import Ledger, TrialRecord
 from m2d.tuning.settings import SweepConfig
-from m2d.tuning.sweep import _optuna, _own_words, _scheduler, sweep
+from m2d.tuning.sweep import _optuna, _own_words, _scheduler, held, require_same, sweep, write_settings
 
 ROOT = Path(__file__).parents[2]
 SPACE = "{loss_weights.diffusion: 'loguniform(0.1, 10)', optimizer.lr_denoiser: 'loguniform(1e-5, 1e-2)'}"

@@ -7,7 +7,7 @@ import torch
 
 from m2d.errors import DataError
 from m2d.training.batch import ImageBatch
-from m2d.training.worker import AHEAD, read_ahead
+from m2d.training.loop import AHEAD, read_ahead
 
 
 def numbered(count: int, read: list[int]) -> Iterator[ImageBatch]:
