@@ -14,8 +14,7 @@ from m2d.arguments import parse_arguments
 from m2d.config import TrainConfig, preset_files, preset_names
 from m2d.data.settings import SetupConfig
 from m2d.errors import ConfigError, M2DError
-from m2d.evaluation.evaluate_settings import EvaluateConfig
-from m2d.evaluation.settings import ProbeConfig
+from m2d.evaluation.settings import EvaluateConfig, ProbeConfig
 from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, ReportConfig, ShowConfig
 from m2d.generation.settings import GenerateConfig
 from m2d.tuning.settings import SweepConfig
@@ -74,7 +73,7 @@ def _evaluate(config: EvaluateConfig) -> None:
 
 
 def _probe(config: ProbeConfig) -> None:
-    from m2d.evaluation.probe import probe
+    from m2d.evaluation.classifiers.probe import probe
 
     probe(config)
 

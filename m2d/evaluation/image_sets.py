@@ -22,8 +22,8 @@ from m2d.data.prepared import prepared_folder, reusable_catalog
 from m2d.data.settings import DataConfig
 from m2d.data.shards import cache_file
 from m2d.errors import ConfigError, DataError
-from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.feature_set import ImageSet
+from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.progress import progress
 from m2d.files.storage import inside, one_line, open_storage, without_secrets
 from m2d.generation.planning import data_config_of
@@ -66,11 +66,11 @@ def read_image_sets(config: EvaluateConfig, checkpoint: tuple[str, CheckpointInf
     Raises ConfigError or DataError in one line: a folder that cannot be used, classes that no real image has, lesions
     or images on both sides.
     """
-    real, generated_root = _folder(config.real, "real"), _folder(config.generated, "generated")
+    real, generated_root = class_folder(config.real, "real"), class_folder(config.generated, "generated")
     data = config.data or (data_config_of(checkpoint[1]) if checkpoint else DataConfig())
     notes: list[str] = []
     train, test = _real_sides(config, real, data, checkpoint, notes)
-    _check_apart(train, test)
+    check_apart(train, test, "real")
     generated = _generated(generated_root, data, notes)
     unknown = sorted(set(generated.labels) - set(train.labels), key=CLASSES.index)
     if unknown:
@@ -102,9 +102,9 @@ def _real_sides(
     notes: list[str],
 ) -> tuple[Listed, Listed]:
     if config.train is not None:
-        train_root = _folder(config.train, "train")
-        train = _listed("train", train_root, _catalog(train_root, data, config.cache_dir, notes), "all of")
-        return train, _listed("test", real, _catalog(real, data, config.cache_dir, notes), "all of")
+        train_root = class_folder(config.train, "train")
+        train = listed("train", train_root, catalog_of(train_root, data, config.cache_dir, notes), "all of")
+        return train, listed("test", real, catalog_of(real, data, config.cache_dir, notes), "all of")
     own = Path(experiment_of(checkpoint[0]), "cache", "catalog.parquet") if checkpoint else None
     recorded = checkpoint[1].config.get("data_root") if checkpoint else None
     same = bool(recorded) and _same_place(str(recorded), without_secrets(real))  # records hold no key of a URI
@@ -112,7 +112,7 @@ def _real_sides(
         catalog = read_catalog(str(own))
         notes.append("split of the real images: the checkpoint's own")
     else:
-        catalog = _catalog(real, data, config.cache_dir, notes)
+        catalog = catalog_of(real, data, config.cache_dir, notes)
         if checkpoint is None:
             notes.append(
                 f"split of the real images: by lesion, seed {data.split_seed}, {data.test_fraction:.0%} for the test; "
@@ -125,11 +125,12 @@ def _real_sides(
             raise DataError(
                 f"real: {without_secrets(real)} has no image in its {split} split; set the fractions of --data"
             )
-        sides.append(_listed(split, real, rows, f"{split} split of"))
+        sides.append(listed(split, real, rows, f"{split} split of"))
     return sides[0], sides[1]
 
 
-def _catalog(root: str, data: DataConfig, cache_dir: str, notes: list[str]) -> pa.Table:
+def catalog_of(root: str, data: DataConfig, cache_dir: str, notes: list[str]) -> pa.Table:
+    """That of setup_data where it is still right, otherwise of a new scan; what was left out goes to the notes."""
     prepared = reusable_catalog(prepared_folder(cache_dir, root), root, data)
     if prepared is not None:
         return prepared
@@ -141,7 +142,8 @@ def _catalog(root: str, data: DataConfig, cache_dir: str, notes: list[str]) -> p
     return scan.catalog
 
 
-def _listed(name: str, root: str, rows: pa.Table, which: str) -> Listed:
+def listed(name: str, root: str, rows: pa.Table, which: str) -> Listed:
+    """The images of a catalog's rows; which: `train split of`, as in words before the root."""
     columns = [rows[column].to_pylist() for column in ("path", "sha256", "label", "lesion_id")]
     return Listed(name, f"{which} {without_secrets(root)}", root, *columns)
 
@@ -176,14 +178,14 @@ def _is_class(path: Path, data: DataConfig) -> bool:
     return path.is_dir() and (path.name.upper() in CLASSES or path.name in data.class_map)
 
 
-def _check_apart(train: Listed, test: Listed) -> None:
+def check_apart(train: Listed, test: Listed, setting: str) -> None:
     """A lesion seen in training is recognised, not diagnosed: a score on it says nothing about new patients."""
     for what, ours, theirs in (("lesion", train.groups, test.groups), ("image", train.sha256, test.sha256)):
         shared = sorted(set(ours) & set(theirs))
         if shared:
             names = ", ".join(text[:16] for text in shared[:NAMED]) + (", ..." if len(shared) > NAMED else "")
             raise DataError(
-                f"real: {len(shared):,} {what}{'s' if len(shared) > 1 else ''} of the test images ({test.source}) "
+                f"{setting}: {len(shared):,} {what}{'s' if len(shared) > 1 else ''} of the test images ({test.source}) "
                 f"{'are' if len(shared) > 1 else 'is'} among the training images ({train.source}) too: {names}; leave "
                 "them out of one"
             )
@@ -232,7 +234,7 @@ def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: lis
         if not kept:
             raise DataError(f"{side.name}: no image of {side.source} can be read; the first: {first}") from None
         notes.append(f"{len(failures):,} {side.name} images cannot be read, the first: {first}")
-        return _decode(_taken(side, kept), size, cache_dir, max_pixels, notes)
+        return _decode(taken(side, kept), size, cache_dir, max_pixels, notes)
     return ImageSet(
         name=side.name,
         source=side.source,
@@ -248,7 +250,8 @@ class _Unreadable(Exception):
     """Some images could not be decoded; the rest is tried again."""
 
 
-def _taken(side: Listed, rows: Sequence[int]) -> Listed:
+def taken(side: Listed, rows: Sequence[int]) -> Listed:
+    """Some rows of a side."""
     columns = [[column[row] for row in rows] for column in (side.paths, side.sha256, side.labels, side.groups)]
     return Listed(side.name, side.source, side.root, *columns)
 
@@ -276,7 +279,8 @@ def _same_place(one: str, other: str) -> bool:
     )
 
 
-def _folder(folder: str | None, setting: str) -> str:
+def class_folder(folder: str | None, setting: str) -> str:
+    """A place of class folders that a setting names. Raises ConfigError for none, or for a path that is no folder."""
     if folder is None:
         raise ConfigError(f"{setting} is not set; name the folder that holds the class folders by --{setting}")
     if "://" in folder:

@@ -12,8 +12,7 @@ import torch
 from m2d.classes import CLASSES
 from m2d.data.reader import ImageReader
 from m2d.errors import M2DError
-from m2d.evaluation.distances import kernel_distance
-from m2d.evaluation.fidelity_sides import Scale
+from m2d.metrics.distances import Scale, kernel_distance
 from m2d.models.checkpoint import CheckpointInfo
 from m2d.models.feature_extractor import FeatureExtractor
 from m2d.training.features import FeatureSource
@@ -59,7 +58,7 @@ class SampleQuality:
         images, _ = self.state.samples(info, counts)
         extractor = self.state.extractor()
         real, generated = self._real_cls(extractor), self._cls(extractor, images)
-        scale = Scale.of_rows(real)
+        scale = Scale.of(real)
         generated, real = ((side - scale.mean) / scale.deviation for side in (generated, real))
         distance = kernel_distance(generated, real)
         return {"val/kernel_distance": distance.value, "val/kernel_distance_se": distance.standard_error}

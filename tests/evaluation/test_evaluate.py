@@ -14,13 +14,13 @@ from PIL import Image
 from tiny_checkpoint import write_checkpoint
 
 from m2d.cli import main, parse
+from m2d.cluster.nodes import device_of_actor
 from m2d.errors import ConfigError
 from m2d.evaluation import evaluate as evaluate_module
 from m2d.evaluation import extraction
-from m2d.evaluation.evaluate import _of_tasks, evaluate
-from m2d.evaluation.finetune_settings import FinetuneConfig
-from m2d.evaluation.provenance import find_checkpoint
-from m2d.evaluation.realism import typicality
+from m2d.evaluation.evaluate import evaluate, find_checkpoint
+from m2d.evaluation.feature_set import FeatureSet, ImageSet
+from m2d.evaluation.report.page import typicality
 from m2d.models.checkpoint import Checkpoint, checkpoint_sha256
 
 COUNTS = {"DF": 24, "MEL": 40, "NV": 60}
@@ -100,7 +100,7 @@ def test_a_second_run_extracts_and_trains_nothing(
         raise AssertionError("done again")
 
     monkeypatch.setattr(extraction, "load_feature_extractor", refuse)
-    monkeypatch.setattr("m2d.evaluation.downstream.ProbeClassifier.predict", refuse)
+    monkeypatch.setattr("m2d.evaluation.classifiers.probe.ProbeClassifier.predict", refuse)
     evaluate(parse("evaluate", asked))
     second = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     assert second["downstream"] == first["downstream"]
@@ -186,7 +186,6 @@ def test_another_checkpoint_than_the_images_own_is_refused(
 
 def test_typicality_is_the_mean_distance_to_the_nearest_of_the_class() -> None:
     """Standardised, the training features of a class are the two unit axes; a generated one lies on the first."""
-    from m2d.evaluation.feature_set import FeatureSet, ImageSet
 
     def features(cls: list[list[float]]) -> FeatureSet:
         n = len(cls)
@@ -211,6 +210,6 @@ def test_small_sets_start_no_ray(folders: tuple[Path, Path], tmp_path: Path, mon
     assert (evaluate(parse("evaluate", asked)) / "evaluation.html").is_file()
 
 
-@pytest.mark.parametrize(("asked", "given"), [(None, None), ("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda")])
-def test_a_task_sees_the_gpu_that_it_reserves_as_its_first(asked: str | None, given: str | None) -> None:
-    assert _of_tasks(FinetuneConfig(device=asked)).device == given
+@pytest.mark.parametrize(("asked", "given"), [("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda")])
+def test_a_task_sees_the_gpu_that_it_reserves_as_its_first(asked: str, given: str) -> None:
+    assert device_of_actor(asked) == given

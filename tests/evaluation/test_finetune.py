@@ -10,9 +10,9 @@ import torch
 
 from m2d.classes import class_index
 from m2d.errors import ConfigError, TrainingError
-from m2d.evaluation.arms import training_rows
-from m2d.evaluation.feature_set import ImageSet
-from m2d.evaluation.finetune import (
+from m2d.evaluation.classifiers.arms import training_rows
+from m2d.evaluation.classifiers.compare import Trials
+from m2d.evaluation.classifiers.finetune import (
     FinetuneClassifier,
     _network,
     batches_of,
@@ -20,7 +20,8 @@ from m2d.evaluation.finetune import (
     measure_finetuned,
     steps_of,
 )
-from m2d.evaluation.finetune_settings import FinetuneConfig
+from m2d.evaluation.feature_set import ImageSet
+from m2d.evaluation.settings import FinetuneConfig
 from m2d.models.feature_extractor import load_feature_extractor
 
 MEL, NV = class_index("MEL"), class_index("NV")
@@ -147,9 +148,8 @@ def test_the_default_starts_from_the_wheels_weights_and_a_new_layer_for_seven_cl
 
 def test_a_whole_comparison_runs_and_is_plain_numbers() -> None:
     config = replace(TINY, epochs=1)
-    result = measure_finetuned(
-        train=TRAIN, test=TEST, generated=GENERATED, config=config, seeds=[0, 1], resamples=100, seed=0
-    )
+    trials = Trials(seeds=[0, 1], resamples=100)
+    result = measure_finetuned(train=TRAIN, test=TEST, generated=GENERATED, config=config, trials=trials)
     written = json.loads(json.dumps(asdict(result), allow_nan=False))
     assert written["settings"]["steps"] == 6
     assert {arm: one["trainings"] for arm, one in written["arms"].items()} == dict.fromkeys("abcde", 2)

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from m2d.evaluation.evaluate_settings import EvaluateConfig
 from PIL import Image
 
 from m2d.data.decode import decode_resized
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError, DataError
-from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.image_sets import read_image_sets
 
 COUNTS = {"DF": 10, "MEL": 10, "NV": 20}

@@ -7,8 +7,8 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from m2d.evaluation import linear_probe
-from m2d.evaluation.linear_probe import C_GRID, LinearProbe, choose_c
+from m2d.metrics import linear_probe
+from m2d.metrics.linear_probe import C_GRID, LinearProbe, choose_c
 
 
 def clouds(seed: int, images: int, distance: float) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,4 @@
-"""How far apart two sets of feature vectors are, and how varied one is. The maths on arrays, in float64 and in blocks.
-
-Called by fidelity. Knows nothing of images, classes or files.
-"""
+"""How far apart two sets of feature vectors are, and how varied one is: maths on arrays, in float64 and in blocks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +8,28 @@ import scipy.linalg
 
 NEIGHBOURS = 5  # k of precision, recall, density, coverage: Naeem et al. and the prdc package
 LEAST_GROUPS = 3  # on a side of a kernel distance: with one left out, a pair must be left
+# Of the median feature's deviation: what a feature is divided by at least. By plain standardisation the features that
+# hardly ever fire in training (a tenth of EfficientNet-Lite0's deviate by less than a sixth of the median) are nearly
+# all of the cubic kernel wherever one does fire: the prototype's samples were at 16 to 82 in their six classes, with an
+# error of a quarter to a half of that. With this they are at 3.1 to 5.1, with an error of a tenth; real ones stay at 0.
+LEAST_DEVIATION = 0.3
 _BLOCK_VALUES = 2**22  # of a kernel or a distance at once: 32 MiB
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What standardises features before a distance: (x - mean) / deviation."""
+
+    mean: np.ndarray  # [D]
+    deviation: np.ndarray  # [D]
+
+    @classmethod
+    def of(cls, reference: np.ndarray) -> "Scale":
+        """Mean and deviation of [N, D], the latter at least LEAST_DEVIATION of the median feature's."""
+        mean, std = reference.mean(axis=0, dtype=np.float64), reference.std(axis=0, dtype=np.float64)
+        alive = std > 1e-6 * std.max()  # what else there is, is rounding
+        least = LEAST_DEVIATION * float(np.median(std[alive])) if alive.any() else 1.0
+        return cls(mean, np.maximum(std, least))
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -57,15 +75,22 @@ def kernel_distance(
     (Efron and Stein 1981, "The jackknife estimate of variance"): by up to a root of 2 where both sides are of one
     distribution.
     """
-    codes_a, codes_b = _group_codes(groups_a, len(a)), _group_codes(groups_b, len(b))
-    within_a, within_b = _Within.of(a, codes_a), _Within.of(b, codes_b)
-    rows, columns = _cross_sums(a, b)
-    to_b, to_a = np.bincount(codes_a, rows), np.bincount(codes_b, columns)
+    codes_a, codes_b = (
+        np.arange(len(side)) if groups is None else np.unique(groups, return_inverse=True)[1]
+        for side, groups in ((a, groups_a), (b, groups_b))
+    )
+    sizes_a, within_a, others_a = _within(a, codes_a)
+    sizes_b, within_b, others_b = _within(b, codes_b)
+    rows, columns = np.empty(len(a)), np.zeros(len(b))  # sums of the kernel over the other side
+    for part in _blocks(len(a), len(b)):
+        kernel = _kernel(a[part], b)
+        rows[part] = kernel.sum(axis=1)
+        columns += kernel.sum(axis=0)
     between, n, m = rows.sum(), len(a), len(b)
-    value = within_a.mean + within_b.mean - 2 * between / (n * m)
-    without_a = within_a.means_without - 2 * (between - to_b) / ((n - within_a.sizes) * m)
-    without_b = within_b.means_without - 2 * (between - to_a) / (n * (m - within_b.sizes))
-    variance = _jackknife_variance(without_a) + _jackknife_variance(without_b)
+    value = within_a + within_b - 2 * between / (n * m)
+    without_a = others_a - 2 * (between - np.bincount(codes_a, rows)) / ((n - sizes_a) * m)
+    without_b = others_b - 2 * (between - np.bincount(codes_b, columns)) / (n * (m - sizes_b))
+    variance = sum((len(without) - 1) * without.var() for without in (without_a, without_b))
     return KernelDistance(float(value), float(np.sqrt(variance)))
 
 
@@ -134,45 +159,23 @@ def _covariance_factor(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
     return factor
 
 
-@dataclass(frozen=True)
-class _Within:
-    """Mean kernel over the pairs of different groups, with all groups and without each."""
+def _within(features: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
+    """Sizes of the groups [G], and the mean kernel over the pairs of different groups: with all, and without each [G].
 
-    sizes: np.ndarray  # [G]
-    mean: float
-    means_without: np.ndarray  # [G]
-
-    @classmethod
-    def of(cls, features: np.ndarray, codes: np.ndarray) -> "_Within":
-        """features [N, D], codes [N]: 0 .. G - 1."""
-        sizes = np.bincount(codes)
-        if len(sizes) < LEAST_GROUPS:
-            raise ValueError(f"a kernel distance of {len(sizes)} lesions; {LEAST_GROUPS} are needed on either side")
-        rows = np.empty(len(features))
-        for part in _blocks(len(features), len(features)):
-            kernel = _kernel(features[part], features)
-            kernel[codes[part, None] == codes] = 0
-            rows[part] = kernel.sum(axis=1)
-        of_group, pairs = np.bincount(codes, rows), sizes * (len(codes) - sizes)
-        # A pair stands in the sums of both its groups, and is in the total twice: (i, j) and (j, i).
-        without = (of_group.sum() - 2 * of_group) / (pairs.sum() - 2 * pairs)
-        return cls(sizes, float(of_group.sum() / pairs.sum()), without)
-
-
-def _group_codes(groups: np.ndarray | None, count: int) -> np.ndarray:
-    """int64 [count], 0 .. G - 1."""
-    codes: np.ndarray = np.arange(count) if groups is None else np.unique(groups, return_inverse=True)[1]
-    return codes
-
-
-def _cross_sums(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sums of the kernel over b for each of a [N], and over a for each of b [M]."""
-    rows, columns = np.empty(len(a)), np.zeros(len(b))
-    for part in _blocks(len(a), len(b)):
-        kernel = _kernel(a[part], b)
+    features [N, D], codes [N]: 0 .. G - 1.
+    """
+    sizes = np.bincount(codes)
+    if len(sizes) < LEAST_GROUPS:
+        raise ValueError(f"a kernel distance of {len(sizes)} lesions; {LEAST_GROUPS} are needed on either side")
+    rows = np.empty(len(features))
+    for part in _blocks(len(features), len(features)):
+        kernel = _kernel(features[part], features)
+        kernel[codes[part, None] == codes] = 0
         rows[part] = kernel.sum(axis=1)
-        columns += kernel.sum(axis=0)
-    return rows, columns
+    of_group, pairs = np.bincount(codes, rows), sizes * (len(codes) - sizes)
+    # A pair is in the sums of both its groups, and is in the total twice: (i, j) and (j, i).
+    without = (of_group.sum() - 2 * of_group) / (pairs.sum() - 2 * pairs)
+    return sizes, float(of_group.sum() / pairs.sum()), without
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -180,11 +183,6 @@ def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     base = a.astype(np.float64, copy=False) @ b.astype(np.float64, copy=False).T / a.shape[1] + 1
     cube: np.ndarray = base * base * base  # base**3 is ten times slower
     return cube
-
-
-def _jackknife_variance(values: np.ndarray) -> float:
-    """values [G]: the estimate without each group."""
-    return float((len(values) - 1) * values.var())
 
 
 def _squared_reach(features: np.ndarray, k: int) -> np.ndarray:

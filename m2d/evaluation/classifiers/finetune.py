@@ -1,11 +1,11 @@
-"""Classifier 2 of the downstream comparison: a network fine-tuned on the pixels of an arm. Knows no Ray and no files.
+"""Classifier 2 of the comparison: a network fine-tuned on the pixels of an arm.
 
 All arms take the same number of steps, with the same images a step and the same schedule, so they differ in data alone.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -20,12 +20,10 @@ from m2d import __version__
 from m2d.classes import NUM_CLASSES
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, TrainingError
-from m2d.evaluation.arms import TrainingRows, check_sides
-from m2d.evaluation.downstream_comparison import compare_arms
-from m2d.evaluation.downstream_jobs import Runner, run_here
-from m2d.evaluation.downstream_result import DownstreamResult
+from m2d.evaluation.classifiers.arms import TrainingRows
+from m2d.evaluation.classifiers.compare import DownstreamResult, Trials, compare_arms
 from m2d.evaluation.feature_set import ImageSet
-from m2d.evaluation.finetune_settings import FinetuneConfig
+from m2d.evaluation.settings import FinetuneConfig
 from m2d.generation.generator import pick_device
 from m2d.models.feature_extractor import FeatureExtractor, extractor_identity, load_feature_extractor
 from m2d.models.precision import DTYPES, pick_precision
@@ -37,36 +35,22 @@ PREDICTED_AT_ONCE = 64
 
 
 def measure_finetuned(
-    *,
-    train: ImageSet,
-    test: ImageSet,
-    generated: ImageSet,
-    config: FinetuneConfig,
-    seeds: Sequence[int],
-    resamples: int,
-    ratios: Sequence[float] = (),
-    seed: int,
-    run: Runner | None = None,
+    *, train: ImageSet, test: ImageSet, generated: ImageSet, config: FinetuneConfig, trials: Trials
 ) -> DownstreamResult:
-    """The comparison for classifier 2; see downstream_comparison.compare_arms and measure_downstream.
+    """The comparison for classifier 2; see compare.compare_arms.
 
     A seed decides the new classification layer, dropout, the order and the views of the images, and what arms draw.
     Raises also ConfigError and CheckpointError for a network that cannot be built, TrainingError for one that diverges.
     """
-    check_sides(train, test, generated)
-    classifier = FinetuneClassifier.of(train, test, generated, config)
+    steps = steps_of(config, len(train))
     return compare_arms(
-        classifier,
+        FinetuneClassifier.of(train, test, generated, config),
         f"{config.model} fine-tuned on the pixels",
-        {**asdict(config), "steps": steps_of(config, len(train))},
+        {**asdict(config), "steps": steps},
+        trials,
         images=(train, test, generated),
-        seeds=seeds,
-        resamples=resamples,
-        ratios=ratios,
-        seed=seed,
-        run=run or run_here,
         notes=[
-            f"Every arm takes the same {steps_of(config, len(train)):,} steps of {config.batch_size} images "
+            f"Every arm takes the same {steps:,} steps of {config.batch_size} images "
             f"({config.epochs:g} passes over the real training images): arms differ in data alone.",
             "A seed decides the new classification layer, dropout, the images' order and views, and what arms draw.",
         ],
@@ -88,16 +72,29 @@ class FinetuneClassifier:
 
     @classmethod
     def of(cls, train: ImageSet, test: ImageSet, generated: ImageSet, config: FinetuneConfig) -> "FinetuneClassifier":
-        """Raises as load_feature_extractor does."""
+        """Its identity: hex digest of settings, starting weights and images; the code counts by its version.
+
+        Raises as load_feature_extractor does.
+        """
+        shaping = asdict(config)
+        if config.pretrained:
+            named = FeatureExtractorConfig(
+                name=config.model, weights=config.weights, input_size=config.input_size, crop="whole"
+            )
+            shaping |= {"weights": extractor_identity(named)}
+        digest = hashlib.sha256(f"finetune {__version__} {sorted(shaping.items(), key=str)}\n".encode())
+        for one in (train, test, generated):
+            digest.update(f"{one.image_size} {' '.join(one.sha256)}\n".encode())
+            digest.update(np.ascontiguousarray(one.labels).data)
+        # A memory-mapped array is a subclass, which pickle copies; a plain one it hands to Ray's store as it is.
         return cls(
-            # A memory-mapped array is a subclass, which pickle copies; a plain one it hands to Ray's store as it is.
-            train=train.pixels.view(np.ndarray),
-            test=test.pixels.view(np.ndarray),
-            generated=generated.pixels.view(np.ndarray),
-            train_labels=train.labels,
-            generated_labels=generated.labels,
-            config=config,
-            identity=_identity((train, test, generated), config),
+            train.pixels.view(np.ndarray),
+            test.pixels.view(np.ndarray),
+            generated.pixels.view(np.ndarray),
+            train.labels,
+            generated.labels,
+            config,
+            digest.hexdigest(),
         )
 
     @property
@@ -106,7 +103,7 @@ class FinetuneClassifier:
         return self.config.device != "cpu"
 
     def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
-        """See downstream_jobs.Classifier. The same on one device and software; on GPUs but for rounding."""
+        """Class probabilities of the test images. The same on one device and software; on GPUs but for rounding."""
         device = pick_device(self.config.device)
         with _alone(seed, device):
             extractor = _network(self.config)
@@ -121,12 +118,19 @@ class FinetuneClassifier:
                 ) from None
 
     def _train(self, extractor: FeatureExtractor, rows: TrainingRows, seed: int, device: torch.device) -> None:
-        network = _trained_part(extractor)
+        network: Any = extractor.network
         network.train()
         labels = torch.from_numpy(rows.labels(self.train_labels, self.generated_labels)).to(device)
         weights = torch.from_numpy(rows.weights).float().to(device)
         total = steps_of(self.config, len(self.train))
-        optimizer = torch.optim.AdamW(_decayed_and_not(network, self.config.weight_decay), lr=self.config.learning_rate)
+        decay = [
+            {
+                "params": [one for one in network.parameters() if (one.ndim > 1) == kernels],
+                "weight_decay": self.config.weight_decay * kernels,  # not of biases and norms
+            }
+            for kernels in (True, False)
+        ]
+        optimizer = torch.optim.AdamW(decay, lr=self.config.learning_rate)
         kind = pick_precision(self.config.mixed_precision, device)
         scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
         loss = torch.zeros((), device=device)
@@ -134,7 +138,8 @@ class FinetuneClassifier:
         for step, (numbers, views) in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, step, total)
-            images = _input(np.stack([self._seen(rows, *one) for one in zip(numbers, views)]), extractor, device)
+            seen = [self._seen(rows, number, view) for number, view in zip(numbers, views)]
+            images = _input(np.stack(seen), extractor, device)
             chosen = torch.from_numpy(numbers).to(device)
             with torch.autocast(device.type, dtype=DTYPES[kind], enabled=kind != "no"):
                 logits = network(images)
@@ -157,7 +162,7 @@ class FinetuneClassifier:
 
     def _predict(self, extractor: FeatureExtractor, device: torch.device) -> np.ndarray:
         """float64 [N, K]."""
-        network = _trained_part(extractor).eval()
+        network = cast(nn.Module, extractor.network).eval()
         parts = []
         with torch.inference_mode():
             for first in range(0, len(self.test), PREDICTED_AT_ONCE):
@@ -203,36 +208,10 @@ def _network(config: FinetuneConfig) -> FeatureExtractor:
     else:
         blank = timm.create_model(config.model.removeprefix(TIMM_PREFIX), pretrained=False, num_classes=0)
         extractor = TimmExtractor(config.model, blank, config.input_size, "whole", "0" * 64)
-    network = _trained_part(extractor)
-    cast(Any, network).reset_classifier(NUM_CLASSES)
+    network: Any = extractor.network
+    network.reset_classifier(NUM_CLASSES)
     network.requires_grad_(True)
     return extractor
-
-
-def _decayed_and_not(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of parameters: matrices and kernels, then biases and norms, which do not decay."""
-    flat = [parameter for parameter in network.parameters() if parameter.ndim <= 1]
-    other = [parameter for parameter in network.parameters() if parameter.ndim > 1]
-    return [{"params": other, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]
-
-
-def _trained_part(extractor: FeatureExtractor) -> nn.Module:
-    return cast(nn.Module, extractor.network)
-
-
-def _identity(sets: Sequence[ImageSet], config: FinetuneConfig) -> str:
-    """Hex digest of settings, starting weights and images. The code counts by its version."""
-    shaping = asdict(config)
-    if config.pretrained:
-        named = FeatureExtractorConfig(
-            name=config.model, weights=config.weights, input_size=config.input_size, crop="whole"
-        )
-        shaping |= {"weights": extractor_identity(named)}
-    digest = hashlib.sha256(f"finetune {__version__} {sorted(shaping.items(), key=str)}\n".encode())
-    for one in sets:
-        digest.update(f"{one.image_size} {' '.join(one.sha256)}\n".encode())
-        digest.update(np.ascontiguousarray(one.labels).data)
-    return digest.hexdigest()
 
 
 @contextmanager

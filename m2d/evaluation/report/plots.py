@@ -3,16 +3,15 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 
 from m2d.classes import CLASSES
+from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.consistency import ConsistencyResult
-from m2d.evaluation.downstream_result import DownstreamResult, Estimate
-from m2d.evaluation.downstream_scores import LOWER_IS_BETTER
 from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
+from m2d.metrics.scores import LOWER_IS_BETTER
 from m2d.plots.style import FAINT, INK, new_figure, png, styled
 
-COLOURS = {GENERATED: "#D55E00", AUTOENCODER: "#E69F00", UNSEEN: "#0072B2", FLOOR: "#56B4E9"}
-MARKERS = {GENERATED: "D", AUTOENCODER: "s", UNSEEN: "o", FLOOR: "."}
 NAMES = {
     GENERATED: "generated",
     AUTOENCODER: "autoencoder floor",
@@ -26,26 +25,40 @@ SCORES = {
     "melanoma_auprc": "melanoma AUPRC",
     "expected_calibration_error": "calibration error",
 }
+_DRAWN = {  # marker and colour
+    GENERATED: ("D", "#D55E00"),
+    AUTOENCODER: ("s", "#E69F00"),
+    UNSEEN: ("o", "#0072B2"),
+    FLOOR: (".", "#56B4E9"),
+}
 _GOOD, _BAD, _OPEN = "#0072B2", "#D55E00", FAINT
 
 
 @styled()
 def kernel_distances(result: FidelityResult) -> bytes:
     """Each class's kernel distance to the training images, beside what real images and the decoder reach."""
-    labels = [label for label in result.side_by_side if label is not None]
+    labels = list(dict.fromkeys(row.label for row in result.rows if row.label))
     figure = new_figure(9, 1.2 + 0.45 * len(labels))
     axes = figure.subplots()
-    present = [name for name in NAMES if any(name in result.side_by_side[label] for label in labels)]
+    present = [name for name in NAMES if name in result.comparisons]
     for offset, name in zip(np.linspace(-0.24, 0.24, len(present)), present, strict=True):
-        points = []
-        for y, label in enumerate(labels):
-            row = result.side_by_side[label].get(name)
-            if row is not None and row.kernel_distance is not None:
-                points.append((row.kernel_distance, y + offset, 1.96 * (row.kernel_distance_se or 0)))
+        points = [
+            (row.kernel_distance, labels.index(row.label) + offset, 1.96 * (row.kernel_distance_se or 0))
+            for row in result.rows
+            if row.comparison == name and row.label and row.kernel_distance is not None
+        ]
         if points:
-            x, y_at, error = zip(*points, strict=True)
+            marker, colour = _DRAWN[name]
+            x, y, error = zip(*points, strict=True)
             axes.errorbar(
-                x, y_at, xerr=error, fmt=MARKERS[name], color=COLOURS[name], markersize=7, capsize=2, label=NAMES[name]
+                x,
+                y,
+                xerr=error,
+                fmt=marker,
+                color=colour,
+                markersize=7,
+                capsize=2,
+                label=NAMES[name],
             )
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
@@ -63,15 +76,15 @@ def differences(results: Sequence[DownstreamResult]) -> bytes:
     figure = new_figure(10, 1.0 + 2.6 * len(results))
     grid = figure.subplots(len(results), 2, squeeze=False, sharex=True)
     for row, result in enumerate(results):
-        sides = (("c", result.minus_c, "against oversampling (c)"), ("b", result.minus_b, "against class weights (b)"))
-        for axes, (_, minus, title) in zip(grid[row], sides, strict=True):
+        sides = ((result.minus_c, "against oversampling (c)"), (result.minus_b, "against class weights (b)"))
+        for axes, (minus, title) in zip(grid[row], sides, strict=True):
             names = [name for name in SCORES if name in minus]
             for y, name in enumerate(names):
                 one = minus[name]
-                axes.errorbar(
-                    one.value, y, xerr=[[one.value - one.low], [one.high - one.value]], fmt="o",
-                    color=_colour(name, one), capsize=3,
-                )  # fmt: skip
+                better, worse = (one.below, one.above) if name in LOWER_IS_BETTER else (one.above, one.below)
+                colour = _GOOD if better else _BAD if worse else _OPEN
+                spread = [[one.value - one.low], [one.high - one.value]]
+                axes.errorbar(one.value, y, xerr=spread, fmt="o", color=colour, capsize=3)
             axes.set_yticks(range(len(names)), [SCORES[name] for name in names])
             axes.invert_yaxis()
             axes.axvline(0, color=INK, linewidth=0.8)
@@ -107,27 +120,34 @@ def ratio_curve(result: DownstreamResult) -> bytes:
 def confusions(result: ConsistencyResult) -> bytes:
     """Of generated images and of unseen real ones, side by side; rows sum to 100 %."""
     figure = new_figure(11, 4.6)
-    pairs = (("generated images", result.confusion), ("unseen real images", result.confusion_of_real))
-    for axes, (title, counts) in zip(figure.subplots(1, 2), pairs, strict=True):
-        matrix = np.array(counts, dtype=float)
-        share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-        axes.grid(visible=False)
-        axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        for (row, column), value in np.ndenumerate(share):
-            if matrix[row].sum():
-                axes.text(
-                    column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=9,
-                    color="white" if value > 0.6 else "black",
-                )  # fmt: skip
-        rows = [f"{code} ({int(matrix[k].sum())})" for k, code in enumerate(CLASSES)]
-        axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45)
-        axes.set_yticks(range(len(CLASSES)), rows)
-        axes.set_title(title)
-        axes.set_xlabel("classified as")
-        axes.set_ylabel("asked for" if title.startswith("generated") else "diagnosed")
+    one, other = figure.subplots(1, 2)
+    _heat_map(one, result.confusion, "generated images", "asked for", counts=False)
+    _heat_map(other, result.confusion_of_real, "unseen real images", "diagnosed", counts=False)
     return png(figure)
 
 
-def _colour(name: str, one: Estimate) -> str:
-    better, worse = (one.below, one.above) if name in LOWER_IS_BETTER else (one.above, one.below)
-    return _GOOD if better else _BAD if worse else _OPEN
+@styled()
+def confusion_matrix_picture(confusion: Sequence[Sequence[int]], title: str) -> bytes:
+    """Of a probe: colours are shares of the true class, numbers are images."""
+    figure = new_figure(6.4, 5.6)
+    axes = figure.subplots()
+    _heat_map(axes, confusion, title, "true", counts=True)
+    figure.colorbar(axes.images[0], ax=axes, shrink=0.8, label="share of the true class")
+    return png(figure)
+
+
+def _heat_map(axes: Axes, confusion: Sequence[Sequence[int]], title: str, rows: str, *, counts: bool) -> None:
+    matrix = np.array(confusion)
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axes.grid(visible=False)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), value in np.ndenumerate(share):
+        if matrix[row].sum():
+            text = f"{matrix[row, column]:,}" if counts else f"{100 * value:.0f}"
+            colour = "white" if value > 0.6 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+    axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45)
+    axes.set_yticks(range(len(CLASSES)), [f"{code} ({matrix[k].sum():,})" for k, code in enumerate(CLASSES)])
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("classified as")
+    axes.set_ylabel(rows)

@@ -1,19 +1,59 @@
-"""Scores of class probabilities, for the test set as it is and for a thousand resamples of its lesions at once.
+"""Scores of a classifier: from confusion matrices, or from class probabilities under a thousand resamples at once.
 
-A resample is a weight for each test image: how often its lesion was drawn. Knows nothing of classifiers or arms.
+A resample is a weight for each test image: how often its lesion was drawn. Confusion matrices: rows true, columns
+predicted classes.
 """
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from m2d.classes import CLASSES, class_index
-from m2d.evaluation.classification_scores import scores
 
 BINS = 15  # of the calibration error
 MELANOMA = class_index("MEL")
 LOWER_IS_BETTER = ("expected_calibration_error",)
 _CELLS_AT_ONCE = 4_000_000  # weights of some resamples in float64: 32 MB
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Each in [0, 1]. R is empty for one confusion matrix, [resamples] for many; C counts the true classes."""
+
+    accuracy: np.ndarray  # [R...]
+    balanced_accuracy: np.ndarray  # [R...], the mean recall
+    macro_f1: np.ndarray  # [R...]
+    recall: np.ndarray  # [R..., C]
+
+
+def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """int64 [K, K]; entry (i, j) counts images of class i called j. truth, predicted: int64 [N], classes 0 .. K - 1."""
+    counts = np.bincount(truth * num_classes + predicted, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
+
+
+def scores(confusion: np.ndarray) -> Scores:
+    """Scores over the classes that have images: a class without any has no recall, and is left out of every mean.
+
+    confusion: [R..., K, K] (see confusion_matrix). The classes with images must be the same in every resample, as a
+    stratified bootstrap leaves them. A prediction of a class without images counts against the true one, as in
+    scikit-learn's f1_score(labels=classes with images, average="macro").
+    """
+    of_class = confusion.sum(axis=-1)  # [R..., K]
+    present = np.flatnonzero(of_class.reshape(-1, of_class.shape[-1]).min(axis=0))
+    if not len(present):
+        raise ValueError("the confusion matrix has no class with images in every resample")
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    called = confusion.sum(axis=-2)
+    recall = hits[..., present] / of_class[..., present]
+    # 2 TP / (2 TP + FP + FN), the harmonic mean of precision and recall; the divisor holds the class's images, so > 0.
+    f1 = 2 * hits[..., present] / (of_class + called)[..., present]
+    return Scores(
+        accuracy=hits.sum(axis=-1) / of_class.sum(axis=-1),
+        balanced_accuracy=recall.mean(axis=-1),
+        macro_f1=f1.mean(axis=-1),
+        recall=recall,
+    )
 
 
 def weighted_scores(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
@@ -32,13 +72,6 @@ def weighted_scores(probabilities: np.ndarray, truth: np.ndarray, weights: np.nd
         for first in range(0, len(weights), step)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def score_names(present: Sequence[int]) -> list[str]:
-    """The names that weighted_scores gives for test images of these classes, in its order."""
-    names = ["balanced_accuracy", "macro_f1", "macro_auprc"]
-    names += ["melanoma_auprc"] if MELANOMA in present else []
-    return [*names, "expected_calibration_error", *(f"recall_{CLASSES[k]}" for k in sorted(present))]
 
 
 def average_precision(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -83,7 +116,12 @@ def _scores_of(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray
     confusion = (weights @ np.eye(classes**2)[cell]).reshape(-1, classes, classes)
     called = scores(confusion)
     areas = {int(k): average_precision(probabilities[:, k], truth == k, weights) for k in present}
-    values = [called.balanced_accuracy, called.macro_f1, np.mean(list(areas.values()), axis=0)]
-    values += [areas[MELANOMA]] if MELANOMA in areas else []
-    values += [calibration_error(probabilities, truth, weights), *called.recall.T]
-    return dict(zip(score_names(present.tolist()), values, strict=True))
+    melanoma = {"melanoma_auprc": areas[MELANOMA]} if MELANOMA in areas else {}
+    return {
+        "balanced_accuracy": called.balanced_accuracy,
+        "macro_f1": called.macro_f1,
+        "macro_auprc": np.mean(list(areas.values()), axis=0),
+        **melanoma,
+        "expected_calibration_error": calibration_error(probabilities, truth, weights),
+        **{f"recall_{CLASSES[k]}": recall for k, recall in zip(present, called.recall.T)},
+    }

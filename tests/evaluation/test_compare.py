@@ -1,6 +1,7 @@
 """The verdict comes out as it must where the truth is known, for us and against us."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,12 +14,12 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
 
 from m2d.classes import class_index
-from m2d.errors import ConfigError, DataError
-from m2d.evaluation.arms import TrainingRows, training_rows
-from m2d.evaluation.downstream import ProbeClassifier, measure_downstream
-from m2d.evaluation.downstream_jobs import Job, run_here
-from m2d.evaluation.downstream_result import DownstreamResult, Estimate, verdict
+from m2d.errors import DataError
+from m2d.evaluation.classifiers.arms import TrainingRows, training_rows
+from m2d.evaluation.classifiers.compare import DownstreamResult, Job, Trials, compare_arms, run_jobs, verdict
+from m2d.evaluation.classifiers.probe import ProbeClassifier, measure_downstream
 from m2d.evaluation.feature_set import FeatureSet, ImageSet
+from m2d.metrics.bootstrap import Estimate
 
 BKL, DF, MEL, NV = (class_index(code) for code in ("BKL", "DF", "MEL", "NV"))
 DIMS = 40
@@ -48,10 +49,14 @@ BALANCED = clouds("train", {NV: 100, MEL: 100, BKL: 100}, 3)
 
 
 def measure(
-    generated: FeatureSet, train: FeatureSet = TRAIN, test: FeatureSet = TEST, **changed: Any
+    generated: FeatureSet,
+    train: FeatureSet = TRAIN,
+    test: FeatureSet = TEST,
+    c: float | None = 0.1,
+    ratios: Sequence[float] = (),
 ) -> DownstreamResult:
-    settings: dict[str, Any] = {"seeds": [0, 1, 2], "resamples": 200, "c": 0.1, "seed": 0}
-    return measure_downstream(train=train, test=test, generated=generated, **(settings | changed))
+    trials = Trials(seeds=[0, 1, 2], resamples=200, ratios=ratios)
+    return measure_downstream(train=train, test=test, generated=generated, c=c, trials=trials)
 
 
 @pytest.fixture(scope="module")
@@ -132,16 +137,25 @@ def test_only_arms_that_draw_are_trained_for_every_seed() -> None:
     assert {arm: one.trainings for arm, one in result.arms.items()} == {"a": 1, "b": 1, "c": 3, "d": 1, "e": 1}
 
 
+class AllOrNone(ProbeClassifier):
+    """All right or all wrong, by its seed alone."""
+
+    seeded = True
+
+    def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
+        return np.eye(7)[self.test.labels if seed % 2 else (self.test.labels + 1) % 7]
+
+
 def test_what_the_seeds_draw_widens_the_interval() -> None:
-    """A classifier that is all right or all wrong, by its seed alone."""
+    classifier, images = AllOrNone(TRAIN, TEST, TRUE, 0.1), (TRAIN.images, TEST.images, TRUE.images)
 
-    def run(classifier: Any, jobs: Sequence[Job]) -> list[np.ndarray]:
-        return [np.eye(7)[TEST.labels if job.seed % 2 else (TEST.labels + 1) % 7] for job in jobs]
+    def interval(*seeds: int) -> tuple[float, float]:
+        found = compare_arms(classifier, "", {}, Trials(seeds=seeds, resamples=200), images=images, notes=[])
+        score = found.arms["c"].scores["balanced_accuracy"]
+        return score.low, score.high
 
-    generated = clouds("generated", {MEL: 11, BKL: 11}, 2)
-    certain, torn = (measure(generated, seeds=seeds, run=run).arms["c"].scores for seeds in ([1, 3], [1, 2]))
-    assert (certain["balanced_accuracy"].low, certain["balanced_accuracy"].high) == (1, 1)
-    assert (torn["balanced_accuracy"].low, torn["balanced_accuracy"].high) == (0, 1)
+    assert interval(1, 3) == (1, 1)
+    assert interval(1, 2) == (0, 1)
 
 
 def test_the_sweep_has_a_step_for_each_ratio_and_says_where_images_lack(helpful: DownstreamResult) -> None:
@@ -200,15 +214,6 @@ def test_the_result_is_plain_numbers(helpful: DownstreamResult) -> None:
     assert json.loads(json.dumps(asdict(helpful), allow_nan=False))["seeds"] == [0, 1, 2]
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"seeds": []}, {"seeds": [1, 1]}, {"seeds": [-1]}, {"ratios": [0]}, {"ratios": [1, 1]}, {"resamples": 0}],
-)
-def test_settings_that_cannot_be_are_named(changed: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(changed))):
-        measure(TRUE, **changed)
-
-
 def estimates(balanced_accuracy: tuple[float, float, float], **more: tuple[float, float, float]) -> dict[str, Estimate]:
     return {name: Estimate(*values) for name, values in {"balanced_accuracy": balanced_accuracy, **more}.items()}
 
@@ -252,18 +257,22 @@ def test_there_is_nothing_to_warn_of(against_c: dict[str, Estimate]) -> None:
 
 
 class Counted(ProbeClassifier):
-    """Notes its trainings."""
+    """Notes its trainings, and is killed in one of them."""
 
     trained: list[str] = []  # noqa: RUF012 - the tests' own
+    killed_at: int | None = None
 
     def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
+        if len(self.trained) == self.killed_at:
+            Counted.killed_at = None
+            raise KeyboardInterrupt
         self.trained.append(Job.of(self, rows, seed).digest)
         return super().predict(rows, seed)
 
 
 @pytest.fixture
 def counted() -> Counted:
-    Counted.trained = []
+    Counted.trained, Counted.killed_at = [], None
     return Counted(TRAIN, TEST, TRUE, 0.1)
 
 
@@ -271,36 +280,36 @@ def jobs_of(classifier: ProbeClassifier, arms: str = "abde") -> list[Job]:
     return [Job.of(classifier, training_rows(arm, TRAIN.labels, TRUE.labels, seed=0), 0) for arm in arms]
 
 
+def kept_in(folder: Path, *, on_ray: bool = False) -> Trials:
+    return Trials(seeds=[0], resamples=100, kept=folder, on_ray=on_ray)
+
+
 def test_finished_jobs_are_not_done_again(counted: Counted, tmp_path: Path) -> None:
-    first = run_here(counted, jobs_of(counted), kept=tmp_path)
-    again = run_here(counted, jobs_of(counted), kept=tmp_path)
+    first = run_jobs(counted, jobs_of(counted), kept_in(tmp_path))
+    again = run_jobs(counted, jobs_of(counted), kept_in(tmp_path))
     assert len(counted.trained) == 4
     assert all(np.array_equal(one, other) for one, other in zip(first, again))
 
 
-def test_a_killed_run_goes_on_where_it_stopped(counted: Counted, tmp_path: Path) -> None:
-    def stop(done: int, total: int) -> None:
-        if done == 2:
-            raise KeyboardInterrupt
-
+def test_a_killed_run_resumes_where_it_stopped(counted: Counted, tmp_path: Path) -> None:
+    Counted.killed_at = 2
     with pytest.raises(KeyboardInterrupt):
-        run_here(counted, jobs_of(counted), kept=tmp_path, on_done=stop)
-    run_here(counted, jobs_of(counted), kept=tmp_path)
+        run_jobs(counted, jobs_of(counted), kept_in(tmp_path))
+    run_jobs(counted, jobs_of(counted), kept_in(tmp_path))
     assert len(counted.trained) == len(set(counted.trained)) == 4
 
 
 def test_a_broken_file_is_made_again(counted: Counted, tmp_path: Path) -> None:
-    whole = run_here(counted, jobs_of(counted, "a"), kept=tmp_path)
+    whole = run_jobs(counted, jobs_of(counted, "a"), kept_in(tmp_path))
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:200])
-    assert np.array_equal(run_here(counted, jobs_of(counted, "a"), kept=tmp_path), whole)
+    assert np.array_equal(run_jobs(counted, jobs_of(counted, "a"), kept_in(tmp_path)), whole)
     assert len(counted.trained) == 2
 
 
-def test_equal_jobs_are_done_once_and_progress_counts_them_once(counted: Counted) -> None:
-    told: list[tuple[int, int]] = []
-    answers = run_here(counted, jobs_of(counted, "abab"), on_done=lambda *one: told.append(one))
-    assert told == [(0, 2), (1, 2), (2, 2)]
+def test_equal_jobs_are_done_once(counted: Counted) -> None:
+    answers = run_jobs(counted, jobs_of(counted, "abab"), Trials(seeds=[0], resamples=100))
+    assert len(counted.trained) == 2
     assert np.array_equal(answers[0], answers[2])
 
 
@@ -312,5 +321,46 @@ def test_other_images_settings_rows_or_weights_are_another_job() -> None:
 
 
 def test_the_seed_is_another_job_only_where_it_changes_something() -> None:
-    classifier, rows = ProbeClassifier(TRAIN, TEST, TRUE, 0.1), training_rows("a", TRAIN.labels, TRUE.labels, seed=0)
-    assert Job.of(classifier, rows, 0).digest == Job.of(classifier, rows, 1).digest
+    rows = training_rows("a", TRAIN.labels, TRUE.labels, seed=0)
+    for kind, digests in ((ProbeClassifier, 1), (AllOrNone, 2)):
+        classifier = kind(TRAIN, TEST, TRUE, 0.1)
+        assert len({Job.of(classifier, rows, seed).digest for seed in (0, 1)}) == digests
+
+
+class ByProcess(ProbeClassifier):
+    """Answers with the number of the process that asks."""
+
+    def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
+        return np.full((1, 7), os.getpid())
+
+
+class Refusing(ProbeClassifier):
+    def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
+        raise DataError("test: 3 of these lesions have no name; give them one")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_tasks_give_what_this_process_gives_and_keep_it(tmp_path: Path) -> None:
+    judge = ProbeClassifier(TRAIN, TEST, TRUE, 0.1)
+    remote = run_jobs(judge, jobs_of(judge, "abd"), kept_in(tmp_path, on_ray=True))
+    for one, other in zip(remote, run_jobs(judge, jobs_of(judge, "abd"), Trials(seeds=[0], resamples=100))):
+        assert one == pytest.approx(other, abs=1e-6)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(job.digest for job in jobs_of(judge, "abd"))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_tasks_run_in_other_processes_and_kept_jobs_do_not_run(tmp_path: Path) -> None:
+    judge = ByProcess(TRAIN, TEST, TRUE, 0.1)
+    (first,) = run_jobs(judge, jobs_of(judge, "a"), kept_in(tmp_path, on_ray=True))
+    assert first[0, 0] != os.getpid()
+    assert np.array_equal(run_jobs(judge, jobs_of(judge, "a"), kept_in(tmp_path))[0], first)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_user_facing_error_comes_through_as_one_line(tmp_path: Path) -> None:
+    judge = Refusing(TRAIN, TEST, TRUE, 0.1)
+    with pytest.raises(DataError, match=r"^test: 3 of these lesions have no name; give them one$"):
+        run_jobs(judge, jobs_of(judge, "ab"), kept_in(tmp_path, on_ray=True))

@@ -4,7 +4,7 @@ The arms differ in training data alone. Arm c is the control that settles whethe
 real images until every class has as many as in arm d, so that what d has more is new images, not other class counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,27 +49,23 @@ def training_rows(
     ratio takes a part of what a larger one takes; the images that arm c repeats are drawn in whole passes over the
     class and a last part without repeats, so that all stand in it equally often, give or take one.
     """
-    added = _added(real, generated, ratio)
-    every = np.arange(len(real))
-    none = np.empty(0, dtype=np.int64)
-    if arm == "a":
-        return _equally(every, none)
+    there = np.bincount(generated, minlength=NUM_CLASSES)
+    added = there if ratio is None else np.minimum(_wanted(real, ratio), there)
+    every, none = np.arange(len(real)), np.empty(0, dtype=np.int64)
     if arm == "b":
         counts = np.bincount(real, minlength=NUM_CLASSES)
         return TrainingRows(every, none, len(real) / (np.count_nonzero(counts) * counts[real]))
     if arm == "c":
-        return _equally(np.sort(np.concatenate([every, _drawn(real, added, [seed, 0])])), none)
-    if arm == "d":
-        return _equally(every, np.sort(_drawn(generated, added, [seed, 1])))
-    if arm == "e":
-        return _equally(none, np.sort(_drawn(generated, added, [seed, 1])))
-    raise ValueError(f"arm {arm}; known: {' '.join(ARMS)}")
+        every = np.sort(np.concatenate([every, _drawn(real, added, [seed, 0])]))
+    of_generated = np.sort(_drawn(generated, added, [seed, 1])) if arm in "de" else none
+    of_real = none if arm == "e" else every
+    return TrainingRows(of_real, of_generated, np.ones(len(of_real) + len(of_generated)))
 
 
 def limits(real: np.ndarray, generated: np.ndarray, ratio: float) -> str | None:
     """Where a ratio asks for more generated images than there are, in words: `MEL 300 of 550, NV 0 of 4,000`."""
-    wanted, added = _wanted(real, ratio), _added(real, generated, ratio)
-    short = [f"{CLASSES[k]} {added[k]:,} of {wanted[k]:,}" for k in np.flatnonzero(added < wanted)]
+    wanted, there = _wanted(real, ratio), np.bincount(generated, minlength=NUM_CLASSES)
+    short = [f"{CLASSES[k]} {there[k]:,} of {wanted[k]:,}" for k in np.flatnonzero(there < wanted)]
     return ", ".join(short) or None
 
 
@@ -85,22 +81,22 @@ def check_sides(
     if shared:
         named = ", ".join(map(str, shared[:_SHOWN])) + (", ..." if len(shared) > _SHOWN else "")
         raise DataError(
-            f"downstream: {_lesions(len(shared))} of the real test images also in the training images ({named}), so "
-            "the test would reward what was learned by heart; split by lesion, or name other test images"
+            f"downstream: lesions of the real test images are also in the training images ({len(shared):,}: {named}), "
+            "so the test would reward what was learned by heart; split by lesion, or name other test images"
         )
     if not len(generated):
         raise DataError("downstream: there is no generated image; name a folder that has some")
-    unknown = sorted(set(generated.labels.tolist()) - set(train.labels.tolist()))
-    if unknown:
+    trained, tested, made = (set(side.labels.tolist()) for side in (train, test, generated))
+    if made - trained:
         raise DataError(
-            f"downstream: generated images of {_codes(unknown)}, of which the real training images have none (they "
-            f"have {_codes(np.unique(train.labels).tolist())}); leave that class out, or add real images of it"
+            f"downstream: generated images of {_codes(made - trained)}, of which the real training images have none "
+            f"(they have {_codes(trained)}); leave that class out, or add real images of it"
         )
-    scored = sorted(set(train.labels.tolist()) & set(test.labels.tolist()))
+    scored = sorted(trained & tested)
     if len(scored) < 2:
         raise DataError(
-            f"downstream: training and test images share {len(scored)} class{'' if len(scored) == 1 else 'es'} "
-            f"({_codes(scored) or 'none'}); a classifier needs two at least, so give images of more classes"
+            f"downstream: training and test images share too few classes ({_codes(scored) or 'none'}); a classifier "
+            "needs two at least, so give images of more classes"
         )
     return scored
 
@@ -120,35 +116,19 @@ def class_counts(labels: np.ndarray) -> dict[str, int]:
 
 
 def _wanted(real: np.ndarray, ratio: float) -> np.ndarray:
-    wanted: np.ndarray = np.rint(ratio * np.bincount(real, minlength=NUM_CLASSES)).astype(np.int64)
-    return wanted
-
-
-def _added(real: np.ndarray, generated: np.ndarray, ratio: float | None) -> np.ndarray:
-    """Synthetic images that each class gains, int64 [K]."""
-    there = np.bincount(generated, minlength=NUM_CLASSES)
-    added: np.ndarray = there if ratio is None else np.minimum(_wanted(real, ratio), there)
-    return added
+    return np.asarray(np.rint(ratio * np.bincount(real, minlength=NUM_CLASSES)).astype(np.int64))
 
 
 def _drawn(labels: np.ndarray, counts: np.ndarray, seed: list[int]) -> np.ndarray:
     """counts[k] rows of each class k, in shuffled passes over its images; none again before all were drawn."""
-    parts = []
+    parts = [np.empty(0, dtype=np.int64)]
     for label in np.flatnonzero(counts):
         rows, count = np.flatnonzero(labels == label), int(counts[label])
         generator = np.random.default_rng([*seed, int(label)])
         passes = [generator.permutation(rows) for _ in range(-(-count // len(rows)))]
         parts.append(np.concatenate(passes)[:count])
-    return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+    return np.concatenate(parts)
 
 
-def _equally(real: np.ndarray, generated: np.ndarray) -> TrainingRows:
-    return TrainingRows(real, generated, np.ones(len(real) + len(generated)))
-
-
-def _codes(labels: Sequence[int]) -> str:
-    return " ".join(CLASSES[label] for label in labels)
-
-
-def _lesions(count: int) -> str:
-    return f"{count:,} lesions are" if count > 1 else "1 lesion is"
+def _codes(labels: Iterable[int]) -> str:
+    return " ".join(CLASSES[label] for label in sorted(labels))

@@ -10,13 +10,8 @@ from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
-from m2d.evaluation import distances
-from m2d.evaluation.distances import (
-    frechet_distance,
-    kernel_distance,
-    neighbour_scores,
-    vendi_score,
-)
+from m2d.metrics import distances
+from m2d.metrics.distances import frechet_distance, kernel_distance, neighbour_scores, vendi_score
 
 
 def gaussian(count: int, dimensions: int, seed: int, *, shift: float = 0.0, spread: float = 1.0) -> np.ndarray:

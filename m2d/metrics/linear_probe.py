@@ -1,4 +1,4 @@
-"""The probe itself: logistic regression on standardised features. Knows nothing of images or files."""
+"""A linear probe: logistic regression on standardised features, and the choice of its penalty."""
 
 import warnings
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
-from m2d.evaluation.classification_scores import confusion_matrix, scores
+from m2d.metrics.scores import confusion_matrix, scores
 
 MAX_ITERATIONS = 2000  # of L-BFGS
 C_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # few training images want the first, wide features of many images the last
