@@ -13,7 +13,7 @@ from m2d.evaluation.bootstrap import interval, resampled_confusions
 from m2d.evaluation.classification_scores import confusion_matrix, scores
 from m2d.evaluation.downstream import chosen_c
 from m2d.evaluation.downstream_result import Estimate
-from m2d.evaluation.feature_set import FeatureSet
+from m2d.evaluation.images import FeatureSet
 from m2d.evaluation.linear_probe import LinearProbe
 
 Z = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution

@@ -16,7 +16,7 @@ from m2d.evaluation.arms import TrainingRows, check_sides
 from m2d.evaluation.downstream_comparison import compare_arms
 from m2d.evaluation.downstream_jobs import Runner, run_here
 from m2d.evaluation.downstream_result import DownstreamResult, Settings
-from m2d.evaluation.feature_set import FeatureSet
+from m2d.evaluation.images import FeatureSet
 from m2d.evaluation.linear_probe import LinearProbe, best_c, choose_c
 
 

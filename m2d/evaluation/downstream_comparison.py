@@ -15,7 +15,7 @@ from m2d.evaluation.bootstrap import interval, resampled_seeds, resampled_weight
 from m2d.evaluation.downstream_jobs import Classifier, Job, Runner
 from m2d.evaluation.downstream_result import ArmResult, DownstreamResult, Estimate, RatioResult, Settings, verdict
 from m2d.evaluation.downstream_scores import weighted_scores
-from m2d.evaluation.feature_set import ImageSet
+from m2d.evaluation.images import ImageSet
 
 FEW_LESIONS = 10  # of a class in the test images: its interval is then a rough one
 _INTERVALS = (

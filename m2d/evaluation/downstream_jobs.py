@@ -16,7 +16,7 @@ from m2d.classes import NUM_CLASSES
 from m2d.cluster.fan_out import fan_out, numbered, on_tasks
 from m2d.cluster.nodes import cluster_total
 from m2d.cluster.start import ray_cluster
-from m2d.data.shards import cache_file
+from m2d.data.store import cache_file
 from m2d.evaluation.arms import TrainingRows
 
 GPU_SHARE = 0.25  # of a task: small networks on small images leave most of a GPU idle

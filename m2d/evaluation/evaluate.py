@@ -28,12 +28,11 @@ from m2d.evaluation.downstream_jobs import Classifier, Job, Runner, run_here, ru
 from m2d.evaluation.downstream_result import DownstreamResult
 from m2d.evaluation.evaluate_settings import EvaluateConfig
 from m2d.evaluation.evaluation import Evaluation, ImageCounts
-from m2d.evaluation.extraction import RAY_PAYS_FROM, Extraction
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
+from m2d.evaluation.features import RAY_PAYS_FROM, Extraction
 from m2d.evaluation.fidelity import FidelityResult, measure_fidelity
 from m2d.evaluation.finetune import measure_finetuned
 from m2d.evaluation.finetune_settings import FinetuneConfig
-from m2d.evaluation.image_sets import ImageSets, read_image_sets
+from m2d.evaluation.images import FeatureSet, ImageSet, ImageSets, read_image_sets
 from m2d.evaluation.memorization import measure_memorization
 from m2d.evaluation.memorization_result import MemorizationResult
 from m2d.evaluation.provenance import find_checkpoint

@@ -10,9 +10,9 @@ import numpy as np
 from m2d.classes import CLASSES
 from m2d.errors import DataError
 from m2d.evaluation.distances import LEAST_GROUPS, NEIGHBOURS
-from m2d.evaluation.feature_set import FeatureSet
 from m2d.evaluation.fidelity_rows import FidelityRow, class_row, matched_count, overall_row
 from m2d.evaluation.fidelity_sides import LEAST_DEVIATION, Comparison, Scale, Side, check_sets, lesion_disjoint_halves
+from m2d.evaluation.images import FeatureSet
 
 GENERATED, FLOOR, UNSEEN, AUTOENCODER = "generated", "floor", "unseen", "autoencoder"
 _WHAT = {

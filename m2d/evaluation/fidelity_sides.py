@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from m2d.errors import DataError
-from m2d.evaluation.feature_set import FeatureSet
+from m2d.evaluation.images import FeatureSet
 
 # Of the median feature's deviation: what a feature is divided by at least. By plain standardisation the features that
 # hardly ever fire in training (a tenth of EfficientNet-Lite0's deviate by less than a sixth of the median) are nearly

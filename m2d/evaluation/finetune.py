@@ -24,8 +24,8 @@ from m2d.evaluation.arms import TrainingRows, check_sides
 from m2d.evaluation.downstream_comparison import compare_arms
 from m2d.evaluation.downstream_jobs import Runner, run_here
 from m2d.evaluation.downstream_result import DownstreamResult
-from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.finetune_settings import FinetuneConfig
+from m2d.evaluation.images import ImageSet
 from m2d.generation.generator import pick_device
 from m2d.models.feature_extractor import FeatureExtractor, extractor_identity, load_feature_extractor
 from m2d.models.precision import DTYPES, pick_precision

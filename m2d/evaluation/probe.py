@@ -13,7 +13,7 @@ from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.errors import DataError
 from m2d.evaluation.bootstrap import interval, resampled_confusions
 from m2d.evaluation.classification_scores import confusion_matrix, scores
-from m2d.evaluation.cls_features import ClsFeatures, cls_features
+from m2d.evaluation.features import ClsFeatures, cls_features
 from m2d.evaluation.linear_probe import LinearProbe, choose_c
 from m2d.evaluation.probe_images import ProbeImages, check_classes, train_and_test
 from m2d.evaluation.probe_report import Estimate, ProbeResult, Side, print_result, write_result

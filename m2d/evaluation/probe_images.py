@@ -12,9 +12,9 @@ import pyarrow.compute as pc
 
 from m2d.classes import CLASSES
 from m2d.data.catalog import read_catalog, scan_dataset
-from m2d.data.prepared import prepared_folder, reusable_catalog
+from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import ConfigError, DataError
-from m2d.evaluation.cls_features import ImageFile
+from m2d.evaluation.features import ImageFile
 from m2d.evaluation.settings import ProbeConfig
 from m2d.files.progress import progress
 from m2d.files.storage import without_secrets

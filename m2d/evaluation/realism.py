@@ -6,7 +6,7 @@ No score of a set: pictures for a person to judge the numbers by.
 import numpy as np
 import torch
 
-from m2d.evaluation.feature_set import FeatureSet
+from m2d.evaluation.images import FeatureSet
 from m2d.generation.neighbours import nearest, unit_rows
 
 NEIGHBOURS = 5

@@ -17,9 +17,8 @@ from rich.table import Table
 from m2d.classes import CLASSES, DIAGNOSES
 from m2d.errors import DataError
 from m2d.evaluation.evaluation import Evaluation
-from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.fidelity import GENERATED
-from m2d.evaluation.image_sets import ImageSets
+from m2d.evaluation.images import ImageSet, ImageSets
 from m2d.evaluation.memorization_pictures import worst_pairs_picture
 from m2d.evaluation.report_plots import confusions, differences, kernel_distances, ratio_curve
 from m2d.evaluation.report_readings import answers

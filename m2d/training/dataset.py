@@ -18,8 +18,8 @@ from m2d.data.catalog import (
     write_catalog,
     write_rejected,
 )
-from m2d.data.feature_store import FeatureStore
-from m2d.data.prepared import PreparedImages, prepared_folder, reusable_catalog
+from m2d.data.features import FeatureStore
+from m2d.data.store import PreparedImages, prepared_folder, reusable_catalog
 from m2d.experiment import Experiment
 from m2d.files.progress import progress
 from m2d.models.feature_extractor import extractor_identity

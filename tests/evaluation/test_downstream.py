@@ -18,7 +18,7 @@ from m2d.evaluation.arms import TrainingRows, training_rows
 from m2d.evaluation.downstream import ProbeClassifier, measure_downstream
 from m2d.evaluation.downstream_jobs import Job, run_here
 from m2d.evaluation.downstream_result import DownstreamResult, Estimate, verdict
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
+from m2d.evaluation.images import FeatureSet, ImageSet
 
 BKL, DF, MEL, NV = (class_index(code) for code in ("BKL", "DF", "MEL", "NV"))
 DIMS = 40

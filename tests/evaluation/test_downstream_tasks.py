@@ -11,7 +11,7 @@ from m2d.errors import DataError
 from m2d.evaluation.arms import TrainingRows, training_rows
 from m2d.evaluation.downstream import ProbeClassifier
 from m2d.evaluation.downstream_jobs import Job, run_here, run_on_ray
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
+from m2d.evaluation.images import FeatureSet, ImageSet
 
 MEL, NV = class_index("MEL"), class_index("NV")
 

@@ -16,7 +16,6 @@ from tiny_checkpoint import write_checkpoint
 from m2d.cli import main, parse
 from m2d.errors import ConfigError
 from m2d.evaluation import evaluate as evaluate_module
-from m2d.evaluation import extraction
 from m2d.evaluation.evaluate import _of_tasks, evaluate
 from m2d.evaluation.finetune_settings import FinetuneConfig
 from m2d.evaluation.provenance import find_checkpoint
@@ -99,7 +98,7 @@ def test_a_second_run_extracts_and_trains_nothing(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("done again")
 
-    monkeypatch.setattr(extraction, "load_feature_extractor", refuse)
+    monkeypatch.setattr("m2d.data.features.load_feature_extractor", refuse)
     monkeypatch.setattr("m2d.evaluation.downstream.ProbeClassifier.predict", refuse)
     evaluate(parse("evaluate", asked))
     second = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
@@ -186,7 +185,7 @@ def test_another_checkpoint_than_the_images_own_is_refused(
 
 def test_typicality_is_the_mean_distance_to_the_nearest_of_the_class() -> None:
     """Standardised, the training features of a class are the two unit axes; a generated one lies on the first."""
-    from m2d.evaluation.feature_set import FeatureSet, ImageSet
+    from m2d.evaluation.images import FeatureSet, ImageSet
 
     def features(cls: list[list[float]]) -> FeatureSet:
         n = len(cls)

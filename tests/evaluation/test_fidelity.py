@@ -9,7 +9,6 @@ import pytest
 from m2d.classes import CLASSES, class_index
 from m2d.errors import DataError
 from m2d.evaluation.distances import kernel_distance, vendi_score
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
 from m2d.evaluation.fidelity import (
     AUTOENCODER,
     FLOOR,
@@ -20,6 +19,7 @@ from m2d.evaluation.fidelity import (
     measure_fidelity,
 )
 from m2d.evaluation.fidelity_sides import lesion_disjoint_halves
+from m2d.evaluation.images import FeatureSet, ImageSet
 
 D = 12
 SCALES = np.array([100.0, 1.0, 1.0] * 4)  # dimensions differ by orders of magnitude

@@ -11,7 +11,6 @@ import torch
 from m2d.classes import class_index
 from m2d.errors import ConfigError, TrainingError
 from m2d.evaluation.arms import training_rows
-from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.finetune import (
     FinetuneClassifier,
     _network,
@@ -21,6 +20,7 @@ from m2d.evaluation.finetune import (
     steps_of,
 )
 from m2d.evaluation.finetune_settings import FinetuneConfig
+from m2d.evaluation.images import ImageSet
 from m2d.models.feature_extractor import load_feature_extractor
 
 MEL, NV = class_index("MEL"), class_index("NV")
