@@ -31,8 +31,7 @@ from m2d.data.catalog import (
     dataset_fingerprint,
     read_catalog,
     write_catalog,
-    write_duplicates,
-    write_rejected,
+    write_csv,
 )
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError, DataError
@@ -135,8 +134,8 @@ def prepared_folder(cache_dir: str, data_root: str) -> Path:
 def write_scan(folder: Path, scan: Scan, data_root: str, config: DataConfig, fingerprint: str) -> None:
     """Keep a scan. fingerprint: dataset_fingerprint from before the scan, so that a change since then is noticed."""
     write_catalog(scan.catalog, str(folder / CATALOG))
-    write_rejected(scan.rejected, str(folder / "rejected.csv"))
-    write_duplicates(scan.duplicates, str(folder / "duplicates.csv"))
+    write_csv(scan.rejected, str(folder / "rejected.csv"))
+    write_csv(scan.duplicates, str(folder / "duplicates.csv"))
     record = {
         "format": FORMAT,
         "data_root": without_secrets(data_root),

@@ -16,7 +16,7 @@ from m2d.data.catalog import (
     read_catalog,
     scan_dataset,
     write_catalog,
-    write_rejected,
+    write_csv,
 )
 from m2d.data.features import FeatureStore
 from m2d.data.store import PreparedImages, prepared_folder, reusable_catalog
@@ -44,7 +44,7 @@ def run_catalog(config: TrainConfig, experiment: Experiment, data_root: str, con
     write_catalog(scan.catalog, path)
     if len(scan.rejected):
         listed = str(experiment.path / "cache" / "rejected.csv")
-        write_rejected(scan.rejected, listed)
+        write_csv(scan.rejected, listed)
         for row in scan.rejected.slice(0, 10).to_pylist():
             console.say(f"rejected: {row['path']}: {row['reason']}")
         console.say(f"rejected {len(scan.rejected)} files; all of them with reasons: {listed}")
