@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from m2d.classes import CLASSES
 from m2d.data.catalog import scan_dataset
-from m2d.data.feature_jobs import extract_view
+from m2d.data.features import extract_view
 from m2d.data.reader import ImageReader
 from m2d.data.settings import DataConfig
 from m2d.data.views import apply_view

@@ -55,7 +55,7 @@ def _train(config: TrainConfig) -> None:
 
 
 def _setup_data(config: SetupConfig) -> None:
-    from m2d.data.prepare import setup_data
+    from m2d.data.setup import setup_data
 
     setup_data(config)
 

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 
 from m2d.errors import ConfigError
-from m2d.evaluation.feature_set import ImageSet
-from m2d.evaluation.image_sets import with_pixels
+from m2d.evaluation.images import ImageSet, with_pixels
 from m2d.files.progress import progress
 from m2d.models.autoencoder import Autoencoder, coded_at_once
 from m2d.models.checkpoint import Checkpoint

@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.evaluation.classifiers.arms import check_sides, unscored
-from m2d.evaluation.feature_set import FeatureSet
+from m2d.evaluation.images import FeatureSet
 from m2d.metrics.bootstrap import Estimate, resampled_confusions
 from m2d.metrics.linear_probe import LinearProbe
 from m2d.metrics.scores import confusion_matrix, scores

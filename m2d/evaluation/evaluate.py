@@ -26,10 +26,9 @@ from m2d.evaluation.classifiers.compare import Trials
 from m2d.evaluation.classifiers.finetune import measure_finetuned
 from m2d.evaluation.classifiers.probe import chosen_c, measure_downstream
 from m2d.evaluation.consistency import measure_consistency
-from m2d.evaluation.extraction import RAY_PAYS_FROM, Extraction
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
+from m2d.evaluation.features import RAY_PAYS_FROM, Extraction
 from m2d.evaluation.fidelity import measure_fidelity
-from m2d.evaluation.image_sets import ImageSets, read_image_sets
+from m2d.evaluation.images import FeatureSet, ImageSet, ImageSets, read_image_sets
 from m2d.evaluation.memorization import measure_memorization
 from m2d.evaluation.report.page import print_evaluation, typicality, write_report
 from m2d.evaluation.report.tables import Evaluation, ImageCounts

@@ -10,7 +10,7 @@ import numpy as np
 
 from m2d.classes import CLASSES
 from m2d.errors import DataError
-from m2d.evaluation.feature_set import FeatureSet
+from m2d.evaluation.images import FeatureSet
 from m2d.metrics.distances import (
     LEAST_DEVIATION,
     LEAST_GROUPS,

@@ -12,7 +12,7 @@ import numpy as np
 
 from m2d.classes import CLASSES
 from m2d.errors import DataError
-from m2d.evaluation.feature_set import FeatureSet, ImageSet, shared_classes
+from m2d.evaluation.images import FeatureSet, ImageSet, shared_classes
 from m2d.evaluation.memorization_distances import (
     VIEWS,
     Distances,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from m2d.data.views import apply_view
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
+from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.generation.gate_reference import ImageFacts, unit_thumbnails
 from m2d.generation.neighbours import nearest, unit_rows
 

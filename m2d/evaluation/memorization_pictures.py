@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from m2d.classes import DIAGNOSES
 from m2d.data.views import apply_view
-from m2d.evaluation.feature_set import ImageSet
+from m2d.evaluation.images import ImageSet
 from m2d.evaluation.memorization_result import Pair
 
 VIEW_NAMES = (

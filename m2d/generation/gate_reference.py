@@ -21,7 +21,7 @@ from torch import Tensor
 
 from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.data.catalog import catalog_hash
-from m2d.data.feature_store import FeatureTable
+from m2d.data.features import FeatureTable
 from m2d.data.views import apply_view
 from m2d.errors import DataError
 from m2d.files.atomic import write_whole

@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 import torch
 
 from m2d.data.catalog import read_catalog
-from m2d.data.feature_store import FeatureStore, FeatureTable
-from m2d.data.prepared import prepared_folder
+from m2d.data.features import FeatureStore, FeatureTable
 from m2d.data.reader import ImageReader
+from m2d.data.store import prepared_folder
 from m2d.errors import DataError, M2DError
 from m2d.files.progress import progress, say
 from m2d.generation.gate_reference import GateReference, build_gate_reference

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from m2d.data.catalog import catalog_hash, read_catalog, scan_dataset
-from m2d.data.prepared import prepared_folder, reusable_catalog
 from m2d.data.settings import DataConfig
+from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import ConfigError, DataError
 from m2d.files.progress import progress, say
 from m2d.files.storage import one_line, open_storage, without_secrets

@@ -13,8 +13,8 @@ from pyarrow import fs
 
 from m2d.config import TrainConfig, with_absolute_paths
 from m2d.data.catalog import IMAGE_SUFFIXES, is_debris
-from m2d.data.feature_store import FeatureStore, feature_bytes
-from m2d.data.prepared import prepared_folder, reusable_catalog
+from m2d.data.features import FeatureStore, feature_bytes
+from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import DataError
 from m2d.files.storage import open_storage, without_secrets
 from m2d.models.feature_extractor import extractor_identity

@@ -8,10 +8,10 @@ import pyarrow.compute as pc
 
 from m2d.config import TrainConfig
 from m2d.data.catalog import class_counts, read_catalog
-from m2d.data.feature_store import FeatureStore, FeatureTable
+from m2d.data.features import FeatureStore, FeatureTable
 from m2d.data.order import StreamOrder
-from m2d.data.prepared import PreparedImages
 from m2d.data.reader import ImageReader
+from m2d.data.store import PreparedImages
 from m2d.experiment import Experiment
 from m2d.models.settings import PerceptualKind, Precision
 

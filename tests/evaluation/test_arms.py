@@ -7,7 +7,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from m2d.classes import class_index
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.arms import check_sides, limits, training_rows, unscored
-from m2d.evaluation.feature_set import ImageSet
+from m2d.evaluation.images import ImageSet
 
 DF, MEL, NV, VASC = (class_index(code) for code in ("DF", "MEL", "NV", "VASC"))
 REAL = np.array([NV] * 20 + [MEL] * 6 + [DF] * 3)

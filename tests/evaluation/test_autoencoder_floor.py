@@ -9,7 +9,7 @@ from tiny_checkpoint import make_checkpoint
 
 from m2d.errors import ConfigError
 from m2d.evaluation.autoencoder_floor import reconstructions
-from m2d.evaluation.feature_set import ImageSet
+from m2d.evaluation.images import ImageSet
 from m2d.models.checkpoint import Checkpoint
 
 

@@ -18,7 +18,7 @@ from m2d.errors import DataError
 from m2d.evaluation.classifiers.arms import TrainingRows, training_rows
 from m2d.evaluation.classifiers.compare import DownstreamResult, Job, Trials, compare_arms, run_jobs, verdict
 from m2d.evaluation.classifiers.probe import ProbeClassifier, measure_downstream
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
+from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.metrics.bootstrap import Estimate
 
 BKL, DF, MEL, NV = (class_index(code) for code in ("BKL", "DF", "MEL", "NV"))

@@ -9,7 +9,7 @@ import pytest
 from m2d.classes import CLASSES, class_index
 from m2d.errors import DataError
 from m2d.evaluation.consistency import ConsistencyResult, measure_consistency
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
+from m2d.evaluation.images import FeatureSet, ImageSet
 
 BKL, MEL, NV = (class_index(code) for code in ("BKL", "MEL", "NV"))
 

@@ -8,7 +8,6 @@ import pytest
 
 from m2d.classes import CLASSES, class_index
 from m2d.errors import DataError
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
 from m2d.evaluation.fidelity import (
     AUTOENCODER,
     FLOOR,
@@ -19,6 +18,7 @@ from m2d.evaluation.fidelity import (
     lesion_disjoint_halves,
     measure_fidelity,
 )
+from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.metrics.distances import kernel_distance, vendi_score
 
 D = 12

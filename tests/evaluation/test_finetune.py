@@ -20,7 +20,7 @@ from m2d.evaluation.classifiers.finetune import (
     measure_finetuned,
     steps_of,
 )
-from m2d.evaluation.feature_set import ImageSet
+from m2d.evaluation.images import ImageSet
 from m2d.evaluation.settings import FinetuneConfig
 from m2d.models.feature_extractor import load_feature_extractor
 

@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 from m2d.classes import CLASSES, class_index
 from m2d.data.views import apply_view
 from m2d.errors import DataError
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
+from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.evaluation.memorization import MemorizationResult, measure_memorization, wilson_interval
 from m2d.evaluation.memorization_distances import Limits
 from m2d.models.feature_extractor import load_feature_extractor

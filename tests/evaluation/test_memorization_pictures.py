@@ -5,7 +5,7 @@ import pytest
 
 from m2d.classes import DIAGNOSES, class_index
 from m2d.data.views import apply_view
-from m2d.evaluation.feature_set import ImageSet
+from m2d.evaluation.images import ImageSet
 from m2d.evaluation.memorization_pictures import worst_pairs_picture
 from m2d.evaluation.memorization_result import Pair
 

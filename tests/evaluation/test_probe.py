@@ -12,9 +12,9 @@ from PIL import Image
 
 from m2d.classes import CLASSES
 from m2d.cli import main, main_from_shell, parse
+from m2d.data import features
 from m2d.data.catalog import scan_dataset, write_catalog
 from m2d.data.settings import DataConfig
-from m2d.evaluation import cls_features
 
 COLOURS = dict(zip(CLASSES, ("red", "lime", "blue", "yellow", "black", "white", "magenta")))
 
@@ -115,7 +115,7 @@ def test_a_second_probe_runs_no_extractor(dataset: str, tmp_path: Path, monkeypa
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the extractor was loaded")
 
-    monkeypatch.setattr(cls_features, "load_feature_extractor", refuse)
+    monkeypatch.setattr(features, "load_feature_extractor", refuse)
     second = run(tmp_path, "--data_root", dataset)
     assert second["extracted"] == 0
     assert {**second, "extracted": 112, "seconds": 0, "created": ""} == {**first, "seconds": 0, "created": ""}

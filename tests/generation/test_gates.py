@@ -19,7 +19,7 @@ from tiny_networks import IMAGE_SIZE, TinyExtractor
 
 from m2d.classes import CLASSES, class_index
 from m2d.data.catalog import catalog_hash, scan_dataset
-from m2d.data.feature_store import FeatureStore, write_features
+from m2d.data.features import FeatureStore, write_features
 from m2d.data.reader import ImageReader
 from m2d.data.settings import DataConfig
 from m2d.data.views import apply_view

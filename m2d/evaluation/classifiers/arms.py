@@ -11,7 +11,7 @@ import numpy as np
 
 from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.errors import DataError
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
+from m2d.evaluation.images import FeatureSet, ImageSet
 
 ARMS = {
     "a": "real",

@@ -22,7 +22,7 @@ from m2d.data.views import apply_view
 from m2d.errors import ConfigError, TrainingError
 from m2d.evaluation.classifiers.arms import TrainingRows
 from m2d.evaluation.classifiers.compare import DownstreamResult, Trials, compare_arms
-from m2d.evaluation.feature_set import ImageSet
+from m2d.evaluation.images import ImageSet
 from m2d.evaluation.settings import FinetuneConfig
 from m2d.generation.generator import pick_device
 from m2d.models.feature_extractor import FeatureExtractor, extractor_identity, load_feature_extractor

@@ -24,9 +24,8 @@ from m2d.data.catalog import read_catalog
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.arms import TrainingRows
 from m2d.evaluation.classifiers.compare import FEW_LESIONS, DownstreamResult, Settings, Trials, compare_arms
-from m2d.evaluation.cls_features import ClsFeatures, ImageFile, cls_features
-from m2d.evaluation.feature_set import FeatureSet
-from m2d.evaluation.image_sets import Listed, catalog_of, check_apart, class_folder, listed, taken
+from m2d.evaluation.features import ClsFeatures, ImageFile, cls_features
+from m2d.evaluation.images import FeatureSet, Listed, catalog_of, check_apart, class_folder, listed, taken
 from m2d.evaluation.report.plots import confusion_matrix_picture
 from m2d.evaluation.settings import ProbeConfig
 from m2d.files.paths import result_path

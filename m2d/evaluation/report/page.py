@@ -16,9 +16,8 @@ from rich.table import Table
 
 from m2d.classes import CLASSES, DIAGNOSES
 from m2d.errors import DataError
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
 from m2d.evaluation.fidelity import GENERATED
-from m2d.evaluation.image_sets import ImageSets
+from m2d.evaluation.images import FeatureSet, ImageSet, ImageSets
 from m2d.evaluation.memorization_pictures import worst_pairs_picture
 from m2d.evaluation.report import plots
 from m2d.evaluation.report.tables import Evaluation, answers, class_rows, fidelity_rows, tables

@@ -6,8 +6,8 @@ from typing import Self
 from m2d.classes import CLASSES
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.consistency import ConsistencyResult
-from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
+from m2d.evaluation.images import ImageSet
 from m2d.evaluation.memorization_result import MemorizationResult
 from m2d.evaluation.report.plots import NAMES
 

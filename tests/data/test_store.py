@@ -12,15 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from m2d.data.catalog import dataset_fingerprint, scan_dataset
-from m2d.data.prepared import (
+from m2d.data.settings import DataConfig
+from m2d.data.store import (
     PreparedImages,
+    ShardIndex,
+    cache_file,
+    digests,
     prepared_folder,
     reusable_catalog,
     write_images,
     write_scan,
 )
-from m2d.data.settings import DataConfig
-from m2d.data.shards import ShardIndex, cache_file, digests
 from m2d.errors import ConfigError, DataError
 
 SIZE = 16
@@ -150,8 +152,7 @@ def test_written_images_are_read_bit_for_bit_in_any_order(tmp_path: Path) -> Non
     pixels = pixels_of(40)
     for first, stop in ((0, 13), (13, 39), (39, 40)):
         write_images(tmp_path, SIZE, SHA[first:stop], pixels[first:stop])
-    images = PreparedImages.open(tmp_path, SIZE)
-    assert images is not None
+    images = PreparedImages(tmp_path, SIZE)
     assert images.covers(SHA)
     order = np.random.default_rng(1).permutation(40)
     rows = pickle.loads(pickle.dumps(images.rows([SHA[number] for number in order])))  # noqa: S301
@@ -169,8 +170,7 @@ def test_a_shard_is_a_table_that_others_can_read(tmp_path: Path) -> None:
 
 def test_images_that_are_not_there_are_missing(tmp_path: Path) -> None:
     write_images(tmp_path, SIZE, SHA[:3], pixels_of(3))
-    images = PreparedImages.open(tmp_path, SIZE)
-    assert images is not None
+    images = PreparedImages(tmp_path, SIZE)
     assert images.missing([SHA[2], SHA[7], SHA[0]]).tolist() == [False, True, False]
     rows = images.rows([SHA[7], SHA[1]])
     assert rows.present.tolist() == [False, True]
@@ -210,8 +210,7 @@ def test_a_flipped_bit_is_noticed_and_never_shown(tmp_path: Path, caplog: pytest
     content = bytearray(path.read_bytes())
     content[content.index(pixels[1].tobytes()) + 5] ^= 1
     path.write_bytes(content)
-    images = PreparedImages.open(tmp_path, SIZE)
-    assert images is not None
+    images = PreparedImages(tmp_path, SIZE)
     assert images.rows(SHA[:3]).read(np.array([1])) == [None]
     assert any(str(path) in message for message in caplog.messages)
 
@@ -229,8 +228,7 @@ def test_two_shards_that_hold_the_same_image_are_fine(tmp_path: Path) -> None:
     pixels = pixels_of(4)
     write_images(tmp_path, SIZE, SHA[:3], pixels[:3])
     write_images(tmp_path, SIZE, SHA[1:4], pixels[1:4])
-    images = PreparedImages.open(tmp_path, SIZE)
-    assert images is not None
+    images = PreparedImages(tmp_path, SIZE)
     for number, found in enumerate(images.rows(SHA[:4]).read(np.arange(4))):
         np.testing.assert_array_equal(found, pixels[number])
 

@@ -1,8 +1,9 @@
-"""What setup_data keeps of a dataset: its catalog, and its images decoded at one size. Read without Ray.
+"""What setup_data keeps of a dataset: its catalog, and its images decoded at one size. Needs neither Ray nor torch.
 
     CACHE/<name>-<8 hex>/dataset.json  catalog.parquet  rejected.csv  duplicates.csv
     CACHE/<name>-<8 hex>/images/64px/shard_*.parquet     sha256, pixels (raw uint8 RGB, row by row)
-Images are found by the sha256 of their file, so another split or more images make nothing here invalid.
+Everything is found by the sha256 of the image files, so another split or more images make nothing here invalid.
+Features lie beside them (m2d.data.features), in shards of the same kind.
 """
 
 import hashlib
@@ -12,7 +13,8 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
+from safetensors import SafetensorError
 
 from m2d.data.catalog import (
     Scan,
@@ -28,12 +31,11 @@ from m2d.data.catalog import (
     dataset_fingerprint,
     read_catalog,
     write_catalog,
-    write_duplicates,
-    write_rejected,
+    write_csv,
 )
 from m2d.data.settings import DataConfig
-from m2d.data.shards import ShardIndex, cache_file, digests, shard_name
 from m2d.errors import ConfigError, DataError
+from m2d.files.atomic import whole_file
 from m2d.files.storage import one_line, open_storage, without_secrets
 
 logger = logging.getLogger(__name__)
@@ -43,6 +45,74 @@ DATASET, CATALOG = "dataset.json", "catalog.parquet"
 SCAN_SETTINGS = ("val_fraction", "test_fraction", "split_seed", "class_map", "max_pixels")
 ROW_GROUP_BYTES = 64 * 2**10  # of pixels: what is read for one image. Smaller ones make opening a file slow
 OPEN_FILES = 64  # of a reader; an open one costs a parsed footer
+DIGEST_BYTES = 32
+
+
+def digests(sha256: Sequence[str]) -> np.ndarray:
+    """Hex sha256 sums as sortable bytes, S32 [n]. Raises ValueError for anything else."""
+    if any(len(text) != 2 * DIGEST_BYTES for text in sha256):
+        raise ValueError("a sha256 of an image is not 64 hex digits; is this catalog from a scan?")
+    return np.frombuffer(bytes.fromhex("".join(sha256)), dtype=f"S{DIGEST_BYTES}")
+
+
+def content_name(keys: np.ndarray) -> str:
+    """16 hex digits that depend on the images alone (digests S32 [n]), so that two runs write one file, not two."""
+    return hashlib.sha256(keys.tobytes()).hexdigest()[:16]
+
+
+@contextmanager
+def cache_file(path: Path) -> Iterator[Path]:
+    """As m2d.files.atomic.whole_file, durable, its folder made. Raises DataError where the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path, durable=True) as partial:
+            yield partial
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise DataError(
+            f"cache: {path} cannot be written ({reason}); check its disk, then run again to resume"
+        ) from error
+
+
+class ShardIndex:
+    """Where each image is: in which file, and in which row of it.
+
+    unreadable: file -> reason; the images in them count as missing.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], keys: Sequence[np.ndarray], unreadable: dict[Path, str] | None = None
+    ) -> None:
+        """keys: for each file the digests of its rows, S32 [n]."""
+        self.files = tuple(files)
+        self.unreadable = unreadable or {}
+        lengths = [len(of_file) for of_file in keys]
+        together = np.concatenate([*keys, np.empty(0, dtype=f"S{DIGEST_BYTES}")])
+        order = np.argsort(together, kind="stable")
+        self._keys = together[order]
+        self._file = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[order]
+        starts = np.cumsum([0, *lengths])[:-1]
+        self._row = (np.arange(len(together)) - np.repeat(starts, lengths))[order].astype(np.int32)
+
+    @classmethod
+    def read(cls, folder: Path, suffix: str, digests_of: Callable[[Path], bytes]) -> Self:
+        """Of the folder's shards. digests_of: all digests of a file; raises for one that cannot be used."""
+        keys: dict[Path, np.ndarray] = {}
+        unreadable: dict[Path, str] = {}
+        for path in sorted(folder.glob(f"shard_*{suffix}")):
+            try:
+                keys[path] = np.frombuffer(digests_of(path), dtype=f"S{DIGEST_BYTES}")
+            except (pa.ArrowException, SafetensorError, OSError, ValueError, KeyError) as error:
+                unreadable[path] = one_line(error)
+        return cls(list(keys), list(keys.values()), unreadable)
+
+    def locate(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """File number and row of each digest, int32 [n]; file -1 where no file holds it. Of two copies either one."""
+        if not len(self._keys):
+            return np.full(len(keys), -1, dtype=np.int32), np.zeros(len(keys), dtype=np.int32)
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        found = self._keys[place] == keys
+        return np.where(found, self._file[place], -1).astype(np.int32), self._row[place]
 
 
 def prepared_folder(cache_dir: str, data_root: str) -> Path:
@@ -64,8 +134,8 @@ def prepared_folder(cache_dir: str, data_root: str) -> Path:
 def write_scan(folder: Path, scan: Scan, data_root: str, config: DataConfig, fingerprint: str) -> None:
     """Keep a scan. fingerprint: dataset_fingerprint from before the scan, so that a change since then is noticed."""
     write_catalog(scan.catalog, str(folder / CATALOG))
-    write_rejected(scan.rejected, str(folder / "rejected.csv"))
-    write_duplicates(scan.duplicates, str(folder / "duplicates.csv"))
+    write_csv(scan.rejected, str(folder / "rejected.csv"))
+    write_csv(scan.duplicates, str(folder / "duplicates.csv"))
     record = {
         "format": FORMAT,
         "data_root": without_secrets(data_root),
@@ -122,7 +192,7 @@ def write_images(folder: Path, image_size: int, sha256: Sequence[str], pixels: n
     table = pa.table({"sha256": pa.array(sha256, type=pa.string()), "pixels": column})
     # The sums stand in the footer too: reading the column costs as many seeks as there are row groups.
     notes = {"m2d.format": str(FORMAT), "m2d.image_size": str(image_size), "m2d.sha256": "".join(sha256)}
-    path = images_folder(folder, image_size) / shard_name(keys, ".parquet")
+    path = images_folder(folder, image_size) / f"shard_{content_name(keys)}.parquet"
     settings = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True, "store_schema": False}
     with cache_file(path) as partial, pq.ParquetWriter(partial, table.schema, compression="none", **settings) as writer:
         writer.write_table(table, row_group_size=max(1, ROW_GROUP_BYTES // row_bytes))
@@ -131,47 +201,32 @@ def write_images(folder: Path, image_size: int, sha256: Sequence[str], pixels: n
 
 
 class PreparedImages:
-    """Decoded images of one size in a dataset's folder."""
+    """Decoded images of one size in a dataset's folder. files: all readable shards; unreadable: see ShardIndex."""
 
-    def __init__(self, image_size: int, index: ShardIndex, unreadable: dict[Path, str]) -> None:
+    def __init__(self, folder: Path, image_size: int) -> None:
+        """Reads which images are there, not the images. Empty where nothing is there."""
+
+        def digests_of(path: Path) -> bytes:
+            metadata = pq.read_metadata(path)
+            notes = metadata.metadata or {}
+            if notes.get(b"m2d.format") != b"%d" % FORMAT or notes.get(b"m2d.image_size") != b"%d" % image_size:
+                raise ValueError("made by another version of M2D, or for another size")
+            found = bytes.fromhex(notes[b"m2d.sha256"].decode())
+            if len(found) != DIGEST_BYTES * metadata.num_rows:
+                raise ValueError(f"{metadata.num_rows} images under {len(found) / DIGEST_BYTES:g} names")
+            return found
+
         self.image_size = image_size
-        self.unreadable = unreadable  # file -> reason; what stands in them counts as missing
-        self._index = index
+        self._index = ShardIndex.read(images_folder(folder, image_size), ".parquet", digests_of)
+        self.files, self.unreadable = self._index.files, self._index.unreadable
 
     @classmethod
     def open(cls, folder: Path, image_size: int) -> Self | None:
-        """Read which images are there, not the images. None where nothing can be read. A broken file is logged."""
-        found = cls.look(folder, image_size)
+        """The same with a warning for each broken file; None where nothing can be read."""
+        found = cls(folder, image_size)
         for path, reason in found.unreadable.items():
             logger.warning("prepared images: %s cannot be read (%s); setup_data --images makes it again", path, reason)
         return found if found.files else None
-
-    @classmethod
-    def look(cls, folder: Path, image_size: int) -> Self:
-        """The same, an empty one where nothing is there; broken files are in `unreadable` and not logged."""
-        files: list[Path] = []
-        keys: list[np.ndarray] = []
-        unreadable: dict[Path, str] = {}
-        for path in sorted(images_folder(folder, image_size).glob("shard_*.parquet")):
-            try:
-                metadata = pq.read_metadata(path)
-                notes = metadata.metadata or {}
-                if notes.get(b"m2d.format") != b"%d" % FORMAT or notes.get(b"m2d.image_size") != b"%d" % image_size:
-                    raise ValueError("made by another version of M2D, or for another size")
-                of_file = np.frombuffer(bytes.fromhex(notes[b"m2d.sha256"].decode()), dtype="S32")
-                if len(of_file) != metadata.num_rows:
-                    raise ValueError(f"{metadata.num_rows} images under {len(of_file)} names")
-            except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-                unreadable[path] = one_line(error)
-                continue
-            files.append(path)
-            keys.append(of_file)
-        return cls(image_size, ShardIndex(files, keys), unreadable)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All readable shards."""
-        return self._index.files
 
     def missing(self, sha256: Sequence[str]) -> np.ndarray:
         """Which of these images are not there, bool [n]."""
@@ -184,7 +239,7 @@ class PreparedImages:
 
     def rows(self, sha256: Sequence[str]) -> "PreparedRows":
         """These images, in this order."""
-        return PreparedRows(self.image_size, self._index.files, *self._index.locate(digests(sha256)))
+        return PreparedRows(self.image_size, self.files, *self._index.locate(digests(sha256)))
 
 
 class PreparedRows:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from m2d.data.feature_store import FeatureStore, FeatureTable, feature_bytes, write_features
+from m2d.data.features import FeatureStore, FeatureTable, feature_bytes, write_features
 from m2d.errors import DataError
 from m2d.models.feature_extractor import Features
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from m2d.evaluation.evaluate_settings import EvaluateConfig
 from PIL import Image
 
 from m2d.data.decode import decode_resized
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError, DataError
-from m2d.evaluation.image_sets import read_image_sets
+from m2d.evaluation.images import PIXELS, read_image_sets, with_pixels
+from m2d.evaluation.settings import EvaluateConfig
 
 COUNTS = {"DF": 10, "MEL": 10, "NV": 20}
 
@@ -149,7 +149,15 @@ def test_what_was_decoded_once_is_not_decoded_again(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr("m2d.evaluation.image_sets.decode_resized", refuse)
+    monkeypatch.setattr("m2d.evaluation.images.decode_resized", refuse)
     second = read_image_sets(config(tmp_path, real, generated), None)
     assert np.array_equal(first.train.pixels, second.train.pixels)
     assert json.dumps(first.notes) == json.dumps(second.notes)
+
+
+def test_pixels_are_kept_once_by_content(tmp_path: Path, real: Path, generated: Path) -> None:
+    test = read_image_sets(config(tmp_path, real, generated), None).test
+    for _ in range(2):
+        again = with_pixels(test, name="x", source="y", pixels=np.array(test.pixels), cache_dir=str(tmp_path / "new"))
+    assert len(list((tmp_path / "new" / PIXELS).iterdir())) == 1
+    assert np.array_equal(again.pixels, test.pixels)

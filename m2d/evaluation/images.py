@@ -1,6 +1,6 @@
 """Which images an evaluation compares: real training images, unseen real ones, generated ones; decoded to one size.
 
-Called by m2d.evaluation.evaluate. Knows nothing of features or scores.
+Every part (fidelity, memorization, downstream, consistency) is a function of the ImageSet and FeatureSet defined here.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import posixpath
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,14 @@ import pyarrow.compute as pc
 
 from m2d.classes import CLASSES
 from m2d.data.catalog import read_catalog, scan_dataset
-from m2d.data.decode import ImageRejected, decode_resized, probe_image
-from m2d.data.prepared import prepared_folder, reusable_catalog
+from m2d.data.decode import decode_resized, probe_image
+from m2d.data.reader import decode_unchanged
 from m2d.data.settings import DataConfig
-from m2d.data.shards import cache_file
+from m2d.data.store import cache_file, prepared_folder, reusable_catalog
 from m2d.errors import ConfigError, DataError
-from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.progress import progress
-from m2d.files.storage import inside, one_line, open_storage, without_secrets
+from m2d.files.storage import inside, open_storage, without_secrets
 from m2d.generation.planning import data_config_of
 from m2d.generation.recipe import experiment_of
 from m2d.generation.references import read_references
@@ -35,6 +35,69 @@ NAMED = 3  # of shared lesions or unreadable files
 PIXELS = "evaluation_v1/pixels"  # in the cache folder; the number goes up when the way from a file to pixels changes
 CONTACT_SHEET = "contact_sheet.png"  # lies beside the class folders of m2d's own runs
 _THREADS = 16
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images that were decoded to one size. N images of S x S pixels."""
+
+    name: str  # train, test, generated, reconstructions: as the report calls it
+    source: str  # where from, in words
+    sha256: tuple[str, ...]  # N; of the file's bytes, or of the pixels where there is no file
+    paths: tuple[str, ...]  # N; as a person finds the file
+    labels: np.ndarray  # int64 [N], index into CLASSES
+    groups: np.ndarray  # object [N]; equal values are one lesion; a generated image is a group of its own
+    pixels: np.ndarray  # uint8 [N, S, S, 3], perhaps mapped from a file: take rows, never all at once
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def image_size(self) -> int:
+        """S."""
+        return int(self.pixels.shape[1])
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images of each class that has some, in the order of CLASSES."""
+        counted = np.bincount(self.labels, minlength=len(CLASSES))
+        return {code: int(n) for code, n in zip(CLASSES, counted, strict=True) if n}
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """The `cls` features of one extractor for an image set, in its order."""
+
+    images: ImageSet
+    extractor: str  # m2d.models.feature_extractor.FeatureExtractor.key
+    cls: np.ndarray  # float32 [N, D], as the extractor gives them: not standardised
+
+    def __post_init__(self) -> None:
+        if self.cls.ndim != 2 or len(self.cls) != len(self.images):
+            raise ValueError(f"features of shape {self.cls.shape} for {len(self.images)} images")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [N]."""
+        return self.images.labels
+
+    @property
+    def groups(self) -> np.ndarray:
+        """object [N]."""
+        return self.images.groups
+
+    def rows(self, label: int) -> np.ndarray:
+        """Row numbers of a class, int64 [n]."""
+        return np.flatnonzero(self.labels == label)
+
+
+def shared_classes(sets: Sequence[ImageSet | FeatureSet]) -> list[int]:
+    """Class indices that have an image in every set, ascending."""
+    present = [set(np.unique(one.labels).tolist()) for one in sets]
+    return sorted(set.intersection(*present)) if present else []
 
 
 @dataclass(frozen=True)
@@ -203,22 +266,16 @@ def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: lis
     failures: dict[int, str] = {}
 
     def decode_all(out: np.ndarray) -> None:
-        filesystem, root = open_storage(side.root)
+        storage = open_storage(side.root)
 
         def decode(row: int) -> None:
-            try:
-                with filesystem.open_input_file(posixpath.join(root, side.paths[row])) as file:
-                    encoded = bytes(file.read())
-                if hashlib.sha256(encoded).hexdigest() != side.sha256[row]:
-                    failures[row] = "is another file than when it was catalogued"
-                else:
-                    out[row] = decode_resized(encoded, size, max_pixels=max_pixels)
-            except ImageRejected as rejection:
-                failures[row] = rejection.reason
-            except FileNotFoundError:
-                failures[row] = "is not there"
-            except (pa.ArrowException, OSError) as error:
-                failures[row] = f"cannot be read ({one_line(error)})"
+            found = decode_unchanged(
+                storage, side.paths[row], side.sha256[row], partial(decode_resized, size=size, max_pixels=max_pixels)
+            )
+            if isinstance(found, str):
+                failures[row] = found
+            else:
+                out[row] = found
 
         with progress(f"reading {side.name} images", len(out)) as shown, ThreadPoolExecutor(_THREADS) as pool:
             for _ in pool.map(decode, range(len(out))):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from m2d.cli import parse
-from m2d.data import prepare
+from m2d.data import setup
 from m2d.data.catalog import read_catalog, scan_dataset
 from m2d.data.decode import decode_resized
-from m2d.data.feature_jobs import FeatureJobs
-from m2d.data.feature_store import FeatureStore, feature_bytes
-from m2d.data.image_jobs import ImageJobs
-from m2d.data.prepare import setup_data
-from m2d.data.prepared import PreparedImages, prepared_folder, write_images
-from m2d.data.reader import ImageReader
+from m2d.data.features import ExtractionJobs, FeatureStore, feature_bytes, keep_features, read_prepared
 from m2d.data.settings import DataConfig
-from m2d.data.setup_report import StageReport
+from m2d.data.setup import ImageJobs, StageReport, setup_data
+from m2d.data.store import PreparedImages, prepared_folder, write_images
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, DataError
 from m2d.models.feature_extractor import LITE0, Features, _packaged_lite, extractor_key, load_feature_extractor
@@ -98,7 +95,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
         raise AssertionError("Ray was asked for although nothing is missing")
 
-    monkeypatch.setattr(prepare, "ray_cluster", refuse)
+    monkeypatch.setattr(setup, "ray_cluster", refuse)
 
 
 def key() -> str:
@@ -109,11 +106,8 @@ def key() -> str:
 def test_prepared_pixels_are_the_decoded_files_bit_for_bit(root: Path, whole: Path) -> None:
     folder = prepared_folder(str(whole), str(root))
     catalog = read_catalog(str(folder / "catalog.parquet"))
-    images = PreparedImages.open(folder, SIZE)
-    assert images is not None
-    for path, found in zip(
-        catalog["path"].to_pylist(), images.rows(catalog["sha256"].to_pylist()).read(np.arange(IMAGES)), strict=True
-    ):
+    images = PreparedImages(folder, SIZE).rows(catalog["sha256"].to_pylist()).read(np.arange(IMAGES))
+    for path, found in zip(catalog["path"].to_pylist(), images, strict=True):
         np.testing.assert_array_equal(found, decode_resized((root / path).read_bytes(), SIZE, max_pixels=10**6))
 
 
@@ -158,7 +152,7 @@ def test_this_process_makes_what_tasks_and_actors_make(root: Path, whole: Path, 
     assert (counts(reports["images 16px"]), counts(reports["features"])) == ((0, IMAGES, 0), (0, IMAGES * VIEWS, 0))
     ours, theirs = (prepared_folder(str(cache), str(root)) for cache in (tmp_path, whole))
     sums = read_catalog(str(ours / "catalog.parquet"))["sha256"].to_pylist()
-    pixels = [PreparedImages.look(folder, SIZE).rows(sums).read(np.arange(IMAGES)) for folder in (ours, theirs)]
+    pixels = [PreparedImages(folder, SIZE).rows(sums).read(np.arange(IMAGES)) for folder in (ours, theirs)]
     np.testing.assert_array_equal(*pixels)
     rows, view = np.arange(IMAGES), np.full(IMAGES, VIEWS - 1, dtype=np.int8)
     found, expected = (
@@ -198,16 +192,8 @@ def test_other_weights_make_their_own_features_and_leave_the_old_ones(
     first = next(iter(state))
     torch.save({**state, first: state[first] * 1.5}, tmp_path / "other.pth")
     before = marks(cache)
-    reports = run(
-        root,
-        cache,
-        "--features",
-        "--data.views",
-        "1",
-        "--feature_extractor.weights",
-        str(tmp_path / "other.pth"),
-        *HERE,
-    )
+    more = ["--data.views", "1", "--feature_extractor.weights", str(tmp_path / "other.pth")]
+    reports = run(root, cache, "--features", *more, *HERE)
     assert counts(reports["features"]) == (0, IMAGES, 0)
     assert before.items() <= marks(cache).items()
     folder = prepared_folder(str(cache), str(root))
@@ -288,31 +274,18 @@ def test_features_that_do_not_fit_the_disk_are_refused_before_ray_starts(
         run(root, tmp_path, "--features")
 
 
-@pytest.fixture
-def image_jobs(tmp_path: Path, paint_images: Any) -> Callable[[], ImageJobs]:
-    """All images of a set of their own in one job."""
-    root = tmp_path / "set"
+def test_images_gone_bad_since_the_scan_are_left_out_with_the_reason(tmp_path: Path, paint_images: Any) -> None:
+    root, folder = tmp_path / "set", tmp_path / "folder"
     paint_images(root, COUNTS)
     catalog: pa.Table = scan_dataset(str(root), DataConfig()).catalog
-    reader = ImageReader(catalog, str(root), image_size=SIZE, max_pixels=10**6)
     paths, sums = catalog["path"].to_pylist(), catalog["sha256"].to_pylist()
-    return lambda: ImageJobs(reader, tmp_path / "folder", paths, sums, [np.arange(IMAGES)])
-
-
-def test_images_gone_bad_since_the_scan_are_left_out_with_the_reason(
-    tmp_path: Path, image_jobs: Callable[[], ImageJobs]
-) -> None:
-    jobs = image_jobs()
-    (tmp_path / "set" / "DF" / "DF_1.png").unlink()
-    shutil.copy(tmp_path / "set" / "NV" / "NV_0.png", tmp_path / "set" / "NV" / "NV_2.png")  # sound, but another image
-    result = jobs.run(0)
+    (root / "DF" / "DF_1.png").unlink()
+    shutil.copy(root / "NV" / "NV_0.png", root / "NV" / "NV_2.png")  # sound, but another image
+    result = ImageJobs(str(root), SIZE, 10**6, folder, paths, sums, [np.arange(IMAGES)]).run(0)
     assert result.images == IMAGES - 2
-    assert [line.split(":")[0] for line in result.failures] == ["DF/DF_1.png", "NV/NV_2.png"]
-    assert "has changed since the scan" in result.failures[1]
-    images = PreparedImages.open(tmp_path / "folder", SIZE)
-    assert images is not None
-    missing = images.missing(jobs.sha256)
-    assert [path for path, absent in zip(jobs.paths, missing) if absent] == ["DF/DF_1.png", "NV/NV_2.png"]
+    assert result.failures == ["DF/DF_1.png: is not there", "NV/NV_2.png: has changed since the scan"]
+    missing = PreparedImages(folder, SIZE).missing(sums)
+    assert [path for path, absent in zip(paths, missing) if absent] == ["DF/DF_1.png", "NV/NV_2.png"]
 
 
 class Overflowing(torch.nn.Module):
@@ -326,16 +299,19 @@ class Overflowing(torch.nn.Module):
         return Features(patches[:, 0], patches)
 
 
-def feature_jobs(folder: Path, levels: list[int]) -> FeatureJobs:
+def feature_jobs(folder: Path, levels: list[int]) -> ExtractionJobs:
     """One job over flat images of these grey levels."""
     sums = [f"{number:064x}" for number in range(len(levels))]
-    pixels = np.stack([np.full((SIZE, SIZE, 3), level, dtype=np.uint8) for level in levels])
-    write_images(folder, SIZE, sums, pixels)
-    images = PreparedImages.open(folder, SIZE)
-    assert images is not None
+    write_images(folder, SIZE, sums, np.stack([np.full((SIZE, SIZE, 3), level, dtype=np.uint8) for level in levels]))
     paths = [f"NV/{number}.png" for number in range(len(levels))]
-    return FeatureJobs(
-        FeatureExtractorConfig(), "key", images.rows(sums), folder, paths, sums, [3], [np.arange(len(levels))], 2
+    return ExtractionJobs(
+        FeatureExtractorConfig(),
+        "key",
+        read=partial(read_prepared, PreparedImages(folder, SIZE).rows(sums)),
+        keep=partial(keep_features, folder, "key", SIZE, sums, paths),
+        jobs=[(3, np.arange(len(levels)))],
+        batch_size=2,
+        batch_setting="extract_batch_size",
     )
 
 
@@ -356,10 +332,19 @@ def test_a_prepared_image_that_is_damaged_ends_the_job_with_its_file(tmp_path: P
     assert "\n" not in str(error.value)
 
 
+def test_a_batch_that_does_not_fit_the_device_names_the_setting(tmp_path: Path) -> None:
+    class OutOfMemory(Overflowing):
+        def forward(self, x: Tensor) -> Features:
+            raise torch.OutOfMemoryError
+
+    with pytest.raises(ConfigError, match=r"extract_batch_size 2 .* --extract_batch_size 1"):
+        feature_jobs(tmp_path, [10, 20]).run(0, OutOfMemory(), "cpu")  # type: ignore[arg-type]
+
+
 def test_a_node_with_other_weights_is_refused(tmp_path: Path) -> None:
     jobs = feature_jobs(tmp_path, [10])
     with pytest.raises(ConfigError, match="every node needs the same file"):
-        jobs.load("cpu", torch.get_num_threads())
+        jobs.load("cpu")
 
 
 @pytest.mark.ray
