@@ -34,8 +34,7 @@ from m2d.evaluation.fidelity import FidelityResult, measure_fidelity
 from m2d.evaluation.finetune import measure_finetuned
 from m2d.evaluation.finetune_settings import FinetuneConfig
 from m2d.evaluation.image_sets import ImageSets, read_image_sets
-from m2d.evaluation.memorization import measure_memorization
-from m2d.evaluation.memorization_result import MemorizationResult
+from m2d.evaluation.memorization import MemorizationResult, measure_memorization
 from m2d.evaluation.provenance import find_checkpoint
 from m2d.evaluation.realism import typicality
 from m2d.evaluation.report import print_evaluation, write_report

@@ -7,7 +7,7 @@ from m2d.evaluation.consistency import ConsistencyResult
 from m2d.evaluation.downstream_result import DownstreamResult
 from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.fidelity import FidelityResult
-from m2d.evaluation.memorization_result import MemorizationResult
+from m2d.evaluation.memorization import MemorizationResult
 
 
 @dataclass(frozen=True, kw_only=True)

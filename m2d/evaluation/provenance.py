@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from m2d.errors import CheckpointError, ConfigError
-from m2d.generation.outputs import RECORD_NAME
+from m2d.generation.output import RECORD_NAME
 from m2d.models.checkpoint import checkpoint_sha256, read_info
 
 

@@ -6,7 +6,7 @@ from m2d.classes import CLASSES
 from m2d.evaluation.downstream_result import DownstreamResult, Estimate
 from m2d.evaluation.evaluation import Evaluation
 from m2d.evaluation.fidelity import FidelityResult
-from m2d.evaluation.memorization_result import MemorizationResult
+from m2d.evaluation.memorization import MemorizationResult
 from m2d.evaluation.report_plots import NAMES, SCORES
 
 Row = dict[str, str | int | float | None]
