@@ -26,8 +26,8 @@ from m2d.errors import ConfigError, DataError
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.progress import progress
 from m2d.files.storage import inside, open_storage, without_secrets
-from m2d.generation.planning import data_config_of
-from m2d.generation.recipe import experiment_of
+from m2d.generation.output import experiment_of
+from m2d.generation.plan import data_config_of
 from m2d.generation.references import read_references
 from m2d.models.checkpoint import CheckpointInfo
 

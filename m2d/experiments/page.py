@@ -28,7 +28,7 @@ from m2d.experiments.settings import ReportConfig
 from m2d.experiments.wording import duration_text, number_text, plain
 from m2d.files.atomic import write_whole
 from m2d.files.storage import without_secrets
-from m2d.generation.balance import parse_target
+from m2d.generation.settings import parse_target
 
 REPORT = "report.html"
 KEPT_CURVES = frozenset({"training_curves", "validation_curves"})  # as PNG too

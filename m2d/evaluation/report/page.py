@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -22,7 +21,7 @@ from m2d.evaluation.memorization_pictures import worst_pairs_picture
 from m2d.evaluation.report import plots
 from m2d.evaluation.report.tables import Evaluation, answers, class_rows, fidelity_rows, tables
 from m2d.generation.contact_sheet import contact_sheet
-from m2d.generation.neighbours import nearest, unit_rows
+from m2d.metrics.neighbours import Standardizer, nearest, one_where_constant
 from m2d.plots.style import class_colours
 
 SHOWN = 10  # images of a class on a sheet
@@ -171,16 +170,11 @@ def typicality(train: FeatureSet, generated: FeatureSet) -> np.ndarray:
     Distance: 1 - cosine of features standardised by the training images; up to five neighbours. Small: typical. No
     score of the set: it chooses which pictures a person sees.
     """
-    mean, std = train.cls.mean(axis=0, dtype=np.float64), train.cls.std(axis=0, dtype=np.float64)
-    std = np.where(std > 1e-6 * std.max(), std, 1)
-
-    def unit(features: np.ndarray) -> torch.Tensor:
-        return unit_rows(torch.from_numpy(((features - mean) / std).astype(np.float32)))
-
+    scale = Standardizer.of(train.cls, one_where_constant)
     distances = np.empty(len(generated))
     for label in np.unique(generated.labels):
         rows, bank = generated.rows(int(label)), train.rows(int(label))
-        found, _ = nearest(unit(generated.cls[rows]), unit(train.cls[bank]), min(TYPICAL_OF, len(bank)))
+        found, _ = nearest(scale.unit(generated.cls[rows]), scale.unit(train.cls[bank]), min(TYPICAL_OF, len(bank)))
         distances[rows] = found.mean(dim=1).numpy()
     return distances
 

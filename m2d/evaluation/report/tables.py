@@ -8,7 +8,7 @@ from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.consistency import ConsistencyResult
 from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
 from m2d.evaluation.images import ImageSet
-from m2d.evaluation.memorization_result import MemorizationResult
+from m2d.evaluation.memorization import MemorizationResult
 from m2d.evaluation.report.plots import NAMES
 
 Row = dict[str, str | int | float | None]

@@ -1,5 +1,6 @@
 """An image's seeds and its noise: the same for every batch size, worker and device.
 
+Every seed is in [0, 2^63): the first 63 bits of the SHA-256 of a text, the same in every process and Python version.
 Plans and writers use the seeds alone, so torch waits until noise is asked for.
 """
 
@@ -16,39 +17,35 @@ if TYPE_CHECKING:
 
 
 def sample_seed(run_seed: int, label: str, index: int) -> int:
-    """Seed in [0, 2^63) of one image: a SHA-256, so it is the same in every process and Python version."""
-    digest = hashlib.sha256(f"{run_seed}/{label}/{index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    """Of one image's latent noise."""
+    return _seed(f"{run_seed}/{label}/{index}")
 
 
 def feature_seed(seed: int) -> int:
-    """Seed in [0, 2^63) of the guiding feature of the image with this seed: a stream of its own.
+    """Of the guiding feature of the image with this seed.
 
-    The first 63 bits of the SHA-256 of `<seed>/feature`. Latents and features of one image must not share numbers: a
-    model could not have seen them correlated.
+    A stream of its own: had latents and features of one image numbers in common, they would be correlated as no model
+    has seen them.
     """
-    digest = hashlib.sha256(f"{seed}/feature".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return _seed(f"{seed}/feature")
 
 
 def next_attempt_seed(seed: int, attempt: int) -> int:
-    """Seed in [0, 2^63) of attempt number `attempt` (from 1), from that of the attempt before.
-
-    The first 63 bits of the SHA-256 of `<seed>/attempt/<attempt>`. From one to the next, so that a rejected image's row
-    is all that is needed to replace it.
-    """
-    digest = hashlib.sha256(f"{seed}/attempt/{attempt}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    """Of attempt number `attempt` (from 1), from that of the attempt before: a rejected row is all it takes."""
+    return _seed(f"{seed}/attempt/{attempt}")
 
 
 def reference_seed(run_seed: int, label: str, sha256: str) -> int:
-    """Seed in [0, 2^63) of an input image's own sample: the noise at its end of an interpolation.
+    """Of an input image's own sample: the noise at its end of an interpolation. sha256: of its file, in hex.
 
-    The first 63 bits of the SHA-256 of `<run_seed>/<label>/reference/<sha256 of the file, in hex>`. Neither its number
-    (another file would shift it) nor its name: two folders often use the same names, and a pair would share its noise.
+    Neither its number (another file would shift it) nor its name: two folders often use the same names, and a pair
+    would share its noise.
     """
-    digest = hashlib.sha256(f"{run_seed}/{label}/reference/{sha256}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return _seed(f"{run_seed}/{label}/reference/{sha256}")
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def noise_for(seed: int, shape: tuple[int, ...]) -> Tensor:
