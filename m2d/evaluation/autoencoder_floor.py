@@ -52,12 +52,9 @@ def drawn_like(train: ImageSet, generated: ImageSet, seed: int) -> ImageSet:
     Each is a group of its own, as a generated image is.
     """
     generator = np.random.default_rng(seed)
-    rows = np.concatenate(
-        [
-            generator.permutation(np.flatnonzero(train.labels == label))[: int((generated.labels == label).sum())]
-            for label in np.unique(generated.labels)
-        ]
-    )
+    labels, counts = np.unique(generated.labels, return_counts=True)
+    drawn = [generator.permutation(np.flatnonzero(train.labels == k))[:n] for k, n in zip(labels, counts)]
+    rows = np.concatenate(drawn)
     return ImageSet(
         name="training images",
         source=f"{len(rows):,} images of {train.source}",

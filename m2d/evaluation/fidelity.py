@@ -113,7 +113,9 @@ def measure_fidelity(
 
     Raises DataError for a class that the training images lack, an empty set or features that are not finite.
     """
-    _check_sets([one for one in (train, test, generated, reconstructions) if one is not None])
+    for given in (train, test, generated, reconstructions):
+        if given is not None:
+            _check(given)
     labels = np.unique(generated.labels).tolist()
     unknown = [CLASSES[label] for label in labels if not len(train.rows(label))]
     if unknown:
@@ -124,11 +126,13 @@ def measure_fidelity(
     scale = Scale.of(train.cls)
     reference = _Side(train, np.arange(len(train)), scale)
     halves = [_Side(train, rows, scale) for rows in lesion_disjoint_halves(train.labels, train.groups, seed=seed)]
-    comparisons = [_Comparison(FLOOR, *halves)]
-    for name, others in ((GENERATED, generated), (UNSEEN, test), (AUTOENCODER, reconstructions)):
+    comparisons = [
+        _Comparison(GENERATED, reference, _Side(generated, np.arange(len(generated)), scale)),
+        _Comparison(FLOOR, *halves),
+    ]
+    for name, others in ((UNSEEN, test), (AUTOENCODER, reconstructions)):
         if others is not None:
             comparisons.append(_Comparison(name, reference, _Side(others, np.arange(len(others)), scale)))
-    comparisons.sort(key=lambda one: list(_WHAT).index(one.name))
 
     counts, matched, notes = {}, {}, []
     for label in labels:
@@ -147,18 +151,22 @@ def measure_fidelity(
         notes.append("no reconstructions were given, so there is no comparison with them")
 
     rows = []
-    for comparison in comparisons:
+    for one in comparisons:
         # A generator for each row: a set more or a class less does not change what the others draw.
-        place = list(_WHAT).index(comparison.name)
+        place = list(_WHAT).index(one.name)
         of_label = {
-            label: _class_row(
-                comparison.of_class(label), label, matched[label], np.random.default_rng([seed, place, label])
-            )
+            label: _class_row(one.of_class(label), label, matched[label], np.random.default_rng([seed, place, label]))
             for label in labels
         }
+        counted = [of_label[label] for label in counts]
+        values = [row.kernel_distance for row in counted if row.kernel_distance is not None]
+        errors = [row.kernel_distance_se for row in counted if row.kernel_distance_se is not None]
+        kernel: KernelDistance | str = "no class has it in every comparison"
+        if values:
+            kernel = KernelDistance(float(np.mean(values)), float(np.linalg.norm(errors)) / len(errors))
+        sizes = sum(row.n_reference for row in counted), sum(row.n_other for row in counted)
         generator = np.random.default_rng([seed, place, len(CLASSES)])
-        rows.append(_overall_row(comparison, [of_label[label] for label in counts], counts, generator))
-        rows.extend(of_label.values())
+        rows += [_row(one, None, sizes, kernel, counts, generator), *of_label.values()]
     return FidelityResult(
         extractor=train.extractor,
         circular=circular,
@@ -172,16 +180,15 @@ def measure_fidelity(
     )
 
 
-def _check_sets(sets: list[FeatureSet]) -> None:
-    for one in sets:
-        if not len(one):
-            raise DataError(f"{one.images.name}: no images in {one.images.source}; fidelity needs some of every set")
-        broken = np.flatnonzero(~np.isfinite(one.cls).all(axis=1))
-        if len(broken):
-            raise DataError(
-                f"{one.images.name}: {one.extractor} gives {len(broken):,} of {len(one):,} images features that are "
-                f"not finite, first {one.images.paths[broken[0]]}; check that image, and the extractor's weights"
-            )
+def _check(one: FeatureSet) -> None:
+    if not len(one):
+        raise DataError(f"{one.images.name}: no images in {one.images.source}; fidelity needs some of every set")
+    broken = np.flatnonzero(~np.isfinite(one.cls).all(axis=1))
+    if len(broken):
+        raise DataError(
+            f"{one.images.name}: {one.extractor} gives {len(broken):,} of {len(one):,} images features that are "
+            f"not finite, first {one.images.paths[broken[0]]}; check that image, and the extractor's weights"
+        )
 
 
 def _circularity(extractor: str, circular: bool | None) -> str:
@@ -269,36 +276,25 @@ class _Comparison:
 
 def _class_row(comparison: _Comparison, label: int, matched: int, generator: np.random.Generator) -> FidelityRow:
     """comparison: of that class's rows alone."""
-    kernel, reason = None, f"{comparison.lesions} lesions on the side that has fewer; {LEAST_GROUPS} are needed"
     one, other = comparison.reference, comparison.other
+    kernel: KernelDistance | str
     if comparison.lesions >= LEAST_GROUPS:
         kernel = kernel_distance(one.standardised, other.standardised, groups_a=one.groups, groups_b=other.groups)
+    else:
+        kernel = f"{comparison.lesions} lesions on the side that has fewer; {LEAST_GROUPS} are needed"
     counts = {label: min(matched, comparison.smaller)}
-    return _row(comparison, CLASSES[label], (len(one), len(other)), kernel, reason, counts, generator)
-
-
-def _overall_row(
-    comparison: _Comparison, classes: list[FidelityRow], counts: dict[int, int], generator: np.random.Generator
-) -> FidelityRow:
-    """classes: this comparison's rows of the classes that count. counts: label -> images of it, of either side."""
-    values = [row.kernel_distance for row in classes if row.kernel_distance is not None]
-    errors = [row.kernel_distance_se for row in classes if row.kernel_distance_se is not None]
-    kernel, reason = None, "no class has it in every comparison"
-    if values:
-        kernel = KernelDistance(float(np.mean(values)), float(np.linalg.norm(errors)) / len(errors))
-    sizes = sum(row.n_reference for row in classes), sum(row.n_other for row in classes)
-    return _row(comparison, None, sizes, kernel, reason, counts, generator)
+    return _row(comparison, CLASSES[label], (len(one), len(other)), kernel, counts, generator)
 
 
 def _row(
     comparison: _Comparison,
     label: str | None,
     sizes: tuple[int, int],
-    kernel: KernelDistance | None,
-    no_kernel: str,
+    kernel: KernelDistance | str,
     counts: dict[int, int],
     generator: np.random.Generator,
 ) -> FidelityRow:
+    """kernel: a distance, or why there is none. counts: label -> images of it, of either side, for all else."""
     matched = sum(counts.values())
     draws = int(np.clip(_DRAWN // matched, 1, _MOST_DRAWS)) if matched >= LEAST_MATCHED else 0
     drawn = []
@@ -315,6 +311,7 @@ def _row(
     means = {name: float(np.mean([one[name] for one in drawn])) for name in (drawn[0] if drawn else {})}
     needed = LEAST_FRECHET if draws else LEAST_MATCHED
     reason = f"{matched} images a side can be compared at equal N; {needed} are needed"
+    left_out = {} if isinstance(kernel, KernelDistance) else dict.fromkeys(_KERNEL, kernel)
     return FidelityRow(
         extractor=comparison.reference.features.extractor,
         comparison=comparison.name,
@@ -323,9 +320,8 @@ def _row(
         n_other=sizes[1],
         n_matched=matched if draws else 0,
         draws=draws,
-        kernel_distance=None if kernel is None else kernel.value,
-        kernel_distance_se=None if kernel is None else kernel.standard_error,
-        left_out=({} if kernel else dict.fromkeys(_KERNEL, no_kernel))
-        | {name: reason for name in _AT_EQUAL_N if name not in means},
+        kernel_distance=kernel.value if isinstance(kernel, KernelDistance) else None,
+        kernel_distance_se=kernel.standard_error if isinstance(kernel, KernelDistance) else None,
+        left_out=left_out | {name: reason for name in _AT_EQUAL_N if name not in means},
         **{name: means.get(name) for name in _AT_EQUAL_N},
     )

@@ -9,37 +9,33 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_sets
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
+from tiny_sets import feature_set, image_set
 
 from m2d.classes import class_index
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.arms import TrainingRows, training_rows
 from m2d.evaluation.classifiers.compare import DownstreamResult, Job, Trials, compare_arms, run_jobs, verdict
 from m2d.evaluation.classifiers.probe import ProbeClassifier, measure_downstream
-from m2d.evaluation.images import FeatureSet, ImageSet
+from m2d.evaluation.images import FeatureSet
 from m2d.metrics.bootstrap import Estimate
 
 BKL, DF, MEL, NV = (class_index(code) for code in ("BKL", "DF", "MEL", "NV"))
 DIMS = 40
 
 
-def feature_set(name: str, cls: np.ndarray, labels: np.ndarray) -> FeatureSet:
-    """Two images a lesion in real sets."""
-    ids = tuple(f"{name}-{number}" for number in range(len(labels)))
-    lesions = [f"{name}-{number if name == 'generated' else number // 2}" for number in range(len(labels))]
-    pixels = np.zeros((len(labels), 1, 1, 3), np.uint8)
-    images = ImageSet(name, "memory", ids, ids, labels, np.array(lesions, dtype=object), pixels)
-    return FeatureSet(images, "clouds", cls.astype(np.float32))
+def clouds(name: str, counts: dict[int, int], seed: int) -> FeatureSet:
+    """Two images of each lesion in real sets."""
+    return tiny_sets.clouds(
+        name, counts, seed, distance=2.0, scales=np.logspace(-1, 1, DIMS), groups=lesions(name, counts)
+    )
 
 
-def clouds(name: str, counts: dict[int, int], seed: int, distance: float = 2.0) -> FeatureSet:
-    """Gaussian clouds on scales of their own, one a class, about corners `distance` away."""
-    generator = np.random.default_rng(seed)
-    labels = np.repeat(list(counts), list(counts.values()))
-    cls = generator.normal(size=(len(labels), DIMS)) + distance * np.eye(7, DIMS)[labels]
-    return feature_set(name, cls * np.logspace(-1, 1, DIMS), labels)
+def lesions(name: str, counts: dict[int, int]) -> list[str] | None:
+    return None if name == "generated" else [f"{name}-{number // 2}" for number in range(sum(counts.values()))]
 
 
 TRAIN = clouds("train", {NV: 200, MEL: 8, BKL: 8}, 0)
@@ -77,7 +73,7 @@ def test_the_sentence_opens_with_the_verdict_and_holds_both_intervals(helpful: D
 
 
 def test_the_training_set_again_as_synthetic_equals_oversampling() -> None:
-    result = measure(feature_set("generated", TRAIN.cls, TRAIN.labels))
+    result = measure(feature_set(image_set(TRAIN.labels, "generated"), TRAIN.cls))
     difference = result.minus_c["balanced_accuracy"]
     assert difference.low <= 0 <= difference.high
     assert difference.value == pytest.approx(0, abs=1e-3)
@@ -95,7 +91,7 @@ def test_shuffled_labels_hurt() -> None:
 def test_noise_far_from_every_real_image_hurts() -> None:
     generator = np.random.default_rng(0)
     noise = 30 * generator.normal(size=(600, DIMS)) * np.logspace(-1, 1, DIMS)
-    result = measure(feature_set("generated", noise, np.repeat([NV, MEL, BKL], 200)), train=BALANCED)
+    result = measure(feature_set(image_set(np.repeat([NV, MEL, BKL], 200), "generated"), noise), train=BALANCED)
     assert result.verdict.word == "hurts"
 
 

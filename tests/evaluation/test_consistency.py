@@ -5,25 +5,18 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+from tiny_sets import clouds
 
 from m2d.classes import CLASSES, class_index
 from m2d.errors import DataError
 from m2d.evaluation.consistency import ConsistencyResult, measure_consistency
-from m2d.evaluation.images import FeatureSet, ImageSet
+from m2d.evaluation.images import FeatureSet
 
 BKL, MEL, NV = (class_index(code) for code in ("BKL", "MEL", "NV"))
 
 
 def features(name: str, counts: dict[int, int], seed: int, distance: float = 8.0) -> FeatureSet:
-    """Gaussian clouds [N, 10], one a class, about corners `distance` away."""
-    generator = np.random.default_rng(seed)
-    labels = np.repeat(list(counts), list(counts.values()))
-    cls = generator.normal(size=(len(labels), 10)) + distance * np.eye(7, 10)[labels]
-    ids = tuple(f"{name}-{number}" for number in range(len(labels)))
-    images = ImageSet(
-        name, "memory", ids, ids, labels, np.array(ids, dtype=object), np.zeros((len(labels), 1, 1, 3), np.uint8)
-    )
-    return FeatureSet(images, "clouds", cls.astype(np.float32))
+    return clouds(name, counts, seed, distance=distance, scales=np.ones(10))
 
 
 TRAIN = features("train", {MEL: 30, NV: 90, BKL: 40}, 0)

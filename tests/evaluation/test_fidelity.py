@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from tiny_sets import feature_set, image_set
 
 from m2d.classes import CLASSES, class_index
 from m2d.errors import DataError
@@ -18,7 +19,7 @@ from m2d.evaluation.fidelity import (
     lesion_disjoint_halves,
     measure_fidelity,
 )
-from m2d.evaluation.images import FeatureSet, ImageSet
+from m2d.evaluation.images import FeatureSet
 from m2d.metrics.distances import kernel_distance, vendi_score
 
 D = 12
@@ -28,10 +29,8 @@ SCALES = np.array([100.0, 1.0, 1.0] * 4)  # dimensions differ by orders of magni
 def features_of(name: str, counts: dict[str, int], vectors: np.ndarray, photographs: int = 1) -> FeatureSet:
     """So many images of each class; so many in a row are of one lesion."""
     labels = np.concatenate([np.full(count, class_index(code)) for code, count in counts.items()]).astype(np.int64)
-    groups = np.array([f"{name}-{label}-{row // photographs}" for row, label in enumerate(labels)], dtype=object)
-    names = tuple(f"{row}.png" for row in range(len(labels)))
-    images = ImageSet(name, f"/{name}", names, names, labels, groups, np.zeros((len(labels), 1, 1, 3), np.uint8))
-    return FeatureSet(images, "net-1", vectors.astype(np.float32))
+    groups = [f"{name}-{label}-{row // photographs}" for row, label in enumerate(labels)]
+    return feature_set(image_set(labels, name, groups), vectors)
 
 
 def real(name: str, counts: dict[str, int], seed: int, *, shift: float = 0.0, photographs: int = 1) -> FeatureSet:

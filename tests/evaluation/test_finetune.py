@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from tiny_sets import image_set
 
 from m2d.classes import class_index
 from m2d.errors import ConfigError, TrainingError
@@ -36,8 +37,7 @@ def squares(name: str, count: int, seed: int, labels: tuple[int, int] = (MEL, NV
     of_second = np.arange(count) % 2
     pixels = generator.integers(0, 120, size=(count, 24, 24, 3), dtype=np.uint8)
     pixels[np.arange(count), :, :, 2 * of_second] += 100
-    ids = tuple(f"{name}-{number}" for number in range(count))
-    return ImageSet(name, "memory", ids, ids, np.array(labels)[of_second], np.array(ids, dtype=object), pixels)
+    return image_set(np.array(labels)[of_second], name, pixels=pixels)
 
 
 TRAIN, TEST, GENERATED = squares("train", 48, 0), squares("test", 30, 1), squares("generated", 40, 2)

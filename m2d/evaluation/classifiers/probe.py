@@ -9,6 +9,7 @@ import io
 import json
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,15 +135,6 @@ class Side:
     images: dict[str, int]  # class code -> number; a class without images is left out
     lesions: dict[str, int]
 
-    @classmethod
-    def of(cls, side: Listed) -> "Side":
-        """Counted."""
-        lesions = [label for label, _ in set(zip(side.labels, side.groups))]
-        images, lesions_of = (
-            {code: labels.count(code) for code in CLASSES if code in labels} for labels in (side.labels, lesions)
-        )
-        return cls(source=side.source, images=images, lesions=lesions_of)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult:
@@ -221,8 +213,8 @@ def probe(config: ProbeConfig) -> ProbeResult:
             CLASSES[label]: Estimate.of(measured.recall[k], resampled.recall[:, k])
             for k, label in enumerate(np.unique(truth))
         },
-        train=Side.of(train),
-        test=Side.of(test),
+        train=_counted(train),
+        test=_counted(test),
         classes=CLASSES,
         confusion=confusion.tolist(),
         c=c,
@@ -294,6 +286,13 @@ def _readable(side: Listed, features: ClsFeatures) -> Listed:
     left = taken(side, [row for row, sha256 in enumerate(side.sha256) if sha256 not in features.unreadable])
     _check_classes(left)
     return left
+
+
+def _counted(side: Listed) -> Side:
+    images = Counter(side.labels)
+    lesions = Counter(label for label, _ in set(zip(side.labels, side.groups)))
+    codes = [code for code in CLASSES if code in images]
+    return Side(source=side.source, images={c: images[c] for c in codes}, lesions={c: lesions[c] for c in codes})
 
 
 def _show(result: ProbeResult, folder: Path) -> None:
