@@ -72,31 +72,28 @@ class LinearProbe:
 
 def choose_c(
     features: np.ndarray, labels: np.ndarray, lesions: np.ndarray, *, num_classes: int, seed: int
-) -> dict[float, float]:
-    """Each c of C_GRID and the balanced accuracy that it reaches on held-out lesions of the training images.
+) -> tuple[float | None, dict[float, float]]:
+    """The best c of C_GRID, and the balanced accuracy that each reaches on held-out lesions of the training images.
 
     Three folds, stratified by class, no lesion in two of them; what all folds predict is scored together, for a rare
-    class has but a few images in each. Empty where the lesions are so few that a fold leaves less than two classes.
+    class has but a few images in each. None and {} where the lesions are so few that a fold leaves less than two
+    classes. Of equals the middle c is the best: easy classes leave the whole grid equal.
     """
     if len(np.unique(lesions)) < FOLDS or np.bincount(labels).max() < FOLDS:
-        return {}
+        return None, {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes with fewer images than folds
         folds = list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(features, labels, lesions))
     if any(len(np.unique(labels[fitted])) < 2 or not len(held_out) for fitted, held_out in folds):
-        return {}
+        return None, {}
     predicted = {c: np.empty_like(labels) for c in C_GRID}
     for fitted, held_out in folds:
         for c in C_GRID:
             probe = LinearProbe.fit(features[fitted], labels[fitted], c=c, tolerance=TOLERANCE_OF_CHOICE)
             predicted[c][held_out] = probe.predict(features[held_out])
-    return {
+    tried = {
         c: float(scores(confusion_matrix(labels, calls, num_classes)).balanced_accuracy)
         for c, calls in predicted.items()
     }
-
-
-def best_c(tried: dict[float, float]) -> float | None:
-    """The c of choose_c with the best score; of equals the middle one: easy classes leave the whole grid equal."""
     best = [c for c, score in tried.items() if score == max(tried.values())]
-    return best[len(best) // 2] if best else None
+    return best[len(best) // 2], tried

@@ -309,17 +309,13 @@ def test_a_generated_class_that_training_lacks_is_named() -> None:
     assert "\n" not in str(error.value)
 
 
-def test_features_that_are_not_finite_are_refused_with_the_first_image() -> None:
+def test_an_empty_set_and_features_that_are_not_finite_are_refused() -> None:
     generated = real("generated", {"MEL": 30}, 1)
+    with pytest.raises(DataError, match="test: no images in /test"):
+        measure(generated, test=features_of("test", {"MEL": 0}, np.empty((0, D))))
     generated.cls[[4, 9], 2] = np.nan
     with pytest.raises(DataError, match=r"generated: net-1 gives 2 of 30 .* first 4\.png"):
         measure(generated)
-
-
-def test_an_empty_set_is_refused() -> None:
-    empty = features_of("test", {"MEL": 0}, np.empty((0, D)))
-    with pytest.raises(DataError, match="test: no images in /test"):
-        measure(real("generated", {"MEL": 30}, 1), test=empty)
 
 
 def test_all_seven_classes_come_in_their_order() -> None:

@@ -56,11 +56,8 @@ def answer() -> np.ndarray:
     return predict("a")
 
 
-def test_two_colours_are_told_apart_on_new_images(answer: np.ndarray) -> None:
+def test_two_colours_are_told_apart_on_new_images_by_probabilities_of_seven_classes(answer: np.ndarray) -> None:
     assert np.array_equal(answer.argmax(axis=1), TEST.labels)
-
-
-def test_probabilities_of_all_seven_classes_sum_to_one(answer: np.ndarray) -> None:
     assert answer.shape == (30, 7)
     assert answer.sum(axis=1) == pytest.approx(1, abs=1e-6)
 
@@ -73,12 +70,9 @@ def test_generated_images_are_learned_from_too() -> None:
     assert np.array_equal(called, np.where(TEST.labels == MEL, NV, MEL))
 
 
-def test_one_seed_gives_one_answer_whatever_was_drawn_before(answer: np.ndarray) -> None:
+def test_the_seed_decides_the_answer_whatever_was_drawn_before(answer: np.ndarray) -> None:
     torch.rand(7)
     assert np.array_equal(predict("a"), answer)
-
-
-def test_another_seed_gives_another_answer(answer: np.ndarray) -> None:
     assert not np.allclose(predict("a", seed=1), answer, atol=1e-4)
 
 
@@ -160,13 +154,9 @@ def test_a_network_that_diverges_is_an_error() -> None:
         predict("a", config=replace(TINY, learning_rate=1e30))
 
 
-def test_each_pass_shows_every_image_once() -> None:
-    batches = [numbers for numbers, _ in batches_of(10, 4, 5, seed=0)]
-    shown = np.concatenate(batches).reshape(2, 10)
+def test_each_pass_shows_every_image_once_and_all_eight_views_are_shown() -> None:
+    shown = np.concatenate([numbers for numbers, _ in batches_of(10, 4, 5, seed=0)]).reshape(2, 10)
     assert [sorted(one) for one in shown.tolist()] == [list(range(10))] * 2
-
-
-def test_all_eight_views_are_shown() -> None:
     views = np.concatenate([views for _, views in batches_of(10, 10, 20, seed=0)])
     assert set(views.tolist()) == set(range(8))
 

@@ -67,7 +67,7 @@ def test_photographs_of_one_lesion_never_choose_c_for_each_other() -> None:
     features = (generator.normal(size=(150, 200))[lesions] + 0.01 * generator.normal(size=(600, 200))).astype(
         np.float32
     )
-    tried = choose_c(features, labels, lesions, num_classes=7, seed=0)
+    _, tried = choose_c(features, labels, lesions, num_classes=7, seed=0)
     assert tuple(tried) == C_GRID
     assert max(tried.values()) == pytest.approx(1 / 3, abs=0.12)
 
@@ -78,7 +78,8 @@ def test_c_is_judged_by_what_held_out_lesions_say() -> None:
     labels = generator.integers(2, size=240)
     features = generator.normal(size=(240, 400)).astype(np.float32)
     features += 0.15 * (2 * labels[:, None] - 1)
-    tried = choose_c(features, labels, np.arange(240), num_classes=7, seed=0)
+    best, tried = choose_c(features, labels, np.arange(240), num_classes=7, seed=0)
+    assert tried[best] == max(tried.values())
     fresh_labels = generator.integers(2, size=4000)
     fresh = (generator.normal(size=(4000, 400)) + 0.15 * (2 * fresh_labels[:, None] - 1)).astype(np.float32)
     for c, held_out in tried.items():
@@ -89,4 +90,5 @@ def test_c_is_judged_by_what_held_out_lesions_say() -> None:
 @pytest.mark.parametrize("lesions", [2, 3])
 def test_too_few_lesions_leave_c_open(lesions: int) -> None:
     labels = np.arange(lesions) % 2
-    assert choose_c(np.eye(lesions, dtype=np.float32), labels, np.arange(lesions), num_classes=7, seed=0) == {}
+    found = choose_c(np.eye(lesions, dtype=np.float32), labels, np.arange(lesions), num_classes=7, seed=0)
+    assert found == (None, {})

@@ -33,7 +33,7 @@ from m2d.files.paths import result_path
 from m2d.files.storage import without_secrets
 from m2d.generation.generator import pick_device
 from m2d.metrics.bootstrap import Estimate, resampled_confusions
-from m2d.metrics.linear_probe import LinearProbe, best_c, choose_c
+from m2d.metrics.linear_probe import LinearProbe, choose_c
 from m2d.metrics.scores import confusion_matrix, scores
 from m2d.models.feature_extractor import extractor_key
 
@@ -117,8 +117,7 @@ def chosen_c(train: FeatureSet, *, seed: int) -> tuple[float, dict[float, float]
 
     Raises DataError where the lesions are too few for it.
     """
-    tried = choose_c(train.cls, train.labels, train.groups, num_classes=NUM_CLASSES, seed=seed)
-    best = best_c(tried)
+    best, tried = choose_c(train.cls, train.labels, train.groups, num_classes=NUM_CLASSES, seed=seed)
     if best is None:
         raise DataError(
             f"downstream: {len(train)} training images of {len(set(train.groups.tolist()))} lesions are too few to "
@@ -194,10 +193,10 @@ def probe(config: ProbeConfig) -> ProbeResult:
     labels, truth = (np.array([CLASSES.index(code) for code in side.labels]) for side in (train, test))
     lesions, test_lesions = (np.array(side.groups, dtype=object) for side in (train, test))
 
-    tried: dict[float, float] = {}
-    if config.c is None:
-        tried = choose_c(train_cls, labels, lesions, num_classes=NUM_CLASSES, seed=config.seed)
-    c = config.c or best_c(tried) or C_WITHOUT_CHOICE
+    c, tried = config.c, dict[float, float]()
+    if c is None:
+        c, tried = choose_c(train_cls, labels, lesions, num_classes=NUM_CLASSES, seed=config.seed)
+    c = c or C_WITHOUT_CHOICE
     fitted = LinearProbe.fit(train_cls, labels, c=c)
     predicted = fitted.predict(test_cls)
     confusion = confusion_matrix(truth, predicted, NUM_CLASSES)

@@ -13,10 +13,6 @@ from m2d.evaluation.report.plots import NAMES
 
 Row = dict[str, str | int | float | None]
 OVERALL = "all"
-_METRICS = (
-    "kernel_distance", "kernel_distance_se", "frechet_distance", "precision", "recall", "density", "coverage",
-    "vendi_reference", "vendi_other",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +91,7 @@ def fidelity_rows(result: FidelityResult) -> list[Row]:
     return [
         {
             "extractor": row.extractor, "class": row.label or OVERALL, "comparison": NAMES[row.comparison],
-            "n_reference": row.n_reference, "n_other": row.n_other, "n_matched": row.n_matched,
-            **{name: getattr(row, name) for name in _METRICS},
+            **{name: value for name, value in vars(row).items() if name not in ("comparison", "label", "draws")},
             "left_out": "; ".join(sorted(set(row.left_out.values()))),
         }
         for label in dict.fromkeys(row.label for row in result.rows)
