@@ -28,7 +28,7 @@ from m2d.classes import CLASSES
 from m2d.data.catalog import scan_dataset
 from m2d.data.settings import DataConfig
 from m2d.evaluation.evaluate import evaluate
-from m2d.evaluation.evaluate_settings import EvaluateConfig
+from m2d.evaluation.settings import EvaluateConfig
 from m2d.models.settings import FeatureExtractorConfig
 
 

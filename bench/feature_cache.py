@@ -28,8 +28,8 @@ from jsonargparse import auto_cli
 
 from m2d.cli import parse
 from m2d.data.catalog import scan_dataset
-from m2d.data.prepare import setup_data
 from m2d.data.settings import DataConfig
+from m2d.data.setup import setup_data
 from m2d.training.features import spread_over_classes
 from m2d.training.trainer import train
 

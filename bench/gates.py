@@ -17,15 +17,14 @@ from PIL import Image, ImageFilter
 
 from m2d.classes import CLASSES
 from m2d.data.catalog import scan_dataset
-from m2d.data.feature_jobs import extract_view
+from m2d.data.features import extract_view
 from m2d.data.reader import ImageReader
 from m2d.data.settings import DataConfig
 from m2d.data.views import apply_view
-from m2d.generation.gate_reference import build_gate_reference
-from m2d.generation.gate_settings import GateConfig
-from m2d.generation.gates import Verdict, check
+from m2d.generation.gates import Verdict, build_gate_reference, check
 from m2d.generation.generator import to_uint8
 from m2d.generation.references import load_reference_extractor
+from m2d.generation.settings import GateConfig
 from m2d.models.checkpoint import Checkpoint, load_checkpoint
 
 Change = Callable[[Image.Image], Image.Image]

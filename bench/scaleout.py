@@ -34,11 +34,10 @@ from jsonargparse import auto_cli
 
 from m2d.classes import CLASSES
 from m2d.diffusion.settings import SamplingSettings
-from m2d.generation.bulk import make_on_ray, pick_pool
-from m2d.generation.gate_settings import GateConfig
-from m2d.generation.group import GeneratorSettings, GroupWriter, PlanGroups
-from m2d.generation.journal import PARTS, group_name
+from m2d.generation.output import PARTS, group_name
 from m2d.generation.plan import PlanRow, read_plan, standard_plan, write_plan
+from m2d.generation.settings import GateConfig
+from m2d.generation.workers import GeneratorSettings, GroupWriter, PlanGroups, make_on_ray, pick_pool
 
 WRITER_SLOTS = 4  # logical CPUs; the actors ask for a GPU alone
 SPARE_BYTES = 2 * 2**30  # of memory, left free
@@ -213,7 +212,7 @@ def measure_scales(smallest: int, largest: int, batch_s: float, groups: int, bat
 
 
 def measure(actors: int, batch_s: float, groups: int, batch_size: int, before: Sequence[Scale]) -> Scale:
-    """One run of m2d.generation.bulk."""
+    """One run of m2d.generation.workers."""
     table = standard_plan(_counts(groups * batch_size), run_seed=0, sampling=SamplingSettings(), feature="prior")
     plan = PlanGroups(table, 0, batch_size)
     with tempfile.TemporaryDirectory(prefix="m2d-bench-") as folder:
@@ -228,7 +227,7 @@ def measure(actors: int, batch_s: float, groups: int, batch_size: int, before: S
             root=root, format="folder", settings="{}", checkpoint="0" * 64, precision="no",
             gates=GateConfig(enabled=False),
         )  # fmt: skip
-        pool = pick_pool(num_actors=actors, gpus_per_actor=1.0, device="none", groups=len(plan))
+        pool = pick_pool(num_actors=actors, gpus_per_actor=1.0, device="none", groups=groups)
         began, cpu_began = time.time(), time.process_time()
         made = sum(result.tried for result in make_on_ray(settings, pool, plan, writer, features=False))
         driver_s = time.process_time() - cpu_began
@@ -255,7 +254,7 @@ def measure(actors: int, batch_s: float, groups: int, batch_size: int, before: S
     efficiency = rate * batch_s / actors
     return Scale(
         actors=actors,
-        groups=len(plan),
+        groups=groups,
         start_s=first - began,
         window_s=last - first,
         images_per_s=rate * batch_size,
@@ -263,7 +262,7 @@ def measure(actors: int, batch_s: float, groups: int, batch_size: int, before: S
         against_first=efficiency / (before[0].efficiency if before else efficiency),
         written_after_s=statistics.median(lags),
         written_after_most_s=max(lags),
-        driver_ms=1000 * driver_s / len(plan),
+        driver_ms=1000 * driver_s / groups,
         actor_mib=statistics.median(of_one[0]["uss"] for of_one in records) / 2**20,
     )
 

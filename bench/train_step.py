@@ -36,8 +36,8 @@ from m2d.classes import NUM_CLASSES
 from m2d.cli import parse
 from m2d.data.catalog import scan_dataset
 from m2d.data.order import StreamOrder
-from m2d.data.prepare import setup_data
 from m2d.data.reader import ImageReader
+from m2d.data.setup import setup_data
 from m2d.demo.dataset import write_demo_dataset
 from m2d.diffusion.interpolant import interpolate, velocity_target
 from m2d.models.perceptual import build_perceptual

@@ -13,8 +13,7 @@ from m2d import __version__
 from m2d.arguments import parse_arguments, preset_files, preset_names
 from m2d.data.settings import SetupConfig
 from m2d.errors import ConfigError, M2DError
-from m2d.evaluation.evaluate_settings import EvaluateConfig
-from m2d.evaluation.settings import ProbeConfig
+from m2d.evaluation.settings import EvaluateConfig, ProbeConfig
 from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, ReportConfig, ShowConfig
 from m2d.generation.settings import GenerateConfig
 from m2d.training.settings import TrainConfig
@@ -56,7 +55,7 @@ def _train(config: TrainConfig) -> None:
 
 
 def _setup_data(config: SetupConfig) -> None:
-    from m2d.data.prepare import setup_data
+    from m2d.data.setup import setup_data
 
     setup_data(config)
 
@@ -74,7 +73,7 @@ def _evaluate(config: EvaluateConfig) -> None:
 
 
 def _probe(config: ProbeConfig) -> None:
-    from m2d.evaluation.probe import probe
+    from m2d.evaluation.classifiers.probe import probe
 
     probe(config)
 

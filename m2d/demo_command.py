@@ -10,9 +10,8 @@ from m2d.demo.dataset import write_demo_dataset
 from m2d.experiment import list_experiments
 from m2d.experiments.page import write_report
 from m2d.files.paths import result_path
-from m2d.generation.gate_settings import GateConfig
 from m2d.generation.run import generate
-from m2d.generation.settings import GenerateConfig
+from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.training.settings import TrainConfig
 from m2d.training.trainer import train
 

@@ -7,11 +7,12 @@ import csv
 import hashlib
 import io
 import posixpath
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,7 +23,6 @@ from pyarrow import fs
 from m2d.classes import CLASSES
 from m2d.data.decode import ImageRejected, probe_image
 from m2d.data.settings import DataConfig
-from m2d.data.split import assign_splits
 from m2d.errors import DataError
 from m2d.files.atomic import write_whole
 from m2d.files.storage import one_line, open_storage, without_secrets
@@ -73,7 +73,7 @@ def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, in
     rejected: list[tuple[str, str]] = []
     for label in CLASSES:
         names = (name for name, folder_label in folders.items() if folder_label == label)
-        for path in sorted(path for name in names for path in _files_below(filesystem, root, name)):
+        for path in sorted(path for name in names for path, _ in _files_below(filesystem, root, name)):
             suffix = posixpath.splitext(path)[1]
             if suffix.lower() in IMAGE_SUFFIXES:
                 candidates.append((path, label))
@@ -81,21 +81,26 @@ def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, in
                 known = " ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
                 rejected.append((path, f"the suffix {suffix or '(none)'} is not one of {known}"))
 
-    probes = _probe_all(filesystem, root, [path for path, _ in candidates], config.max_pixels, progress)
-    images: list[tuple[str, str, _Probe]] = []
-    for (path, label), probe in zip(candidates, probes, strict=True):
-        if isinstance(probe, str):
-            rejected.append((path, probe))
+    images: list[_Image] = []
+    for (path, _), found in zip(
+        candidates, _probe_all(filesystem, root, candidates, config.max_pixels, progress), strict=True
+    ):
+        if isinstance(found, str):
+            rejected.append((path, found))
         else:
-            images.append((path, label, probe))
+            images.append(found)
     if not images:
         first = f"; the first of {len(rejected)} rejected: {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
         raise DataError(f"data_root: {shown} holds no usable image in {' '.join(sorted(folders))}{first}")
 
     kept, duplicates = _drop_duplicates(images, shown)
-    catalog = _build_catalog(kept, _group_lesions(images, kept, lesion_of))
+    identities = _group_lesions(images, kept, lesion_of)
+    rows = [(name, *image[:2], lesion, *image[2:], "") for image, (name, lesion) in zip(kept, identities, strict=True)]
     catalog = assign_splits(
-        catalog, val_fraction=config.val_fraction, test_fraction=config.test_fraction, seed=config.split_seed
+        _table(CATALOG_SCHEMA, rows),
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        seed=config.split_seed,
     )
     return Scan(catalog, _table(REJECTED_SCHEMA, sorted(rejected)), _table(DUPLICATES_SCHEMA, duplicates))
 
@@ -107,7 +112,7 @@ def dataset_fingerprint(data_root: str, config: DataConfig) -> str:
     """
     filesystem, root = open_storage(data_root)
     folders = _class_folders(filesystem, root, without_secrets(data_root), config.class_map)
-    entries = [pair for name in folders for pair in _entries_below(filesystem, root, name)]
+    entries = [pair for name in folders for pair in _files_below(filesystem, root, name)]
     metadata = filesystem.get_file_info(posixpath.join(root, "metadata.csv"))
     lines = (f"{path}\0{info.size}\0{info.mtime_ns}" for path, info in [*entries, ("metadata.csv", metadata)])
     return hashlib.sha256("\0\0".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
@@ -137,14 +142,11 @@ def read_catalog(path: str) -> pa.Table:
         raise DataError(f"catalog: {shown} cannot be read ({one_line(error)}); scan the dataset again") from error
 
 
-def write_rejected(rejected: pa.Table, path: str) -> None:
-    """Write the rejected files as CSV with the columns path, reason to a local path or URI."""
-    _write_csv(rejected, path)
-
-
-def write_duplicates(duplicates: pa.Table, path: str) -> None:
-    """Write the exact duplicates as CSV with the columns path, kept to a local path or URI."""
-    _write_csv(duplicates, path)
+def write_csv(table: pa.Table, path: str) -> None:
+    """Write the rejected files or the duplicates of a scan as CSV to a local path or URI."""
+    encoded = pa.BufferOutputStream()
+    pa_csv.write_csv(table, encoded)
+    _write_whole(path, encoded.getvalue())
 
 
 def class_counts(catalog: pa.Table, split: str | None = None) -> dict[str, int]:
@@ -164,8 +166,9 @@ def catalog_hash(catalog: pa.Table) -> str:
     return hashlib.sha256("\0\0".join(lines).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class _Probe:
+class _Image(NamedTuple):
+    path: str
+    label: str
     width: int
     height: int
     bytes: int
@@ -205,13 +208,8 @@ def _class_folders(filesystem: fs.FileSystem, root: str, shown: str, class_map: 
     return folders
 
 
-def _files_below(filesystem: fs.FileSystem, root: str, folder: str) -> Iterator[str]:
-    """Paths relative to root of all files at any depth of a class folder, hidden ones and debris left out."""
-    return (path for path, _ in _entries_below(filesystem, root, folder))
-
-
-def _entries_below(filesystem: fs.FileSystem, root: str, folder: str) -> Iterator[tuple[str, fs.FileInfo]]:
-    """The same with what the listing says of each file."""
+def _files_below(filesystem: fs.FileSystem, root: str, folder: str) -> Iterator[tuple[str, fs.FileInfo]]:
+    """Path relative to root and listing of all files at any depth of a class folder, but for hidden ones and debris."""
     for entry in filesystem.get_file_info(fs.FileSelector(posixpath.join(root, folder), recursive=True)):
         path = posixpath.relpath(entry.path, root)
         if entry.type == fs.FileType.File and not any(is_debris(part) for part in path.split("/")):
@@ -263,36 +261,31 @@ def _read_lesions(filesystem: fs.FileSystem, root: str, shown: str) -> dict[str,
 def _probe_all(
     filesystem: fs.FileSystem,
     root: str,
-    paths: list[str],
+    candidates: list[tuple[str, str]],
     max_pixels: int,
     progress: Callable[[int, int], None] | None,
-) -> list[_Probe | str]:
-    """For each path what it holds, or in one line why it cannot be used."""
+) -> Iterator[_Image | str]:
+    """What each file (path, label) holds, or in one line why it cannot be used."""
 
-    def probe(path: str) -> _Probe | str:
+    def probe(candidate: tuple[str, str]) -> _Image | str:
         try:
-            with filesystem.open_input_stream(posixpath.join(root, path), compression=None) as stream:
+            with filesystem.open_input_stream(posixpath.join(root, candidate[0]), compression=None) as stream:
                 encoded = stream.read()
             width, height = probe_image(encoded, max_pixels=max_pixels)
         except ImageRejected as rejection:
             return rejection.reason
         except (pa.ArrowException, OSError) as error:
             return f"cannot be read: {one_line(error)}"
-        return _Probe(width, height, len(encoded), hashlib.sha256(encoded).hexdigest())
+        return _Image(*candidate, width, height, len(encoded), hashlib.sha256(encoded).hexdigest())
 
-    probes: list[_Probe | str] = []
     pool = ThreadPoolExecutor(_SCAN_THREADS, thread_name_prefix="m2d-scan")
     try:
-        for result in pool.map(probe, paths):
-            probes.append(result)
+        for done, result in enumerate(pool.map(probe, candidates), 1):
+            yield result
             if progress is not None:
-                progress(len(probes), len(paths))
+                progress(done, len(candidates))
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C ends the scan now, not thousands of files later
-    return probes
-
-
-_Image = tuple[str, str, _Probe]  # path, label, probe
 
 
 def _drop_duplicates(images: list[_Image], shown: str) -> tuple[list[_Image], list[tuple[str, str]]]:
@@ -301,12 +294,11 @@ def _drop_duplicates(images: list[_Image], shown: str) -> tuple[list[_Image], li
     duplicates: list[tuple[str, str]] = []
     conflicts: list[tuple[str, str]] = []
     for image in images:
-        path, label, probe = image
-        kept_path, kept_label, _ = first.setdefault(probe.sha256, image)
-        if kept_label != label:
-            conflicts.append((kept_path, path))
-        elif kept_path != path:
-            duplicates.append((path, kept_path))
+        kept = first.setdefault(image.sha256, image)
+        if kept.label != image.label:
+            conflicts.append((kept.path, image.path))
+        elif kept.path != image.path:
+            duplicates.append((image.path, kept.path))
     if conflicts:
         more = f" (and {len(conflicts) - 1} more such pairs)" if len(conflicts) > 1 else ""
         raise DataError(
@@ -322,14 +314,13 @@ def _group_lesions(images: list[_Image], kept: list[_Image], lesion_of: dict[str
     Two lesions that share an exact duplicate are one lesion: the dropped copy ties its siblings to the kept one, and
     apart they could stand on both sides of a split.
     """
-    stems = Counter(_stem(path) for path, _, _ in kept)
-    image_id_of = {path: _stem(path) if stems[_stem(path)] == 1 else path for path, _, _ in kept}
+    stems = Counter(_stem(image.path) for image in kept)
+    image_id_of = {image.path: _stem(image.path) if stems[_stem(image.path)] == 1 else image.path for image in kept}
 
     def recorded(path: str) -> str | None:
         return lesion_of.get(without_image_suffix(path)) or lesion_of.get(_stem(path))
 
-    kept_path = {probe.sha256: path for path, _, probe in kept}
-    lesion_at = {path: recorded(path) or image_id_of[path] for path, _, _ in kept}
+    lesion_of_content = {image.sha256: recorded(image.path) or image_id_of[image.path] for image in kept}
     joined: dict[str, str] = {}  # lesion -> another name of the same lesion, a forest
 
     def representative(lesion: str) -> str:
@@ -337,21 +328,13 @@ def _group_lesions(images: list[_Image], kept: list[_Image], lesion_of: dict[str
             lesion = joined[lesion]
         return lesion
 
-    for path, _, probe in images:
-        lesion = recorded(path)
+    for image in images:
+        lesion = recorded(image.path)
         if lesion is not None:
-            a, b = representative(lesion), representative(lesion_at[kept_path[probe.sha256]])
+            a, b = representative(lesion), representative(lesion_of_content[image.sha256])
             if a != b:
                 joined[max(a, b)] = min(a, b)
-    return [(image_id_of[path], representative(lesion_at[path])) for path, _, _ in kept]
-
-
-def _build_catalog(kept: list[_Image], identities: list[tuple[str, str]]) -> pa.Table:
-    rows = [
-        (image_id, path, label, lesion_id, probe.width, probe.height, probe.bytes, probe.sha256, "")
-        for (path, label, probe), (image_id, lesion_id) in zip(kept, identities, strict=True)
-    ]
-    return _table(CATALOG_SCHEMA, rows)
+    return [(image_id_of[image.path], representative(lesion_of_content[image.sha256])) for image in kept]
 
 
 def _table(schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> pa.Table:
@@ -359,12 +342,6 @@ def _table(schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> pa.Table:
     return pa.table(
         [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
     )
-
-
-def _write_csv(table: pa.Table, path: str) -> None:
-    encoded = pa.BufferOutputStream()
-    pa_csv.write_csv(table, encoded)
-    _write_whole(path, encoded.getvalue())
 
 
 def _write_whole(path: str, encoded: pa.Buffer) -> None:
@@ -396,3 +373,59 @@ def without_image_suffix(name: str) -> str:
 def _abbreviated(names: list[str]) -> str:
     shown = [*names[:8], "..."] if len(names) > 8 else names
     return ", ".join(shown)
+
+
+# --- the split --------------------------------------------------------------------------------------------------------
+
+
+def assign_splits(catalog: pa.Table, *, val_fraction: float, test_fraction: float, seed: int) -> pa.Table:
+    """The catalog with its `split` column set to train, val or test: by lesion, stratified by class, seeded.
+
+    Fractions are of the lesions of each class; val and test meet them to within one lesion. All images of a lesion
+    share its split, also where they carry different labels. A class of few lesions fills train first, then val, then
+    test, one lesion each; a split whose fraction is 0 stays empty. Every lesion has a seeded rank of its own and test
+    takes the first ones: so the order of the rows has no influence, and the test lesions of a class stay the same under
+    another val_fraction, as long as both leave it a lesion to train on.
+    Not scikit-learn's StratifiedGroupKFold: its fractions are multiples of 1/k, it balances images instead of lesions,
+    and its answer depends on the order of the rows.
+    """
+    lesion_ids = catalog["lesion_id"].to_pylist()
+    lesions_of: dict[str, set[str]] = defaultdict(set)  # label -> its lesions
+    for label, lesion in zip(catalog["label"].to_pylist(), lesion_ids, strict=True):
+        lesions_of[label].add(lesion)
+    split_of: dict[str, str] = {}
+    # Rare classes first: they can least afford that another class has placed the lesions that both share.
+    for label in sorted(lesions_of, key=lambda label: (len(lesions_of[label]), label)):
+        lesions = lesions_of[label]
+        wanted = _allocate(len(lesions), val_fraction, test_fraction)
+        placed = Counter(split_of[lesion] for lesion in lesions if lesion in split_of)
+        free = sorted((lesion for lesion in lesions if lesion not in split_of), key=lambda lesion: _rank(lesion, seed))
+        kept_for_train = 0 if placed["train"] else 1
+        for split in ("test", "val"):
+            count = min(max(0, wanted[split] - placed[split]), max(0, len(free) - kept_for_train))
+            split_of.update(dict.fromkeys(free[:count], split))
+            free = free[count:]
+        split_of.update(dict.fromkeys(free, "train"))
+    splits = pa.array([split_of[lesion] for lesion in lesion_ids], pa.string())
+    if "split" not in catalog.column_names:
+        return catalog.append_column("split", splits)
+    return catalog.set_column(catalog.column_names.index("split"), "split", splits)
+
+
+def _allocate(lesions: int, val_fraction: float, test_fraction: float) -> dict[str, int]:
+    """Lesions of one class for val and test: the nearest whole number, at least one, while one is left to train."""
+    counts = {"val": _nearest(lesions * val_fraction), "test": _nearest(lesions * test_fraction)}
+    for split, fraction in (("val", val_fraction), ("test", test_fraction)):
+        if fraction > 0:
+            counts[split] = max(counts[split], 1)
+    while sum(counts.values()) > max(lesions - 1, 0):
+        counts["val" if counts["val"] > counts["test"] else "test"] -= 1
+    return counts
+
+
+def _nearest(share: float) -> int:
+    return int(share + 0.5 + 1e-9)  # halves go up, also where the product fell just short of one
+
+
+def _rank(lesion: str, seed: int) -> tuple[bytes, str]:
+    return hashlib.sha256(f"{seed}:{lesion}".encode()).digest(), lesion

@@ -1,8 +1,8 @@
 """The training stream in one process: the batches of m2d.data.stream without Ray, for tests and notebooks."""
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -29,41 +29,24 @@ def iterate_local(
     Yields images uint8 [B, S, S, 3], labels, catalog_rows, stream_rows int64 [B], views int8 [B], substituted bool [B];
     the consumer owns them. A thread decodes ahead; what it raises is raised here, and leaving the loop ends it.
     """
-    batches: queue.Queue[dict[str, np.ndarray] | Exception] = queue.Queue(PREFETCHED_BATCHES)
-    stopped = threading.Event()
 
-    def hand_over(batch: dict[str, np.ndarray] | Exception) -> bool:
-        while not stopped.is_set():
-            try:
-                batches.put(batch, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
+    def read(micro_batch: int) -> dict[str, np.ndarray]:
+        rows = worker_rows(
+            micro_batch,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            step_micro_batches=step_micro_batches,
+        )
+        return reader.read(*order.lookup(rows)) | {"stream_rows": rows}
 
-    def decode_ahead() -> None:
-        try:
-            for micro_batch in range(start_micro_batch, start_micro_batch + num_micro_batches):
-                rows = worker_rows(
-                    micro_batch,
-                    batch_size=batch_size,
-                    rank=rank,
-                    world_size=world_size,
-                    step_micro_batches=step_micro_batches,
-                )
-                if not hand_over(reader.read(*order.lookup(rows)) | {"stream_rows": rows}):
-                    return
-        except Exception as error:  # raised again where the consumer can see it
-            hand_over(error)
-
-    thread = threading.Thread(target=decode_ahead, name="m2d-local-stream", daemon=True)
-    thread.start()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="m2d-local-stream")
+    ahead: deque[Future[dict[str, np.ndarray]]] = deque()
     try:
-        for _ in range(num_micro_batches):
-            batch = batches.get()
-            if isinstance(batch, Exception):
-                raise batch
-            yield {name: torch.from_numpy(column) for name, column in batch.items()}
+        for place in range(num_micro_batches + PREFETCHED_BATCHES):
+            if place < num_micro_batches:
+                ahead.append(thread.submit(read, start_micro_batch + place))
+            if place >= PREFETCHED_BATCHES:
+                yield {name: torch.from_numpy(column) for name, column in ahead.popleft().result().items()}
     finally:
-        stopped.set()
-        thread.join()
+        thread.shutdown(cancel_futures=True)

@@ -3,26 +3,55 @@
 Knows nothing of the order or of Ray.
 """
 
+import hashlib
 import logging
 import posixpath
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs
+from pyarrow import fs
 
 from m2d.classes import CLASSES
 from m2d.data.decode import ImageRejected, decode_resized
-from m2d.data.prepared import PreparedImages, PreparedRows
+from m2d.data.store import PreparedImages, PreparedRows
 from m2d.data.views import apply_view
 from m2d.errors import DataError
-from m2d.files.storage import open_storage, without_secrets
+from m2d.files.storage import one_line, open_storage, without_secrets
 
 logger = logging.getLogger(__name__)
 
 READ_THREADS = 16  # they wait for storage, not for the CPU
 MAX_SUBSTITUTES = 32  # so many bad files of one class in a row are a lost storage, not a few broken files
+
+
+def read_file(storage: tuple[fs.FileSystem, str], path: str) -> bytes | str:
+    """A file's bytes, or in one line why there are none. storage: as open_storage gives it; path: below it."""
+    filesystem, root = storage
+    try:
+        with filesystem.open_input_file(posixpath.join(root, path)) as file:
+            return bytes(file.read())
+    except FileNotFoundError:
+        return "is not there"
+    except (pa.ArrowException, OSError) as error:
+        return f"cannot be read ({one_line(error)})"
+
+
+def decode_unchanged(
+    storage: tuple[fs.FileSystem, str], path: str, sha256: str, decode: Callable[[bytes], np.ndarray]
+) -> np.ndarray | str:
+    """What `decode` makes of a file; or in one line why there is nothing, also where it has changed since the scan."""
+    encoded = read_file(storage, path)
+    if isinstance(encoded, str):
+        return encoded
+    if hashlib.sha256(encoded).hexdigest() != sha256:
+        return "has changed since the scan"
+    try:
+        return decode(encoded)
+    except ImageRejected as rejection:
+        return rejection.reason
 
 
 class ImageReader:
@@ -64,7 +93,7 @@ class ImageReader:
             self.sizes = np.where(self._prepared.present, 3 * image_size**2, self.sizes)
         self._bad: dict[int, str] = {}  # catalog row -> reason
         self._encoded: pa.ChunkedArray | None = None
-        self._storage: tuple[pyarrow.fs.FileSystem, str] | None = None
+        self._storage: tuple[fs.FileSystem, str] | None = None
         self._threads: ThreadPoolExecutor | None = None
         if encoded is not None:
             self.attach(encoded)
@@ -187,21 +216,11 @@ class ImageReader:
         return self._prepared is not None and bool(self._prepared.present[row])
 
     def _fetch_file(self, row: int) -> bytes | str:
-        """A file's bytes, or why there are none."""
         if row in self._bad:
             return self._bad[row]
-        return self.fetch_file(row)
-
-    def fetch_file(self, row: int) -> bytes | str:
-        """The bytes of a row's file as it is now, or in one line why there are none."""
         if self._storage is None:
             self._storage = open_storage(self.data_root)
-        filesystem, root = self._storage
-        try:
-            with filesystem.open_input_file(posixpath.join(root, self._paths[row].as_py())) as file:
-                return bytes(file.read())
-        except OSError as error:
-            return f"cannot be read ({without_secrets(' '.join(str(error).split()))})"
+        return read_file(self._storage, self._paths[row].as_py())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_encoded": None, "_storage": None, "_threads": None}

@@ -3,16 +3,13 @@
 Called by m2d.evaluation.evaluate; compares nothing itself.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
 from m2d.errors import ConfigError
-from m2d.evaluation.feature_set import ImageSet
-from m2d.evaluation.image_sets import with_pixels
+from m2d.evaluation.images import ImageSet, with_pixels
 from m2d.files.progress import progress
-from m2d.models.autoencoder import coded_at_once
+from m2d.models.autoencoder import Autoencoder, coded_at_once
 from m2d.models.checkpoint import Checkpoint
 
 BATCH = 32
@@ -33,7 +30,7 @@ def reconstructions(
         for first in range(0, len(images), size):
             batch = images.pixels[first : first + size]
             try:
-                pixels[first : first + size] = _redrawn(batch, autoencoder.encode, autoencoder.decode, device)
+                pixels[first : first + size] = _redrawn(batch, autoencoder, device)
             except torch.OutOfMemoryError:
                 raise ConfigError(
                     f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} (the "
@@ -55,12 +52,9 @@ def drawn_like(train: ImageSet, generated: ImageSet, seed: int) -> ImageSet:
     Each is a group of its own, as a generated image is.
     """
     generator = np.random.default_rng(seed)
-    rows = np.concatenate(
-        [
-            generator.permutation(np.flatnonzero(train.labels == label))[: int((generated.labels == label).sum())]
-            for label in np.unique(generated.labels)
-        ]
-    )
+    labels, counts = np.unique(generated.labels, return_counts=True)
+    drawn = [generator.permutation(np.flatnonzero(train.labels == k))[:n] for k, n in zip(labels, counts)]
+    rows = np.concatenate(drawn)
     return ImageSet(
         name="training images",
         source=f"{len(rows):,} images of {train.source}",
@@ -80,9 +74,8 @@ def psnr_db(images: ImageSet, redrawn: ImageSet) -> float:
 
 
 @torch.inference_mode()
-def _redrawn(batch: np.ndarray, encode: Callable, decode: Callable, device: str) -> np.ndarray:  # type: ignore[type-arg]
+def _redrawn(batch: np.ndarray, autoencoder: Autoencoder, device: str) -> np.ndarray:
     """uint8 [B, S, S, 3] to the same."""
     x = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-    y = decode(encode(x).mode()).clamp(-1, 1)
-    redrawn: np.ndarray = ((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return redrawn
+    y = autoencoder.decode(autoencoder.encode(x).mode()).clamp(-1, 1)
+    return np.asarray(((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())

@@ -6,17 +6,14 @@ Give it features of an extractor that did not guide the training; of the one tha
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binomtest
 
 from m2d.classes import CLASSES, NUM_CLASSES
-from m2d.evaluation.arms import check_sides, unscored
-from m2d.evaluation.bootstrap import interval, resampled_confusions
-from m2d.evaluation.classification_scores import confusion_matrix, scores
-from m2d.evaluation.downstream import chosen_c
-from m2d.evaluation.downstream_result import Estimate
-from m2d.evaluation.feature_set import FeatureSet
-from m2d.evaluation.linear_probe import LinearProbe
-
-Z = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
+from m2d.evaluation.classifiers.arms import check_sides, unscored
+from m2d.evaluation.images import FeatureSet
+from m2d.metrics.bootstrap import Estimate, resampled_confusions
+from m2d.metrics.linear_probe import LinearProbe
+from m2d.metrics.scores import confusion_matrix, scores
 
 
 @dataclass(frozen=True)
@@ -38,18 +35,17 @@ class ConsistencyResult:
 
 
 def measure_consistency(
-    *, train: FeatureSet, test: FeatureSet, generated: FeatureSet, c: float | None, resamples: int, seed: int
+    *, train: FeatureSet, test: FeatureSet, generated: FeatureSet, c: float, resamples: int, seed: int
 ) -> ConsistencyResult:
     """Fit a linear probe on the real training images, every class weighing the same, and classify both other sets.
 
-    train, test: real images, no lesion in both. c: as in measure_downstream. Intervals: of a class's agreement the
+    train, test: real images, no lesion in both. c: of the logistic regression. Intervals: of a class's agreement the
     Wilson score interval (JASA 22, 1927, p. 209), for generated images are independent and a share of 1 is no
     certainty; of the real recall and of both means a bootstrap over lesions, or generated images, within each class.
-    Raises DataError as arms.check_sides does, or for lesions too few to choose c.
+    Raises DataError as arms.check_sides does.
     """
     check_sides(train, test, generated)
-    picked = c if c is not None else chosen_c(train, seed=seed)[0]
-    probe = LinearProbe.fit(train.cls, train.labels, c=picked)
+    probe = LinearProbe.fit(train.cls, train.labels, c=c)
     asked, called = generated.labels, probe.predict(generated.cls)
     known = np.isin(test.labels, np.unique(train.labels))
     truth, lesions, seen = test.labels[known], test.groups[known], probe.predict(test.cls[known])
@@ -62,16 +58,14 @@ def measure_consistency(
     recalls, resampled = scores(real).recall, scores(drawn_real).recall
     return ConsistencyResult(
         extractor=train.extractor,
-        c=picked,
+        c=c,
         resamples=resamples,
         classes=list(CLASSES),
         confusion=confusion.tolist(),
         confusion_of_real=real.tolist(),
         images={CLASSES[k]: int(confusion[k].sum()) for k in made},
-        agreement={CLASSES[k]: wilson(int(confusion[k, k]), int(confusion[k].sum())) for k in made},
-        recall_of_real={
-            CLASSES[k]: Estimate(float(recalls[row]), *interval(resampled[:, row])) for row, k in enumerate(tested)
-        },
+        agreement={CLASSES[k]: _share(int(confusion[k, k]), int(confusion[k].sum())) for k in made},
+        recall_of_real={CLASSES[k]: Estimate.of(recalls[row], resampled[:, row]) for row, k in enumerate(tested)},
         mean_agreement=_mean(confusion, drawn, both),
         mean_recall_of_real=_mean(real, drawn_real, both),
         left_out={
@@ -81,17 +75,14 @@ def measure_consistency(
     )
 
 
-def wilson(hits: int, trials: int) -> Estimate:
-    """A share with its 95 % score interval. trials: at least 1."""
-    share, spread = hits / trials, Z**2 / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = Z * np.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
-    return Estimate(share, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+def _share(hits: int, trials: int) -> Estimate:
+    low, high = binomtest(hits, trials).proportion_ci(method="wilson")
+    return Estimate(hits / trials, float(low), float(high))
 
 
 def _mean(confusion: np.ndarray, drawn: np.ndarray, classes: np.ndarray) -> Estimate | None:
     """The mean share on the diagonal of these rows; confusion [K, K], drawn [R, K, K]. None: no row."""
     if not len(classes):
         return None
-    of_drawn = (drawn[:, classes, classes] / drawn.sum(axis=2)[:, classes]).mean(axis=1)
-    return Estimate(float((confusion[classes, classes] / confusion.sum(axis=1)[classes]).mean()), *interval(of_drawn))
+    shares = confusion[classes, classes] / confusion.sum(axis=1)[classes]
+    return Estimate.of(shares.mean(), (drawn[:, classes, classes] / drawn.sum(axis=2)[:, classes]).mean(axis=1))

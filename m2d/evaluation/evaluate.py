@@ -1,18 +1,18 @@
 """The whole evaluation: read and extract once, answer each question that is asked, write the report.
 
-What `python jobs/evaluate.py` does. Run again after a kill it goes on: pixels, features and finished trainings are in
+What `python jobs/evaluate.py` does. Run again after a kill it resumes: pixels, features and finished trainings are in
 the cache folder.
 """
 
+import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -20,29 +20,23 @@ import torch
 from m2d import __version__
 from m2d.cluster.nodes import device_of_actor
 from m2d.cluster.start import ray_cluster
-from m2d.errors import ConfigError, DataError, M2DError
+from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
 from m2d.evaluation.autoencoder_floor import drawn_like, psnr_db, reconstructions
+from m2d.evaluation.classifiers.compare import Trials
+from m2d.evaluation.classifiers.finetune import measure_finetuned
+from m2d.evaluation.classifiers.probe import chosen_c, measure_downstream
 from m2d.evaluation.consistency import measure_consistency
-from m2d.evaluation.downstream import measure_downstream
-from m2d.evaluation.downstream_jobs import Classifier, Job, Runner, run_here, run_on_ray
-from m2d.evaluation.downstream_result import DownstreamResult
-from m2d.evaluation.evaluate_settings import EvaluateConfig
-from m2d.evaluation.evaluation import Evaluation, ImageCounts
-from m2d.evaluation.extraction import RAY_PAYS_FROM, Extraction
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
-from m2d.evaluation.fidelity import FidelityResult, measure_fidelity
-from m2d.evaluation.finetune import measure_finetuned
-from m2d.evaluation.finetune_settings import FinetuneConfig
-from m2d.evaluation.image_sets import ImageSets, read_image_sets
+from m2d.evaluation.features import RAY_PAYS_FROM, Extraction
+from m2d.evaluation.fidelity import measure_fidelity
+from m2d.evaluation.images import FeatureSet, ImageSet, ImageSets, read_image_sets
 from m2d.evaluation.memorization import measure_memorization
-from m2d.evaluation.memorization_result import MemorizationResult
-from m2d.evaluation.provenance import find_checkpoint
-from m2d.evaluation.realism import typicality
-from m2d.evaluation.report import print_evaluation, write_report
+from m2d.evaluation.report.page import print_evaluation, typicality, write_report
+from m2d.evaluation.report.tables import Evaluation, ImageCounts
+from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.paths import result_path
-from m2d.files.progress import progress
 from m2d.generation.generator import pick_device
-from m2d.models.checkpoint import Checkpoint, load_checkpoint
+from m2d.generation.output import RECORD_NAME
+from m2d.models.checkpoint import Checkpoint, checkpoint_sha256, load_checkpoint, read_info
 from m2d.models.feature_extractor import extractor_identity
 from m2d.models.settings import FeatureExtractorConfig
 
@@ -53,13 +47,15 @@ KEPT = "evaluation_v1/trainings"  # in the cache folder: what finished trainings
 def evaluate(config: EvaluateConfig) -> Path:
     """Answer config.parts and write evaluation.json, evaluation.html and the CSV tables. Returns their folder.
 
-    Raises ConfigError, DataError or CheckpointError, in one line, for what a user can mend.
+    Raises ConfigError, DataError or CheckpointError, in one line, for what a user can fix.
     """
     began = time.monotonic()
     device = str(pick_device(config.device))
     config = config.in_this_place()
-    output = Path(result_path("output", str(_output(config))))
-    place, notes = find_checkpoint(config.generated or ".", config.checkpoint)
+    generated = config.generated or "."
+    beside = "evaluation" if "://" in generated else str(Path(generated).expanduser().absolute() / "evaluation")
+    output = Path(result_path("output", config.output or beside)).expanduser()
+    place, notes = find_checkpoint(generated, config.checkpoint)
     checkpoint = load_checkpoint(place, "cpu") if place else None
     sets = read_image_sets(config, (place, checkpoint.info) if place and checkpoint else None)
     notes += sets.notes
@@ -72,210 +68,155 @@ def evaluate(config: EvaluateConfig) -> Path:
         on_ray = _uses_ray(config, device, sets)
         if on_ray:
             cluster.enter_context(ray_cluster(verbose=config.verbose))
-        run = _Run(config, device, sets, checkpoint, guide, notes, on_ray)
-        result = run.evaluation(began, place)
-        write_report(result, output, sets, run.redrawn, run.typicality)
+        result, redrawn, typical = _answer(config, sets, checkpoint, guide, notes, device=device, on_ray=on_ray)
+        result = replace(result, checkpoint=place, seconds=round(time.monotonic() - began, 1))
+        write_report(result, output, sets, redrawn, typical)
     print_evaluation(result)
     print(f"evaluation.html, evaluation.json and CSV tables in {output} ({result.seconds:.0f} s)")
     return output
 
 
-class _Run:
-    """What the parts share. A part that cannot be computed leaves its reason in the notes, and the others go on."""
+def _answer(
+    config: EvaluateConfig,
+    sets: ImageSets,
+    checkpoint: Checkpoint | None,
+    guide: FeatureExtractorConfig,
+    notes: list[str],
+    *,
+    device: str,
+    on_ray: bool,
+) -> tuple[Evaluation, ImageSet | None, np.ndarray]:
+    """All parts in turn; also the unseen images through the autoencoder, and each generated image's typicality.
 
-    def __init__(
-        self,
-        config: EvaluateConfig,
-        device: str,
-        sets: ImageSets,
-        checkpoint: Checkpoint | None,
-        guide: FeatureExtractorConfig,
-        notes: list[str],
-        on_ray: bool,
-    ) -> None:
-        self.config, self.device, self.sets, self.notes, self.on_ray = config, device, sets, notes, on_ray
-        self.guide, self.independent = guide, config.independent_extractor
-        self.keys = {one: extractor_identity(one)[0] for one in (guide, self.independent)}
-        # A model's own extractor judges it kindly: it was trained towards that space.
-        self.circular = {
-            one: one.name == checkpoint.info.feature_extractor if checkpoint else None for one in self.keys
-        }
-        self.extraction = Extraction(
-            cache_dir=config.cache_dir,
-            device=device,
-            batch_size=config.batch_size,
-            num_actors=config.num_actors if on_ray else 0,
-            verbose=config.verbose,
-        )
-        self._known: dict[tuple[str, FeatureExtractorConfig], FeatureSet] = {}
-        self.checkpoint = self._usable(checkpoint)
-        self.psnr_db: float | None = None
-        self.redrawn = self._reconstructions()
-        self.c = config.c  # chosen by the first part that needs it, which takes minutes
-        self.typicality: np.ndarray | None = None
+    A part that cannot be computed leaves its reason in the notes, and the others are computed all the same.
+    """
+    train, test, generated = sets.train, sets.test, sets.generated
+    independent, parts = config.independent_extractor, config.part_names
+    extraction = Extraction(
+        cache_dir=config.cache_dir,
+        device=device,
+        batch_size=config.batch_size,
+        num_actors=config.num_actors if on_ray else 0,
+        verbose=config.verbose,
+    )
+    known: dict[tuple[int, FeatureExtractorConfig], FeatureSet] = {}  # by id() of the images, which the value holds
 
-    def evaluation(self, began: float, place: str | None) -> Evaluation:
-        """All parts in turn."""
-        fidelity = self._fidelity() if "fidelity" in self.config.part_names else []
-        memorization = self._memorization() if "memorization" in self.config.part_names else None
-        downstream = self._downstream() if "downstream" in self.config.part_names else []
-        through_autoencoder = self._through_autoencoder() if downstream else None
-        consistency = None
-        if "consistency" in self.config.part_names:
-            consistency = measure_consistency(
-                train=self._features(self.sets.train, self.independent),
-                test=self._features(self.sets.test, self.independent),
-                generated=self._features(self.sets.generated, self.independent),
-                c=self.c,
-                resamples=self.config.bootstrap,
-                seed=self.config.seed,
-            )
-        self.typicality = typicality(
-            self._features(self.sets.train, self.independent), self._features(self.sets.generated, self.independent)
-        )
-        return Evaluation(
-            checkpoint=place,
-            image_size=self.sets.generated.image_size,
-            device=self.device,
-            images=[ImageCounts.of(side) for side in (self.sets.train, self.sets.test, self.sets.generated)],
-            reconstruction_psnr_db=self.psnr_db,
-            fidelity=fidelity,
-            memorization=memorization,
-            downstream=downstream,
-            autoencoder_downstream=through_autoencoder,
-            consistency=consistency,
-            notes=self.notes,
-            seed=self.config.seed,
-            seconds=round(time.monotonic() - began, 1),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            version=__version__,
+    def features(images: ImageSet, extractor: FeatureExtractorConfig = independent) -> FeatureSet:
+        name = (id(images), extractor)
+        if name not in known:
+            cls = extraction.features(images, extractor)[0]
+            known[name] = FeatureSet(images, extractor_identity(extractor)[0], cls)
+        return known[name]
+
+    autoencoder = checkpoint
+    if checkpoint is not None and checkpoint.image_size != test.image_size:
+        autoencoder = None
+        notes.append(
+            f"no autoencoder floor: the checkpoint is of {checkpoint.image_size} px, the evaluation of "
+            f"{test.image_size} px"
         )
 
-    def _usable(self, checkpoint: Checkpoint | None) -> Checkpoint | None:
-        """The checkpoint, if its autoencoder takes images of this size."""
-        size = self.sets.test.image_size
-        if checkpoint is not None and checkpoint.image_size != size:
-            self.notes.append(
-                f"no autoencoder floor: the checkpoint is of {checkpoint.image_size} px, the evaluation of {size} px"
-            )
-            return None
-        return checkpoint
+    def redraw(images: ImageSet, checkpoint: Checkpoint) -> ImageSet:
+        cache_dir, batch_size = config.cache_dir, config.batch_size
+        return reconstructions(images, checkpoint, device=device, cache_dir=cache_dir, batch_size=batch_size)
 
-    def _reconstructions(self) -> ImageSet | None:
-        if self.checkpoint is None or "fidelity" not in self.config.part_names:
-            return None
-        redrawn = self._redraw(self.sets.test)
-        self.psnr_db = psnr_db(self.sets.test, redrawn)
-        return redrawn
-
-    def _redraw(self, images: ImageSet) -> ImageSet:
-        assert self.checkpoint is not None, "the caller has looked"
-        return reconstructions(
-            images,
-            self.checkpoint,
-            device=self.device,
-            cache_dir=self.config.cache_dir,
-            batch_size=self.config.batch_size,
-        )
-
-    def _through_autoencoder(self) -> DownstreamResult | None:
-        """The logistic comparison with reconstructions of training images in place of the generated ones."""
-        if self.checkpoint is None or "logistic" not in self.config.classifier_names(gpu=self.device != "cpu"):
-            return None
-        redrawn = self._redraw(drawn_like(self.sets.train, self.sets.generated, self.config.seed))
-        cls = self.extraction.features(redrawn, self.independent)[0]
-        return measure_downstream(
-            train=self._features(self.sets.train, self.independent),
-            test=self._features(self.sets.test, self.independent),
-            generated=FeatureSet(redrawn, self.keys[self.independent], cls),
-            seeds=(self.config.seed,),
-            resamples=self.config.bootstrap,
-            c=self.c,
-            seed=self.config.seed,
-            run=self._trainings("the same with reconstructions"),
-        )
-
-    def _features(self, images: ImageSet, extractor: FeatureExtractorConfig) -> FeatureSet:
-        name = (images.name, extractor)
-        if name not in self._known:
-            cls = self.extraction.features(images, extractor)[0]
-            self._known[name] = FeatureSet(images, self.keys[extractor], cls)
-        return self._known[name]
-
-    def _fidelity(self) -> list[FidelityResult]:
-        return [
+    fidelity, redrawn = [], None
+    if "fidelity" in parts:
+        redrawn = redraw(test, autoencoder) if autoencoder else None
+        fidelity = [
             measure_fidelity(
-                train=self._features(self.sets.train, extractor),
-                test=self._features(self.sets.test, extractor),
-                generated=self._features(self.sets.generated, extractor),
-                reconstructions=self._features(self.redrawn, extractor) if self.redrawn is not None else None,
-                circular=self.circular[extractor],
-                seed=self.config.seed,
+                train=features(train, extractor),
+                test=features(test, extractor),
+                generated=features(generated, extractor),
+                reconstructions=features(redrawn, extractor) if redrawn else None,
+                # A model's own extractor judges it kindly: it was trained towards that space.
+                circular=extractor.name == checkpoint.info.feature_extractor if checkpoint else None,
+                seed=config.seed,
             )
-            for extractor in (self.independent, self.guide)
+            for extractor in (independent, guide)
         ]
 
-    def _memorization(self) -> MemorizationResult | None:
-        """In the guide's features: where a model would copy from is the space that it was shown."""
-        try:
-            return measure_memorization(
-                train=self._features(self.sets.train, self.guide),
-                test=self._features(self.sets.test, self.guide),
-                generated_views=self.extraction.features(self.sets.generated, self.guide, views=range(VIEWS)),
-                generated=self.sets.generated,
-                seed=self.config.seed,
+    memorization = None
+    if "memorization" in parts:
+        try:  # in the guide's features: where a model would copy from is the space that it was shown
+            memorization = measure_memorization(
+                train=features(train, guide),
+                test=features(test, guide),
+                generated_views=extraction.features(generated, guide, views=range(VIEWS)),
+                generated=generated,
+                seed=config.seed,
             )
         except DataError as error:
-            self.notes.append(f"memorisation was not measured: {error}")
-            return None
+            notes.append(f"memorisation was not measured: {error}")
 
-    def _downstream(self) -> list[DownstreamResult]:
-        """In features that did not guide the model: those it was trained towards would take its side."""
-        sets, config = self.sets, self.config
-        names = config.classifier_names(gpu=self.device != "cpu")
-        shared: dict[str, Any] = {
-            "seeds": tuple(range(config.seed, config.seed + config.seeds)),
-            "resamples": config.bootstrap,
-            "ratios": config.ratio_list,
-            "seed": config.seed,
-        }
-        results = []
-        if "logistic" in names:
-            results.append(
-                measure_downstream(
-                    train=self._features(sets.train, self.independent),
-                    test=self._features(sets.test, self.independent),
-                    generated=self._features(sets.generated, self.independent),
-                    c=config.c,
-                    run=self._trainings("logistic regressions"),
-                    **shared,
-                )
+    # In features that did not guide the model: those it was trained towards would take its side.
+    downstream, through_autoencoder = [], None
+    c = config.c  # chosen by the first part that needs it, which takes minutes
+    classifiers = config.classifier_names(gpu=device != "cpu") if "downstream" in parts else ()
+    trials = Trials(
+        seeds=range(config.seed, config.seed + config.seeds),
+        resamples=config.bootstrap,
+        ratios=config.ratio_list,
+        seed=config.seed,
+        kept=Path(config.cache_dir).expanduser() / KEPT,
+        on_ray=on_ray,
+    )
+    if "logistic" in classifiers:
+        downstream.append(
+            measure_downstream(
+                train=features(train),
+                test=features(test),
+                generated=features(generated),
+                c=c,
+                trials=replace(trials, what="logistic regressions"),
             )
-            self.c = cast(float, results[0].settings["c"])
-        if "finetune" in names:
-            results.append(
-                measure_finetuned(
-                    train=sets.train,
-                    test=sets.test,
-                    generated=sets.generated,
-                    config=_of_tasks(config.finetune) if self.on_ray else config.finetune,
-                    run=self._trainings("networks fine-tuned"),
-                    **shared,
-                )
-            )
-        return results
+        )
+        c = cast(float, downstream[0].settings["c"])
+    if "finetune" in classifiers:
+        own = config.finetune
+        if on_ray and own.device is not None:  # each task has its own share of a GPU
+            own = replace(own, device=device_of_actor(own.device))
+        trials_of_pixels = replace(trials, what="networks fine-tuned")
+        downstream.append(
+            measure_finetuned(train=train, test=test, generated=generated, config=own, trials=trials_of_pixels)
+        )
+    if "logistic" in classifiers and autoencoder is not None:
+        through_autoencoder = measure_downstream(
+            train=features(train),
+            test=features(test),
+            generated=features(redraw(drawn_like(train, generated, config.seed), autoencoder)),
+            c=c,
+            trials=replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions"),
+        )
 
-    def _trainings(self, what: str) -> Runner:
-        """Side by side on Ray where it is there, else one after the other; with a bar, and kept as they finish."""
-        kept = Path(self.config.cache_dir).expanduser() / KEPT
-
-        def run(classifier: Classifier, jobs: Sequence[Job]) -> list[np.ndarray]:
-            with progress(what, len(jobs), unit="trainings") as shown:
-                if self.on_ray:
-                    return run_on_ray(classifier, jobs, kept=kept, on_done=shown.show)
-                return run_here(classifier, jobs, kept=kept, on_done=shown.show)
-
-        return run
+    consistency = None
+    if "consistency" in parts:
+        consistency = measure_consistency(
+            train=features(train),
+            test=features(test),
+            generated=features(generated),
+            c=c if c is not None else chosen_c(features(train), seed=config.seed)[0],
+            resamples=config.bootstrap,
+            seed=config.seed,
+        )
+    result = Evaluation(
+        checkpoint=None,
+        image_size=generated.image_size,
+        device=device,
+        images=[ImageCounts.of(side) for side in (train, test, generated)],
+        reconstruction_psnr_db=psnr_db(test, redrawn) if redrawn else None,
+        fidelity=fidelity,
+        memorization=memorization,
+        downstream=downstream,
+        autoencoder_downstream=through_autoencoder,
+        consistency=consistency,
+        notes=notes,
+        seed=config.seed,
+        seconds=0.0,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=__version__,
+    )
+    return result, redrawn, typicality(features(train), features(generated))
 
 
 def _uses_ray(config: EvaluateConfig, device: str, sets: ImageSets) -> bool:
@@ -287,26 +228,17 @@ def _uses_ray(config: EvaluateConfig, device: str, sets: ImageSets) -> bool:
     return device == "cpu" and len(sets.train) + len(sets.generated) >= RAY_PAYS_FROM
 
 
-def _of_tasks(config: FinetuneConfig) -> FinetuneConfig:
-    """The same for Ray's tasks, each of which has its own share of a GPU."""
-    return config if config.device is None else replace(config, device=device_of_actor(config.device))
-
-
 def _guide(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[str]) -> FeatureExtractorConfig:
     """What guided the training, where it is known and its weights are here."""
-    if config.feature_extractor is not None:
-        guide = config.feature_extractor
-    else:
-        guide = FeatureExtractorConfig()
-        recorded = checkpoint.info.config.get("feature_extractor") if checkpoint else None
-        if isinstance(recorded, dict):
-            try:
-                guide = FeatureExtractorConfig(**{**recorded, "input_size": None})
-            except (M2DError, TypeError) as error:
-                notes.append(
-                    f"the extractor that guided the training cannot be used here ({error}); {guide.name} is taken "
-                    "instead"
-                )
+    guide = config.feature_extractor or FeatureExtractorConfig()
+    recorded = checkpoint.info.config.get("feature_extractor") if checkpoint else None
+    if config.feature_extractor is None and isinstance(recorded, dict):
+        try:
+            guide = FeatureExtractorConfig(**{**recorded, "input_size": None})
+        except (M2DError, TypeError) as error:
+            notes.append(
+                f"the extractor that guided the training cannot be used here ({error}); {guide.name} is taken instead"
+            )
     if extractor_identity(guide)[1] == extractor_identity(config.independent_extractor)[1]:
         raise ConfigError(
             f"independent_extractor is {config.independent_extractor.name}, the same network as feature_extractor; "
@@ -315,10 +247,42 @@ def _guide(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[st
     return guide
 
 
-def _output(config: EvaluateConfig) -> Path:
-    if config.output is not None:
-        return Path(config.output).expanduser()
-    generated = config.generated or "."
-    if "://" in generated:
-        return Path("evaluation")
-    return Path(generated).expanduser().absolute() / "evaluation"
+def find_checkpoint(generated: str, asked: str | None) -> tuple[str | None, list[str]]:
+    """The folder of the checkpoint that made the images, or None, and lines for the report.
+
+    asked: what the user names; it must then be the one that the images' record names, where there is a record. Without
+    it the experiment around the images is searched, where m2d's own runs leave them. Raises CheckpointError for a
+    folder that is no checkpoint, ConfigError for one that did not make the images.
+    """
+    recorded = None
+    try:
+        record = json.loads(Path(generated, RECORD_NAME).read_text(encoding="utf-8"))
+        recorded = str(record.get("recipe", record)["checkpoint"])
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass  # other images than m2d's own, or at a URI
+    if asked is not None:
+        read_info(asked)
+        sha256 = checkpoint_sha256(Path(asked))
+        if recorded not in (None, sha256):
+            raise ConfigError(
+                f"checkpoint: {asked} ({sha256[:12]}) did not make the images in {generated}, {str(recorded)[:12]} "
+                "did; name that one, or leave --checkpoint out"
+            )
+        return asked, [] if recorded else [f"{generated} does not say what made it; {asked} is taken on trust"]
+    if recorded is None:
+        return None, [
+            f"{generated} does not say what made it and no --checkpoint is given: no autoencoder floor, and whether "
+            "the generator saw the test images is not known"
+        ]
+    around = (Path(generated).resolve().parent.parent / "checkpoints").glob("*/")
+    for directory in sorted(around, key=lambda path: (path.name != "best", path.name)):
+        try:
+            read_info(directory)
+            if checkpoint_sha256(directory) == recorded:
+                return str(directory), []
+        except (CheckpointError, OSError):  # one that is being written, or is of another version
+            continue
+    return None, [
+        f"checkpoint {recorded[:12]}, which made the images, was not found around them: no autoencoder floor; name it "
+        "by --checkpoint"
+    ]

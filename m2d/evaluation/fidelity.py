@@ -1,18 +1,27 @@
 """Fidelity and diversity: how near the generated images come to the training images, beside what real ones reach.
 
-Called by the evaluation, once for each extractor. Knows features and labels, no files; the maths is in distances.
+Called by the evaluation, once for each extractor. Knows features and labels, no files; the maths is in metrics.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from m2d.classes import CLASSES
 from m2d.errors import DataError
-from m2d.evaluation.distances import LEAST_GROUPS, NEIGHBOURS
-from m2d.evaluation.feature_set import FeatureSet
-from m2d.evaluation.fidelity_rows import FidelityRow, class_row, matched_count, overall_row
-from m2d.evaluation.fidelity_sides import LEAST_DEVIATION, Comparison, Scale, Side, check_sets, lesion_disjoint_halves
+from m2d.evaluation.images import FeatureSet
+from m2d.metrics.distances import (
+    LEAST_DEVIATION,
+    LEAST_GROUPS,
+    NEIGHBOURS,
+    KernelDistance,
+    Scale,
+    frechet_distance,
+    kernel_distance,
+    neighbour_scores,
+    vendi_score,
+)
 
 GENERATED, FLOOR, UNSEEN, AUTOENCODER = "generated", "floor", "unseen", "autoencoder"
 _WHAT = {
@@ -31,6 +40,34 @@ METHOD = (
     "comparison of a class where it has enough, and the mean over the draws is given; overall, every comparison draws "
     f"the same number of each class and puts them together. k = {NEIGHBOURS}."
 )
+LEAST_MATCHED = 4 * NEIGHBOURS  # images a side; with fewer, a ball to the k-th neighbour holds over a quarter of them
+LEAST_FRECHET = 50  # images a side; with fewer, the bias in N is nearly all that a Fréchet distance says
+_DRAWN, _MOST_DRAWS = 2000, 10  # small draws are repeated and averaged, up to so many images in all
+_KERNEL = ("kernel_distance", "kernel_distance_se")
+_AT_EQUAL_N = ("frechet_distance", "precision", "recall", "density", "coverage", "vendi_reference", "vendi_other")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FidelityRow:
+    """One comparison for one class or overall. What could not be measured is None, and left_out says why."""
+
+    extractor: str
+    comparison: str  # GENERATED, FLOOR, UNSEEN, AUTOENCODER
+    label: str | None  # class code; None: overall
+    n_reference: int  # images, for the kernel distance
+    n_other: int
+    n_matched: int  # images of either side, for all else; 0: none of it was measured
+    draws: int  # that all else is the mean of
+    kernel_distance: float | None  # 0 for one distribution, on average; below 0 by chance
+    kernel_distance_se: float | None
+    frechet_distance: float | None
+    precision: float | None
+    recall: float | None
+    density: float | None
+    coverage: float | None
+    vendi_reference: float | None
+    vendi_other: float | None
+    left_out: dict[str, str]  # metric -> reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +88,6 @@ class FidelityResult:
         """A class's row of a comparison, or the overall one; None where the comparison was not made."""
         return next((row for row in self.rows if (row.comparison, row.label) == (comparison, label)), None)
 
-    @property
-    def side_by_side(self) -> dict[str | None, dict[str, FidelityRow]]:
-        """Class code (None: overall) -> comparison -> row: the generated images beside their floors."""
-        labels = dict.fromkeys(row.label for row in self.rows)
-        return {label: {row.comparison: row for row in self.rows if row.label == label} for label in labels}
-
 
 def measure_fidelity(
     *,
@@ -74,7 +105,7 @@ def measure_fidelity(
 
     Features are standardised by the training images because the dimensions of an extractor differ by orders of
     magnitude, and a few large ones would else be the whole of every distance; so would a few that hardly ever fire, see
-    fidelity_sides.LEAST_DEVIATION. So the Fréchet distance is no FID that could be set beside a published one; nor
+    metrics.distances.LEAST_DEVIATION. So the Fréchet distance is no FID that could be set beside a published one; nor
     could any of another extractor or another N.
     Overall, the kernel distance is the mean over the classes: independent of the class mix, and it sees a model that
     ignores its class. The other metrics pool as many images of each class from either side, in every comparison alike:
@@ -82,33 +113,60 @@ def measure_fidelity(
 
     Raises DataError for a class that the training images lack, an empty set or features that are not finite.
     """
-    check_sets([one for one in (train, test, generated, reconstructions) if one is not None])
-    labels = [int(label) for label in np.unique(generated.labels)]
+    for given in (train, test, generated, reconstructions):
+        if given is not None:
+            _check(given)
+    labels = np.unique(generated.labels).tolist()
     unknown = [CLASSES[label] for label in labels if not len(train.rows(label))]
     if unknown:
         raise DataError(
             f"generated: images of {' '.join(unknown)} in {generated.images.source}, but {train.images.source} has "
             f"only {' '.join(train.images.counts)} to compare them with; add training images or leave the class out"
         )
-    comparisons = _comparisons(train, test, generated, reconstructions, seed)
-    counts, notes = _overall_counts(comparisons, labels)
-    matched = {label: matched_count([one.of_class(label) for one in comparisons]) for label in labels}
-    rows = []
-    for comparison in comparisons:
-        # A generator for each row: a set more or a class less does not change what the others draw.
-        place = list(_WHAT).index(comparison.name)
-        of_class = {
-            label: class_row(
-                comparison.of_class(label), label, matched[label], np.random.default_rng([seed, place, label])
+    scale = Scale.of(train.cls)
+    reference = _Side(train, np.arange(len(train)), scale)
+    halves = [_Side(train, rows, scale) for rows in lesion_disjoint_halves(train.labels, train.groups, seed=seed)]
+    comparisons = [
+        _Comparison(GENERATED, reference, _Side(generated, np.arange(len(generated)), scale)),
+        _Comparison(FLOOR, *halves),
+    ]
+    for name, others in ((UNSEEN, test), (AUTOENCODER, reconstructions)):
+        if others is not None:
+            comparisons.append(_Comparison(name, reference, _Side(others, np.arange(len(others)), scale)))
+
+    counts, matched, notes = {}, {}, []
+    for label in labels:
+        of_class = [one.of_class(label) for one in comparisons]
+        # Drawn down to the smallest side of those that have enough; where none has, each keeps its own N, too small.
+        matched[label] = min((one.smaller for one in of_class if one.smaller >= LEAST_MATCHED), default=LEAST_MATCHED)
+        poor = [f"{one.name} {one.lesions}" for one in of_class if one.lesions < LEAST_GROUPS]
+        if poor:
+            notes.append(
+                f"{CLASSES[label]} is left out of the overall rows: fewer than {LEAST_GROUPS} lesions on a side "
+                f"({', '.join(poor)})"
             )
+        else:
+            counts[label] = min(one.smaller for one in of_class)
+    if reconstructions is None:
+        notes.append("no reconstructions were given, so there is no comparison with them")
+
+    rows = []
+    for one in comparisons:
+        # A generator for each row: a set more or a class less does not change what the others draw.
+        place = list(_WHAT).index(one.name)
+        of_label = {
+            label: _class_row(one.of_class(label), label, matched[label], np.random.default_rng([seed, place, label]))
             for label in labels
         }
+        counted = [of_label[label] for label in counts]
+        values = [row.kernel_distance for row in counted if row.kernel_distance is not None]
+        errors = [row.kernel_distance_se for row in counted if row.kernel_distance_se is not None]
+        kernel: KernelDistance | str = "no class has it in every comparison"
+        if values:
+            kernel = KernelDistance(float(np.mean(values)), float(np.linalg.norm(errors)) / len(errors))
+        sizes = sum(row.n_reference for row in counted), sum(row.n_other for row in counted)
         generator = np.random.default_rng([seed, place, len(CLASSES)])
-        rows.append(overall_row(comparison, [of_class[label] for label in counts], counts, generator))
-        rows.extend(of_class.values())
-    for name, absent in (("test images", test is None), ("reconstructions", reconstructions is None)):
-        if absent:
-            notes.append(f"no {name} were given, so there is no comparison with them")
+        rows += [_row(one, None, sizes, kernel, counts, generator), *of_label.values()]
     return FidelityResult(
         extractor=train.extractor,
         circular=circular,
@@ -122,36 +180,15 @@ def measure_fidelity(
     )
 
 
-def _comparisons(
-    train: FeatureSet, test: FeatureSet | None, generated: FeatureSet, reconstructions: FeatureSet | None, seed: int
-) -> list[Comparison]:
-    scale = Scale.of(train)
-    reference = Side.whole(train, scale)
-    one_half, other_half = lesion_disjoint_halves(train.labels, train.groups, seed=seed)
-    comparisons = [
-        Comparison(GENERATED, reference, Side.whole(generated, scale)),
-        Comparison(FLOOR, Side(train, one_half, scale), Side(train, other_half, scale)),
-    ]
-    for name, others in ((UNSEEN, test), (AUTOENCODER, reconstructions)):
-        if others is not None:
-            comparisons.append(Comparison(name, reference, Side.whole(others, scale)))
-    return comparisons
-
-
-def _overall_counts(comparisons: list[Comparison], labels: list[int]) -> tuple[dict[int, int], list[str]]:
-    """Images of each class for the overall rows; a class that some comparison cannot measure is left out, and noted."""
-    counts, notes = {}, []
-    for label in labels:
-        of_class = [one.of_class(label) for one in comparisons]
-        poor = [f"{one.name} {one.lesions}" for one in of_class if one.lesions < LEAST_GROUPS]
-        if poor:
-            notes.append(
-                f"{CLASSES[label]} is left out of the overall rows: fewer than {LEAST_GROUPS} lesions on a side "
-                f"({', '.join(poor)})"
-            )
-        else:
-            counts[label] = min(one.smaller for one in of_class)
-    return counts, notes
+def _check(one: FeatureSet) -> None:
+    if not len(one):
+        raise DataError(f"{one.images.name}: no images in {one.images.source}; fidelity needs some of every set")
+    broken = np.flatnonzero(~np.isfinite(one.cls).all(axis=1))
+    if len(broken):
+        raise DataError(
+            f"{one.images.name}: {one.extractor} gives {len(broken):,} of {len(one):,} images features that are "
+            f"not finite, first {one.images.paths[broken[0]]}; check that image, and the extractor's weights"
+        )
 
 
 def _circularity(extractor: str, circular: bool | None) -> str:
@@ -165,3 +202,126 @@ def _circularity(extractor: str, circular: bool | None) -> str:
             "of an extractor that did not beside them."
         )
     return f"{extractor} had no part in the training of the model."
+
+
+def lesion_disjoint_halves(labels: np.ndarray, groups: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of two halves, ascending, no lesion in both, each class split as evenly as its lesions allow.
+
+    labels: int64 [N]. groups: object [N], equal values are one lesion. In random order a lesion joins the half that has
+    fewer images of its class so far; one of several classes stays where its first class put it.
+    """
+    generator = np.random.default_rng(seed)
+    half_of: dict[object, int] = {}
+    for label in np.unique(labels):
+        lesions = list(Counter(groups[labels == label].tolist()).items())
+        sizes = [0, 0]
+        for place in generator.permutation(len(lesions)):
+            group, images = lesions[place]
+            half = half_of.setdefault(group, int(sizes[1] < sizes[0]))
+            sizes[half] += images
+    halves = np.array([half_of[group] for group in groups.tolist()])
+    return np.flatnonzero(halves == 0), np.flatnonzero(halves == 1)
+
+
+@dataclass(frozen=True)
+class _Side:
+    """Some rows of a feature set. Features are standardised when they are asked for, so that no copy is kept."""
+
+    features: FeatureSet
+    rows: np.ndarray  # int64 [n]
+    scale: Scale
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def of_class(self, label: int) -> "_Side":
+        return _Side(self.features, self.rows[self.features.labels[self.rows] == label], self.scale)
+
+    def draw(self, counts: dict[int, int], generator: np.random.Generator) -> np.ndarray:
+        """Standardised features of as many rows of each class as counts says, without replacement."""
+        drawn = [generator.choice(self.of_class(label).rows, count, replace=False) for label, count in counts.items()]
+        return _Side(self.features, np.concatenate(drawn), self.scale).standardised
+
+    @property
+    def groups(self) -> np.ndarray:
+        return np.asarray(self.features.groups[self.rows])
+
+    @property
+    def standardised(self) -> np.ndarray:
+        """float64 [n, D]."""
+        return np.asarray((self.features.cls[self.rows] - self.scale.mean) / self.scale.deviation)
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Another side against a reference side."""
+
+    name: str
+    reference: _Side
+    other: _Side
+
+    def of_class(self, label: int) -> "_Comparison":
+        return _Comparison(self.name, self.reference.of_class(label), self.other.of_class(label))
+
+    @property
+    def smaller(self) -> int:
+        """Images of the smaller side."""
+        return min(len(self.reference), len(self.other))
+
+    @property
+    def lesions(self) -> int:
+        """Lesions of the side that has fewer."""
+        return min(len(set(side.groups.tolist())) for side in (self.reference, self.other))
+
+
+def _class_row(comparison: _Comparison, label: int, matched: int, generator: np.random.Generator) -> FidelityRow:
+    """comparison: of that class's rows alone."""
+    one, other = comparison.reference, comparison.other
+    kernel: KernelDistance | str
+    if comparison.lesions >= LEAST_GROUPS:
+        kernel = kernel_distance(one.standardised, other.standardised, groups_a=one.groups, groups_b=other.groups)
+    else:
+        kernel = f"{comparison.lesions} lesions on the side that has fewer; {LEAST_GROUPS} are needed"
+    counts = {label: min(matched, comparison.smaller)}
+    return _row(comparison, CLASSES[label], (len(one), len(other)), kernel, counts, generator)
+
+
+def _row(
+    comparison: _Comparison,
+    label: str | None,
+    sizes: tuple[int, int],
+    kernel: KernelDistance | str,
+    counts: dict[int, int],
+    generator: np.random.Generator,
+) -> FidelityRow:
+    """kernel: a distance, or why there is none. counts: label -> images of it, of either side, for all else."""
+    matched = sum(counts.values())
+    draws = int(np.clip(_DRAWN // matched, 1, _MOST_DRAWS)) if matched >= LEAST_MATCHED else 0
+    drawn = []
+    for _ in range(draws):
+        reference, other = (side.draw(counts, generator) for side in (comparison.reference, comparison.other))
+        measured = {
+            **vars(neighbour_scores(reference, other)),
+            "vendi_reference": vendi_score(reference),
+            "vendi_other": vendi_score(other),
+        }
+        if matched >= LEAST_FRECHET:
+            measured["frechet_distance"] = frechet_distance(reference, other)
+        drawn.append(measured)
+    means = {name: float(np.mean([one[name] for one in drawn])) for name in (drawn[0] if drawn else {})}
+    needed = LEAST_FRECHET if draws else LEAST_MATCHED
+    reason = f"{matched} images a side can be compared at equal N; {needed} are needed"
+    left_out = {} if isinstance(kernel, KernelDistance) else dict.fromkeys(_KERNEL, kernel)
+    return FidelityRow(
+        extractor=comparison.reference.features.extractor,
+        comparison=comparison.name,
+        label=label,
+        n_reference=sizes[0],
+        n_other=sizes[1],
+        n_matched=matched if draws else 0,
+        draws=draws,
+        kernel_distance=kernel.value if isinstance(kernel, KernelDistance) else None,
+        kernel_distance_se=kernel.standard_error if isinstance(kernel, KernelDistance) else None,
+        left_out=left_out | {name: reason for name in _AT_EQUAL_N if name not in means},
+        **{name: means.get(name) for name in _AT_EQUAL_N},
+    )

@@ -1,32 +1,113 @@
-"""Memorisation: do generated images lie nearer to training images than unseen real ones do?
+"""Memorisation: are generated images nearer to training images than unseen real ones are?
 
-The report calls it on features and pixels that are already there; it reads no files. docs/results/gates.md tells why
-thumbnails stand beside features: at 64 px the VAE moves a copy's features further than the step to another lesion is.
+A function of features and pixels; it reads no files. docs/results/gates.md tells why thumbnails are compared beside
+features: at 64 px the VAE moves a copy's features further than the step to another lesion is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import floor, sqrt
+from typing import Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from m2d.classes import CLASSES
 from m2d.errors import DataError
-from m2d.evaluation.feature_set import FeatureSet, ImageSet, shared_classes
-from m2d.evaluation.memorization_distances import (
-    VIEWS,
-    Distances,
-    Limits,
-    Space,
-    feature_space,
-    measure_distances,
-    thumbnail_space,
+from m2d.evaluation.images import FeatureSet, ImageSet, shared_classes
+from m2d.generation.gates import unit_view
+from m2d.metrics.neighbours import (
+    COPY_FLOOR,
+    Standardizer,
+    at_least_median,
+    calibration_distances,
+    nearest_in_views,
+    thumbnails,
 )
-from m2d.evaluation.memorization_result import Comparison, MemorizationResult, Pair, Share, SpaceSummary
 
+VIEWS = 8  # flips and quarter turns
 EITHER = "either"  # of the two spaces
 FEWEST = 10  # training images: the nearest of fewer is no rare distance
 _Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+_IMAGES_AT_ONCE = 256
+
+# Images as unit vectors, one function for each view in which they are known: rows -> float32 [len(rows), D].
+Views = Sequence[Callable[[slice | np.ndarray], Tensor]]
+_ALL = slice(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A share of near-copies with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Shares of near-copies by space: "features", "thumbnails" or "either"."""
+
+    generated: dict[str, Share]
+    test: dict[str, Share] | None  # what honest images show by chance; None: no unseen image to compare with
+    flagged: bool  # the interval of `generated["either"]` lies wholly above that of `test["either"]`
+    # Median of distance / median distance of unseen images of the same class, both in as many views; honest: about 1.
+    nearness: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceSummary:
+    """Distances 1 - cosine, in [0, 2], to the nearest training image; medians over images, each in its best view."""
+
+    limit: float  # up to this, an image tried as often as real images are is a near-copy; the shares count by it
+    strict_limit: float  # up to this, a generated image is one in the best of its views; the lists go by it
+    level: float  # share of honest images at or under the limit, and at most that at or under the strict one
+    calibration_images: int  # training images whose distance to another lesion is known
+    calibration_median: float
+    test_median: float
+    generated_median: float
+    test_same_class: float  # share whose nearest training image has their class
+    generated_same_class: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A generated image and its nearest training image, by the space in which it is nearest for the strict limit."""
+
+    generated_row: int
+    train_row: int
+    generated_path: str
+    train_path: str
+    generated_class: str
+    train_class: str
+    view: int  # m2d.data.views of the generated image in which they meet
+    found_by: str  # the space
+    distances: dict[str, float]  # by space, of this pair in this view
+    share_of_limit: float  # distance / strict limit in that space; at most 1: a near-copy
+
+    @property
+    def near_copy(self) -> bool:
+        """Whether it is at or under the strict limit."""
+        return self.share_of_limit <= 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorizationResult:
+    """Plain numbers, for evaluation.json."""
+
+    extractor: str
+    quantile: float
+    flagged: bool  # overall or in a class
+    verdict: str
+    overall: Comparison  # over the classes that unseen images have too
+    classes: dict[str, Comparison]  # code -> of every class with generated images
+    spaces: dict[str, SpaceSummary]
+    near_copies: list[int]  # rows of generated images at or under a strict limit, for a person to look at
+    worst: list[Pair]  # nearest first
+    omitted: dict[str, str]  # class -> why it is left out
 
 
 def measure_memorization(
@@ -38,6 +119,7 @@ def measure_memorization(
     seed: int,
     quantile: float = 0.01,
     worst: int = 24,
+    calibration_images: int = 4096,
 ) -> MemorizationResult:
     """Hold each generated image against its nearest training image of any class, in eight views and two spaces.
 
@@ -62,15 +144,63 @@ def measure_memorization(
     both in train and test, or no class that both test and generated have.
     """
     _require_usable(train, test, generated_views, generated)
-    spaces = [feature_space(train, test, generated_views), thumbnail_space(train.images, test.images, generated)]
-    distances = {space.name: measure_distances(space, train.groups, seed) for space in spaces}
-    tries = {name: found.tries.shape[1] for name, found in distances.items()}
-    limits = {name: Limits.of(found.calibration, quantile, tries[name]) for name, found in distances.items()}
-    copies = _Copies.of(distances, limits)
-    classes = {CLASSES[label]: _compare([label], generated, test, distances, copies) for label in _labels(generated)}
-    overall = _compare(shared_classes([generated, test]), generated, test, distances, copies)
-    flagged = [code for code, found in classes.items() if found.flagged]
-    omitted = {code: "no unseen image to compare with" for code, found in classes.items() if found.test is None}
+    numbers = torch.from_numpy(np.unique(train.groups, return_inverse=True)[1].astype(np.int64))
+    scale = Standardizer.of(train.cls, at_least_median)
+    spaces = {
+        "features": _Space(*(_in_features(scale, views) for views in ([train.cls], [test.cls], generated_views))),
+        "thumbnails": _Space(*(_in_thumbnails(images) for images in (train.images, test.images, generated))),
+    }
+    found = {name: _Distances.of(space, numbers, seed, quantile, calibration_images) for name, space in spaces.items()}
+    strictness = np.stack([one.generated.min(axis=1) / one.limits.any_try for one in found.values()], axis=1)
+
+    # How far an image counts as a near-copy: [N] in [0, 1], the mean over its tries.
+    below = {name: one.tries <= one.limits.one_try for name, one in found.items()}
+    below[EITHER] = np.any(np.broadcast_arrays(*below.values()), axis=0)
+    copies = {name: one.mean(axis=1) for name, one in below.items()}
+    by_chance = {name: one.test <= one.limits.one_try for name, one in found.items()}
+    by_chance[EITHER] = np.any(list(by_chance.values()), axis=0)
+
+    def compare(labels: Sequence[int]) -> Comparison:
+        """Of the images of these classes."""
+        mine, theirs = (np.flatnonzero(np.isin(images.labels, labels)) for images in (generated, test))
+        ones = np.ones(len(mine))
+        shares = {name: _share(share[mine], ones, np.arange(len(mine))) for name, share in copies.items()}
+        if not len(theirs):
+            return Comparison(generated=shares, test=None, flagged=False, nearness={})
+        wanted, had = (np.bincount(images.labels, minlength=len(CLASSES)) for images in (generated, test))
+        weights = wanted[test.labels[theirs]] / had[test.labels[theirs]]
+        chance = {name: _share(copy[theirs], weights, test.groups[theirs]) for name, copy in by_chance.items()}
+        nearness = {}
+        for name, one in found.items():  # both in as many views: what real images lack, generated ones must not use
+            honest = {label: max(float(np.median(one.test[test.labels == label])), 1e-12) for label in labels}
+            ratios = [one.tries[generated.labels == label, 0] / honest[label] for label in labels]
+            nearness[name] = float(np.median(np.concatenate(ratios)))
+        flagged = shares[EITHER].low > chance[EITHER].high
+        return Comparison(generated=shares, test=chance, flagged=flagged, nearness=nearness)
+
+    def pair(row: int) -> Pair:
+        """A generated image and its nearest training image."""
+        place = int(strictness[row].argmin())
+        name, one = list(found.items())[place]
+        view = int(one.generated[row].argmin())
+        other = int(one.generated_rows[row, view])
+        return Pair(
+            generated_row=row,
+            train_row=other,
+            generated_path=generated.paths[row],
+            train_path=train.images.paths[other],
+            generated_class=CLASSES[generated.labels[row]],
+            train_class=CLASSES[train.labels[other]],
+            view=view,
+            found_by=name,
+            distances={name: space.gap(row, other, view) for name, space in spaces.items()},
+            share_of_limit=float(strictness[row, place]),
+        )
+
+    classes = {CLASSES[label]: compare([label]) for label in np.unique(generated.labels).tolist()}
+    overall = compare(shared_classes([generated, test]))
+    flagged = [code for code, one in classes.items() if one.flagged]
+    omitted = {code: "no unseen image to compare with" for code, one in classes.items() if one.test is None}
     omitted |= {code: "no generated image" for code in train.images.counts if code not in classes}
     return MemorizationResult(
         extractor=train.extractor,
@@ -79,12 +209,9 @@ def measure_memorization(
         verdict=_verdict(overall, flagged),
         overall=overall,
         classes=classes,
-        spaces={
-            name: _summary(found, limits[name], train.labels, test.labels, generated.labels)
-            for name, found in distances.items()
-        },
-        near_copies=np.flatnonzero(_strictness(distances, limits).min(axis=1) <= 1).tolist(),
-        worst=_worst_pairs(spaces, distances, limits, train.images, generated, worst),
+        spaces={name: one.summary(train.labels, test.labels, generated.labels) for name, one in found.items()},
+        near_copies=np.flatnonzero(strictness.min(axis=1) <= 1).tolist(),
+        worst=[pair(int(row)) for row in np.argsort(strictness.min(axis=1), kind="stable")[:worst]],
         omitted=omitted,
     )
 
@@ -97,40 +224,91 @@ def wilson_interval(share: float, count: float) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class _Copies:
-    """How far an image counts as a near-copy, by space and in either: [N] in [0, 1], the mean over its tries."""
+class Limits:
+    """A distance at or under a limit is small. See measure_memorization for why there are two."""
 
-    generated: dict[str, np.ndarray]
-    test: dict[str, np.ndarray]
+    one_try: float  # of an image tried once
+    any_try: float  # of an image tried several times, in the best of them
+    level: float  # share of honest images at or under `one_try`, and at most that at or under `any_try`
 
     @classmethod
-    def of(cls, distances: Mapping[str, Distances], limits: Mapping[str, Limits]) -> "_Copies":
-        tries = {name: found.tries <= limits[name].one_try for name, found in distances.items()}
-        test = {name: found.test.distance <= limits[name].one_try for name, found in distances.items()}
-        tries[EITHER] = np.any(np.broadcast_arrays(*tries.values()), axis=0)
-        test[EITHER] = np.any(list(test.values()), axis=0)
-        return cls({name: below.mean(axis=1) for name, below in tries.items()}, test)
+    def of(cls, calibration: np.ndarray, quantile: float, tries: int) -> "Limits":
+        """The k-th smallest of n calibration distances: k = max(1, floor(quantile n)), or that of quantile / tries.
+
+        A new distance of the same kind is at most the k-th smallest of n with probability k / (n + 1).
+        """
+        ascending = np.sort(calibration)
+        count = len(ascending)
+        once, each = (max(1, floor(quantile * count / of + 1e-9)) for of in (1, tries))
+        one_try, any_try = (max(float(ascending[place - 1]), COPY_FLOOR) for place in (once, each))
+        return cls(one_try, any_try, once / (count + 1))
 
 
-def _compare(
-    labels: Sequence[int], generated: ImageSet, test: FeatureSet, distances: Mapping[str, Distances], copies: _Copies
-) -> Comparison:
-    """Of the images of these classes."""
-    mine, theirs = (np.flatnonzero(np.isin(images.labels, labels)) for images in (generated, test))
-    shares = {
-        name: _share(below[mine], np.ones(len(mine)), np.arange(len(mine))) for name, below in copies.generated.items()
-    }
-    if not len(theirs):
-        return Comparison(generated=shares, test=None, flagged=False, nearness={})
-    wanted, had = (np.bincount(images.labels, minlength=len(CLASSES)) for images in (generated, test))
-    weights = wanted[test.labels[theirs]] / had[test.labels[theirs]]
-    chance = {name: _share(below[theirs], weights, test.groups[theirs]) for name, below in copies.test.items()}
-    return Comparison(
-        generated=shares,
-        test=chance,
-        flagged=shares[EITHER].low > chance[EITHER].high,
-        nearness={name: _nearness(found, generated.labels, test.labels, labels) for name, found in distances.items()},
-    )
+@dataclass(frozen=True)
+class _Space:
+    """The three sets of images in one space. train and test are known in as many views, generated in at least these."""
+
+    train: Views
+    test: Views
+    generated: Views
+
+    def gap(self, row: int, train_row: int, view: int) -> float:
+        """Distance of a generated image in that view to a training image as it is."""
+        one, other = self.generated[view](np.array([row])).double(), self.train[0](np.array([train_row])).double()
+        return float((one - other).square().sum()) / 2
+
+
+def _in_features(scale: Standardizer, views: Sequence[np.ndarray]) -> Views:
+    """Standardised by the training images, as the gates do: docs/results/gates.md measures it."""
+    return [lambda rows, cls=cls: scale.unit(cls[rows]) for cls in views]  # type: ignore[misc]
+
+
+def _in_thumbnails(images: ImageSet) -> Views:
+    """In eight views, for a turned image has the turned thumbnail. Few images at once: pixels may be in a file."""
+    parts = range(0, len(images), _IMAGES_AT_ONCE)
+    cells = np.concatenate([thumbnails(images.pixels[one : one + _IMAGES_AT_ONCE]) for one in parts])
+    return [lambda rows, view=view: unit_view(cells[rows], view) for view in range(VIEWS)]  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _Distances:
+    """To the nearest training image in one space, float64; rows int64. N generated images, V views."""
+
+    calibration: np.ndarray  # [n]; of training images, to the nearest of another lesion
+    test: np.ndarray  # [M], in the best view
+    test_rows: np.ndarray  # [M]
+    generated: np.ndarray  # [N, V]
+    generated_rows: np.ndarray  # [N, V]
+    tries: np.ndarray  # [N, T]; each the least of as many views as a real image has
+    limits: Limits
+
+    @classmethod
+    def of(cls, space: _Space, lesions: Tensor, seed: int, quantile: float, calibration_images: int) -> Self:
+        bank = space.train[0](_ALL)
+        calibration = calibration_distances(
+            lambda rows: (view(rows) for view in space.train), bank, lesions, most=calibration_images, seed=seed
+        )
+        test, test_rows = (part.numpy() for part in nearest_in_views((view(_ALL) for view in space.test), bank))
+        own, own_rows = (part.numpy() for part in nearest_in_views((view(_ALL) for view in space.generated), bank))
+        tries = own.reshape(len(own), -1, test.shape[1]).min(axis=2)
+        best = test_rows[np.arange(len(test)), test.argmin(axis=1)]
+        limits = Limits.of(calibration, quantile, tries.shape[1])
+        return cls(calibration, test.min(axis=1), best, own, own_rows, tries, limits)
+
+    def summary(self, train: np.ndarray, test: np.ndarray, generated: np.ndarray) -> SpaceSummary:
+        """train, test, generated: labels."""
+        rows = self.generated_rows[np.arange(len(generated)), self.generated.argmin(axis=1)]
+        return SpaceSummary(
+            limit=self.limits.one_try,
+            strict_limit=self.limits.any_try,
+            level=self.limits.level,
+            calibration_images=len(self.calibration),
+            calibration_median=float(np.median(self.calibration)),
+            test_median=float(np.median(self.test)),
+            generated_median=float(np.median(self.generated.min(axis=1))),
+            test_same_class=float(np.mean(train[self.test_rows] == test)),
+            generated_same_class=float(np.mean(train[rows] == generated)),
+        )
 
 
 def _share(near_copies: np.ndarray, weights: np.ndarray, groups: np.ndarray) -> Share:
@@ -145,67 +323,6 @@ def _share(near_copies: np.ndarray, weights: np.ndarray, groups: np.ndarray) -> 
     return Share(value=value, low=low, high=high, images=len(near_copies))
 
 
-def _nearness(found: Distances, generated: np.ndarray, test: np.ndarray, labels: Sequence[int]) -> float:
-    """Both in as many views: what real images lack, generated ones must not use."""
-    own = found.tries[:, 0]
-    honest = {label: float(np.median(found.test.distance[test == label])) for label in labels}
-    ratios = [own[generated == label] / max(honest[label], 1e-12) for label in labels]
-    return float(np.median(np.concatenate(ratios)))
-
-
-def _summary(
-    found: Distances, limits: Limits, train: np.ndarray, test: np.ndarray, generated: np.ndarray
-) -> SpaceSummary:
-    """train, test, generated: labels."""
-    return SpaceSummary(
-        limit=limits.one_try,
-        strict_limit=limits.any_try,
-        level=limits.level,
-        calibration_images=len(found.calibration),
-        calibration_median=float(np.median(found.calibration)),
-        test_median=float(np.median(found.test.distance)),
-        generated_median=float(np.median(found.generated.distance)),
-        test_same_class=float(np.mean(train[found.test.row] == test)),
-        generated_same_class=float(np.mean(train[found.generated.row] == generated)),
-    )
-
-
-def _worst_pairs(
-    spaces: Sequence[Space],
-    distances: Mapping[str, Distances],
-    limits: Mapping[str, Limits],
-    train: ImageSet,
-    generated: ImageSet,
-    count: int,
-) -> list[Pair]:
-    """One pair for each generated image at most."""
-    names, ratios, pairs = list(distances), _strictness(distances, limits), []
-    for row in np.argsort(ratios.min(axis=1), kind="stable")[:count].tolist():
-        best = int(ratios[row].argmin())
-        found = distances[names[best]].generated
-        other, view = int(found.row[row]), int(found.view[row])
-        pairs.append(
-            Pair(
-                generated_row=row,
-                train_row=other,
-                generated_path=generated.paths[row],
-                train_path=train.paths[other],
-                generated_class=CLASSES[generated.labels[row]],
-                train_class=CLASSES[train.labels[other]],
-                view=view,
-                found_by=names[best],
-                distances={space.name: space.gap(row, other, view) for space in spaces},
-                share_of_limit=float(ratios[row, best]),
-            )
-        )
-    return pairs
-
-
-def _strictness(distances: Mapping[str, Distances], limits: Mapping[str, Limits]) -> np.ndarray:
-    """Distance / strict limit of each generated image in each space, float64 [N, spaces]."""
-    return np.stack([found.generated.distance / limits[name].any_try for name, found in distances.items()], axis=1)
-
-
 def _verdict(overall: Comparison, flagged: Sequence[str]) -> str:
     """One sentence."""
     assert overall.test is not None, "_require_usable has seen to a shared class"
@@ -217,11 +334,6 @@ def _verdict(overall: Comparison, flagged: Sequence[str]) -> str:
     if flagged:
         found = f"{found} overall, found in {' '.join(flagged)}" if not overall.flagged else found
     return f"{found}: {mine} of generated images are near-copies of training images, {chance} of unseen lesions' are"
-
-
-def _labels(images: ImageSet) -> list[int]:
-    labels: list[int] = np.unique(images.labels).tolist()
-    return labels
 
 
 def _require_usable(

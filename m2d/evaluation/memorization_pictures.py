@@ -7,8 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from m2d.classes import DIAGNOSES
 from m2d.data.views import apply_view
-from m2d.evaluation.feature_set import ImageSet
-from m2d.evaluation.memorization_result import Pair
+from m2d.evaluation.images import ImageSet
+from m2d.evaluation.memorization import Pair
 
 VIEW_NAMES = (
     "as it is", "mirrored", "upside down", "half turn", "quarter turn", "3/4 turn", "transposed", "anti-transposed",

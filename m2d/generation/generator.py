@@ -18,7 +18,7 @@ from m2d.diffusion.solver import solve
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import GuidingFeature, PlanRow
 from m2d.generation.references import read_reference, require_dim
-from m2d.generation.request import feature_seed, noise_for, slerp
+from m2d.generation.seeds import feature_seed, noise_for, slerp
 from m2d.generation.settings import CompileMode
 from m2d.models.autoencoder import coded_at_once
 from m2d.models.precision import DTYPES, pick_precision

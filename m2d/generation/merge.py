@@ -25,7 +25,7 @@ from m2d.classes import CLASSES
 from m2d.errors import DataError
 from m2d.files.atomic import whole_file
 from m2d.files.storage import one_line, without_secrets
-from m2d.generation.journal import cannot_write
+from m2d.generation.output import cannot_write
 
 INDEX_SCHEMA = pa.schema(
     [

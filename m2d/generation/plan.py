@@ -1,15 +1,16 @@
-"""The plan of a generation run: one table, one row an image, with everything that shapes that image but the checkpoint.
+"""The plan of a generation run: one table, one row per image, all that shapes it but the checkpoint.
 
-Built here from counts or from input images, written as Parquet, read back after a person has edited it. Knows neither
-networks nor pixels.
+Built here from counts, from input images or from the counts of a dataset, written as Parquet, read back after a person
+has edited it. Knows neither networks nor pixels; writing tasks import it, so it imports no torch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import chain
-from math import isfinite
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import pyarrow as pa
@@ -17,17 +18,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from m2d.classes import CLASSES
+from m2d.data.catalog import catalog_hash, class_counts, read_catalog, scan_dataset
+from m2d.data.settings import DataConfig
+from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.diffusion.settings import SOLVERS, SamplingSettings
-from m2d.errors import ConfigError
+from m2d.errors import ConfigError, DataError
 from m2d.files.atomic import whole_file
+from m2d.files.progress import progress, say
 from m2d.files.storage import one_line
-from m2d.generation.references import Reference
-from m2d.generation.request import next_attempt_seed, reference_seed, sample_seed
+from m2d.generation.references import Reference, read_references, read_sha256
+from m2d.generation.seeds import next_attempt_seed, reference_seed, sample_seed
+from m2d.generation.settings import GenerateConfig, parse_target
+
+if TYPE_CHECKING:
+    from m2d.models.checkpoint import CheckpointInfo
 
 Mode = Literal["standard", "image2image", "interpolate"]
 GuidingFeature = Literal["prior", "none", "reference"]
-MODES: tuple[str, ...] = get_args(Mode)
-GUIDING_FEATURES: tuple[str, ...] = get_args(GuidingFeature)
+_SHOWN_REJECTED = 10
+_SAFE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +47,7 @@ class PlanRow:
     label: str  # class code; the column is called `class`
     index: int  # number within the class
     attempt: int = 0  # rejected images that came before this one
-    seed: int  # of the latent noise; a drawn feature has request.feature_seed(seed)
+    seed: int  # of the latent noise; a drawn feature has seeds.feature_seed(seed)
     seed_b: int | None = None  # interpolate: noise of the second reference
     mode: Mode = "standard"
     reference: str | None = None  # absolute path or URI of the input image
@@ -55,47 +64,128 @@ class PlanRow:
     guidance_high: float
 
 
-PLAN_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("class", pa.string()),
-        ("index", pa.int64()),
-        ("attempt", pa.int64()),
-        ("seed", pa.int64()),
-        ("seed_b", pa.int64()),
-        ("mode", pa.string()),
-        ("reference", pa.string()),
-        ("reference_b", pa.string()),
-        ("position", pa.float64()),
-        ("strength", pa.float64()),
-        ("group", pa.string()),
-        ("feature", pa.string()),
-        ("feature_temperature", pa.float64()),
-        ("solver", pa.string()),
-        ("steps", pa.int64()),
-        ("guidance_scale", pa.float64()),
-        ("guidance_low", pa.float64()),
-        ("guidance_high", pa.float64()),
-    ]
-)
+def _arrow_type(hint: Any) -> pa.DataType:
+    kinds = {int: pa.int64(), float: pa.float64()}
+    return next((arrow for kind, arrow in kinds.items() if kind in (hint, *get_args(hint))), pa.string())
 
-_FIELDS = [field.name for field in fields(PlanRow)]
-_COLUMN_OF = {name: "class" if name == "label" else name for name in _FIELDS}
-_SEEDS = ("seed", "seed_b")
-_SAFE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+_HINTS = get_type_hints(PlanRow)
+_COLUMN_OF = {name: "class" if name == "label" else name for name in _HINTS}
+PLAN_SCHEMA = pa.schema([(_COLUMN_OF[name], _arrow_type(hint)) for name, hint in _HINTS.items()])
 
 
 def rows_of(table: pa.Table) -> list[PlanRow]:
     """The rows of a plan, or of any table that has its columns; meant for batches, not for a million."""
-    columns = [table[_COLUMN_OF[name]].to_pylist() for name in _FIELDS]
-    return [PlanRow(**dict(zip(_FIELDS, values, strict=True))) for values in zip(*columns, strict=True)]
+    columns = [table[column].to_pylist() for column in _COLUMN_OF.values()]
+    return [PlanRow(**dict(zip(_COLUMN_OF, values, strict=True))) for values in zip(*columns, strict=True)]
 
 
 def table_of(rows: Iterable[PlanRow]) -> pa.Table:
     """The inverse of `rows_of`: PLAN_SCHEMA."""
     listed = list(rows)
-    columns = {_COLUMN_OF[name]: [getattr(row, name) for row in listed] for name in _FIELDS}
+    columns = {column: [getattr(row, name) for row in listed] for name, column in _COLUMN_OF.items()}
     return pa.table(columns, schema=PLAN_SCHEMA)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what of it the recipe must hold besides the settings."""
+
+    table: pa.Table
+    digest: str | None = None  # of the rows, where they come from input images or a file
+    balance: dict[str, Any] | None = None
+    before: dict[str, int] | None = None  # real images by class, where a dataset is balanced
+
+    @property
+    def classes(self) -> list[str]:
+        """Codes of the classes that have rows, in the order of the plan."""
+        return list(dict.fromkeys(self.table["class"].to_pylist()))
+
+    @property
+    def features(self) -> set[str]:
+        """prior, none, reference: which of them rows are guided by."""
+        return set(self.table["feature"].unique().to_pylist())
+
+
+def make_plan(config: GenerateConfig, feature: GuidingFeature, catalog: pa.Table | None) -> Planned:
+    """The run's plan. feature: decided, never None. catalog: of the dataset that mode balance counts.
+
+    Raises ConfigError or DataError, in one line, where there is nothing to make one from.
+    """
+    if config.plan is not None:
+        table = read_plan(config.plan)
+        paths = {path for name in ("reference", "reference_b") for path in table[name].to_pylist() if path is not None}
+        return Planned(table, _digest(table, read_sha256(paths)))
+    classes = config.class_codes if config.classes is not None else None
+
+    def references(setting: str) -> dict[str, tuple[Reference, ...]]:
+        found = read_references(getattr(config, setting), classes=classes, setting=setting)
+        _say_rejected(setting, found.rejected[:_SHOWN_REJECTED], len(found.rejected))
+        sums.update({image.path: image.sha256 for images in found.by_class.values() for image in images})
+        return found.by_class
+
+    sums: dict[str, str] = {}
+    shared: dict[str, Any] = {"run_seed": config.seed, "sampling": config}
+    drawn: dict[str, Any] = {**shared, "feature": feature, "feature_temperature": config.feature_temperature}
+    if config.mode == "image2image":
+        chosen = references("init_images")
+        table = image2image_plan(chosen, num_samples=config.num_samples, strength=config.strength, **drawn)
+        return Planned(table, _digest(table, sums))
+    if config.mode == "interpolate":
+        a, b = references("reference_images"), references("reference_images_b")
+        table = interpolation_plan(a, b, steps_between=config.steps_between, **shared)
+        return Planned(table, _digest(table, sums))
+    if config.mode == "balance":
+        before = class_counts(catalog, None if config.balance_split == "all" else config.balance_split)
+        counted = {"to": config.to, "split": config.balance_split, "catalog": catalog_hash(catalog)[:12]}
+        table = standard_plan(targets(before, config.to, classes), **drawn)
+        return Planned(table, balance=counted, before=before)
+    return Planned(standard_plan(dict.fromkeys(config.class_codes, config.num_samples), **drawn))
+
+
+def targets(counts: Mapping[str, int], to: str, classes: Iterable[str] | None = None) -> dict[str, int]:
+    """Images to make of each class, in the order of CLASSES; 0 where it has enough, for no class is made smaller.
+
+    counts: real images by class code. to: see `parse_target`; the largest class is one of all, asked for or not.
+    classes: those to fill up, the others are left out of the answer; None takes the classes that have a real image
+    (nothing can be learnt of one that has none, but it can be named).
+    Raises ConfigError for a wrong `to`, DataError where there is no image at all.
+    """
+    if not any(counts.values()):
+        raise DataError("balance: the dataset holds no image of any class, so there is nothing to balance")
+    asked = {code for code, count in counts.items() if count > 0} if classes is None else set(classes)
+    wanted = parse_target(to).resolve(max(counts.values()))
+    return {code: max(0, wanted - counts.get(code, 0)) for code in CLASSES if code in asked}
+
+
+def dataset_catalog(config: GenerateConfig, info: CheckpointInfo) -> pa.Table | None:
+    """The catalog that --catalog names, or of --data_root: setup_data's where it still holds, or a scan's.
+
+    It is split as the checkpoint's run splits. None where neither is given. Raises DataError.
+    """
+    if config.catalog is not None:
+        return read_catalog(config.catalog)
+    if config.data_root is None:
+        return None
+    data_config, cache_dir = data_config_of(info), info.config.get("cache_dir")
+    if cache_dir is not None and Path(cache_dir).is_dir():
+        kept = reusable_catalog(prepared_folder(cache_dir, config.data_root), config.data_root, data_config)
+        if kept is not None:
+            return kept
+    with progress("scan") as report:
+        scan = scan_dataset(config.data_root, data_config, report.show)
+    shown = [(row["path"], row["reason"]) for row in scan.rejected.slice(0, _SHOWN_REJECTED).to_pylist()]
+    _say_rejected("data_root", shown, len(scan.rejected))
+    return scan.catalog
+
+
+def data_config_of(info: CheckpointInfo) -> DataConfig:
+    """How the checkpoint's run found and split its images; the defaults where it does not say."""
+    recorded = info.config.get("data")
+    try:
+        return DataConfig(**recorded) if isinstance(recorded, dict) else DataConfig()
+    except (TypeError, ConfigError):  # of another version of M2D
+        return DataConfig()
 
 
 def standard_plan(
@@ -104,17 +194,15 @@ def standard_plan(
     run_seed: int,
     sampling: SamplingSettings,
     feature: GuidingFeature,
-    feature_temperature: float | None = 1.0,
-    first_index: Mapping[str, int] | None = None,
+    feature_temperature: float = 1.0,
 ) -> pa.Table:
-    """counts[code] images a class, numbered from first_index[code] (0 where it says nothing).
+    """counts[code] images of each class.
 
     Image i of class c has sample_seed(run_seed, c, i), so a longer plan begins with the images of a shorter one.
     Classes take turns while they last, so that an interrupted run has as many of each.
     """
-    if feature == "reference":
-        raise ConfigError("feature is reference, but mode standard has no input images; take prior or none")
-    return _by_class(counts, run_seed, first_index, _shared("standard", sampling, feature, feature_temperature), {})
+    shared = _shared("standard", sampling, feature, feature_temperature)
+    return _by_class(counts, run_seed, shared, lambda label, index: None)
 
 
 def image2image_plan(
@@ -125,22 +213,18 @@ def image2image_plan(
     run_seed: int,
     sampling: SamplingSettings,
     feature: GuidingFeature = "reference",
-    feature_temperature: float | None = 1.0,
+    feature_temperature: float = 1.0,
 ) -> pa.Table:
     """num_samples images for each class of `references` (see References.by_class), at one strength in [0, 1].
 
     Image i of a class starts from its reference i mod n, so beyond n the same references come again, with other noise.
     The seeds are those of standard_plan: at strength 1 with feature prior or none, the images are its images.
     """
-    if not 0 <= strength <= 1:
-        raise ConfigError(f"strength is {strength}; it must be in [0, 1] (0: the reconstruction, 1: all noise)")
-    shared = _shared("image2image", sampling, feature, feature_temperature)
-    of_class = {
-        label: pa.array([found[index % len(found)].path for index in range(num_samples)], pa.string())
-        for label, found in references.items()
-    }
+    shared = {**_shared("image2image", sampling, feature, feature_temperature), "strength": float(strength)}
     counts = dict.fromkeys(references, num_samples)
-    return _by_class(counts, run_seed, None, {**shared, "strength": float(strength)}, {"reference": of_class})
+    return _by_class(
+        counts, run_seed, shared, lambda label, index: references[label][index % len(references[label])].path
+    )
 
 
 def interpolation_plan(
@@ -156,11 +240,9 @@ def interpolation_plan(
     Pair i is reference i of one folder with reference i of the other, each folder in the order of its file names; of
     two unequal numbers the smaller starts again, so one image may be paired with many. Ids are CLASS_pairIII_PP, PP
     from 00 (reference) to steps_between + 1 (reference_b), and `group` is CLASS_pairIII. Noise is that of
-    request.reference_seed, so that a reference's own sample is the same in every pair. Whole pairs take turns over the
+    seeds.reference_seed, so that a reference's own sample is the same in every pair. Whole pairs take turns over the
     classes. Raises ConfigError where a class has references in one folder alone.
     """
-    if steps_between < 0:
-        raise ConfigError(f"steps_between is {steps_between}; it must be at least 0 (0: the two ends alone)")
     lonely = [code for code in CLASSES if bool(references.get(code)) != bool(references_b.get(code))]
     if lonely:
         lacking = "reference_images_b" if references.get(lonely[0]) else "reference_images"
@@ -169,7 +251,7 @@ def interpolation_plan(
             "class, so add some, or leave the class out with --classes"
         )
     pairs = {code: max(len(found), len(references_b[code])) for code, found in references.items()}
-    shared = _shared("interpolate", sampling, "reference", None)
+    shared = _shared("interpolate", sampling, "reference")
     rows: list[dict[str, Any]] = []
     for label, pair in _turns(pairs):
         a, b = (found[label][pair % len(found[label])] for found in (references, references_b))
@@ -198,7 +280,7 @@ def interpolation_plan(
 def retried(row: PlanRow) -> PlanRow:
     """The row that replaces a rejected one: the same id, the next attempt, other noise.
 
-    Each seed follows from the one before (request.next_attempt_seed), so attempt k follows from the plan's seed and k.
+    Each seed follows from the one before (seeds.next_attempt_seed), so attempt k follows from the plan's seed and k.
     image2image at strength 0 has no noise and stays what it is.
     """
     attempt = row.attempt + 1
@@ -272,8 +354,8 @@ def check_plan(plan: pa.Table, where: str = "plan") -> None:
     file_name = "be a file name of letters, digits and . _ -"
     require("id", pc.match_substring_regex(columns["id"], _SAFE_ID), file_name)
     one_of("class", CLASSES)
-    one_of("mode", MODES)
-    one_of("feature", GUIDING_FEATURES)
+    one_of("mode", get_args(Mode))
+    one_of("feature", get_args(GuidingFeature))
     one_of("solver", SOLVERS)
     for name, least in {"index": 0, "attempt": 0, "seed": 0, "steps": 1}.items():
         require(name, pc.greater_equal(columns[name], least), f"be a whole number of at least {least}")
@@ -306,21 +388,18 @@ def check_plan(plan: pa.Table, where: str = "plan") -> None:
 
 
 def _shared(
-    mode: Mode, sampling: SamplingSettings, feature: GuidingFeature, feature_temperature: float | None
+    mode: Mode, sampling: SamplingSettings, feature: GuidingFeature, feature_temperature: float = 1.0
 ) -> dict[str, Any]:
-    """The columns that are the same in every row. Raises ConfigError for a temperature that cannot be used."""
-    temperature = 1.0 if feature_temperature is None else float(feature_temperature)
-    if feature == "prior" and not (isfinite(temperature) and temperature >= 0):
-        raise ConfigError(f"feature_temperature is {temperature}; it must be a number of at least 0")
-    if feature != "prior" and temperature != 1:
+    """The columns that are the same in every row."""
+    if feature != "prior" and feature_temperature != 1:
         raise ConfigError(
-            f"feature_temperature is {temperature}, but no feature is drawn (feature {feature}); leave it out"
+            f"feature_temperature is {feature_temperature}, but no feature is drawn (feature {feature}); leave it out"
         )
     low, high = sampling.guidance_interval
     return {
         "mode": mode,
         "feature": feature,
-        "feature_temperature": temperature if feature == "prior" else None,
+        "feature_temperature": float(feature_temperature) if feature == "prior" else None,
         "solver": sampling.solver,
         "steps": sampling.steps,
         "guidance_scale": float(sampling.guidance_scale),
@@ -332,40 +411,21 @@ def _shared(
 def _by_class(
     counts: Mapping[str, int],
     run_seed: int,
-    first_index: Mapping[str, int] | None,
     shared: Mapping[str, Any],
-    own: Mapping[str, Mapping[str, pa.Array]],
+    reference: Callable[[str, int], str | None],
 ) -> pa.Table:
-    """counts[code] rows a class, in turns. own: column -> class -> values, one for each of the class's rows.
-
-    Python touches each row for its id and its seed alone; all else is arrays, for the sake of a million rows.
-    """
-    labels = [code for code in counts if counts[code] > 0]
-    firsts = {code: (first_index or {}).get(code, 0) for code in labels}
-    ranges = {code: range(firsts[code], firsts[code] + counts[code]) for code in labels}
-    total = sum(counts[code] for code in labels)
-    ids = (f"{code}_{index:06d}" for code in labels for index in ranges[code])
-    seeds = (sample_seed(run_seed, code, index) for code in labels for index in ranges[code])
-    columns: dict[str, pa.Array] = {
-        "id": pa.array(ids, pa.string(), size=total),
-        "class": _joined([pa.repeat(pa.scalar(code, pa.string()), counts[code]) for code in labels], pa.string()),
-        "index": pa.array(np.fromiter(chain.from_iterable(ranges.values()), np.int64, total)),
-        "attempt": pa.array(np.zeros(total, np.int64)),
-        "seed": pa.array(np.fromiter(seeds, np.int64, total)),
-        **{name: _joined([of_class[code] for code in labels], pa.string()) for name, of_class in own.items()},
+    """counts[code] rows of each class, in turns."""
+    turns = _turns(counts)
+    columns = {
+        **{name: [shared.get(name)] * len(turns) for name in PLAN_SCHEMA.names},
+        "id": [f"{code}_{index:06d}" for code, index in turns],
+        "class": [code for code, _ in turns],
+        "index": [index for _, index in turns],
+        "attempt": [0] * len(turns),
+        "seed": [sample_seed(run_seed, code, index) for code, index in turns],
+        "reference": [reference(code, index) for code, index in turns],
     }
-    for field in PLAN_SCHEMA:
-        if field.name not in columns:
-            value = shared.get(field.name)
-            scalar = pa.scalar(value, field.type)
-            columns[field.name] = pa.nulls(total, field.type) if value is None else pa.repeat(scalar, total)
-    place = np.concatenate([np.arange(counts[code]) for code in labels] or [np.empty(0, np.int64)])
-    in_turns = np.argsort(place, kind="stable")  # every class's first, then every class's second ...
-    return pa.table(columns).select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA).take(pa.array(in_turns))
-
-
-def _joined(parts: list[pa.Array], kind: pa.DataType) -> pa.Array:
-    return pa.concat_arrays(parts) if parts else pa.array([], kind)
+    return pa.table(columns, schema=PLAN_SCHEMA)
 
 
 def _turns(counts: Mapping[str, int]) -> list[tuple[str, int]]:
@@ -376,7 +436,7 @@ def _turns(counts: Mapping[str, int]) -> list[tuple[str, int]]:
 def _typed(column: pa.Array, field: pa.Field, path: str | Path) -> pa.Array:
     """A column in its plan's type, where no value is lost by that."""
     kind = column.type
-    if field.name in _SEEDS and pa.types.is_floating(kind) and column.null_count < len(column):
+    if field.name in ("seed", "seed_b") and pa.types.is_floating(kind) and column.null_count < len(column):
         raise ConfigError(
             f"plan: {path} has {field.name} as {kind}, which has rounded the seeds; keep whole numbers (in pandas: "
             'read_parquet(..., dtype_backend="pyarrow"))'
@@ -391,3 +451,22 @@ def _typed(column: pa.Array, field: pa.Field, path: str | Path) -> pa.Array:
     except pa.ArrowException as error:
         reason = one_line(error, 100)
         raise ConfigError(f"plan: {path} has {field.name} as {kind}; it must be {field.type} ({reason})") from None
+
+
+def _say_rejected(setting: str, shown: Iterable[tuple[str, str]], count: int) -> None:
+    for path, reason in shown:
+        say(f"{setting}: left out {path}: {reason}")
+    if count > _SHOWN_REJECTED:
+        say(f"{setting}: left out {count:,} files in all")
+
+
+def _digest(table: pa.Table, sums: Mapping[str, str]) -> str:
+    """SHA-256 over all rows, in any order, input images by their content and not by their place."""
+    columns = [
+        [None if value is None else sums[value] for value in table[name].to_pylist()]
+        if name in ("reference", "reference_b")
+        else table[name].to_pylist()
+        for name in PLAN_SCHEMA.names
+    ]
+    lines = sorted(repr(row) for row in zip(*columns, strict=True))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

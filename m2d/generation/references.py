@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,19 +46,8 @@ class Reference:
 class References:
     """What a folder of input images holds."""
 
-    folder: str
     by_class: dict[str, tuple[Reference, ...]]  # in the order of CLASSES, each by file name; none is empty
     rejected: tuple[tuple[str, str], ...]  # (path within the folder, reason): left out
-
-    def __len__(self) -> int:
-        """How many can be used."""
-        return sum(len(found) for found in self.by_class.values())
-
-    @property
-    def sha256(self) -> str:
-        """Over classes, order and content, not over places: two folders that give the same images share it."""
-        lines = (f"{label}/{image.sha256}\n" for label, found in self.by_class.items() for image in found)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_references(
@@ -84,28 +73,27 @@ def read_references(
     filesystem, root = open_storage(folder)
     candidates, rejected = _candidates(filesystem, root, classes, f"{setting}: {shown}")
     found: dict[str, list[Reference]] = {code: [] for code in CLASSES}
-    paths = [path for path, _ in candidates]
-    for (path, label), result in zip(candidates, _probe_all(filesystem, root, paths, max_pixels), strict=True):
-        if result.sha256 is None:
-            rejected.append((path, result.reason))
-        else:
-            place = inside(folder, path) if "://" in folder else posixpath.join(root, path)
-            found[label].append(Reference(path=place, label=label, sha256=result.sha256))
+    with ThreadPoolExecutor(_THREADS) as pool:
+        probed = pool.map(
+            lambda one: _probe(filesystem, posixpath.join(root, one[0]), max_pixels=max_pixels), candidates
+        )
+        for (path, label), (sha256, reason) in zip(candidates, probed, strict=True):
+            if reason:
+                rejected.append((path, reason))
+            else:
+                place = inside(folder, path) if "://" in folder else posixpath.join(root, path)
+                found[label].append(Reference(path=place, label=label, sha256=sha256))
     first = f"; the first of {len(rejected)} left out: {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
-    if not any(found.values()):
+    present = [code for code in CLASSES if found[code]]
+    if not present:
         raise DataError(f"{setting}: {shown} holds no usable image{first}")
     lacking = [code for code in classes or () if not found[code]]
     if lacking:
-        present = [code for code in CLASSES if found[code]]
         raise DataError(
             f"{setting}: {shown} holds no usable image of {', '.join(lacking)}, but of {', '.join(present)}{first}; "
             "name other --classes, or add images"
         )
-    return References(
-        folder=folder,
-        by_class={code: tuple(images) for code, images in found.items() if images},
-        rejected=tuple(sorted(rejected)),
-    )
+    return References(by_class={code: tuple(found[code]) for code in present}, rejected=tuple(sorted(rejected)))
 
 
 def read_reference(path: str, size: int) -> np.ndarray:
@@ -122,22 +110,17 @@ def read_reference(path: str, size: int) -> np.ndarray:
         ) from None
 
 
-def require_references(paths: Iterable[str]) -> None:
-    """Raise DataError for the first of the input images that cannot be read; for a plan that came from a file."""
-    unique = sorted(set(paths))
-
-    def reason(path: str) -> str | None:
-        filesystem, inner = open_storage(path)
-        return _probe(filesystem, inner, MAX_PIXELS).reason
-
+def read_sha256(paths: Collection[str]) -> dict[str, str]:
+    """Of the input images of a plan that came from a file. Raises DataError for the first that cannot be used."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        broken = [(path, why) for path, why in zip(unique, pool.map(reason, unique), strict=True) if why]
+        probed = dict(zip(paths, pool.map(lambda path: _probe(*open_storage(path)), paths), strict=True))
+    broken = sorted(path for path, (_, reason) in probed.items() if reason)
     if broken:
-        path, why = broken[0]
         raise DataError(
-            f"plan: {len(broken)} of {len(unique)} input images cannot be used, the first is {without_secrets(path)} "
-            f"({why}); mend the paths in the plan, or take the rows out"
+            f"plan: {len(broken)} of {len(paths)} input images cannot be used, the first is "
+            f"{without_secrets(broken[0])} ({probed[broken[0]][1]}); fix the paths in the plan, or take the rows out"
         )
+    return {path: sha256 for path, (sha256, _) in probed.items()}
 
 
 def load_reference_extractor(checkpoint: Checkpoint, weights: str | None = None) -> FeatureExtractor:
@@ -176,12 +159,6 @@ def require_dim(extractor: FeatureExtractor, checkpoint: Checkpoint) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Probed:
-    sha256: str | None
-    reason: str = ""
-
-
 def _candidates(
     filesystem: fs.FileSystem, root: str, classes: Sequence[str] | None, where: str
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -194,30 +171,35 @@ def _candidates(
         entries = [info for info in filesystem.get_file_info(fs.FileSelector(root)) if not is_debris(info.base_name)]
         names = sorted(info.base_name for info in entries if info.type == fs.FileType.Directory)
         files = sorted(info.base_name for info in entries if info.type == fs.FileType.File)
-        labels = {name: name.upper() for name in names if name.upper() in CLASSES}
-        if labels:
-            _require_classes(names, where)
-            listed = [(path, label) for name, label in labels.items() for path in _files_below(filesystem, root, name)]
-            loose = [(name, "lies beside the class folders") for name in files if _is_image(name)]
-        else:
+        unknown = [name for name in names if name.upper() not in CLASSES]
+        if len(unknown) == len(names):
             label = _flat_label(classes, names, files, where)
             listed = [(name, label) for name in files]
             loose = [(name, "is a folder that is no class") for name in names]
+        elif unknown:
+            raise DataError(
+                f"{where} has a folder that is no class: {unknown[0]}; expected some of {' '.join(CLASSES)}. Rename it "
+                "or move it out"
+            )
+        else:
+            below = [
+                posixpath.relpath(info.path, root)
+                for name in names
+                for info in filesystem.get_file_info(fs.FileSelector(posixpath.join(root, name), recursive=True))
+                if info.type == fs.FileType.File
+            ]
+            listed = [
+                (path, path.partition("/")[0].upper())
+                for path in below
+                if not any(is_debris(part) for part in path.split("/"))
+            ]
+            loose = [(name, "lies beside the class folders") for name in files if _is_image(name)]
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{where} cannot be listed ({one_line(error)}); check access to it") from None
     wanted = sorted(pair for pair in listed if classes is None or pair[1] in classes)
     known = " ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
     other = [(path, f"its suffix is not one of {known}") for path, _ in wanted if not _is_image(path)]
     return [pair for pair in wanted if _is_image(pair[0])], [*other, *loose]
-
-
-def _require_classes(names: Sequence[str], where: str) -> None:
-    unknown = [name for name in names if name.upper() not in CLASSES]
-    if unknown:
-        raise DataError(
-            f"{where} has a folder that is no class: {unknown[0]}; expected some of {' '.join(CLASSES)}. Rename it or "
-            "move it out"
-        )
 
 
 def _flat_label(classes: Sequence[str] | None, names: Sequence[str], files: Sequence[str], where: str) -> str:
@@ -233,38 +215,22 @@ def _flat_label(classes: Sequence[str] | None, names: Sequence[str], files: Sequ
     return classes[0]
 
 
-def _files_below(filesystem: fs.FileSystem, root: str, folder: str) -> Iterator[str]:
-    """Paths within root of all files at any depth of a folder, hidden ones and debris left out."""
-    for info in filesystem.get_file_info(fs.FileSelector(posixpath.join(root, folder), recursive=True)):
-        path = posixpath.relpath(info.path, root)
-        if info.type == fs.FileType.File and not any(is_debris(part) for part in path.split("/")):
-            yield path
-
-
 def _is_image(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _probe_all(filesystem: fs.FileSystem, root: str, paths: Sequence[str], max_pixels: int) -> Iterator[_Probed]:
-    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="m2d-references")
-    try:
-        yield from pool.map(lambda path: _probe(filesystem, posixpath.join(root, path), max_pixels), paths)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _probe(filesystem: fs.FileSystem, path: str, max_pixels: int) -> _Probed:
+def _probe(filesystem: fs.FileSystem, path: str, max_pixels: int = MAX_PIXELS) -> tuple[str, str]:
+    """The file's sha256, and why it cannot be used: empty where it can."""
     try:
         encoded = _read(filesystem, path)
         probe_image(encoded, max_pixels=max_pixels)
+        return hashlib.sha256(encoded).hexdigest(), ""
     except ImageRejected as rejection:
-        return _Probed(None, rejection.reason)
+        return "", rejection.reason
     except (pa.ArrowException, OSError) as error:
-        return _Probed(None, f"cannot be read: {one_line(error)}")
-    return _Probed(hashlib.sha256(encoded).hexdigest())
+        return "", f"cannot be read: {one_line(error)}"
 
 
 def _read(filesystem: fs.FileSystem, path: str) -> bytes:
     with filesystem.open_input_stream(path, compression=None) as stream:
-        encoded: bytes = stream.read()
-    return encoded
+        return stream.read()  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ import collections.abc
 import os
 import sys
 import time
+from collections import Counter
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,26 +14,40 @@ import pyarrow.compute as pc
 import torch
 from rich.console import Console
 
+from m2d.classes import CLASSES
 from m2d.cluster.nodes import cluster_gpu, cluster_total, require_shared
 from m2d.diffusion.feature_prior import WEAK_BELOW
 from m2d.errors import ConfigError, M2DError
 from m2d.files.paths import input_path, result_path
 from m2d.files.progress import progress, say
 from m2d.generation.formats import FORMATS
-from m2d.generation.gate_training import GatesAtWork, prepare_gates
+from m2d.generation.gates import GatesAtWork, prepare_gates
 from m2d.generation.generator import Generator, pick_device, pick_feature
-from m2d.generation.group import GeneratorSettings, GroupResult, GroupWriter, PlanGroups
-from m2d.generation.journal import JOURNAL_NAME, PARTS, attempts_left
-from m2d.generation.local import make_here
-from m2d.generation.outputs import MANIFEST_NAME, PLAN_NAME, OutputFolder
-from m2d.generation.plan import read_plan, write_plan
-from m2d.generation.planning import Planned, dataset_catalog, make_plan
-from m2d.generation.recipe import Recipe, default_output
-from m2d.generation.references import load_reference_extractor
+from m2d.generation.output import (
+    JOURNAL_NAME,
+    MANIFEST_NAME,
+    PARTS,
+    PLAN_NAME,
+    OutputFolder,
+    Recipe,
+    attempts_left,
+    counts_and_rejections,
+    default_output,
+    write_pictures,
+)
+from m2d.generation.plan import Planned, dataset_catalog, make_plan, read_plan, write_plan
 from m2d.generation.settings import Feature, GenerateConfig
-from m2d.generation.summary import counts_and_rejections, missing_by_class, missing_text, write_sheet, write_strips
+from m2d.generation.workers import (
+    WRITER_CPUS,
+    GeneratorSettings,
+    GroupResult,
+    GroupWriter,
+    PlanGroups,
+    make_here,
+    make_on_ray,
+    pick_pool,
+)
 from m2d.models.checkpoint import Checkpoint, load_checkpoint
-from m2d.models.feature_extractor import FeatureExtractor
 from m2d.models.precision import pick_precision
 from m2d.models.settings import Precision
 
@@ -44,7 +59,7 @@ MERGED_NAME = "merged_index.parquet"
 def generate(config: GenerateConfig) -> Path:
     """Make the images that are missing, then manifest, contact sheet and counts. Returns the output folder.
 
-    Raises an M2DError, in one line, for what a user can mend: a checkpoint, folder, plan or device that cannot be used,
+    Raises an M2DError, in one line, for a user-facing error: a checkpoint, folder, plan or device that cannot be used,
     an output folder of other settings, a disk that is full, a batch that does not fit. What was finished stays.
     """
     config = _absolute(config)
@@ -159,31 +174,6 @@ class _Run:
             gate_reference=self.gates.reference,
             weak_classes=frozenset(self.checkpoint.prior.weak if self.checkpoint.prior else ()),
         )
-        if not self._on_ray():
-            if self.generator is None:
-                self.generator = Generator(
-                    self.checkpoint,
-                    batch_size=self.config.batch_size,
-                    device=self.device,
-                    mixed_precision=self.precision,
-                    extractor=self._extractor(),
-                    compile=self.config.compile,
-                    compile_mode=self.config.compile_mode,
-                )
-            yield from make_here(self.generator, groups, writer, features=self.gates.need_features)
-            return
-        from m2d.generation.bulk import make_on_ray, pick_pool
-
-        _connect(self.cluster, self.config)
-        read = {"checkpoint": str(self.checkpoint.path), "data_root": self.config.data_root or ""}
-        require_shared(written={"output": str(self.folder.root)}, read=read)
-        pool = pick_pool(
-            num_actors=self.config.num_actors,
-            gpus_per_actor=self.config.gpus_per_actor,
-            device=self.device,
-            groups=len(groups),
-        )
-        say(f"attempt {groups.attempts + 1}: images left {groups.plan.num_rows:,}, {pool.text}")
         settings = GeneratorSettings(
             checkpoint=self.checkpoint.path,
             sha256=self.checkpoint.sha256,
@@ -191,9 +181,24 @@ class _Run:
             mixed_precision=self.precision,
             compile=self.config.compile,
             compile_mode=self.config.compile_mode,
-            with_extractor=self._needs_extractor(),
+            with_extractor=self.gates.need_features or "reference" in self.planned.features,
             extractor_weights=self.config.extractor_weights,
         )
+        if not self._on_ray():
+            if self.generator is None:
+                self.generator = settings.load(self.device, self.checkpoint, self.gates.extractor)
+            yield from make_here(self.generator, groups, writer, features=self.gates.need_features)
+            return
+        _connect(self.cluster, self.config)
+        read = {"checkpoint": str(self.checkpoint.path), "data_root": self.config.data_root or ""}
+        require_shared(written={"output": str(self.folder.root)}, read=read)
+        pool = pick_pool(
+            num_actors=self.config.num_actors,
+            gpus_per_actor=self.config.gpus_per_actor,
+            device=self.device,
+            groups=len(groups.tables()),
+        )
+        say(f"attempt {groups.attempts + 1}: images left {groups.plan.num_rows:,}, {pool.text}")
         yield from make_on_ray(settings, pool, groups, writer, features=self.gates.need_features)
 
     def _on_ray(self) -> bool:
@@ -219,14 +224,6 @@ class _Run:
         in_memory = _GROUP_BYTES // (3 * self.checkpoint.image_size**2)
         return max(batch, min(self.config.shard_images, in_memory) // batch * batch)
 
-    def _needs_extractor(self) -> bool:
-        return self.gates.need_features or "reference" in self.planned.features
-
-    def _extractor(self) -> FeatureExtractor | None:
-        if not self._needs_extractor():
-            return None
-        return self.gates.extractor or load_reference_extractor(self.checkpoint, self.config.extractor_weights)
-
     def _weak_classes(self) -> list[str]:
         if self.checkpoint.prior is None or "prior" not in self.planned.features:
             return []
@@ -235,22 +232,28 @@ class _Run:
 
     def _report(self, kept: int, seconds: float, weak: list[str]) -> None:
         folder, plan = self.folder, self.planned.table
+        made = Counter(folder.accepted["class"].to_pylist())
         rejections = folder.rejections()
-        missing = missing_by_class(plan, folder.accepted["id"].to_pylist())
-        write_sheet(folder, plan, title="M2D synthetic dermoscopy", caption=self._caption(weak))
-        strips = write_strips(folder, plan)
-        Console(file=sys.stdout).print(counts_and_rejections(self.planned.before, folder.made(), rejections, missing))
+        lost = plan.filter(pc.invert(pc.is_in(plan["id"], pa.array(folder.paths, pa.string()))))
+        missing = Counter(lost["class"].to_pylist())
+        strips = write_pictures(folder, plan, title="M2D synthetic dermoscopy", caption=self._caption(weak))
+        Console(file=sys.stdout).print(counts_and_rejections(self.planned.before, made, rejections, missing))
         if missing:
+            reasons = {
+                code: ", ".join(f"{reason} {count}" for (of, reason), count in sorted(rejections.items()) if of == code)
+                for code in CLASSES
+            }
             say(
-                f"warning: {sum(missing.values()):,} of {plan.num_rows:,} images are missing, rejected "
-                f"{self.config.gates.max_attempts} times each: {missing_text(missing, rejections)}; raise "
+                f"warning: {lost.num_rows:,} of {plan.num_rows:,} images are missing, rejected "
+                f"{self.config.gates.max_attempts} times each: "
+                f"{', '.join(f'{code} {missing[code]} ({reasons[code]})' for code in CLASSES if missing[code])}; raise "
                 "--gates.max_attempts, or look at the gates' settings"
             )
-        there = plan.num_rows - sum(missing.values())
         speed = f", {kept / seconds:.1f} images/s" if kept else ""
         more = f", {strips} strips" if strips else ""
         print(
-            f"{there:,} images ({kept:,} new{speed}), {MANIFEST_NAME} and contact_sheet.png{more} in {folder.root}",
+            f"{plan.num_rows - lost.num_rows:,} images ({kept:,} new{speed}), {MANIFEST_NAME} and contact_sheet.png"
+            f"{more} in {folder.root}",
             flush=True,
         )
 
@@ -305,7 +308,6 @@ def _device(config: GenerateConfig, cluster: ExitStack) -> tuple[str, Precision]
 def _connect(cluster: ExitStack, config: GenerateConfig) -> None:
     """To Ray, once a run."""
     from m2d.cluster.start import ray_cluster
-    from m2d.generation.bulk import WRITER_CPUS
 
     joined = bool(os.environ.get("RAY_ADDRESS"))
     actors = config.num_actors or os.cpu_count() or 1

@@ -1,5 +1,6 @@
 """Settings of a generation run. Light on purpose: the command line reads them before torch is imported."""
 
+import re
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal, get_args
@@ -7,14 +8,54 @@ from typing import Literal, get_args
 from m2d.classes import CLASSES
 from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import ConfigError
-from m2d.generation.balance import BALANCE_SPLITS, BalanceSplit, parse_target
-from m2d.generation.gate_settings import GateConfig
 from m2d.models.settings import Precision
 
 Feature = Literal["prior", "none", "reference"]
 Mode = Literal["standard", "image2image", "interpolate", "balance"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 OutputFormat = Literal["folder", "webdataset", "parquet"]
+BalanceSplit = Literal["all", "train"]
+_CHOICES = {
+    "mode": Mode,
+    "format": OutputFormat,
+    "compile_mode": CompileMode,
+    "balance_split": BalanceSplit,
+    "mixed_precision": Precision,
+    "feature": Feature,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig:
+    """Which new images are refused and made again from another seed; docs/results/gates.md has what the defaults do."""
+
+    enabled: bool = True  # false: every image is kept, and the manifest says that the gates were off
+    near_copy: bool = True  # refuse what is nearer to a training image than images of two lesions are to each other
+    class_consistency: bool = True  # refuse what is further from its class's training images than they are themselves
+    blank: bool = True  # refuse images without contrast, such as are mostly black or white, and plain noise
+    near_copy_quantile: float = 0.01  # share of real images that would be refused as near-copies; higher: stricter
+    class_quantile: float = 0.99  # share of a class's real images that would pass; lower: stricter
+    neighbours: int = 5  # nearest training images of the class whose mean distance counts
+    min_contrast: float | None = None  # deviation of luma, grey levels; None: half of the flattest training images'
+    max_saturated_share: float | None = None  # of pixels black or white; None: well above any training image's
+    max_roughness: float | None = None  # mean step between pixels, grey levels; None: twice the roughest training ones
+    max_attempts: int = 10  # seeds tried for one image before it is given up
+
+    def __post_init__(self) -> None:
+        for name in ("near_copy_quantile", "class_quantile"):
+            quantile = getattr(self, name)
+            if not (isfinite(quantile) and 0 <= quantile <= 1):
+                raise ConfigError(f"gates.{name} is {quantile}; it must be from 0 to 1")
+        for name in ("neighbours", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"gates.{name} is {getattr(self, name)}; it must be at least 1")
+        contrast, share = self.min_contrast, self.max_saturated_share
+        if contrast is not None and not 0 <= contrast <= 127.5:
+            raise ConfigError(f"gates.min_contrast is {contrast}; it must be from 0 to 127.5 grey levels")
+        if self.max_roughness is not None and not 0 <= self.max_roughness <= 255:
+            raise ConfigError(f"gates.max_roughness is {self.max_roughness}; it must be from 0 to 255 grey levels")
+        if share is not None and not 0 <= share <= 1:
+            raise ConfigError(f"gates.max_saturated_share is {share}; it must be from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +105,9 @@ class GenerateConfig(SamplingSettings):
         for name in ("seed", "steps_between", "num_actors"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        for name, kind in (("mixed_precision", Precision), ("feature", Feature)):
-            if getattr(self, name) not in (None, *get_args(kind)):
-                raise ConfigError(f"{name} is {getattr(self, name)}; known: {' '.join(get_args(kind))}")
-        for name, kind in (("mode", Mode), ("format", OutputFormat), ("compile_mode", CompileMode)):
-            if getattr(self, name) not in get_args(kind):
+        for name, kind in _CHOICES.items():
+            optional = name in ("mixed_precision", "feature")
+            if getattr(self, name) not in (*get_args(kind), *([None] if optional else [])):
                 raise ConfigError(f"{name} is {getattr(self, name)}; known: {' '.join(get_args(kind))}")
         if self.compile_mode != "default" and not self.compile:
             raise ConfigError(f"compile_mode is {self.compile_mode}, but nothing is compiled; add --compile true")
@@ -86,8 +125,6 @@ class GenerateConfig(SamplingSettings):
         if self.gpus_per_actor is not None and self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
             raise ConfigError(f"gpus_per_actor is {self.gpus_per_actor}; above 1 it must be a whole number")
         parse_target(self.to)
-        if self.balance_split not in BALANCE_SPLITS:
-            raise ConfigError(f"balance_split is {self.balance_split}; known: {' '.join(BALANCE_SPLITS)}")
         if self.plan is None:
             self._check_mode()
         elif self.plan_only:
@@ -128,3 +165,40 @@ class GenerateConfig(SamplingSettings):
         if not asked:
             raise ConfigError(f"classes is empty; choose from {','.join(CLASSES)}, or leave it out for all")
         return tuple(code for code in CLASSES if code in asked)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a class is filled up to: `images`, or `share` of the largest class; exactly one of them is set."""
+
+    images: int | None = None
+    share: float | None = None
+
+    def resolve(self, largest: int) -> int:
+        """Images that each class shall have where the largest one has `largest`; a share is rounded to the nearest."""
+        return self.images if self.share is None else int(self.share * largest + 0.5)  # type: ignore[return-value]
+
+
+def parse_target(to: str) -> Target:
+    """`max`, a whole number of images, or a share of the largest class in (0, 1], such as `0.5`, with a point.
+
+    The share is what imbalanced-learn calls a float `sampling_strategy`: images of the class over images of the largest
+    one, afterwards. `x0.5` and `ratio 0.5` are other spellings of it; a whole number behind them is a share too, so
+    `x1` is `max`. Raises ConfigError for anything else.
+    """
+    text = to.strip().lower()
+    if text == "max":
+        return Target(share=1.0)
+    if re.fullmatch(r"[0-9]+", text) and int(text) > 0:
+        return Target(images=int(text))
+    share = re.fullmatch(r"(?:(?:ratio|x)\s*)?([0-9]+\.[0-9]*|\.[0-9]+)|(?:ratio|x)\s*([0-9]+)", text)
+    if share is None:
+        raise ConfigError(
+            f"to is {to or '(empty)'}; it must be max (as many as the largest class), a whole number of images such as "
+            "300, or a share of the largest class such as 0.5"
+        )
+    if not 0 < float(share[1] or share[2]) <= 1:
+        raise ConfigError(
+            f"to is {to}; a ratio is a share of the largest class, above 0 and at most 1 (0.5: half as many as it has)"
+        )
+    return Target(share=float(share[1] or share[2]))

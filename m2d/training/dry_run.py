@@ -29,8 +29,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 from m2d.data.catalog import IMAGE_SUFFIXES, is_debris
-from m2d.data.feature_store import FeatureStore, feature_bytes
-from m2d.data.prepared import prepared_folder, reusable_catalog
+from m2d.data.features import FeatureStore, feature_bytes
+from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import CheckpointError, DataError, first_line
 from m2d.experiment import Experiment
 from m2d.files.storage import open_storage, without_secrets

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from m2d.classes import NUM_CLASSES
-from m2d.data.feature_store import FeatureTable
+from m2d.data.features import FeatureTable
 from m2d.data.reader import ImageReader
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.models.feature_extractor import FeatureExtractor, Features

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from m2d.data.feature_store import FeatureTable
+from m2d.data.features import FeatureTable
 from m2d.data.reader import ImageReader
 from m2d.files.atomic import whole_file
 from m2d.models.feature_extractor import Features

@@ -16,12 +16,12 @@ from m2d.data.catalog import (
     read_catalog,
     scan_dataset,
     write_catalog,
-    write_rejected,
+    write_csv,
 )
-from m2d.data.feature_store import FeatureStore, FeatureTable
+from m2d.data.features import FeatureStore, FeatureTable
 from m2d.data.order import StreamOrder
-from m2d.data.prepared import PreparedImages, prepared_folder, reusable_catalog
 from m2d.data.reader import ImageReader
+from m2d.data.store import PreparedImages, prepared_folder, reusable_catalog
 from m2d.experiment import Experiment
 from m2d.files.progress import progress
 from m2d.models.feature_extractor import extractor_identity
@@ -158,7 +158,7 @@ def run_catalog(config: TrainConfig, experiment: Experiment, data_root: str, con
     write_catalog(scan.catalog, path)
     if len(scan.rejected):
         listed = str(experiment.path / "cache" / "rejected.csv")
-        write_rejected(scan.rejected, listed)
+        write_csv(scan.rejected, listed)
         for row in scan.rejected.slice(0, 10).to_pylist():
             console.say(f"rejected: {row['path']}: {row['reason']}")
         console.say(f"rejected {len(scan.rejected)} files; all of them with reasons: {listed}")

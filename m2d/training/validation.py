@@ -15,10 +15,9 @@ from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.diffusion.interpolant import interpolate, velocity_target
 from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import M2DError
-from m2d.evaluation.distances import kernel_distance
-from m2d.evaluation.fidelity_sides import Scale
 from m2d.generation.generator import Generator, pick_feature
 from m2d.generation.plan import rows_of, standard_plan
+from m2d.metrics.distances import Scale, kernel_distance
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo
 from m2d.models.feature_extractor import FeatureExtractor
 from m2d.models.unet import Denoiser
@@ -193,7 +192,7 @@ class SampleQuality:
         if self._real is None:
             self._real = self.state.real_cls(extractor, self.reader, self.source, self.rows).astype(np.float64)
         real, generated = self._real, self.state.cls(extractor, images).astype(np.float64)
-        scale = Scale.of_rows(real)
+        scale = Scale.of(real)
         generated, real = ((side - scale.mean) / scale.deviation for side in (generated, real))
         distance = kernel_distance(generated, real)
         return {"val/kernel_distance": distance.value, "val/kernel_distance_se": distance.standard_error}

@@ -21,7 +21,7 @@ from m2d.data.catalog import (
     read_catalog,
     scan_dataset,
     write_catalog,
-    write_rejected,
+    write_csv,
 )
 from m2d.data.settings import DataConfig
 from m2d.errors import DataError
@@ -145,8 +145,8 @@ def test_an_unreadable_file_is_rejected(tmp_path: Path) -> None:
 def test_a_file_that_vanishes_during_the_scan_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = build_dataset(tmp_path, {"MEL/a.png": encoded_image(0, "PNG"), "MEL/b.png": encoded_image(1, "PNG")})
 
-    def listing(*arguments: object) -> list[str]:
-        return ["MEL/a.png", "MEL/b.png", "MEL/gone.png"]
+    def listing(*_: object) -> list[tuple[str, None]]:
+        return [("MEL/a.png", None), ("MEL/b.png", None), ("MEL/gone.png", None)]
 
     monkeypatch.setattr("m2d.data.catalog._files_below", listing)
     scan = scan_dataset(root, DataConfig())
@@ -416,10 +416,10 @@ def test_a_missing_broken_or_foreign_catalog_is_an_error(tmp_path: Path, catalog
 def test_rejected_files_become_a_csv(tmp_path: Path) -> None:
     rejected = pa.table({"path": ["NV/a, b.png", 'NV/"c".png'], "reason": ["the file is empty", "truncated"]})
     location = tmp_path / "rejected.csv"
-    write_rejected(rejected, str(location))
+    write_csv(rejected, str(location))
     with location.open(newline="", encoding="utf-8") as lines:
         assert list(csv.DictReader(lines)) == rejected.to_pylist()
-    write_rejected(rejected.slice(0, 0), str(location))
+    write_csv(rejected.slice(0, 0), str(location))
     assert location.read_text().strip().replace('"', "") == "path,reason"
 
 

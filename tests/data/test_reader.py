@@ -9,8 +9,8 @@ import pytest
 
 from m2d.classes import CLASSES
 from m2d.data.decode import decode_resized
-from m2d.data.prepared import PreparedImages, write_images
 from m2d.data.reader import ImageReader
+from m2d.data.store import PreparedImages, write_images
 from m2d.data.views import apply_view
 from m2d.errors import DataError
 

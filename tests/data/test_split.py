@@ -5,7 +5,9 @@ import pyarrow as pa
 import pytest
 
 from m2d.classes import CLASSES
-from m2d.data.split import assign_splits
+from m2d.data.catalog import assign_splits
+from m2d.data.settings import DataConfig
+from m2d.errors import ConfigError
 
 
 def catalog_of(lesions: list[tuple[str, str]]) -> pa.Table:
@@ -181,6 +183,5 @@ def test_an_empty_catalog_splits_into_nothing() -> None:
 
 @pytest.mark.parametrize("fractions", [(-0.1, 0.1), (0.5, 0.5), (float("nan"), 0.1)])
 def test_fractions_that_leave_nothing_to_train_on_are_refused(fractions: tuple[float, float]) -> None:
-    catalog = catalog_of(single_image_lesions("NV", 10))
-    with pytest.raises(ValueError, match="val_fraction"):
-        assign_splits(catalog, val_fraction=fractions[0], test_fraction=fractions[1], seed=0)
+    with pytest.raises(ConfigError, match="val_fraction"):
+        DataConfig(val_fraction=fractions[0], test_fraction=fractions[1])

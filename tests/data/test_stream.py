@@ -12,8 +12,8 @@ import torch
 from m2d.data import stream as stream_module
 from m2d.data.local import iterate_local
 from m2d.data.order import StreamOrder, worker_rows
-from m2d.data.prepared import PreparedImages, write_images
 from m2d.data.reader import ImageReader
+from m2d.data.store import PreparedImages, write_images
 from m2d.data.stream import BlockPlan, build_stream, iterate_stream, stream_options
 from m2d.errors import DataError, TrainingError
 

@@ -3,33 +3,22 @@
 import numpy as np
 import pytest
 from sklearn.utils.class_weight import compute_sample_weight
+from tiny_sets import image_set
 
 from m2d.classes import class_index
 from m2d.errors import DataError
-from m2d.evaluation.arms import check_sides, limits, training_rows, unscored
-from m2d.evaluation.feature_set import ImageSet
+from m2d.evaluation.classifiers.arms import check_sides, limits, training_rows, unscored
 
 DF, MEL, NV, VASC = (class_index(code) for code in ("DF", "MEL", "NV", "VASC"))
 REAL = np.array([NV] * 20 + [MEL] * 6 + [DF] * 3)
 GENERATED = np.array([MEL] * 14 + [DF] * 40)
 
 
-def image_set(labels: list[int], groups: list[str]) -> ImageSet:
-    count = len(labels)
-    return ImageSet(
-        name="some",
-        source="memory",
-        sha256=tuple(map(str, range(count))),
-        paths=tuple(map(str, range(count))),
-        labels=np.array(labels, dtype=np.int64),
-        groups=np.array(groups, dtype=object),
-        pixels=np.zeros((count, 4, 4, 3), dtype=np.uint8),
-    )
-
-
-def test_arm_a_is_every_real_image_once() -> None:
-    rows = training_rows("a", REAL, GENERATED, seed=0)
-    assert (rows.real.tolist(), rows.generated.tolist(), set(rows.weights)) == (list(range(29)), [], {1.0})
+@pytest.mark.parametrize(("arm", "real", "generated"), [("a", 29, 0), ("d", 29, 54), ("e", 0, 54)])
+def test_arms_a_d_and_e_hold_every_image_of_their_kinds_once(arm: str, real: int, generated: int) -> None:
+    rows = training_rows(arm, REAL, GENERATED, seed=0)
+    assert (rows.real.tolist(), rows.generated.tolist()) == (list(range(real)), list(range(generated)))
+    assert set(rows.weights) == {1.0}
 
 
 def test_arm_b_weighs_as_scikit_learns_balanced_weights() -> None:
@@ -52,16 +41,6 @@ def test_arm_c_repeats_the_images_of_a_class_equally_often() -> None:
     assert sorted(repeats) == [3, 3, 3, 3, 4, 4]
 
 
-def test_arm_d_adds_every_generated_image_once() -> None:
-    rows = training_rows("d", REAL, GENERATED, seed=0)
-    assert (rows.real.tolist(), rows.generated.tolist()) == (list(range(29)), list(range(54)))
-
-
-def test_arm_e_has_no_real_image() -> None:
-    rows = training_rows("e", REAL, GENERATED, seed=0)
-    assert (rows.real.tolist(), rows.generated.tolist()) == ([], list(range(54)))
-
-
 def test_a_ratio_counts_against_the_real_images_of_each_class() -> None:
     rows = training_rows("d", REAL, GENERATED, ratio=2, seed=0)
     assert np.bincount(GENERATED[rows.generated], minlength=7)[[DF, MEL, NV]].tolist() == [6, 12, 0]
@@ -72,11 +51,8 @@ def test_a_smaller_ratio_takes_a_part_of_a_larger_one() -> None:
     assert small < large
 
 
-def test_a_ratio_that_there_are_too_few_images_for_says_where() -> None:
+def test_a_ratio_says_where_there_are_too_few_images_for_it() -> None:
     assert limits(REAL, GENERATED, 5) == "MEL 14 of 30, NV 0 of 100"
-
-
-def test_a_ratio_that_there_are_enough_images_for_says_nothing() -> None:
     assert limits(REAL[20:], GENERATED, 2) is None
 
 
@@ -86,37 +62,30 @@ def test_the_seed_decides_what_is_drawn() -> None:
     assert first != other
 
 
-def test_an_arm_that_does_not_exist_is_named() -> None:
-    with pytest.raises(ValueError, match="arm f"):
-        training_rows("f", REAL, GENERATED, seed=0)
-
-
 def test_a_lesion_in_train_and_test_is_refused_by_name() -> None:
-    train = image_set([MEL, NV, DF], ["L1", "L2", "L3"])
-    with pytest.raises(DataError, match=r"2 lesions are .*\(L1, L3\)"):
-        check_sides(train, image_set([MEL, NV, DF], ["L1", "L9", "L3"]), image_set([MEL], ["g"]))
+    train, test = (image_set([MEL, NV, DF], groups=["L1", other, "L3"]) for other in ("L2", "L9"))
+    with pytest.raises(DataError, match=r"lesions.*\(2: L1, L3\)"):
+        check_sides(train, test, image_set([MEL], "generated"))
 
 
-def test_a_generated_class_that_train_lacks_is_refused_by_name() -> None:
-    with pytest.raises(DataError, match="generated images of VASC"):
-        check_sides(
-            image_set([MEL, NV], ["1", "2"]), image_set([MEL, NV], ["3", "4"]), image_set([VASC, MEL], ["g", "h"])
-        )
-
-
-def test_no_generated_image_is_refused() -> None:
-    with pytest.raises(DataError, match="no generated image"):
-        check_sides(image_set([MEL, NV], ["1", "2"]), image_set([MEL, NV], ["3", "4"]), image_set([], []))
-
-
-def test_a_single_class_in_common_is_refused() -> None:
-    with pytest.raises(DataError, match=r"share 1 class \(MEL\)"):
-        check_sides(image_set([MEL, NV], ["1", "2"]), image_set([MEL, DF], ["3", "4"]), image_set([MEL], ["g"]))
+@pytest.mark.parametrize(
+    ("test", "generated", "message"),
+    [
+        ([MEL, NV], [VASC, MEL], "generated images of VASC"),
+        ([MEL, NV], [], "no generated image"),
+        ([MEL, DF], [MEL], r"too few classes \(MEL\)"),
+    ],
+)
+def test_classes_that_cannot_be_compared_are_refused_by_name(
+    test: list[int], generated: list[int], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        check_sides(image_set([MEL, NV], "train"), image_set(test, "test"), image_set(generated, "generated"))
 
 
 def test_classes_of_one_side_are_left_out_with_the_reason() -> None:
-    train, test = image_set([MEL, NV, DF], ["1", "2", "3"]), image_set([MEL, NV, VASC], ["4", "5", "6"])
-    assert check_sides(train, test, image_set([MEL], ["g"])) == sorted([MEL, NV])
+    train, test = image_set([MEL, NV, DF], groups=["1", "2", "3"]), image_set([MEL, NV, VASC], groups=["4", "5", "6"])
+    assert check_sides(train, test, image_set([MEL], groups=["g"])) == sorted([MEL, NV])
     reasons = unscored(train, test)
     assert set(reasons) == {"DF", "VASC"}
     assert "no test image" in reasons["DF"]

@@ -10,17 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny_checkpoint import write_checkpoint
+from tiny_sets import feature_set, image_set
 
 from m2d.cli import main, parse
+from m2d.cluster.nodes import device_of_actor
 from m2d.errors import ConfigError
 from m2d.evaluation import evaluate as evaluate_module
-from m2d.evaluation import extraction
-from m2d.evaluation.evaluate import _of_tasks, evaluate
-from m2d.evaluation.finetune_settings import FinetuneConfig
-from m2d.evaluation.provenance import find_checkpoint
-from m2d.evaluation.realism import typicality
+from m2d.evaluation.autoencoder_floor import reconstructions
+from m2d.evaluation.evaluate import evaluate, find_checkpoint
+from m2d.evaluation.images import FeatureSet, ImageSet
+from m2d.evaluation.report.page import typicality
 from m2d.models.checkpoint import Checkpoint, checkpoint_sha256
 
 COUNTS = {"DF": 24, "MEL": 40, "NV": 60}
@@ -99,8 +101,8 @@ def test_a_second_run_extracts_and_trains_nothing(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("done again")
 
-    monkeypatch.setattr(extraction, "load_feature_extractor", refuse)
-    monkeypatch.setattr("m2d.evaluation.downstream.ProbeClassifier.predict", refuse)
+    monkeypatch.setattr("m2d.data.features.load_feature_extractor", refuse)
+    monkeypatch.setattr("m2d.evaluation.classifiers.probe.ProbeClassifier.predict", refuse)
     evaluate(parse("evaluate", asked))
     second = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     assert second["downstream"] == first["downstream"]
@@ -186,14 +188,9 @@ def test_another_checkpoint_than_the_images_own_is_refused(
 
 def test_typicality_is_the_mean_distance_to_the_nearest_of_the_class() -> None:
     """Standardised, the training features of a class are the two unit axes; a generated one lies on the first."""
-    from m2d.evaluation.feature_set import FeatureSet, ImageSet
 
     def features(cls: list[list[float]]) -> FeatureSet:
-        n = len(cls)
-        labels, groups = np.zeros(n, np.int64), np.arange(n).astype(object)
-        names = tuple(map(str, range(n)))
-        images = ImageSet("x", "x", names, names, labels, groups, np.zeros((n, 16, 16, 3), np.uint8))
-        return FeatureSet(images, "x", np.array(cls, np.float32))
+        return feature_set(image_set([0] * len(cls)), np.array(cls))
 
     train = features([[1, 0], [-1, 0], [0, 1], [0, -1]])
     found = typicality(train, features([[3, 0]]))
@@ -211,6 +208,43 @@ def test_small_sets_start_no_ray(folders: tuple[Path, Path], tmp_path: Path, mon
     assert (evaluate(parse("evaluate", asked)) / "evaluation.html").is_file()
 
 
-@pytest.mark.parametrize(("asked", "given"), [(None, None), ("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda")])
-def test_a_task_sees_the_gpu_that_it_reserves_as_its_first(asked: str | None, given: str | None) -> None:
-    assert _of_tasks(FinetuneConfig(device=asked)).device == given
+@pytest.mark.parametrize(("asked", "given"), [("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda")])
+def test_a_task_sees_the_gpu_that_it_reserves_as_its_first(asked: str, given: str) -> None:
+    assert device_of_actor(asked) == given
+
+
+@pytest.fixture
+def images() -> ImageSet:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
+    return image_set([0] * 7, "test", pixels=pixels)
+
+
+@pytest.mark.parametrize(("batch_size", "at_once"), [(None, [7]), (3, [3, 3, 1])])
+def test_reconstructions_are_the_decoded_posterior_means(
+    prior_checkpoint: Checkpoint, images: ImageSet, tmp_path: Path, batch_size: int | None, at_once: list[int]
+) -> None:
+    vae = prior_checkpoint.autoencoder.vae
+    with torch.no_grad():
+        pixels = torch.from_numpy(images.pixels).permute(0, 3, 1, 2) / 127.5 - 1
+        decoded = prior_checkpoint.autoencoder.vae.decode(
+            prior_checkpoint.autoencoder.vae.encode(pixels).latent_dist.mean
+        ).sample
+    expected = ((decoded.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+    seen: list[int] = []
+    handle = vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    redrawn = reconstructions(images, prior_checkpoint, device="cpu", cache_dir=str(tmp_path), batch_size=batch_size)
+    handle.remove()
+    np.testing.assert_allclose(redrawn.pixels, expected, atol=0.501)
+    assert seen == at_once
+
+
+def test_a_batch_that_does_not_fit_is_a_one_line_error(
+    prior_checkpoint: Checkpoint, images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(latents: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    monkeypatch.setattr(prior_checkpoint.autoencoder, "decode", full)
+    with pytest.raises(ConfigError, match="try --batch_size 3 ") as caught:
+        reconstructions(images, prior_checkpoint, device="cpu", cache_dir=str(tmp_path), batch_size=6)
+    assert "\n" not in str(caught.value)

@@ -7,12 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from tiny_sets import image_set
 
 from m2d.classes import class_index
 from m2d.errors import ConfigError, TrainingError
-from m2d.evaluation.arms import training_rows
-from m2d.evaluation.feature_set import ImageSet
-from m2d.evaluation.finetune import (
+from m2d.evaluation.classifiers.arms import training_rows
+from m2d.evaluation.classifiers.compare import Trials
+from m2d.evaluation.classifiers.finetune import (
     FinetuneClassifier,
     _network,
     batches_of,
@@ -20,7 +21,8 @@ from m2d.evaluation.finetune import (
     measure_finetuned,
     steps_of,
 )
-from m2d.evaluation.finetune_settings import FinetuneConfig
+from m2d.evaluation.images import ImageSet
+from m2d.evaluation.settings import FinetuneConfig
 from m2d.models.feature_extractor import load_feature_extractor
 
 MEL, NV = class_index("MEL"), class_index("NV")
@@ -35,8 +37,7 @@ def squares(name: str, count: int, seed: int, labels: tuple[int, int] = (MEL, NV
     of_second = np.arange(count) % 2
     pixels = generator.integers(0, 120, size=(count, 24, 24, 3), dtype=np.uint8)
     pixels[np.arange(count), :, :, 2 * of_second] += 100
-    ids = tuple(f"{name}-{number}" for number in range(count))
-    return ImageSet(name, "memory", ids, ids, np.array(labels)[of_second], np.array(ids, dtype=object), pixels)
+    return image_set(np.array(labels)[of_second], name, pixels=pixels)
 
 
 TRAIN, TEST, GENERATED = squares("train", 48, 0), squares("test", 30, 1), squares("generated", 40, 2)
@@ -55,11 +56,8 @@ def answer() -> np.ndarray:
     return predict("a")
 
 
-def test_two_colours_are_told_apart_on_new_images(answer: np.ndarray) -> None:
+def test_two_colours_are_told_apart_on_new_images_by_probabilities_of_seven_classes(answer: np.ndarray) -> None:
     assert np.array_equal(answer.argmax(axis=1), TEST.labels)
-
-
-def test_probabilities_of_all_seven_classes_sum_to_one(answer: np.ndarray) -> None:
     assert answer.shape == (30, 7)
     assert answer.sum(axis=1) == pytest.approx(1, abs=1e-6)
 
@@ -72,12 +70,9 @@ def test_generated_images_are_learned_from_too() -> None:
     assert np.array_equal(called, np.where(TEST.labels == MEL, NV, MEL))
 
 
-def test_one_seed_gives_one_answer_whatever_was_drawn_before(answer: np.ndarray) -> None:
+def test_the_seed_decides_the_answer_whatever_was_drawn_before(answer: np.ndarray) -> None:
     torch.rand(7)
     assert np.array_equal(predict("a"), answer)
-
-
-def test_another_seed_gives_another_answer(answer: np.ndarray) -> None:
     assert not np.allclose(predict("a", seed=1), answer, atol=1e-4)
 
 
@@ -147,9 +142,8 @@ def test_the_default_starts_from_the_wheels_weights_and_a_new_layer_for_seven_cl
 
 def test_a_whole_comparison_runs_and_is_plain_numbers() -> None:
     config = replace(TINY, epochs=1)
-    result = measure_finetuned(
-        train=TRAIN, test=TEST, generated=GENERATED, config=config, seeds=[0, 1], resamples=100, seed=0
-    )
+    trials = Trials(seeds=[0, 1], resamples=100)
+    result = measure_finetuned(train=TRAIN, test=TEST, generated=GENERATED, config=config, trials=trials)
     written = json.loads(json.dumps(asdict(result), allow_nan=False))
     assert written["settings"]["steps"] == 6
     assert {arm: one["trainings"] for arm, one in written["arms"].items()} == dict.fromkeys("abcde", 2)
@@ -160,13 +154,9 @@ def test_a_network_that_diverges_is_an_error() -> None:
         predict("a", config=replace(TINY, learning_rate=1e30))
 
 
-def test_each_pass_shows_every_image_once() -> None:
-    batches = [numbers for numbers, _ in batches_of(10, 4, 5, seed=0)]
-    shown = np.concatenate(batches).reshape(2, 10)
+def test_each_pass_shows_every_image_once_and_all_eight_views_are_shown() -> None:
+    shown = np.concatenate([numbers for numbers, _ in batches_of(10, 4, 5, seed=0)]).reshape(2, 10)
     assert [sorted(one) for one in shown.tolist()] == [list(range(10))] * 2
-
-
-def test_all_eight_views_are_shown() -> None:
     views = np.concatenate([views for _, views in batches_of(10, 10, 20, seed=0)])
     assert set(views.tolist()) == set(range(8))
 

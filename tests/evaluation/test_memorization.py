@@ -15,9 +15,8 @@ from scipy.stats import binomtest
 from m2d.classes import CLASSES, class_index
 from m2d.data.views import apply_view
 from m2d.errors import DataError
-from m2d.evaluation.feature_set import FeatureSet, ImageSet
-from m2d.evaluation.memorization import MemorizationResult, measure_memorization, wilson_interval
-from m2d.evaluation.memorization_distances import Limits
+from m2d.evaluation.images import FeatureSet, ImageSet
+from m2d.evaluation.memorization import Limits, MemorizationResult, measure_memorization, wilson_interval
 from m2d.models.feature_extractor import load_feature_extractor
 
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
@@ -429,9 +428,8 @@ def test_the_worst_pairs_are_the_nearest_in_order_and_name_their_files() -> None
     assert (worst[1].generated_class, worst[1].train_class) == ("NV", "MEL")
 
 
-def test_the_same_seed_draws_the_same_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m2d.evaluation.memorization_distances._CALIBRATION_IMAGES", 90)
-    first, second = (measured(textures(5, seed=3)) for _ in range(2))
+def test_the_same_seed_draws_the_same_calibration() -> None:
+    first, second = (measured(textures(5, seed=3), calibration_images=90) for _ in range(2))
     assert first == second
     assert first.spaces["features"].calibration_images == 90
 

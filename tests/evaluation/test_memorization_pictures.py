@@ -5,9 +5,9 @@ import pytest
 
 from m2d.classes import DIAGNOSES, class_index
 from m2d.data.views import apply_view
-from m2d.evaluation.feature_set import ImageSet
+from m2d.evaluation.images import ImageSet
+from m2d.evaluation.memorization import Pair
 from m2d.evaluation.memorization_pictures import worst_pairs_picture
-from m2d.evaluation.memorization_result import Pair
 
 RED = (0xB0, 0x00, 0x20)
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from m2d.classes import CLASSES
 from m2d.cli import main, main_from_shell, parse
+from m2d.data import features
 from m2d.data.catalog import scan_dataset, write_catalog
 from m2d.data.settings import DataConfig
-from m2d.evaluation import cls_features
 
 COLOURS = dict(zip(CLASSES, ("red", "lime", "blue", "yellow", "black", "white", "magenta")))
 
@@ -115,7 +115,7 @@ def test_a_second_probe_runs_no_extractor(dataset: str, tmp_path: Path, monkeypa
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the extractor was loaded")
 
-    monkeypatch.setattr(cls_features, "load_feature_extractor", refuse)
+    monkeypatch.setattr(features, "load_feature_extractor", refuse)
     second = run(tmp_path, "--data_root", dataset)
     assert second["extracted"] == 0
     assert {**second, "extracted": 112, "seconds": 0, "created": ""} == {**first, "seconds": 0, "created": ""}
@@ -139,25 +139,23 @@ def test_one_catalog_gives_its_own_train_and_test_split(dataset: str, tmp_path: 
     assert sum(result["test"]["images"].values()) == 7 * 1 * 2
 
 
-def test_a_lesion_on_both_sides_is_refused_by_name(
+def test_a_lesion_or_an_image_on_both_sides_is_refused_by_name(
     dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     leaked = pc.field("image_id") == "MEL_0_0"  # one photograph of a lesion, the other stays in train
     given = catalogs(tmp_path, dataset, ~leaked & (TRAIN | (pc.field("lesion_id") == "lesion_MEL_0_0")), TEST | leaked)
     message = refusal(capsys, arguments(tmp_path, *given))
-    assert "share 1 lesion: lesion_MEL_0_0;" in message
+    assert "1 lesion of the test images" in message
+    assert "lesion_MEL_0_0;" in message
 
-
-def test_an_image_on_both_sides_is_refused_by_name(
-    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
     given = catalogs(tmp_path, dataset, TRAIN, TEST)
-    test = scan_dataset(dataset, DataConfig(val_fraction=0, test_fraction=0.25)).catalog
-    copied = test.filter(TRAIN).slice(0, 1)
+    whole = scan_dataset(dataset, DataConfig(val_fraction=0, test_fraction=0.25)).catalog
+    copied = whole.filter(TRAIN).slice(0, 1)
     copied = copied.set_column(copied.column_names.index("lesion_id"), "lesion_id", pa.array(["under another name"]))
-    write_catalog(pa.concat_tables([test.filter(TEST), copied]), str(tmp_path / "test.parquet"))
+    write_catalog(pa.concat_tables([whole.filter(TEST), copied]), str(tmp_path / "test.parquet"))
     message = refusal(capsys, arguments(tmp_path, *given))
-    assert f"share 1 image: {copied['sha256'][0].as_py()};" in message
+    assert "1 image of the test images" in message
+    assert f"{copied['sha256'][0].as_py()[:16]};" in message
 
 
 def test_classes_that_one_side_lacks_are_told(dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,9 +177,7 @@ def test_images_that_are_gone_are_counted_and_listed(tmp_path: Path, capsys: pyt
     result = run(tmp_path, *given)
     assert result["unreadable"] == ["NV/NV_0_3.png: is not there"]
     assert sum(sum(result[side]["images"].values()) for side in ("train", "test")) == 31
-    assert "1 image could not be read and is left out: NV/NV_0_3.png: is not there" in " ".join(
-        capsys.readouterr().out.split()
-    )
+    assert "left out: 1: NV/NV_0_3.png: is not there" in " ".join(capsys.readouterr().out.split())
 
 
 def test_catalogs_of_another_folder_are_refused(
@@ -214,17 +210,18 @@ def test_a_wrong_setting_is_refused_in_one_line(
     assert refusal(capsys, arguments(tmp_path, *given)).startswith(message)
 
 
-def test_a_catalog_that_is_not_there_is_refused(
-    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--train_catalog", "none.parquet"], "catalog: none.parquet does not exist"),
+        (["--data.test_fraction", "0"], "probe: the test side (test split of {dataset}) holds no image"),
+    ],
+)
+def test_a_catalog_or_split_without_images_is_refused(
+    given: list[str], message: str, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    missing = str(tmp_path / "none.parquet")
-    message = refusal(capsys, arguments(tmp_path, "--data_root", dataset, "--train_catalog", missing))
-    assert message.startswith(f"catalog: {missing} does not exist")
-
-
-def test_an_empty_test_split_is_refused(dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    message = refusal(capsys, arguments(tmp_path, "--data_root", dataset, "--data.test_fraction", "0"))
-    assert message.startswith(f"probe: the test side (test split of {dataset}) holds no image")
+    found = refusal(capsys, arguments(tmp_path, "--data_root", dataset, *given))
+    assert found.startswith(message.format(dataset=dataset))
 
 
 def test_a_single_class_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,12 @@ import torch
 from fake_cuda.lane_generation import checkpoint_of
 
 from m2d.classes import CLASSES
-from m2d.data.feature_jobs import extract_view
-from m2d.evaluation.arms import training_rows
+from m2d.data.features import extract_view
 from m2d.evaluation.autoencoder_floor import reconstructions
-from m2d.evaluation.feature_set import ImageSet
-from m2d.evaluation.finetune import FinetuneClassifier
-from m2d.evaluation.finetune_settings import FinetuneConfig, Precision
+from m2d.evaluation.classifiers.arms import training_rows
+from m2d.evaluation.classifiers.finetune import FinetuneClassifier
+from m2d.evaluation.images import ImageSet
+from m2d.evaluation.settings import FinetuneConfig, Precision
 from m2d.models.feature_extractor import load_feature_extractor
 
 

@@ -22,10 +22,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from m2d.generation import run
-from m2d.generation.gate_settings import GateConfig
 from m2d.generation.generator import Generator
-from m2d.generation.group import GeneratorSettings
-from m2d.generation.settings import GenerateConfig
+from m2d.generation.settings import GateConfig, GenerateConfig
+from m2d.generation.workers import GeneratorSettings
 
 NODES = 3
 PATIENCE_S = 150.0  # for what must happen; on a busy machine an actor may need a minute to start

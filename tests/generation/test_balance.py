@@ -1,10 +1,13 @@
 """How many images each class lacks: by hand."""
 
+import pyarrow as pa
 import pytest
 
+from m2d.classes import CLASSES
 from m2d.data.catalog import CATALOG_SCHEMA
 from m2d.errors import ConfigError, DataError
-from m2d.generation.balance import parse_target, real_counts, targets
+from m2d.generation.plan import make_plan, targets
+from m2d.generation.settings import BalanceSplit, GenerateConfig, parse_target
 
 COUNTS = {"AKIEC": 0, "BCC": 40, "BKL": 0, "DF": 3, "MEL": 25, "NV": 100, "VASC": 7}
 
@@ -52,11 +55,12 @@ def test_an_empty_dataset_is_refused() -> None:
         targets(dict.fromkeys(COUNTS, 0), "max")
 
 
-def test_all_splits_count_or_training_alone() -> None:
+@pytest.mark.parametrize(("split", "before"), [("all", {"DF": 2, "NV": 3}), ("train", {"DF": 1, "NV": 2})])
+def test_all_splits_count_or_training_alone(split: BalanceSplit, before: dict[str, int]) -> None:
     rows = [("DF", "train"), ("DF", "val"), ("NV", "train"), ("NV", "train"), ("NV", "test")]
-    catalog = CATALOG_SCHEMA.empty_table().from_pylist(
-        [dict.fromkeys(CATALOG_SCHEMA.names) | {"label": label, "split": split} for label, split in rows],
-        schema=CATALOG_SCHEMA,
-    )
-    assert {code: count for code, count in real_counts(catalog).items() if count} == {"DF": 2, "NV": 3}
-    assert {code: count for code, count in real_counts(catalog, "train").items() if count} == {"DF": 1, "NV": 2}
+    blank = dict.fromkeys(["image_id", "path", "lesion_id", "sha256"], "")
+    catalog = pa.Table.from_pylist([blank | {"label": code, "split": of} for code, of in rows], CATALOG_SCHEMA)
+    config = GenerateConfig(checkpoint="c", mode="balance", catalog="given", balance_split=split)
+    found = make_plan(config, "none", catalog)
+    assert found.before == dict.fromkeys(CLASSES, 0) | before
+    assert found.classes == ["DF"]

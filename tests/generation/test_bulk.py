@@ -22,9 +22,8 @@ from tiny_checkpoint import write_checkpoint
 
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation import run
-from m2d.generation.bulk import ActorPool, pick_pool
-from m2d.generation.gate_settings import GateConfig
-from m2d.generation.settings import GenerateConfig
+from m2d.generation.settings import GateConfig, GenerateConfig
+from m2d.generation.workers import ActorPool, pick_pool
 from m2d.models.checkpoint import Checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

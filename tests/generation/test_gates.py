@@ -17,18 +17,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_networks import IMAGE_SIZE, TinyExtractor
 
-from m2d.classes import CLASSES, class_index
+from m2d.classes import class_index
 from m2d.data.catalog import catalog_hash, scan_dataset
-from m2d.data.feature_store import FeatureStore, write_features
+from m2d.data.features import FeatureStore, write_features
 from m2d.data.reader import ImageReader
 from m2d.data.settings import DataConfig
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, DataError
-from m2d.generation import gate_reference
-from m2d.generation.gate_reference import GateReference, ImageFacts, build_gate_reference
-from m2d.generation.gate_settings import GateConfig
-from m2d.generation.gates import Verdict, active_gates, check
-from m2d.generation.neighbours import nearest, unit_rows
+from m2d.generation.gates import GateReference, ImageFacts, Verdict, active_gates, build_gate_reference, check
+from m2d.generation.settings import GateConfig
 from m2d.models.feature_extractor import load_feature_extractor
 
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
@@ -70,37 +67,32 @@ def test_the_copy_threshold_is_a_quantile_of_the_distances_between_lesions(quant
     assert reference.copy_threshold == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_class_threshold_is_a_quantile_of_mean_distances_to_the_nearest_of_the_class(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_class_threshold_is_a_quantile_of_mean_distances_to_the_nearest_of_the_class() -> None:
     """MEL's 0 has 10 and 90 for neighbours, its 10 has 0 and 90: the quantile 1 is the wider mean, 0 the closer."""
-    monkeypatch.setattr(gate_reference, "WEAK_BELOW", 4)
     for quantile, expected in ((1.0, (apart(10) + apart(90)) / 2), (0.0, (apart(10) + apart(80)) / 2)):
         config = GateConfig(class_quantile=quantile, neighbours=2)
-        reference = GateReference.build(on_circle(*ANGLES), TWO_CLASSES, ALONE, config)
+        reference = GateReference.build(on_circle(*ANGLES), TWO_CLASSES, ALONE, config, weak_below=4)
         assert reference.class_thresholds[MEL] == pytest.approx(expected, abs=1e-6)
         assert reference.class_thresholds[DF] is None
         assert reference.weak == ()
 
 
-def test_a_class_threshold_leaves_the_own_lesion_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_reference, "WEAK_BELOW", 4)
+def test_a_class_threshold_leaves_the_own_lesion_out() -> None:
     config = GateConfig(class_quantile=1.0, neighbours=2)
-    reference = GateReference.build(on_circle(*ANGLES), TWO_CLASSES, ["pair", "pair", *ALONE[2:]], config)
+    reference = GateReference.build(on_circle(*ANGLES), TWO_CLASSES, ["pair", "pair", *ALONE[2:]], config, weak_below=4)
     assert reference.class_thresholds[MEL] == pytest.approx((apart(90) + apart(100)) / 2, abs=1e-6)
 
 
-def test_a_class_of_few_images_gets_the_widest_threshold_and_is_called_weak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate_reference, "WEAK_BELOW", 4)
+def test_a_class_of_few_images_gets_the_widest_threshold_and_is_called_weak() -> None:
     config = GateConfig(class_quantile=1.0, neighbours=2)
     degrees, labels = [*ANGLES, 45, 46, 47], [*TWO_CLASSES, DF, DF, DF]
     features = np.concatenate([on_circle(*ANGLES), on_circle(45, 46, 47)])
-    close = GateReference.build(features, np.array(labels), [f"l{d}" for d in degrees], config)
+    close = GateReference.build(features, np.array(labels), [f"l{d}" for d in degrees], config, weak_below=4)
     widest = max(close.class_thresholds[MEL] or 0, close.class_thresholds[NV] or 0)
     assert close.weak == ("DF",)
     assert close.class_thresholds[DF] == widest
     features = np.concatenate([on_circle(*ANGLES), on_circle(45, 165, 285)])  # further apart than any class
-    spread = GateReference.build(features, np.array(labels), [f"l{d}" for d in degrees], config)
+    spread = GateReference.build(features, np.array(labels), [f"l{d}" for d in degrees], config, weak_below=4)
     assert (spread.class_thresholds[DF] or 0) > max(spread.class_thresholds[MEL] or 0, spread.class_thresholds[NV] or 0)
 
 
@@ -124,49 +116,25 @@ def test_one_lesion_alone_still_makes_a_reference() -> None:
     assert (copy.reason, other.reason) == ("near_copy", None)
 
 
-def test_many_images_are_calibrated_on_a_draw_that_is_always_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_images_are_calibrated_on_a_draw_that_is_always_the_same() -> None:
     features = np.random.default_rng(0).normal(size=(400, 6)).astype(np.float32)
     labels, lesions = np.arange(400) % 3, [str(row) for row in range(400)]
     whole = GateReference.build(features, labels, lesions, GateConfig(near_copy_quantile=0.5))
-    monkeypatch.setattr(gate_reference, "_CALIBRATION_IMAGES", 100)
-    drawn = [GateReference.build(features, labels, lesions, GateConfig(near_copy_quantile=0.5)) for _ in range(2)]
+    config = GateConfig(near_copy_quantile=0.5)
+    drawn = [GateReference.build(features, labels, lesions, config, calibration_images=100) for _ in range(2)]
     assert drawn[0].copy_threshold == drawn[1].copy_threshold
     assert drawn[0].copy_threshold == pytest.approx(whole.copy_threshold, rel=0.2)
-
-
-# --- nearest neighbours ---------------------------------------------------------------------------------------------
-
-
-def test_the_search_in_blocks_finds_what_a_table_of_all_distances_has() -> None:
-    generator = torch.Generator().manual_seed(0)
-    queries, bank = (unit_rows(torch.randn(n, 12, generator=generator)) for n in (300, 700))
-    groups, bank_groups = (torch.randint(0, 50, (n,), generator=generator) for n in (300, 700))
-    table = (queries.double()[:, None] - bank.double()[None]).square().sum(dim=2) / 2
-    table = table.masked_fill(groups[:, None] == bank_groups[None], torch.inf)
-    expected, rows = table.sort(dim=1)
-    for block_values in (1, 256 * 7, 2**22):
-        found = nearest(queries, bank, 4, query_groups=groups, bank_groups=bank_groups, block_values=block_values)
-        torch.testing.assert_close(found[0], expected[:, :4], rtol=0, atol=1e-12)
-        assert torch.equal(found[1], rows[:, :4])
-
-
-def test_where_too_few_are_left_the_distance_is_infinite() -> None:
-    bank = unit_rows(torch.eye(2))
-    distances, rows = nearest(bank, bank, 2, query_groups=torch.tensor([0, 1]), bank_groups=torch.tensor([0, 1]))
-    assert distances.tolist() == [[1.0, math.inf], [1.0, math.inf]]
-    assert rows.tolist() == [[1, -1], [0, -1]]
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def circle(monkeypatch: pytest.MonkeyPatch) -> GateReference:
+def circle() -> GateReference:
     """Copies: up to 10 degrees. MEL: mean distance to two up to that of 10 and 90 degrees."""
-    monkeypatch.setattr(gate_reference, "WEAK_BELOW", 4)
     config = GateConfig(near_copy_quantile=0, class_quantile=1, neighbours=2)
     ids = [f"ISIC_{angle}" for angle in ANGLES]
-    return GateReference.build(on_circle(*ANGLES), TWO_CLASSES, ALONE, config, ids=ids)
+    return GateReference.build(on_circle(*ANGLES), TWO_CLASSES, ALONE, config, ids=ids, weak_below=4)
 
 
 @pytest.mark.parametrize(
@@ -292,17 +260,15 @@ def test_limits_of_blank_images_come_from_the_settings_then_the_training_images(
 
 
 def test_what_gates_run_is_told() -> None:
-    features = GateReference.build(on_circle(*ANGLES), TWO_CLASSES, ALONE, GateConfig())
-    both = GateReference.build(
-        on_circle(*ANGLES), TWO_CLASSES, ALONE, GateConfig(), facts=ImageFacts.of(textures(8, seed=0))
-    )
     everything = ("blank", "near_copy:features", "near_copy:pixels", "class_consistency")
-    assert active_gates(GateConfig(), both) == everything
-    assert active_gates(GateConfig(), both, features=False) == ("blank", "near_copy:pixels")
-    assert active_gates(GateConfig(), features) == ("blank", "near_copy:features", "class_consistency")
-    assert active_gates(GateConfig(), None) == ("blank",)
-    assert active_gates(GateConfig(blank=False, near_copy=False), both) == ("class_consistency",)
-    assert active_gates(GateConfig(enabled=False), both) == ()
+    assert active_gates(GateConfig(), features=True, pixels=True) == everything
+    assert active_gates(GateConfig(), features=False, pixels=True) == ("blank", "near_copy:pixels")
+    assert active_gates(GateConfig(), features=True, pixels=False) == (
+        "blank", "near_copy:features", "class_consistency",
+    )  # fmt: skip
+    assert active_gates(GateConfig(), features=False, pixels=False) == ("blank",)
+    assert active_gates(GateConfig(blank=False, near_copy=False), features=True, pixels=True) == ("class_consistency",)
+    assert active_gates(GateConfig(enabled=False), features=True, pixels=True) == ()
 
 
 def test_gates_that_are_off_accept_a_black_copy(circle: GateReference) -> None:
@@ -330,13 +296,6 @@ def test_a_loaded_reference_is_the_saved_one(full_reference: GateReference, tmp_
         there = getattr(loaded, name)
         assert torch.equal(there, value) if isinstance(value, torch.Tensor) else there == value, name
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
-
-
-def test_the_summary_is_json_and_names_the_thresholds(full_reference: GateReference) -> None:
-    summary = json.loads(json.dumps(full_reference.summary()))
-    assert summary["images"] == 8
-    assert summary["class_thresholds"].keys() == set(CLASSES)
-    assert summary["settings"]["near_copy_quantile"] == 0.01
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,19 @@ import pytest
 from PIL import Image
 
 from m2d.errors import ConfigError
-from m2d.generation.gate_settings import GateConfig
-from m2d.generation.group import GroupWriter, MadeGroup
-from m2d.generation.journal import PARTS, attempts_left, group_name
-from m2d.generation.outputs import (
+from m2d.generation.output import (
     MANIFEST_NAME,
+    PARTS,
     RECORD_NAME,
     OutputFolder,
+    Recipe,
+    attempts_left,
+    default_output,
+    group_name,
 )
 from m2d.generation.plan import PlanRow, retried, table_of
-from m2d.generation.recipe import Recipe, default_output
-from m2d.generation.settings import GenerateConfig
+from m2d.generation.settings import GateConfig, GenerateConfig
+from m2d.generation.workers import GroupWriter, MadeGroup
 
 RECIPE = Recipe(
     checkpoint="ab" * 32,
@@ -316,7 +318,7 @@ def test_the_gate_setting_that_differs_is_named(tmp_path: Path) -> None:
 
 
 def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
-    with OutputFolder.open(tmp_path, RECIPE), pytest.raises(ConfigError, match="another run is at work"):
+    with OutputFolder.open(tmp_path, RECIPE), pytest.raises(ConfigError, match="another run"):
         OutputFolder.open(tmp_path, RECIPE)
     OutputFolder.open(tmp_path, RECIPE).close()
 

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch.testing import assert_close
 
-from m2d.generation.request import (
+from m2d.generation.seeds import (
     feature_seed,
     next_attempt_seed,
     noise_for,

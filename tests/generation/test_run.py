@@ -25,12 +25,11 @@ from m2d.classes import CLASSES
 from m2d.data.catalog import class_counts, scan_dataset
 from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
-from m2d.generation import gates, run, summary
+from m2d.generation import gates, output, run
 from m2d.generation.formats import FORMATS
-from m2d.generation.gate_settings import GateConfig
 from m2d.generation.generator import Generator
 from m2d.generation.plan import rows_of, standard_plan
-from m2d.generation.settings import GenerateConfig, OutputFormat
+from m2d.generation.settings import GateConfig, GenerateConfig, OutputFormat
 from m2d.models.checkpoint import Checkpoint
 
 
@@ -177,13 +176,13 @@ def test_a_class_that_the_prior_does_not_know_stops_the_run_before_anything_is_m
 
 def test_the_contact_sheet_says_what_guided(with_prior: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captions: list[str] = []
-    real = summary.contact_sheet
+    real = output.contact_sheet
 
     def recording(*args: Any, caption: str, **kwargs: Any) -> Image.Image:
         captions.append(caption)
         return real(*args, caption=caption, **kwargs)
 
-    monkeypatch.setattr(summary, "contact_sheet", recording)
+    monkeypatch.setattr(output, "contact_sheet", recording)
     run.generate(config(feature_temperature=0.5))
     run.generate(config(feature="none"))
     assert "features drawn from the class prior at temperature 0.5 (few images of DF)" in captions[0]
@@ -418,7 +417,7 @@ def test_interpolate_leaves_a_strip_a_pair_and_keeps_its_ends(
             self.dim = checkpoint.info.feature_dim
             self.network = torch.nn.Conv2d(3, self.dim, 8, stride=8)
 
-    monkeypatch.setattr(run, "load_reference_extractor", lambda *_: Means())
+    monkeypatch.setattr("m2d.generation.references.load_reference_extractor", lambda *_: Means())
     root = run.generate(
         config(
             mode="interpolate", reference_images=str(references / "a"), reference_images_b=str(references / "b"),

@@ -9,8 +9,8 @@ from PIL import Image
 from tiny_run import TINY, write_images
 
 from m2d.cli import parse
-from m2d.data.prepare import setup_data
 from m2d.data.reader import ImageReader
+from m2d.data.setup import setup_data
 from m2d.experiment import Experiment, complete_checkpoints
 from m2d.models.checkpoint import load_checkpoint, read_prior
 from m2d.training.trainer import train

@@ -1,0 +1,350 @@
+"""Every arm trained, scored on the unseen lesions and compared: does the synthetic set help a classifier?
+
+Called for both classifiers (probe.py, finetune.py), of which it knows no more than the protocol.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from m2d.classes import CLASSES, NUM_CLASSES
+from m2d.cluster.fan_out import fan_out, numbered, on_tasks
+from m2d.cluster.nodes import cluster_total
+from m2d.cluster.start import ray_cluster
+from m2d.data.store import cache_file
+from m2d.evaluation.classifiers.arms import (
+    ARMS,
+    TrainingRows,
+    check_sides,
+    class_counts,
+    limits,
+    training_rows,
+    unscored,
+)
+from m2d.evaluation.images import ImageSet
+from m2d.files.progress import progress
+from m2d.metrics.bootstrap import Estimate, resampled_seeds, resampled_weights
+from m2d.metrics.scores import LOWER_IS_BETTER, weighted_scores
+
+FEW_LESIONS = 10  # of a class in the test images: its interval is then a rough one
+GPU_SHARE = 0.25  # of a task: small networks on small images leave most of a GPU idle
+Settings = dict[str, str | int | float | bool | None]
+Word = Literal["helps", "no difference shown", "hurts"]
+_INTERVALS = (
+    "Intervals cover the choice of test lesions and what a seed decides, not what other real training images or "
+    "another synthetic set would change."
+)
+_WATCHED = {  # may fall while the balanced accuracy rises: the ranking within a class, and what a probability means
+    "macro_auprc": "macro AUPRC",
+    "melanoma_auprc": "melanoma AUPRC",
+    "expected_calibration_error": "expected calibration error",
+}
+_CONTROLS = {"c": "real images oversampled to the same counts", "b": "class weights on real images alone"}
+
+
+class Classifier(Protocol):
+    """Trains on rows of its real and generated images and calls its test images. It is pickled."""
+
+    @property
+    def identity(self) -> str:
+        """Everything that shapes the answer but the rows and the seed: settings, weights, images."""
+        ...
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed changes the answer."""
+        ...
+
+    @property
+    def wants_gpu(self) -> bool:
+        """Whether a GPU would make it faster."""
+        ...
+
+    def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
+        """Train, then the class probabilities of the test images, float [N, K]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trials:
+    """How arms are trained and compared."""
+
+    seeds: Sequence[int]  # a training of each arm for each
+    resamples: int  # of the test lesions
+    ratios: Sequence[float] = ()  # synthetic : real, tried as well
+    seed: int = 0  # of the resamples
+    kept: Path | None = None  # a folder for finished trainings, so that a killed run resumes
+    on_ray: bool = False
+    what: str = "classifiers"  # for the progress bar
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One arm: what it trained on and how it did, averaged over the seeds."""
+
+    description: str
+    images: dict[str, int]  # trained on, of each class, repeats counted
+    trainings: int  # different ones among the seeds: 1 where no seed changes anything
+    scores: dict[str, Estimate]  # see metrics.scores.weighted_scores
+
+
+@dataclass(frozen=True)
+class RatioResult:
+    """A step of the ratio sweep: d with so many synthetic images for each real one, and its own control."""
+
+    ratio: float
+    added: dict[str, int]  # synthetic images that each class gained
+    limited: str | None  # where there were too few, in words
+    oversampled: dict[str, Estimate]  # scores of c
+    synthetic: dict[str, Estimate]  # scores of d
+    minus_b: dict[str, Estimate]
+    minus_c: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """See `verdict`."""
+
+    word: Word
+    sentence: str
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class DownstreamResult:
+    """All of it for one classifier. Differences are d minus b and d minus c, paired by resample and seed."""
+
+    classifier: str
+    settings: Settings
+    seeds: list[int]
+    resamples: int
+    train: dict[str, int]  # real images of each class
+    generated: dict[str, int]
+    test: dict[str, int]  # scored test images of each class
+    test_lesions: dict[str, int]
+    arms: dict[str, ArmResult]  # by letter of ARMS
+    minus_b: dict[str, Estimate]
+    minus_c: dict[str, Estimate]
+    ratios: list[RatioResult]
+    verdict: Verdict
+    left_out: dict[str, str]  # class code, or `arm e`: why
+    notes: list[str]
+
+
+def compare_arms(
+    classifier: Classifier,
+    name: str,
+    settings: Settings,
+    trials: Trials,
+    *,
+    images: tuple[ImageSet, ImageSet, ImageSet],
+    notes: Sequence[str],
+) -> DownstreamResult:
+    """Train every arm with every seed, score the test images, and take the differences.
+
+    images: train, test and generated, in the order of the classifier's rows. Scores are averaged over the seeds. A
+    bootstrap sample draws whole test lesions within their class, and training seeds (see metrics.bootstrap), and is the
+    same one for all arms, so that differences are paired and what makes a lesion hard cancels. The intervals hold for
+    these real training images and these synthetic ones: other draws of either are not in them. Raises DataError, see
+    arms.check_sides.
+    """
+    train, test, generated = images
+    scored = check_sides(train, test, generated)
+    lesions = {CLASSES[k]: len(set(test.groups[test.labels == k].tolist())) for k in scored}
+    left_out, notes = unscored(train, test), [*notes, _INTERVALS]
+    few = [f"{code} {count}" for code, count in lesions.items() if count < FEW_LESIONS]
+    if few:
+        notes.append(f"Fewer than {FEW_LESIONS} test lesions, so a rough interval: {', '.join(few)}.")
+    lacking = [CLASSES[k] for k in sorted(set(train.labels.tolist()) - set(generated.labels.tolist()))]
+    if lacking:
+        notes.append(f"No synthetic image of {' '.join(lacking)}: d adds none there, and e cannot recognise it.")
+    asked: list[tuple[str, float | None]] = [(arm, None) for arm in ARMS]
+    if len(generated.counts) < 2:
+        asked.remove(("e", None))
+        left_out["arm e"] = (
+            f"the generated images are of {' '.join(generated.counts)} alone; a classifier needs two classes"
+        )
+    asked += [(arm, ratio) for ratio in trials.ratios for arm in "cd"]
+    arms = {
+        (arm, ratio): [training_rows(arm, train.labels, generated.labels, ratio=ratio, seed=s) for s in trials.seeds]
+        for arm, ratio in asked
+    }
+    jobs = {arm: [Job.of(classifier, *one) for one in zip(drawn, trials.seeds)] for arm, drawn in arms.items()}
+    every = [job for of_arm in jobs.values() for job in of_arm]
+    answers = {job.digest: answer for job, answer in zip(every, run_jobs(classifier, every, trials))}
+
+    # Scores of each training: of the test set as it is (row 0), then of its resamples.
+    rows = np.flatnonzero(np.isin(test.labels, scored))
+    truth = test.labels[rows]
+    drawn = resampled_weights(truth, test.groups[rows], resamples=trials.resamples, seed=trials.seed)
+    weights = np.concatenate([np.ones((1, len(rows)), dtype=drawn.dtype), drawn])
+    scores = {digest: weighted_scores(answer[rows], truth, weights) for digest, answer in answers.items()}
+    names = list(next(iter(scores.values())))
+    tables = {arm: {name: np.stack([scores[job.digest][name] for job in jobs[arm]]) for name in names} for arm in arms}
+    picked = resampled_seeds(len(trials.seeds), resamples=trials.resamples, seed=trials.seed)
+
+    def estimates(
+        arm: str, ratio: float | None = None, minus: tuple[str, float | None] | None = None
+    ) -> dict[str, Estimate]:
+        """Each score of an arm, or of an arm less another."""
+        found = {}
+        for name, table in tables[arm, ratio].items():
+            values = table if minus is None else table - tables[minus][name]
+            resampled = values[picked, 1 + np.arange(len(picked))[:, None]].mean(axis=1)
+            found[name] = Estimate.of(values[:, 0].mean(), resampled)
+        return found
+
+    minus_b, minus_c = (estimates("d", minus=(control, None)) for control in "bc")
+    return DownstreamResult(
+        classifier=name,
+        settings=settings,
+        seeds=list(trials.seeds),
+        resamples=trials.resamples,
+        train=train.counts,
+        generated=generated.counts,
+        test=class_counts(truth),
+        test_lesions=lesions,
+        arms={
+            arm: ArmResult(
+                ARMS[arm],
+                class_counts(arms[arm, None][0].labels(train.labels, generated.labels)),
+                len({job.digest for job in jobs[arm, None]}),
+                estimates(arm),
+            )
+            for arm in ARMS
+            if (arm, None) in arms
+        },
+        minus_b=minus_b,
+        minus_c=minus_c,
+        ratios=[
+            RatioResult(
+                ratio=ratio,
+                added=class_counts(generated.labels[arms["d", ratio][0].generated]),
+                limited=limits(train.labels, generated.labels, ratio),
+                oversampled=estimates("c", ratio),
+                synthetic=estimates("d", ratio),
+                minus_b=estimates("d", ratio, minus=("b", None)),
+                minus_c=estimates("d", ratio, minus=("c", ratio)),
+            )
+            for ratio in trials.ratios
+        ],
+        verdict=verdict(minus_b, minus_c),
+        left_out=left_out,
+        notes=notes,
+    )
+
+
+def verdict(minus_b: Mapping[str, Estimate], minus_c: Mapping[str, Estimate]) -> Verdict:
+    """Whether synthetic images help this classifier, by the balanced accuracy of d (real + synthetic).
+
+    hurts: the interval of d - c lies below 0. helps: it lies above 0, and d is not below b either (the value of d - b
+    is at least 0): what class weights give for nothing is no merit of the images. Otherwise no difference is shown.
+    c settles it, for it has the same class counts as d; b is named beside it. A warning is a sentence for each control
+    that d beats in balanced accuracy while its ranking or calibration got worse by the interval.
+    """
+    against_c, against_b = minus_c["balanced_accuracy"], minus_b["balanced_accuracy"]
+    word: Word = "no difference shown"
+    reason = ""
+    if against_c.below:
+        word = "hurts"
+    elif against_c.above and against_b.value >= 0:
+        word = "helps"
+    elif against_c.above:
+        reason = ", so it beats oversampling but not class weights, which cost nothing"
+    sentence = (
+        f"{word}: adding the synthetic images changes balanced accuracy on unseen lesions by {against_c.signed} "
+        f"against {_CONTROLS['c']}, and by {against_b.signed} against {_CONTROLS['b']}{reason} (95 % intervals)."
+    )
+    warnings = []
+    for control, minus in (("c", minus_c), ("b", minus_b)):
+        worse = [
+            f"{text} by {minus[name].signed}"
+            for name, text in _WATCHED.items()
+            if name in minus and (minus[name].above if name in LOWER_IS_BETTER else minus[name].below)
+        ]
+        if worse and minus["balanced_accuracy"].value > 0:
+            warnings.append(
+                f"Balanced accuracy rose against {_CONTROLS[control]}, yet this got worse: {'; '.join(worse)}."
+            )
+    return Verdict(word, sentence, warnings)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training. Jobs of one digest give one answer."""
+
+    rows: TrainingRows
+    seed: int
+    digest: str
+
+    @classmethod
+    def of(cls, classifier: Classifier, rows: TrainingRows, seed: int) -> "Job":
+        """The job, with its digest: hex, stable between runs and machines."""
+        digest = hashlib.sha256(f"downstream 1\n{classifier.identity}\n".encode())
+        for values, kind in ((rows.real, "<i8"), (rows.generated, "<i8"), (rows.weights, "<f8")):
+            digest.update(f"{len(values)}\n".encode())
+            digest.update(np.ascontiguousarray(values, dtype=kind).tobytes())
+        digest.update(str(seed if classifier.seeded else 0).encode())
+        return cls(rows, seed, digest.hexdigest())
+
+
+def run_jobs(classifier: Classifier, jobs: Sequence[Job], trials: Trials) -> list[np.ndarray]:
+    """The probabilities of each job; of each digest once, and of none that `trials.kept` has from an earlier run.
+
+    One after the other in this process, or each as a task on Ray. Raises the M2DError that a task raised.
+    """
+    single = {job.digest: job for job in jobs}
+    done = {digest: answer for digest in single if (answer := _kept(trials.kept, digest)) is not None}
+    left = [job for digest, job in single.items() if digest not in done]
+    with progress(trials.what, len(single), unit="trainings") as shown:
+        shown.show(len(done), len(single))
+        if trials.on_ray:
+            made = _on_ray(classifier, left)
+        else:
+            made = ((job, classifier.predict(job.rows, job.seed)) for job in left)
+        for job, answer in made:
+            if trials.kept is not None:
+                with cache_file(trials.kept / f"{job.digest}.npy") as partial, partial.open("wb") as stream:
+                    np.save(stream, answer, allow_pickle=False)
+            done[job.digest] = answer
+            shown.show(len(done), len(single))
+    return [done[job.digest] for job in jobs]
+
+
+def _kept(folder: Path | None, digest: str) -> np.ndarray | None:
+    if folder is None:
+        return None
+    try:
+        answer = np.load(folder / f"{digest}.npy", allow_pickle=False)
+    except (OSError, ValueError, EOFError):  # not there, or broken; the job is done again
+        return None
+    return answer if answer.ndim == 2 and answer.shape[1] == NUM_CLASSES else None
+
+
+def _on_ray(classifier: Classifier, jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
+    """A task reserves one CPU, so it runs on the smallest cluster; where the classifier gains by a GPU, a share of one.
+
+    The classifier, and with it the images, goes to the object store once.
+    """
+    if not jobs:
+        return
+    with ray_cluster():
+        share = GPU_SHARE if classifier.wants_gpu and cluster_total("GPU") else 0.0
+        tasks = on_tasks((classifier, jobs), _predict, cpus=1, gpus=share)
+        for row in fan_out(numbered(len(jobs)), tasks):
+            answer = np.frombuffer(row["answer"], row["dtype"]).reshape(row["shape"])
+            yield jobs[row["job"]], answer.copy()
+
+
+def _predict(held: tuple[Classifier, list[Job]], block: pa.Table) -> pa.Table:
+    classifier, jobs = held
+    number = block["job"][0].as_py()
+    answer = classifier.predict(jobs[number].rows, jobs[number].seed)
+    return pa.table(
+        {"job": [number], "answer": [answer.tobytes()], "dtype": [answer.dtype.str], "shape": [list(answer.shape)]}
+    )

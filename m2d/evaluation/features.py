@@ -1,0 +1,212 @@
+"""Vectors of images, extracted once for all parts of an evaluation, on Ray Data where that pays, and kept.
+
+A vector is kept by extractor, image size, view and image, so that an interrupted extraction resumes. How it is made and
+kept: m2d.data.features. Knows nothing of labels or scores.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from m2d.cluster.fan_out import JobResult, run_jobs
+from m2d.cluster.start import ray_cluster
+from m2d.data.decode import decode_image
+from m2d.data.features import ExtractionJobs, read_cls, write_cls
+from m2d.data.reader import decode_unchanged
+from m2d.errors import DataError
+from m2d.evaluation.images import ImageSet
+from m2d.files.progress import progress
+from m2d.files.storage import open_storage
+from m2d.models.feature_extractor import FeatureExtractor, Features, extractor_identity
+from m2d.models.settings import FeatureExtractorConfig
+
+# In the cache folder; the number goes up when the way from pixels, or from a file, to a vector changes.
+FOLDER, PROBE_FOLDER = "evaluation_v1/features", "probe_v1"
+SHARD_IMAGES = 256
+RAY_PAYS_FROM = 2048  # images on a CPU; starting Ray and its actors costs about 15 s
+DECODE_THREADS = min(16, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How features are made, the same for all sets."""
+
+    cache_dir: str
+    device: str
+    batch_size: int | None = None  # None: as the device likes it
+    num_actors: int | None = None  # 0: in this process; None: as many as pay
+    verbose: bool = False
+
+    def features(
+        self, images: ImageSet, config: FeatureExtractorConfig, views: Sequence[int] = (0,)
+    ) -> list[np.ndarray]:
+        """`cls` of every image in each view (m2d.data.views): float32 [N, D] a view.
+
+        Raises CheckpointError for weights that cannot be loaded or features that are not finite, ConfigError for a
+        batch that does not fit the device, DataError where the cache cannot be written.
+        """
+        key, _ = extractor_identity(config)
+        cache = Path(self.cache_dir).expanduser().absolute() / FOLDER
+        folders = {view: cache / f"{key}-{images.image_size}px-view{view}" for view in views}
+        found = {view: read_cls(folder, images.sha256) for view, folder in folders.items()}
+        first_row = {digest: row for row, digest in reversed(list(enumerate(images.sha256)))}
+        missing = {
+            view: np.array(sorted(row for digest, row in first_row.items() if digest not in there), dtype=np.int64)
+            for view, there in found.items()
+        }
+        jobs = ExtractionJobs(
+            config,
+            key,
+            read=partial(_read_pixels, _file_of(images.pixels)),
+            keep=partial(_keep, folders, config.name, images.sha256),
+            jobs=[(view, rows) for view, all_rows in missing.items() for rows in _pieces(all_rows, SHARD_IMAGES)],
+            batch_size=self.batch_size,
+            patches=False,
+        )
+        if jobs.jobs:
+            total = sum(len(rows) for rows in missing.values())
+            with progress(f"features of {images.name}, {config.name}", total) as shown:
+                for result in self._on_ray(jobs) if self._pays(total) else jobs.here(self.device):
+                    shown.advance(result.images)
+            found = {view: read_cls(folder, images.sha256) for view, folder in folders.items()}
+        return [np.stack([found[view][digest] for digest in images.sha256]) for view in views]
+
+    def _pays(self, images: int) -> bool:
+        if self.num_actors is not None:
+            return self.num_actors > 0
+        if self.device == "cpu":
+            return bool(os.environ.get("RAY_ADDRESS")) or (images >= RAY_PAYS_FROM and (os.cpu_count() or 1) > 1)
+        return torch.cuda.device_count() > 1
+
+    def _on_ray(self, jobs: ExtractionJobs) -> Iterator[JobResult]:
+        with ray_cluster(verbose=self.verbose):
+            actors, device, threads = jobs.placement(self.num_actors, use_gpu=self.device != "cpu")
+            yield from run_jobs(jobs, len(jobs.jobs), actors=actors, device=device, threads=threads, bars=self.verbose)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One image: where it is, and what it held when it was catalogued."""
+
+    data_root: str
+    path: str  # relative to data_root
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ClsFeatures:
+    """The vectors of the images asked for, as far as they can be read."""
+
+    of_image: dict[str, np.ndarray]  # sha256 -> float32 [D]
+    unreadable: dict[str, str]  # sha256 -> `path: reason`
+    extracted: int  # images that were not in the cache
+
+
+def cls_features(
+    images: Iterable[ImageFile],
+    config: FeatureExtractorConfig,
+    *,
+    key: str,
+    cache_dir: str,
+    device: torch.device,
+    batch_size: int,
+    max_pixels: int,
+) -> ClsFeatures:
+    """`cls` of every readable image file at full size, by the extractor's official transform, for judging weights.
+
+    key: of the extractor. Each batch is kept as it is done. A file that is gone, broken or changed is reported with its
+    reason. Raises DataError where the cache cannot be written, CheckpointError for features that are not finite,
+    ConfigError for a batch that does not fit the device.
+    """
+    folder = Path(cache_dir).expanduser() / PROBE_FOLDER / key
+    wanted = {image.sha256: image for image in images}
+    found = read_cls(folder, wanted)
+    missing = [image for digest, image in wanted.items() if digest not in found]
+    failures: list[str] = []
+    if missing:
+        job_images = batch_size * max(1, (32 if device.type == "cpu" else SHARD_IMAGES) // batch_size)
+        jobs = ExtractionJobs(
+            config,
+            key,
+            read=partial(_read_squares, missing, max_pixels),
+            keep=partial(_keep, {0: folder}, config.name, [image.sha256 for image in missing]),
+            jobs=[(0, rows) for rows in _pieces(np.arange(len(missing)), job_images)],
+            batch_size=batch_size,
+            patches=False,
+            keep_batches=True,
+        )
+        with progress("extracting features", len(missing)) as shown:
+            for result in jobs.here(str(device)):
+                failures += result.failures
+                shown.advance(result.images + len(result.failures))
+        found = read_cls(folder, wanted)
+    unreadable = dict(zip((image.sha256 for image in missing if image.sha256 not in found), failures, strict=True))
+    return ClsFeatures(found, unreadable, extracted=len(missing) - len(unreadable))
+
+
+def official_square(image: np.ndarray, extractor: FeatureExtractor) -> np.ndarray:
+    """The centre square of an image at the scale of the extractor's official transform: uint8 [side, side, 3].
+
+    image: uint8 [H, W, 3]. The shorter side becomes S / crop_pct (256 for 224) as PIL, and so the authors, resize
+    (antialiased bilinear). Images of all shapes then fit one batch, and the transform has only its crop left to do:
+    what the square lacks of the longer side is cropped away anyway. With crop "whole" the shorter side becomes S.
+    """
+    side = math.floor(extractor.input_size / (extractor.crop_pct if extractor.crop == "official" else 1))
+    height, width = image.shape[:2]
+    shorter = min(height, width)
+    # As torchvision's Resize rounds. Some timm models squash: both sides to the same length.
+    size = (side, side) if extractor.squash else (int(side * width / shorter), int(side * height / shorter))
+    resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
+    left, top = (round((length - side) / 2) for length in resized.size)
+    return np.asarray(resized.crop((left, top, left + side, top + side)))
+
+
+def _read_squares(
+    images: Sequence[ImageFile], max_pixels: int, rows: np.ndarray, extractor: FeatureExtractor
+) -> Iterator[np.ndarray | str]:
+    """Decoded by threads ahead of the extractor."""
+
+    def read(image: ImageFile) -> np.ndarray | str:
+        decode = lambda encoded: official_square(decode_image(encoded, max_pixels=max_pixels), extractor)  # noqa: E731
+        found = decode_unchanged(storages[image.data_root], image.path, image.sha256, decode)
+        return f"{image.path}: {found}" if isinstance(found, str) else found
+
+    chosen = [images[row] for row in rows]
+    storages = {root: open_storage(root) for root in {image.data_root for image in chosen}}
+    pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="m2d-probe")
+    try:
+        yield from pool.map(read, chosen)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read_pixels(file: str, rows: np.ndarray, _: FeatureExtractor) -> Iterator[np.ndarray]:
+    try:
+        pixels = np.load(file, mmap_mode="r")
+    except OSError as error:
+        raise DataError(f"cache: {file} cannot be read ({error.strerror}); every node must see --cache_dir") from None
+    return (np.array(pixels[row]) for row in rows)
+
+
+def _keep(
+    folders: dict[int, Path], extractor: str, sha256: Sequence[str], view: int, rows: np.ndarray, features: Features
+) -> None:
+    write_cls(folders[view], extractor, [sha256[row] for row in rows], features.cls.numpy())
+
+
+def _pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def _file_of(pixels: np.ndarray) -> str:
+    if not isinstance(pixels, np.memmap):
+        raise TypeError("pixels must be mapped from a file (m2d.evaluation.images), for actors read them there")
+    return str(pixels.filename)

@@ -1,0 +1,1 @@
+"""What an evaluation found: as numbers, tables, figures and a page."""

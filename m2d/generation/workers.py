@@ -1,0 +1,350 @@
+"""Groups of a plan's rows are made, looked at, written and listed as done, each all or nothing: here or on Ray.
+
+Making needs a device; writing (gates, PNG encoding, disk) needs a CPU and runs beside the next group's making: in
+threads of this process, or in Ray's tasks beside a pool of generator actors. The loss of an actor, a task or a node
+costs the groups in the making, which Ray gives to another; a group that is written again replaces the same files by the
+same bytes. Writing tasks import this file, so torch (400 MB and many seconds each) waits until it is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from m2d.cluster.nodes import cluster_total, device_of_actor, node_resources
+from m2d.errors import CheckpointError, ConfigError
+from m2d.generation.formats import FORMATS, EncodedImage, encode_png
+from m2d.generation.output import JOURNAL_SCHEMA, PARTS, cannot_write, group_name, write_rows
+from m2d.generation.plan import PLAN_SCHEMA, PlanRow, retried, rows_of, table_of
+from m2d.generation.settings import CompileMode, GateConfig
+from m2d.models.settings import Precision
+
+if TYPE_CHECKING:
+    from m2d.generation.gates import GateReference, Verdict
+    from m2d.generation.generator import Generator
+    from m2d.models.checkpoint import Checkpoint
+    from m2d.models.feature_extractor import FeatureExtractor
+
+WRITER_CPUS = 1.0  # logical ones of a writing task; one such task keeps up with a few hundred small images a second
+_WRITERS = 2  # threads; encoding releases the GIL, and more than the device keeps busy would only wait
+_AHEAD = 4  # groups made and not yet written, of this process: what memory they may take
+
+
+@dataclass(frozen=True)
+class PlanGroups:
+    """The rows of one round, in groups."""
+
+    plan: pa.Table
+    attempts: int  # how many of each row's attempts were rejected before
+    size: int  # rows of a group
+
+    def tables(self) -> list[pa.Table]:
+        """The plan's rows, group by group."""
+        return [self.plan.slice(first, self.size) for first in range(0, self.plan.num_rows, self.size)]
+
+
+def planned_rows(table: pa.Table, attempts: int) -> list[PlanRow]:
+    """A plan's rows after so many rejected attempts of each."""
+    rows = rows_of(table)
+    for _ in range(attempts):
+        rows = [retried(row) for row in rows]
+    return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorSettings:
+    """What it takes to load the run's generator, anywhere. Paths are absolute."""
+
+    checkpoint: str
+    sha256: str  # of the checkpoint that the driver has
+    batch_size: int
+    mixed_precision: Precision
+    compile: bool
+    compile_mode: CompileMode = "default"
+    with_extractor: bool  # gates or references ask for features
+    extractor_weights: str | None
+
+    def load(
+        self, device: str, checkpoint: Checkpoint | None = None, extractor: FeatureExtractor | None = None
+    ) -> Generator:
+        """checkpoint, extractor: where they are loaded already.
+
+        Raises an M2DError, in one line, where this machine lacks something that the driver has.
+        """
+        from m2d.generation.generator import Generator
+        from m2d.generation.references import load_reference_extractor
+        from m2d.models.checkpoint import load_checkpoint
+
+        checkpoint = checkpoint or load_checkpoint(self.checkpoint)
+        if checkpoint.sha256 != self.sha256:
+            raise CheckpointError(
+                f"checkpoint: {self.checkpoint} is another one on a node than on the driver; every node needs the same"
+            )
+        if self.with_extractor and extractor is None:
+            extractor = load_reference_extractor(checkpoint, self.extractor_weights)
+        return Generator(
+            checkpoint,
+            batch_size=self.batch_size,
+            device=device,
+            mixed_precision=self.mixed_precision,
+            extractor=extractor if self.with_extractor else None,
+            compile=self.compile,
+            compile_mode=self.compile_mode,
+        )
+
+
+@dataclass(frozen=True)
+class MadeGroup:
+    """Images uint8 [N, H, W, 3] of rows, and their features float32 [N, D] where the gates want them."""
+
+    images: np.ndarray
+    features: np.ndarray | None
+
+
+def make_group(generator: Generator, rows: Sequence[PlanRow], *, with_features: bool) -> MadeGroup:
+    """Raises ConfigError for a batch that does not fit the device, and what Generator.generate raises."""
+    import torch
+
+    try:
+        images = generator.generate(rows)
+        return MadeGroup(images, generator.features(images) if with_features else None)
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"batch_size {generator.batch_size} does not fit the memory of {generator.device}; "
+            f"try --batch_size {max(1, generator.batch_size // 2)} (the images stay the same)"
+        ) from None
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """What the driver needs to know of a finished group."""
+
+    kept: dict[str, int] = field(default_factory=dict)  # images by class
+    rejected: list[str] = field(default_factory=list)  # ids
+
+    @property
+    def tried(self) -> int:
+        """Images made."""
+        return sum(self.kept.values()) + len(self.rejected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupWriter:
+    """Looks at a group's images, writes those that pass, then lists all of them as done. Cheap to pickle."""
+
+    root: Path
+    format: str
+    settings: str  # the recipe as JSON, for the text chunks
+    checkpoint: str  # sha256
+    precision: str
+    gates: GateConfig  # those at work
+    gate_reference: Path | None = None  # file of the training features that images are held against
+    weak_classes: frozenset[str] = frozenset()
+
+    def write(self, rows: Sequence[PlanRow], made: MadeGroup) -> GroupResult:
+        """Raises ConfigError where the disk refuses; then nothing of the group counts, whatever was written of it."""
+        name = group_name(rows)
+        verdicts = self._verdicts(rows, made)
+        # What cannot be replaced is kept: a walk has its ends, and without noise the next attempt is the same image.
+        kept = [verdict is None or verdict.accepted or not _replaceable(row) for row, verdict in zip(rows, verdicts)]
+        encoded = [
+            EncodedImage(row, encode_png(image, row, checkpoint=self.checkpoint, settings=self.settings))
+            for row, image, keep in zip(rows, made.images, kept, strict=True)
+            if keep
+        ]
+        try:
+            paths = iter(FORMATS[self.format].write(self.root, name, encoded) if encoded else [])
+        except OSError as error:
+            raise cannot_write(self.root, error) from None
+        pngs = iter(encoded)
+        height, width = made.images.shape[1:3]
+        now = datetime.now(UTC).replace(microsecond=0)
+        entries: list[dict[str, Any]] = []
+        for planned, row, verdict, keep in zip(table_of(rows).to_pylist(), rows, verdicts, kept, strict=True):
+            looked_at = "off" if verdict is None else "on" if _replaceable(row) else "recorded"
+            found = {} if verdict is None else {name: value for name, value in vars(verdict).items() if _known(value)}
+            entries.append(
+                {
+                    **found,  # the journal has columns for most of it
+                    **planned,
+                    "accepted": keep,
+                    "gates": looked_at,
+                    "path": next(paths) if keep else None,
+                    "sha256": hashlib.sha256(next(pngs).png).hexdigest() if keep else None,
+                    "width": width,
+                    "height": height,
+                    "feature_weak": row.feature == "prior" and row.label in self.weak_classes,
+                    "precision": self.precision,
+                    "checkpoint": self.checkpoint,
+                    "created": now,
+                }
+            )
+        write_rows(self.root / PARTS / f"{name}.parquet", pa.Table.from_pylist(entries, JOURNAL_SCHEMA))
+        counts = Counter(row.label for row, keep in zip(rows, kept) if keep)
+        return GroupResult(dict(counts), [row.id for row, keep in zip(rows, kept) if not keep])
+
+    def _verdicts(self, rows: Sequence[PlanRow], made: MadeGroup) -> Sequence[Verdict | None]:
+        if not self.gates.enabled:
+            return [None] * len(rows)
+        from m2d.generation import gates
+
+        reference = _loaded_reference(self.gate_reference) if self.gate_reference is not None else None
+        return gates.check(made.images, made.features, [row.label for row in rows], reference, self.gates)
+
+
+def _replaceable(row: PlanRow) -> bool:
+    return row.mode != "interpolate" and not (row.mode == "image2image" and row.strength == 0)
+
+
+def _known(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+@lru_cache(maxsize=2)
+def _loaded_reference(path: Path) -> GateReference:
+    from m2d.generation.gates import GateReference
+
+    return GateReference.load(path)
+
+
+def make_here(
+    generator: Generator, groups: PlanGroups, writer: GroupWriter, *, features: bool
+) -> Iterator[GroupResult]:
+    """The results of all groups, as they are written. features: compute them, for the gates.
+
+    On an error, and when the caller stops, what was made is still written before this ends. Raises what make_group and
+    GroupWriter.write raise.
+    """
+    waiting: deque[Future[GroupResult]] = deque()
+    with ThreadPoolExecutor(_WRITERS, thread_name_prefix="m2d-writer") as pool:
+        for table in groups.tables():
+            rows = planned_rows(table, groups.attempts)
+            waiting.append(pool.submit(writer.write, rows, make_group(generator, rows, with_features=features)))
+            while waiting and (len(waiting) >= _AHEAD or waiting[0].done()):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActorPool:
+    """How many generators there may be, and what each asks of Ray."""
+
+    most: int
+    device: str
+    gpus: float  # an actor; 0 computes on the CPU, or uses a GPU that Ray does not know of
+    threads: int  # of torch in an actor, on a CPU
+
+    @property
+    def text(self) -> str:
+        """`4 actors, a GPU each`."""
+        actors = f"{self.most} actor{'s' if self.most > 1 else ''}"
+        share = f"{self.gpus:g} GPU{'s' if self.gpus > 1 else ''}" if self.gpus else f"{self.threads} CPU threads"
+        return f"up to {actors} on Ray, {share} each"
+
+
+def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: str, groups: int) -> ActorPool:
+    """A generator a GPU, or a fraction of one; on CPUs as many as there are, with one kept free for the writers.
+
+    num_actors: at most so many; None: as many as the cluster has room for. groups: there is no use for more.
+    Raises ConfigError where not even one has room.
+    """
+    gpus = gpus_per_actor if gpus_per_actor is not None else (1.0 if device.startswith("cuda") else 0.0)
+    cpus, cluster_gpus = int(cluster_total("CPU")) or 1, cluster_total("GPU")
+    if gpus:
+        room = int(cluster_gpus / gpus + 1e-9)
+        if room < 1:
+            raise ConfigError(
+                f"gpus_per_actor is {gpus:g} and the Ray cluster has {cluster_gpus:g} GPUs; lower it, add a node, "
+                "or name --device cpu"
+            )
+        most = min(room, num_actors or room, max(groups, 1))
+        return ActorPool(most=most, device=device_of_actor(device), gpus=gpus, threads=1)
+    most = min(num_actors or cpus, max(1, cpus - 1))
+    largest = max((int(node.get("CPU", 0)) for node in node_resources()), default=1)
+    # Not from the groups that are left: sums of other threads are rounded otherwise, in one pixel of some thousands.
+    threads = max(1, min(largest, (cpus - 1) // most))
+    return ActorPool(most=min(most, max(groups, 1)), device=device, gpus=0.0, threads=threads)
+
+
+def make_on_ray(
+    settings: GeneratorSettings, pool: ActorPool, groups: PlanGroups, writer: GroupWriter, *, features: bool
+) -> Iterator[GroupResult]:
+    """The results of all groups, as they are written. features: compute them, for the gates.
+
+    Raises the M2DError that an actor or a task raised. Closing the iterator ends the work.
+    """
+    from m2d.cluster.fan_out import fan_out, on_actors, on_tasks
+
+    make = on_actors(
+        partial(_load, settings, pool.device, pool.threads),
+        partial(_make, groups.attempts, features),
+        most=pool.most,
+        least=1,  # after the loss of a node the others go on
+        cpus=0 if pool.gpus else pool.threads,
+        gpus=pool.gpus,
+        block_rows=groups.size,
+    )
+    for row in fan_out(groups.tables(), make, on_tasks(writer, _write, cpus=WRITER_CPUS)):
+        yield GroupResult(dict(row["kept"]), row["rejected"])
+
+
+def _load(settings: GeneratorSettings, device: str, threads: int) -> Generator:
+    if device == "cpu":
+        import torch
+
+        # Ray's CPUs are a budget, which may be more than the machine has. OMP_NUM_THREADS: as the user set it, or Ray
+        # from the actor's CPUs.
+        limit = int(os.environ.get("OMP_NUM_THREADS") or threads)
+        torch.set_num_threads(max(1, min(threads, limit, os.cpu_count() or 1)))
+    return settings.load(device)
+
+
+def _make(attempts: int, features: bool, generator: Generator, block: pa.Table) -> pa.Table:
+    """The plan's rows of one group in, its images out, in one row, so that no block boundary can divide it."""
+    rows = planned_rows(block, attempts)
+    made = make_group(generator, rows, with_features=features)
+    packed = {
+        "rows": table_of(rows).to_pylist(),
+        "shape": list(made.images.shape),
+        "images": made.images.tobytes(),
+        "features": None if made.features is None else made.features.tobytes(),
+    }
+    return pa.Table.from_pylist([packed], _PACKED)
+
+
+_PACKED = pa.schema(
+    [
+        ("rows", pa.list_(pa.struct(list(PLAN_SCHEMA)))),
+        ("shape", pa.list_(pa.int64())),
+        ("images", pa.large_binary()),
+        ("features", pa.large_binary()),
+    ]
+)
+_RESULT = pa.schema([("kept", pa.map_(pa.string(), pa.int64())), ("rejected", pa.list_(pa.string()))])
+
+
+def _write(writer: GroupWriter, block: pa.Table) -> pa.Table:
+    """Groups' images in, what became of them out."""
+    results = []
+    for number in range(block.num_rows):
+        shape = block["shape"][number].as_py()
+        images = np.frombuffer(block["images"][number].as_buffer(), np.uint8).reshape(shape)  # not copied
+        packed = block["features"][number]
+        features = np.frombuffer(packed.as_buffer(), np.float32).reshape(shape[0], -1) if packed.is_valid else None
+        rows = rows_of(pa.Table.from_pylist(block["rows"][number].as_py(), PLAN_SCHEMA))
+        result = writer.write(rows, MadeGroup(images, features))
+        results.append({"kept": list(result.kept.items()), "rejected": result.rejected})
+    return pa.Table.from_pylist(results, _RESULT)

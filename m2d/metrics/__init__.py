@@ -1,0 +1,1 @@
+"""Measures on features and scores: no files, no Ray, no networks."""

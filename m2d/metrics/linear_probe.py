@@ -1,0 +1,99 @@
+"""A linear probe: logistic regression on standardised features, and the choice of its penalty."""
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold
+
+from m2d.metrics.scores import confusion_matrix, scores
+
+MAX_ITERATIONS = 2000  # of L-BFGS
+C_GRID = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # few training images want the first, wide features of many images the last
+FOLDS = 3
+TOLERANCE, TOLERANCE_OF_CHOICE = 1e-4, 1e-3  # of the gradient; the looser one halves the time and orders the c's alike
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """A fitted probe; standardises what it is given by the training images' mean and deviation."""
+
+    classifier: LogisticRegression
+    mean: np.ndarray  # [D]
+    std: np.ndarray  # [D]
+    converged: bool
+    iterations: int
+
+    @classmethod
+    def fit(
+        cls,
+        features: np.ndarray,
+        labels: np.ndarray,
+        *,
+        c: float,
+        tolerance: float = TOLERANCE,
+        weights: np.ndarray | None = None,
+        standardised_by: np.ndarray | None = None,
+    ) -> "LinearProbe":
+        """Fit on features [N, D] and labels int64 [N], of at least two classes.
+
+        c: inverse strength of the squared L2 penalty against the summed cross-entropy, in which every class weighs the
+        same (class_weight "balanced"). PanDerm's authors penalise the norm instead of its square, with C = D K / 100;
+        that number means nothing here.
+        weights: [N], of each image's cross-entropy, in place of the balanced ones. standardised_by: [M, D], whose mean
+        and deviation are taken in place of those of `features`.
+        """
+        reference = features if standardised_by is None else standardised_by
+        mean, std = reference.mean(axis=0, dtype=np.float64), reference.std(axis=0, dtype=np.float64)
+        # A feature that never changes (rounding aside) is 0 in training, whatever it is divided by, and gets no weight.
+        std = np.where(std > 1e-6 * std.max(), std, 1)
+        mean, std = mean.astype(features.dtype), std.astype(features.dtype)
+        class_weight = "balanced" if weights is None else None
+        classifier = LogisticRegression(C=c, class_weight=class_weight, max_iter=MAX_ITERATIONS, tol=tolerance)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            classifier.fit((features - mean) / std, labels, sample_weight=weights)
+        converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+        return cls(classifier, mean, std, converged, int(classifier.n_iter_.max()))
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        """The class of each of [N, D], int64 [N]."""
+        labels: np.ndarray = self.classifier.predict((features - self.mean) / self.std)
+        return labels
+
+    def probabilities(self, features: np.ndarray, num_classes: int) -> np.ndarray:
+        """Of each of [N, D], float64 [N, num_classes]; 0 for a class that the probe was not fitted on."""
+        spread = np.zeros((len(features), num_classes))
+        spread[:, self.classifier.classes_] = self.classifier.predict_proba((features - self.mean) / self.std)
+        return spread
+
+
+def choose_c(
+    features: np.ndarray, labels: np.ndarray, lesions: np.ndarray, *, num_classes: int, seed: int
+) -> tuple[float | None, dict[float, float]]:
+    """The best c of C_GRID, and the balanced accuracy that each reaches on held-out lesions of the training images.
+
+    Three folds, stratified by class, no lesion in two of them; what all folds predict is scored together, for a rare
+    class has but a few images in each. None and {} where the lesions are so few that a fold leaves less than two
+    classes. Of equals the middle c is the best: easy classes leave the whole grid equal.
+    """
+    if len(np.unique(lesions)) < FOLDS or np.bincount(labels).max() < FOLDS:
+        return None, {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with fewer images than folds
+        folds = list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(features, labels, lesions))
+    if any(len(np.unique(labels[fitted])) < 2 or not len(held_out) for fitted, held_out in folds):
+        return None, {}
+    predicted = {c: np.empty_like(labels) for c in C_GRID}
+    for fitted, held_out in folds:
+        for c in C_GRID:
+            probe = LinearProbe.fit(features[fitted], labels[fitted], c=c, tolerance=TOLERANCE_OF_CHOICE)
+            predicted[c][held_out] = probe.predict(features[held_out])
+    tried = {
+        c: float(scores(confusion_matrix(labels, calls, num_classes)).balanced_accuracy)
+        for c, calls in predicted.items()
+    }
+    best = [c for c, score in tried.items() if score == max(tried.values())]
+    return best[len(best) // 2], tried

@@ -1,0 +1,145 @@
+"""Nearest neighbours by cosine distance, exact and in bounded memory, of standardised features and of thumbnails.
+
+The gates of generation and the evaluation's memorisation call it, so that both mean the same by a near-copy.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+THUMBNAIL = 8  # pixels a side
+COPY_FLOOR = 1e-4  # of every limit of near-copies, so that an exact copy is one even where training images repeat
+_BLOCK_VALUES = 2**22  # similarities at once: 16 MiB
+_QUERIES = 256
+
+
+@dataclass(frozen=True)
+class Standardizer:
+    """Features less a mean, over a scale; float64 [D] each, both of the training images."""
+
+    mean: np.ndarray
+    scale: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray, scale: Callable[[np.ndarray], np.ndarray]) -> Self:
+        """features [n, D]. scale: what to divide by, from the deviations: `at_least_median` or `one_where_constant`."""
+        return cls(features.mean(axis=0, dtype=np.float64), scale(features.std(axis=0, dtype=np.float64)))
+
+    def unit(self, features: np.ndarray) -> Tensor:
+        """Standardised in float64, then at length 1: float32 [n, D]."""
+        return unit_rows(torch.from_numpy(((features - self.mean) / self.scale).astype(np.float32)))
+
+
+def at_least_median(deviation: np.ndarray) -> np.ndarray:
+    """Features that few training images show would make every new image a stranger: they count less, not more."""
+    least = max(float(np.median(deviation)) if deviation.size else 0.0, 1e-6)
+    return deviation.clip(min=least)
+
+
+def one_where_constant(deviation: np.ndarray) -> np.ndarray:
+    """A feature that never changes, rounding aside, is divided by 1."""
+    return np.where(deviation > 1e-6 * deviation.max(), deviation, 1)
+
+
+def thumbnails(images: np.ndarray) -> np.ndarray:
+    """Mean grey levels of the cells of an 8 x 8 grid: uint8 [n, H, W, 3] to float32 [n, 8, 8, 3]."""
+    pixels = torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2)
+    return F.adaptive_avg_pool2d(pixels, THUMBNAIL).permute(0, 2, 3, 1).numpy()
+
+
+def unit_thumbnails(cells: np.ndarray) -> Tensor:
+    """[n, 8, 8, 3] to float32 [n, 192]: less the image's mean over all values, at length 1."""
+    flat = torch.from_numpy(np.ascontiguousarray(cells.reshape(len(cells), -1)))
+    return unit_rows(flat - flat.mean(dim=1, keepdim=True))
+
+
+def unit_rows(vectors: Tensor) -> Tensor:
+    """Rows at length 1, float32 [n, D]; a row of zeros stays one."""
+    lengths = torch.linalg.vector_norm(vectors.float(), dim=1, keepdim=True)
+    unit: Tensor = vectors.float() / lengths.clamp(min=1e-12)
+    return unit
+
+
+def nearest(
+    queries: Tensor,
+    bank: Tensor,
+    k: int = 1,
+    *,
+    query_groups: Tensor | None = None,
+    bank_groups: Tensor | None = None,
+    block_values: int = _BLOCK_VALUES,
+) -> tuple[Tensor, Tensor]:
+    """The k nearest rows of the bank to each query: distances float64 [B, k] ascending, and their rows int64 [B, k].
+
+    queries [B, D], bank [n, D]: float32, as `unit_rows` makes them. Distance: |a - b|^2 / 2, which is 1 - cos(a, b), in
+    [0, 2]; taken again in float64 for the rows found, as 1 - cos in float32 is too coarse for copies. query_groups [B],
+    bank_groups [n]: pairs of one group do not count. Where fewer than k rows are left: distance inf, row -1.
+    """
+    distances = torch.full((len(queries), k), torch.inf, dtype=torch.float64, device=queries.device)
+    rows = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
+    for first in range(0, len(queries), _QUERIES):
+        part = slice(first, first + _QUERIES)
+        groups = None if query_groups is None else query_groups[part]
+        rows[part] = _nearest_rows(queries[part], bank, k, groups, bank_groups, max(1, block_values // _QUERIES))
+        for place in range(k if len(bank) else 0):
+            found = rows[part, place]
+            gap = queries[part].double() - bank[found.clamp(min=0)].double()
+            distances[part, place] = (gap.square().sum(dim=1) / 2).masked_fill(found < 0, torch.inf)
+    order = distances.argsort(dim=1, stable=True)
+    return distances.gather(1, order), rows.gather(1, order)
+
+
+def nearest_in_views(
+    views: Iterable[Tensor], bank: Tensor, *, query_groups: Tensor | None = None, bank_groups: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The nearest row of the bank to B images in each of V views: distances float64 [B, V] and rows int64 [B, V].
+
+    views: the images' unit vectors [B, D] in one view after another. Groups: see `nearest`.
+    """
+    found = [nearest(view, bank, query_groups=query_groups, bank_groups=bank_groups) for view in views]
+    distances, rows = (torch.cat(part, dim=1) for part in zip(*found, strict=True))
+    return distances, rows
+
+
+def calibration_distances(
+    views: Callable[[np.ndarray], Iterable[Tensor]], bank: Tensor, lesions: Tensor, *, most: int, seed: int = 0
+) -> np.ndarray:
+    """Distances of training images to the nearest one of another lesion, float64 [at most `most`]: what chance gives.
+
+    views(rows): those images in each view, see `nearest_in_views`. bank [n, D], lesions int64 [n]: of all. Where there
+    are more than `most`, so many are drawn by the seed. Images of one lesion are never held against each other;
+    where there is no other lesion the distance is inf.
+    """
+    drawn = drawn_rows(len(bank), most, seed)
+    groups = lesions[torch.from_numpy(drawn).to(lesions.device)]
+    distances, _ = nearest_in_views(views(drawn), bank, query_groups=groups, bank_groups=lesions)
+    return distances.min(dim=1).values.cpu().numpy()
+
+
+def drawn_rows(count: int, most: int, seed: int = 0) -> np.ndarray:
+    """All row numbers below `count`, or `most` of them, ascending, always the same for a seed."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
+
+
+def _nearest_rows(
+    queries: Tensor, bank: Tensor, k: int, query_groups: Tensor | None, bank_groups: Tensor | None, block: int
+) -> Tensor:
+    """int64 [B, k], -1 where there are fewer."""
+    best = torch.full((len(queries), k), -torch.inf, device=queries.device)
+    rows = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
+    for first in range(0, len(bank), block):
+        part = bank[first : first + block]
+        similar = queries @ part.T
+        if query_groups is not None and bank_groups is not None:
+            similar.masked_fill_(query_groups[:, None] == bank_groups[None, first : first + block], -torch.inf)
+        numbers = torch.arange(first, first + len(part), device=queries.device).expand(len(queries), -1)
+        best, chosen = torch.cat([best, similar], dim=1).topk(k, dim=1)
+        rows = torch.cat([rows, numbers], dim=1).gather(1, chosen)
+    return rows.masked_fill(best == -torch.inf, -1)

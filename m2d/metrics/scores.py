@@ -1,0 +1,127 @@
+"""Scores of a classifier: from confusion matrices, or from class probabilities under a thousand resamples at once.
+
+A resample is a weight for each test image: how often its lesion was drawn. Confusion matrices: rows true, columns
+predicted classes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from m2d.classes import CLASSES, class_index
+
+BINS = 15  # of the calibration error
+MELANOMA = class_index("MEL")
+LOWER_IS_BETTER = ("expected_calibration_error",)
+_CELLS_AT_ONCE = 4_000_000  # weights of some resamples in float64: 32 MB
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Each in [0, 1]. R is empty for one confusion matrix, [resamples] for many; C counts the true classes."""
+
+    accuracy: np.ndarray  # [R...]
+    balanced_accuracy: np.ndarray  # [R...], the mean recall
+    macro_f1: np.ndarray  # [R...]
+    recall: np.ndarray  # [R..., C]
+
+
+def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """int64 [K, K]; entry (i, j) counts images of class i called j. truth, predicted: int64 [N], classes 0 .. K - 1."""
+    counts = np.bincount(truth * num_classes + predicted, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
+
+
+def scores(confusion: np.ndarray) -> Scores:
+    """Scores over the classes that have images: a class without any has no recall, and is left out of every mean.
+
+    confusion: [R..., K, K] (see confusion_matrix). The classes with images must be the same in every resample, as a
+    stratified bootstrap leaves them. A prediction of a class without images counts against the true one, as in
+    scikit-learn's f1_score(labels=classes with images, average="macro").
+    """
+    of_class = confusion.sum(axis=-1)  # [R..., K]
+    present = np.flatnonzero(of_class.reshape(-1, of_class.shape[-1]).min(axis=0))
+    if not len(present):
+        raise ValueError("the confusion matrix has no class with images in every resample")
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    called = confusion.sum(axis=-2)
+    recall = hits[..., present] / of_class[..., present]
+    # 2 TP / (2 TP + FP + FN), the harmonic mean of precision and recall; the divisor holds the class's images, so > 0.
+    f1 = 2 * hits[..., present] / (of_class + called)[..., present]
+    return Scores(
+        accuracy=hits.sum(axis=-1) / of_class.sum(axis=-1),
+        balanced_accuracy=recall.mean(axis=-1),
+        macro_f1=f1.mean(axis=-1),
+        recall=recall,
+    )
+
+
+def weighted_scores(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Name to values float64 [R]: a score of each of R weightings of the same test images.
+
+    probabilities: [N, K], K the classes of m2d.classes. truth: int64 [N]. weights: [R, N], at least 0; every class of
+    `truth` has some in every row, as a stratified bootstrap leaves it. Means are over the classes of `truth`:
+
+    balanced_accuracy, macro_f1: of the most probable class. recall_<code>: each class's. macro_auprc: mean average
+    precision, one class against the rest; melanoma_auprc: melanoma's, where `truth` has any.
+    expected_calibration_error: see `calibration_error`.
+    """
+    step = max(1, _CELLS_AT_ONCE // len(truth))
+    parts = [
+        _scores_of(probabilities, truth, weights[first : first + step].astype(np.float64, order="F"))
+        for first in range(0, len(weights), step)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def average_precision(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Area under the precision-recall curve as sum over thresholds of (R_n - R_n-1) P_n, float64 [R].
+
+    score: [N], higher means more likely positive; equal scores pass a threshold together. positive: bool [N].
+    weights: float64 [R, N]. Equals scikit-learn's average_precision_score(sample_weight=...) of each row.
+    """
+    order = np.argsort(-score, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # of each run of equal scores
+    ordered = weights.T[order]  # [N, R]: rows are moved whole
+    called = np.cumsum(ordered, axis=0)[last]
+    ordered[~positive[order]] = 0
+    hits = np.cumsum(ordered, axis=0)[last]
+    precision = np.divide(hits, called, out=np.zeros_like(hits), where=called > 0)
+    gained = np.diff(hits, axis=0, prepend=0)
+    area: np.ndarray = (gained * precision).sum(axis=0) / hits[-1]
+    return area
+
+
+def calibration_error(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Expected calibration error float64 [R]: sum over bins of share |accuracy - confidence|.
+
+    15 equal-width bins of the top probability (Guo et al., arXiv 1706.04599, eq. 3). A bin holds its lower edge, the
+    last one also its upper. torchmetrics gives a probability of exactly 1 a bin of its own; otherwise this is its
+    MulticlassCalibrationError(n_bins=15, norm="l1").
+    """
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == truth
+    edges = np.linspace(0, 1, BINS + 1)[1:-1]
+    in_bin = np.eye(BINS)[np.searchsorted(edges, confidence, side="right")]  # [N, BINS]
+    gaps = weights @ (in_bin * (right - confidence)[:, None])
+    error: np.ndarray = np.abs(gaps).sum(axis=1) / weights.sum(axis=1)
+    return error
+
+
+def _scores_of(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """weighted_scores of a few weightings, float64 [R, N]."""
+    present = np.unique(truth)
+    classes = probabilities.shape[1]
+    cell = truth * classes + probabilities.argmax(axis=1)  # of the confusion matrix
+    confusion = (weights @ np.eye(classes**2)[cell]).reshape(-1, classes, classes)
+    called = scores(confusion)
+    areas = {int(k): average_precision(probabilities[:, k], truth == k, weights) for k in present}
+    melanoma = {"melanoma_auprc": areas[MELANOMA]} if MELANOMA in areas else {}
+    return {
+        "balanced_accuracy": called.balanced_accuracy,
+        "macro_f1": called.macro_f1,
+        "macro_auprc": np.mean(list(areas.values()), axis=0),
+        **melanoma,
+        "expected_calibration_error": calibration_error(probabilities, truth, weights),
+        **{f"recall_{CLASSES[k]}": recall for k, recall in zip(present, called.recall.T)},
+    }

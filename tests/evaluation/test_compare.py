@@ -1,0 +1,362 @@
+"""The verdict comes out as it must where the truth is known, for us and against us."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_sets
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.preprocessing import StandardScaler
+from tiny_sets import feature_set, image_set
+
+from m2d.classes import class_index
+from m2d.errors import DataError
+from m2d.evaluation.classifiers.arms import TrainingRows, training_rows
+from m2d.evaluation.classifiers.compare import DownstreamResult, Job, Trials, compare_arms, run_jobs, verdict
+from m2d.evaluation.classifiers.probe import ProbeClassifier, measure_downstream
+from m2d.evaluation.images import FeatureSet
+from m2d.metrics.bootstrap import Estimate
+
+BKL, DF, MEL, NV = (class_index(code) for code in ("BKL", "DF", "MEL", "NV"))
+DIMS = 40
+
+
+def clouds(name: str, counts: dict[int, int], seed: int) -> FeatureSet:
+    """Two images of each lesion in real sets."""
+    return tiny_sets.clouds(
+        name, counts, seed, distance=2.0, scales=np.logspace(-1, 1, DIMS), groups=lesions(name, counts)
+    )
+
+
+def lesions(name: str, counts: dict[int, int]) -> list[str] | None:
+    return None if name == "generated" else [f"{name}-{number // 2}" for number in range(sum(counts.values()))]
+
+
+TRAIN = clouds("train", {NV: 200, MEL: 8, BKL: 8}, 0)
+TEST = clouds("test", {NV: 200, MEL: 100, BKL: 100}, 1)
+TRUE = clouds("generated", {MEL: 192, BKL: 192}, 2)  # as the real ones are distributed
+BALANCED = clouds("train", {NV: 100, MEL: 100, BKL: 100}, 3)
+
+
+def measure(
+    generated: FeatureSet,
+    train: FeatureSet = TRAIN,
+    test: FeatureSet = TEST,
+    c: float | None = 0.1,
+    ratios: Sequence[float] = (),
+) -> DownstreamResult:
+    trials = Trials(seeds=[0, 1, 2], resamples=200, ratios=ratios)
+    return measure_downstream(train=train, test=test, generated=generated, c=c, trials=trials)
+
+
+@pytest.fixture(scope="module")
+def helpful() -> DownstreamResult:
+    return measure(TRUE, ratios=[0.5, 2, 100])
+
+
+def test_true_images_of_rare_classes_help(helpful: DownstreamResult) -> None:
+    assert helpful.minus_c["balanced_accuracy"].low > 0
+    assert helpful.verdict.word == "helps"
+
+
+def test_the_sentence_opens_with_the_verdict_and_holds_both_intervals(helpful: DownstreamResult) -> None:
+    against_c, against_b = (minus["balanced_accuracy"] for minus in (helpful.minus_c, helpful.minus_b))
+    assert helpful.verdict.sentence.startswith("helps: ")
+    for one in (against_c, against_b):
+        assert f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" in helpful.verdict.sentence
+
+
+def test_the_training_set_again_as_synthetic_equals_oversampling() -> None:
+    result = measure(feature_set(image_set(TRAIN.labels, "generated"), TRAIN.cls))
+    difference = result.minus_c["balanced_accuracy"]
+    assert difference.low <= 0 <= difference.high
+    assert difference.value == pytest.approx(0, abs=1e-3)
+    assert result.verdict.word == "no difference shown"
+
+
+def test_shuffled_labels_hurt() -> None:
+    labels = np.random.default_rng(0).permutation(np.tile([NV, MEL, BKL], 400))
+    shuffled = clouds("generated", {NV: 400, MEL: 400, BKL: 400}, 4)
+    result = measure(replace(shuffled, images=replace(shuffled.images, labels=labels)), train=BALANCED)
+    assert result.verdict.word == "hurts"
+    assert result.minus_c["balanced_accuracy"].high < 0
+
+
+def test_noise_far_from_every_real_image_hurts() -> None:
+    generator = np.random.default_rng(0)
+    noise = 30 * generator.normal(size=(600, DIMS)) * np.logspace(-1, 1, DIMS)
+    result = measure(feature_set(image_set(np.repeat([NV, MEL, BKL], 200), "generated"), noise), train=BALANCED)
+    assert result.verdict.word == "hurts"
+
+
+def test_scores_of_every_arm_are_those_of_scikit_learns_classifier(helpful: DownstreamResult) -> None:
+    """The same training written out: images repeated, class weights by name, standardised by the real ones."""
+    scaler = StandardScaler().fit(TRAIN.cls.astype(np.float64))
+    oversampled = training_rows("c", TRAIN.labels, TRUE.labels, seed=0).real
+    arms = {
+        "a": (TRAIN.cls, TRAIN.labels, None),
+        "b": (TRAIN.cls, TRAIN.labels, "balanced"),
+        "c": (TRAIN.cls[oversampled], TRAIN.labels[oversampled], None),
+        "d": (np.concatenate([TRAIN.cls, TRUE.cls]), np.concatenate([TRAIN.labels, TRUE.labels]), None),
+        "e": (TRUE.cls, TRUE.labels, None),
+    }
+    for arm, (cls, labels, weights) in arms.items():
+        model = LogisticRegression(C=0.1, class_weight=weights, max_iter=5000, tol=1e-6)
+        model.fit(scaler.transform(cls.astype(np.float64)), labels)
+        expected = balanced_accuracy_score(TEST.labels, model.predict(scaler.transform(TEST.cls.astype(np.float64))))
+        # Rounding may turn single images; the oversampled ones are the same ones with every seed but for one each.
+        assert helpful.arms[arm].scores["balanced_accuracy"].value == pytest.approx(expected, abs=0.006), arm
+
+
+def test_a_difference_is_that_of_the_arms_scores(helpful: DownstreamResult) -> None:
+    for control, minus in (("b", helpful.minus_b), ("c", helpful.minus_c)):
+        for name, difference in minus.items():
+            expected = helpful.arms["d"].scores[name].value - helpful.arms[control].scores[name].value
+            assert difference.value == pytest.approx(expected, abs=1e-12)
+
+
+def test_arms_are_paired_by_the_same_resamples() -> None:
+    """Of nearly equal arms the difference is far more certain than either."""
+    result = measure(clouds("generated", {NV: 4}, 5), train=BALANCED)
+    width = {key: one["balanced_accuracy"] for key, one in (("d", result.arms["d"].scores), ("d-a", result.minus_c))}
+    assert width["d-a"].high - width["d-a"].low < 0.5 * (width["d"].high - width["d"].low)
+
+
+def test_only_arms_that_draw_are_trained_for_every_seed() -> None:
+    result = measure(clouds("generated", {MEL: 11, BKL: 11}, 2))  # 11 of 8: three more of each are drawn by chance
+    assert {arm: one.trainings for arm, one in result.arms.items()} == {"a": 1, "b": 1, "c": 3, "d": 1, "e": 1}
+
+
+class AllOrNone(ProbeClassifier):
+    """All right or all wrong, by its seed alone."""
+
+    seeded = True
+
+    def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
+        return np.eye(7)[self.test.labels if seed % 2 else (self.test.labels + 1) % 7]
+
+
+def test_what_the_seeds_draw_widens_the_interval() -> None:
+    classifier, images = AllOrNone(TRAIN, TEST, TRUE, 0.1), (TRAIN.images, TEST.images, TRUE.images)
+
+    def interval(*seeds: int) -> tuple[float, float]:
+        found = compare_arms(classifier, "", {}, Trials(seeds=seeds, resamples=200), images=images, notes=[])
+        score = found.arms["c"].scores["balanced_accuracy"]
+        return score.low, score.high
+
+    assert interval(1, 3) == (1, 1)
+    assert interval(1, 2) == (0, 1)
+
+
+def test_the_sweep_has_a_step_for_each_ratio_and_says_where_images_lack(helpful: DownstreamResult) -> None:
+    assert [(step.ratio, step.added) for step in helpful.ratios] == [
+        (0.5, {"BKL": 4, "MEL": 4}),
+        (2, {"BKL": 16, "MEL": 16}),
+        (100, {"BKL": 192, "MEL": 192}),
+    ]
+    assert helpful.ratios[2].limited == "BKL 192 of 800, MEL 192 of 800, NV 0 of 20,000"
+
+
+def test_a_ratio_beyond_the_images_there_are_is_the_whole_comparison(helpful: DownstreamResult) -> None:
+    assert helpful.ratios[2].minus_c == helpful.minus_c
+    assert helpful.ratios[2].synthetic == helpful.arms["d"].scores
+
+
+def test_c_is_chosen_without_a_look_at_the_test_images() -> None:
+    turned = replace(TEST, images=replace(TEST.images, labels=TEST.labels[::-1].copy()))
+    chosen, again = (measure(TRUE, test=test, c=None).settings["c"] for test in (TEST, turned))
+    assert chosen == again
+
+
+def test_too_few_lesions_to_choose_c_are_named() -> None:
+    with pytest.raises(DataError, match="4 training images of 2 lesions"):
+        measure(clouds("generated", {NV: 3}, 0), train=clouds("train", {NV: 2, MEL: 2}, 0), c=None)
+
+
+def test_a_class_without_test_images_is_trained_on_but_not_scored() -> None:
+    result = measure(TRUE, test=clouds("test", {NV: 50, MEL: 50}, 1))
+    assert "no test image" in result.left_out["BKL"]
+    assert "recall_BKL" not in result.minus_c
+    assert result.arms["a"].images["BKL"] == 8
+
+
+def test_test_images_of_an_unknown_class_are_not_scored() -> None:
+    counts = {NV: 60, MEL: 60, BKL: 60}
+    alone = measure(TRUE, test=clouds("test", counts, 1))
+    with_df = measure(TRUE, test=clouds("test", {**counts, DF: 30}, 1))
+    assert "no real training image" in with_df.left_out["DF"]
+    assert with_df.test == alone.test
+    assert set(with_df.minus_c) == set(alone.minus_c)
+
+
+def test_synthetic_images_of_one_class_leave_arm_e_out() -> None:
+    result = measure(clouds("generated", {MEL: 50}, 2))
+    assert set(result.arms) == set("abcd")
+    assert "alone" in result.left_out["arm e"]
+
+
+def test_a_class_of_few_test_lesions_is_noted() -> None:
+    result = measure(TRUE, test=clouds("test", {NV: 60, MEL: 60, BKL: 6}, 1))
+    assert any("rough interval: BKL 3" in note for note in result.notes)
+
+
+def test_the_result_is_plain_numbers(helpful: DownstreamResult) -> None:
+    assert json.loads(json.dumps(asdict(helpful), allow_nan=False))["seeds"] == [0, 1, 2]
+
+
+def estimates(balanced_accuracy: tuple[float, float, float], **more: tuple[float, float, float]) -> dict[str, Estimate]:
+    return {name: Estimate(*values) for name, values in {"balanced_accuracy": balanced_accuracy, **more}.items()}
+
+
+UP, DOWN, OPEN = (0.05, 0.01, 0.09), (-0.05, -0.09, -0.01), (0.01, -0.03, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("against_b", "against_c", "word"),
+    [
+        (UP, UP, "helps"),
+        (OPEN, UP, "helps"),
+        ((-0.01, -0.03, 0.01), UP, "no difference shown"),  # better than repeating, yet not than class weights
+        (DOWN, UP, "no difference shown"),
+        (UP, OPEN, "no difference shown"),
+        (UP, DOWN, "hurts"),
+        (DOWN, DOWN, "hurts"),
+        (DOWN, OPEN, "no difference shown"),
+    ],
+)
+def test_the_verdict_is_c_s_and_b_can_only_spoil_it(against_b: Any, against_c: Any, word: str) -> None:
+    assert verdict(estimates(against_b), estimates(against_c)).word == word
+
+
+def test_what_got_worse_while_balanced_accuracy_rose_is_warned_of() -> None:
+    warnings = verdict(
+        estimates(OPEN),
+        estimates(UP, macro_auprc=DOWN, melanoma_auprc=OPEN, expected_calibration_error=UP),
+    ).warnings
+    assert len(warnings) == 1
+    assert "macro AUPRC by -0.050 [-0.090, -0.010]; expected calibration error by +0.050" in warnings[0]
+    assert "melanoma" not in warnings[0]
+
+
+@pytest.mark.parametrize(
+    "against_c", [estimates(DOWN, macro_auprc=DOWN), estimates(UP, expected_calibration_error=DOWN)]
+)
+def test_there_is_nothing_to_warn_of(against_c: dict[str, Estimate]) -> None:
+    """Where the balanced accuracy fell, the verdict says enough; a smaller calibration error is a better one."""
+    assert verdict(estimates(OPEN), against_c).warnings == []
+
+
+class Counted(ProbeClassifier):
+    """Notes its trainings, and is killed in one of them."""
+
+    trained: list[str] = []  # noqa: RUF012 - the tests' own
+    killed_at: int | None = None
+
+    def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
+        if len(self.trained) == self.killed_at:
+            Counted.killed_at = None
+            raise KeyboardInterrupt
+        self.trained.append(Job.of(self, rows, seed).digest)
+        return super().predict(rows, seed)
+
+
+@pytest.fixture
+def counted() -> Counted:
+    Counted.trained, Counted.killed_at = [], None
+    return Counted(TRAIN, TEST, TRUE, 0.1)
+
+
+def jobs_of(classifier: ProbeClassifier, arms: str = "abde") -> list[Job]:
+    return [Job.of(classifier, training_rows(arm, TRAIN.labels, TRUE.labels, seed=0), 0) for arm in arms]
+
+
+def kept_in(folder: Path, *, on_ray: bool = False) -> Trials:
+    return Trials(seeds=[0], resamples=100, kept=folder, on_ray=on_ray)
+
+
+def test_finished_jobs_are_not_done_again(counted: Counted, tmp_path: Path) -> None:
+    first = run_jobs(counted, jobs_of(counted), kept_in(tmp_path))
+    again = run_jobs(counted, jobs_of(counted), kept_in(tmp_path))
+    assert len(counted.trained) == 4
+    assert all(np.array_equal(one, other) for one, other in zip(first, again))
+
+
+def test_a_killed_run_resumes_where_it_stopped(counted: Counted, tmp_path: Path) -> None:
+    Counted.killed_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(counted, jobs_of(counted), kept_in(tmp_path))
+    run_jobs(counted, jobs_of(counted), kept_in(tmp_path))
+    assert len(counted.trained) == len(set(counted.trained)) == 4
+
+
+def test_a_broken_file_is_made_again(counted: Counted, tmp_path: Path) -> None:
+    whole = run_jobs(counted, jobs_of(counted, "a"), kept_in(tmp_path))
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:200])
+    assert np.array_equal(run_jobs(counted, jobs_of(counted, "a"), kept_in(tmp_path)), whole)
+    assert len(counted.trained) == 2
+
+
+def test_equal_jobs_are_done_once(counted: Counted) -> None:
+    answers = run_jobs(counted, jobs_of(counted, "abab"), Trials(seeds=[0], resamples=100))
+    assert len(counted.trained) == 2
+    assert np.array_equal(answers[0], answers[2])
+
+
+def test_other_images_settings_rows_or_weights_are_another_job() -> None:
+    other = replace(TEST, cls=TEST.cls + 1)
+    changed = [ProbeClassifier(TRAIN, TEST, TRUE, 0.2), ProbeClassifier(TRAIN, other, TRUE, 0.1)]
+    digests = [job.digest for one in [ProbeClassifier(TRAIN, TEST, TRUE, 0.1), *changed] for job in jobs_of(one)]
+    assert len(set(digests)) == 12
+
+
+def test_the_seed_is_another_job_only_where_it_changes_something() -> None:
+    rows = training_rows("a", TRAIN.labels, TRUE.labels, seed=0)
+    for kind, digests in ((ProbeClassifier, 1), (AllOrNone, 2)):
+        classifier = kind(TRAIN, TEST, TRUE, 0.1)
+        assert len({Job.of(classifier, rows, seed).digest for seed in (0, 1)}) == digests
+
+
+class ByProcess(ProbeClassifier):
+    """Answers with the number of the process that asks."""
+
+    def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
+        return np.full((1, 7), os.getpid())
+
+
+class Refusing(ProbeClassifier):
+    def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
+        raise DataError("test: 3 of these lesions have no name; give them one")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_tasks_give_what_this_process_gives_and_keep_it(tmp_path: Path) -> None:
+    judge = ProbeClassifier(TRAIN, TEST, TRUE, 0.1)
+    remote = run_jobs(judge, jobs_of(judge, "abd"), kept_in(tmp_path, on_ray=True))
+    for one, other in zip(remote, run_jobs(judge, jobs_of(judge, "abd"), Trials(seeds=[0], resamples=100))):
+        assert one == pytest.approx(other, abs=1e-6)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(job.digest for job in jobs_of(judge, "abd"))
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_tasks_run_in_other_processes_and_kept_jobs_do_not_run(tmp_path: Path) -> None:
+    judge = ByProcess(TRAIN, TEST, TRUE, 0.1)
+    (first,) = run_jobs(judge, jobs_of(judge, "a"), kept_in(tmp_path, on_ray=True))
+    assert first[0, 0] != os.getpid()
+    assert np.array_equal(run_jobs(judge, jobs_of(judge, "a"), kept_in(tmp_path))[0], first)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_user_facing_error_comes_through_as_one_line(tmp_path: Path) -> None:
+    judge = Refusing(TRAIN, TEST, TRUE, 0.1)
+    with pytest.raises(DataError, match=r"^test: 3 of these lesions have no name; give them one$"):
+        run_jobs(judge, jobs_of(judge, "ab"), kept_in(tmp_path, on_ray=True))

@@ -1,0 +1,163 @@
+"""Which images stand on which side, decoded to one size, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from m2d.data.decode import decode_resized
+from m2d.data.settings import DataConfig
+from m2d.errors import ConfigError, DataError
+from m2d.evaluation.images import PIXELS, read_image_sets, with_pixels
+from m2d.evaluation.settings import EvaluateConfig
+
+COUNTS = {"DF": 10, "MEL": 10, "NV": 20}
+
+
+@pytest.fixture
+def real(tmp_path: Path, paint_images: Any) -> Path:
+    paint_images(tmp_path / "real", COUNTS)
+    return tmp_path / "real"
+
+
+@pytest.fixture
+def generated(tmp_path: Path) -> Path:
+    """Two DF and one MEL of 24 px; the two DF are the same bytes."""
+    folder = tmp_path / "generated"
+    generator = np.random.default_rng(1)
+    for label in ("DF", "MEL"):
+        (folder / label).mkdir(parents=True)
+        Image.fromarray(generator.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(folder / label / "a.png")
+    shutil.copy(folder / "DF" / "a.png", folder / "DF" / "b.png")
+    return folder
+
+
+def config(tmp_path: Path, real: Path, generated: Path, **more: Any) -> EvaluateConfig:
+    return EvaluateConfig(real=str(real), generated=str(generated), cache_dir=str(tmp_path / "cache"), **more)
+
+
+def test_the_real_images_are_split_by_lesion_and_all_are_of_the_generated_size(
+    tmp_path: Path, real: Path, generated: Path
+) -> None:
+    sets = read_image_sets(config(tmp_path, real, generated), None)
+    assert {sets.train.image_size, sets.test.image_size, sets.generated.image_size} == {24}
+    assert not set(sets.train.groups) & set(sets.test.groups)
+    assert sets.train.counts == {"DF": 8, "MEL": 8, "NV": 16}
+    assert sets.test.counts == {"DF": 1, "MEL": 1, "NV": 2}
+
+
+def test_pixels_are_the_files_own_in_the_sets_order(tmp_path: Path, real: Path, generated: Path) -> None:
+    sets = read_image_sets(config(tmp_path, real, generated, image_size=16), None)
+    for row in (0, len(sets.train) - 1):
+        encoded = Path(sets.train.paths[row]).read_bytes()
+        assert np.array_equal(sets.train.pixels[row], decode_resized(encoded, 16, max_pixels=10**6))
+
+
+def test_a_generator_that_repeats_itself_is_seen_to(tmp_path: Path, real: Path, generated: Path) -> None:
+    sets = read_image_sets(config(tmp_path, real, generated), None)
+    assert sets.generated.counts == {"DF": 2, "MEL": 1}
+    assert any("1 generated images are exact repeats" in note for note in sets.notes)
+    assert any("no generated image of NV" in note for note in sets.notes)
+
+
+def test_training_images_from_a_folder_of_their_own_leave_all_of_real_unseen(
+    tmp_path: Path, real: Path, generated: Path, paint_images: Any
+) -> None:
+    other = tmp_path / "other"
+    (other / "MEL").mkdir(parents=True)
+    for number in range(3):
+        Image.fromarray(np.full((30, 30, 3), 40 * number, np.uint8)).save(other / "MEL" / f"x{number}.png")
+    sets = read_image_sets(config(tmp_path, other, generated, train=str(real)), None)
+    assert (len(sets.train), sets.test.counts) == (40, {"MEL": 3})
+
+
+def test_an_image_on_both_sides_is_refused_with_its_name(tmp_path: Path, real: Path, generated: Path) -> None:
+    copy = tmp_path / "copy"
+    (copy / "NV").mkdir(parents=True)
+    shutil.copy(real / "NV" / "NV_0.png", copy / "NV" / "renamed.png")
+    with pytest.raises(DataError, match=r"1 image of the test images .* is among the training images") as caught:
+        read_image_sets(config(tmp_path, copy, generated, train=str(real)), None)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lesion_on_both_sides_is_refused_with_its_name(tmp_path: Path, real: Path, generated: Path) -> None:
+    copy = tmp_path / "copy"
+    (copy / "NV").mkdir(parents=True)
+    Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(copy / "NV" / "NV_3.png")  # of the lesion NV_3, by its name
+    with pytest.raises(DataError, match=r"1 lesion of the test images .*: NV_3; leave them out"):
+        read_image_sets(config(tmp_path, copy, generated, train=str(real)), None)
+
+
+def test_a_generated_class_that_no_real_image_has_is_refused(tmp_path: Path, real: Path, generated: Path) -> None:
+    shutil.copytree(generated / "DF", generated / "VASC")
+    with pytest.raises(DataError, match="images of VASC, the real training images are of DF MEL NV"):
+        read_image_sets(config(tmp_path, real, generated), None)
+
+
+def test_unreadable_files_are_left_out_and_named(tmp_path: Path, real: Path, generated: Path) -> None:
+    (generated / "MEL" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    sets = read_image_sets(config(tmp_path, real, generated), None)
+    assert sets.generated.counts == {"DF": 2, "MEL": 1}
+    assert any("left out MEL/broken.png" in note for note in sets.notes)
+
+
+def test_a_file_gone_since_the_scan_is_left_out_and_named(tmp_path: Path, real: Path, generated: Path) -> None:
+    """The catalog of an experiment still lists it."""
+    from m2d.data.catalog import scan_dataset, write_catalog
+    from m2d.models.checkpoint import CheckpointInfo
+
+    experiment = tmp_path / "experiment"
+    (experiment / "cache").mkdir(parents=True)
+    catalog = scan_dataset(str(real), DataConfig()).catalog
+    write_catalog(catalog, str(experiment / "cache" / "catalog.parquet"))
+    gone = next(row["path"] for row in catalog.to_pylist() if row["split"] == "train")
+    (real / gone).unlink()
+    info = CheckpointInfo(1, "joint", 24, "efficientnet-lite0", 8, 4, {}, {"data_root": str(real)})
+    sets = read_image_sets(config(tmp_path, real, generated), (str(experiment / "checkpoints" / "best"), info))
+    assert len(sets.train) == 31
+    assert any(f"{gone}: is not there" in note for note in sets.notes)
+    assert any("the checkpoint's own" in note for note in sets.notes)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("shards", "has no class folder .found: shards.; only --format folder can be evaluated"),
+        (None, "is not a folder"),
+    ],
+)
+def test_a_generated_folder_that_is_none_is_one_line(
+    tmp_path: Path, real: Path, content: str | None, message: str
+) -> None:
+    folder = tmp_path / "odd"
+    if content:
+        (folder / content).mkdir(parents=True)
+    with pytest.raises((DataError, ConfigError), match=message) as caught:
+        read_image_sets(config(tmp_path, real, folder), None)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_was_decoded_once_is_not_decoded_again(
+    tmp_path: Path, real: Path, generated: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = read_image_sets(config(tmp_path, real, generated), None)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr("m2d.evaluation.images.decode_resized", refuse)
+    second = read_image_sets(config(tmp_path, real, generated), None)
+    assert np.array_equal(first.train.pixels, second.train.pixels)
+    assert json.dumps(first.notes) == json.dumps(second.notes)
+
+
+def test_pixels_are_kept_once_by_content(tmp_path: Path, real: Path, generated: Path) -> None:
+    test = read_image_sets(config(tmp_path, real, generated), None).test
+    for _ in range(2):
+        again = with_pixels(test, name="x", source="y", pixels=np.array(test.pixels), cache_dir=str(tmp_path / "new"))
+    assert len(list((tmp_path / "new" / PIXELS).iterdir())) == 1
+    assert np.array_equal(again.pixels, test.pixels)
