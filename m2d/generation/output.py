@@ -40,7 +40,6 @@ from m2d.generation.contact_sheet import contact_sheet, strip
 from m2d.generation.formats import FORMATS, SHARDS, read_images
 from m2d.generation.plan import PLAN_SCHEMA, PlanRow
 from m2d.generation.settings import Feature, GenerateConfig
-from m2d.models.settings import Precision
 
 RECORD_NAME, PLAN_NAME, MANIFEST_NAME = "generation.json", "plan.parquet", "manifest.parquet"
 PARTS, JOURNAL_NAME = "parts", "journal.parquet"
@@ -96,34 +95,20 @@ class Recipe:
     plan: str | None = None  # sha256 over the rows, input images by their content
 
     @classmethod
-    def of(
-        cls,
-        config: GenerateConfig,
-        *,
-        checkpoint_sha256: str,
-        precision: Precision,
-        feature: Feature,
-        gates: dict[str, Any] | None = None,
-        balance: dict[str, Any] | None = None,
-        plan: str | None = None,
-    ) -> Self:
-        """The part of a run's settings that shapes images; `precision` and `feature` are those decided, never None."""
+    def of(cls, config: GenerateConfig, *, feature: Feature, **decided: Any) -> Self:
+        """What shapes images in a run's settings; feature (never None) and the other fields as decided."""
         low, high = config.guidance_interval
         return cls(
-            checkpoint=checkpoint_sha256,
             seed=config.seed,
             solver=config.solver,
             steps=config.steps,
             guidance_scale=float(config.guidance_scale),  # 2 and 2.0 are one recipe
             guidance_interval=(float(low), float(high)),
-            precision=precision,
             feature=feature,
             feature_temperature=float(config.feature_temperature) if feature == "prior" else None,
             mode="plan" if config.plan else config.mode,
             format=config.format,
-            gates=gates,
-            balance=balance,
-            plan=plan,
+            **decided,
         )
 
     @property
