@@ -95,11 +95,6 @@ class GatesAtWork:
         key = None if self.reference is None else self.reference.stem
         return {**_lasting(self.config), "at_work": list(self.names), "reference": key}
 
-    @property
-    def text(self) -> str:
-        """`blank, near_copy:pixels`, or `off`."""
-        return ", ".join(self.names) or "off"
-
 
 def prepare_gates(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Table | None, device: str) -> GatesAtWork:
     """Which gates run. Where something is missing, the gates that need it are off, which is said once.

@@ -38,7 +38,7 @@ from m2d.generation.output import (
     write_pictures,
 )
 from m2d.generation.plan import Planned, dataset_catalog, make_plan, read_plan, write_plan
-from m2d.generation.settings import Feature, GenerateConfig
+from m2d.generation.settings import GenerateConfig
 from m2d.generation.workers import (
     WRITER_CPUS,
     GeneratorSettings,
@@ -66,7 +66,8 @@ def generate(config: GenerateConfig) -> Path:
     """
     config = _absolute(config)
     checkpoint = load_checkpoint(config.checkpoint, "cpu")
-    feature = _feature(config, checkpoint)
+    by_reference = config.plan is None and config.feature is None and config.mode in ("image2image", "interpolate")
+    feature = pick_feature("reference" if by_reference else config.feature, checkpoint)  # a plan decides for each row
     with ExitStack() as cluster:
         device, precision = _device(config, cluster)
         needs_catalog = (config.plan is None and config.mode == "balance") or config.merge
@@ -94,13 +95,13 @@ def generate(config: GenerateConfig) -> Path:
         with OutputFolder.open(root, recipe) as folder:
             _write_plan(root, planned.table)
             _Run(config, checkpoint, planned, gates, folder, device, precision, cluster).finish()
-        if config.merge and config.data_root is not None:
-            merged = write_merged_index(config.data_root, catalog, root / MANIFEST_NAME, root / MERGED_NAME)
-            left_out = f", {len(merged.left_out)} made from val or test images left out" if merged.left_out else ""
-            print(
-                f"{sum(merged.real.values()):,} real and {sum(merged.synthetic.values()):,} synthetic images{left_out} "
-                f"in {merged.parquet}"
-            )
+            if config.merge and config.data_root is not None:
+                merged = write_merged_index(config.data_root, catalog, root / MANIFEST_NAME, root / MERGED_NAME)
+                left_out = f", {len(merged.left_out)} made from val or test images left out" if merged.left_out else ""
+                print(
+                    f"{sum(merged.real.values()):,} real and {sum(merged.synthetic.values()):,} synthetic images"
+                    f"{left_out} in {merged.parquet}"
+                )
     return root
 
 
@@ -128,7 +129,7 @@ class _Run:
         missing = sum(table.num_rows for table in rounds)
         say(
             f"generating {missing:,} of {plan.num_rows:,} images on {self.device} (precision {self.precision}, feature "
-            f"{' and '.join(sorted(self.planned.features)) or 'none'}, gates {self.gates.text})"
+            f"{' and '.join(sorted(self.planned.features)) or 'none'}, gates {', '.join(self.gates.names) or 'off'})"
         )
         prior = self.checkpoint.prior if "prior" in self.planned.features else None
         weak = [code for code in self.planned.classes if prior is not None and code in prior.weak]
@@ -146,9 +147,9 @@ class _Run:
             with suppress(M2DError):  # a disk that is full is full for the manifest too; what is done is in the journal
                 folder.settle()
             raise
-        seconds = time.monotonic() - began
+        speed = f", {kept / (time.monotonic() - began):.1f} images/s" if kept else ""
         folder.settle()
-        self._report(kept, seconds, weak)
+        self._report(f"{kept:,} new{speed}", weak)
 
     def _make(self, rounds: list[pa.Table], missing: int) -> int:
         """Round k makes attempt k of all rows that need it; returns how many images were kept."""
@@ -231,7 +232,7 @@ class _Run:
         in_memory = _GROUP_BYTES // (3 * self.checkpoint.image_size**2)
         return max(batch, min(self.config.shard_images, in_memory) // batch * batch)
 
-    def _report(self, kept: int, seconds: float, weak: list[str]) -> None:
+    def _report(self, new: str, weak: list[str]) -> None:
         folder, plan = self.folder, self.planned.table
         made = Counter(folder.accepted["class"].to_pylist())
         rejections = folder.rejections()
@@ -250,10 +251,9 @@ class _Run:
                 f"{', '.join(f'{code} {missing[code]} ({reasons[code]})' for code in CLASSES if missing[code])}; raise "
                 "--gates.max_attempts, or look at the gates' settings"
             )
-        speed = f", {kept / seconds:.1f} images/s" if kept else ""
         more = f", {strips} strips" if strips else ""
         print(
-            f"{plan.num_rows - lost.num_rows:,} images ({kept:,} new{speed}), {MANIFEST_NAME} and contact_sheet.png"
+            f"{plan.num_rows - lost.num_rows:,} images ({new}), {MANIFEST_NAME} and contact_sheet.png"
             f"{more} in {folder.root}",
             flush=True,
         )
@@ -288,13 +288,6 @@ def _absolute(config: GenerateConfig) -> GenerateConfig:
         if place is not None and "://" not in place
     }
     return replace(config, **places)
-
-
-def _feature(config: GenerateConfig, checkpoint: Checkpoint) -> Feature:
-    """What guides the images, decided; a plan decides for each row by itself."""
-    if config.plan is None and config.feature is None and config.mode in ("image2image", "interpolate"):
-        return "reference"
-    return pick_feature(config.feature, checkpoint)
 
 
 def _device(config: GenerateConfig, cluster: ExitStack) -> tuple[str, Precision]:
