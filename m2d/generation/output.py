@@ -310,7 +310,7 @@ def group_name(rows: Iterable[PlanRow]) -> str:
 def write_rows(path: Path, rows: pa.Table) -> None:
     """A table of the folder, whole or not at all. Raises ConfigError where it cannot be written."""
     try:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path, durable=path.name == JOURNAL_NAME) as partial:  # its parts are removed afterwards
             pq.write_table(rows, partial)
     except OSError as error:

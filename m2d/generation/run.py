@@ -36,8 +36,9 @@ from m2d.generation.output import (
     counts_and_rejections,
     default_output,
     write_pictures,
+    write_rows,
 )
-from m2d.generation.plan import Planned, dataset_catalog, make_plan, read_plan, write_plan
+from m2d.generation.plan import Planned, dataset_catalog, make_plan, read_plan
 from m2d.generation.settings import GenerateConfig
 from m2d.generation.workers import (
     WRITER_CPUS,
@@ -165,10 +166,9 @@ class _Run:
                     continue
                 with closing(self._results(PlanGroups(table, attempts, self._group_size()))) as results:
                     for result in results:
-                        images = sum(result.kept.values())
-                        kept += images
+                        kept += result.kept
                         rejected.update(result.rejected)
-                        shown.advance(images)
+                        shown.advance(result.kept)
         return kept
 
     def _results(self, groups: PlanGroups) -> collections.abc.Generator[GroupResult, None, None]:
@@ -324,4 +324,4 @@ def _write_plan(root: Path, plan: pa.Table) -> None:
                 f"output: {path} is not the plan of these settings (was it edited?); run it with --plan {path}, "
                 "delete it, or name another --output"
             )
-    write_plan(plan, path)
+    write_rows(path, plan)
