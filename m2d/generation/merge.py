@@ -23,9 +23,8 @@ import pyarrow.parquet as pq
 
 from m2d.classes import CLASSES
 from m2d.errors import DataError
-from m2d.files.atomic import whole_file
 from m2d.files.storage import one_line, without_secrets
-from m2d.generation.output import cannot_write
+from m2d.generation.output import whole_output
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -99,14 +98,10 @@ def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: 
         )
     table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
     csv_path = path.with_suffix(".csv")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(csv_path) as partial:
-            pa_csv.write_csv(table, partial)
-        with whole_file(path) as partial:
-            pq.write_table(table, partial, compression="zstd")
-    except OSError as error:
-        raise cannot_write(path, error) from None
+    with whole_output(csv_path) as partial:
+        pa_csv.write_csv(table, partial)
+    with whole_output(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
     of_real, of_synthetic = ({code: count[code] for code in CLASSES} for count in (real, synthetic))
     return MergedIndex(path, csv_path, of_real, of_synthetic, tuple(left_out))
 

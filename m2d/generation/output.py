@@ -19,9 +19,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -309,10 +309,17 @@ def group_name(rows: Iterable[PlanRow]) -> str:
 
 def write_rows(path: Path, rows: pa.Table) -> None:
     """A table of the folder, whole or not at all. Raises ConfigError where it cannot be written."""
+    with whole_output(path, durable=path.name == JOURNAL_NAME) as partial:  # its parts are removed afterwards
+        pq.write_table(rows, partial)
+
+
+@contextmanager
+def whole_output(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """As whole_file, in a folder that is made if need be. Raises ConfigError for an OSError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path, durable=path.name == JOURNAL_NAME) as partial:  # its parts are removed afterwards
-            pq.write_table(rows, partial)
+        with whole_file(path, durable=durable) as partial:
+            yield partial
     except OSError as error:
         raise cannot_write(path, error) from None
 
@@ -438,20 +445,14 @@ def write_pictures(folder: OutputFolder, plan: pa.Table, *, title: str, caption:
             caption=caption,
             totals={label: len(ids) for label, ids in of_class.items()},
         )
-        _save(sheet, folder.root / "contact_sheet.png")
+        with whole_output(folder.root / "contact_sheet.png") as partial:
+            sheet.save(partial, format="PNG")
     complete = {group: sorted(walk) for group, walk in walks.items() if all(image_id in paths for _, image_id in walk)}
     for group, walk in complete.items():
         images = read_images(folder.root, name, {image_id: paths[image_id] for _, image_id in walk})
-        _save(strip([images[image_id] for _, image_id in walk]), folder.root / f"strip_{group}.png")
+        with whole_output(folder.root / f"strip_{group}.png") as partial:
+            strip([images[image_id] for _, image_id in walk]).save(partial, format="PNG")
     return len(complete)
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    try:
-        with whole_file(path) as partial:
-            image.save(partial, format="PNG")
-    except OSError as error:
-        raise cannot_write(path, error) from None
 
 
 def _difference(record: Path, recipe: Recipe) -> str:
