@@ -34,8 +34,8 @@ from jsonargparse import auto_cli
 
 from m2d.classes import CLASSES
 from m2d.diffusion.settings import SamplingSettings
-from m2d.generation.output import PARTS, group_name
-from m2d.generation.plan import PlanRow, read_plan, standard_plan, write_plan
+from m2d.generation.output import PARTS, group_name, write_rows
+from m2d.generation.plan import PlanRow, read_plan, standard_plan
 from m2d.generation.settings import GateConfig
 from m2d.generation.workers import GeneratorSettings, GroupWriter, PlanGroups, make_on_ray, pick_pool
 
@@ -168,7 +168,7 @@ def build_plan(rows: int) -> PlanCost:
         table = standard_plan(_counts(rows), run_seed=0, sampling=SamplingSettings(), feature="prior")
         times.append(time.perf_counter())
         built = _peak_gib()
-        write_plan(table, path)
+        write_rows(path, table)
         times.append(time.perf_counter())
         read_plan(path)
         times.append(time.perf_counter())
@@ -229,7 +229,7 @@ def measure(actors: int, batch_s: float, groups: int, batch_size: int, before: S
         )  # fmt: skip
         pool = pick_pool(num_actors=actors, gpus_per_actor=1.0, device="none", groups=groups)
         began, cpu_began = time.time(), time.process_time()
-        made = sum(result.tried for result in make_on_ray(settings, pool, plan, writer, features=False))
+        made = sum(result.kept for result in make_on_ray(settings, pool, plan, writer, features=False))
         driver_s = time.process_time() - cpu_began
         assert made == table.num_rows, f"{made} of {table.num_rows} images came back"
         records = [

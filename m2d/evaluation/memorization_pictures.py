@@ -1,14 +1,15 @@
 """The nearest pairs of generated and training images as one picture, for a person to judge. It measures nothing."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from m2d.classes import DIAGNOSES
 from m2d.data.views import apply_view
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.memorization import Pair
+from m2d.generation.contact_sheet import font
 
 VIEW_NAMES = (
     "as it is", "mirrored", "upside down", "half turn", "quarter turn", "3/4 turn", "transposed", "anti-transposed",
@@ -40,9 +41,9 @@ def worst_pairs_picture(pairs: Sequence[Pair], generated: ImageSet, train: Image
     page = Image.new("RGB", (width, top + -(-len(pairs) // _COLUMNS) * block + _MARGIN - _GAP), "white")
     draw = ImageDraw.Draw(page)
     title = f"The {len(pairs)} generated images nearest to a training image" if len(pairs) > 1 else "The nearest pair"
-    draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=_font(24))
+    draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=font(24))
     for number, line in enumerate(_CAPTION):
-        draw.text((_MARGIN, _MARGIN + 40 + _LINE * number), line, fill=_FAINT, font=_font(15))
+        draw.text((_MARGIN, _MARGIN + 40 + _LINE * number), line, fill=_FAINT, font=font(15))
     for number, pair in enumerate(pairs):
         x = _MARGIN + number % _COLUMNS * (_TILE + _GAP)
         y = top + number // _COLUMNS * block
@@ -55,41 +56,27 @@ def worst_pairs_picture(pairs: Sequence[Pair], generated: ImageSet, train: Image
 
 
 def _paste(page: Image.Image, image: np.ndarray, x: int, y: int, code: str) -> None:
-    side = image.shape[0]
-    room = _TILE - _STRIPE
-    tile = Image.fromarray(np.ascontiguousarray(image))
-    if side <= room:
-        shown = side * (room // side)
-        tile = tile.resize((shown, shown), Image.Resampling.NEAREST)
-    else:
-        shown = room
-        tile = tile.resize((shown, shown), Image.Resampling.LANCZOS)
+    side, room = image.shape[0], _TILE - _STRIPE
+    shown, how = (side * (room // side), Image.Resampling.NEAREST) if side <= room else (room, Image.Resampling.LANCZOS)
     top = y + (_TILE - shown) // 2
     page.paste(_COLOURS[code], (x, top, x + _STRIPE, top + shown))
-    page.paste(tile, (x + _STRIPE, top))
+    page.paste(Image.fromarray(np.ascontiguousarray(image)).resize((shown, shown), how), (x + _STRIPE, top))
 
 
 def _label(draw: ImageDraw.ImageDraw, x: int, y: int, number: int, pair: Pair) -> None:
-    kin = pair.generated_class if pair.generated_class == pair.train_class else None
-    classes = f"both {kin}" if kin else f"{pair.generated_class}, {pair.train_class}"
+    same = pair.generated_class == pair.train_class
+    classes = f"both {pair.generated_class}" if same else f"{pair.generated_class}, {pair.train_class}"
+    # The space that found the pair comes first: its distance is the one that the limit is for.
+    spaces = sorted(pair.distances, key=lambda name: name != pair.found_by)
     lines = [
         (f"{number}: {classes}", _INK),
-        *((f"{name} {_short(value)}", _INK) for name, value in _ordered(pair.distances, pair.found_by).items()),
+        *((f"{name} {_short(pair.distances[name])}", _INK) for name in spaces),
         (f"{_short(pair.share_of_limit)} x its limit", _ALARM if pair.near_copy else _FAINT),
         (VIEW_NAMES[pair.view], _FAINT),
     ]
     for row, (text, colour) in enumerate(lines):
-        draw.text((x, y + _LINE * row), text, fill=colour, font=_font(15))
-
-
-def _ordered(distances: Mapping[str, float], first: str) -> dict[str, float]:
-    """The space that found the pair comes first: its distance is the one that the limit is for."""
-    return {name: distances[name] for name in sorted(distances, key=lambda name: name != first)}
+        draw.text((x, y + _LINE * row), text, fill=colour, font=font(15))
 
 
 def _short(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}" if value > 0 else "0"
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)  # comes inside Pillow, so a page looks the same everywhere

@@ -38,8 +38,8 @@ def contact_sheet(
     columns = max(max(len(images) for images in images_by_class.values()), 1)
     sheet_w = max(2 * _MARGIN + _LABEL_WIDTH + columns * (tile_w + _GAP) - _GAP, 640)
 
-    title_lines = _wrap(title, _font(22), sheet_w - 2 * _MARGIN)
-    caption_lines = _wrap(caption, _font(13), sheet_w - 2 * _MARGIN)
+    title_lines = _wrap(title, font(22), sheet_w - 2 * _MARGIN)
+    caption_lines = _wrap(caption, font(13), sheet_w - 2 * _MARGIN)
     top = _MARGIN + 30 * len(title_lines) + (10 if title_lines else 0)
     bottom = top + len(images_by_class) * (row_h + _GAP) - _GAP
     foot = 12 + 20 * len(caption_lines) if caption_lines else 0
@@ -47,15 +47,15 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
 
     for number, line in enumerate(title_lines):
-        draw.text((_MARGIN, _MARGIN + 30 * number), line, fill=_INK, font=_font(22))
+        draw.text((_MARGIN, _MARGIN + 30 * number), line, fill=_INK, font=font(22))
     for number, line in enumerate(caption_lines):
-        draw.text((_MARGIN, bottom + 12 + 20 * number), line, fill=_FAINT, font=_font(13))
+        draw.text((_MARGIN, bottom + 12 + 20 * number), line, fill=_FAINT, font=font(13))
     for row, (code, images) in enumerate(images_by_class.items()):
         y = top + row * (row_h + _GAP)
         _draw_label(draw, code, y, row_h, shown=len(images), total=(totals or {}).get(code, len(images)))
         for column, image in enumerate(images):
-            tile = Image.fromarray(image).resize((tile_w, tile_h), Image.Resampling.NEAREST)
-            sheet.paste(tile, (_MARGIN + _LABEL_WIDTH + column * (tile_w + _GAP), y + (row_h - tile_h) // 2))
+            x = _MARGIN + _LABEL_WIDTH + column * (tile_w + _GAP)
+            sheet.paste(_enlarged(image, scale), (x, y + (row_h - tile_h) // 2))
     return sheet
 
 
@@ -65,9 +65,12 @@ def strip(images: Sequence[np.ndarray]) -> Image.Image:
     scale = max(1, -(-_TILE // max(height, width)))
     sheet = Image.new("RGB", (len(images) * (width * scale + _GAP) - _GAP, height * scale), "white")
     for column, image in enumerate(images):
-        tile = Image.fromarray(image).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-        sheet.paste(tile, (column * (width * scale + _GAP), 0))
+        sheet.paste(_enlarged(image, scale), (column * (width * scale + _GAP), 0))
     return sheet
+
+
+def _enlarged(image: np.ndarray, scale: int) -> Image.Image:
+    return Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, code: str, y: int, row_h: int, *, shown: int, total: int) -> None:
@@ -76,9 +79,9 @@ def _draw_label(draw: ImageDraw.ImageDraw, code: str, y: int, row_h: int, *, sho
     x, middle = _MARGIN + _STRIPE + 12, y + row_h // 2
     noun = "image" if total == 1 else "images"
     count = f"{total:,} {noun}" if total == shown else f"{shown} of {total:,} {noun}"
-    draw.text((x, middle - 22), code, fill=_INK, font=_font(20), anchor="lm")
-    draw.text((x, middle + 2), diagnosis.name, fill=_INK, font=_font(15), anchor="lm")
-    draw.text((x, middle + 24), count, fill=_FAINT, font=_font(13), anchor="lm")
+    draw.text((x, middle - 22), code, fill=_INK, font=font(20), anchor="lm")
+    draw.text((x, middle + 2), diagnosis.name, fill=_INK, font=font(15), anchor="lm")
+    draw.text((x, middle + 24), count, fill=_FAINT, font=font(13), anchor="lm")
 
 
 def _wrap(text: str | None, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
@@ -92,5 +95,6 @@ def _wrap(text: str | None, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, 
     return lines
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)  # comes inside Pillow, so a sheet looks the same everywhere
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own, so that a sheet looks the same everywhere."""
+    return ImageFont.load_default(size=size)

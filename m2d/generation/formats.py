@@ -7,10 +7,9 @@ in them. A shard holds one group of images, is written whole, and is named after
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -38,32 +37,17 @@ def encode_png(image: np.ndarray, row: PlanRow, *, checkpoint: str, settings: st
     checkpoint: sha256. settings: of the run, as JSON.
     """
     text = PngImagePlugin.PngInfo()
-    for key, value in {
-        "Software": "M2D",
-        "synthetic": "true",
-        "class": row.label,
-        "index": str(row.index),
-        "seed": str(row.seed),
-        "attempt": str(row.attempt),
-        "mode": row.mode,
-        "checkpoint": checkpoint,
-        "settings": settings,
-        "image": row_json(row),
-    }.items():
-        text.add_text(key, value)
+    chunks = {"Software": "M2D", "synthetic": "true", "class": row.label, "index": row.index, "seed": row.seed}
+    chunks |= {"attempt": row.attempt, "mode": row.mode, "checkpoint": checkpoint, "settings": settings}
+    for key, value in {**chunks, "image": row_json(row)}.items():
+        text.add_text(key, str(value))
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", pnginfo=text)
     return buffer.getvalue()
 
 
-def decode_png(png: bytes) -> np.ndarray:
-    """uint8 [H, W, 3]."""
-    with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
-        return np.array(image.convert("RGB"))
-
-
 def row_json(row: PlanRow) -> str:
-    """What shaped the image, keys sorted; input images by their file's name alone, for folders tell of people."""
+    """What shaped the image, keys sorted; input images by their file's name alone: folders may name people."""
     values = {key: value for key, value in asdict(row).items() if value is not None}
     for key in ("reference", "reference_b"):
         if key in values:
@@ -71,75 +55,53 @@ def row_json(row: PlanRow) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-class Format(Protocol):
+@dataclass(frozen=True)
+class Format:
     """A form of output. Paths are relative to the output folder, with forward slashes."""
 
+    # (root, group's name, its images) -> the path of the file that holds each. Raises OSError.
+    write: Callable[[Path, str, Sequence[EncodedImage]], list[str]]
+    # (root, path) -> id -> PNG of everything in one file. Raises OSError or ValueError where it is gone or damaged.
+    read: Callable[[Path, str], Mapping[str, bytes]]
     sharded: bool
 
-    def write(self, root: Path, group: str, images: Sequence[EncodedImage]) -> list[str]:
-        """Write a group's images; returns the path of the file that holds each. Raises OSError."""
-        ...
 
-    def read(self, root: Path, path: str) -> Mapping[str, bytes]:
-        """Id -> PNG of everything in one file. Raises OSError or ValueError where it is gone or damaged."""
-        ...
-
-
-class FolderFormat:
-    """CLASS/<id>.png: what torchvision's ImageFolder and m2d.data read."""
-
-    sharded = False
-
-    def write(self, root: Path, group: str, images: Sequence[EncodedImage]) -> list[str]:
-        """See Format."""
-        paths = [f"{image.row.label}/{image.row.id}.png" for image in images]
-        for image, path in zip(images, paths, strict=True):
-            (root / path).parent.mkdir(exist_ok=True)
-            write_whole(root / path, image.png)
-        return paths
-
-    def read(self, root: Path, path: str) -> Mapping[str, bytes]:
-        """See Format."""
-        return {Path(path).stem if path.endswith(".png") else path: (root / path).read_bytes()}
+def _write_folder(root: Path, _: str, images: Sequence[EncodedImage]) -> list[str]:
+    paths = [f"{image.row.label}/{image.row.id}.png" for image in images]
+    for image, path in zip(images, paths, strict=True):
+        (root / path).parent.mkdir(exist_ok=True)
+        write_whole(root / path, image.png)
+    return paths
 
 
-class WebdatasetFormat:
-    """shards/<group>.tar with <id>.png, <id>.cls (class index) and <id>.json (what shaped the image)."""
+def _read_folder(root: Path, path: str) -> Mapping[str, bytes]:
+    return {Path(path).stem: (root / path).read_bytes()}
 
-    sharded = True
 
-    def write(self, root: Path, group: str, images: Sequence[EncodedImage]) -> list[str]:
-        """See Format."""
-        path = f"{SHARDS}/{group}.tar"
-        (root / SHARDS).mkdir(exist_ok=True)
-        with (
-            whole_file(root / path) as partial,
-            tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT) as tar,
-        ):
-            for image in images:
-                row = image.row
-                for suffix, content in (
-                    ("png", image.png),
-                    ("cls", str(class_index(row.label)).encode()),
-                    ("json", row_json(row).encode()),
-                ):
-                    member = tarfile.TarInfo(f"{row.id}.{suffix}")  # owner, time and mode are the same for ever
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        return [path] * len(images)
+def _write_tar(root: Path, group: str, images: Sequence[EncodedImage]) -> list[str]:
+    path = f"{SHARDS}/{group}.tar"
+    (root / SHARDS).mkdir(exist_ok=True)
+    with whole_file(root / path) as partial, tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for image in images:
+            label, settings = str(class_index(image.row.label)).encode(), row_json(image.row).encode()
+            for suffix, content in (("png", image.png), ("cls", label), ("json", settings)):
+                member = tarfile.TarInfo(f"{image.row.id}.{suffix}")  # owner, time and mode are always the same
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return [path] * len(images)
 
-    def read(self, root: Path, path: str) -> Mapping[str, bytes]:
-        """See Format."""
-        try:
-            with tarfile.open(root / path) as tar:
-                found: dict[str, bytes] = {}
-                for member in tar:
-                    content = tar.extractfile(member)
-                    if member.name.endswith(".png") and content is not None:
-                        found[member.name.removesuffix(".png")] = content.read()
-                return found
-        except tarfile.TarError as error:
-            raise ValueError(f"{path} is damaged ({error})") from error
+
+def _read_tar(root: Path, path: str) -> Mapping[str, bytes]:
+    found: dict[str, bytes] = {}
+    try:
+        with tarfile.open(root / path) as tar:
+            for member in tar:
+                content = tar.extractfile(member)
+                if member.name.endswith(".png") and content is not None:
+                    found[member.name.removesuffix(".png")] = content.read()
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    return found
 
 
 SHARD_SCHEMA = pa.schema(
@@ -149,58 +111,43 @@ SHARD_SCHEMA = pa.schema(
         ("label", pa.int64()),  # index of the class
         ("png", pa.binary()),
         ("settings", pa.string()),  # what shaped the image, JSON
-    ]
+    ],
+    metadata={"classes": " ".join(CLASSES)},
 )
 
 
-class ParquetFormat:
-    """shards/<group>.parquet with the columns of SHARD_SCHEMA."""
-
-    sharded = True
-
-    def write(self, root: Path, group: str, images: Sequence[EncodedImage]) -> list[str]:
-        """See Format."""
-        path = f"{SHARDS}/{group}.parquet"
-        (root / SHARDS).mkdir(exist_ok=True)
-        rows = [
-            {
-                "id": image.row.id,
-                "class": image.row.label,
-                "label": class_index(image.row.label),
-                "png": image.png,
-                "settings": row_json(image.row),
-            }
-            for image in images
-        ]
-        table = pa.Table.from_pylist(rows, SHARD_SCHEMA.with_metadata({"classes": " ".join(CLASSES)}))
-        with whole_file(root / path) as partial:
-            pq.write_table(table, partial, compression="none", row_group_size=64)  # PNGs are compressed already
-        return [path] * len(images)
-
-    def read(self, root: Path, path: str) -> Mapping[str, bytes]:
-        """See Format."""
-        try:
-            with (root / path).open("rb") as stream:
-                table = pq.read_table(stream, columns=["id", "png"])
-        except pa.ArrowException as error:
-            raise ValueError(f"{path} is damaged ({error})") from error
-        return dict(zip(table["id"].to_pylist(), table["png"].to_pylist(), strict=True))
+def _write_parquet(root: Path, group: str, images: Sequence[EncodedImage]) -> list[str]:
+    path = f"{SHARDS}/{group}.parquet"
+    (root / SHARDS).mkdir(exist_ok=True)
+    rows = [(one.row.id, one.row.label, class_index(one.row.label), one.png, row_json(one.row)) for one in images]
+    table = pa.table(dict(zip(SHARD_SCHEMA.names, zip(*rows, strict=True), strict=True)), schema=SHARD_SCHEMA)
+    with whole_file(root / path) as partial:
+        pq.write_table(table, partial, compression="none", row_group_size=64)  # PNGs are compressed already
+    return [path] * len(images)
 
 
-FORMATS: dict[str, Format] = {
-    "folder": FolderFormat(),
-    "webdataset": WebdatasetFormat(),
-    "parquet": ParquetFormat(),
+def _read_parquet(root: Path, path: str) -> Mapping[str, bytes]:
+    try:
+        with (root / path).open("rb") as stream:
+            table = pq.read_table(stream, columns=["id", "png"])
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    return dict(zip(table["id"].to_pylist(), table["png"].to_pylist(), strict=True))
+
+
+FORMATS = {
+    "folder": Format(_write_folder, _read_folder, sharded=False),  # what torchvision's ImageFolder and m2d.data read
+    "webdataset": Format(_write_tar, _read_tar, sharded=True),  # <id>.png, <id>.cls (class index), <id>.json
+    "parquet": Format(_write_parquet, _read_parquet, sharded=True),  # columns of SHARD_SCHEMA
 }
 
 
 def read_images(root: Path, format_name: str, wanted: Mapping[str, str]) -> dict[str, np.ndarray]:
     """Pixels uint8 [H, W, 3] by id. wanted: id -> path; each file is read once."""
-    by_path: dict[str, list[str]] = {}
-    for image_id, path in wanted.items():
-        by_path.setdefault(path, []).append(image_id)
-    images: dict[str, Any] = {}
-    for path, ids in by_path.items():
+    images: dict[str, np.ndarray] = {}
+    for path in dict.fromkeys(wanted.values()):
         content = FORMATS[format_name].read(root, path)
-        images |= {image_id: decode_png(content[image_id]) for image_id in ids}
+        for image_id in (image_id for image_id in content if wanted.get(image_id) == path):
+            with Image.open(io.BytesIO(content[image_id]), formats=["PNG"]) as image:
+                images[image_id] = np.array(image.convert("RGB"))
     return images

@@ -35,10 +35,9 @@ from m2d.data.reader import ImageReader
 from m2d.data.store import prepared_folder
 from m2d.data.views import apply_view
 from m2d.errors import DataError, M2DError
-from m2d.files.atomic import write_whole
 from m2d.files.progress import progress, say
 from m2d.files.storage import one_line
-from m2d.generation.output import cannot_write, experiment_of
+from m2d.generation.output import experiment_of, whole_output
 from m2d.generation.plan import data_config_of, dataset_catalog
 from m2d.generation.references import load_reference_extractor
 from m2d.generation.settings import GateConfig, GenerateConfig
@@ -94,11 +93,6 @@ class GatesAtWork:
             return None
         key = None if self.reference is None else self.reference.stem
         return {**_lasting(self.config), "at_work": list(self.names), "reference": key}
-
-    @property
-    def text(self) -> str:
-        """`blank, near_copy:pixels`, or `off`."""
-        return ", ".join(self.names) or "off"
 
 
 def prepare_gates(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Table | None, device: str) -> GatesAtWork:
@@ -413,11 +407,8 @@ class GateReference:
         """One file, whole or not at all. Raises ConfigError where it cannot be written."""
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         notes = {"format": FORMAT, **{name: value for name, value in vars(self).items() if name not in _TENSORS}}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, save(tensors, metadata={_METADATA_KEY: json.dumps(notes)}))
-        except OSError as error:
-            raise cannot_write(path, error) from None
+        with whole_output(path) as partial:
+            partial.write_bytes(save(tensors, metadata={_METADATA_KEY: json.dumps(notes)}))
 
     @classmethod
     def load(cls, path: Path) -> Self:

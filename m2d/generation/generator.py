@@ -34,9 +34,9 @@ _REFERENCES_KEPT = 4096  # latents and features of so many input images; about 1
 
 
 class Generator:
-    """A checkpoint on a device, ready to draw. Loading happens once; `generate` may be called for ever.
+    """A checkpoint on a device, ready to draw. Loading happens once; `generate` may be called any number of times.
 
-    `generate` is `batches`, then `denoise` and `decode` for each batch; whoever wants to overlap calls those.
+    `generate` is `batches`, then `denoise` and `decode` for each batch; call those to overlap them.
     """
 
     def __init__(
@@ -93,7 +93,9 @@ class Generator:
         """
         alike: dict[tuple[Any, ...], list[int]] = {}
         for place, row in enumerate(rows):
-            alike.setdefault(_solver_settings(row), []).append(place)
+            start_time, steps = start_of(row)
+            solver = (row.solver, steps, row.guidance_scale, row.guidance_low, row.guidance_high)
+            alike.setdefault((start_time, *(solver if start_time else ())), []).append(place)  # at 0 no solver runs
         return [
             places[first : first + self.batch_size]
             for places in alike.values()
@@ -152,20 +154,19 @@ class Generator:
 
         Raises CheckpointError where they are no image.
         """
-        parts = self.denoiser.denormalize(latents).split(coded_at_once(self.checkpoint.image_size))
-        return np.concatenate([self._decoded(part) for part in parts])
-
-    def _decoded(self, latents: Tensor) -> np.ndarray:
-        # fp16 overflows in VAE decoders; one pass in full precision costs little beside the steps. bf16 by autocast:
-        # its casts are made once, not in each step, and `encode` needs the same weights in float32.
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            images = self.autoencoder.decode(latents).float()
-        if not torch.isfinite(images).all():
-            raise CheckpointError(
-                f"{self.checkpoint.path}: the model's images are not finite numbers (precision {self.precision}); "
-                "try --mixed_precision no, or an earlier checkpoint"
-            )
-        return to_uint8(images)
+        images = []
+        for part in self.denoiser.denormalize(latents).split(coded_at_once(self.checkpoint.image_size)):
+            # fp16 overflows in VAE decoders; one pass in full precision costs little beside the steps. bf16 by
+            # autocast: its casts are made once, not in each step, and `encode` needs the same weights in float32.
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+                decoded = self.autoencoder.decode(part).float()
+            if not torch.isfinite(decoded).all():
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: the model's images are not finite numbers (precision {self.precision}); "
+                    "try --mixed_precision no, or an earlier checkpoint"
+                )
+            images.append(to_uint8(decoded))
+        return np.concatenate(images)
 
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> np.ndarray:
@@ -179,21 +180,18 @@ class Generator:
 
     def _start(self, rows: Sequence[PlanRow], start_time: float) -> Tensor:
         """x_t at t = start_time: (1 - t) z + t eps, with z the reference's latents."""
-        noise = torch.stack([self._noise(row) for row in rows]).to(self.device) if start_time > 0 else None
+        noise = torch.empty(0)
+        if start_time > 0:
+            shape, each = self.checkpoint.latent_shape, []
+            for row in rows:
+                each.append(noise_for(row.seed, shape))
+                if row.seed_b is not None and row.position is not None:  # mode interpolate
+                    each[-1] = slerp(each[-1], noise_for(row.seed_b, shape), row.position)
+            noise = torch.stack(each).to(self.device)
         if start_time == 1:
-            assert noise is not None
             return noise
         clean = self.encode([_reference(row) for row in rows])
-        return clean if noise is None else (1 - start_time) * clean + start_time * noise
-
-    def _noise(self, row: PlanRow) -> Tensor:
-        """[C, h, w] on the CPU."""
-        noise = noise_for(row.seed, self.checkpoint.latent_shape)
-        if row.mode != "interpolate":
-            return noise
-        assert row.seed_b is not None, f"{row.id} is no row of a checked plan"
-        assert row.position is not None, f"{row.id} is no row of a checked plan"
-        return slerp(noise, noise_for(row.seed_b, self.checkpoint.latent_shape), row.position)
+        return clean if start_time == 0 else (1 - start_time) * clean + start_time * noise
 
     def _context(self, labels: Tensor, features: Sequence[Tensor | None]) -> Tensor:
         """Context tokens [B, L, Dc]; a sample without a feature gets the null tokens in its place."""
@@ -212,29 +210,25 @@ class Generator:
         features: list[Tensor | None] = [None] * len(rows)
         drawn = [place for place, row in enumerate(rows) if row.feature == "prior"]
         if drawn:
-            for place, feature in zip(drawn, self._drawn([rows[place] for place in drawn], labels[drawn]), strict=True):
+            prior = self.checkpoint.prior
+            if prior is None:
+                raise ConfigError(_no_prior(self.checkpoint))
+            # On the CPU, so that every device gets the same.
+            noise = torch.stack([noise_for(feature_seed(rows[place].seed), (prior.noise_dim,)) for place in drawn])
+            warmth = [rows[place].feature_temperature for place in drawn]
+            temperature = torch.tensor([1.0 if one is None else one for one in warmth])
+            cls = prior.sample(labels[drawn], temperature[:, None] * noise).to(self.device)
+            for place, feature in zip(drawn, cls, strict=True):
                 features[place] = feature
         own = [place for place, row in enumerate(rows) if row.feature == "reference"]
         if own:
             paths = [_reference(rows[place]) for place in own]
             others = [rows[place].reference_b or path for place, path in zip(own, paths, strict=True)]
             of_path = self._of_each([*paths, *others], self._features, self._cls)
-            for number, place in enumerate(own):
+            for place, a, b in zip(own, of_path[: len(own)], of_path[len(own) :], strict=True):
                 position = rows[place].position
-                a, b = of_path[number], of_path[len(own) + number]
                 features[place] = a if position is None else slerp(a, b, position)
         return features
-
-    def _drawn(self, rows: Sequence[PlanRow], labels: Tensor) -> Tensor:
-        """[B, D] from the prior; drawn on the CPU, so that every device gets the same."""
-        prior = self.checkpoint.prior
-        if prior is None:
-            raise ConfigError(_no_prior(self.checkpoint))
-        noise = torch.stack([noise_for(feature_seed(row.seed), (prior.noise_dim,)) for row in rows])
-        temperature = torch.tensor(
-            [1.0 if row.feature_temperature is None else row.feature_temperature for row in rows]
-        )
-        return prior.sample(labels, temperature[:, None] * noise).to(self.device)
 
     def _cls(self, pixels: Tensor) -> Tensor:
         """float32 [B, D] of uint8 [B, 3, H, W], in full precision, as training extracts them."""
@@ -275,8 +269,8 @@ def start_of(row: PlanRow) -> tuple[float, int]:
     """(t where a row's path begins, steps from there). Halves round to the even number of steps."""
     if row.mode != "image2image":
         return 1.0, row.steps
-    assert row.strength is not None, f"{row.id} is no row of a checked plan"
-    return row.strength, max(1, round(row.strength * row.steps))
+    strength = cast(float, row.strength)  # a checked plan has it
+    return strength, max(1, round(strength * row.steps))
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -341,14 +335,5 @@ def _placed(network: NetworkT, device: torch.device) -> NetworkT:
     return network
 
 
-def _solver_settings(row: PlanRow) -> tuple[Any, ...]:
-    """What the samples of one pass through the solver must share."""
-    start_time, steps = start_of(row)
-    if start_time == 0:
-        return (0.0,)  # no solver runs
-    return (start_time, row.solver, steps, row.guidance_scale, row.guidance_low, row.guidance_high)
-
-
 def _reference(row: PlanRow) -> str:
-    assert row.reference is not None, f"{row.id} is no row of a checked plan"
-    return row.reference
+    return cast(str, row.reference)  # a checked plan has it

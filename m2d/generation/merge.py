@@ -11,21 +11,20 @@ Evaluate on `val` and `test`: they hold real images alone. After moving a folder
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from m2d.classes import CLASSES
 from m2d.errors import DataError
-from m2d.files.atomic import whole_file
 from m2d.files.storage import one_line, without_secrets
-from m2d.generation.output import cannot_write
+from m2d.generation.output import whole_output
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -62,82 +61,49 @@ def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: 
     by path or by content): they are left out. Raises DataError for a manifest that is not one or for an id that stands
     twice, ConfigError where the index cannot be written.
     """
-    rows = list(_real_rows(data_root, catalog))
-    origins = _Origins(data_root, rows)
+    root = without_secrets(data_root) if "://" in data_root else os.path.abspath(data_root)
+    rows = catalog.select(("image_id", "path", "label", "split", "lesion_id", "sha256")).to_pylist()
+    for row in rows:
+        row |= {"class": row.pop("label"), "root": root, "source": "real"}
+    by_path = {} if "://" in data_root else {os.path.join(root, row["path"]): row for row in rows}
+    by_sha256 = {row["sha256"]: row for row in rows}
+
+    @cache
+    def origin(reference: str) -> dict[str, Any] | None:
+        """The real image that a reference file is, by its path or, elsewhere on the disk, by its content."""
+        with suppress(OSError):  # it is gone: whether it was one of the dataset's is not known any more
+            if os.path.abspath(reference) not in by_path:
+                with open(reference, "rb") as file:
+                    return by_sha256.get(hashlib.file_digest(file, "sha256").hexdigest())
+        return by_path.get(os.path.abspath(reference))
+
     left_out: list[str] = []
     real, synthetic = Counter(row["class"] for row in rows), Counter[str]()
     home = os.path.abspath(manifest.parent)
     for entry in _read_manifest(manifest):
-        sources = [origins.find(entry[name]) for name in _REFERENCES if entry.get(name)]
-        if any(source is not None and source["split"] != "train" for source in sources):
+        sources = [source for name in _REFERENCES if entry.get(name) and (source := origin(entry[name])) is not None]
+        if any(source["split"] != "train" for source in sources):
             left_out.append(entry["id"])
             continue
-        lesions = [source["lesion_id"] for source in sources if source is not None]
         synthetic[entry["class"]] += 1
         rows.append(
             {
+                **{name: entry[name] for name in ("path", "class", "sha256")},
                 "image_id": entry["id"],
                 "root": home,
-                "path": entry["path"],
-                "class": entry["class"],
                 "split": "train",
-                "lesion_id": lesions[0] if lesions else f"synthetic/{entry['id']}",
+                "lesion_id": sources[0]["lesion_id"] if sources else f"synthetic/{entry['id']}",
                 "source": "synthetic",
-                "sha256": entry["sha256"],
             }
         )
     table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
-    require_real_evaluation(table)
     csv_path = path.with_suffix(".csv")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(csv_path) as partial:
-            pa_csv.write_csv(table, partial)
-        with whole_file(path) as partial:
-            pq.write_table(table, partial, compression="zstd")
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    return MergedIndex(path, csv_path, _by_class(real), _by_class(synthetic), tuple(left_out))
-
-
-def require_real_evaluation(index: pa.Table) -> None:
-    """Raise DataError where val or test of a merged index holds a synthetic image. INDEX_SCHEMA's columns are read."""
-    wrong = index.filter(pc.and_(pc.not_equal(index["source"], "real"), pc.not_equal(index["split"], "train")))
-    if len(wrong):
-        raise DataError(
-            f"merged index: {len(wrong):,} synthetic images stand in val or test (the first: "
-            f"{wrong['image_id'][0].as_py()}); a model is judged on real images alone, so make them train"
-        )
-
-
-def _real_rows(data_root: str, catalog: pa.Table) -> Iterator[dict[str, Any]]:
-    root = without_secrets(data_root) if "://" in data_root else os.path.abspath(data_root)
-    columns = ("image_id", "path", "label", "split", "lesion_id", "sha256")
-    for row in catalog.select(columns).to_pylist():
-        row["class"] = row.pop("label")
-        yield {**row, "root": root, "source": "real"}
-
-
-class _Origins:
-    """Finds the real image that a reference file is, by its path or, elsewhere on the disk, by its content."""
-
-    def __init__(self, data_root: str, rows: list[dict[str, Any]]) -> None:
-        self._by_path = {} if "://" in data_root else {os.path.join(row["root"], row["path"]): row for row in rows}
-        self._by_sha256 = {row["sha256"]: row for row in rows}
-        self._known: dict[str, dict[str, Any] | None] = {}
-
-    def find(self, reference: str) -> dict[str, Any] | None:
-        """The catalog's row, None for a file that is none of its images."""
-        if reference not in self._known:
-            row = self._by_path.get(os.path.abspath(reference))
-            if row is None:
-                try:
-                    with open(reference, "rb") as file:
-                        row = self._by_sha256.get(hashlib.file_digest(file, "sha256").hexdigest())
-                except OSError:  # it is gone; that it was one of the dataset's cannot be told any more
-                    row = None
-            self._known[reference] = row
-        return self._known[reference]
+    with whole_output(csv_path) as partial:
+        pa_csv.write_csv(table, partial)
+    with whole_output(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
+    of_real, of_synthetic = ({code: count[code] for code in CLASSES} for count in (real, synthetic))
+    return MergedIndex(path, csv_path, of_real, of_synthetic, tuple(left_out))
 
 
 def _read_manifest(path: Path) -> list[dict[str, Any]]:
@@ -158,7 +124,3 @@ def _read_manifest(path: Path) -> list[dict[str, Any]]:
     if twice:
         raise DataError(f"manifest: {path} holds {twice[0]} twice; run generate again, which rebuilds it")
     return rows
-
-
-def _by_class(counts: Mapping[str, int]) -> dict[str, int]:
-    return {code: counts.get(code, 0) for code in CLASSES}

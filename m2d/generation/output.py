@@ -19,9 +19,9 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -40,7 +40,6 @@ from m2d.generation.contact_sheet import contact_sheet, strip
 from m2d.generation.formats import FORMATS, SHARDS, read_images
 from m2d.generation.plan import PLAN_SCHEMA, PlanRow
 from m2d.generation.settings import Feature, GenerateConfig
-from m2d.models.settings import Precision
 
 RECORD_NAME, PLAN_NAME, MANIFEST_NAME = "generation.json", "plan.parquet", "manifest.parquet"
 PARTS, JOURNAL_NAME = "parts", "journal.parquet"
@@ -96,34 +95,20 @@ class Recipe:
     plan: str | None = None  # sha256 over the rows, input images by their content
 
     @classmethod
-    def of(
-        cls,
-        config: GenerateConfig,
-        *,
-        checkpoint_sha256: str,
-        precision: Precision,
-        feature: Feature,
-        gates: dict[str, Any] | None = None,
-        balance: dict[str, Any] | None = None,
-        plan: str | None = None,
-    ) -> Self:
-        """The part of a run's settings that shapes images; `precision` and `feature` are those decided, never None."""
+    def of(cls, config: GenerateConfig, *, feature: Feature, **decided: Any) -> Self:
+        """What shapes images in a run's settings; feature (never None) and the other fields as decided."""
         low, high = config.guidance_interval
         return cls(
-            checkpoint=checkpoint_sha256,
             seed=config.seed,
             solver=config.solver,
             steps=config.steps,
             guidance_scale=float(config.guidance_scale),  # 2 and 2.0 are one recipe
             guidance_interval=(float(low), float(high)),
-            precision=precision,
             feature=feature,
             feature_temperature=float(config.feature_temperature) if feature == "prior" else None,
             mode="plan" if config.plan else config.mode,
             format=config.format,
-            gates=gates,
-            balance=balance,
-            plan=plan,
+            **decided,
         )
 
     @property
@@ -324,10 +309,17 @@ def group_name(rows: Iterable[PlanRow]) -> str:
 
 def write_rows(path: Path, rows: pa.Table) -> None:
     """A table of the folder, whole or not at all. Raises ConfigError where it cannot be written."""
+    with whole_output(path, durable=path.name == JOURNAL_NAME) as partial:  # its parts are removed afterwards
+        pq.write_table(rows, partial)
+
+
+@contextmanager
+def whole_output(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """As whole_file, in a folder that is made if need be. Raises ConfigError for an OSError."""
     try:
-        path.parent.mkdir(exist_ok=True)
-        with whole_file(path, durable=path.name == JOURNAL_NAME) as partial:  # its parts are removed afterwards
-            pq.write_table(rows, partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path, durable=durable) as partial:
+            yield partial
     except OSError as error:
         raise cannot_write(path, error) from None
 
@@ -453,20 +445,14 @@ def write_pictures(folder: OutputFolder, plan: pa.Table, *, title: str, caption:
             caption=caption,
             totals={label: len(ids) for label, ids in of_class.items()},
         )
-        _save(sheet, folder.root / "contact_sheet.png")
+        with whole_output(folder.root / "contact_sheet.png") as partial:
+            sheet.save(partial, format="PNG")
     complete = {group: sorted(walk) for group, walk in walks.items() if all(image_id in paths for _, image_id in walk)}
     for group, walk in complete.items():
         images = read_images(folder.root, name, {image_id: paths[image_id] for _, image_id in walk})
-        _save(strip([images[image_id] for _, image_id in walk]), folder.root / f"strip_{group}.png")
+        with whole_output(folder.root / f"strip_{group}.png") as partial:
+            strip([images[image_id] for _, image_id in walk]).save(partial, format="PNG")
     return len(complete)
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    try:
-        with whole_file(path) as partial:
-            image.save(partial, format="PNG")
-    except OSError as error:
-        raise cannot_write(path, error) from None
 
 
 def _difference(record: Path, recipe: Recipe) -> str:

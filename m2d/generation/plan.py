@@ -23,7 +23,6 @@ from m2d.data.settings import DataConfig
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.diffusion.settings import SOLVERS, SamplingSettings
 from m2d.errors import ConfigError, DataError
-from m2d.files.atomic import whole_file
 from m2d.files.progress import progress, say
 from m2d.files.storage import one_line
 from m2d.generation.references import Reference, read_references, read_sha256
@@ -286,17 +285,6 @@ def retried(row: PlanRow) -> PlanRow:
     attempt = row.attempt + 1
     seed_b = None if row.seed_b is None else next_attempt_seed(row.seed_b, attempt)
     return replace(row, attempt=attempt, seed=next_attempt_seed(row.seed, attempt), seed_b=seed_b)
-
-
-def write_plan(table: pa.Table, path: str | Path) -> None:
-    """Write a plan as Parquet; the file appears whole or not at all. Raises ConfigError where it cannot."""
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(target) as partial:
-            pq.write_table(table.select(PLAN_SCHEMA.names).cast(PLAN_SCHEMA), partial)
-    except OSError as error:
-        raise ConfigError(f"plan: {path} cannot be written ({error.strerror or error}); name another file") from None
 
 
 def read_plan(path: str | Path) -> pa.Table:

@@ -8,6 +8,7 @@ from collections import Counter
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +24,7 @@ from m2d.files.progress import progress, say
 from m2d.generation.formats import FORMATS
 from m2d.generation.gates import GatesAtWork, prepare_gates
 from m2d.generation.generator import Generator, pick_device, pick_feature
+from m2d.generation.merge import write_merged_index
 from m2d.generation.output import (
     JOURNAL_NAME,
     MANIFEST_NAME,
@@ -34,9 +36,10 @@ from m2d.generation.output import (
     counts_and_rejections,
     default_output,
     write_pictures,
+    write_rows,
 )
-from m2d.generation.plan import Planned, dataset_catalog, make_plan, read_plan, write_plan
-from m2d.generation.settings import Feature, GenerateConfig
+from m2d.generation.plan import Planned, dataset_catalog, make_plan, read_plan
+from m2d.generation.settings import GenerateConfig
 from m2d.generation.workers import (
     WRITER_CPUS,
     GeneratorSettings,
@@ -59,25 +62,26 @@ MERGED_NAME = "merged_index.parquet"
 def generate(config: GenerateConfig) -> Path:
     """Make the images that are missing, then manifest, contact sheet and counts. Returns the output folder.
 
-    Raises an M2DError, in one line, for a user-facing error: a checkpoint, folder, plan or device that cannot be used,
+    Raises an M2DError, in one line, for what a user can fix: a checkpoint, folder, plan or device that cannot be used,
     an output folder of other settings, a disk that is full, a batch that does not fit. What was finished stays.
     """
     config = _absolute(config)
     checkpoint = load_checkpoint(config.checkpoint, "cpu")
-    feature = _feature(config, checkpoint)
+    by_reference = config.plan is None and config.feature is None and config.mode in ("image2image", "interpolate")
+    feature = pick_feature("reference" if by_reference else config.feature, checkpoint)  # a plan decides for each row
     with ExitStack() as cluster:
         device, precision = _device(config, cluster)
-        catalog = dataset_catalog(config, checkpoint.info) if _needs_catalog(config) else None
+        needs_catalog = (config.plan is None and config.mode == "balance") or config.merge
+        catalog = dataset_catalog(config, checkpoint.info) if needs_catalog else None
         planned = make_plan(config, feature, catalog)
         gates = prepare_gates(config, checkpoint, catalog, device)
         if "prior" in planned.features:
-            if checkpoint.prior is None:
-                pick_feature("prior", checkpoint)  # a plan asks for what the checkpoint lacks
-            else:
+            pick_feature("prior", checkpoint)  # a plan may ask for what the checkpoint lacks
+            if checkpoint.prior is not None:
                 checkpoint.prior.require(planned.classes)
         recipe = Recipe.of(
             config,
-            checkpoint_sha256=checkpoint.sha256,
+            checkpoint=checkpoint.sha256,
             precision=precision,
             feature=feature,
             gates=gates.record,
@@ -91,9 +95,14 @@ def generate(config: GenerateConfig) -> Path:
             return root
         with OutputFolder.open(root, recipe) as folder:
             _write_plan(root, planned.table)
-            run = _Run(config, checkpoint, planned, gates, folder, device, precision, cluster)
-            run.finish()
-            _merge(config, folder, catalog)
+            _Run(config, checkpoint, planned, gates, folder, device, precision, cluster).finish()
+            if config.merge and config.data_root is not None:
+                merged = write_merged_index(config.data_root, catalog, root / MANIFEST_NAME, root / MERGED_NAME)
+                left_out = f", {len(merged.left_out)} made from val or test images left out" if merged.left_out else ""
+                print(
+                    f"{sum(merged.real.values()):,} real and {sum(merged.synthetic.values()):,} synthetic images"
+                    f"{left_out} in {merged.parquet}"
+                )
     return root
 
 
@@ -108,7 +117,7 @@ class _Run:
     folder: OutputFolder
     device: str
     precision: Precision
-    cluster: ExitStack  # holds Ray's connection, once somebody asked for it
+    cluster: ExitStack  # holds Ray's connection, once it is needed
     generator: Generator | None = None
 
     def finish(self) -> None:
@@ -121,9 +130,10 @@ class _Run:
         missing = sum(table.num_rows for table in rounds)
         say(
             f"generating {missing:,} of {plan.num_rows:,} images on {self.device} (precision {self.precision}, feature "
-            f"{' and '.join(sorted(self.planned.features)) or 'none'}, gates {self.gates.text})"
+            f"{' and '.join(sorted(self.planned.features)) or 'none'}, gates {', '.join(self.gates.names) or 'off'})"
         )
-        weak = self._weak_classes()
+        prior = self.checkpoint.prior if "prior" in self.planned.features else None
+        weak = [code for code in self.planned.classes if prior is not None and code in prior.weak]
         if weak:
             say(
                 f"warning: fewer than {WEAK_BELOW} training images stand behind the features of {', '.join(weak)}; "
@@ -138,9 +148,9 @@ class _Run:
             with suppress(M2DError):  # a disk that is full is full for the manifest too; what is done is in the journal
                 folder.settle()
             raise
-        seconds = time.monotonic() - began
+        speed = f", {kept / (time.monotonic() - began):.1f} images/s" if kept else ""
         folder.settle()
-        self._report(kept, seconds, weak)
+        self._report(f"{kept:,} new{speed}", weak)
 
     def _make(self, rounds: list[pa.Table], missing: int) -> int:
         """Round k makes attempt k of all rows that need it; returns how many images were kept."""
@@ -154,13 +164,11 @@ class _Run:
                 rejected = set()
                 if not table.num_rows:
                     continue
-                groups = PlanGroups(table, attempts, self._group_size())
-                with closing(self._results(groups)) as results:
+                with closing(self._results(PlanGroups(table, attempts, self._group_size()))) as results:
                     for result in results:
-                        images = sum(result.kept.values())
-                        kept += images
+                        kept += result.kept
                         rejected.update(result.rejected)
-                        shown.advance(images)
+                        shown.advance(result.kept)
         return kept
 
     def _results(self, groups: PlanGroups) -> collections.abc.Generator[GroupResult, None, None]:
@@ -224,13 +232,7 @@ class _Run:
         in_memory = _GROUP_BYTES // (3 * self.checkpoint.image_size**2)
         return max(batch, min(self.config.shard_images, in_memory) // batch * batch)
 
-    def _weak_classes(self) -> list[str]:
-        if self.checkpoint.prior is None or "prior" not in self.planned.features:
-            return []
-        weak = self.checkpoint.prior.weak
-        return [code for code in self.planned.classes if code in weak]
-
-    def _report(self, kept: int, seconds: float, weak: list[str]) -> None:
+    def _report(self, new: str, weak: list[str]) -> None:
         folder, plan = self.folder, self.planned.table
         made = Counter(folder.accepted["class"].to_pylist())
         rejections = folder.rejections()
@@ -249,49 +251,43 @@ class _Run:
                 f"{', '.join(f'{code} {missing[code]} ({reasons[code]})' for code in CLASSES if missing[code])}; raise "
                 "--gates.max_attempts, or look at the gates' settings"
             )
-        speed = f", {kept / seconds:.1f} images/s" if kept else ""
         more = f", {strips} strips" if strips else ""
         print(
-            f"{plan.num_rows - lost.num_rows:,} images ({kept:,} new{speed}), {MANIFEST_NAME} and contact_sheet.png"
+            f"{plan.num_rows - lost.num_rows:,} images ({new}), {MANIFEST_NAME} and contact_sheet.png"
             f"{more} in {folder.root}",
             flush=True,
         )
 
     def _caption(self, weak: list[str]) -> str:
         checkpoint, recipe = self.checkpoint, self.folder.recipe
+        guidance = {
+            "none": "the class alone, no feature",
+            "reference": "features of the reference images",
+            "prior": f"features drawn from the class prior at temperature {recipe.feature_temperature or 0:g}"
+            + (f" (few images of {', '.join(weak)})" if weak else ""),
+        }
+        low, high = recipe.guidance_interval
         how = (
-            "rows of a plan"
-            if self.config.plan
-            else f"{recipe.solver}, {recipe.steps} steps; guidance {recipe.guidance_scale:g} at t in "
-            f"[{recipe.guidance_interval[0]:g}, {recipe.guidance_interval[1]:g}]; "
-            f"{_feature_text(recipe, weak)}; seed {recipe.seed}"
+            f"{recipe.solver}, {recipe.steps} steps; guidance {recipe.guidance_scale:g} at t in [{low:g}, {high:g}]; "
+            f"{guidance[recipe.feature]}; seed {recipe.seed}"
         )
         return (
             f"Synthetic images, not patients. Checkpoint {checkpoint.sha256[:12]}, step {checkpoint.step:,}; "
-            f"{how}; {checkpoint.image_size} x {checkpoint.image_size} px."
+            f"{'rows of a plan' if self.config.plan else how}; {checkpoint.image_size} x {checkpoint.image_size} px."
         )
 
 
 def _absolute(config: GenerateConfig) -> GenerateConfig:
     """Ray's processes may start in another directory, so local paths become absolute here."""
     names = ("checkpoint", "init_images", "reference_images", "reference_images_b", "data_root", "catalog", "plan")
-    given: dict[str, str | None] = {
-        name: input_path(name, getattr(config, name)) for name in (*names, "extractor_weights")
-    }
+    given = {name: input_path(name, getattr(config, name)) for name in (*names, "extractor_weights")}
     given["output"] = result_path("output", config.output)
-    places = {
+    places: dict[str, Any] = {
         name: os.path.abspath(os.path.expanduser(place))
         for name, place in given.items()
         if place is not None and "://" not in place
     }
-    return replace(config, **places)  # type: ignore[arg-type]
-
-
-def _feature(config: GenerateConfig, checkpoint: Checkpoint) -> Feature:
-    """What guides the images, decided; a plan decides for each row by itself."""
-    if config.plan is None and config.feature is None and config.mode in ("image2image", "interpolate"):
-        return "reference"
-    return pick_feature(config.feature, checkpoint)
+    return replace(config, **places)
 
 
 def _device(config: GenerateConfig, cluster: ExitStack) -> tuple[str, Precision]:
@@ -315,12 +311,8 @@ def _connect(cluster: ExitStack, config: GenerateConfig) -> None:
     cluster.enter_context(ray_cluster(verbose=config.verbose, min_cpus=1.0 if joined else actors + WRITER_CPUS))
 
 
-def _needs_catalog(config: GenerateConfig) -> bool:
-    return (config.plan is None and config.mode == "balance") or config.merge
-
-
 def _write_plan(root: Path, plan: pa.Table) -> None:
-    """plan.parquet, for a person to read. One that somebody edited and did not run yet is not thrown away."""
+    """plan.parquet, for a person to read. One that was edited and not run yet is not thrown away."""
     path = root / PLAN_NAME
     if path.exists() and not (root / PARTS).exists() and not (root / JOURNAL_NAME).exists():
         try:
@@ -332,28 +324,4 @@ def _write_plan(root: Path, plan: pa.Table) -> None:
                 f"output: {path} is not the plan of these settings (was it edited?); run it with --plan {path}, "
                 "delete it, or name another --output"
             )
-    write_plan(plan, path)
-
-
-def _merge(config: GenerateConfig, folder: OutputFolder, catalog: pa.Table | None) -> None:
-    if not config.merge:
-        return
-    from m2d.generation.merge import write_merged_index
-
-    assert config.data_root is not None, "settings have seen to it"
-    assert catalog is not None, "merge reads the catalog"
-    merged = write_merged_index(config.data_root, catalog, folder.root / MANIFEST_NAME, folder.root / MERGED_NAME)
-    left_out = f", {len(merged.left_out)} made from val or test images left out" if merged.left_out else ""
-    print(
-        f"{sum(merged.real.values()):,} real and {sum(merged.synthetic.values()):,} synthetic images{left_out} in "
-        f"{merged.parquet}"
-    )
-
-
-def _feature_text(recipe: Recipe, weak: list[str]) -> str:
-    if recipe.feature == "none":
-        return "the class alone, no feature"
-    if recipe.feature == "reference":
-        return "features of the reference images"
-    rough = f" (few images of {', '.join(weak)})" if weak else ""
-    return f"features drawn from the class prior at temperature {recipe.feature_temperature:g}{rough}"
+    write_rows(path, plan)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
@@ -131,13 +131,8 @@ def make_group(generator: Generator, rows: Sequence[PlanRow], *, with_features: 
 class GroupResult:
     """What the driver needs to know of a finished group."""
 
-    kept: dict[str, int] = field(default_factory=dict)  # images by class
-    rejected: list[str] = field(default_factory=list)  # ids
-
-    @property
-    def tried(self) -> int:
-        """Images made."""
-        return sum(self.kept.values()) + len(self.rejected)
+    kept: int  # images
+    rejected: list[str]  # ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,35 +160,31 @@ class GroupWriter:
             if keep
         ]
         try:
-            paths = iter(FORMATS[self.format].write(self.root, name, encoded) if encoded else [])
+            paths = FORMATS[self.format].write(self.root, name, encoded) if encoded else []
         except OSError as error:
             raise cannot_write(self.root, error) from None
-        pngs = iter(encoded)
-        height, width = made.images.shape[1:3]
-        now = datetime.now(UTC).replace(microsecond=0)
+        files = {one.row.id: (path, hashlib.sha256(one.png).hexdigest()) for one, path in zip(encoded, paths)}
+        shared = {
+            "height": made.images.shape[1],
+            "width": made.images.shape[2],
+            "precision": self.precision,
+            "checkpoint": self.checkpoint,
+            "created": datetime.now(UTC).replace(microsecond=0),
+        }
         entries: list[dict[str, Any]] = []
         for planned, row, verdict, keep in zip(table_of(rows).to_pylist(), rows, verdicts, kept, strict=True):
-            looked_at = "off" if verdict is None else "on" if _replaceable(row) else "recorded"
             found = {} if verdict is None else {name: value for name, value in vars(verdict).items() if _known(value)}
-            entries.append(
-                {
-                    **found,  # the journal has columns for most of it
-                    **planned,
-                    "accepted": keep,
-                    "gates": looked_at,
-                    "path": next(paths) if keep else None,
-                    "sha256": hashlib.sha256(next(pngs).png).hexdigest() if keep else None,
-                    "width": width,
-                    "height": height,
-                    "feature_weak": row.feature == "prior" and row.label in self.weak_classes,
-                    "precision": self.precision,
-                    "checkpoint": self.checkpoint,
-                    "created": now,
-                }
-            )
+            path, sha256 = files.get(row.id, (None, None))
+            own = {
+                "accepted": keep,
+                "gates": "off" if verdict is None else "on" if _replaceable(row) else "recorded",
+                "path": path,
+                "sha256": sha256,
+                "feature_weak": row.feature == "prior" and row.label in self.weak_classes,
+            }
+            entries.append(found | planned | shared | own)  # the journal has columns for most of it
         write_rows(self.root / PARTS / f"{name}.parquet", pa.Table.from_pylist(entries, JOURNAL_SCHEMA))
-        counts = Counter(row.label for row, keep in zip(rows, kept) if keep)
-        return GroupResult(dict(counts), [row.id for row, keep in zip(rows, kept) if not keep])
+        return GroupResult(sum(kept), [row.id for row, keep in zip(rows, kept) if not keep])
 
     def _verdicts(self, rows: Sequence[PlanRow], made: MadeGroup) -> Sequence[Verdict | None]:
         if not self.gates.enabled:
@@ -298,7 +289,7 @@ def make_on_ray(
         block_rows=groups.size,
     )
     for row in fan_out(groups.tables(), make, on_tasks(writer, _write, cpus=WRITER_CPUS)):
-        yield GroupResult(dict(row["kept"]), row["rejected"])
+        yield GroupResult(**row)
 
 
 def _load(settings: GeneratorSettings, device: str, threads: int) -> Generator:
@@ -333,7 +324,7 @@ _PACKED = pa.schema(
         ("features", pa.large_binary()),
     ]
 )
-_RESULT = pa.schema([("kept", pa.map_(pa.string(), pa.int64())), ("rejected", pa.list_(pa.string()))])
+_RESULT = pa.schema([("kept", pa.int64()), ("rejected", pa.list_(pa.string()))])
 
 
 def _write(writer: GroupWriter, block: pa.Table) -> pa.Table:
@@ -345,6 +336,5 @@ def _write(writer: GroupWriter, block: pa.Table) -> pa.Table:
         packed = block["features"][number]
         features = np.frombuffer(packed.as_buffer(), np.float32).reshape(shape[0], -1) if packed.is_valid else None
         rows = rows_of(pa.Table.from_pylist(block["rows"][number].as_py(), PLAN_SCHEMA))
-        result = writer.write(rows, MadeGroup(images, features))
-        results.append({"kept": list(result.kept.items()), "rejected": result.rejected})
+        results.append(vars(writer.write(rows, MadeGroup(images, features))))
     return pa.Table.from_pylist(results, _RESULT)

@@ -12,7 +12,7 @@ import pytest
 
 from m2d.data.catalog import CATALOG_SCHEMA
 from m2d.errors import ConfigError, DataError
-from m2d.generation.merge import INDEX_SCHEMA, require_real_evaluation, write_merged_index
+from m2d.generation.merge import INDEX_SCHEMA, write_merged_index
 
 REAL = [("a", "DF", "L1", "train"), ("b", "DF", "L2", "val"), ("c", "NV", "L3", "test"), ("d", "NV", "L4", "train")]
 
@@ -98,12 +98,6 @@ def test_what_was_made_from_a_val_or_test_image_is_left_out(dataset: tuple[str, 
     lesions = {row["image_id"]: row["lesion_id"] for row in pq.read_table(merged.parquet).to_pylist()}
     assert lesions["DF_000000"] == "L1"  # stays in one group with the image that it was made from
     assert "DF_000003" in lesions
-
-
-def test_a_synthetic_image_in_val_is_refused() -> None:
-    row = dict.fromkeys(INDEX_SCHEMA.names, "") | {"image_id": "DF_000007", "split": "val", "source": "synthetic"}
-    with pytest.raises(DataError, match="DF_000007"):
-        require_real_evaluation(pa.Table.from_pylist([row], schema=INDEX_SCHEMA))
 
 
 def test_a_manifest_that_is_none_is_refused_in_one_line(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:

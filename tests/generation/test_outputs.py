@@ -375,15 +375,15 @@ def test_how_many_images_and_how_they_are_batched_is_not_in_the_hash() -> None:
             num_actors=4,
         ),
     ]  # fmt: skip
-    one, other = (Recipe.of(config, checkpoint_sha256="ab", precision="no", feature="prior") for config in configs)
+    one, other = (Recipe.of(config, checkpoint="ab", precision="no", feature="prior") for config in configs)
     assert one.hash == other.hash
 
 
 def test_a_recipe_says_how_features_were_drawn_or_that_none_were() -> None:
     asked = GenerateConfig(checkpoint="c", feature_temperature=0.5)
-    drawn = Recipe.of(asked, checkpoint_sha256="ab", precision="no", feature="prior")
+    drawn = Recipe.of(asked, checkpoint="ab", precision="no", feature="prior")
     assert (drawn.feature, drawn.feature_temperature) == ("prior", 0.5)
-    alone = Recipe.of(GenerateConfig(checkpoint="c"), checkpoint_sha256="ab", precision="no", feature="none")
+    alone = Recipe.of(GenerateConfig(checkpoint="c"), checkpoint="ab", precision="no", feature="none")
     assert (alone.feature, alone.feature_temperature) == ("none", None)
 
 

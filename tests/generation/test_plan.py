@@ -13,6 +13,7 @@ import pytest
 
 from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import ConfigError
+from m2d.generation.output import write_rows
 from m2d.generation.plan import (
     PLAN_SCHEMA,
     PlanRow,
@@ -24,7 +25,6 @@ from m2d.generation.plan import (
     rows_of,
     standard_plan,
     table_of,
-    write_plan,
 )
 from m2d.generation.references import Reference
 from m2d.generation.seeds import sample_seed
@@ -188,13 +188,13 @@ def test_rows_and_tables_are_the_same_thing() -> None:
 
 
 def test_a_plan_survives_the_disk(tmp_path: Path) -> None:
-    write_plan(mixed_plan(), tmp_path / "deep" / "plan.parquet")
+    write_rows(tmp_path / "deep" / "plan.parquet", mixed_plan())
     assert read_plan(tmp_path / "deep" / "plan.parquet").equals(mixed_plan())
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["plan.parquet"]
 
 
 def test_a_plan_that_pandas_filtered_is_read(tmp_path: Path) -> None:
-    write_plan(mixed_plan(), tmp_path / "plan.parquet")
+    write_rows(tmp_path / "plan.parquet", mixed_plan())
     frame = pd.read_parquet(tmp_path / "plan.parquet")
     frame = frame[frame["mode"] == "standard"][frame.columns[::-1]]
     frame["steps"] = 12
@@ -205,7 +205,7 @@ def test_a_plan_that_pandas_filtered_is_read(tmp_path: Path) -> None:
 
 
 def test_seeds_that_pandas_rounded_are_refused(tmp_path: Path) -> None:
-    write_plan(mixed_plan(), tmp_path / "plan.parquet")
+    write_rows(tmp_path / "plan.parquet", mixed_plan())
     pd.read_parquet(tmp_path / "plan.parquet").to_parquet(tmp_path / "edited.parquet")
     with pytest.raises(ConfigError, match=r'seed_b as double, which has rounded the seeds.*dtype_backend="pyarrow"'):
         read_plan(tmp_path / "edited.parquet")
