@@ -209,7 +209,10 @@ def write_features(
     features: cls [n, D], patches [n, N, D], in any precision, on any device. names: what an error calls the images;
     by default their sha256. Raises DataError for a value that is not finite or beyond fp16.
     """
-    cls, patches = _half(features.cls), _half(features.patches)
+    cls, patches = (
+        column.detach().to(device="cpu", dtype=torch.float16).contiguous()
+        for column in (features.cls, features.patches)
+    )
     fits = cls.isfinite().all(dim=1) & patches.isfinite().flatten(1).all(dim=1)
     if not fits.all():
         row = int((~fits).nonzero()[0])
@@ -359,10 +362,6 @@ class FeatureTable:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": {}, "_checked": {}}
-
-
-def _half(values: Tensor) -> Tensor:
-    return values.detach().to(device="cpu", dtype=torch.float16).contiguous()
 
 
 def _checksum(values: Tensor) -> int:

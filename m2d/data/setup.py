@@ -59,7 +59,11 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
     """
     stages = config.stages
     config = _absolute(config)
-    data_root = _checked_data_root(config)
+    data_root = config.data_root
+    if data_root is None:
+        raise ConfigError("data_root is not set; name the folder that holds the class folders by --data_root")
+    if "://" not in data_root and not Path(data_root).is_dir() and not config.download.enabled:
+        raise ConfigError(f"data_root: {data_root} is not a folder; name the one that holds the class folders")
     folder = prepared_folder(config.cache_dir, data_root)
     if config.download.enabled:
         from m2d.data.isic import download_isic
@@ -116,14 +120,6 @@ def _absolute(config: SetupConfig) -> SetupConfig:
         cache_dir=absolute(result_path("cache_dir", config.cache_dir)),
         feature_extractor=dataclasses.replace(extractor, weights=absolute(weights)),
     )
-
-
-def _checked_data_root(config: SetupConfig) -> str:
-    if config.data_root is None:
-        raise ConfigError("data_root is not set; name the folder that holds the class folders by --data_root")
-    if "://" not in config.data_root and not Path(config.data_root).is_dir() and not config.download.enabled:
-        raise ConfigError(f"data_root: {config.data_root} is not a folder; name the one that holds the class folders")
-    return config.data_root
 
 
 @contextmanager
@@ -324,13 +320,12 @@ def _feature_reports(
     reports = []
     for view in range(missing_before.shape[1]):
         before, now, files = missing_before[:, view], missing_now[:, view], store.files(view)
-        made = int((before & ~now).sum())
-        reports.append(
-            StageReport(f"features view {view}", int((~before).sum()), made, int(now.sum()), len(files), _size(*files))
-        )
-    columns = ("found", "made", "failed", "files", "bytes")
-    sums: dict[str, int] = {column: sum(getattr(report, column) for report in reports) for column in columns}
-    return [*reports, StageReport("features", **sums, seconds=seconds)]
+        counts = int((~before).sum()), int((before & ~now).sum()), int(now.sum()), len(files), _size(*files)
+        reports.append(StageReport(f"features view {view}", *counts))
+    found, made, failed, file_count, size = (
+        sum(column) for column in zip(*(dataclasses.astuple(report)[1:-1] for report in reports), strict=True)
+    )
+    return [*reports, StageReport("features", found, made, failed, file_count, size, seconds)]
 
 
 def _say_failures(stage: str, failures: list[str]) -> None:

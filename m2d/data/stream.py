@@ -107,7 +107,7 @@ def build_stream(
     numbers = _BlockNumbers(plan.num_blocks)
     stream: ray.data.Dataset = ray.data.read_datasource(
         numbers, override_num_blocks=numbers.num_tasks, num_cpus=0, concurrency=1
-    ).map_batches(_DecodeBlock(source, plan).decode, batch_size=None, num_cpus=read_cpus, zero_copy_batch=True)
+    ).map_batches(partial(_decode_block, source, plan), batch_size=None, num_cpus=read_cpus, zero_copy_batch=True)
     context = stream.context
     context.target_max_block_size = 1  # byte: each row, a block's number or its images, is a block of its own
     context.execution_options.preserve_order = True
@@ -193,18 +193,15 @@ class _Source:
     chunks: "list[ray.ObjectRef[pa.ChunkedArray]]"  # encoded bytes; none: rows are read from storage
 
 
-@dataclass(frozen=True)
-class _DecodeBlock:
-    """The map function. Small, for Ray sends it with each task: the source is fetched once by each worker process."""
+def _decode_block(reference: "ray.ObjectRef[_Source]", plan: BlockPlan, block: Any) -> Any:
+    """The map function: dict[str, np.ndarray] each, Ray's own type takes no narrower one.
 
-    source: "ray.ObjectRef[_Source]"
-    plan: BlockPlan
-
-    def decode(self, block: Any) -> Any:  # dict[str, np.ndarray] each; Ray's own type takes no narrower one
-        source = _open_source(self.source)
-        rows = self.plan.stream_rows(int(block["block"][0]))
-        columns = source.reader.read(*source.order.lookup(rows)) | {"stream_rows": rows}
-        return {name: column[np.newaxis] for name, column in columns.items()}
+    Ray sends its arguments with each task, so the source is fetched once by each worker process.
+    """
+    source = _open_source(reference)
+    rows = plan.stream_rows(int(block["block"][0]))
+    columns = source.reader.read(*source.order.lookup(rows)) | {"stream_rows": rows}
+    return {name: column[np.newaxis] for name, column in columns.items()}
 
 
 class _BlockNumbers(Datasource):
@@ -219,18 +216,18 @@ class _BlockNumbers(Datasource):
         return 8 * self._count
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        starts = range(0, self._count, BLOCKS_PER_TASK)
-        return [self._task(start, min(start + BLOCKS_PER_TASK, self._count)) for start in starts]
+        tasks = []
+        for start in range(0, self._count, BLOCKS_PER_TASK):
+            blocks = range(start, min(start + BLOCKS_PER_TASK, self._count))
+            metadata = BlockMetadata(
+                num_rows=len(blocks), size_bytes=8 * len(blocks), input_files=None, exec_stats=None
+            )
+            tasks.append(ReadTask(partial(_number_blocks, blocks), metadata))
+        return tasks
 
-    @staticmethod
-    def _task(start: int, stop: int) -> ReadTask:
-        count = stop - start
-        metadata = BlockMetadata(num_rows=count, size_bytes=8 * count, input_files=None, exec_stats=None)
-        return ReadTask(partial(_number_blocks, start, stop), metadata)
 
-
-def _number_blocks(start: int, stop: int) -> Iterator[pa.Table]:
-    for block in range(start, stop):
+def _number_blocks(blocks: range) -> Iterator[pa.Table]:
+    for block in blocks:
         yield pa.table({"block": np.array([block])})
 
 
