@@ -6,6 +6,7 @@ killed: what is there is not made again. The driver sees file names and counts o
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from m2d.cluster.fan_out import JobResult, as_block, fan_out, numbered, on_tasks, run_jobs
-from m2d.cluster.nodes import cluster_total, require_shared
+from m2d.cluster.nodes import cluster_total, node_resources, require_shared
 from m2d.cluster.start import ray_cluster
 from m2d.data.catalog import class_counts, dataset_fingerprint, scan_dataset
 from m2d.data.decode import decode_resized
@@ -36,6 +37,7 @@ from m2d.files.storage import open_storage, without_secrets
 if TYPE_CHECKING:  # image tasks import this file and need no torch: seconds and 200 MB each
     from m2d.data.features import ExtractionJobs, FeatureStore
 
+ACTORS_PER_CPU_NODE = 8  # each holds the network; more cores than that become threads of the actors
 SHOWN_FAILURES = 10
 
 
@@ -282,15 +284,18 @@ def _extracted(config: SetupConfig, jobs: "ExtractionJobs", need_ray: Callable[[
         return jobs.here("cuda" if torch.cuda.is_available() else "cpu")
     need_ray()
     gpus, cpus = int(cluster_total("GPU")), int(cluster_total("CPU")) or 1
-    if config.num_actors is not None and config.num_actors > (gpus or cpus):
-        raise ConfigError(
-            f"num_actors is {config.num_actors} and the cluster has {gpus or cpus} {'GPUs' if gpus else 'CPUs'}; "
-            "lower --num_actors"
-        )
-    actors, device, threads = jobs.placement(config.num_actors)
-    where = f"{actors} x {threads} CPU threads" if device == "cpu" else f"{actors} GPU{'s' if actors > 1 else ''}"
+    asked = config.num_actors
+    if asked is not None and asked > (gpus or cpus):
+        what = "GPUs" if gpus else "CPUs"
+        raise ConfigError(f"num_actors is {asked} and the cluster has {gpus or cpus} {what}; lower --num_actors")
+    node_cpus = min((int(node.get("CPU", 0)) or cpus for node in node_resources()), default=1)
+    actors = min(asked or gpus or max(1, cpus // max(1, node_cpus // ACTORS_PER_CPU_NODE)), len(jobs.jobs))
+    # An actor reserves one CPU and computes on its node's share of the cores: one that reserved them all would wait for
+    # whatever else holds a part of one.
+    threads = max(1, node_cpus // math.ceil(actors / max(1, cpus // node_cpus)))
+    where = f"{actors} GPU{'s' if actors > 1 else ''}" if gpus else f"{actors} x {threads} CPU threads"
     say(f"features: {len(jobs.jobs):,} files to make, on {where}")
-    return run_jobs(jobs, len(jobs.jobs), actors=actors, device=device, threads=threads)
+    return run_jobs(jobs, len(jobs.jobs), actors=actors, device="cuda" if gpus else "cpu", threads=threads)
 
 
 def _pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from m2d.cluster.fan_out import JobResult, run_jobs
+from m2d.cluster.nodes import cluster_total, node_resources
 from m2d.cluster.start import ray_cluster
 from m2d.data.decode import decode_image
 from m2d.data.features import ExtractionJobs, read_cls, write_cls
@@ -88,8 +89,19 @@ class Extraction:
 
     def _on_ray(self, jobs: ExtractionJobs) -> Iterator[JobResult]:
         with ray_cluster(verbose=self.verbose):
-            actors, device, threads = jobs.placement(self.num_actors, use_gpu=self.device != "cpu")
-            yield from run_jobs(jobs, len(jobs.jobs), actors=actors, device=device, threads=threads, bars=self.verbose)
+            gpus, cpus = int(cluster_total("GPU")), int(cluster_total("CPU")) or 1
+            use_gpu = gpus > 0 and self.device != "cpu"
+            # Of a machine started here its cores, however many logical CPUs it was given.
+            limit = gpus if use_gpu else max(1, min(cpus, len(node_resources()) * (os.cpu_count() or 1)))
+            actors = min(self.num_actors or limit, limit, len(jobs.jobs))
+            yield from run_jobs(
+                jobs,
+                len(jobs.jobs),
+                actors=actors,
+                device="cuda" if use_gpu else "cpu",
+                threads=max(1, limit // actors),
+                bars=self.verbose,
+            )
 
 
 @dataclass(frozen=True)
