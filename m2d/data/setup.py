@@ -27,7 +27,7 @@ from m2d.data.catalog import class_counts, dataset_fingerprint, scan_dataset
 from m2d.data.decode import decode_resized
 from m2d.data.reader import READ_THREADS, decode_unchanged
 from m2d.data.settings import SetupConfig
-from m2d.data.store import CATALOG, PreparedImages, prepared_folder, reusable_catalog, write_images, write_scan
+from m2d.data.store import CATALOG, PreparedImages, pieces, prepared_folder, reusable_catalog, write_images, write_scan
 from m2d.errors import ConfigError, DataError
 from m2d.files.atomic import clear_leftovers, try_lock
 from m2d.files.paths import absolute, input_path, result_path
@@ -199,7 +199,7 @@ def _images(
     made = 0
     if len(missing):
         _require_space("images", folder, len(missing) * (3 * size**2 + 256))
-        rows = _pieces(missing, config.shard_images)
+        rows = pieces(missing, config.shard_images)
         paths = catalog["path"].to_pylist()
         jobs = ImageJobs(data_root, size, config.data.max_pixels, folder, paths, sha256, rows)
         results: Iterator[JobResult]
@@ -262,7 +262,7 @@ def _features(config: SetupConfig, folder: Path, catalog: pa.Table, need_ray: Ca
             jobs=[
                 (view, rows)
                 for view in range(views)
-                for rows in _pieces(np.flatnonzero(missing[:, view]), config.shard_images)
+                for rows in pieces(np.flatnonzero(missing[:, view]), config.shard_images)
             ],
             batch_size=config.extract_batch_size,
             batch_setting="extract_batch_size",
@@ -296,10 +296,6 @@ def _extracted(config: SetupConfig, jobs: "ExtractionJobs", need_ray: Callable[[
     where = f"{actors} GPU{'s' if actors > 1 else ''}" if gpus else f"{actors} x {threads} CPU threads"
     say(f"features: {len(jobs.jobs):,} files to make, on {where}")
     return run_jobs(jobs, len(jobs.jobs), actors=actors, device="cuda" if gpus else "cpu", threads=threads)
-
-
-def _pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 def _remove_unreadable(stage: str, unreadable: dict[Path, str]) -> None:

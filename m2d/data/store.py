@@ -74,6 +74,11 @@ def cache_file(path: Path) -> Iterator[Path]:
         ) from error
 
 
+def pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """The rows in order, so many a file."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
 class ShardIndex:
     """Where each image is: in which file, and in which row of it.
 

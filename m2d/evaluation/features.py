@@ -22,6 +22,7 @@ from m2d.cluster.start import ray_cluster
 from m2d.data.decode import decode_image
 from m2d.data.features import ExtractionJobs, read_cls, write_cls
 from m2d.data.reader import decode_unchanged
+from m2d.data.store import pieces
 from m2d.errors import DataError
 from m2d.evaluation.images import ImageSet
 from m2d.files.progress import progress
@@ -68,7 +69,7 @@ class Extraction:
             key,
             read=partial(_read_pixels, _file_of(images.pixels)),
             keep=partial(_keep, folders, config.name, images.sha256),
-            jobs=[(view, rows) for view, all_rows in missing.items() for rows in _pieces(all_rows, SHARD_IMAGES)],
+            jobs=[(view, rows) for view, all_rows in missing.items() for rows in pieces(all_rows, SHARD_IMAGES)],
             batch_size=self.batch_size,
             patches=False,
         )
@@ -150,7 +151,7 @@ def cls_features(
             key,
             read=partial(_read_squares, missing, max_pixels),
             keep=partial(_keep, {0: folder}, config.name, [image.sha256 for image in missing]),
-            jobs=[(0, rows) for rows in _pieces(np.arange(len(missing)), job_images)],
+            jobs=[(0, rows) for rows in pieces(np.arange(len(missing)), job_images)],
             batch_size=batch_size,
             patches=False,
             keep_batches=True,
@@ -212,10 +213,6 @@ def _keep(
     folders: dict[int, Path], extractor: str, sha256: Sequence[str], view: int, rows: np.ndarray, features: Features
 ) -> None:
     write_cls(folders[view], extractor, [sha256[row] for row in rows], features.cls.numpy())
-
-
-def _pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 def _file_of(pixels: np.ndarray) -> str:
