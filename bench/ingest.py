@@ -206,7 +206,7 @@ def torchvision_limit(workload: Workload) -> Batches:
     for start in range(0, workload.micro_batches * workload.batch_size, workload.batch_size):
         rows, _ = workload.order.lookup(np.arange(start, start + workload.batch_size))
         images = []
-        for encoded in reader._fetch_many(rows):
+        for encoded in reader._fetch(rows):
             decoded = decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), ImageReadMode.RGB)
             scaled = resize(decoded, [size], interpolation=InterpolationMode.BICUBIC, antialias=True)
             images.append(center_crop(scaled, [size, size]))

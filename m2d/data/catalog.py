@@ -399,7 +399,10 @@ def assign_splits(catalog: pa.Table, *, val_fraction: float, test_fraction: floa
         lesions = lesions_of[label]
         wanted = _allocate(len(lesions), val_fraction, test_fraction)
         placed = Counter(split_of[lesion] for lesion in lesions if lesion in split_of)
-        free = sorted((lesion for lesion in lesions if lesion not in split_of), key=lambda lesion: _rank(lesion, seed))
+        free = sorted(
+            (lesion for lesion in lesions if lesion not in split_of),
+            key=lambda lesion: (hashlib.sha256(f"{seed}:{lesion}".encode()).digest(), lesion),
+        )
         kept_for_train = 0 if placed["train"] else 1
         for split in ("test", "val"):
             count = min(max(0, wanted[split] - placed[split]), max(0, len(free) - kept_for_train))
@@ -414,18 +417,10 @@ def assign_splits(catalog: pa.Table, *, val_fraction: float, test_fraction: floa
 
 def _allocate(lesions: int, val_fraction: float, test_fraction: float) -> dict[str, int]:
     """Lesions of one class for val and test: the nearest whole number, at least one, while one is left to train."""
-    counts = {"val": _nearest(lesions * val_fraction), "test": _nearest(lesions * test_fraction)}
+    counts = {}
     for split, fraction in (("val", val_fraction), ("test", test_fraction)):
-        if fraction > 0:
-            counts[split] = max(counts[split], 1)
+        # Halves go up, also where the product falls just short of one.
+        counts[split] = max(int(lesions * fraction + 0.5 + 1e-9), 1 if fraction > 0 else 0)
     while sum(counts.values()) > max(lesions - 1, 0):
         counts["val" if counts["val"] > counts["test"] else "test"] -= 1
     return counts
-
-
-def _nearest(share: float) -> int:
-    return int(share + 0.5 + 1e-9)  # halves go up, also where the product fell just short of one
-
-
-def _rank(lesion: str, seed: int) -> tuple[bytes, str]:
-    return hashlib.sha256(f"{seed}:{lesion}".encode()).digest(), lesion

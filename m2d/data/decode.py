@@ -122,14 +122,16 @@ def _open(encoded: bytes, max_pixels: int) -> ImageFile.ImageFile:
         raise ImageRejected("the file is empty")
     plugin = next((plugin for signature, plugin in _SIGNATURES if encoded.startswith(signature)), None)
     if plugin is None:
-        names = (name for offset, signature, name in _REFUSED_SIGNATURES if encoded.startswith(signature, offset))
-        found = next(names, None)
-        expected = " ".join(FORMATS)
-        content = f"the real format is {found}" if found else "the content is no image"
-        raise ImageRejected(f"{content}, not one of {expected}")
+        names = [name for offset, signature, name in _REFUSED_SIGNATURES if encoded.startswith(signature, offset)]
+        content = f"the real format is {names[0]}" if names else "the content is no image"
+        raise ImageRejected(f"{content}, not one of {' '.join(FORMATS)}")
     with _readable(plugin.format):
         image = plugin(io.BytesIO(encoded))
-    _check_size(*image.size, max_pixels)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageRejected(f"{width} x {height} is more than max_pixels = {max_pixels}")
+    if min(width, height) < MIN_SIDE:
+        raise ImageRejected(f"{width} x {height} is too small; each side must have at least {MIN_SIDE} pixels")
     if isinstance(image, TiffImageFile):  # with memory of its own, Pillow's process-wide size guard is not asked
         image.im = Image.new(image.mode, (image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH])).im
     if plugin is JpegImageFile and encoded.endswith(bytes(64)) and not encoded.rstrip(b"\0").endswith(_END_OF_JPEG):
@@ -138,20 +140,12 @@ def _open(encoded: bytes, max_pixels: int) -> ImageFile.ImageFile:
     return image
 
 
-def _check_size(width: int, height: int, max_pixels: int) -> None:
-    if width * height > max_pixels:
-        raise ImageRejected(f"{width} x {height} is more than max_pixels = {max_pixels}")
-    if min(width, height) < MIN_SIDE:
-        raise ImageRejected(f"{width} x {height} is too small; each side must have at least {MIN_SIDE} pixels")
-
-
 def _opaque(image: Image.Image) -> Image.Image:
     """An 8-bit L or RGB picture of a loaded image of any mode."""
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bit(image))
     if image.has_transparency_data:
-        straight = image.convert("LA") if image.mode == "La" else image
-        pixels = straight.convert("RGBA")
+        pixels = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         background = Image.new("RGB", pixels.size, "white")
         background.paste(pixels, mask=pixels.getchannel("A"))
         return background

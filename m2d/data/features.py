@@ -8,7 +8,6 @@ The extractor saw the image as it is decoded for training, turned by apply_view(
 """
 
 import logging
-import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from m2d.cluster.fan_out import JobResult
-from m2d.cluster.nodes import cluster_total, node_resources
 from m2d.data.store import DIGEST_BYTES, PreparedRows, ShardIndex, cache_file, content_name, digests
 from m2d.data.views import apply_view
 from m2d.errors import CheckpointError, ConfigError, DataError
@@ -36,7 +34,6 @@ from m2d.models.settings import FeatureExtractorConfig
 logger = logging.getLogger(__name__)
 
 GPU_BATCH, CPU_BATCH = 128, 16  # a CPU's caches hold the maps of few images: 8 to 16 go faster than 64
-ACTORS_PER_CPU_NODE = 8  # each holds the network; more cores than that become threads of the actors
 FORMAT = 1
 LARGEST_HALF = 65504.0
 COLUMNS = ("cls", "patches")  # in the order of crc32's columns
@@ -108,20 +105,6 @@ class ExtractionJobs:
         extractor = self.load(device)
         for number in range(len(self.jobs)):
             yield self.run(number, extractor, device)
-
-    def placement(self, actors: int | None, *, use_gpu: bool = True) -> tuple[int, str, int]:
-        """Actors on the cluster that is joined, their device, and the threads of each on a CPU.
-
-        actors: as many at most; None: one for each GPU, or as many as share the cores without waiting.
-        """
-        gpus, cpus = int(cluster_total("GPU")) if use_gpu else 0, int(cluster_total("CPU")) or 1
-        node_cpus = min((int(node.get("CPU", 0)) or cpus for node in node_resources()), default=1)
-        asked = actors or gpus or max(1, cpus // max(1, node_cpus // ACTORS_PER_CPU_NODE))
-        actors = min(asked, gpus or cpus, len(self.jobs))
-        # An actor reserves one CPU and computes on its node's share of the cores: one that reserved them all would wait
-        # for whatever else holds a part of one.
-        threads = max(1, node_cpus // math.ceil(actors / max(1, cpus // node_cpus)))
-        return actors, "cuda" if gpus else "cpu", threads
 
 
 @torch.inference_mode()
@@ -209,7 +192,10 @@ def write_features(
     features: cls [n, D], patches [n, N, D], in any precision, on any device. names: what an error calls the images;
     by default their sha256. Raises DataError for a value that is not finite or beyond fp16.
     """
-    cls, patches = _half(features.cls), _half(features.patches)
+    cls, patches = (
+        column.detach().to(device="cpu", dtype=torch.float16).contiguous()
+        for column in (features.cls, features.patches)
+    )
     fits = cls.isfinite().all(dim=1) & patches.isfinite().flatten(1).all(dim=1)
     if not fits.all():
         row = int((~fits).nonzero()[0])
@@ -359,10 +345,6 @@ class FeatureTable:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_mapped": {}, "_checked": {}}
-
-
-def _half(values: Tensor) -> Tensor:
-    return values.detach().to(device="cpu", dtype=torch.float16).contiguous()
 
 
 def _checksum(values: Tensor) -> int:

@@ -350,8 +350,11 @@ class _Archive:
                     if response.status_code == 200:
                         etag = response.headers.get("ETag", "")  # If-Range takes a strong one, or a date
                         validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")
-                    while piece := self._piece(response):
+                    # What the socket has; iter_content would lose what it holds of a piece when the rest fails.
+                    while piece := response.raw.read1(256 * 1024, decode_content=True):
                         body += piece
+                        if self.stop.is_set():
+                            raise _Failure("stopped")
                         if len(body) > most:
                             raise _Failure("its answer is too long to be what was asked for")
                 try:
@@ -360,7 +363,8 @@ class _Archive:
                 except _Transient:
                     body.clear()
                     raise
-            except _Transient as failure:
+            except (_Transient, urllib3_errors.HTTPError) as error:
+                failure = error if isinstance(error, _Transient) else _Transient("the connection broke off")
                 if len(body) > longest:
                     failures, longest = 0, len(body)
                 if failures >= self._config.retries:
@@ -378,8 +382,12 @@ class _Archive:
         if self.stop.is_set():
             raise _Failure("stopped")
         timeout = self._config.timeout_s
+        if not hasattr(self._of_thread, "session"):  # a Session is not documented to be safe in several threads
+            self._of_thread.session = requests.Session()
+            self._of_thread.session.headers["User-Agent"] = f"m2d/{__version__}"
+            self._of_thread.session.max_redirects = 5
         try:
-            response = self._session().get(
+            response = self._of_thread.session.get(
                 url,
                 headers=headers,
                 stream=True,
@@ -404,23 +412,6 @@ class _Archive:
             if status not in (200, 206, 416):
                 raise _Failure(f"HTTP {status}", status)
             yield response
-
-    def _piece(self, response: requests.Response) -> bytes:
-        """What the socket has; iter_content would lose what it holds of a piece when the rest fails."""
-        if self.stop.is_set():
-            raise _Failure("stopped")
-        try:
-            return bytes(response.raw.read1(256 * 1024, decode_content=True))
-        except urllib3_errors.HTTPError:
-            raise _Transient("the connection broke off") from None
-
-    def _session(self) -> requests.Session:
-        session: requests.Session | None = getattr(self._of_thread, "session", None)
-        if session is None:  # a Session is not documented to be safe in several threads
-            session = self._of_thread.session = requests.Session()
-            session.headers["User-Agent"] = f"m2d/{__version__}"
-            session.max_redirects = 5
-        return session
 
 
 def _check_redirect(same_host: bool, response: requests.Response, **_: Any) -> None:

@@ -69,12 +69,10 @@ class ImageReader:
         *,
         image_size: int,
         max_pixels: int,
-        encoded: pa.ChunkedArray | None = None,
         prepared: PreparedImages | None = None,
     ) -> None:
         """catalog: as m2d.data.catalog.CATALOG_SCHEMA; `path` (relative to data_root), `label` and `bytes` are read.
 
-        encoded: large_binary [N], the files' bytes (see `load_encoded`); without it rows are read on demand.
         prepared: images decoded at this size, found by `sha256`; rows that it lacks are decoded from their files.
         """
         self.data_root = data_root
@@ -95,8 +93,6 @@ class ImageReader:
         self._encoded: pa.ChunkedArray | None = None
         self._storage: tuple[fs.FileSystem, str] | None = None
         self._threads: ThreadPoolExecutor | None = None
-        if encoded is not None:
-            self.attach(encoded)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -113,17 +109,13 @@ class ImageReader:
         A file that cannot be read is null: `read` puts another in its place.
         """
         rows = np.arange(first, len(self) if stop is None else stop)
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            fetched = self._fetch_unattached(rows, pool)
         blobs: list[bytes | None] = []
-        for row, found in zip(rows.tolist(), fetched, strict=True):
-            if self._is_raw(row) and isinstance(found, bytes):  # its shard is damaged, but raw pixels are expected here
-                decoded = self._decode(row, found)
-                blobs.append(None if decoded is None else decoded.tobytes())
-            elif isinstance(found, np.ndarray):
-                blobs.append(found.tobytes())
-            else:
-                blobs.append(found if isinstance(found, bytes) else None)
+        for row, fetched in zip(rows.tolist(), self._fetch(rows), strict=True):
+            # A damaged shard gives a file's bytes where raw pixels are expected.
+            found = self._decode(row, fetched) if self._is_raw(row) else fetched
+            if isinstance(found, np.ndarray):
+                found = found.tobytes()
+            blobs.append(found if isinstance(found, bytes) else None)
         return pa.chunked_array([pa.array(blobs, type=pa.large_binary())])
 
     def read(self, catalog_rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
@@ -137,7 +129,7 @@ class ImageReader:
         size = self.image_size
         images = np.empty((len(catalog_rows), size, size, 3), dtype=np.uint8)
         shown_rows = np.array(catalog_rows, dtype=np.int64)
-        for slot, (row, fetched) in enumerate(zip(shown_rows, self._fetch_many(shown_rows), strict=True)):
+        for slot, (row, fetched) in enumerate(zip(shown_rows, self._fetch(shown_rows), strict=True)):
             decoded = self._decode(int(row), fetched)
             if decoded is None:
                 shown_rows[slot], decoded = self._substitute(int(row))
@@ -178,7 +170,7 @@ class ImageReader:
         for candidate in map(int, after[:MAX_SUBSTITUTES]):
             if candidate in self._bad:
                 continue
-            decoded = self._decode(candidate, self._fetch_many(np.array([candidate]))[0])
+            decoded = self._decode(candidate, self._fetch(np.array([candidate]))[0])
             if decoded is not None:
                 return candidate, decoded
         raise DataError(
@@ -187,30 +179,26 @@ class ImageReader:
             "Check that data_root can be reached, then scan it again."
         )
 
-    def _fetch_many(self, rows: np.ndarray) -> "list[np.ndarray | bytes | str]":
+    def _fetch(self, rows: np.ndarray) -> "list[np.ndarray | bytes | str]":
+        """Of each row its pixels where they are prepared, otherwise its file's bytes, or why there are none."""
         if self._encoded is not None:
-            return [self._fetch_attached(int(row)) for row in rows]
+            return [self._fetch_attached(self._encoded, int(row)) for row in rows]
         if self._threads is None:
             self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="m2d-read")
-        return self._fetch_unattached(rows, self._threads)
-
-    def _fetch_attached(self, row: int) -> np.ndarray | bytes | str:
-        if row in self._bad:
-            return self._bad[row]
-        assert self._encoded is not None
-        encoded = self._encoded[row]
-        if not encoded.is_valid:
-            return "could not be read when the run began"
-        if self._is_raw(row):
-            return np.frombuffer(encoded.as_buffer(), dtype=np.uint8).reshape(self.image_size, self.image_size, 3)
-        return bytes(encoded.as_buffer())
-
-    def _fetch_unattached(self, rows: np.ndarray, threads: ThreadPoolExecutor) -> "list[np.ndarray | bytes | str]":
-        """Of each row its pixels where they are prepared, otherwise its file's bytes, or why there are none."""
         prepared = [None] * len(rows) if self._prepared is None else self._prepared.read(rows)
         files = [int(row) for row, pixels in zip(rows, prepared, strict=True) if pixels is None]
-        from_files = threads.map(self._fetch_file, files)
+        from_files = self._threads.map(self._fetch_file, files)
         return [next(from_files) if pixels is None else pixels for pixels in prepared]
+
+    def _fetch_attached(self, encoded: pa.ChunkedArray, row: int) -> np.ndarray | bytes | str:
+        if row in self._bad:
+            return self._bad[row]
+        if not encoded[row].is_valid:
+            return "could not be read when the run began"
+        content = encoded[row].as_buffer()
+        if self._is_raw(row):
+            return np.frombuffer(content, dtype=np.uint8).reshape(self.image_size, self.image_size, 3)
+        return bytes(content)
 
     def _is_raw(self, row: int) -> bool:
         return self._prepared is not None and bool(self._prepared.present[row])

@@ -72,10 +72,9 @@ class DownloadConfig:
                 raise ConfigError(
                     f"download.diagnoses maps {name} to {code}; known classes: {' '.join(CLASSES)}, or {SKIP}"
                 )
-        if not 1 <= self.connections <= 64:
-            raise ConfigError(f"download.connections is {self.connections}; it must be from 1 to 64")
-        if not 0 <= self.retries <= 100:
-            raise ConfigError(f"download.retries is {self.retries}; it must be from 0 to 100")
+        for name, least, most in (("connections", 1, 64), ("retries", 0, 100)):
+            if not least <= getattr(self, name) <= most:
+                raise ConfigError(f"download.{name} is {getattr(self, name)}; it must be from {least} to {most}")
         if not 0 < self.timeout_s <= 3600:
             raise ConfigError(f"download.timeout_s is {self.timeout_s}; it must be above 0 and at most 3600")
         if not is_web_address(self.api) or "?" in self.api:

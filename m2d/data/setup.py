@@ -6,6 +6,7 @@ killed: what is there is not made again. The driver sees file names and counts o
 
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,13 +21,13 @@ import numpy as np
 import pyarrow as pa
 
 from m2d.cluster.fan_out import JobResult, as_block, fan_out, numbered, on_tasks, run_jobs
-from m2d.cluster.nodes import cluster_total, require_shared
+from m2d.cluster.nodes import cluster_total, node_resources, require_shared
 from m2d.cluster.start import ray_cluster
 from m2d.data.catalog import class_counts, dataset_fingerprint, scan_dataset
 from m2d.data.decode import decode_resized
 from m2d.data.reader import READ_THREADS, decode_unchanged
 from m2d.data.settings import SetupConfig
-from m2d.data.store import CATALOG, PreparedImages, prepared_folder, reusable_catalog, write_images, write_scan
+from m2d.data.store import CATALOG, PreparedImages, pieces, prepared_folder, reusable_catalog, write_images, write_scan
 from m2d.errors import ConfigError, DataError
 from m2d.files.atomic import clear_leftovers, try_lock
 from m2d.files.paths import absolute, input_path, result_path
@@ -36,6 +37,7 @@ from m2d.files.storage import open_storage, without_secrets
 if TYPE_CHECKING:  # image tasks import this file and need no torch: seconds and 200 MB each
     from m2d.data.features import ExtractionJobs, FeatureStore
 
+ACTORS_PER_CPU_NODE = 8  # each holds the network; more cores than that become threads of the actors
 SHOWN_FAILURES = 10
 
 
@@ -59,7 +61,11 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
     """
     stages = config.stages
     config = _absolute(config)
-    data_root = _checked_data_root(config)
+    data_root = config.data_root
+    if data_root is None:
+        raise ConfigError("data_root is not set; name the folder that holds the class folders by --data_root")
+    if "://" not in data_root and not Path(data_root).is_dir() and not config.download.enabled:
+        raise ConfigError(f"data_root: {data_root} is not a folder; name the one that holds the class folders")
     folder = prepared_folder(config.cache_dir, data_root)
     if config.download.enabled:
         from m2d.data.isic import download_isic
@@ -116,14 +122,6 @@ def _absolute(config: SetupConfig) -> SetupConfig:
         cache_dir=absolute(result_path("cache_dir", config.cache_dir)),
         feature_extractor=dataclasses.replace(extractor, weights=absolute(weights)),
     )
-
-
-def _checked_data_root(config: SetupConfig) -> str:
-    if config.data_root is None:
-        raise ConfigError("data_root is not set; name the folder that holds the class folders by --data_root")
-    if "://" not in config.data_root and not Path(config.data_root).is_dir() and not config.download.enabled:
-        raise ConfigError(f"data_root: {config.data_root} is not a folder; name the one that holds the class folders")
-    return config.data_root
 
 
 @contextmanager
@@ -201,7 +199,7 @@ def _images(
     made = 0
     if len(missing):
         _require_space("images", folder, len(missing) * (3 * size**2 + 256))
-        rows = _pieces(missing, config.shard_images)
+        rows = pieces(missing, config.shard_images)
         paths = catalog["path"].to_pylist()
         jobs = ImageJobs(data_root, size, config.data.max_pixels, folder, paths, sha256, rows)
         results: Iterator[JobResult]
@@ -264,7 +262,7 @@ def _features(config: SetupConfig, folder: Path, catalog: pa.Table, need_ray: Ca
             jobs=[
                 (view, rows)
                 for view in range(views)
-                for rows in _pieces(np.flatnonzero(missing[:, view]), config.shard_images)
+                for rows in pieces(np.flatnonzero(missing[:, view]), config.shard_images)
             ],
             batch_size=config.extract_batch_size,
             batch_setting="extract_batch_size",
@@ -286,19 +284,18 @@ def _extracted(config: SetupConfig, jobs: "ExtractionJobs", need_ray: Callable[[
         return jobs.here("cuda" if torch.cuda.is_available() else "cpu")
     need_ray()
     gpus, cpus = int(cluster_total("GPU")), int(cluster_total("CPU")) or 1
-    if config.num_actors is not None and config.num_actors > (gpus or cpus):
-        raise ConfigError(
-            f"num_actors is {config.num_actors} and the cluster has {gpus or cpus} {'GPUs' if gpus else 'CPUs'}; "
-            "lower --num_actors"
-        )
-    actors, device, threads = jobs.placement(config.num_actors)
-    where = f"{actors} x {threads} CPU threads" if device == "cpu" else f"{actors} GPU{'s' if actors > 1 else ''}"
+    asked = config.num_actors
+    if asked is not None and asked > (gpus or cpus):
+        what = "GPUs" if gpus else "CPUs"
+        raise ConfigError(f"num_actors is {asked} and the cluster has {gpus or cpus} {what}; lower --num_actors")
+    node_cpus = min((int(node.get("CPU", 0)) or cpus for node in node_resources()), default=1)
+    actors = min(asked or gpus or max(1, cpus // max(1, node_cpus // ACTORS_PER_CPU_NODE)), len(jobs.jobs))
+    # An actor reserves one CPU and computes on its node's share of the cores: one that reserved them all would wait for
+    # whatever else holds a part of one.
+    threads = max(1, node_cpus // math.ceil(actors / max(1, cpus // node_cpus)))
+    where = f"{actors} GPU{'s' if actors > 1 else ''}" if gpus else f"{actors} x {threads} CPU threads"
     say(f"features: {len(jobs.jobs):,} files to make, on {where}")
-    return run_jobs(jobs, len(jobs.jobs), actors=actors, device=device, threads=threads)
-
-
-def _pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
+    return run_jobs(jobs, len(jobs.jobs), actors=actors, device="cuda" if gpus else "cpu", threads=threads)
 
 
 def _remove_unreadable(stage: str, unreadable: dict[Path, str]) -> None:
@@ -324,13 +321,12 @@ def _feature_reports(
     reports = []
     for view in range(missing_before.shape[1]):
         before, now, files = missing_before[:, view], missing_now[:, view], store.files(view)
-        made = int((before & ~now).sum())
-        reports.append(
-            StageReport(f"features view {view}", int((~before).sum()), made, int(now.sum()), len(files), _size(*files))
-        )
-    columns = ("found", "made", "failed", "files", "bytes")
-    sums: dict[str, int] = {column: sum(getattr(report, column) for report in reports) for column in columns}
-    return [*reports, StageReport("features", **sums, seconds=seconds)]
+        counts = int((~before).sum()), int((before & ~now).sum()), int(now.sum()), len(files), _size(*files)
+        reports.append(StageReport(f"features view {view}", *counts))
+    found, made, failed, file_count, size = (
+        sum(column) for column in zip(*(dataclasses.astuple(report)[1:-1] for report in reports), strict=True)
+    )
+    return [*reports, StageReport("features", found, made, failed, file_count, size, seconds)]
 
 
 def _say_failures(stage: str, failures: list[str]) -> None:

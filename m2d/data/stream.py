@@ -59,15 +59,13 @@ class BlockPlan:
         turn, rank = divmod(block, self.num_workers)
         first = turn * self.block_micro_batches
         stop = min(first + self.block_micro_batches, self.num_micro_batches)
-        micro_batches = range(self.start_micro_batch + first, self.start_micro_batch + stop)
-        rows = partial(
-            worker_rows,
-            batch_size=self.batch_size,
-            rank=rank,
-            world_size=self.num_workers,
-            step_micro_batches=self.step_micro_batches,
+        each = {"batch_size": self.batch_size, "rank": rank, "world_size": self.num_workers}
+        return np.concatenate(
+            [
+                worker_rows(self.start_micro_batch + turn, **each, step_micro_batches=self.step_micro_batches)
+                for turn in range(first, stop)
+            ]
         )
-        return np.concatenate([rows(micro_batch) for micro_batch in micro_batches])
 
 
 def build_stream(
@@ -90,22 +88,26 @@ def build_stream(
     otherwise tasks read data_root. read_cpus: logical CPUs of a decoding task. step_micro_batches: see
     m2d.data.order.micro_batch_number.
     """
+    block_images = min(BLOCK_IMAGES, BLOCK_BYTES // (3 * reader.image_size**2))
     plan = BlockPlan(
         batch_size=batch_size,
         num_workers=num_workers,
         start_micro_batch=start_micro_batch,
         num_micro_batches=num_micro_batches,
-        block_micro_batches=_block_micro_batches(batch_size, num_micro_batches, reader.image_size),
+        # Of a short run every core gets a share.
+        block_micro_batches=max(1, min(block_images // batch_size, -(-num_micro_batches // 4))),
         step_micro_batches=step_micro_batches,
     )
-    chunks = _put_encoded(reader) if reader.sizes.sum() <= object_store_share * _smallest_store() else []
+    # Each node that can decode gets a copy of the encoded files.
+    stores = [node.get("object_store_memory", 0.0) for node in node_resources() if node.get("CPU", 0) > 0]
+    chunks = _put_encoded(reader) if reader.sizes.sum() <= object_store_share * min(stores, default=0.0) else []
     source = ray.put(_Source(reader, order, chunks))
     # ray.data.range with a task for each block costs Ray 1.8 ms and 8 KB each before the first batch: minutes in a long
     # run. So few tasks number the blocks. They ask for no CPU: they would not share the last one with decoding.
     numbers = _BlockNumbers(plan.num_blocks)
     stream: ray.data.Dataset = ray.data.read_datasource(
         numbers, override_num_blocks=numbers.num_tasks, num_cpus=0, concurrency=1
-    ).map_batches(_DecodeBlock(source, plan).decode, batch_size=None, num_cpus=read_cpus, zero_copy_batch=True)
+    ).map_batches(partial(_decode_block, source, plan), batch_size=None, num_cpus=read_cpus, zero_copy_batch=True)
     context = stream.context
     context.target_max_block_size = 1  # byte: each row, a block's number or its images, is a block of its own
     context.execution_options.preserve_order = True
@@ -147,7 +149,11 @@ def iterate_stream(
             pin_memory=pin_memory,
         )
     )
-    batches = _cut(cast("Iterator[dict[str, torch.Tensor]]", blocks), batch_size)
+    batches = (
+        {name: column[first : first + batch_size] for name, column in block.items()}
+        for block in cast("Iterator[dict[str, torch.Tensor]]", blocks)
+        for first in range(0, len(block["stream_rows"]), batch_size)
+    )
     try:
         for micro_batch in range(start_micro_batch, start_micro_batch + num_micro_batches):
             batch = next(batches, None)
@@ -187,18 +193,15 @@ class _Source:
     chunks: "list[ray.ObjectRef[pa.ChunkedArray]]"  # encoded bytes; none: rows are read from storage
 
 
-@dataclass(frozen=True)
-class _DecodeBlock:
-    """The map function. Small, for Ray sends it with each task: the source is fetched once by each worker process."""
+def _decode_block(reference: "ray.ObjectRef[_Source]", plan: BlockPlan, block: Any) -> Any:
+    """The map function: dict[str, np.ndarray] each, Ray's own type takes no narrower one.
 
-    source: "ray.ObjectRef[_Source]"
-    plan: BlockPlan
-
-    def decode(self, block: Any) -> Any:  # dict[str, np.ndarray] each; Ray's own type takes no narrower one
-        source = _open_source(self.source)
-        rows = self.plan.stream_rows(int(block["block"][0]))
-        columns = source.reader.read(*source.order.lookup(rows)) | {"stream_rows": rows}
-        return {name: column[np.newaxis] for name, column in columns.items()}
+    Ray sends its arguments with each task, so the source is fetched once by each worker process.
+    """
+    source = _open_source(reference)
+    rows = plan.stream_rows(int(block["block"][0]))
+    columns = source.reader.read(*source.order.lookup(rows)) | {"stream_rows": rows}
+    return {name: column[np.newaxis] for name, column in columns.items()}
 
 
 class _BlockNumbers(Datasource):
@@ -213,18 +216,18 @@ class _BlockNumbers(Datasource):
         return 8 * self._count
 
     def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
-        starts = range(0, self._count, BLOCKS_PER_TASK)
-        return [self._task(start, min(start + BLOCKS_PER_TASK, self._count)) for start in starts]
+        tasks = []
+        for start in range(0, self._count, BLOCKS_PER_TASK):
+            blocks = range(start, min(start + BLOCKS_PER_TASK, self._count))
+            metadata = BlockMetadata(
+                num_rows=len(blocks), size_bytes=8 * len(blocks), input_files=None, exec_stats=None
+            )
+            tasks.append(ReadTask(partial(_number_blocks, blocks), metadata))
+        return tasks
 
-    @staticmethod
-    def _task(start: int, stop: int) -> ReadTask:
-        count = stop - start
-        metadata = BlockMetadata(num_rows=count, size_bytes=8 * count, input_files=None, exec_stats=None)
-        return ReadTask(partial(_number_blocks, start, stop), metadata)
 
-
-def _number_blocks(start: int, stop: int) -> Iterator[pa.Table]:
-    for block in range(start, stop):
+def _number_blocks(blocks: range) -> Iterator[pa.Table]:
+    for block in blocks:
         yield pa.table({"block": np.array([block])})
 
 
@@ -233,12 +236,6 @@ class _OwnedTensors(NumpyBatchCollateFn):
         import torch
 
         return {name: torch.from_numpy(np.array(column[0])) for name, column in batch.items()}
-
-
-def _cut(blocks: "Iterator[dict[str, torch.Tensor]]", batch_size: int) -> "Iterator[dict[str, torch.Tensor]]":
-    for block in blocks:
-        for first in range(0, len(block["stream_rows"]), batch_size):
-            yield {name: column[first : first + batch_size] for name, column in block.items()}
 
 
 # Of this worker process, so that the next task finds permutations cached and bad files known.
@@ -264,14 +261,3 @@ def _put_encoded(reader: ImageReader) -> "list[ray.ObjectRef[pa.ChunkedArray]]":
     chunk_of_row = np.cumsum(reader.sizes) // ENCODED_CHUNK_BYTES
     bounds = [0, *(np.flatnonzero(np.diff(chunk_of_row)) + 1).tolist(), len(reader)]
     return [ray.put(reader.load_encoded(first, stop)) for first, stop in pairwise(bounds)]
-
-
-def _smallest_store() -> float:
-    """Object store of the smallest node that can decode, in bytes: each such node gets a copy of the encoded files."""
-    nodes = node_resources()
-    return min((node.get("object_store_memory", 0.0) for node in nodes if node.get("CPU", 0) > 0), default=0.0)
-
-
-def _block_micro_batches(batch_size: int, num_micro_batches: int, image_size: int) -> int:
-    images = min(BLOCK_IMAGES, BLOCK_BYTES // (3 * image_size**2))
-    return max(1, min(images // batch_size, -(-num_micro_batches // 4)))  # of a short run every core gets a share

@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 
 from m2d.cluster.fan_out import JobResult, run_jobs
+from m2d.cluster.nodes import cluster_total, node_resources
 from m2d.cluster.start import ray_cluster
 from m2d.data.decode import decode_image
 from m2d.data.features import ExtractionJobs, read_cls, write_cls
 from m2d.data.reader import decode_unchanged
+from m2d.data.store import pieces
 from m2d.errors import DataError
 from m2d.evaluation.images import ImageSet
 from m2d.files.progress import progress
@@ -67,7 +69,7 @@ class Extraction:
             key,
             read=partial(_read_pixels, _file_of(images.pixels)),
             keep=partial(_keep, folders, config.name, images.sha256),
-            jobs=[(view, rows) for view, all_rows in missing.items() for rows in _pieces(all_rows, SHARD_IMAGES)],
+            jobs=[(view, rows) for view, all_rows in missing.items() for rows in pieces(all_rows, SHARD_IMAGES)],
             batch_size=self.batch_size,
             patches=False,
         )
@@ -88,8 +90,19 @@ class Extraction:
 
     def _on_ray(self, jobs: ExtractionJobs) -> Iterator[JobResult]:
         with ray_cluster(verbose=self.verbose):
-            actors, device, threads = jobs.placement(self.num_actors, use_gpu=self.device != "cpu")
-            yield from run_jobs(jobs, len(jobs.jobs), actors=actors, device=device, threads=threads, bars=self.verbose)
+            gpus, cpus = int(cluster_total("GPU")), int(cluster_total("CPU")) or 1
+            use_gpu = gpus > 0 and self.device != "cpu"
+            # Of a machine started here its cores, however many logical CPUs it was given.
+            limit = gpus if use_gpu else max(1, min(cpus, len(node_resources()) * (os.cpu_count() or 1)))
+            actors = min(self.num_actors or limit, limit, len(jobs.jobs))
+            yield from run_jobs(
+                jobs,
+                len(jobs.jobs),
+                actors=actors,
+                device="cuda" if use_gpu else "cpu",
+                threads=max(1, limit // actors),
+                bars=self.verbose,
+            )
 
 
 @dataclass(frozen=True)
@@ -138,7 +151,7 @@ def cls_features(
             key,
             read=partial(_read_squares, missing, max_pixels),
             keep=partial(_keep, {0: folder}, config.name, [image.sha256 for image in missing]),
-            jobs=[(0, rows) for rows in _pieces(np.arange(len(missing)), job_images)],
+            jobs=[(0, rows) for rows in pieces(np.arange(len(missing)), job_images)],
             batch_size=batch_size,
             patches=False,
             keep_batches=True,
@@ -200,10 +213,6 @@ def _keep(
     folders: dict[int, Path], extractor: str, sha256: Sequence[str], view: int, rows: np.ndarray, features: Features
 ) -> None:
     write_cls(folders[view], extractor, [sha256[row] for row in rows], features.cls.numpy())
-
-
-def _pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 def _file_of(pixels: np.ndarray) -> str:

@@ -20,8 +20,13 @@ SIZE, MAX_PIXELS = 16, 10_000
 
 
 @pytest.fixture
-def catalog(tmp_path: Path, paint_images: Any) -> pa.Table:
-    return paint_images(tmp_path, COUNTS)
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def catalog(root: Path, paint_images: Any) -> pa.Table:
+    return paint_images(root, COUNTS)
 
 
 def reader_of(catalog: pa.Table, data_root: Path) -> ImageReader:
@@ -32,12 +37,12 @@ def path_of(catalog: pa.Table, data_root: Path, row: int) -> Path:
     return data_root / catalog.column("path")[row].as_py()
 
 
-def test_each_row_is_its_own_file_in_the_view_that_was_asked_for(catalog: pa.Table, tmp_path: Path) -> None:
+def test_each_row_is_its_own_file_in_the_view_that_was_asked_for(catalog: pa.Table, root: Path) -> None:
     rows = np.array([11, 0, 5, 0, 3, 4, 8, 9])
     views = np.arange(8, dtype=np.int8)
-    columns = reader_of(catalog, tmp_path).read(rows, views)
+    columns = reader_of(catalog, root).read(rows, views)
     for image, row, view in zip(columns["images"], rows, views):
-        decoded = decode_resized(path_of(catalog, tmp_path, row).read_bytes(), SIZE, max_pixels=MAX_PIXELS)
+        decoded = decode_resized(path_of(catalog, root, row).read_bytes(), SIZE, max_pixels=MAX_PIXELS)
         np.testing.assert_array_equal(image, apply_view(decoded, int(view)))
     assert columns["labels"].tolist() == [CLASSES.index(catalog.column("label")[int(row)].as_py()) for row in rows]
     np.testing.assert_array_equal(columns["catalog_rows"], rows)
@@ -45,8 +50,8 @@ def test_each_row_is_its_own_file_in_the_view_that_was_asked_for(catalog: pa.Tab
     assert not columns["substituted"].any()
 
 
-def test_columns_have_the_shapes_and_types_of_the_contract(catalog: pa.Table, tmp_path: Path) -> None:
-    columns = reader_of(catalog, tmp_path).read(np.arange(12), AS_IT_IS)
+def test_columns_have_the_shapes_and_types_of_the_contract(catalog: pa.Table, root: Path) -> None:
+    columns = reader_of(catalog, root).read(np.arange(12), AS_IT_IS)
     assert {name: (column.dtype, column.shape) for name, column in columns.items()} == {
         "images": (np.uint8, (12, SIZE, SIZE, 3)),
         "labels": (np.int64, (12,)),
@@ -56,12 +61,12 @@ def test_columns_have_the_shapes_and_types_of_the_contract(catalog: pa.Table, tm
     }
 
 
-def test_attached_bytes_give_the_same_images_without_the_files(catalog: pa.Table, tmp_path: Path) -> None:
-    reader = reader_of(catalog, tmp_path)
+def test_attached_bytes_give_the_same_images_without_the_files(catalog: pa.Table, root: Path) -> None:
+    reader = reader_of(catalog, root)
     expected = reader.read(np.arange(12), AS_IT_IS)
     halves = [reader.load_encoded(0, 5), reader.load_encoded(5)]
     for row in range(12):
-        path_of(catalog, tmp_path, row).unlink()
+        path_of(catalog, root, row).unlink()
     other = pickle.loads(pickle.dumps(reader))  # noqa: S301
     other.attach(pa.chunked_array([*halves[0].chunks, *halves[1].chunks]))
     found = other.read(np.arange(12), AS_IT_IS)
@@ -69,16 +74,16 @@ def test_attached_bytes_give_the_same_images_without_the_files(catalog: pa.Table
     np.testing.assert_array_equal(found["images"], expected["images"])
 
 
-def test_encoded_bytes_stay_out_of_the_pickle(catalog: pa.Table, tmp_path: Path) -> None:
-    reader = reader_of(catalog, tmp_path)
+def test_encoded_bytes_stay_out_of_the_pickle(catalog: pa.Table, root: Path) -> None:
+    reader = reader_of(catalog, root)
     bare = len(pickle.dumps(reader))
     reader.attach(reader.load_encoded())
     reader.read(np.arange(12), AS_IT_IS)
     assert len(pickle.dumps(reader)) == bare
 
 
-def test_bytes_of_another_catalog_are_refused(catalog: pa.Table, tmp_path: Path) -> None:
-    reader = reader_of(catalog, tmp_path)
+def test_bytes_of_another_catalog_are_refused(catalog: pa.Table, root: Path) -> None:
+    reader = reader_of(catalog, root)
     with pytest.raises(ValueError, match="11 encoded images for a catalog of 12"):
         reader.attach(reader.load_encoded(1))
 
@@ -86,16 +91,16 @@ def test_bytes_of_another_catalog_are_refused(catalog: pa.Table, tmp_path: Path)
 @pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "empty"])
 def test_a_file_gone_bad_is_replaced_by_the_next_of_its_class(
-    catalog: pa.Table, tmp_path: Path, damage: str, attached: bool
+    catalog: pa.Table, root: Path, damage: str, attached: bool
 ) -> None:
-    good = reader_of(catalog, tmp_path).read(np.arange(12), AS_IT_IS)["images"]
+    good = reader_of(catalog, root).read(np.arange(12), AS_IT_IS)["images"]
     for row in (4, 5, 11):
-        path = path_of(catalog, tmp_path, row)
+        path = path_of(catalog, root, row)
         content = path.read_bytes()
         path.unlink()
         if damage != "missing":
             path.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"")
-    reader = reader_of(catalog, tmp_path)
+    reader = reader_of(catalog, root)
     if attached:
         reader.attach(reader.load_encoded())
     for _ in range(2):  # the second time from memory of what is bad
@@ -106,74 +111,68 @@ def test_a_file_gone_bad_is_replaced_by_the_next_of_its_class(
         assert np.flatnonzero(columns["substituted"]).tolist() == [4, 5, 11]
 
 
-def test_the_only_good_file_of_a_class_stands_for_all(catalog: pa.Table, tmp_path: Path) -> None:
+def test_the_only_good_file_of_a_class_stands_for_all(catalog: pa.Table, root: Path) -> None:
     for row in (0, 2):
-        path_of(catalog, tmp_path, row).unlink()
-    columns = reader_of(catalog, tmp_path).read(np.array([0, 1, 2]), AS_IT_IS[:3])
+        path_of(catalog, root, row).unlink()
+    columns = reader_of(catalog, root).read(np.array([0, 1, 2]), AS_IT_IS[:3])
     assert columns["catalog_rows"].tolist() == [1, 1, 1]
 
 
-def test_a_substitute_keeps_the_view(catalog: pa.Table, tmp_path: Path) -> None:
-    path_of(catalog, tmp_path, 0).unlink()
-    reader = reader_of(catalog, tmp_path)
+def test_a_substitute_keeps_the_view(catalog: pa.Table, root: Path) -> None:
+    path_of(catalog, root, 0).unlink()
+    reader = reader_of(catalog, root)
     turned = reader.read(np.array([0, 1]), np.array([4, 4], dtype=np.int8))
     np.testing.assert_array_equal(turned["images"][0], turned["images"][1])
 
 
-def test_the_loss_of_a_whole_class_is_an_error_that_names_a_file_and_the_reason(
-    catalog: pa.Table, tmp_path: Path
-) -> None:
+def test_the_loss_of_a_whole_class_is_an_error_that_names_a_file_and_the_reason(catalog: pa.Table, root: Path) -> None:
     for row in range(3):
-        path_of(catalog, tmp_path, row).write_bytes(b"no image")
-    reader = reader_of(catalog, tmp_path)
+        path_of(catalog, root, row).write_bytes(b"no image")
+    reader = reader_of(catalog, root)
     assert not reader.read(np.arange(3, 12), AS_IT_IS[3:])["substituted"].any()
     with pytest.raises(DataError, match=r"DF/DF_1\.png .*not one of JPEG PNG.* images of DF") as error:
         reader.read(np.array([1]), AS_IT_IS[:1])
     assert "\n" not in str(error.value)
 
 
-def test_an_image_above_max_pixels_is_not_decoded(catalog: pa.Table, tmp_path: Path) -> None:
-    reader = ImageReader(catalog, str(tmp_path), image_size=SIZE, max_pixels=48 * 40 - 1)
+def test_an_image_above_max_pixels_is_not_decoded(catalog: pa.Table, root: Path) -> None:
+    reader = ImageReader(catalog, str(root), image_size=SIZE, max_pixels=48 * 40 - 1)
     with pytest.raises(DataError, match="max_pixels"):
         reader.read(np.array([0]), AS_IT_IS[:1])
 
 
-def test_a_uri_is_read_as_a_path_is(catalog: pa.Table, tmp_path: Path) -> None:
-    by_uri = ImageReader(catalog, tmp_path.as_uri(), image_size=SIZE, max_pixels=MAX_PIXELS)
-    expected = reader_of(catalog, tmp_path).read(np.arange(12), AS_IT_IS)
+def test_a_uri_is_read_as_a_path_is(catalog: pa.Table, root: Path) -> None:
+    by_uri = ImageReader(catalog, root.as_uri(), image_size=SIZE, max_pixels=MAX_PIXELS)
+    expected = reader_of(catalog, root).read(np.arange(12), AS_IT_IS)
     np.testing.assert_array_equal(by_uri.read(np.arange(12), AS_IT_IS)["images"], expected["images"])
 
 
 # --- prepared images --------------------------------------------------------------------------------------------------
 
 
-def prepare(catalog: pa.Table, data_root: Path, cache: Path, rows: range) -> tuple[pa.Table, PreparedImages]:
-    """The catalog with its sums, and these rows of it prepared in shards of two."""
+def prepared_reader(catalog: pa.Table, data_root: Path, rows: range, image_size: int = SIZE) -> ImageReader:
+    """A reader of the catalog, these rows of which are prepared at SIZE in shards of two, beside the dataset."""
     encoded = [path_of(catalog, data_root, row).read_bytes() for row in range(len(catalog))]
     sums = [hashlib.sha256(content).hexdigest() for content in encoded]
+    cache = data_root.with_name("cache")
     for first in range(rows.start, rows.stop, 2):
         part = range(first, min(first + 2, rows.stop))
         pixels = np.stack([decode_resized(encoded[row], SIZE, max_pixels=MAX_PIXELS) for row in part])
         write_images(cache, SIZE, [sums[row] for row in part], pixels)
-    found = PreparedImages.open(cache, SIZE)
-    assert found is not None
-    return catalog.set_column(catalog.column_names.index("sha256"), "sha256", pa.array(sums)), found
-
-
-def prepared_reader(catalog: pa.Table, data_root: Path, images: PreparedImages) -> ImageReader:
-    return ImageReader(catalog, str(data_root), image_size=SIZE, max_pixels=MAX_PIXELS, prepared=images)
+    catalog = catalog.set_column(catalog.column_names.index("sha256"), "sha256", pa.array(sums))
+    images = PreparedImages(cache, SIZE)
+    return ImageReader(catalog, str(data_root), image_size=image_size, max_pixels=MAX_PIXELS, prepared=images)
 
 
 @pytest.mark.parametrize("attached", [False, True])
 def test_prepared_rows_are_the_decoded_ones_bit_for_bit_without_the_files(
-    catalog: pa.Table, tmp_path: Path, tmp_path_factory: Any, attached: bool
+    catalog: pa.Table, root: Path, attached: bool
 ) -> None:
     rows, views = np.array([11, 0, 5, 0, 3, 4, 8, 9]), np.arange(8, dtype=np.int8)
-    expected = reader_of(catalog, tmp_path).read(rows, views)
-    catalog, images = prepare(catalog, tmp_path, tmp_path_factory.mktemp("cache"), range(12))
+    expected = reader_of(catalog, root).read(rows, views)
+    reader = pickle.loads(pickle.dumps(prepared_reader(catalog, root, range(12))))  # noqa: S301
     for row in range(12):
-        path_of(catalog, tmp_path, row).unlink()
-    reader = pickle.loads(pickle.dumps(prepared_reader(catalog, tmp_path, images)))  # noqa: S301
+        path_of(catalog, root, row).unlink()
     if attached:
         reader.attach(reader.load_encoded())
     found = reader.read(rows, views)
@@ -182,14 +181,11 @@ def test_prepared_rows_are_the_decoded_ones_bit_for_bit_without_the_files(
 
 
 @pytest.mark.parametrize("attached", [False, True])
-def test_rows_that_are_not_prepared_are_decoded_from_their_files(
-    catalog: pa.Table, tmp_path: Path, tmp_path_factory: Any, attached: bool
-) -> None:
-    expected = reader_of(catalog, tmp_path).read(np.arange(12), AS_IT_IS)
-    catalog, images = prepare(catalog, tmp_path, tmp_path_factory.mktemp("cache"), range(3, 8))
+def test_rows_that_are_not_prepared_are_decoded_from_their_files(catalog: pa.Table, root: Path, attached: bool) -> None:
+    expected = reader_of(catalog, root).read(np.arange(12), AS_IT_IS)
+    reader = prepared_reader(catalog, root, range(3, 8))
     for row in range(3, 8):
-        path_of(catalog, tmp_path, row).unlink()
-    reader = prepared_reader(catalog, tmp_path, images)
+        path_of(catalog, root, row).unlink()
     if attached:
         halves = [reader.load_encoded(0, 5), reader.load_encoded(5)]
         reader.attach(pa.chunked_array([*halves[0].chunks, *halves[1].chunks]))
@@ -200,13 +196,10 @@ def test_rows_that_are_not_prepared_are_decoded_from_their_files(
 
 @pytest.mark.parametrize("attached", [False, True])
 @pytest.mark.parametrize("damage", ["flipped", "gone"])
-def test_a_damaged_shard_is_decoded_around(
-    catalog: pa.Table, tmp_path: Path, tmp_path_factory: Any, damage: str, attached: bool
-) -> None:
-    expected = reader_of(catalog, tmp_path).read(np.arange(12), AS_IT_IS)
-    catalog, images = prepare(catalog, tmp_path, tmp_path_factory.mktemp("cache"), range(12))
-    reader = prepared_reader(catalog, tmp_path, images)
-    for path in images.files[1:3]:
+def test_a_damaged_shard_is_decoded_around(catalog: pa.Table, root: Path, damage: str, attached: bool) -> None:
+    expected = reader_of(catalog, root).read(np.arange(12), AS_IT_IS)
+    reader = prepared_reader(catalog, root, range(12))
+    for path in sorted(root.with_name("cache").rglob("shard_*"))[1:3]:
         content = bytearray(path.read_bytes())
         path.unlink()
         if damage == "flipped":
@@ -219,27 +212,22 @@ def test_a_damaged_shard_is_decoded_around(
     np.testing.assert_array_equal(found["images"], expected["images"])
 
 
-def test_sizes_are_those_of_raw_pixels_where_rows_are_prepared(
-    catalog: pa.Table, tmp_path: Path, tmp_path_factory: Any
-) -> None:
-    catalog, images = prepare(catalog, tmp_path, tmp_path_factory.mktemp("cache"), range(3, 8))
-    reader = prepared_reader(catalog, tmp_path, images)
+def test_sizes_are_those_of_raw_pixels_where_rows_are_prepared(catalog: pa.Table, root: Path) -> None:
+    reader = prepared_reader(catalog, root, range(3, 8))
     lengths = [len(blob) for blob in reader.load_encoded().to_pylist()]
     assert lengths[3:8] == [3 * SIZE * SIZE] * 5
     assert reader.sizes.tolist() == lengths
-    assert lengths[:3] == [path_of(catalog, tmp_path, row).stat().st_size for row in range(3)]
+    assert lengths[:3] == [path_of(catalog, root, row).stat().st_size for row in range(3)]
 
 
-def test_pixels_stay_out_of_the_pickle(catalog: pa.Table, tmp_path: Path, tmp_path_factory: Any) -> None:
-    catalog, images = prepare(catalog, tmp_path, tmp_path_factory.mktemp("cache"), range(12))
-    reader = prepared_reader(catalog, tmp_path, images)
+def test_pixels_stay_out_of_the_pickle(catalog: pa.Table, root: Path) -> None:
+    reader = prepared_reader(catalog, root, range(12))
     bare = len(pickle.dumps(reader))
     reader.read(np.arange(12), AS_IT_IS)
     assert len(pickle.dumps(reader)) == bare
-    assert bare - len(pickle.dumps(reader_of(catalog, tmp_path))) < 12 * SIZE * SIZE
+    assert bare - len(pickle.dumps(reader_of(catalog, root))) < 12 * SIZE * SIZE
 
 
-def test_images_prepared_at_another_size_are_refused(catalog: pa.Table, tmp_path: Path, tmp_path_factory: Any) -> None:
-    catalog, images = prepare(catalog, tmp_path, tmp_path_factory.mktemp("cache"), range(12))
+def test_images_prepared_at_another_size_are_refused(catalog: pa.Table, root: Path) -> None:
     with pytest.raises(ValueError, match="16 px for a reader of 24 px"):
-        ImageReader(catalog, str(tmp_path), image_size=24, max_pixels=MAX_PIXELS, prepared=images)
+        prepared_reader(catalog, root, range(12), image_size=24)

@@ -72,10 +72,10 @@ def root(tmp_path_factory: pytest.TempPathFactory, paint_images: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(root: Path, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
-    """A cache folder in which everything is done. Copy it before changing it."""
+def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder in which everything is done, in this process. Copy it before changing it."""
     cache: Path = tmp_path_factory.mktemp("whole") / "cache"
-    reports = run(root, cache, "--all", "--num_actors", "2")
+    reports = run(root, cache, "--all", *HERE)
     assert counts(reports["catalog"]) == (0, IMAGES, 0)
     assert counts(reports["images 16px"]) == (0, IMAGES, 0)
     assert counts(reports["features"]) == (0, IMAGES * VIEWS, 0)
@@ -102,7 +102,6 @@ def key() -> str:
     return extractor_key(FeatureExtractorConfig(input_size=INPUT))
 
 
-@pytest.mark.ray
 def test_prepared_pixels_are_the_decoded_files_bit_for_bit(root: Path, whole: Path) -> None:
     folder = prepared_folder(str(whole), str(root))
     catalog = read_catalog(str(folder / "catalog.parquet"))
@@ -111,7 +110,6 @@ def test_prepared_pixels_are_the_decoded_files_bit_for_bit(root: Path, whole: Pa
         np.testing.assert_array_equal(found, decode_resized((root / path).read_bytes(), SIZE, max_pixels=10**6))
 
 
-@pytest.mark.ray
 @torch.no_grad()
 def test_cached_features_are_the_extractors_own_of_each_view(root: Path, whole: Path) -> None:
     folder = prepared_folder(str(whole), str(root))
@@ -131,7 +129,6 @@ def test_cached_features_are_the_extractors_own_of_each_view(root: Path, whole: 
         torch.testing.assert_close(found.patches.float(), expected.patches, rtol=2**-11 + 1e-4, atol=1e-4)
 
 
-@pytest.mark.ray
 def test_a_second_run_makes_nothing_and_starts_no_ray(
     root: Path, cache: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,8 +144,10 @@ def test_a_second_run_makes_nothing_and_starts_no_ray(
 
 
 @pytest.mark.ray
-def test_this_process_makes_what_tasks_and_actors_make(root: Path, whole: Path, tmp_path: Path, no_ray: None) -> None:
-    reports = run(root, tmp_path, "--all", *HERE)
+def test_tasks_and_actors_make_what_this_process_makes(
+    root: Path, whole: Path, tmp_path: Path, ray_cluster: None
+) -> None:
+    reports = run(root, tmp_path, "--all", "--num_actors", "2")
     assert (counts(reports["images 16px"]), counts(reports["features"])) == ((0, IMAGES, 0), (0, IMAGES * VIEWS, 0))
     ours, theirs = (prepared_folder(str(cache), str(root)) for cache in (tmp_path, whole))
     sums = read_catalog(str(ours / "catalog.parquet"))["sha256"].to_pylist()
@@ -161,7 +160,6 @@ def test_this_process_makes_what_tasks_and_actors_make(root: Path, whole: Path, 
     torch.testing.assert_close(found.patches.float(), expected.patches.float(), rtol=2**-10, atol=1e-4)
 
 
-@pytest.mark.ray
 def test_an_added_image_alone_is_prepared(root: Path, cache: Path, tmp_path: Path, no_ray: None) -> None:
     grown = tmp_path / "elsewhere" / "set"
     shutil.copytree(root, grown)
@@ -176,7 +174,6 @@ def test_an_added_image_alone_is_prepared(root: Path, cache: Path, tmp_path: Pat
     assert before.items() <= marks(cache).items()
 
 
-@pytest.mark.ray
 def test_another_split_or_fewer_views_make_nothing_invalid(root: Path, cache: Path, no_ray: None) -> None:
     reports = run(root, cache, "--all", "--data.split_seed", "7", "--data.views", "1")
     assert counts(reports["catalog"]) == (0, IMAGES, 0)
@@ -184,7 +181,6 @@ def test_another_split_or_fewer_views_make_nothing_invalid(root: Path, cache: Pa
     assert counts(reports["features"]) == (IMAGES, 0, 0)
 
 
-@pytest.mark.ray
 def test_other_weights_make_their_own_features_and_leave_the_old_ones(
     root: Path, cache: Path, tmp_path: Path, no_ray: None
 ) -> None:
@@ -205,7 +201,6 @@ def test_other_weights_make_their_own_features_and_leave_the_old_ones(
     assert (ours - theirs).abs().max() > 0.01
 
 
-@pytest.mark.ray
 def test_torn_shards_are_told_and_made_again(
     root: Path, cache: Path, no_ray: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,7 +217,6 @@ def test_torn_shards_are_told_and_made_again(
     assert [str(path) in line for path, line in zip((image, feature), said, strict=True)] == [True, True]
 
 
-@pytest.mark.ray
 def test_leftovers_of_a_kill_are_removed(root: Path, cache: Path, no_ray: None) -> None:
     leftover = next(cache.rglob("shard_*.parquet")).with_name(".shard_1.parquet.host.17.partial")
     leftover.write_bytes(b"half")
@@ -230,7 +224,6 @@ def test_leftovers_of_a_kill_are_removed(root: Path, cache: Path, no_ray: None) 
     assert not leftover.exists()
 
 
-@pytest.mark.ray
 def test_two_runs_do_not_share_a_folder(root: Path, cache: Path) -> None:
     folder = prepared_folder(str(cache), str(root))
     with (folder / "setup.lock").open("w") as lock:
@@ -240,7 +233,6 @@ def test_two_runs_do_not_share_a_folder(root: Path, cache: Path) -> None:
     run(root, cache, "--scan")
 
 
-@pytest.mark.ray
 def test_what_a_run_did_is_also_there_for_machines(root: Path, cache: Path, no_ray: None) -> None:
     run(root, cache, "--all")
     lines = (prepared_folder(str(cache), str(root)) / "setup.jsonl").read_text().splitlines()
@@ -348,7 +340,9 @@ def test_a_node_with_other_weights_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_an_error_in_an_actor_is_one_line(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_an_actor_is_one_line(
+    root: Path, cache: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("m2d.models.feature_extractor.extractor_key", lambda _: "not-what-the-actors-find")
     with pytest.raises(ConfigError, match="not-what-the-actors-find") as error:
         run(root, cache, "--features")
@@ -356,7 +350,7 @@ def test_an_error_in_an_actor_is_one_line(root: Path, cache: Path, monkeypatch: 
 
 
 @pytest.mark.ray
-def test_more_actors_than_cpus_are_refused(root: Path, cache: Path) -> None:
+def test_more_actors_than_cpus_are_refused(root: Path, cache: Path, ray_cluster: None) -> None:
     with pytest.raises(ConfigError, match="num_actors is 99 and the cluster has 8 CPUs"):
         run(root, cache, "--features", "--data.views", "8", "--num_actors", "99")
 
