@@ -21,8 +21,7 @@ from m2d.config import (
 )
 from m2d.errors import ConfigError
 from m2d.models.autoencoder import build_autoencoder
-from m2d.models.discriminator import PatchDiscriminator
-from m2d.models.projector import AlignmentProjector
+from m2d.models.heads import AlignmentProjector, PatchDiscriminator
 from m2d.models.settings import (
     AutoencoderConfig,
     ConditioningConfig,

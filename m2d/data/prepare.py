@@ -175,7 +175,7 @@ def _images(
 
 def _features(config: SetupConfig, folder: Path, catalog: pa.Table, need_ray: Callable[[], None]) -> list[StageReport]:
     from m2d.data.feature_store import FeatureStore, feature_bytes
-    from m2d.models.feature_extractor import extractor_key, load_feature_extractor
+    from m2d.models.extractors import extractor_key, load_feature_extractor
 
     began = time.monotonic()
     size, views, settings = config.data.image_size, config.data.views, config.feature_extractor

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from m2d.models.checkpoint import Checkpoint
-    from m2d.models.feature_extractor import FeatureExtractor
+    from m2d.models.extractors import FeatureExtractor
 
 MAX_PIXELS = DataConfig().max_pixels
 _THREADS = 16  # decoding releases the GIL, and on remote storage most of them wait for bytes
@@ -146,7 +146,7 @@ def load_reference_extractor(checkpoint: Checkpoint, weights: str | None = None)
     weights: its file here; None takes the place that the run had, or the extractor's own. Raises CheckpointError or
     ConfigError where it cannot be had, or gives features of another length than the checkpoint's.
     """
-    from m2d.models.feature_extractor import load_feature_extractor
+    from m2d.models.extractors import load_feature_extractor
 
     recorded: Any = checkpoint.info.config.get("feature_extractor")
     if not isinstance(recorded, dict) or "name" not in recorded:

@@ -8,7 +8,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from m2d.errors import CheckpointError, first_line
-from m2d.models.group_norm import keep_input_type
+from m2d.models.norms import keep_input_type
 from m2d.models.settings import AutoencoderConfig
 
 _CODED_PIXELS = 32 * 128**2  # through a VAE at once; its activations at 256 px: 1.3 GiB in bf16, 1.6 in float32

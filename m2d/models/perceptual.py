@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d.errors import first_line
-from m2d.models.feature_extractor import LITE0, load_feature_extractor
+from m2d.models.extractors import LITE0, load_feature_extractor
 from m2d.models.settings import PerceptualKind
 
 

@@ -6,8 +6,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from m2d.models.conditioning import ConditionEncoder
-from m2d.models.group_norm import keep_input_type
-from m2d.models.latent_norm import LatentNorm
+from m2d.models.norms import LatentNorm, keep_input_type
 from m2d.models.settings import MIDDLE, ConditioningConfig, UNetConfig, parse_tap
 
 TIME_SCALE = 1000.0  # the U-Net's sinusoidal embedding was made for steps 0..1000; t is in [0, 1]

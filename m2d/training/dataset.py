@@ -22,7 +22,7 @@ from m2d.data.feature_store import FeatureStore
 from m2d.data.prepared import PreparedImages, prepared_folder, reusable_catalog
 from m2d.experiment import Experiment
 from m2d.files.progress import progress
-from m2d.models.feature_extractor import extractor_identity
+from m2d.models.extractors import extractor_identity
 from m2d.training.console import Console
 from m2d.training.plan import CATALOG
 

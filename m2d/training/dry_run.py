@@ -17,7 +17,7 @@ from m2d.data.feature_store import FeatureStore, feature_bytes
 from m2d.data.prepared import prepared_folder, reusable_catalog
 from m2d.errors import DataError
 from m2d.files.storage import open_storage, without_secrets
-from m2d.models.feature_extractor import extractor_identity
+from m2d.models.extractors import extractor_identity
 from m2d.training.fake_run import FakeRun, StepCost, largest_batch
 from m2d.training.flops import known_peak
 from m2d.training.plan import RunPlan

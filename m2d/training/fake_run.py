@@ -24,14 +24,8 @@ from torch.utils._pytree import tree_leaves
 from m2d.config import TrainConfig
 from m2d.errors import CheckpointError, first_line
 from m2d.experiment import Experiment
-from m2d.models.feature_extractor import (
-    LITE0,
-    EfficientNetLite,
-    EfficientNetLite0,
-    EfficientNetLite1,
-    FeatureExtractor,
-    Features,
-)
+from m2d.models.extractors import LITE0, FeatureExtractor, Features
+from m2d.models.extractors.lite import EfficientNetLite, EfficientNetLite0, EfficientNetLite1
 from m2d.models.perceptual import LpipsDistance, build_perceptual
 from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, Crop, FeatureExtractorConfig, PerceptualKind
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
@@ -244,12 +238,12 @@ def extractor_by_shape(config: FeatureExtractorConfig) -> FeatureExtractor:
     """The extractor that the settings name, without its weights."""
     name, side = config.name, config.input_size
     if name.startswith(PANDERM_PREFIX):
-        from m2d.models.panderm import NATIVE_SIZE, SIZES, PanDerm
+        from m2d.models.extractors.panderm import NATIVE_SIZE, SIZES, PanDerm
 
         encoder = {key: torch.zeros(shape) for key, shape in SIZES[name].shapes().items()}
         return PanDerm(name, encoder, side or NATIVE_SIZE, config.crop)
     if name.startswith(TIMM_PREFIX):
-        from m2d.models.timm_extractor import TimmExtractor, native_size
+        from m2d.models.extractors.timm import TimmExtractor, native_size
 
         native = native_size(name)
         network: Any = timm.create_model(name.removeprefix(TIMM_PREFIX), pretrained=False, num_classes=0)

@@ -15,7 +15,7 @@ from m2d.errors import M2DError
 from m2d.evaluation.distances import kernel_distance
 from m2d.evaluation.fidelity_sides import Scale
 from m2d.models.checkpoint import CheckpointInfo
-from m2d.models.feature_extractor import FeatureExtractor
+from m2d.models.extractors import FeatureExtractor
 from m2d.training.features import FeatureSource
 from m2d.training.sampling import RunState
 from m2d.training.step import extract

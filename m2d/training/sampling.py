@@ -13,7 +13,7 @@ from m2d.diffusion.settings import SamplingSettings
 from m2d.generation.generator import Generator, pick_feature
 from m2d.generation.plan import rows_of, standard_plan
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo
-from m2d.models.feature_extractor import FeatureExtractor
+from m2d.models.extractors import FeatureExtractor
 from m2d.models.unet import Denoiser
 from m2d.training.networks import build_extractor
 from m2d.training.plan import RunPlan

@@ -18,7 +18,7 @@ from m2d.diffusion.interpolant import interpolate
 from m2d.generation.contact_sheet import contact_sheet
 from m2d.generation.generator import to_uint8
 from m2d.models.checkpoint import CheckpointInfo
-from m2d.models.feature_extractor import FeatureExtractor
+from m2d.models.extractors import FeatureExtractor
 from m2d.plots.class_charts import class_similarity, cls_projection
 from m2d.plots.features import alignment_map, patch_pca
 from m2d.plots.gradients import gradient_histogram

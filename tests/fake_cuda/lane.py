@@ -20,7 +20,7 @@ from torch._meta_registrations import calc_conv_nd_return_shape
 
 from m2d.cli import parse
 from m2d.config import TrainConfig
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
 from m2d.training.decoder_step import DecoderStep

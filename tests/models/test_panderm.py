@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from m2d.errors import CheckpointError, ConfigError
-from m2d.models import panderm
-from m2d.models.feature_extractor import FeatureExtractor, load_feature_extractor
+from m2d.models.extractors import FeatureExtractor, load_feature_extractor, panderm
 
 State = dict[str, Tensor]
 SHAPES = {"panderm-large": LARGE, "panderm-base": BASE}
@@ -200,7 +199,7 @@ def test_the_hash_is_the_files_and_is_recorded(hollow_file: Path, hollow_extract
 def test_another_hash_than_the_reported_one_is_told_in_one_line_and_refuses_nothing(
     hollow_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level(logging.WARNING, "m2d.models.panderm"):
+    with caplog.at_level(logging.WARNING, "m2d.models.extractors.panderm"):
         load_feature_extractor("panderm-base", str(hollow_file))
     (line,) = [record.getMessage() for record in caplog.records]
     assert "be1e0fb108b3bc58721cb5195f136c948160799438f222acf1fd142230ac1ff1" in line

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from m2d.models import perceptual
-from m2d.models.feature_extractor import FeatureExtractor, load_feature_extractor
+from m2d.models.extractors import FeatureExtractor, load_feature_extractor
 from m2d.models.perceptual import FeatureDistance, LpipsDistance, build_perceptual, lpips_available
 
 

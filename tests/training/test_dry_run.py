@@ -14,7 +14,7 @@ from m2d.cli import main, parse
 from m2d.config import TrainConfig
 from m2d.errors import ConfigError
 from m2d.experiment import Experiment
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import ImageBatch, draw
 from m2d.training.dry_run import count_images, kinds_of_steps, two_alike

@@ -31,7 +31,7 @@ from m2d.generation.generator import Generator
 from m2d.generation.plan import rows_of, standard_plan
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import load_checkpoint
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.settings import AutoencoderConfig
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw

@@ -17,9 +17,9 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from m2d.errors import CheckpointError, ConfigError, first_line
-from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.extractors.base import FeatureExtractor, Features
+from m2d.models.extractors.weights import file_sha256, read_tensors, require_finite, some_of, tensors_sha256
 from m2d.models.settings import TIMM_PREFIX, Crop
-from m2d.models.weights_file import file_sha256, read_tensors, require_finite, some_of, tensors_sha256
 
 
 class TimmExtractor(FeatureExtractor):

@@ -17,9 +17,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from m2d.errors import CheckpointError
-from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.extractors.base import FeatureExtractor, Features
+from m2d.models.extractors.weights import file_sha256, read_tensors, require_finite, some_of
 from m2d.models.settings import Crop
-from m2d.models.weights_file import file_sha256, read_tensors, require_finite, some_of
 
 logger = logging.getLogger(__name__)
 
