@@ -7,6 +7,7 @@ lost. Every command asks here before it opens a path that a user gave. Light: th
 import errno
 import json
 import os
+import re
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -67,6 +68,33 @@ def input_path(setting: str, location: Location, *, required: bool = True) -> Lo
         f"{setting}: {location} is not there{elsewhere}: this job runs in a copy of the submitted directory, without "
         "what git ignores; give an absolute path"
     )
+
+
+def refuse_credentials(setting: str, location: str) -> None:
+    """Raise ConfigError for a URI with credentials in it, which records, logs and the list of processes would show.
+
+    A container's or a user's mere name may be there, and options that say where and how a store is reached.
+    """
+    found = _URI.fullmatch(location)
+    if found is None:
+        return
+    scheme, server, query = found.groups()
+    user, at, _ = server.partition("/")[0].rpartition("@")
+    is_name = user == "anonymous" or (scheme.lower() in ("abfs", "abfss", "hdfs", "viewfs") and ":" not in user)
+    if (at and not is_name) or _PASSWORD.match(server) or not all(map(_OPTION.fullmatch, (query or "").split("&"))):
+        raise ConfigError(
+            f"{setting} is a URI with credentials, or an option that may be one; give them by the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) or an instance role"
+        )
+
+
+_URI = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://([^?]*)(?:\?(.*))?", re.DOTALL)
+_PASSWORD = re.compile(r"[^/@]*:(?!\d+(?:/|$))")  # a secret key may hold a slash that should have been quoted
+_OPTION = re.compile(  # of pyarrow's URIs; anything else in a query may be a token or a signature
+    r"|(?:allow_bucket_creation|allow_bucket_deletion|allow_delayed_open|anonymous|background_writes|(?:blob|dfs)_storage_"
+    r"(?:authority|scheme)|enable_tls|endpoint_override|region|replication|retry_limit_seconds|scheme|"
+    r"tls_verify_certificates)=[\w.:/%-]*"
+)
 
 
 def copy_around(path: Path) -> Path | None:

@@ -10,8 +10,8 @@ import pytest
 from m2d.classes import CLASSES
 from m2d.cli import parse
 from m2d.experiments.details import next_step, resume_command
-from m2d.experiments.find import find_records
 from m2d.experiments.listing import show_command
+from m2d.experiments.record import find_records
 from m2d.experiments.settings import ShowConfig
 
 COUNTS = {split: dict.fromkeys(CLASSES, 1234) for split in ("train", "val")}

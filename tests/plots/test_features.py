@@ -9,9 +9,9 @@ from PIL import Image
 from plots.pictures import enlarged, noise, pixels_of, place_of, shows
 
 from m2d.classes import CLASSES, class_index
-from m2d.plots.class_charts import class_similarity, cls_projection, projection_figure, similarity_figure
-from m2d.plots.components import Projection, patch_colours
-from m2d.plots.features import alignment_map, heat, patch_pca
+from m2d.plots.charts import class_similarity, cls_projection, projection_figure, similarity_figure
+from m2d.plots.features import Projection, patch_colours
+from m2d.plots.tiles import alignment_map, heat, patch_pca
 
 pytestmark = pytest.mark.filterwarnings("error")
 MEL, NV, DF = (class_index(code) for code in ("MEL", "NV", "DF"))

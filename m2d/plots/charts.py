@@ -1,13 +1,26 @@
-"""Charts of `cls` features by class: where generated ones fall among real ones, and how alike they are."""
+"""Charts of a run's features by class and of its gradients. Telemetry calls them."""
+
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from m2d.classes import CLASSES, DIAGNOSES
-from m2d.plots.components import Projection, project_cls
-from m2d.plots.similarity import class_similarities
-from m2d.plots.style import FAINT, INK, class_colours, class_edges, class_markers, new_figure, percent, png, styled
+from m2d.plots.features import Projection, class_similarities, project_cls
+from m2d.plots.style import (
+    FAINT,
+    INK,
+    LINE_COLOURS,
+    class_colours,
+    class_edges,
+    class_markers,
+    new_figure,
+    percent,
+    png,
+    styled,
+)
 from m2d.plots.tiles import require_labels
 
 _KEYS = {
@@ -25,9 +38,10 @@ def cls_projection(
 
     real [N, D], generated [M, D]; labels: class indices. A chart of all classes, then one for each: its real images
     hollow, its generated ones filled, all other real ones grey. Titles give the counts. The axes hold the middle 90 %
-    of both and room around; what lies beyond is drawn at the edge, lest a few odd images press the rest into a corner.
+    of both and room around; what lies beyond is drawn at the edge, so that outliers do not squash the rest.
     """
-    real_labels, generated_labels = _labels(real_labels, real), _labels(generated_labels, generated)
+    require_labels(real_labels, len(real))
+    require_labels(generated_labels, len(generated))
     return png(projection_figure(project_cls(real, generated), real_labels, generated_labels))
 
 
@@ -48,8 +62,12 @@ def projection_figure(projection: Projection, real_labels: np.ndarray, generated
                 _scatter(axes, real[real_labels == one], CLASSES[one], filled=False)
             for one in shown:
                 _scatter(axes, generated[generated_labels == one], CLASSES[one], filled=True)
-            axes.set_title(_title(label, real_labels, generated_labels), fontsize=10)
-        grid[0].set(xlim=_widened(low[0], high[0]), ylim=_widened(low[1], high[1]))  # shared by all
+            name = "all classes" if label is None else f"{CLASSES[label]} {DIAGNOSES[label].name}"
+            counts = [int(np.isin(found, shown).sum()) for found in (real_labels, generated_labels)]
+            axes.set_title(f"{name}\n{counts[0]:,} real, {counts[1]:,} generated", fontsize=10)
+        margin = np.where(high > low, (high - low) / 20, 1.0)  # so that a marker at the edge is whole
+        left, bottom, right, top = *(low - margin), *(high + margin)
+        grid[0].set(xlim=(left, right), ylim=(bottom, top))  # shared by all
         for axes, part, name in zip((grid[4], grid[0]), projection.share, ("x", "y"), strict=True):
             getattr(axes, f"set_{name}label")(f"component, {percent(part)} of the variance")
         figure.suptitle(
@@ -64,7 +82,8 @@ def class_similarity(
     real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, generated_labels: np.ndarray
 ) -> tuple[bytes, dict[str, dict[str, float]]]:
     """PNG of how alike generated and real `cls` features are by class, and the numbers: see class_similarities."""
-    real_labels, generated_labels = _labels(real_labels, real), _labels(generated_labels, generated)
+    require_labels(real_labels, len(real))
+    require_labels(generated_labels, len(generated))
     numbers = class_similarities(real, real_labels, generated, generated_labels)
     counts = {
         code: (int((real_labels == label).sum()), int((generated_labels == label).sum()))
@@ -128,11 +147,6 @@ def _limits(projection: Projection) -> tuple[np.ndarray, np.ndarray]:
     return low - room, high + room
 
 
-def _widened(low: float, high: float) -> tuple[float, float]:
-    margin = (high - low) / 20 or 1.0  # so that a marker at the edge is whole
-    return low - margin, high + margin
-
-
 def _scatter(axes: Axes, points: np.ndarray, code: str, *, filled: bool) -> None:
     crowd = len(points) > 1000
     axes.scatter(
@@ -148,14 +162,49 @@ def _scatter(axes: Axes, points: np.ndarray, code: str, *, filled: bool) -> None
     )
 
 
-def _title(label: int | None, real_labels: np.ndarray, generated_labels: np.ndarray) -> str:
-    name = "all classes" if label is None else f"{CLASSES[label]} {DIAGNOSES[label].name}"
-    real = len(real_labels) if label is None else int((real_labels == label).sum())
-    generated = len(generated_labels) if label is None else int((generated_labels == label).sum())
-    return f"{name}\n{real:,} real, {generated:,} generated"
+def gradient_histogram(counts: dict[str, tuple[list[int], list[float]]], *, step: int) -> bytes:
+    """PNG with a histogram of log10 |gradient| for each network, above each other on one x axis.
+
+    counts: network to (K counts, K + 1 rising edges in log10). ValueError where the two do not fit.
+    """
+    return png(gradient_figure(counts, step=step))
 
 
-def _labels(labels: np.ndarray, features: np.ndarray) -> np.ndarray:
-    labels = np.asarray(labels, dtype=int)
-    require_labels(labels, len(features))
-    return labels
+def gradient_figure(counts: dict[str, tuple[list[int], list[float]]], *, step: int) -> Figure:
+    """What gradient_histogram draws, as a figure."""
+    for name, (heights, edges) in counts.items():
+        if len(edges) != len(heights) + 1:
+            raise ValueError(
+                f"{name}: {len(heights)} counts and {len(edges)} edges; expected one edge more than counts"
+            )
+    with styled():
+        figure = new_figure(8, 0.9 + 1.5 * max(len(counts), 1))
+        if not counts:
+            figure.text(0.5, 0.5, "no gradients recorded", ha="center", va="center", color=FAINT)
+            return figure
+        grid = figure.subplots(len(counts), 1, squeeze=False, sharex=True)[:, 0]
+        for number, (axes, (name, (heights, edges))) in enumerate(zip(grid, counts.items(), strict=True)):
+            total = sum(heights)
+            colour = LINE_COLOURS[number % len(LINE_COLOURS)]
+            axes.stairs(np.array(heights) / max(total, 1) * 100, edges, fill=True, color=colour, alpha=0.75)
+            axes.set_ylim(bottom=0, top=None if total else 1)
+            axes.set_title(f"{name}: {total:,} gradients" if total else f"{name}: no gradients")
+            axes.set_ylabel("%")
+            axes.yaxis.set_major_locator(MaxNLocator(3))
+            if total:
+                middle = median_of(heights, edges)
+                axes.axvline(middle, color=INK, linewidth=1.2, linestyle="--", label=f"median {10**middle:.1e}")
+                axes.legend(loc="upper left")
+        grid[-1].xaxis.set_major_locator(MaxNLocator(9, integer=True))
+        grid[-1].xaxis.set_major_formatter(FuncFormatter(lambda power, _: f"1e{power:.0f}"))
+        grid[-1].set_xlabel(f"|gradient| at step {step:,}")
+        return figure
+
+
+def median_of(heights: Sequence[int], edges: Sequence[float]) -> float:
+    """The median of a histogram that is not empty, as if each bin were filled evenly; in the edges' unit."""
+    filled = np.concatenate([[0.0], np.cumsum(heights, dtype=float)])
+    half = filled[-1] / 2
+    index = int(np.searchsorted(filled, half, side="right")) - 1
+    within = (half - filled[index]) / heights[index]
+    return float(edges[index] + within * (edges[index + 1] - edges[index]))
