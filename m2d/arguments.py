@@ -18,7 +18,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from m2d.errors import ConfigError, M2DError
-from m2d.files.paths import input_path, refuse_credentials
+from m2d.files.paths import input_path
 
 ConfigT = TypeVar("ConfigT")
 PRESETS_DIR = Path(__file__).parent / "presets"
@@ -61,14 +61,7 @@ def parse_arguments(
     values = parser.parse_args(_for_jsonargparse(arguments, parser.settings, presets, ignored, positional))
     for key in ("config", "preset"):
         values.pop(key, None)
-    made = config(**vars(parser.instantiate(values)))
-    for name in parser.settings:
-        value: Any = made
-        for part in name.split("."):
-            value = getattr(value, part)
-        if isinstance(value, str):
-            refuse_credentials(name, value)
-    return made
+    return config(**vars(parser.instantiate(values)))
 
 
 def setting_types(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
-"""What is written down of a run holds no secret: settings, logs and the copy of the code, without keys.
+"""The copy of the code that a run keeps, without lines that look like keys.
 
-Called where records are written. The values in use are never stored: they come from the command line again.
+No setting holds a key: m2d.files.paths refuses URIs with credentials.
 """
 
 import logging
@@ -8,11 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from m2d.files.storage import without_secrets
 
 logger = logging.getLogger(__name__)
 # What hosts of code scan pushes for: keys that show by their form, and texts that stand behind a name of a secret.
@@ -28,29 +25,8 @@ _KEYS = re.compile(
     re.VERBOSE,
 )
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+LOG_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 BLANKED_LINE = "# M2D left this line out of the copy, for it looks as if it held a key"
-
-
-def blanked(values: Any) -> Any:
-    """Settings or a record, of any nesting, with the secrets of each URI in its texts blanked."""
-    if isinstance(values, str):
-        return without_secrets(values)
-    if isinstance(values, Mapping):
-        return {key: blanked(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [blanked(value) for value in values]
-    return values
-
-
-class BlankingFormatter(logging.Formatter):
-    """Lines of a log file, tracebacks too, with the secrets of each URI in them blanked."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-    def format(self, record: logging.LogRecord) -> str:
-        """See logging.Formatter."""
-        return without_secrets(super().format(record))
 
 
 def back_up_code(target: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from math import ceil, floor
 from pathlib import Path
 
 from m2d.errors import ConfigError
-from m2d.files.storage import without_secrets
 from m2d.models.settings import Precision
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ def require_shared(*, written: Mapping[str, str], read: Mapping[str, str]) -> No
     for setting, place in written.items():
         if "://" in place:
             raise ConfigError(
-                f"{setting}: {without_secrets(place)} is a URI, whose files are staged on one machine, and the cluster "
+                f"{setting}: {place} is a URI, whose files are staged on one machine, and the cluster "
                 f"has {len(others)} other node(s) at work; {FIX}"
             )
     looks = [

@@ -29,6 +29,7 @@ def result_path(setting: str, location: Location) -> Location:
     setting: its name, for the message. location: a path, a URI, or None; outside a job it comes back as it is. In a job
     a relative path begins in M2D_STORAGE where that is set. Raises ConfigError for a place in the job's copy.
     """
+    refuse_credentials(setting, location or "")
     job = _Job.of_this_process()
     if location is None or "://" in location or job is None:
         return location
@@ -52,6 +53,7 @@ def input_path(setting: str, location: Location, *, required: bool = True) -> Lo
     A relative path is looked for in the job's working directory, then in M2D_STORAGE. One that is in neither comes back
     as it is, for the caller to refuse, or in a job's copy, if required, raises ConfigError that tells why it is absent.
     """
+    refuse_credentials(setting, location or "")
     job = _Job.of_this_process()
     if location is None or "://" in location or job is None:
         return location

@@ -16,7 +16,7 @@ from m2d.data.catalog import IMAGE_SUFFIXES, is_debris
 from m2d.data.feature_store import FeatureStore, feature_bytes
 from m2d.data.prepared import prepared_folder, reusable_catalog
 from m2d.errors import DataError
-from m2d.files.storage import open_storage, without_secrets
+from m2d.files.storage import open_storage
 from m2d.models.extractors import extractor_identity
 from m2d.training.fake_run import FakeRun, StepCost, largest_batch
 from m2d.training.flops import known_peak
@@ -94,7 +94,7 @@ def count_images(config: TrainConfig) -> DataCount:
     files = [entry.base_name for entry in entries if entry.type == fs.FileType.File]
     images = sum(name.lower().endswith(IMAGE_SUFFIXES) and not is_debris(name) for name in files)
     if images == 0:
-        raise DataError(f"data_root: {without_secrets(root)} holds no image; expected {' '.join(IMAGE_SUFFIXES)}")
+        raise DataError(f"data_root: {root} holds no image; expected {' '.join(IMAGE_SUFFIXES)}")
     return DataCount(images, max(1, round(images * train_share)), "image files, counted by name")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m2d.data.stream import build_stream, iterate_stream, stream_options
 from m2d.experiment import newest_step
-from m2d.records import BlankingFormatter
+from m2d.records import LOG_LINE
 from m2d.training.plan import RunPlan
 from m2d.training.stopping import failures_recorded, recorded_failure
 
@@ -69,7 +69,7 @@ def ray_worker(loop_config: dict[str, Any]) -> None:
     folder = plan.experiment.path / "logs"
     folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder / f"worker_{link.rank}.log")
-    handler.setFormatter(BlankingFormatter())
+    handler.setFormatter(logging.Formatter(LOG_LINE))
     logger.addHandler(handler)
     if link.rank == 0 and loop_config["wandb"] is not None:
         loop_config["wandb"].use()

@@ -26,7 +26,7 @@ from m2d.experiment import Experiment, newest_step, open_experiment
 from m2d.files.storage import open_storage
 from m2d.models.perceptual import lpips_available
 from m2d.models.settings import PerceptualKind, Precision
-from m2d.records import BlankingFormatter
+from m2d.records import LOG_LINE
 from m2d.training.console import Console
 from m2d.training.dataset import prepared_parts, run_catalog
 from m2d.training.plan import CATALOG, RunPlan
@@ -377,7 +377,7 @@ class _log_file:
 
     def __init__(self, experiment: Experiment) -> None:
         self.handler = logging.FileHandler(experiment.path / "logs" / "driver.log")
-        self.handler.setFormatter(BlankingFormatter())
+        self.handler.setFormatter(logging.Formatter(LOG_LINE))
 
     def __enter__(self) -> None:
         logging.getLogger("m2d").addHandler(self.handler)

@@ -11,7 +11,6 @@ import yaml
 from m2d.config import as_dict, differences
 from m2d.errors import ConfigError, ExperimentError
 from m2d.files.atomic import try_lock, write_whole
-from m2d.records import blanked
 from m2d.tuning.ledger import Ledger
 from m2d.tuning.settings import SweepConfig
 
@@ -23,14 +22,14 @@ CHANGEABLE_OF_SWEEP = frozenset({"max_concurrent"})
 
 def write_settings(folder: Path, config: SweepConfig) -> None:
     """Keep the settings, atomically."""
-    write_whole(folder / SETTINGS, yaml.safe_dump(blanked(as_dict(config)), sort_keys=False))
+    write_whole(folder / SETTINGS, yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
 def require_same(folder: Path, config: SweepConfig, ledger: Ledger) -> None:
     """Raises ExperimentError, with the difference, where a sweep's trials were begun with other settings."""
     if not ledger.records:
         return  # it was refused before its first trial, and is repeated with what was wrong put right
-    old, new = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8")), blanked(as_dict(config))
+    old, new = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8")), as_dict(config)
     changed = differences(_binding(old), _binding(yaml.safe_load(yaml.safe_dump(new))))
     if changed:
         raise ExperimentError(

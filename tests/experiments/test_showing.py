@@ -114,15 +114,6 @@ def test_json_holds_no_number_that_json_has_not(shown: Any, make_experiment: Any
     json.loads(shown(json=True), parse_constant=refuse)
 
 
-def test_access_keys_are_not_shown(shown: Any, make_experiment: Any) -> None:
-    dataset = {"root": "s3://key:sw0rdfish@bucket/ISIC?token=0pensesame", "images": 1}
-    make_experiment("a_20250101_000000", dataset=dataset, config={"data_root": dataset["root"]})
-    for output in (shown(), shown(json=True)):
-        assert "bucket/ISIC" in output
-        assert "sw0rdfish" not in output
-        assert "0pensesame" not in output
-
-
 @pytest.mark.parametrize("columns", ["40", "80", "200"])
 def test_the_page_fits_its_terminal(shown: Any, told: Path, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
     monkeypatch.setenv("COLUMNS", columns)
