@@ -132,8 +132,7 @@ def resume_command(record: Record) -> str | None:
         return recorded
     script = Path(words[0])
     start = ["python", words[0]] if script.suffix == ".py" else [script.name]
-    if script.name == "__main__.py":
-        start = ["python", "-m", script.parent.name]
+    start = ["python", "-m", script.parent.name] if script.name == "__main__.py" else start
     command, folder = shlex.join([*start, *words[1:]]), record.info.get("cwd")
     if not isinstance(folder, str):
         return command

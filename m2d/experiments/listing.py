@@ -13,7 +13,7 @@ from rich.text import Text
 
 from m2d.classes import CLASSES
 from m2d.experiments.details import DIRECTIONS, best_value, details, last_value, measure_names, report_command, summary
-from m2d.experiments.record import Record, find_records, flat, records_for, within
+from m2d.experiments.record import Record, find_records, flat, resolve, within
 from m2d.experiments.settings import CompareConfig, ListConfig, ShowConfig
 from m2d.experiments.wording import (
     NOTHING,
@@ -29,7 +29,7 @@ from m2d.experiments.wording import (
 )
 from m2d.files.paths import result_path
 
-UNKNOWN = "unknown: its record says running, and whether it is, only the machine that trains it can tell"
+UNKNOWN = "unknown: its record says running, and only the machine that trains it knows whether it is"
 
 
 def list_command(config: ListConfig) -> None:
@@ -60,7 +60,8 @@ def list_command(config: ListConfig) -> None:
 
 def show_command(config: ShowConfig) -> None:
     """Print one experiment. Raises ExperimentError where its name is none or means several."""
-    (record,), all_records = records_for([config.experiment], config.experiments_dir)
+    all_records = find_records(config.experiments_dir)
+    record = resolve(all_records, config.experiment, config.experiments_dir)
     known = details(record, all_records)
     if config.json:
         print_json(known)
@@ -117,7 +118,6 @@ def _facts(record: Record, known: dict[str, Any]) -> Table:
     times += [f"{duration_text(training)} of it training"] if training is not None else []
     images = ", ".join(f"{number_text(dataset.get(key))} {key}" for key in ("images", "rejected", "duplicates"))
     changed = " with uncommitted changes" if git.get("uncommitted_changes") else ""
-    page = "report.html"
     facts = {
         "started": time_text(record.started),
         "steps": steps_text(record),
@@ -129,7 +129,9 @@ def _facts(record: Record, known: dict[str, Any]) -> Table:
         "code": f"{str(git['commit'])[:10]}{changed}" if git.get("commit") else None,
         "size": size_text(known["bytes"]),
         "path": record.location,
-        "curves": page if record.files.modified(page) else f"{report_command(record)}  (writes {page})",
+        "curves": "report.html"
+        if record.files.modified("report.html")
+        else f"{report_command(record)}  (writes report.html)",
     }
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", no_wrap=True)
@@ -154,34 +156,26 @@ _SPEED = frozenset({"images_per_s", "images/s"})
 _IMAGES = _VALIDATION | _PERCEPTUAL | _FEATURES | _VELOCITY | {"loss/reconstruction"}
 
 
-def _extractor(record: Record) -> Any:
-    known = record.info.get("feature_extractor")
-    return known.get("key") if isinstance(known, dict) else within(record.config, "feature_extractor", "name")
-
-
-def _latents(record: Record) -> Any:
-    stage = record.config.get("stage")
-    return record.name if stage == "joint" else (stage, record.config.get("init_checkpoint"))
-
-
-# (what must be alike, the measures that do not compare otherwise, why): a better number must mean a better run.
-# Velocity errors compare on the same latents alone: runs of one stage that keep the autoencoder of one checkpoint. The
-# joint stage moves the latents, so no two of its runs compare.
-_GROUNDS: tuple[tuple[Callable[[Record], Any], frozenset[str], str], ...] = (
-    (lambda r: within(r.info, "dataset", "sha256"), _IMAGES, "the runs saw other images or another split"),
-    (lambda r: within(r.config, "data", "image_size"), _IMAGES | _SPEED, "the image sizes differ"),
-    (lambda r: r.info.get("device"), _SPEED, "the devices differ"),
-    (lambda r: r.config.get("stage"), _SPEED, "a step of another stage is other work"),
-    (lambda r: within(r.config, "saving", "validation_images"), _VALIDATION, "validation images differ"),
-    (lambda r: r.info.get("perceptual"), _PERCEPTUAL, "the perceptual distances are of two kinds"),
-    (_extractor, _FEATURES, "the feature extractors differ"),
-    (
-        lambda r: within(r.config, "alignment", "spatial_norm") or 0.0,  # older runs had none
-        _FEATURES,
-        "the features to align with are normalised otherwise",
-    ),
-    (_latents, _VELOCITY, "the runs learn on different latents"),
-)
+def _grounds(record: Record) -> tuple[tuple[Any, frozenset[str], str], ...]:
+    """(what must be alike, the measures that do not compare otherwise, why): a better number must mean a better run."""
+    info, config = record.info, record.config
+    stage, known = config.get("stage"), info.get("feature_extractor")
+    extractor = known.get("key") if isinstance(known, dict) else within(config, "feature_extractor", "name")
+    # Velocity errors compare on the same latents alone: runs of one stage that keep the autoencoder of one checkpoint.
+    # The joint stage moves the latents, so no two of its runs compare.
+    latents = record.name if stage == "joint" else (stage, config.get("init_checkpoint"))
+    norm = within(config, "alignment", "spatial_norm") or 0.0  # older runs had none
+    return (
+        (within(info, "dataset", "sha256"), _IMAGES, "the runs saw other images or another split"),
+        (within(config, "data", "image_size"), _IMAGES | _SPEED, "the image sizes differ"),
+        (info.get("device"), _SPEED, "the devices differ"),
+        (stage, _SPEED, "a step of another stage is other work"),
+        (within(config, "saving", "validation_images"), _VALIDATION, "validation images differ"),
+        (info.get("perceptual"), _PERCEPTUAL, "the perceptual distances are of two kinds"),
+        (extractor, _FEATURES, "the feature extractors differ"),
+        (norm, _FEATURES, "the features to align with are normalised otherwise"),
+        (latents, _VELOCITY, "the runs learn on different latents"),
+    )
 
 
 @dataclass(frozen=True)
@@ -196,10 +190,29 @@ class Row:
 
 def compare_command(config: CompareConfig) -> None:
     """Print the comparison. Raises ExperimentError where a name is none or means several."""
-    records, _ = records_for(config.experiments, config.experiments_dir)
+    found = find_records(config.experiments_dir)
+    records = [resolve(found, name, config.experiments_dir) for name in config.experiments]
     settings, (rows, notes) = setting_differences(records), measure_rows(records)
     if config.json:
-        print_json(_as_values(records, settings, rows, notes))
+        # Times in seconds; a setting that an experiment does not have is left out of its values.
+        names = [record.name for record in records]
+        print_json(
+            {
+                "experiments": [{"name": r.name, "state": r.state, "started": r.started.isoformat()} for r in records],
+                "settings": {
+                    key: {name: value for name, value in zip(names, values) if value != NOT_SET}
+                    for key, values in settings.items()
+                },
+                "measures": {
+                    row.label: {
+                        "values": dict(zip(names, row.values)),
+                        "better": None if row.better is None else names[row.better],
+                    }
+                    for row in rows
+                },
+                "notes": notes,
+            }
+        )
         return
     console = open_console()
     letters = [ascii_uppercase[i] if i < 26 else str(i + 1) for i in range(len(records))]
@@ -232,10 +245,11 @@ def setting_differences(records: Sequence[Record]) -> dict[str, tuple[Any, ...]]
 
 def measure_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
     """The measures side by side, and why some of them name no better one."""
+    of_first, *others = map(_grounds, records)
     differing = [
         (names, why)
-        for ground, names, why in _GROUNDS
-        if any(value != ground(records[0]) for value in map(ground, records[1:]))
+        for k, (value, names, why) in enumerate(of_first)
+        if any(grounds[k][0] != value for grounds in others)
     ]
     train, validation = [record.train for record in records], [record.validation for record in records]
     rows = []
@@ -256,8 +270,8 @@ def measure_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
     add("training time", "", [record.training_seconds for record in records], duration_text)
     add("wall time", "", [record.wall_seconds for record in records], duration_text)
     shown = {row.label.partition(",")[0] for row in rows}
-    told = [(sorted(shown & names), why) for names, why in differing]
-    return rows, [f"{why}, so no better one is named for {', '.join(names)}" for names, why in told if names]
+    notes = [(sorted(shown & names), why) for names, why in differing]
+    return rows, [f"{why}, so no better one is named for {', '.join(names)}" for names, why in notes if names]
 
 
 def _better(values: Sequence[float | None], direction: str | None) -> int | None:
@@ -271,25 +285,3 @@ def _better(values: Sequence[float | None], direction: str | None) -> int | None
     best = min(known) if direction == "lower" else max(known)
     alike = [value for value in known if number_text(float(value)) == number_text(float(best))]
     return values.index(best) if len(alike) == 1 else None
-
-
-def _as_values(
-    records: Sequence[Record], settings: dict[str, tuple[Any, ...]], rows: Sequence[Row], notes: Sequence[str]
-) -> dict[str, Any]:
-    """For machines. Times in seconds; a setting that an experiment does not have is left out of its values."""
-    names = [record.name for record in records]
-    return {
-        "experiments": [{"name": r.name, "state": r.state, "started": r.started.isoformat()} for r in records],
-        "settings": {
-            key: {name: value for name, value in zip(names, values) if value != NOT_SET}
-            for key, values in settings.items()
-        },
-        "measures": {
-            row.label: {
-                "values": dict(zip(names, row.values)),
-                "better": None if row.better is None else names[row.better],
-            }
-            for row in rows
-        },
-        "notes": notes,
-    }

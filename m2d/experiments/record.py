@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from math import isfinite
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -192,12 +192,10 @@ class Record:
 
     @property
     def images_a_step(self) -> int | None:
-        """Images of one optimiser step, all workers together; None where the record does not tell."""
+        """Images of one optimiser step, all workers together; None where the record does not say."""
         batch, micro = self.config.get("batch_size"), self.config.get("gradient_accumulation_steps")
-        workers = self.info.get("world_size")
-        if isinstance(batch, int) and isinstance(micro, int) and isinstance(workers, int):
-            return batch * micro * workers
-        return None
+        factors = [factor for factor in (batch, micro, self.info.get("world_size")) if isinstance(factor, int)]
+        return prod(factors) if len(factors) == 3 else None
 
     @property
     def training_seconds(self) -> float | None:
@@ -237,7 +235,7 @@ def read_record(experiment: Experiment, *, held: bool = False) -> Record:
     """
     files = ExperimentFiles.of(experiment)
     info, problem = _parsed(files, INFO, "JSON", json.loads)
-    config, no_config = _parsed(files, CONFIG, "YAML", yaml.safe_load)
+    config, no_config = _parsed(files, CONFIG, "YAML", _load_yaml)
     checkpoints = files.checkpoints()
     recorded, problem = info.get("state"), problem or no_config
     state: State = "resumable" if checkpoints else "failed"
@@ -250,6 +248,10 @@ def read_record(experiment: Experiment, *, held: bool = False) -> Record:
     elif recorded == "running" and experiment.remote is not None:
         state = "unknown"  # its lock, if any, is on another machine
     return Record(experiment, files, state, info, config, problem, checkpoints)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # a long list has many to read
 
 
 def is_finite(value: Any) -> TypeGuard[float]:
@@ -319,12 +321,6 @@ def resolve(records: Sequence[Record], wanted: str, root: str) -> Record:
     return found[0]
 
 
-def records_for(wanted: Sequence[str], root: str) -> tuple[list[Record], list[Record]]:
-    """(the ones meant, all of the root). Raises as find_records and resolve do."""
-    records = find_records(root)
-    return [resolve(records, word, root) for word in wanted], records
-
-
 def _local(root: str) -> list[Experiment]:
     folder = Path(root).expanduser()
     if not folder.is_dir():
@@ -347,9 +343,8 @@ def _remote(root: str) -> list[Experiment]:
 
 
 def _names(records: Sequence[Record]) -> str:
-    shown = [record.name for record in records[-NAMED:]]
-    more = len(records) - len(shown)
-    return ", ".join(shown[:-1]) + (" and " if shown[:-1] else "") + shown[-1] + (f" ({more} more)" if more else "")
+    more = len(records) - NAMED
+    return ", ".join(record.name for record in records[-NAMED:]) + (f" ({more} more)" if more > 0 else "")
 
 
 def folder_bytes(folder: str) -> int:

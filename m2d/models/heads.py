@@ -31,7 +31,7 @@ class AlignmentProjector(nn.Module):
     def forward(self, tapped: Tensor, num_patches: int) -> Tensor:
         """num_patches: N = g^2 of the extractor. Returns [B, N, D]."""
         grid = round(num_patches**0.5)
-        projected: Tensor = self.layers(tapped)
+        projected = self.layers(tapped)
         if projected.shape[-2:] != (grid, grid):
             projected = F.interpolate(projected, size=(grid, grid), mode="bilinear", align_corners=False)
         return projected.flatten(2).transpose(1, 2)
@@ -61,5 +61,4 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Positive means real."""
-        logits: Tensor = self.stages(images)
-        return logits
+        return self.stages(images)

