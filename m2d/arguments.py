@@ -46,7 +46,7 @@ def parse_arguments(
     parser.usage = f"{prog} {words}{'[--preset NAME] ' if presets else ''}[--config FILE] [--SETTING VALUE ...]"
     if presets:
         parser.add_argument(
-            "--preset", metavar="NAME", help="settings that come with M2D; stands for --config with its file"
+            "--preset", metavar="NAME", help="settings that come with M2D; the same as --config with its file"
         )
     parser.add_argument(
         "--config", metavar="FILE", action=ActionConfigFile, help="a YAML file of settings; may be given more than once"

@@ -36,7 +36,7 @@ def run_demo(config: Any) -> Path:
         places += ["--cache_dir", str(root / "cache"), f"--fresh={config.fresh}"]
         preset = ["--preset", "demo", *places]
         experiment = train(parse_arguments(TrainConfig, preset, prog="demo", description="", presets=True))
-    # More guidance than the default: after so few steps it shows best what the classes were told apart by.
+    # More guidance than the default: after so few steps it shows the classes' features best.
     # The gates know real dermoscopy images only by their features, and what 400 steps give is far from those: one try.
     settings = GenerateConfig(
         checkpoint=str(experiment.checkpoints / "best"),

@@ -41,7 +41,7 @@ def result_path(setting: str, location: Location) -> Location:
         return str(place)
     if job.copy is not None and (not given.is_absolute() or given.resolve().is_relative_to(job.copy)):
         raise ConfigError(
-            f"{setting}: {location} would lie in this job's copy of the submitted directory, which Ray deletes; give "
+            f"{setting}: {location} would be in this job's copy of the submitted directory, which Ray deletes; give "
             f"an absolute path, or set {STORAGE} on the cluster's nodes to a directory that all of them see"
         )
     return location
@@ -51,7 +51,7 @@ def input_path(setting: str, location: Location, *, required: bool = True) -> Lo
     """The place of an input that a user gave: as it is, or in a job where it is found.
 
     A relative path is looked for in the job's working directory, then in M2D_STORAGE. One that is in neither comes back
-    as it is, for the caller to refuse, or in a job's copy, if required, raises ConfigError that tells why it is absent.
+    as it is, for the caller to refuse, or in a job's copy, if required, raises ConfigError that says why it is absent.
     """
     refuse_credentials(setting, location or "")
     job = _Job.of_this_process()
@@ -139,11 +139,6 @@ class _Job:
         storage = os.environ.get(STORAGE) or None
         if storage is not None and not Path(storage).is_absolute():
             raise ConfigError(f"{STORAGE} is {storage}; it must be an absolute path that every node sees")
-        return _Job(_copy(config), None if storage is None else Path(os.path.normpath(storage)))
-
-
-def _copy(config: str) -> Path | None:
-    """The copy around the working directory, if a directory was submitted. The command may have gone elsewhere."""
-    if not (json.loads(config).get("runtime_env") or {}).get("working_dir"):
-        return None
-    return copy_around(Path.cwd().resolve())
+        submitted = (json.loads(config).get("runtime_env") or {}).get("working_dir")
+        copy = copy_around(Path.cwd().resolve()) if submitted else None  # the command may have gone elsewhere
+        return _Job(copy, None if storage is None else Path(os.path.normpath(storage)))

@@ -46,7 +46,7 @@ def copy_changed(source: str, target: str, wanted: Callable[[str], bool]) -> Non
 
     source, target: locations (see open_storage). wanted: whether to copy the file of this path relative to `source`.
     Files under 1 MiB are always copied; larger ones where they are missing or of another size there. A file called
-    complete.json comes last: it says that what lies beside it is whole. Raises OSError.
+    complete.json comes last: it says that the files beside it are complete. Raises OSError.
     """
     filesystem, root = open_storage(source)
     target_filesystem, target_root = open_storage(target)

@@ -46,7 +46,7 @@ def require_extractor(name: str, weights: str | None, input_size: int | None, cr
     _require(
         weights is not None or not name.startswith(PANDERM_PREFIX),
         f"feature_extractor.weights is not set, and {name} needs its file, which only its authors distribute; "
-        "docs/panderm.md tells where",
+        "docs/panderm.md says where",
     )
     if weights is not None and not Path(weights).is_file():
         raise ConfigError(f"feature_extractor.weights: {weights} is not a file; give the path of a local one")
@@ -68,7 +68,7 @@ class FeatureExtractorConfig:
     name: str = "efficientnet-lite0"  # or efficientnet-lite1, panderm-large, panderm-base, timm:MODEL
     weights: str | None = None  # a local file; None: the extractor's own (PanDerm has none: docs/panderm.md)
     input_size: int | None = None  # pixels a side fed to the extractor; None: its native size
-    crop: Crop = "whole"  # whole: resized whole, so patches lie where the U-Net's cells do; official: the centre
+    crop: Crop = "whole"  # whole: resized whole, so patches are where the U-Net's cells are; official: the centre
     statistics_images: int = 2048  # training images to which feature moments and prior are fitted; all of rare classes
 
     def __post_init__(self) -> None:

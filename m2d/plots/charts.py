@@ -38,7 +38,7 @@ def cls_projection(
 
     real [N, D], generated [M, D]; labels: class indices. A chart of all classes, then one for each: its real images
     hollow, its generated ones filled, all other real ones grey. Titles give the counts. The axes hold the middle 90 %
-    of both and room around; what lies beyond is drawn at the edge, so that outliers do not squash the rest.
+    of both and room around; what is beyond is drawn at the edge, so that outliers do not squash the rest.
     """
     require_labels(real_labels, len(real))
     require_labels(generated_labels, len(generated))
@@ -72,7 +72,7 @@ def projection_figure(projection: Projection, real_labels: np.ndarray, generated
             getattr(axes, f"set_{name}label")(f"component, {percent(part)} of the variance")
         figure.suptitle(
             "Features of real (hollow) and generated (filled) images. Axes: principal components of real ones only. "
-            "The furthest lie at the edge.",
+            "The furthest are at the edge.",
             fontsize=10,
         )
         return figure

@@ -146,7 +146,7 @@ def class_similarities(
 
 
 def _unit(features: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """Centred rows of length 1; rows that lie on the centre stay 0, so their cosine with anything is 0."""
+    """Centred rows of length 1; rows on the centre stay 0, so their cosine with anything is 0."""
     centred = features - centre
     lengths = np.linalg.norm(centred, axis=1, keepdims=True)
     rounding = 1e-12 * np.linalg.norm(centre)

@@ -1,4 +1,4 @@
-"""Pages of enlarged images with words around them: reconstructions, patch features, alignment. Telemetry calls them."""
+"""Pages of enlarged images with text around them: reconstructions, patch features, alignment. Telemetry calls them."""
 
 import math
 from collections.abc import Sequence
@@ -202,7 +202,7 @@ class Page:
     """
 
     def __init__(self, width: int, height: int, *, title: str, caption: str) -> None:
-        width = max(width, 560)  # words need room even where there is one image
+        width = max(width, 560)  # text needs room even where there is one image
         titles = wrapped(title, font(TITLE_SIZE, bold=True), width)
         captions = wrapped(caption, font(TEXT_SIZE), width)
         self.left = MARGIN

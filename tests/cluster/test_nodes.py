@@ -39,7 +39,7 @@ class PretendedNodes:
 
     def answer(self, others: dict[str, str], looks: list[Any]) -> dict[str, list[str]]:
         self.asked += others.values()
-        elsewhere = [nodes._Look(look.setting, self.root + look.path, look.entries) for look in looks]
+        elsewhere = [(setting, self.root + path, entries) for setting, path, entries in looks]
         return {node: not_seen(elsewhere) for node in others}
 
 

@@ -22,7 +22,7 @@ class FeatureExtractor(nn.Module):
     """A frozen network: uint8 images in, features out. It never trains and never leaves eval mode.
 
     dim: D. input_size: S, pixels a side. num_patches: N. mean, std: three numbers each, of pixels in [0, 255].
-    crop "whole" resizes the image to S x S as it is, so that patch (i, j) lies where the U-Net's cell does; "official"
+    crop "whole" resizes the image to S x S as it is, so that patch (i, j) is where the U-Net's cell is; "official"
     is the authors' evaluation transform: the shorter side to floor(S / crop_pct), then the central S x S (squash: both
     sides to that length). weights_sha256: of the weights' file, or of the tensors where there is none.
     """

@@ -1,6 +1,6 @@
 """PanDerm (Yan et al., Nature Medicine 2025): the published checkpoints as timm's Beit, loaded strictly or not at all.
 
-The weights are CC BY-NC-ND and come by hand; docs/panderm.md tells from where. Called by load_feature_extractor.
+The weights are CC BY-NC-ND and come by hand; docs/panderm.md says from where.
 Facts: SiyuanYan1/PanDerm, classification/models/modeling_finetune.py and builder.py.
 """
 

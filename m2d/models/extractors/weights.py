@@ -122,7 +122,7 @@ def _require_torch_file(path: Path) -> int:
             path, "is a web page, not weights (Google Drive's warning page is often saved so); download it again"
         )
     if head.startswith(b"PK\x03\x04"):
-        if not zipfile.is_zipfile(path):  # the directory of a zip stands at its end
+        if not zipfile.is_zipfile(path):  # the directory of a zip is at its end
             raise _refusal(path, f"ends too early, after {size:,} bytes: a truncated download; download it again")
     elif not head.startswith(b"\x80"):
         raise _refusal(path, "is no file by torch.save, by its first bytes; give the published .pth")
