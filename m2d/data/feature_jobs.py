@@ -18,7 +18,7 @@ from m2d.data.feature_store import write_features
 from m2d.data.prepared import PreparedRows
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, DataError
-from m2d.models.feature_extractor import FeatureExtractor, Features, load_feature_extractor
+from m2d.models.extractors import FeatureExtractor, Features, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
 
 GPU_BATCH, CPU_BATCH = 128, 16  # a CPU's caches hold the maps of few images: 8 to 16 go faster than 64
@@ -78,7 +78,7 @@ class FeatureJobs:
                 "the same file at the same path"
             )
         on_device: Any = extractor.to(device).to(memory_format=torch.channels_last)
-        return on_device  # type: ignore[no-any-return]
+        return on_device
 
 
 @torch.inference_mode()

@@ -20,7 +20,7 @@ from torch import Tensor
 from m2d.data.shards import DIGEST_BYTES, ShardIndex, cache_file, digests, shard_name
 from m2d.errors import DataError
 from m2d.files.storage import one_line
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 
 logger = logging.getLogger(__name__)
 

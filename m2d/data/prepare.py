@@ -29,7 +29,6 @@ from m2d.errors import ConfigError, DataError
 from m2d.files.atomic import clear_leftovers, try_lock
 from m2d.files.paths import absolute, input_path, result_path
 from m2d.files.progress import progress
-from m2d.files.storage import without_secrets
 
 if TYPE_CHECKING:  # image tasks import this file and need no torch: seconds and 200 MB each
     from m2d.data.feature_jobs import FeatureJobs
@@ -67,9 +66,7 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
             catalog, report = _scan(config, data_root, folder, catalog)
             reports.append(report)
         elif catalog is None:
-            raise ConfigError(
-                f"{without_secrets(data_root)} was not scanned with these settings, or has changed since; add --scan"
-            )
+            raise ConfigError(f"{data_root} was not scanned with these settings, or has changed since; add --scan")
         if "images" in stages:
             reports.append(_images(config, data_root, folder, catalog, need_ray))
         if "features" in stages:
@@ -175,7 +172,7 @@ def _images(
 
 def _features(config: SetupConfig, folder: Path, catalog: pa.Table, need_ray: Callable[[], None]) -> list[StageReport]:
     from m2d.data.feature_store import FeatureStore, feature_bytes
-    from m2d.models.feature_extractor import extractor_key, load_feature_extractor
+    from m2d.models.extractors import extractor_key, load_feature_extractor
 
     began = time.monotonic()
     size, views, settings = config.data.image_size, config.data.views, config.feature_extractor

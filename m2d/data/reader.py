@@ -17,7 +17,7 @@ from m2d.data.decode import ImageRejected, decode_resized
 from m2d.data.prepared import PreparedImages, PreparedRows
 from m2d.data.views import apply_view
 from m2d.errors import DataError
-from m2d.files.storage import open_storage, without_secrets
+from m2d.files.storage import open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class ImageReader:
             if decoded is not None:
                 return candidate, decoded
         raise DataError(
-            f"{self._paths[row].as_py()} in {without_secrets(self.data_root)}: {self._bad[row]}; nor is any of the "
+            f"{self._paths[row].as_py()} in {self.data_root}: {self._bad[row]}; nor is any of the "
             f"next {min(len(after), MAX_SUBSTITUTES)} images of {CLASSES[self.labels[row]]} readable. "
             "Check that data_root can be reached, then scan it again."
         )
@@ -201,7 +201,7 @@ class ImageReader:
             with filesystem.open_input_file(posixpath.join(root, self._paths[row].as_py())) as file:
                 return bytes(file.read())
         except OSError as error:
-            return f"cannot be read ({without_secrets(' '.join(str(error).split()))})"
+            return f"cannot be read ({' '.join(str(error).split())})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_encoded": None, "_storage": None, "_threads": None}

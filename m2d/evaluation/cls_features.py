@@ -29,10 +29,10 @@ from m2d.data.shards import cache_file
 from m2d.errors import CheckpointError, ConfigError
 from m2d.files.progress import progress
 from m2d.files.storage import one_line, open_storage
-from m2d.models.feature_extractor import load_feature_extractor
+from m2d.models.extractors import load_feature_extractor
 
 if TYPE_CHECKING:
-    from m2d.models.feature_extractor import FeatureExtractor
+    from m2d.models.extractors import FeatureExtractor
     from m2d.models.settings import FeatureExtractorConfig
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def cls_features(
 ) -> ClsFeatures:
     """Features of every readable image, from the cache where they are there; the rest is extracted and added to it.
 
-    key: m2d.models.feature_extractor.extractor_key(config), which names the cache's folder. A file that is gone, broken
+    key: m2d.models.extractors.extractor_key(config), which names the cache's folder. A file that is gone, broken
     or no longer what it was when it was catalogued is reported with its reason. Killed and run again, it goes on with
     the images that are missing.
     Raises DataError where the cache cannot be written, CheckpointError for features that are not finite, ConfigError

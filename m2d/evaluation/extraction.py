@@ -25,7 +25,7 @@ from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.evaluation.feature_set import ImageSet
 from m2d.files.progress import progress
 from m2d.files.storage import one_line
-from m2d.models.feature_extractor import FeatureExtractor, extractor_identity, load_feature_extractor
+from m2d.models.extractors import FeatureExtractor, extractor_identity, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from m2d.evaluation.probe_report import Estimate, ProbeResult, Side, print_resul
 from m2d.evaluation.settings import ProbeConfig
 from m2d.files.paths import result_path
 from m2d.generation.generator import pick_device
-from m2d.models.feature_extractor import extractor_key
+from m2d.models.extractors import extractor_key
 
 C_WITHOUT_CHOICE = 1e-3  # where the training lesions are too few to choose by
 

@@ -17,7 +17,6 @@ from m2d.errors import ConfigError, DataError
 from m2d.evaluation.cls_features import ImageFile
 from m2d.evaluation.settings import ProbeConfig
 from m2d.files.progress import progress
-from m2d.files.storage import without_secrets
 
 NAMED = 3  # of the shared lesions or images
 
@@ -68,7 +67,7 @@ def train_and_test(config: ProbeConfig) -> tuple[ProbeImages, ProbeImages]:
         test = ProbeImages(read_catalog(config.test_catalog), test_root, f"all of {config.test_catalog}")
     else:
         whole = _scanned(root, config) if config.train_catalog is None else read_catalog(config.train_catalog)
-        source = without_secrets(config.train_catalog or root)
+        source = config.train_catalog or root
         train, test = (
             ProbeImages(whole.filter(pc.equal(whole["split"], split)), root, f"{split} split of {source}")
             for split in ("train", "test")

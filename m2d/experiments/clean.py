@@ -18,9 +18,7 @@ from rich.text import Text
 
 from m2d.errors import ExperimentError
 from m2d.experiment import INFO, LOCK
-from m2d.experiments.files import folder_bytes
-from m2d.experiments.find import find_records
-from m2d.experiments.record import DIRECTORY, FINISHED, Record, read_record
+from m2d.experiments.record import DIRECTORY, FINISHED, Record, find_records, folder_bytes, read_record
 from m2d.experiments.settings import CleanConfig
 from m2d.experiments.wording import STATE_STYLES, open_console, print_json, size_text, table, time_text
 from m2d.files.paths import result_path

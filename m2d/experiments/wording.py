@@ -12,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from m2d.experiments.record import Record, State
-from m2d.files.storage import without_secrets
 
 NOTHING = "–"
 PIPE_WIDTH = 160  # characters
@@ -76,23 +75,20 @@ def state_text(state: State) -> Text:
 
 
 def one_line(text: str, longest: int = 300) -> str:
-    """A message on one line, without a terminal's colour codes, and its keys blanked."""
-    lines = [line.strip() for line in Text.from_ansi(text).plain.splitlines() if line.strip()]
-    line = without_secrets(lines[0] if lines else "")
+    """A message's first line, without a terminal's colour codes."""
+    line = next((line.strip() for line in Text.from_ansi(text).plain.splitlines() if line.strip()), "")
     return line if len(line) <= longest else f"{line[:longest]}…"
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: no infinity, no NaN, no access key."""
+    """The value as JSON can hold it: no infinity, no NaN."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     if isinstance(value, float):
         return value if isfinite(value) else None
-    if isinstance(value, str):
-        return without_secrets(value)
-    return value if isinstance(value, (int, bool, type(None))) else str(value)
+    return value if isinstance(value, (str, int, type(None))) else str(value)
 
 
 def print_json(value: Any) -> None:

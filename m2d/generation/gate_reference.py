@@ -29,7 +29,7 @@ from m2d.files.storage import one_line
 from m2d.generation.gate_settings import GateConfig
 from m2d.generation.journal import cannot_write
 from m2d.generation.neighbours import nearest, unit_rows
-from m2d.models.feature_extractor import FeatureExtractor
+from m2d.models.extractors import FeatureExtractor
 
 if TYPE_CHECKING:
     import pyarrow as pa

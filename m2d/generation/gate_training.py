@@ -32,7 +32,7 @@ from m2d.generation.recipe import experiment_of
 from m2d.generation.references import load_reference_extractor
 from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import Checkpoint
-from m2d.models.feature_extractor import FeatureExtractor
+from m2d.models.extractors import FeatureExtractor
 
 _CATALOG = "cache/catalog.parquet"  # in an experiment: what it was trained on
 _FOLDER = "gate_reference"

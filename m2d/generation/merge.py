@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from m2d.classes import CLASSES
 from m2d.errors import DataError
 from m2d.files.atomic import whole_file
-from m2d.files.storage import one_line, without_secrets
+from m2d.files.storage import one_line
 from m2d.generation.journal import cannot_write
 
 INDEX_SCHEMA = pa.schema(
@@ -111,7 +111,7 @@ def require_real_evaluation(index: pa.Table) -> None:
 
 
 def _real_rows(data_root: str, catalog: pa.Table) -> Iterator[dict[str, Any]]:
-    root = without_secrets(data_root) if "://" in data_root else os.path.abspath(data_root)
+    root = data_root if "://" in data_root else os.path.abspath(data_root)
     columns = ("image_id", "path", "label", "split", "lesion_id", "sha256")
     for row in catalog.select(columns).to_pylist():
         row["class"] = row.pop("label")

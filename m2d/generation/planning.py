@@ -15,7 +15,7 @@ from m2d.data.prepared import prepared_folder, reusable_catalog
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError, DataError
 from m2d.files.progress import progress, say
-from m2d.files.storage import one_line, open_storage, without_secrets
+from m2d.files.storage import one_line, open_storage
 from m2d.generation.balance import real_counts, targets
 from m2d.generation.plan import (
     PLAN_SCHEMA,
@@ -159,4 +159,4 @@ def _file_sha256(path: str) -> str:
         with filesystem.open_input_stream(inner, compression=None) as stream:
             return hashlib.sha256(stream.read()).hexdigest()
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"plan: {without_secrets(path)} cannot be read ({one_line(error)}); put it back") from None
+        raise DataError(f"plan: {path} cannot be read ({one_line(error)}); put it back") from None

@@ -32,7 +32,7 @@ from m2d.generation.references import load_reference_extractor
 from m2d.generation.settings import Feature, GenerateConfig
 from m2d.generation.summary import counts_and_rejections, missing_by_class, missing_text, write_sheet, write_strips
 from m2d.models.checkpoint import Checkpoint, load_checkpoint
-from m2d.models.feature_extractor import FeatureExtractor
+from m2d.models.extractors import FeatureExtractor
 from m2d.models.precision import pick_precision
 from m2d.models.settings import Precision
 

@@ -11,7 +11,7 @@ class ConditionEncoder(nn.Module):
     """Labels and optional features to a context [B, 1 + K, context_dim].
 
     The feature is standardised by training-set statistics (buffers), Gaussian noise of a given level is added, and the
-    level is told to the network by a vector added to the feature tokens, so that a feature guides without dictating.
+    network learns the level from a vector added to the feature tokens, so that a feature guides without dictating.
     """
 
     def __init__(self, config: ConditioningConfig, feature_dim: int) -> None:
@@ -64,5 +64,4 @@ class ConditionEncoder(nn.Module):
             tokens = tokens + self.noise_level_embedding(level.unsqueeze(1)).unsqueeze(1)
             if drop_feature is not None:
                 tokens = torch.where(drop_feature.view(-1, 1, 1), null.to(tokens.dtype), tokens)
-        context: Tensor = self.norm(torch.cat([class_token, tokens], dim=1))
-        return context
+        return self.norm(torch.cat([class_token, tokens], dim=1))

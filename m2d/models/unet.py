@@ -6,8 +6,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from m2d.models.conditioning import ConditionEncoder
-from m2d.models.group_norm import keep_input_type
-from m2d.models.latent_norm import LatentNorm
+from m2d.models.norms import LatentNorm, keep_input_type
 from m2d.models.settings import MIDDLE, ConditioningConfig, UNetConfig, parse_tap
 
 TIME_SCALE = 1000.0  # the U-Net's sinusoidal embedding was made for steps 0..1000; t is in [0, 1]
@@ -38,13 +37,11 @@ class Denoiser(nn.Module):
 
     def context(self, labels: Tensor, cls: Tensor | None = None) -> Tensor:
         """Cross-attention context [B, L, Dc] of labels int64 [B] (NUM_CLASSES: null), raw features [B, D] or None."""
-        tokens: Tensor = self.conditioning(labels, cls)
-        return tokens
+        return self.conditioning(labels, cls)
 
     def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """d x_t / d t, [B, C, h, w], at t [B] in [0, 1]."""
-        velocity: Tensor = self.unet(x_t, t * TIME_SCALE, context, return_dict=False)[0]
-        return velocity
+        return self.unet(x_t, t * TIME_SCALE, context, return_dict=False)[0]
 
     def velocity_and_tap(self, x_t: Tensor, t: Tensor, context: Tensor, tap: str = MIDDLE) -> tuple[Tensor, Tensor]:
         """The velocity and a block's output [B, M, h', w'] of the same pass. tap: see `tap_channels`."""
@@ -78,16 +75,13 @@ class Denoiser(nn.Module):
             else:
                 sample, _ = block(hidden_states=sample, temb=embedding)
             if side == "down" and level == number:
-                down: Tensor = sample
-                return down
-        middle: Tensor = unet.mid_block(sample, embedding, encoder_hidden_states=context)
-        return middle
+                return sample
+        return unet.mid_block(sample, embedding, encoder_hidden_states=context)
 
     def _block(self, tap: str) -> nn.Module:
         side, number = parse_tap(tap)
         blocks = {"down": self.unet.down_blocks, "up": self.unet.up_blocks}
-        block: nn.Module = self.unet.mid_block if side == MIDDLE else blocks[side][number]
-        return block
+        return self.unet.mid_block if side == MIDDLE else blocks[side][number]
 
 
 def build_denoiser(

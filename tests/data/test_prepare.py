@@ -36,7 +36,8 @@ from m2d.data.settings import DataConfig
 from m2d.data.setup_report import StageReport
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, DataError
-from m2d.models.feature_extractor import LITE0, Features, _packaged_lite, extractor_key, load_feature_extractor
+from m2d.models.extractors import LITE0, Features, extractor_key, load_feature_extractor
+from m2d.models.extractors.lite import packaged_weights
 from m2d.models.settings import FeatureExtractorConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -194,7 +195,7 @@ def test_another_split_or_fewer_views_make_nothing_invalid(root: Path, cache: Pa
 def test_other_weights_make_their_own_features_and_leave_the_old_ones(
     root: Path, cache: Path, tmp_path: Path, no_ray: None
 ) -> None:
-    state: dict[str, Tensor] = torch.load(_packaged_lite(LITE0), weights_only=True)
+    state: dict[str, Tensor] = torch.load(packaged_weights(LITE0), weights_only=True)
     first = next(iter(state))
     torch.save({**state, first: state[first] * 1.5}, tmp_path / "other.pth")
     before = marks(cache)
@@ -364,7 +365,7 @@ def test_a_node_with_other_weights_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_an_error_in_an_actor_is_one_line(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("m2d.models.feature_extractor.extractor_key", lambda _: "not-what-the-actors-find")
+    monkeypatch.setattr("m2d.models.extractors.extractor_key", lambda _: "not-what-the-actors-find")
     with pytest.raises(ConfigError, match="not-what-the-actors-find") as error:
         run(root, cache, "--features")
     assert "\n" not in str(error.value)

@@ -14,7 +14,7 @@ from torch import Tensor
 from m2d.errors import CheckpointError
 from m2d.evaluation import cls_features as module
 from m2d.evaluation.cls_features import ClsFeatures, ImageFile, cls_features, official_square
-from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.extractors import FeatureExtractor, Features
 from m2d.models.settings import FeatureExtractorConfig
 
 KEY = "mean-colour-000000000000-32-official"

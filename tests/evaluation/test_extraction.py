@@ -13,7 +13,7 @@ from m2d.evaluation import extraction
 from m2d.evaluation.extraction import FOLDER, Extraction
 from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.image_sets import PIXELS, with_pixels
-from m2d.models.feature_extractor import Features, load_feature_extractor
+from m2d.models.extractors import Features, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
 
 CONFIG = FeatureExtractorConfig(input_size=64)

@@ -21,7 +21,7 @@ from m2d.evaluation.finetune import (
     steps_of,
 )
 from m2d.evaluation.finetune_settings import FinetuneConfig
-from m2d.models.feature_extractor import load_feature_extractor
+from m2d.models.extractors import load_feature_extractor
 
 MEL, NV = class_index("MEL"), class_index("NV")
 TINY = FinetuneConfig(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from m2d.errors import ExperimentError
-from m2d.experiments.find import find_records, resolve
+from m2d.experiments.record import find_records, resolve
 
 
 def names(root: Path | str, name: str | None = None) -> list[str]:

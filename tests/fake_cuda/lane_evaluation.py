@@ -14,7 +14,7 @@ from m2d.evaluation.autoencoder_floor import reconstructions
 from m2d.evaluation.feature_set import ImageSet
 from m2d.evaluation.finetune import FinetuneClassifier
 from m2d.evaluation.finetune_settings import FinetuneConfig, Precision
-from m2d.models.feature_extractor import load_feature_extractor
+from m2d.models.extractors import load_feature_extractor
 
 
 def black(name: str, count: int, side: int) -> ImageSet:

@@ -29,7 +29,7 @@ from m2d.generation.gate_reference import GateReference, ImageFacts, build_gate_
 from m2d.generation.gate_settings import GateConfig
 from m2d.generation.gates import Verdict, active_gates, check
 from m2d.generation.neighbours import nearest, unit_rows
-from m2d.models.feature_extractor import load_feature_extractor
+from m2d.models.extractors import load_feature_extractor
 
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
 ANGLES = np.array([0, 10, 90, 100, 180, 190, 270, 280])  # degrees; mean 0 and deviation 1 along both axes

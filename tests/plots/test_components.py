@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from m2d.plots.components import patch_colours, principal_components, project_cls
+from m2d.plots.tiles import patch_colours, principal_components, project_cls
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from plots.pictures import pixels_of
 
-from m2d.plots.gradients import gradient_figure, gradient_histogram, median_of
+from m2d.plots.charts import gradient_figure, gradient_histogram, median_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from m2d.plots.series import Series, envelope, names_of, running_median, series
+from m2d.plots.curves import Series, envelope, names_of, running_median, series
 
 
 def ramp(count: int) -> Series:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from m2d.classes import CLASSES, class_index
-from m2d.plots.similarity import class_similarities
+from m2d.plots.tiles import class_similarities
 
 pytestmark = pytest.mark.filterwarnings("error")
 MEL, NV, DF = (class_index(code) for code in ("MEL", "NV", "DF"))
