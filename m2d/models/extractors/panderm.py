@@ -170,12 +170,13 @@ def encoder_tensors(name: str, path: Path, tensors: Mapping[str, Tensor]) -> dic
             encoder[plain] = tensor
         else:
             unknown.append(published)
-    misfits = [
-        f"{tensor} is {list(encoder[tensor].shape)} of {encoder[tensor].dtype}, not {list(shape)}"
-        for tensor, shape in shapes.items()
-        if tensor in encoder and (tuple(encoder[tensor].shape) != shape or not encoder[tensor].is_floating_point())
-    ]
-    faults = faults_text([name for name in shapes if name not in encoder], len(shapes), unknown, misfits[:1])
+    misfits = []
+    for key in shapes.keys() & encoder.keys():
+        tensor = encoder[key]
+        if tuple(tensor.shape) != shapes[key] or not tensor.is_floating_point():
+            kind = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
+            misfits.append(f"{key} is {list(tensor.shape)}{kind}, not {list(shapes[key])}")
+    faults = faults_text([name for name in shapes if name not in encoder], len(shapes), unknown, sorted(misfits)[:1])
     if faults:
         raise CheckpointError(f"feature_extractor.weights: {path} is not {name}: {faults}; {_seems(name, tensors)}")
     return {tensor: encoder[tensor].float().contiguous() for tensor in shapes}
