@@ -171,12 +171,12 @@ def encoder_tensors(name: str, path: Path, tensors: Mapping[str, Tensor]) -> dic
         else:
             unknown.append(published)
     misfits = []
-    for key in shapes.keys() & encoder.keys():
-        tensor = encoder[key]
-        if tuple(tensor.shape) != shapes[key] or not tensor.is_floating_point():
-            kind = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
-            misfits.append(f"{key} is {list(tensor.shape)}{kind}, not {list(shapes[key])}")
-    faults = faults_text([name for name in shapes if name not in encoder], len(shapes), unknown, sorted(misfits)[:1])
+    for key, shape in shapes.items():
+        found = encoder.get(key)
+        if found is not None and (tuple(found.shape) != shape or not found.is_floating_point()):
+            kind = "" if found.is_floating_point() else f" of {found.dtype}"
+            misfits.append(f"{key} is {list(found.shape)}{kind}, not {list(shape)}")
+    faults = faults_text([name for name in shapes if name not in encoder], len(shapes), unknown, misfits)
     if faults:
         raise CheckpointError(f"feature_extractor.weights: {path} is not {name}: {faults}; {_seems(name, tensors)}")
     return {tensor: encoder[tensor].float().contiguous() for tensor in shapes}
