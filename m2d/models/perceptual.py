@@ -15,26 +15,29 @@ from m2d.models.extractors import LITE0, load_feature_extractor
 from m2d.models.settings import PerceptualKind
 
 
-class FeatureDistance(nn.Module):
+class _Distance(nn.Module):
+    """Its network is outside the module tree: it is frozen and may be the caller's, so it is in no checkpoint."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self._network = [network]
+
+    def to(self, *args: Any, **kwargs: Any) -> "_Distance":
+        """Moves the hidden network too."""
+        self._network[0].to(*args, **kwargs)
+        return self
+
+
+class FeatureDistance(_Distance):
     """Distance of feature maps, unit-normalised over channels: LPIPS without its learned channel weights.
 
-    Source: Zhang et al., arXiv 1801.03924, eq. 1 with w = 1. The maps are taken at the images' own size.
+    Of a frozen network with `mean`, `std` and `pyramid`, such as EfficientNetLite, at the images' own size.
+    Source: Zhang et al., arXiv 1801.03924, eq. 1 with w = 1.
     """
-
-    def __init__(self, extractor: Any) -> None:
-        """extractor: a frozen network with `mean`, `std` and `pyramid`, such as EfficientNetLite."""
-        super().__init__()
-        # Held outside the module tree: the extractor is frozen and may be the caller's, so it is in no checkpoint.
-        self._extractor = [extractor]
-
-    def to(self, *args: Any, **kwargs: Any) -> "FeatureDistance":
-        """Moves the hidden extractor too, which nothing else may refer to."""
-        self._extractor[0].to(*args, **kwargs)
-        return self
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """images, targets: [B, 3, H, W] in [-1, 1]. Returns [B], 0 for equal images."""
-        extractor = self._extractor[0]
+        extractor = self._network[0]
         # Depthwise convolutions are slower in bf16 than in float32 on CPUs, and unit-normalising loses what bf16 keeps.
         with torch.autocast(images.device.type, enabled=False):
             first, second = (
@@ -47,17 +50,11 @@ class FeatureDistance(nn.Module):
             return total / len(first)
 
 
-class LpipsDistance(nn.Module):
+class LpipsDistance(_Distance):
     """The `lpips` package's distance, frozen."""
 
     def __init__(self, net: str) -> None:
-        super().__init__()
-        self._network = [_load_lpips(net)]
-
-    def to(self, *args: Any, **kwargs: Any) -> "LpipsDistance":
-        """Moves the hidden network too."""
-        self._network[0].to(*args, **kwargs)
-        return self
+        super().__init__(_load_lpips(net))
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """images, targets: [B, 3, H, W] in [-1, 1]. Returns [B]."""

@@ -97,43 +97,32 @@ def similarity_figure(numbers: dict[str, dict[str, float]], counts: dict[str, tu
     with styled():
         figure = new_figure(11, 4.2)
         axes, table = figure.subplots(1, 2, width_ratios=(1.1, 1))
+        table.set_axis_off()
+        table.set_xlim(0, len(_KEYS) + 1)
+        table.set_ylim(len(CLASSES) - 0.5, -0.5)
+        for column, heading in enumerate(("images\nreal, gen.", *_KEYS.values())):
+            table.text(column + 0.9, -0.55, heading, ha="right", va="bottom", fontsize=8, color=FAINT)
         for row, code in enumerate(CLASSES):
-            _similarity_row(axes, row, code, numbers[code])
+            found, edge, marker = numbers[code], class_edges()[code], class_markers()[code]
+            own, others = found.get("generated_to_own"), found.get("generated_to_others")
+            if own is not None and others is not None:
+                axes.plot([others, own], [row, row], color=edge, linewidth=1, alpha=0.5, zorder=2)
+            if others is not None:
+                axes.plot(others, row, "|", color=edge, markersize=13, markeredgewidth=2, zorder=3)
+            look = {"marker": marker, "linestyle": "none", "markeredgecolor": edge}
+            if "real_to_own" in found:
+                axes.plot(found["real_to_own"], row, markerfacecolor="white", markersize=11, zorder=3, **look)
+            if own is not None:
+                axes.plot(own, row, markerfacecolor=class_colours()[code], markersize=8, zorder=4, **look)
+            cells = [f"{found[key]:+.2f}" if key in found else "–" for key in _KEYS]
+            for column, text in enumerate((f"{counts[code][0]:,}, {counts[code][1]:,}", *cells)):
+                table.text(column + 0.9, row, text, ha="right", va="center", fontsize=9, color=INK if column else FAINT)
         axes.axvline(0, color="#9A9A9A", linewidth=1)
         axes.set_yticks(range(len(CLASSES)), CLASSES)
         axes.set_ylim(len(CLASSES) - 0.5, -0.5)
         axes.set_xlabel("mean cosine with real images, features centred")
         axes.set_title("● generated and ○ real with own class; | generated with others")
-        _table(table, numbers, counts)
         return figure
-
-
-def _similarity_row(axes: Axes, row: int, code: str, found: dict[str, float]) -> None:
-    colour, edge, marker = class_colours()[code], class_edges()[code], class_markers()[code]
-    own, others = found.get("generated_to_own"), found.get("generated_to_others")
-    if own is not None and others is not None:
-        axes.plot([others, own], [row, row], color=edge, linewidth=1, alpha=0.5, zorder=2)
-    if others is not None:
-        axes.plot(others, row, "|", color=edge, markersize=13, markeredgewidth=2, zorder=3)
-    if "real_to_own" in found:
-        axes.plot(
-            found["real_to_own"], row, marker, markerfacecolor="white", markeredgecolor=edge, markersize=11, zorder=3
-        )
-    if own is not None:
-        axes.plot(own, row, marker, markerfacecolor=colour, markeredgecolor=edge, markersize=8, zorder=4)
-
-
-def _table(axes: Axes, numbers: dict[str, dict[str, float]], counts: dict[str, tuple[int, int]]) -> None:
-    """The same as numbers, row beside row of the chart."""
-    axes.set_axis_off()
-    axes.set_xlim(0, len(_KEYS) + 1)
-    axes.set_ylim(len(CLASSES) - 0.5, -0.5)
-    for column, heading in enumerate(("images\nreal, gen.", *_KEYS.values())):
-        axes.text(column + 0.9, -0.55, heading, ha="right", va="bottom", fontsize=8, color=FAINT)
-    for row, code in enumerate(CLASSES):
-        cells = [f"{numbers[code][key]:+.2f}" if key in numbers[code] else "–" for key in _KEYS]
-        for column, text in enumerate((f"{counts[code][0]:,}, {counts[code][1]:,}", *cells)):
-            axes.text(column + 0.9, row, text, ha="right", va="center", fontsize=9, color=INK if column else FAINT)
 
 
 def _limits(projection: Projection) -> tuple[np.ndarray, np.ndarray]:

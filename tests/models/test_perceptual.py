@@ -116,8 +116,8 @@ def test_an_extractor_with_a_pyramid_is_taken_itself() -> None:
 def test_the_hidden_extractor_moves_with_its_module() -> None:
     built = build_perceptual("features", None).to("meta")
     assert isinstance(built, FeatureDistance)
-    assert built._extractor[0].mean.is_meta
-    assert all(parameter.is_meta for parameter in built._extractor[0].parameters())
+    assert built._network[0].mean.is_meta
+    assert all(parameter.is_meta for parameter in built._network[0].parameters())
 
 
 @pytest.fixture
