@@ -17,15 +17,14 @@ from m2d.experiments.record import Record, find_records, flat, resolve, within
 from m2d.experiments.settings import CompareConfig, ListConfig, ShowConfig
 from m2d.experiments.wording import (
     NOTHING,
+    STATE_STYLES,
     duration_text,
     number_text,
     open_console,
     print_json,
     size_text,
-    state_text,
     steps_text,
     table,
-    time_text,
 )
 from m2d.files.paths import result_path
 
@@ -48,8 +47,8 @@ def list_command(config: ListConfig) -> None:
     rows.columns[0].no_wrap = max(len(record.name) for record in records) <= console.width // 2
     for record in records:
         best = f"{record.best[1].removeprefix('val/')} {number_text(record.best[2])}" if record.best else NOTHING
-        facts = (time_text(record.started), steps_text(record), best, size_text(record.files.size()))
-        rows.add_row(Text(record.name, "bold"), state_text(record.state), *facts)
+        facts = (f"{record.started:%Y-%m-%d %H:%M}", steps_text(record), best, size_text(record.files.size()))
+        rows.add_row(Text(record.name, "bold"), Text(record.state, STATE_STYLES[record.state]), *facts)
     console.print(rows)
     for record in records:
         if record.problem:
@@ -67,7 +66,7 @@ def show_command(config: ShowConfig) -> None:
         print_json(known)
         return
     console = open_console()
-    console.print(Text.assemble((record.name, "bold"), "  ", state_text(record.state)))
+    console.print(Text.assemble((record.name, "bold"), "  ", (record.state, STATE_STYLES[record.state])))
     if known["error"]:
         console.print(Text(f"it ended by: {known['error']}", "red"))
     console.print(Text(known["next"]))
@@ -119,7 +118,7 @@ def _facts(record: Record, known: dict[str, Any]) -> Table:
     images = ", ".join(f"{number_text(dataset.get(key))} {key}" for key in ("images", "rejected", "duplicates"))
     changed = " with uncommitted changes" if git.get("uncommitted_changes") else ""
     facts = {
-        "started": time_text(record.started),
+        "started": f"{record.started:%Y-%m-%d %H:%M}",
         "steps": steps_text(record),
         "time": ", ".join(times),
         "stage": known["stage"],
@@ -217,7 +216,11 @@ def compare_command(config: CompareConfig) -> None:
     console = open_console()
     letters = [ascii_uppercase[i] if i < 26 else str(i + 1) for i in range(len(records))]
     for letter, record in zip(letters, records):
-        console.print(Text.assemble((letter, "bold cyan"), "  ", (record.name, "bold"), "  ", state_text(record.state)))
+        console.print(
+            Text.assemble(
+                (letter, "bold cyan"), "  ", (record.name, "bold"), "  ", (record.state, STATE_STYLES[record.state])
+            )
+        )
     shown = table("setting", *letters)
     for key, values in settings.items():
         shown.add_row(key, *(Text("null" if value is None else str(value)) for value in values))

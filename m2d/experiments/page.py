@@ -7,7 +7,8 @@ import base64
 import io
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -51,7 +52,7 @@ _STEP = re.compile(r"step_(\d{8,})\.png")
 # (widest, lossy quality) of what is tried where a page would be too heavy, the gentlest first; None: every pixel kept.
 _LIGHTER: tuple[tuple[int | None, int | None], ...] = ((None, None), (1600, 92), (1000, 85), (700, 75))
 
-Counts = Mapping[str, int]
+Counts = Counter[str]  # class code to images
 
 
 @dataclass(frozen=True)
@@ -215,20 +216,20 @@ def _other_settings(config: dict[str, Any]) -> list[tuple[str, str, str]] | None
 
 def _count_table(columns: Mapping[str, Counts | None], bars: Sequence[str]) -> dict[str, Any]:
     """A table by class. columns: name to images by class code, None where not known. bars: the columns drawn."""
-    lengths = {code: [(columns[name] or {}).get(code, 0) for name in bars] for code in CLASSES}
+    lengths = {code: [(columns[name] or Counter())[code] for name in bars] for code in CLASSES}
     percent = 100 / (max(map(sum, lengths.values())) or 1)  # of the longest row
-    numbers = {code: [None if one is None else one.get(code, 0) for one in columns.values()] for code in CLASSES}
+    numbers = {code: [None if one is None else one[code] for one in columns.values()] for code in CLASSES}
     return {
         "columns": list(columns),
         "rows": [(code, numbers[code], [percent * length for length in lengths[code]]) for code in CLASSES],
-        "sums": [None if one is None else sum(one.values()) for one in columns.values()],
+        "sums": [None if one is None else one.total() for one in columns.values()],
     }
 
 
 def _dataset_table(counts: Any) -> dict[str, Any] | None:
     """Of `dataset.counts` in an experiment's record: split to class code to images. None where it has none."""
     splits = {str(split): _known(one) for split, one in counts.items()} if isinstance(counts, dict) else {}
-    return _count_table({**splits, "all": _sum(splits.values())}, ["all"]) if splits else None
+    return _count_table({**splits, "all": sum(splits.values(), Counter())}, ["all"]) if splits else None
 
 
 def _balance_runs(files: ExperimentFiles, dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -243,11 +244,11 @@ def _balance_runs(files: ExperimentFiles, dataset: Mapping[str, Any]) -> list[di
         split = str(balance.get("split", "all"))
         asked = _by_class(files.content(f"{folder}/plan.parquet")) or made
         before = _real_images(dataset, str(balance.get("catalog")), split)
-        lacking = {code: asked[code] - made[code] for code in CLASSES}
-        missing = sum(lacking.values())
+        lacking = asked - made
+        missing = lacking.total()
         columns: dict[str, Counts | None] = {"real (before)": before, "synthetic": made}
         columns |= {"missing": lacking} if missing else {}
-        columns["together (after)"] = None if before is None else _sum([before, made])
+        columns["together (after)"] = None if before is None else before + made
         run = {
             "folder": folder,
             "target": _target_text(str(balance.get("to", ""))),
@@ -265,7 +266,8 @@ def _real_images(dataset: Mapping[str, Any], catalog: str, split: str) -> Counts
     splits = dataset.get("counts")
     if not catalog or not str(dataset.get("sha256", "")).startswith(catalog) or not isinstance(splits, dict):
         return None
-    return _sum(_known(one) for one in (splits.values() if split == "all" else [splits.get(split)]))
+    wanted = splits.values() if split == "all" else [splits.get(split)]
+    return sum(map(_known, wanted), Counter())
 
 
 def _by_class(content: bytes | None) -> Counts | None:
@@ -274,7 +276,7 @@ def _by_class(content: bytes | None) -> Counts | None:
         labels = pq.read_table(io.BytesIO(content or b""), columns=["class"])["class"].to_pylist()
     except (OSError, KeyError, pa.ArrowException):
         return None
-    return {code: labels.count(code) for code in CLASSES}
+    return Counter(labels)
 
 
 def _target_text(to: str) -> str:
@@ -289,12 +291,7 @@ def _target_text(to: str) -> str:
 
 def _known(of_class: Any) -> Counts:
     known = of_class.items() if isinstance(of_class, dict) else ()
-    return {str(code): number for code, number in known if isinstance(number, int)}
-
-
-def _sum(columns: Iterable[Counts]) -> Counts:
-    columns = list(columns)
-    return {code: sum(column.get(code, 0) for column in columns) for code in CLASSES}
+    return Counter({code: number for code, number in known if code in CLASSES and isinstance(number, int)})
 
 
 def newest_picture(files: ExperimentFiles, kind: str) -> Picture | None:

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Collection, Mapping
-from datetime import datetime
 from math import isfinite
 from typing import Any
 
@@ -58,20 +57,9 @@ def number_text(value: Any) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
-def time_text(time: datetime) -> str:
-    """2026-11-22 17:13."""
-    return f"{time:%Y-%m-%d %H:%M}"
-
-
 def steps_text(record: Record) -> str:
     """2,130/2,982."""
-    total = NOTHING if record.total_steps is None else f"{record.total_steps:,}"
-    return f"{record.steps_done:,}/{total}"
-
-
-def state_text(state: State) -> Text:
-    """The state, coloured."""
-    return Text(state, STATE_STYLES[state])
+    return f"{record.steps_done:,}/{number_text(record.total_steps)}"
 
 
 def one_line(text: str, longest: int = 300) -> str:
