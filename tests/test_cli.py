@@ -135,7 +135,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = 
         (["--fresh", "maybe"], "fresh is maybe; it must be true or false"),
         (["--data.views", "3"], "data.views is 3; it must be 1 or 4 or 8"),
         (["--unet.block_channels", "3"], "unet.block_channels is 3; it must be list[int]"),
-        (["--loss_weights.kl", "-1"], "loss_weights.kl is -1.0; it must be a number of at least 0"),
+        (["--loss_weights.kl", "-1"], "loss_weights.kl is -1.0; it must be at least 0"),
         (["--preset", "ham-65"], "preset ham-65 is not known; choose from demo"),
         (["--preset"], "--preset needs a name"),
         (["--config", "--fresh"], "--config needs a file"),
