@@ -27,9 +27,8 @@ from m2d.classes import CLASSES
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, first_line
 from m2d.models.autoencoder import Autoencoder
-from m2d.models.conditioning import ConditionEncoder
 from m2d.models.settings import COMPLETE, ConditioningConfig
-from m2d.models.unet import Denoiser
+from m2d.models.unet import ConditionEncoder, Denoiser
 
 FORMAT = 1
 NetworkT = TypeVar("NetworkT", bound=nn.Module)

@@ -61,7 +61,7 @@ def test_a_name_that_matches_two_lists_both(root: Path, make_experiment: Any) ->
         make_experiment(name)
     with pytest.raises(ExperimentError) as refusal:
         meant(root, "ham")
-    assert "ham_20250101_000000 and ham-long_20250102_000000" in str(refusal.value)
+    assert "ham_20250101_000000, ham-long_20250102_000000" in str(refusal.value)
     assert "other" not in str(refusal.value)
 
 
