@@ -47,7 +47,7 @@ from m2d.errors import ConfigError, M2DError
 from m2d.generation.generator import Generator
 from m2d.generation.plan import rows_of, standard_plan
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.precision import DTYPES, pick_precision
 from m2d.models.settings import Precision

@@ -41,7 +41,7 @@ from m2d.generation.plan import PlanRow, rows_of, standard_plan
 from m2d.generation.seeds import noise_for
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint
-from m2d.models.feature_extractor import LITE0, load_feature_extractor
+from m2d.models.extractors import LITE0, load_feature_extractor
 from m2d.models.settings import AutoencoderConfig, ConditioningConfig, UNetConfig
 from m2d.models.unet import build_denoiser
 

@@ -4,13 +4,14 @@ Every setting is a flag (--batch_size and --batch-size alike), a key of a --conf
 win over files, a later file over an earlier one. Heavy packages are imported after the arguments are known to be good.
 """
 
+import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from m2d import __version__
-from m2d.arguments import parse_arguments, preset_files, preset_names
+from m2d.arguments import parse_arguments, preset_names
 from m2d.data.settings import SetupConfig
 from m2d.errors import ConfigError, M2DError
 from m2d.evaluation.settings import EvaluateConfig, ProbeConfig
@@ -22,96 +23,14 @@ from m2d.tuning.settings import SweepConfig
 
 @dataclass(frozen=True)
 class Command:
-    """One command: its settings, and what runs once they are good."""
+    """One command: its settings, and the function that they go to, named so that only its own command imports it."""
 
     description: str
     config: type
-    run: Callable[[Any], None]
+    run: str  # module:function
     presets: bool = False
     also_known: type | None = None  # another command's settings: a file of that one serves this one too
     positional: str | None = None  # the setting that words without a flag are
-
-
-def _train(config: TrainConfig) -> None:
-    if config.dry_run:
-        from m2d.training.dry_run import dry_run
-
-        return dry_run(config)
-
-    from m2d.training.trainer import train
-
-    experiment = train(config)
-    try:
-        from m2d.experiments.page import write_report
-
-        print(f"report: {write_report(experiment)}")
-    except Exception as error:  # the run is done and whole; a page about it must not make it look failed
-        reason = " ".join(str(error).split()) or type(error).__name__
-        from m2d.files.storage import without_secrets
-
-        place = without_secrets(config.experiments_dir)
-        again = f"python -m m2d experiments report {experiment.name} --experiments_dir {place}"
-        print(f"WARNING: the report could not be written ({reason}); try again: {again}")
-
-
-def _setup_data(config: SetupConfig) -> None:
-    from m2d.data.setup import setup_data
-
-    setup_data(config)
-
-
-def _generate(config: GenerateConfig) -> None:
-    from m2d.generation.run import generate
-
-    generate(config)
-
-
-def _evaluate(config: EvaluateConfig) -> None:
-    from m2d.evaluation.evaluate import evaluate
-
-    evaluate(config)
-
-
-def _probe(config: ProbeConfig) -> None:
-    from m2d.evaluation.classifiers.probe import probe
-
-    probe(config)
-
-
-def _tune(config: SweepConfig) -> None:
-    from m2d.tuning.sweep import sweep
-
-    sweep(config)
-
-
-def _list_experiments(config: ListConfig) -> None:
-    from m2d.experiments.listing import list_command
-
-    list_command(config)
-
-
-def _show_experiment(config: ShowConfig) -> None:
-    from m2d.experiments.listing import show_command
-
-    show_command(config)
-
-
-def _report_experiment(config: ReportConfig) -> None:
-    from m2d.experiments.page import report_experiment
-
-    report_experiment(config)
-
-
-def _clean_experiments(config: CleanConfig) -> None:
-    from m2d.experiments.clean import clean_command
-
-    clean_command(config)
-
-
-def _compare_experiments(config: CompareConfig) -> None:
-    from m2d.experiments.compare import compare_command
-
-    compare_command(config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,64 +40,82 @@ class DemoConfig:
     directory: str = "./demo"  # where images, experiment and samples go
     images: int = 700  # rendered ones, of all classes together
     num_samples: int = 6  # per class
-    fresh: bool = False  # render and train anew
-
-
-def _demo(config: DemoConfig) -> None:
-    from m2d.demo_command import run_demo
-
-    run_demo(config.directory, config.images, config.num_samples, config.fresh)
+    fresh: bool = False  # render and train again
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("Train on a folder of class folders; run again to resume.", TrainConfig, _train, presets=True),
+    "train": Command(
+        "Train on a folder of class folders; run again to resume.", TrainConfig, "m2d.cli:run_training", presets=True
+    ),
     "setup_data": Command(
-        "Scan a dataset, prepare its images and cache the extractor's features; run again to go on.",
+        "Scan a dataset, prepare its images and cache the extractor's features; run again to resume.",
         SetupConfig,
-        _setup_data,
+        "m2d.data.setup:setup_data",
         presets=True,
         also_known=TrainConfig,
     ),
-    "generate": Command("Generate labelled images from a checkpoint.", GenerateConfig, _generate),
+    "generate": Command("Generate labelled images from a checkpoint.", GenerateConfig, "m2d.generation.run:generate"),
     "evaluate": Command(
-        "Tell whether generated images are real, diverse and private enough, and whether they help.",
+        "Evaluate realism, diversity and privacy of generated images, and whether they help.",
         EvaluateConfig,
-        _evaluate,
+        "m2d.evaluation.evaluate:evaluate",
     ),
-    "evaluate probe": Command("Tell how well a linear probe on features knows the classes.", ProbeConfig, _probe),
-    "tune": Command("Sweep loss weights and learning rates; run again to go on.", SweepConfig, _tune, presets=True),
-    "experiments": Command("List the experiments; the same as experiments list.", ListConfig, _list_experiments),
-    "experiments list": Command("List the experiments, their states and best measures.", ListConfig, _list_experiments),
+    "evaluate probe": Command(
+        "Evaluate how well a linear probe on features predicts the classes.",
+        ProbeConfig,
+        "m2d.evaluation.classifiers.probe:probe",
+    ),
+    "tune": Command(
+        "Sweep loss weights and learning rates; run again to resume.",
+        SweepConfig,
+        "m2d.tuning.sweep:sweep",
+        presets=True,
+    ),
+    "experiments": Command(
+        "List the experiments; the same as experiments list.", ListConfig, "m2d.experiments.listing:list_command"
+    ),
+    "experiments list": Command(
+        "List the experiments, their states and best measures.", ListConfig, "m2d.experiments.listing:list_command"
+    ),
     "experiments show": Command(
         "Show one experiment: what it did, how it went, how to continue it.",
         ShowConfig,
-        _show_experiment,
+        "m2d.experiments.listing:show_command",
         positional="experiment",
     ),
     "experiments compare": Command(
         "Set experiments side by side: settings that differ, measures.",
         CompareConfig,
-        _compare_experiments,
+        "m2d.experiments.listing:compare_command",
         positional="experiments",
     ),
     "experiments report": Command(
-        "Write an experiment's report.html again.", ReportConfig, _report_experiment, positional="experiment"
+        "Write an experiment's report.html again.",
+        ReportConfig,
+        "m2d.experiments.page:report_experiment",
+        positional="experiment",
     ),
-    "experiments clean": Command("Remove old experiments; asks first.", CleanConfig, _clean_experiments),
-    "demo": Command("Render demo images, train on them with two workers, generate samples.", DemoConfig, _demo),
+    "experiments clean": Command(
+        "Remove old experiments; asks first.", CleanConfig, "m2d.experiments.clean:clean_command"
+    ),
+    "demo": Command(
+        "Render demo images, train on them with two workers, generate samples.", DemoConfig, "m2d.demo_command:run_demo"
+    ),
 }
 
 
 def main(command: str, arguments: Sequence[str] | None = None) -> None:
-    """Run one command as a script: exit code 0, or 2 after one line for what a user can mend."""
+    """Run one command as a script: exit code 0, or 2 after one line for what a user can fix."""
     try:
-        _run(*_whole_name(command, list(sys.argv[1:] if arguments is None else arguments)))
+        name, given = _whole_name(command, list(sys.argv[1:] if arguments is None else arguments))
+        config = parse(name, given)
+        pkgutil.resolve_name(COMMANDS[name].run)(config)
     except M2DError as error:
         asked = getattr(error, "exit_code", None)  # a run that was asked to stop, and did
         print(str(error) if asked else f"error: {error}", file=sys.stderr)
         sys.exit(asked or 2)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
 
 
@@ -186,7 +123,8 @@ def main_from_shell(arguments: Sequence[str] | None = None) -> None:
     """`m2d COMMAND ...`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
-        print(_overview())
+        lines = [f"  {name:20} {command.description}" for name, command in COMMANDS.items()]
+        print("\n".join(["usage: python -m m2d COMMAND [--help] ...", "", *lines]))
         sys.exit(0 if given else 2)
     if given[0] == "--version":
         print(__version__)
@@ -200,23 +138,35 @@ def main_from_shell(arguments: Sequence[str] | None = None) -> None:
 def parse(command: str, arguments: Sequence[str]) -> Any:
     """The command's config from arguments. Raises ConfigError in one line; exits after --help and --print_config."""
     spec = COMMANDS[command]
-    description = spec.description
-    if spec.presets:
-        description += f" Presets: {', '.join(preset_names())}."
     return parse_arguments(
         spec.config,
         arguments,
         prog=f"python -m m2d {command}",
-        description=description,
-        preset_files=preset_files if spec.presets else None,
+        description=spec.description + (f" Presets: {', '.join(preset_names())}." if spec.presets else ""),
+        presets=spec.presets,
         also_known=spec.also_known,
         positional=spec.positional,
     )
 
 
-def _run(command: str, arguments: list[str]) -> None:
-    config = parse(command, arguments)
-    COMMANDS[command].run(config)
+def run_training(config: TrainConfig) -> None:
+    """Train, then write the experiment's page; with dry_run only say what the run would need."""
+    if config.dry_run:
+        from m2d.training.dry_run import dry_run
+
+        return dry_run(config)
+
+    from m2d.training.trainer import train
+
+    experiment = train(config)
+    try:
+        from m2d.experiments.page import write_report
+
+        print(f"report: {write_report(experiment)}")
+    except Exception as error:  # the run is complete; a page about it must not make it look failed
+        reason = " ".join(str(error).split()) or type(error).__name__
+        again = f"python -m m2d experiments report {experiment.name} --experiments_dir {config.experiments_dir}"
+        print(f"WARNING: the report could not be written ({reason}); try again: {again}")
 
 
 def _whole_name(command: str, arguments: list[str]) -> tuple[str, list[str]]:
@@ -228,8 +178,3 @@ def _whole_name(command: str, arguments: list[str]) -> tuple[str, list[str]]:
     if longer and arguments and not arguments[0].startswith("-"):
         raise ConfigError(f"command {whole} is not known; choose from {', '.join([command, *longer])}")
     return command, arguments
-
-
-def _overview() -> str:
-    lines = [f"  {name:20} {command.description}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: python -m m2d COMMAND [--help] ...", "", *lines])

@@ -3,8 +3,9 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
-from m2d.arguments import parse_arguments, preset_files
+from m2d.arguments import parse_arguments
 from m2d.classes import CLASSES
 from m2d.demo.dataset import write_demo_dataset
 from m2d.experiment import list_experiments
@@ -19,24 +20,27 @@ NAME = "demo"
 BALANCED_TO = 40  # images of every class; as many as the largest has would take minutes more
 
 
-def run_demo(directory: str, images: int, num_samples: int, fresh: bool) -> Path:
-    """Run the demo in a directory; returns its report. Run again, it goes on where it stopped."""
-    root = Path(result_path("directory", directory)).resolve()
+def run_demo(config: Any) -> Path:
+    """Run the demo (m2d.cli.DemoConfig); returns its report. Run again, it resumes where it stopped."""
+    root = Path(result_path("directory", config.directory)).resolve()
     data_root, experiments = root / "data", root / "experiments"
-    counts = write_demo_dataset(data_root, total=images)
+    counts = write_demo_dataset(data_root, total=config.images)
     print(f"demo images: {sum(counts.values())} in {data_root} ({' '.join(f'{c} {counts[c]}' for c in CLASSES)})")
     done = [e for e in list_experiments(str(experiments), NAME) if e.info().get("state") == "done"]
-    if done and not fresh:
+    if done and not config.fresh:
         experiment = done[-1]
-        print(f"already trained: {experiment.path} (--fresh trains anew)")
+        print(f"already trained: {experiment.path} (--fresh trains again)")
     else:
-        experiment = train(_config(data_root, experiments, fresh))
-    # More guidance than the default: after so few steps it shows best what the classes were told apart by.
+        places = ["--data_root", str(data_root), "--experiments_dir", str(experiments), "--name", NAME]
+        places += ["--cache_dir", str(root / "cache"), f"--fresh={config.fresh}"]
+        preset = ["--preset", "demo", *places]
+        experiment = train(parse_arguments(TrainConfig, preset, prog="demo", description="", presets=True))
+    # More guidance than the default: after so few steps it shows the classes' features best.
     # The gates know real dermoscopy images only by their features, and what 400 steps give is far from those: one try.
     settings = GenerateConfig(
         checkpoint=str(experiment.checkpoints / "best"),
         guidance_scale=3.0,
-        num_samples=num_samples,
+        num_samples=config.num_samples,
         gates=GateConfig(enabled=False),
     )
     samples = generate(settings)
@@ -48,13 +52,3 @@ def run_demo(directory: str, images: int, num_samples: int, fresh: bool) -> Path
     shutil.copyfile(report, root / "report.html")
     print(f"balanced: {balanced}\nsamples:  {root / 'contact_sheet.png'}\nreport:   {root / 'report.html'}")
     return root / "report.html"
-
-
-def _config(data_root: Path, experiments: Path, fresh: bool) -> TrainConfig:
-    """The demo preset, in the demo's folders."""
-    places = ["--data_root", str(data_root), "--experiments_dir", str(experiments), "--name", NAME]
-    places += ["--cache_dir", str(experiments.parent / "cache")]
-    config = parse_arguments(
-        TrainConfig, ["--preset", "demo", *places], prog="demo", description="", preset_files=preset_files
-    )
-    return dataclasses.replace(config, fresh=fresh)

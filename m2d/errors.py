@@ -1,4 +1,4 @@
-"""Errors that a user can mend. The command line prints them as one line and exits with 2; anything else is a bug."""
+"""User-facing errors. The command line prints them as one line and exits with 2; anything else is a bug."""
 
 
 class M2DError(Exception):
@@ -22,7 +22,7 @@ class ExperimentError(M2DError):
 
 
 class TrainingError(M2DError):
-    """Training cannot go on; the message names the cause."""
+    """Training cannot continue; the message names the cause."""
 
 
 def first_line(error: Exception) -> str:

@@ -27,9 +27,9 @@ from m2d import __version__
 from m2d.errors import ExperimentError
 from m2d.files.atomic import is_locked, try_lock, write_whole
 from m2d.files.paths import private_folder
-from m2d.files.storage import copy_changed, inside, open_storage, without_secrets
+from m2d.files.storage import copy_changed, inside, open_storage
 from m2d.models.settings import COMPLETE
-from m2d.records import back_up_code, blanked
+from m2d.records import back_up_code
 
 FOLDERS = (
     "checkpoints", "logs", "outputs", "generated_images", "cache", "wandb", "configs", "code_backup", "metrics",
@@ -72,13 +72,13 @@ class Experiment:
 
     def update_info(self, **values: Any) -> None:
         """Merge values into experiment_info.json, atomically, without the secrets of URIs in them."""
-        write_whole(self.path / INFO, json.dumps(blanked({**self.info(), **values}), indent=2, default=str))
+        write_whole(self.path / INFO, json.dumps({**self.info(), **values}, indent=2, default=str))
         self.publish(INFO)
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration the experiment was made with, without the secrets of URIs in it."""
         loaded: dict[str, Any] = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
-        found: dict[str, Any] = blanked(loaded)
+        found: dict[str, Any] = loaded
         return found
 
     def publish(self, relative: str = "") -> None:
@@ -176,7 +176,7 @@ def open_experiment(
     the newest unfinished experiment of its name. Raises ExperimentError, with the differences, where that one was made
     with other settings. Keys in URIs make no difference: the record has none, and the new command's are used.
     """
-    config = blanked(config)
+    config = config
     finished = ("done", "superseded")
     unfinished = [found for found in list_experiments(root, name) if found.info().get("state") not in finished]
     if fresh:
@@ -276,7 +276,7 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
         name=path.name,
         state="running",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        command=shlex.join(without_secrets(word) for word in command),
+        command=shlex.join(command),
         cwd=os.getcwd(),  # where relative paths of the command begin
         versions=environment(),
         git=back_up_code(path / "code_backup"),
@@ -295,7 +295,7 @@ def _staging(root: str) -> Path:
         return private_folder("staging") / key
     except OSError as error:
         raise ExperimentError(
-            f"staging: {error.filename} cannot be used for the files of {without_secrets(root)} ({error.strerror}); "
+            f"staging: {error.filename} cannot be used for the files of {root} ({error.strerror}); "
             "remove it, or set TMPDIR to a directory of yours"
         ) from None
 
@@ -306,5 +306,5 @@ def _make_folders(path: Path) -> None:
 
 
 def _unreachable(root: str, done: str, error: OSError) -> ExperimentError:
-    reason = error.strerror or without_secrets(" ".join(str(error).split()))
-    return ExperimentError(f"experiments_dir: {without_secrets(root)} cannot be {done} ({reason}); name another")
+    reason = error.strerror or " ".join(str(error).split())
+    return ExperimentError(f"experiments_dir: {root} cannot be {done} ({reason}); name another")

@@ -1,6 +1,6 @@
-"""What is written down of a run holds no secret: settings, logs and the copy of the code, without keys.
+"""What a run keeps of its code and messages: the copy of the code, without lines that look like keys; log files.
 
-Called where records are written. The values in use are never stored: they come from the command line again.
+No setting holds a key: m2d.files.paths refuses URIs with credentials.
 """
 
 import logging
@@ -8,12 +8,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from m2d.files.storage import without_secrets
 
 logger = logging.getLogger(__name__)
 # What hosts of code scan pushes for: keys that show by their form, and texts that stand behind a name of a secret.
@@ -32,34 +30,12 @@ _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-
 BLANKED_LINE = "# M2D left this line out of the copy, for it looks as if it held a key"
 
 
-def blanked(values: Any) -> Any:
-    """Settings or a record, of any nesting, with the secrets of each URI in its texts blanked."""
-    if isinstance(values, str):
-        return without_secrets(values)
-    if isinstance(values, Mapping):
-        return {key: blanked(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [blanked(value) for value in values]
-    return values
-
-
-class BlankingFormatter(logging.Formatter):
-    """Lines of a log file, tracebacks too, with the secrets of each URI in them blanked."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-    def format(self, record: logging.LogRecord) -> str:
-        """See logging.Formatter."""
-        return without_secrets(super().format(record))
-
-
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """M2D's messages inside the `with` block, kept in this file too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
-    handler.setFormatter(BlankingFormatter())
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("m2d").addHandler(handler)
     try:
         yield

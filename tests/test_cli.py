@@ -1,6 +1,7 @@
 """The command line: files and flags in their order, one line and exit code 2 for what a user can mend."""
 
 import dataclasses
+import pkgutil
 import subprocess
 import sys
 from pathlib import Path
@@ -130,10 +131,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = 
         (["--batch_size", "many"], "batch_size is many; it must be a whole number"),
         (["--batch-size", "0"], "batch_size is 0; it must be at least 1"),
         (["--max_steps", "1.5"], "max_steps is 1.5; it must be a whole number or null"),
-        (["--mixed_precision", "fp8"], "mixed_precision is fp8; it must be no, bf16, fp16 or null"),
+        (["--mixed_precision", "fp8"], "mixed_precision is fp8; it must be no or bf16 or fp16 or null"),
         (["--fresh", "maybe"], "fresh is maybe; it must be true or false"),
-        (["--data.views", "3"], "data.views is 3; it must be 1, 4 or 8"),
-        (["--unet.block_channels", "3"], "unet.block_channels is 3; it must be a list"),
+        (["--data.views", "3"], "data.views is 3; it must be 1 or 4 or 8"),
+        (["--unet.block_channels", "3"], "unet.block_channels is 3; it must be list[int]"),
         (["--loss_weights.kl", "-1"], "loss_weights.kl is -1.0; it must be at least 0"),
         (["--preset", "ham-65"], "preset ham-65 is not known; choose from demo"),
         (["--preset"], "--preset needs a name"),
@@ -158,7 +159,10 @@ def test_a_wrong_argument_is_refused_in_one_line(
         ("bogus: 1", "bogus is not a setting"),
         ("unet: {head_dimm: 8}", "unet.head_dimm is not a setting; did you mean unet.head_dim?"),
         ("batch_size: x", "batch_size is x; it must be a whole number"),
-        ("mixed_precision: no", "mixed_precision is False; it must be no, bf16, fp16 or null; in a file write 'no'"),
+        (
+            "mixed_precision: no",
+            "mixed_precision is False; it must be no or bf16 or fp16 or null; in a file write 'no'",
+        ),
         ("batch_size: 0", "batch_size is 0; it must be at least 1"),
         ("a: [", "config: not a YAML file"),
         ("- a\n- b", "config: not a YAML file"),
@@ -247,14 +251,19 @@ def test_an_unknown_command_is_refused_with_the_known_ones(capsys: pytest.Captur
     assert capsys.readouterr().err == f"error: command trian is not known; choose from {', '.join(COMMANDS)}\n"
 
 
-def test_an_interrupt_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupt(config: object) -> None:
-        raise KeyboardInterrupt
+def interrupt(config: object) -> None:
+    raise KeyboardInterrupt
 
-    monkeypatch.setitem(COMMANDS, "train", COMMANDS["train"].__class__("", TrainConfig, interrupt))
+
+def test_an_interrupt_says_how_to_resume(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("m2d.cli.run_training", interrupt)
     with pytest.raises(SystemExit, match="130"):
         main("train", [])
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_every_command_names_a_function() -> None:
+    assert all(callable(pkgutil.resolve_name(command.run)) for command in COMMANDS.values())
 
 
 @pytest.mark.parametrize("command", COMMANDS)

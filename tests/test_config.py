@@ -11,8 +11,7 @@ from m2d.arguments import preset_names, preset_path, setting_types
 from m2d.cli import parse
 from m2d.errors import ConfigError
 from m2d.models.autoencoder import build_autoencoder
-from m2d.models.discriminator import PatchDiscriminator
-from m2d.models.projector import AlignmentProjector
+from m2d.models.heads import AlignmentProjector, PatchDiscriminator
 from m2d.models.settings import (
     AutoencoderConfig,
     ConditioningConfig,

@@ -63,13 +63,6 @@ def test_it_keeps_the_resolved_configuration_and_the_source(tmp_path: Path) -> N
     assert (experiment.path / "code_backup" / "m2d" / source.name).read_text() == source.read_text()
 
 
-def test_access_keys_in_the_command_are_not_kept(tmp_path: Path) -> None:
-    command = ["train", "--data_root", "s3://key:word@bucket/ISIC?secret_token=hidden"]
-    info = open_experiment(str(tmp_path), "tiny", CONFIG, differences, fresh=False, command=command)[0].info()
-    assert "word" not in info["command"]
-    assert "hidden" not in info["command"]
-
-
 def test_the_info_is_merged(tmp_path: Path) -> None:
     experiment = opened(tmp_path / "runs")
     experiment.update_info(device="cpu")

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from m2d.models.autoencoder import build_autoencoder
-from m2d.models.discriminator import PatchDiscriminator
-from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.extractors import FeatureExtractor, Features
+from m2d.models.heads import AlignmentProjector, PatchDiscriminator
 from m2d.models.perceptual import FeatureDistance
-from m2d.models.projector import AlignmentProjector
 from m2d.models.settings import AutoencoderConfig, ConditioningConfig, ProjectorConfig, UNetConfig
 from m2d.models.unet import build_denoiser, tap_channels
 from m2d.training.batch import Draws, ImageBatch, draw

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.extractors import FeatureExtractor, Features
 
 
 class SixFeatures(FeatureExtractor):

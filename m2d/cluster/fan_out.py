@@ -107,7 +107,7 @@ def numbered(count: int) -> list[pa.Table]:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What a finished job tells."""
+    """The result of a finished job."""
 
     images: int  # that it made
     failures: list[str] = field(default_factory=list)  # `path: reason` of each image that it could not make
@@ -118,11 +118,9 @@ class Extraction(Protocol):
 
     def load(self, device: str, threads: int) -> Any:
         """The network on the device. threads: of torch in this process, for a CPU."""
-        ...
 
     def run(self, job: int, network: Any, device: str) -> JobResult:
         """Do one job, and keep what it makes."""
-        ...
 
 
 def run_jobs(

@@ -13,7 +13,6 @@ from math import ceil, floor
 from pathlib import Path
 
 from m2d.errors import ConfigError
-from m2d.files.storage import without_secrets
 from m2d.models.settings import Precision
 
 logger = logging.getLogger(__name__)
@@ -26,13 +25,7 @@ ENTRIES = 64  # of a folder that is read, which another node has to have too
 FIX = "name a path on storage that every node mounts under this name (NFS, EFS), or run on one node"
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What a node has to find: a folder, and in it what this machine has there."""
-
-    setting: str
-    path: str
-    entries: tuple[str, ...]
+Look = tuple[str, str, list[str]]  # what a node has to find: a setting's folder, and these entries in it
 
 
 def require_shared(*, written: Mapping[str, str], read: Mapping[str, str]) -> None:
@@ -56,35 +49,32 @@ def require_shared(*, written: Mapping[str, str], read: Mapping[str, str]) -> No
     for setting, place in written.items():
         if "://" in place:
             raise ConfigError(
-                f"{setting}: {without_secrets(place)} is a URI, whose files are staged on one machine, and the cluster "
-                f"has {len(others)} other node(s) at work; {FIX}"
+                f"{setting}: {place} is a URI, whose files are staged on one machine, and the cluster "
+                f"has {len(others)} other running node(s); {FIX}"
             )
-    looks = [
-        _Look(setting, path, tuple(_some_entries(path)))
-        for setting, path in read.items()
-        if "://" not in path and os.path.isdir(path)
-    ]
+    looks: list[Look] = []
+    for setting, path in read.items():
+        if "://" not in path and os.path.isdir(path):  # hidden entries may be gone in a moment
+            looks.append((setting, path, sorted(name for name in os.listdir(path) if name[0] != ".")[:ENTRIES]))
     with ExitStack() as markers:
-        looks += [
-            _Look(setting, path, (markers.enter_context(_marker(setting, path)),)) for setting, path in written.items()
-        ]
+        looks += [(setting, path, [markers.enter_context(_marker(setting, path))]) for setting, path in written.items()]
         unseen = _unseen(others, looks)
-    for look in looks:
-        addresses = sorted({others[node] for node, settings in unseen.items() if look.setting in settings})
+    for setting, path, _ in looks:
+        addresses = sorted({others[node] for node, settings in unseen.items() if setting in settings})
         if addresses:
             more = f" and {len(addresses) - 1} more" if len(addresses) > 1 else ""
             raise ConfigError(
-                f"{look.setting}: {look.path} of this machine is not seen by the node {addresses[0]}{more}, which has "
-                f"another folder or none there; {FIX}"
+                f"{setting}: {path} of this machine is not seen by the node {addresses[0]}{more}, which has another "
+                f"folder or none there; {FIX}"
             )
 
 
 def wait_for_nodes(bundles: Sequence[Mapping[str, float]], wait_s: float, say: Callable[[str], None]) -> bool:
     """Ask a cluster that grows by itself for room for `bundles` at once; whether it has it, after at most wait_s.
 
-    bundles: resource -> amount, what one worker needs on one node. For a cluster that does not grow this is a wait for
-    nothing, and nothing public tells which does: so the caller waits only where the user said so. What is asked for is
-    taken back at the end, lest the nodes stay for ever; Ray keeps one such request for the whole cluster.
+    bundles: resource -> amount, what one worker needs on one node. A cluster that does not grow would be waited for in
+    vain, and nothing public says which does: so the caller waits only where the user asked for it. Ray keeps one such
+    request for the whole cluster; it is withdrawn at the end so that the nodes do not stay forever.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
@@ -93,7 +83,7 @@ def wait_for_nodes(bundles: Sequence[Mapping[str, float]], wait_s: float, say: C
     for bundle in bundles:
         for name, amount in bundle.items():
             needed[name] = needed.get(name, 0) + amount
-    deadline, told, asked = time.monotonic() + wait_s, "", False
+    deadline, said, asked = time.monotonic() + wait_s, "", False
     try:
         while True:
             there = ray.cluster_resources()
@@ -104,9 +94,9 @@ def wait_for_nodes(bundles: Sequence[Mapping[str, float]], wait_s: float, say: C
                 request_resources(bundles=[{name: ceil(amount) for name, amount in one.items()} for one in bundles])
                 asked = True
             state = ", ".join(f"{there.get(name, 0):g} of {needed[name]:g} {name}" for name in lacking)
-            if state != told:
+            if state != said:
                 say(f"waiting up to {wait_s:g} s for nodes: the cluster has {state}")
-                told = state
+                said = state
             time.sleep(min(POLL_S, max(0.0, deadline - time.monotonic())))
     finally:
         if asked:
@@ -187,7 +177,7 @@ def _driver() -> str | None:
 
 
 def _driver_cuda() -> str | None:
-    """`12.2`, as the driver's own library says; torch asks it too, and tells nobody where the answer is too low."""
+    """`12.2`, as the driver's own library says; torch asks it too, and is silent where the answer is too low."""
     version = ctypes.c_int()
     try:
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
@@ -229,12 +219,7 @@ def _cannot_run(node: str, error: Exception) -> ConfigError:
     )
 
 
-def _some_entries(folder: str) -> list[str]:
-    """Names that tell a folder from another one of its name: hidden ones may be gone in a moment."""
-    return sorted(name for name in os.listdir(folder) if not name.startswith("."))[:ENTRIES]
-
-
-def _unseen(others: Mapping[str, str], looks: list[_Look]) -> dict[str, list[str]]:
+def _unseen(others: Mapping[str, str], looks: list[Look]) -> dict[str, list[str]]:
     """Node id -> the settings whose paths it does not see."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -253,27 +238,26 @@ def _unseen(others: Mapping[str, str], looks: list[_Look]) -> dict[str, list[str
         except ray.exceptions.RayTaskError as error:
             raise _cannot_run(f"the node {others[node]}", error) from None
         except ray.exceptions.RayError:  # it went away meanwhile; what else runs there notices by itself
-            logger.warning("the node %s went away before it told which paths it sees", others[node])
+            logger.warning("the node %s went away before it reported which paths it sees", others[node])
     for answer in silent:
         ray.cancel(answer, force=True)
         logger.warning(
-            "the node %s did not tell within %g s which paths it sees; going on", others[asked[answer]], ANSWER_S
+            "the node %s did not report within %g s which paths it sees; continuing", others[asked[answer]], ANSWER_S
         )
     return unseen
 
 
-def not_seen(looks: list[_Look]) -> list[str]:
+def not_seen(looks: list[Look]) -> list[str]:
     """The settings whose paths the machine where this runs does not see as they should be."""
-    return [look.setting for look in looks if not _sees(look)]
-
-
-def _sees(look: _Look) -> bool:
-    deadline = time.monotonic() + APPEAR_S
-    while not (os.path.isdir(look.path) and all(os.path.lexists(os.path.join(look.path, e)) for e in look.entries)):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.2)
-    return True
+    unseen = []
+    for setting, path, entries in looks:
+        deadline = time.monotonic() + APPEAR_S
+        while not (os.path.isdir(path) and all(os.path.lexists(os.path.join(path, entry)) for entry in entries)):
+            if time.monotonic() > deadline:
+                unseen.append(setting)
+                break
+            time.sleep(0.2)
+    return unseen
 
 
 @contextmanager

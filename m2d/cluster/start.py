@@ -57,7 +57,7 @@ def ray_cluster(
     else:
         _use_private_token()
         _use_private_folder()
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray tells its makers; the user may want it to
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray reports to its makers; the user may want it to
         # Without an address Ray would first look into /tmp/ray, where everybody can write, for a cluster to join.
         options["address"] = "local"
         options["num_cpus"] = max(os.cpu_count() or 1, int(min_cpus + 0.999))

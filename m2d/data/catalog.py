@@ -25,7 +25,7 @@ from m2d.data.decode import ImageRejected, probe_image
 from m2d.data.settings import DataConfig
 from m2d.errors import DataError
 from m2d.files.atomic import write_whole
-from m2d.files.storage import one_line, open_storage, without_secrets
+from m2d.files.storage import one_line, open_storage
 
 CATALOG_SCHEMA = pa.schema(
     [
@@ -64,7 +64,7 @@ def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, in
     A broken file is listed with its reason and the scan goes on. The rows and their order depend on the content alone.
     Raises DataError where data_root, its folder names, its metadata.csv or its labels cannot be used as they are.
     """
-    shown = without_secrets(data_root)
+    shown = data_root
     filesystem, root = open_storage(data_root)
     folders = _class_folders(filesystem, root, shown, config.class_map)
     lesion_of = _read_lesions(filesystem, root, shown)
@@ -111,7 +111,7 @@ def dataset_fingerprint(data_root: str, config: DataConfig) -> str:
     Raises DataError where data_root or its folder names cannot be used as they are.
     """
     filesystem, root = open_storage(data_root)
-    folders = _class_folders(filesystem, root, without_secrets(data_root), config.class_map)
+    folders = _class_folders(filesystem, root, data_root, config.class_map)
     entries = [pair for name in folders for pair in _files_below(filesystem, root, name)]
     metadata = filesystem.get_file_info(posixpath.join(root, "metadata.csv"))
     lines = (f"{path}\0{info.size}\0{info.mtime_ns}" for path, info in [*entries, ("metadata.csv", metadata)])
@@ -128,7 +128,7 @@ def write_catalog(catalog: pa.Table, path: str) -> None:
 def read_catalog(path: str) -> pa.Table:
     """Read what write_catalog wrote. Raises DataError where it is missing, broken or not a catalog."""
     filesystem, inner = open_storage(path)
-    shown = without_secrets(path)
+    shown = path
     try:
         with filesystem.open_input_file(inner) as stream:
             catalog = pq.read_table(stream)
@@ -356,7 +356,7 @@ def _write_whole(path: str, encoded: pa.Buffer) -> None:
                 stream.write(encoded)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{without_secrets(path)} cannot be written ({one_line(error)}); check the path, its rights and free space"
+            f"{path} cannot be written ({one_line(error)}); check the path, its rights and free space"
         ) from error
 
 

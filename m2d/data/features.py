@@ -28,7 +28,7 @@ from m2d.data.store import DIGEST_BYTES, PreparedRows, ShardIndex, cache_file, c
 from m2d.data.views import apply_view
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.files.storage import one_line
-from m2d.models.feature_extractor import FeatureExtractor, Features, load_feature_extractor
+from m2d.models.extractors import FeatureExtractor, Features, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
 
 logger = logging.getLogger(__name__)

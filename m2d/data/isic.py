@@ -39,7 +39,7 @@ from m2d.data.settings import DownloadConfig
 from m2d.errors import DataError
 from m2d.files.atomic import try_lock, write_whole
 from m2d.files.progress import PLAIN_LINE_EVERY_S, progress
-from m2d.files.storage import open_storage, without_secrets
+from m2d.files.storage import open_storage
 
 STATE_FOLDER = ".m2d-download"
 PAGE_SIZE = 100  # the most that the API gives
@@ -84,9 +84,7 @@ def download_isic(config: DownloadConfig, data_root: str, *, first_wait_s: float
         return
     filesystem, inner = open_storage(data_root)
     if not isinstance(filesystem, fs.LocalFileSystem):
-        raise DataError(
-            f"download: data_root is {without_secrets(data_root)}; download into a local folder, then copy it there"
-        )
+        raise DataError(f"download: data_root is {data_root}; download into a local folder, then copy it there")
     root = Path(inner)
     try:
         (root / STATE_FOLDER / "listing").mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from m2d.data.decode import ImageRejected, decode_resized
 from m2d.data.store import PreparedImages, PreparedRows
 from m2d.data.views import apply_view
 from m2d.errors import DataError
-from m2d.files.storage import one_line, open_storage, without_secrets
+from m2d.files.storage import one_line, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class ImageReader:
             if decoded is not None:
                 return candidate, decoded
         raise DataError(
-            f"{self._paths[row].as_py()} in {without_secrets(self.data_root)}: {self._bad[row]}; nor is any of the "
+            f"{self._paths[row].as_py()} in {self.data_root}: {self._bad[row]}; nor is any of the "
             f"next {min(len(after), MAX_SUBSTITUTES)} images of {CLASSES[self.labels[row]]} readable. "
             "Check that data_root can be reached, then scan it again."
         )

@@ -32,7 +32,7 @@ from m2d.errors import ConfigError, DataError
 from m2d.files.atomic import clear_leftovers, try_lock
 from m2d.files.paths import absolute, input_path, result_path
 from m2d.files.progress import progress
-from m2d.files.storage import open_storage, without_secrets
+from m2d.files.storage import open_storage
 
 if TYPE_CHECKING:  # image tasks import this file and need no torch: seconds and 200 MB each
     from m2d.data.features import ExtractionJobs, FeatureStore
@@ -86,9 +86,7 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
             catalog, report = _scan(config, data_root, folder, catalog)
             reports.append(report)
         elif catalog is None:
-            raise ConfigError(
-                f"{without_secrets(data_root)} was not scanned with these settings, or has changed since; add --scan"
-            )
+            raise ConfigError(f"{data_root} was not scanned with these settings, or has changed since; add --scan")
         if "images" in stages:
             reports.append(_images(config, data_root, folder, catalog, need_ray))
         if "features" in stages:
@@ -227,7 +225,7 @@ def _decode(jobs: ImageJobs, block: pa.Table) -> pa.Table:
 
 def _features(config: SetupConfig, folder: Path, catalog: pa.Table, need_ray: Callable[[], None]) -> list[StageReport]:
     from m2d.data.features import ExtractionJobs, FeatureStore, feature_bytes, keep_features, read_prepared
-    from m2d.models.feature_extractor import extractor_key, load_feature_extractor
+    from m2d.models.extractors import extractor_key, load_feature_extractor
 
     began = time.monotonic()
     size, views, settings = config.data.image_size, config.data.views, config.feature_extractor

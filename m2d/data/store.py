@@ -36,7 +36,7 @@ from m2d.data.catalog import (
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError, DataError
 from m2d.files.atomic import whole_file
-from m2d.files.storage import one_line, open_storage, without_secrets
+from m2d.files.storage import one_line, open_storage
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +126,7 @@ def prepared_folder(cache_dir: str, data_root: str) -> Path:
     Access keys in a URI do not count. Raises ConfigError where cache_dir is a URI, DataError for a wrong data_root.
     """
     if "://" in cache_dir:
-        raise ConfigError(
-            f"cache_dir is {without_secrets(cache_dir)}; it must be a path on a disk that every node sees, not a URI"
-        )
+        raise ConfigError(f"cache_dir is {cache_dir}; it must be a path on a disk that every node sees, not a URI")
     filesystem, path = open_storage(data_root)
     local = isinstance(filesystem, fs.LocalFileSystem)
     identity = os.path.realpath(path) if local else re.sub(r"(://)[^/@\s]+@", r"\1", data_root.rstrip("/"))
@@ -143,7 +141,7 @@ def write_scan(folder: Path, scan: Scan, data_root: str, config: DataConfig, fin
     write_csv(scan.duplicates, str(folder / "duplicates.csv"))
     record = {
         "format": FORMAT,
-        "data_root": without_secrets(data_root),
+        "data_root": data_root,
         "scan": _scan_settings(config),
         "files": fingerprint,
         "catalog": _hash((folder / CATALOG).read_bytes()),

@@ -1,6 +1,6 @@
 """A demo dataset without a download: procedural images in class folders, with HAM10000's imbalance and sibling views.
 
-Called by `make demo` and by tests. These images teach the pipeline, never a doctor.
+Called by `make demo` and by tests. These images exercise the pipeline; they teach nothing about skin.
 """
 
 import csv
@@ -93,14 +93,12 @@ def _plan(counts: dict[str, int], seed: int) -> list[_DemoImage]:
     images: list[_DemoImage] = []
     lesion = 0
     for label, count in counts.items():
-        missing = count
-        while missing:
+        last = len(images) + count
+        while len(images) < last:
             lesion += 1
-            views = min(missing, 1 + int(rng.choice(len(VIEWS_PER_LESION), p=VIEWS_PER_LESION)))
-            missing -= views
+            views = min(last - len(images), 1 + int(rng.choice(len(VIEWS_PER_LESION), p=VIEWS_PER_LESION)))
             for view in range(views):
-                image_id = f"DEMO_{len(images) + 1:07d}"
-                lesion_id = f"DEMO_L{lesion:07d}"
+                image_id, lesion_id = f"DEMO_{len(images) + 1:07d}", f"DEMO_L{lesion:07d}"
                 images.append(_DemoImage(image_id, label, lesion_id, seed * 10_000_000 + lesion, view))
     return images
 

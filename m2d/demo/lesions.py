@@ -106,9 +106,9 @@ def render_lesion(label: str, seed: int, *, width: int = 200, height: int = 150,
     index = class_index(label)
     lesion_rng = np.random.default_rng([seed, index])
     view_rng = np.random.default_rng([seed, index, 1 + view])
-    diagnosis = _CLASSES[label]
+    draw, radii, sun_damage = _CLASSES[label]
 
-    radius = lesion_rng.uniform(*diagnosis.radius)
+    radius = lesion_rng.uniform(*radii)
     turn = lesion_rng.uniform(0, 2 * np.pi) + (view_rng.uniform(-1.2, 1.2) if view else 0)
     zoom = view_rng.uniform(0.85, 1.2) if view else 1.0
     centre_x, centre_y = view_rng.normal(0, 0.1, 2)
@@ -120,8 +120,8 @@ def render_lesion(label: str, seed: int, *, width: int = 200, height: int = 150,
     skin_u = (x - np.float32(centre_x)) * cos + (y - np.float32(centre_y)) * sin
     skin_v = (y - np.float32(centre_y)) * cos - (x - np.float32(centre_x)) * sin
 
-    tissue = diagnosis.draw(Fields(skin_u / np.float32(radius), skin_v / np.float32(radius), lesion_rng))
-    tone = _add_skin(tissue, Fields(skin_u, skin_v, lesion_rng), diagnosis.sun_damage)
+    tissue = draw(Fields(skin_u / np.float32(radius), skin_v / np.float32(radius), lesion_rng))
+    tone = _add_skin(tissue, Fields(skin_u, skin_v, lesion_rng), sun_damage)
 
     def to_pixels(points: NDArray[np.float64]) -> NDArray[np.float64]:
         """Lesion coordinates [N, 2] to pixel coordinates: the inverse of the pose above."""
@@ -150,8 +150,7 @@ def _silhouette(fields: Fields, *, irregularity: float, lobes: float, elongation
     u, v = fields.u * stretch, fields.v / stretch
     push_u, push_v = fields.swell(2.0), fields.swell(2.0)
     distance = np.hypot(u + lobes * push_u, v + lobes * push_v)
-    depth: Array = 1 - distance + irregularity * fields.noise(0.8)
-    return depth
+    return 1 - distance + irregularity * fields.noise(0.8)
 
 
 def _draw_naevus(fields: Fields) -> Tissue:
@@ -329,21 +328,15 @@ def _grow_vessel(tissue: Tissue, rng: np.random.Generator) -> None:
                 stems.append((path[at], headings[at] + bend, thickness * 0.62, length * rng.uniform(0.4, 0.65)))
 
 
-@dataclass(frozen=True)
-class _Class:
-    draw: Callable[[Fields], Tissue]
-    radius: tuple[float, float]  # in half heights of the frame
-    sun_damage: float  # probability of freckled skin with fine red vessels
-
-
-_CLASSES = {
-    "AKIEC": _Class(_draw_actinic, (0.45, 0.8), 0.75),
-    "BCC": _Class(_draw_basal_cell, (0.35, 0.7), 0.5),
-    "BKL": _Class(_draw_keratosis, (0.35, 0.7), 0.45),
-    "DF": _Class(_draw_dermatofibroma, (0.35, 0.7), 0.15),
-    "MEL": _Class(_draw_melanoma, (0.45, 0.8), 0.4),
-    "NV": _Class(_draw_naevus, (0.35, 0.75), 0.15),
-    "VASC": _Class(_draw_vascular, (0.22, 0.5), 0.15),
+# How it is drawn, its radius in half heights of the frame, the probability of freckled skin with fine red vessels.
+_CLASSES: dict[str, tuple[Callable[[Fields], Tissue], tuple[float, float], float]] = {
+    "AKIEC": (_draw_actinic, (0.45, 0.8), 0.75),
+    "BCC": (_draw_basal_cell, (0.35, 0.7), 0.5),
+    "BKL": (_draw_keratosis, (0.35, 0.7), 0.45),
+    "DF": (_draw_dermatofibroma, (0.35, 0.7), 0.15),
+    "MEL": (_draw_melanoma, (0.45, 0.8), 0.4),
+    "NV": (_draw_naevus, (0.35, 0.75), 0.15),
+    "VASC": (_draw_vascular, (0.22, 0.5), 0.15),
 }
 
 
@@ -407,8 +400,7 @@ def _photograph(
     grain = view_rng.standard_normal((height, width, 1), dtype=np.float32)
     light += view_rng.uniform(0.8, 2.2) * grain
     light += view_rng.standard_normal((height, width, 3), dtype=np.float32)
-    pixels: NDArray[np.uint8] = np.clip(light + 0.5, 0, 255).astype(np.uint8)
-    return pixels
+    return np.clip(light + 0.5, 0, 255).astype(np.uint8)
 
 
 def _hairs(rng: np.random.Generator, width: int, height: int) -> list[Curve]:
@@ -431,15 +423,13 @@ def _hairs(rng: np.random.Generator, width: int, height: int) -> list[Curve]:
 
 def ramp(values: Array, start: float, end: float) -> Array:
     """0 up to `start`, 1 from `end` on, a smooth step between; falls where start > end. Same shape as `values`."""
-    t: Array = np.clip((values - np.float32(start)) * np.float32(1 / (end - start)), 0, 1)
-    step: Array = t * t * (3 - 2 * t)
-    return step
+    t = np.clip((values - np.float32(start)) * np.float32(1 / (end - start)), 0, 1)
+    return t * t * (3 - 2 * t)
 
 
 def bump(values: Array, width: float) -> Array:
     """Gaussian bump: 1 where `values` is 0, exp(-1) at `width`."""
-    height: Array = np.exp(-np.square(values * np.float32(1 / width)))
-    return height
+    return np.exp(-np.square(values * np.float32(1 / width)))
 
 
 def strokes(paths: list[Curve], *, width: int, height: int, oversampling: int = 3) -> Array:

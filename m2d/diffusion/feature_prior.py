@@ -1,7 +1,7 @@
 """The feature prior: per class, a shrunk Gaussian over the cls features of the training images.
 
 Training fits it and stores it in the checkpoint; generation draws the feature that guides an image from it, so that
-generating needs neither the dataset nor the extractor, and no real image stands behind a sample.
+generating needs neither the dataset nor the extractor, and no sample copies a real image.
 """
 
 from collections.abc import Iterable, Mapping
@@ -205,7 +205,7 @@ def _checked(features: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> tupl
     if len(broken):
         raise DataError(
             f"feature prior: the features of {len(broken)} of {len(rows)} images are not finite (the first is image "
-            f"{broken[0]}); compute them anew, in float32 if the extractor overflows in a narrower type"
+            f"{broken[0]}); compute them again, in float32 if the extractor overflows in a narrower type"
         )
     return rows, classes.astype(np.int64)
 

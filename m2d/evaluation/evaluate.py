@@ -37,7 +37,7 @@ from m2d.files.paths import result_path
 from m2d.generation.generator import pick_device
 from m2d.generation.output import RECORD_NAME
 from m2d.models.checkpoint import Checkpoint, checkpoint_sha256, load_checkpoint, read_info
-from m2d.models.feature_extractor import extractor_identity
+from m2d.models.extractors import extractor_identity
 from m2d.models.settings import FeatureExtractorConfig
 
 VIEWS = 8  # of m2d.data.views: flips and quarter turns

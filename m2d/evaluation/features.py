@@ -27,7 +27,7 @@ from m2d.errors import DataError
 from m2d.evaluation.images import ImageSet
 from m2d.files.progress import progress
 from m2d.files.storage import open_storage
-from m2d.models.feature_extractor import FeatureExtractor, Features, extractor_identity
+from m2d.models.extractors import FeatureExtractor, Features, extractor_identity
 from m2d.models.settings import FeatureExtractorConfig
 
 # In the cache folder; the number goes up when the way from pixels, or from a file, to a vector changes.

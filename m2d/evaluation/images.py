@@ -25,7 +25,7 @@ from m2d.data.store import cache_file, prepared_folder, reusable_catalog
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.progress import progress
-from m2d.files.storage import inside, open_storage, without_secrets
+from m2d.files.storage import inside, open_storage
 from m2d.generation.output import experiment_of
 from m2d.generation.plan import data_config_of
 from m2d.generation.references import read_references
@@ -170,7 +170,7 @@ def _real_sides(
         return train, listed("test", real, catalog_of(real, data, config.cache_dir, notes), "all of")
     own = Path(experiment_of(checkpoint[0]), "cache", "catalog.parquet") if checkpoint else None
     recorded = checkpoint[1].config.get("data_root") if checkpoint else None
-    same = bool(recorded) and _same_place(str(recorded), without_secrets(real))  # records hold no key of a URI
+    same = bool(recorded) and _same_place(str(recorded), real)  # records hold no key of a URI
     if config.data is None and own is not None and own.is_file() and same:
         catalog = read_catalog(str(own))
         notes.append("split of the real images: the checkpoint's own")
@@ -185,9 +185,7 @@ def _real_sides(
     for split in ("train", "test"):
         rows = catalog.filter(pc.equal(catalog["split"], split))
         if not len(rows):
-            raise DataError(
-                f"real: {without_secrets(real)} has no image in its {split} split; set the fractions of --data"
-            )
+            raise DataError(f"real: {real} has no image in its {split} split; set the fractions of --data")
         sides.append(listed(split, real, rows, f"{split} split of"))
     return sides[0], sides[1]
 
@@ -197,18 +195,18 @@ def catalog_of(root: str, data: DataConfig, cache_dir: str, notes: list[str]) ->
     prepared = reusable_catalog(prepared_folder(cache_dir, root), root, data)
     if prepared is not None:
         return prepared
-    with progress(f"scanning {without_secrets(root)}") as shown:
+    with progress(f"scanning {root}") as shown:
         scan = scan_dataset(root, data, shown.show)
     notes += [f"left out {row['path']}: {row['reason']}" for row in scan.rejected.slice(0, NAMED).to_pylist()]
     if scan.rejected.num_rows > NAMED:
-        notes.append(f"left out {scan.rejected.num_rows:,} unusable files of {without_secrets(root)} in all")
+        notes.append(f"left out {scan.rejected.num_rows:,} unusable files of {root} in all")
     return scan.catalog
 
 
 def listed(name: str, root: str, rows: pa.Table, which: str) -> Listed:
     """The images of a catalog's rows; which: `train split of`, as in words before the root."""
     columns = [rows[column].to_pylist() for column in ("path", "sha256", "label", "lesion_id")]
-    return Listed(name, f"{which} {without_secrets(root)}", root, *columns)
+    return Listed(name, f"{which} {root}", root, *columns)
 
 
 def _generated(root: str, data: DataConfig, notes: list[str]) -> Listed:
@@ -232,7 +230,7 @@ def _generated(root: str, data: DataConfig, notes: list[str]) -> Listed:
     relative = [image.path if "://" in base else os.path.relpath(image.path, base) for image in images]
     groups = [f"generated {number}" for number in range(len(images))]
     return Listed(
-        "generated", f"all of {without_secrets(root)}", base, relative, [image.sha256 for image in images],
+        "generated", f"all of {root}", base, relative, [image.sha256 for image in images],
         [image.label for image in images], groups,
     )  # fmt: skip
 

@@ -18,11 +18,9 @@ from rich.text import Text
 
 from m2d.errors import ExperimentError
 from m2d.experiment import INFO, LOCK
-from m2d.experiments.files import folder_bytes
-from m2d.experiments.find import find_records
-from m2d.experiments.record import DIRECTORY, FINISHED, Record, read_record
+from m2d.experiments.record import DIRECTORY, FINISHED, Record, find_records, folder_bytes, read_record
 from m2d.experiments.settings import CleanConfig
-from m2d.experiments.wording import STATE_STYLES, open_console, print_json, size_text, table, time_text
+from m2d.experiments.wording import STATE_STYLES, open_console, print_json, size_text, table
 from m2d.files.paths import result_path
 
 HIDDEN = ".removing-"  # before the name of what is being removed; nothing lists it
@@ -203,7 +201,7 @@ def _print_plan(
         text = Text("left by an interrupted clean", "dim")
         if removal.record is not None:
             text = Text(removal.record.state, STATE_STYLES[removal.record.state])
-            text.append(f", started {time_text(removal.record.started)}", "not bold default")
+            text.append(f", started {removal.record.started:%Y-%m-%d %H:%M}", "not bold default")
             generated = 0 if config.caches else removal.record.files.size("generated_images")
             text.append(f", {size_text(generated)} of generated images" if generated else "", "yellow")
         rows.add_row(Text(removal.label), size_text(removal.size), text)

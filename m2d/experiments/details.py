@@ -1,18 +1,32 @@
 """What is known of one experiment as plain values, for `--json`, the terminal and the page; and what to do next."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 from m2d.experiment import step_of
-from m2d.experiments.measures import best_value, curve, last_value, measure_names
-from m2d.experiments.record import FINISHED, Record
+from m2d.experiments.record import FINISHED, Record, is_finite
 from m2d.experiments.wording import duration_text, one_line
 from m2d.files.paths import copy_around
-from m2d.files.storage import without_secrets
 
-BLANKED = "***"  # of m2d.files.storage.without_secrets
+# A name that is not here has no direction that is known: kl and the two sides of a discriminator's game among them.
+DIRECTIONS: dict[str, Literal["lower", "higher"]] = {
+    "val/psnr_db": "higher",
+    "val/perceptual": "lower",
+    "val/velocity_mse": "lower",
+    "loss/diffusion": "lower",
+    "loss/reconstruction": "lower",
+    "loss/perceptual": "lower",
+    "loss/alignment": "lower",  # minus a cosine
+    "loss/alignment_vae": "lower",
+    "loss/manifold": "lower",
+    "images_per_s": "higher",
+}
+CURVE_POINTS = 200  # of a curve in --json; metrics/train.jsonl holds them all
+
+Records = Sequence[Mapping[str, Any]]
 
 
 def summary(record: Record) -> dict[str, Any]:
@@ -98,9 +112,7 @@ def next_step(record: Record, all_records: Sequence[Record]) -> tuple[str, str |
     command = resume_command(record)
     if command is None:
         return "its command was not recorded; repeat it to continue", None
-    notes = ["in the folder it was started in"] if record.info.get("cwd") is None else []
-    notes += [f"with your keys in place of {BLANKED}"] if BLANKED in command else []
-    where = f" ({', '.join(notes)})" if notes else ""
+    where = " (in the folder it was started in)" if record.info.get("cwd") is None else ""
     if record.state == "failed":
         return f"no checkpoint yet: its command begins at step 0 again{where}", command
     return f"its command continues at step {record.checkpoint_step:,}{where}", command
@@ -120,8 +132,7 @@ def resume_command(record: Record) -> str | None:
         return recorded
     script = Path(words[0])
     start = ["python", words[0]] if script.suffix == ".py" else [script.name]
-    if script.name == "__main__.py":
-        start = ["python", "-m", script.parent.name]
+    start = ["python", "-m", script.parent.name] if script.name == "__main__.py" else start
     command, folder = shlex.join([*start, *words[1:]]), record.info.get("cwd")
     if not isinstance(folder, str):
         return command
@@ -143,8 +154,7 @@ def generate_command(record: Record) -> str | None:
 def report_command(record: Record) -> str:
     """Writes the page again."""
     root = record.location.rpartition("/")[0]
-    words = ["python", "-m", "m2d", "experiments", "report", record.name, "--experiments_dir", root]
-    return without_secrets(shlex.join(words))
+    return shlex.join(["python", "-m", "m2d", "experiments", "report", record.name, "--experiments_dir", root])
 
 
 def _without_fresh(words: list[str]) -> list[str]:
@@ -159,3 +169,46 @@ def _without_fresh(words: list[str]) -> list[str]:
         else:
             kept.append(word)
     return kept
+
+
+def measure_names(records: Records, prefix: str = "") -> list[str]:
+    """Names of the numbers that the records hold, in the order they come up; without step and time."""
+    names = dict.fromkeys(name for record in records for name in record if name.startswith(prefix))
+    return [name for name in names if name not in ("step", "time")]
+
+
+def last_value(records: Records, name: str) -> float | None:
+    """The last finite value of a measure; None where there is none."""
+    return next((record[name] for record in reversed(records) if is_finite(record.get(name))), None)
+
+
+def best_value(records: Records, name: str) -> tuple[int, float] | None:
+    """(step, value) of the best value; None where none is finite or which way is better is not known."""
+    known, direction = _points(records, name), DIRECTIONS.get(name)
+    if not known or direction is None:
+        return None
+    return (min if direction == "lower" else max)(known, key=lambda point: point[1])
+
+
+def curve(records: Records, name: str, points: int = CURVE_POINTS) -> dict[str, list[Any]] | None:
+    """{steps, values} of a measure's finite values; None for fewer than two.
+
+    At most so many points, each the median of its stretch of steps; the first and the last step stay.
+    """
+    known = _points(records, name)
+    if len(known) < 2:
+        return None
+    first, span = known[0][0], max(known[-1][0] - known[0][0], 1)
+    stretches: dict[int, list[tuple[int, float]]] = {}
+    for index, (step, value) in enumerate(known):
+        place = index if len(known) <= points else min((step - first) * points // span, points - 1)
+        stretches.setdefault(place, []).append((step, value))
+    groups = list(stretches.values())
+    return {
+        "steps": [first, *(group[-1][0] for group in groups[1:])],
+        "values": [median(value for _, value in group) for group in groups],
+    }
+
+
+def _points(records: Records, name: str) -> list[tuple[int, float]]:
+    return [(record["step"], float(record[name])) for record in records if is_finite(record.get(name))]

@@ -3,9 +3,13 @@
 It reads an experiment's files alone, so that a run of any machine has one, also long afterwards.
 """
 
+import base64
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,20 +17,18 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
+from pyarrow import fs
 
 from m2d import __version__
 from m2d.classes import CLASSES, DIAGNOSES
 from m2d.errors import ConfigError, ExperimentError
 from m2d.experiment import Experiment
 from m2d.experiments.details import details, generate_command, report_command, resume_command
-from m2d.experiments.files import ExperimentFiles
-from m2d.experiments.find import find_records, resolve
-from m2d.experiments.pictures import RUNS, Picture, find_samples, fitted, newest_picture, png_picture
-from m2d.experiments.record import Record, flat, read_record, within
+from m2d.experiments.record import ExperimentFiles, Record, find_records, flat, read_record, resolve, within
 from m2d.experiments.settings import ReportConfig
 from m2d.experiments.wording import duration_text, number_text, plain
 from m2d.files.atomic import write_whole
-from m2d.files.storage import without_secrets
 from m2d.generation.settings import parse_target
 from m2d.training.settings import TrainConfig, as_dict
 
@@ -44,8 +46,30 @@ MEASURES = {
     "val/velocity_mse": "velocity error of the averaged U-Net (less is better)",
 }
 UNCOUNTED = frozenset({"name", "fresh", "verbose"})  # settings that say nothing of the result
+PAGE_BYTES = 3_000_000  # of all pictures of a page; as base64 they take a third more, 4 MB
+RUNS, SHEET = "generated_images", "contact_sheet.png"
+_STEP = re.compile(r"step_(\d{8,})\.png")
+# (widest, lossy quality) of what is tried where a page would be too heavy, the gentlest first; None: every pixel kept.
+_LIGHTER: tuple[tuple[int | None, int | None], ...] = ((None, None), (1600, 92), (1000, 85), (700, 75))
 
-Counts = Mapping[str, int]
+Counts = Counter[str]  # class code to images
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An encoded image. width, height: pixels; step: of training, where it shows one; caption: of samples."""
+
+    data: bytes
+    width: int
+    height: int
+    format: str = "png"
+    step: int | None = None
+    caption: str = ""
+
+    @property
+    def uri(self) -> str:
+        """A data URI, which needs no other file and no network."""
+        return f"data:image/{self.format};base64,{base64.b64encode(self.data).decode()}"
 
 
 def report_experiment(config: ReportConfig) -> None:
@@ -90,17 +114,17 @@ def _page(record: Record, samples: Picture | None, curves: Mapping[str, Picture]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("m2d.experiments", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number_text, "shown": lambda text: text and without_secrets(text)}
+    environment.filters["number"] = number_text
     return environment.get_template("report.html.jinja").render(
         known=known,
-        lead=without_secrets(_lead(record, known)),
+        lead=_lead(record, known),
         pictures=fitted({**found, **curves}),
         samples=samples,
         generate_command=generate_command(record),
         psnr=_psnr_text(known),
         measures=_validation_measures(known),
         diagnoses={diagnosis.code: diagnosis for diagnosis in DIAGNOSES},
-        dataset={key: without_secrets(number_text(value)) for key, value in dataset.items()},
+        dataset={key: number_text(value) for key, value in dataset.items()},
         counts=_dataset_table(dataset.get("counts")),
         balances=_balance_runs(record.files, dataset),
         settings=_other_settings(record.config),
@@ -117,9 +141,8 @@ def _curves(record: Record) -> dict[str, Picture]:
     found: dict[str, Picture] = {}
     for records, draw in ((record.train, training_curves), (record.validation, validation_curves)):
         for suffix, columns in (("", 3), ("_narrow", 1)) if records else ():
-            picture = png_picture(draw(records, columns=columns))
-            assert picture is not None, "just drawn"
-            found[f"{draw.__name__}{suffix}"] = picture
+            if picture := png_picture(draw(records, columns=columns)):
+                found[f"{draw.__name__}{suffix}"] = picture
     return found
 
 
@@ -193,20 +216,20 @@ def _other_settings(config: dict[str, Any]) -> list[tuple[str, str, str]] | None
 
 def _count_table(columns: Mapping[str, Counts | None], bars: Sequence[str]) -> dict[str, Any]:
     """A table by class. columns: name to images by class code, None where not known. bars: the columns drawn."""
-    lengths = {code: [(columns[name] or {}).get(code, 0) for name in bars] for code in CLASSES}
+    lengths = {code: [(columns[name] or Counter())[code] for name in bars] for code in CLASSES}
     percent = 100 / (max(map(sum, lengths.values())) or 1)  # of the longest row
-    numbers = {code: [None if one is None else one.get(code, 0) for one in columns.values()] for code in CLASSES}
+    numbers = {code: [None if one is None else one[code] for one in columns.values()] for code in CLASSES}
     return {
         "columns": list(columns),
         "rows": [(code, numbers[code], [percent * length for length in lengths[code]]) for code in CLASSES],
-        "sums": [None if one is None else sum(one.values()) for one in columns.values()],
+        "sums": [None if one is None else one.total() for one in columns.values()],
     }
 
 
 def _dataset_table(counts: Any) -> dict[str, Any] | None:
     """Of `dataset.counts` in an experiment's record: split to class code to images. None where it has none."""
     splits = {str(split): _known(one) for split, one in counts.items()} if isinstance(counts, dict) else {}
-    return _count_table({**splits, "all": _sum(splits.values())}, ["all"]) if splits else None
+    return _count_table({**splits, "all": sum(splits.values(), Counter())}, ["all"]) if splits else None
 
 
 def _balance_runs(files: ExperimentFiles, dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -221,11 +244,11 @@ def _balance_runs(files: ExperimentFiles, dataset: Mapping[str, Any]) -> list[di
         split = str(balance.get("split", "all"))
         asked = _by_class(files.content(f"{folder}/plan.parquet")) or made
         before = _real_images(dataset, str(balance.get("catalog")), split)
-        lacking = {code: asked[code] - made[code] for code in CLASSES}
-        missing = sum(lacking.values())
+        lacking = asked - made
+        missing = lacking.total()
         columns: dict[str, Counts | None] = {"real (before)": before, "synthetic": made}
         columns |= {"missing": lacking} if missing else {}
-        columns["together (after)"] = None if before is None else _sum([before, made])
+        columns["together (after)"] = None if before is None else before + made
         run = {
             "folder": folder,
             "target": _target_text(str(balance.get("to", ""))),
@@ -243,7 +266,8 @@ def _real_images(dataset: Mapping[str, Any], catalog: str, split: str) -> Counts
     splits = dataset.get("counts")
     if not catalog or not str(dataset.get("sha256", "")).startswith(catalog) or not isinstance(splits, dict):
         return None
-    return _sum(_known(one) for one in (splits.values() if split == "all" else [splits.get(split)]))
+    wanted = splits.values() if split == "all" else [splits.get(split)]
+    return sum(map(_known, wanted), Counter())
 
 
 def _by_class(content: bytes | None) -> Counts | None:
@@ -252,7 +276,7 @@ def _by_class(content: bytes | None) -> Counts | None:
         labels = pq.read_table(io.BytesIO(content or b""), columns=["class"])["class"].to_pylist()
     except (OSError, KeyError, pa.ArrowException):
         return None
-    return {code: labels.count(code) for code in CLASSES}
+    return Counter(labels)
 
 
 def _target_text(to: str) -> str:
@@ -267,9 +291,85 @@ def _target_text(to: str) -> str:
 
 def _known(of_class: Any) -> Counts:
     known = of_class.items() if isinstance(of_class, dict) else ()
-    return {str(code): number for code, number in known if isinstance(number, int)}
+    return Counter({code: number for code, number in known if code in CLASSES and isinstance(number, int)})
 
 
-def _sum(columns: Iterable[Counts]) -> Counts:
-    columns = list(columns)
-    return {code: sum(column.get(code, 0) for column in columns) for code in CLASSES}
+def newest_picture(files: ExperimentFiles, kind: str) -> Picture | None:
+    """The picture of the latest step in visualizations/KIND; one that cannot be read gives way to the one before."""
+    folder = f"visualizations/{kind}"
+    steps = [int(matched[1]) for matched in map(_STEP.fullmatch, files.names(folder)) if matched]
+    for step in sorted(steps, reverse=True):
+        picture = png_picture(files.content(f"{folder}/step_{step:08d}.png"))
+        if picture is not None:
+            return replace(picture, step=step)
+    return None
+
+
+def png_picture(data: bytes | None) -> Picture | None:
+    """The PNG, looked at before it goes onto a page: None where it is none, or is cut."""
+    try:
+        with Image.open(io.BytesIO(data or b""), formats=["PNG"]) as image:
+            image.load()
+            return Picture(data or b"", image.width, image.height)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def find_samples(files: ExperimentFiles, given: Path | None) -> Picture | None:
+    """A grid of generated images with its caption.
+
+    given: the folder of a generation run. Otherwise the latest picture of training, or a contact sheet.
+    """
+    if given is not None:
+        folder = given.absolute()
+        found = _contact_sheet(ExperimentFiles(fs.LocalFileSystem(), str(folder.parent)), folder.name)
+        if found is not None:
+            return found
+    picture = newest_picture(files, "samples")
+    if picture is not None:
+        text = f"Drawn by the averaged U-Net after {picture.step:,} steps, from the same seeds each time."
+        return replace(picture, caption=text)
+    # A run that asked for every class shows more than one that filled up some.
+    folders = [f"{RUNS}/{name}" for name in files.names(RUNS)]
+    whole = {folder: files.json(f"{folder}/generation.json").get("mode") == "standard" for folder in folders}
+    folders.sort(key=lambda folder: (whole[folder], files.modified(f"{folder}/{SHEET}"), folder), reverse=True)
+    sheets = (_contact_sheet(files, folder) for folder in folders)
+    return next((sheet for sheet in sheets if sheet is not None), None)
+
+
+def fitted(pictures: Mapping[str, Picture], most: int = PAGE_BYTES) -> dict[str, Picture]:
+    """The pictures in at most about `most` bytes: as they are where they fit, otherwise the largest made lighter first.
+
+    First without a loss, then no wider than a page shows them, and only then with one that is hard to see.
+    """
+    fitting = dict(pictures)
+    for widest, quality in _LIGHTER:
+        for name in sorted(fitting, key=lambda name: -len(fitting[name].data)):
+            if sum(len(picture.data) for picture in fitting.values()) <= most:
+                return fitting
+            fitting[name] = _lighter(fitting[name], pictures[name], widest, quality)
+    return fitting
+
+
+def _contact_sheet(files: ExperimentFiles, folder: str) -> Picture | None:
+    picture = png_picture(files.content(f"{folder}/{SHEET}"))
+    if picture is None:
+        return None
+    known = files.json(f"{folder}/generation.json")
+    parts = [str(known["solver"])] if known.get("solver") else []
+    parts += [f"{number_text(known['steps'])} steps"] if known.get("steps") else []
+    parts += [f"guidance {number_text(known['guidance_scale'])}"] if known.get("guidance_scale") else []
+    parts += [f"seed {known['seed']}"] if known.get("seed") is not None else []
+    return replace(picture, caption=f"Contact sheet of {folder}{': ' if parts else ''}{', '.join(parts)}.")
+
+
+def _lighter(now: Picture, original: Picture, widest: int | None, quality: int | None) -> Picture:
+    """The original as WebP, where that is lighter than what there is now."""
+    with Image.open(io.BytesIO(original.data), formats=["PNG"]) as opened:
+        image = opened.convert("RGB")
+    if widest is not None and image.width > widest:
+        image = image.resize((widest, round(image.height * widest / image.width)), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="WEBP", lossless=quality is None, quality=quality or 50, method=3)
+    made = replace(original, data=buffer.getvalue(), width=image.width, height=image.height, format="webp")
+    return made if len(made.data) < len(now.data) else now

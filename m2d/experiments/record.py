@@ -1,18 +1,28 @@
-"""What is known of one experiment from its files: its state, its record, its checkpoints. All commands read it here."""
+"""What is known of experiments from their files alone: each one's record, and which one a name means.
+
+The staging directory of a remote experiment is never filled from here: a run of this machine may be writing in it.
+"""
 
 import json
+import os
 import re
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from math import isfinite
+from math import isfinite, prod
+from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
+import pyarrow as pa
 import yaml
+from pyarrow import fs
 
-from m2d.experiment import CONFIG, INFO, Experiment, step_of
-from m2d.experiments.files import END_BYTES, ExperimentFiles
+from m2d.errors import ExperimentError
+from m2d.experiment import CONFIG, INFO, Experiment, checkpoint_names, list_experiments, step_of
+from m2d.files.paths import result_path
+from m2d.files.storage import open_storage
 
 State = Literal["running", "done", "resumable", "failed", "superseded", "broken", "unknown"]
 FINISHED: tuple[State, ...] = ("done", "superseded")  # no command continues them
@@ -21,6 +31,85 @@ TRAIN, VALIDATION = "metrics/train.jsonl", "metrics/validation.jsonl"
 # What m2d.training.validation.score minimises, by stage; that module loads torch.
 SCORES = {"latent": "val/velocity_mse"}
 SCORE = "val/perceptual"
+END_BYTES = 2**16  # a hundred records of metrics and more
+LATEST = "latest"
+NAMED = 8  # so many experiments are named in one message
+
+
+@dataclass(frozen=True)
+class ExperimentFiles:
+    """Files below one folder of a filesystem. What is not there, or cannot be read, is None or empty."""
+
+    filesystem: fs.FileSystem
+    root: str
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> "ExperimentFiles":
+        """Where the experiment's files are whole. Raises DataError for a URI that cannot be reached."""
+        if experiment.remote is None or experiment.is_running:
+            return cls(fs.LocalFileSystem(), str(experiment.path))
+        return cls(*open_storage(experiment.remote))
+
+    def content(self, name: str, end_bytes: int = 0) -> bytes | None:
+        """A file's content, or its last `end_bytes` (0: all)."""
+        try:
+            with self.filesystem.open_input_file(f"{self.root}/{name}") as file:
+                file.seek(max(file.size() - end_bytes, 0) if end_bytes else 0)
+                return bytes(file.read())
+        except (OSError, pa.ArrowException):
+            return None
+
+    def text(self, name: str) -> str | None:
+        """A file's text."""
+        content = self.content(name)
+        return None if content is None else content.decode("utf-8", errors="replace")
+
+    def json(self, name: str) -> dict[str, Any]:
+        """What a JSON file holds."""
+        try:
+            found = json.loads(self.text(name) or "")
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def records(self, name: str, end_bytes: int = 0) -> list[dict[str, Any]]:
+        """The whole records of a metrics file, such as metrics/train.jsonl, or of its last `end_bytes` (0: all)."""
+        records = []
+        for line in (self.content(name, end_bytes) or b"").decode("utf-8", errors="replace").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the first or the last line may be cut
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
+        return records
+
+    def names(self, folder: str) -> list[str]:
+        """Names of what a folder holds."""
+        try:
+            found = self.filesystem.get_file_info(fs.FileSelector(f"{self.root}/{folder}", allow_not_found=True))
+        except (OSError, pa.ArrowException):
+            return []
+        return sorted(info.base_name for info in found)
+
+    def modified(self, name: str) -> int:
+        """When a file was written, ns; 0 where that is not known."""
+        return self.filesystem.get_file_info(f"{self.root}/{name}").mtime_ns or 0
+
+    def checkpoints(self) -> tuple[str, ...]:
+        """Names of the complete checkpoints, oldest first."""
+        try:
+            return tuple(checkpoint_names(self.filesystem, f"{self.root}/checkpoints"))
+        except OSError:
+            return ()
+
+    def size(self, name: str = "") -> int:
+        """Bytes of all files in a folder (default: all); links count for nothing."""
+        root = f"{self.root}/{name}" if name else self.root
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            return folder_bytes(root)
+        found = self.filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
+        return sum(info.size or 0 for info in found if info.type == fs.FileType.File)
 
 
 @dataclass(frozen=True)
@@ -46,11 +135,6 @@ class Record:
         return self.name[: -len("_YYYYMMDD_HHMMSS")]
 
     @property
-    def stamp(self) -> str:
-        """YYYYMMDD_HHMMSS."""
-        return self.name[-len("YYYYMMDD_HHMMSS") :]
-
-    @property
     def location(self) -> str:
         """Its path, or its URI."""
         return self.experiment.remote or str(self.experiment.path)
@@ -58,14 +142,12 @@ class Record:
     @cached_property
     def started(self) -> datetime:
         """When it was made, in this machine's time zone; by its directory's name where the record does not say."""
-        try:
-            return datetime.fromisoformat(str(self.info["created"])).astimezone()
-        except (KeyError, ValueError):
-            pass
-        try:
-            return datetime.strptime(self.stamp, "%Y%m%d_%H%M%S").astimezone()
-        except ValueError:  # digits that are no time
-            return datetime.fromtimestamp(0).astimezone()
+        for text, form in ((str(self.info.get("created")), None), (self.name[-15:], "%Y%m%d_%H%M%S")):
+            try:
+                return (datetime.strptime(text, form) if form else datetime.fromisoformat(text)).astimezone()
+            except ValueError:  # digits that are no time
+                continue
+        return datetime.fromtimestamp(0).astimezone()
 
     @cached_property
     def train(self) -> list[dict[str, Any]]:
@@ -110,12 +192,10 @@ class Record:
 
     @property
     def images_a_step(self) -> int | None:
-        """Images of one optimiser step, all workers together; None where the record does not tell."""
+        """Images of one optimiser step, all workers together; None where the record does not say."""
         batch, micro = self.config.get("batch_size"), self.config.get("gradient_accumulation_steps")
-        workers = self.info.get("world_size")
-        if isinstance(batch, int) and isinstance(micro, int) and isinstance(workers, int):
-            return batch * micro * workers
-        return None
+        factors = [factor for factor in (batch, micro, self.info.get("world_size")) if isinstance(factor, int)]
+        return prod(factors) if len(factors) == 3 else None
 
     @property
     def training_seconds(self) -> float | None:
@@ -170,6 +250,10 @@ def read_record(experiment: Experiment, *, held: bool = False) -> Record:
     return Record(experiment, files, state, info, config, problem, checkpoints)
 
 
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # a long list has many to read
+
+
 def is_finite(value: Any) -> TypeGuard[float]:
     """Whether a record's value is a number."""
     return isinstance(value, (int, float)) and isfinite(value)
@@ -189,10 +273,6 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def _load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
 def _parsed(
     files: ExperimentFiles, name: str, kind: str, load: Callable[[str], Any]
 ) -> tuple[dict[str, Any], str | None]:
@@ -207,3 +287,74 @@ def _parsed(
     except (ValueError, yaml.YAMLError) as error:
         return {}, f"{name} is not {kind} ({str(error).splitlines()[0]})"
     return (found, None) if isinstance(found, dict) else ({}, f"{name} holds no {kind} mapping")
+
+
+def find_records(root: str, name: str | None = None) -> list[Record]:
+    """Experiments under a root, oldest first; those of one name only where it is given.
+
+    In a folder of this machine also those whose record cannot be read. Raises ExperimentError for a root that is not
+    there or cannot be read, ConfigError for one in a job's copy, which holds none.
+    """
+    root = result_path("experiments_dir", root)
+    records = [read_record(found) for found in (_remote(root) if "://" in root else _local(root))]
+    wanted = [record for record in records if name in (None, record.family)]
+    return sorted(wanted, key=lambda record: (record.name[-15:], record.name))
+
+
+def resolve(records: Sequence[Record], wanted: str, root: str) -> Record:
+    """The experiment that `wanted` means: a whole name, the beginning of just one, a path ending so, or `latest`.
+
+    records: oldest first. Raises ExperimentError, which names what it could be, where it is none or several.
+    """
+    where = result_path("experiments_dir", root)
+    if not records:
+        raise ExperimentError(f"no experiment in {where}; name another folder by --experiments_dir")
+    if wanted == LATEST:
+        return records[-1]
+    word = wanted.rstrip("/").rpartition("/")[2]  # a shell completes names to paths
+    whole = [record for record in records if record.name == word]
+    found = whole or [record for record in records if word and record.name.startswith(word)]
+    if not found:
+        raise ExperimentError(f"experiment {wanted} is not in {where}; there: {_names(records)}, or say {LATEST}")
+    if len(found) > 1:
+        raise ExperimentError(f"experiment {wanted} may be {_names(found)}; give more of its name")
+    return found[0]
+
+
+def _local(root: str) -> list[Experiment]:
+    folder = Path(root).expanduser()
+    if not folder.is_dir():
+        found = "not a folder" if folder.exists() else "not there"
+        raise ExperimentError(f"experiments_dir: {root} is {found}; name the folder that holds the experiments")
+    try:
+        paths = [path for path in folder.iterdir() if DIRECTORY.fullmatch(path.name) and path.is_dir()]
+    except OSError as error:
+        raise ExperimentError(f"experiments_dir: {root} cannot be read ({error.strerror}); name another") from None
+    return [Experiment(path.absolute()) for path in paths if not path.name.startswith(".")]
+
+
+def _remote(root: str) -> list[Experiment]:
+    try:
+        return list_experiments(root)
+    except ValueError as error:  # of json
+        raise ExperimentError(
+            f"experiments_dir: a record in {root} is not JSON ({error}); fix or remove it there"
+        ) from None
+
+
+def _names(records: Sequence[Record]) -> str:
+    more = len(records) - NAMED
+    return ", ".join(record.name for record in records[-NAMED:]) + (f" ({more} more)" if more > 0 else "")
+
+
+def folder_bytes(folder: str) -> int:
+    """Bytes of all files below a folder of this machine; links count for nothing."""
+    total = 0
+    for directory, _, names in os.walk(folder):  # skips what is gone meanwhile, as a run deletes its old checkpoints
+        for name in names:
+            try:
+                found = os.lstat(os.path.join(directory, name))
+            except OSError:
+                continue
+            total += found.st_size if not stat.S_ISLNK(found.st_mode) else 0
+    return total

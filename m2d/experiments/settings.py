@@ -51,7 +51,7 @@ class CleanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Which experiments stand side by side."""
+    """Which experiments are compared."""
 
     experiments: list[str]  # two or more, named as for show
     experiments_dir: str = "./experiments"  # path or URI that holds the experiment directories

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Collection, Mapping
-from datetime import datetime
 from math import isfinite
 from typing import Any
 
@@ -12,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from m2d.experiments.record import Record, State
-from m2d.files.storage import without_secrets
 
 NOTHING = "–"
 PIPE_WIDTH = 160  # characters
@@ -59,40 +57,26 @@ def number_text(value: Any) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
-def time_text(time: datetime) -> str:
-    """2026-11-22 17:13."""
-    return f"{time:%Y-%m-%d %H:%M}"
-
-
 def steps_text(record: Record) -> str:
     """2,130/2,982."""
-    total = NOTHING if record.total_steps is None else f"{record.total_steps:,}"
-    return f"{record.steps_done:,}/{total}"
-
-
-def state_text(state: State) -> Text:
-    """The state, coloured."""
-    return Text(state, STATE_STYLES[state])
+    return f"{record.steps_done:,}/{number_text(record.total_steps)}"
 
 
 def one_line(text: str, longest: int = 300) -> str:
-    """A message on one line, without a terminal's colour codes, and its keys blanked."""
-    lines = [line.strip() for line in Text.from_ansi(text).plain.splitlines() if line.strip()]
-    line = without_secrets(lines[0] if lines else "")
+    """A message's first line, without a terminal's colour codes."""
+    line = next((line.strip() for line in Text.from_ansi(text).plain.splitlines() if line.strip()), "")
     return line if len(line) <= longest else f"{line[:longest]}…"
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: no infinity, no NaN, no access key."""
+    """The value as JSON can hold it: no infinity, no NaN."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(entry) for entry in value]
     if isinstance(value, float):
         return value if isfinite(value) else None
-    if isinstance(value, str):
-        return without_secrets(value)
-    return value if isinstance(value, (int, bool, type(None))) else str(value)
+    return value if isinstance(value, (str, int, type(None))) else str(value)
 
 
 def print_json(value: Any) -> None:

@@ -7,6 +7,7 @@ lost. Every command asks here before it opens a path that a user gave. Light: th
 import errno
 import json
 import os
+import re
 import stat
 import tempfile
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ def result_path(setting: str, location: Location) -> Location:
     setting: its name, for the message. location: a path, a URI, or None; outside a job it comes back as it is. In a job
     a relative path begins in M2D_STORAGE where that is set. Raises ConfigError for a place in the job's copy.
     """
+    refuse_credentials(setting, location or "")
     job = _Job.of_this_process()
     if location is None or "://" in location or job is None:
         return location
@@ -39,7 +41,7 @@ def result_path(setting: str, location: Location) -> Location:
         return str(place)
     if job.copy is not None and (not given.is_absolute() or given.resolve().is_relative_to(job.copy)):
         raise ConfigError(
-            f"{setting}: {location} would lie in this job's copy of the submitted directory, which Ray deletes; give "
+            f"{setting}: {location} would be in this job's copy of the submitted directory, which Ray deletes; give "
             f"an absolute path, or set {STORAGE} on the cluster's nodes to a directory that all of them see"
         )
     return location
@@ -49,8 +51,9 @@ def input_path(setting: str, location: Location, *, required: bool = True) -> Lo
     """The place of an input that a user gave: as it is, or in a job where it is found.
 
     A relative path is looked for in the job's working directory, then in M2D_STORAGE. One that is in neither comes back
-    as it is, for the caller to refuse, or in a job's copy, if required, raises ConfigError that tells why it is absent.
+    as it is, for the caller to refuse, or in a job's copy, if required, raises ConfigError that says why it is absent.
     """
+    refuse_credentials(setting, location or "")
     job = _Job.of_this_process()
     if location is None or "://" in location or job is None:
         return location
@@ -67,6 +70,33 @@ def input_path(setting: str, location: Location, *, required: bool = True) -> Lo
         f"{setting}: {location} is not there{elsewhere}: this job runs in a copy of the submitted directory, without "
         "what git ignores; give an absolute path"
     )
+
+
+def refuse_credentials(setting: str, location: str) -> None:
+    """Raise ConfigError for a URI with credentials in it, which records, logs and the list of processes would show.
+
+    A container's or a user's mere name may be there, and options that say where and how a store is reached.
+    """
+    found = _URI.fullmatch(location)
+    if found is None:
+        return
+    scheme, server, query = found.groups()
+    user, at, _ = server.partition("/")[0].rpartition("@")
+    is_name = user == "anonymous" or (scheme.lower() in ("abfs", "abfss", "hdfs", "viewfs") and ":" not in user)
+    if (at and not is_name) or _PASSWORD.match(server) or not all(map(_OPTION.fullmatch, (query or "").split("&"))):
+        raise ConfigError(
+            f"{setting} is a URI with credentials, or an option that may be one; give them by the environment "
+            "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) or an instance role"
+        )
+
+
+_URI = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://([^?]*)(?:\?(.*))?", re.DOTALL)
+_PASSWORD = re.compile(r"[^/@]*:(?!\d+(?:/|$))")  # a secret key may hold a slash that should have been quoted
+_OPTION = re.compile(  # of pyarrow's URIs; anything else in a query may be a token or a signature
+    r"|(?:allow_bucket_creation|allow_bucket_deletion|allow_delayed_open|anonymous|background_writes|(?:blob|dfs)_storage_"
+    r"(?:authority|scheme)|enable_tls|endpoint_override|region|replication|retry_limit_seconds|scheme|"
+    r"tls_verify_certificates)=[\w.:/%-]*"
+)
 
 
 def copy_around(path: Path) -> Path | None:
@@ -109,11 +139,6 @@ class _Job:
         storage = os.environ.get(STORAGE) or None
         if storage is not None and not Path(storage).is_absolute():
             raise ConfigError(f"{STORAGE} is {storage}; it must be an absolute path that every node sees")
-        return _Job(_copy(config), None if storage is None else Path(os.path.normpath(storage)))
-
-
-def _copy(config: str) -> Path | None:
-    """The copy around the working directory, if a directory was submitted. The command may have gone elsewhere."""
-    if not (json.loads(config).get("runtime_env") or {}).get("working_dir"):
-        return None
-    return copy_around(Path.cwd().resolve())
+        submitted = (json.loads(config).get("runtime_env") or {}).get("working_dir")
+        copy = copy_around(Path.cwd().resolve()) if submitted else None  # the command may have gone elsewhere
+        return _Job(copy, None if storage is None else Path(os.path.normpath(storage)))

@@ -8,6 +8,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from m2d.errors import DataError
+from m2d.files.paths import refuse_credentials
 
 _URI = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
@@ -16,17 +17,19 @@ def open_storage(location: str) -> tuple[fs.FileSystem, str]:
     """The filesystem that holds `location`, and the path of `location` in it, without a trailing slash.
 
     location: a local path (made absolute, `~` expanded) or a URI (file://, s3://, gs://, abfs://, hdfs://).
-    Nothing has to exist there yet. Raises DataError for a location that pyarrow cannot reach.
+    Nothing has to exist there yet. Raises DataError for a location that pyarrow cannot reach,
+    ConfigError for a URI with credentials.
     """
     if not location:
         raise DataError("storage: the location is empty; give a local path or a URI such as s3://bucket/folder")
     if not _URI.match(location):
         return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(location))
+    refuse_credentials("storage", location)
     try:
         filesystem, path = fs.FileSystem.from_uri(location)
     except (pa.ArrowException, ValueError, TypeError, OSError, ImportError) as error:
         raise DataError(
-            f"storage: {without_secrets(location)} cannot be reached ({one_line(error)}); "
+            f"storage: {location} cannot be reached ({one_line(error)}); "
             "give a local path or a URI of file://, s3://, gs://, abfs:// or hdfs://"
         ) from error
     return filesystem, path
@@ -43,7 +46,7 @@ def copy_changed(source: str, target: str, wanted: Callable[[str], bool]) -> Non
 
     source, target: locations (see open_storage). wanted: whether to copy the file of this path relative to `source`.
     Files under 1 MiB are always copied; larger ones where they are missing or of another size there. A file called
-    complete.json comes last: it says that what lies beside it is whole. Raises OSError.
+    complete.json comes last: it says that the files beside it are complete. Raises OSError.
     """
     filesystem, root = open_storage(source)
     target_filesystem, target_root = open_storage(target)
@@ -67,42 +70,6 @@ def _copy_file(source: fs.FileSystem, path: str, target: fs.FileSystem, target_p
     fs.copy_files(path, target_path, source_filesystem=source, destination_filesystem=target)
 
 
-def without_secrets(text: str) -> str:
-    """The text with the secrets of each URI in it blanked as ***, fit for a message, a log or a record.
-
-    Blanked are the user part (access keys; a container's or a user's mere name stays) and the query, but for options
-    that say where and how a store is reached. So what is left of a URI without a secret is the URI.
-    """
-    text = _KEYS.sub(r"\1***@", text)
-    text = _NAME.sub(lambda found: found[0] if _is_mere_name(found) else f"{found[1]}***@", text)
-    return _QUERY.sub(lambda found: found[1] + "?" + _without_secret_options(found[2]), text)
-
-
 def one_line(error: Exception, longest: int = 200) -> str:
-    """An error's text as a part of a message: in one line, without secrets, at most so many characters."""
-    return without_secrets(" ".join(str(error).split()))[:longest] or type(error).__name__
-
-
-# Of pyarrow's URIs; anything else in a query may be a token or a signature.
-_OPEN_OPTION = re.compile(
-    r"(?:allow_bucket_creation|allow_bucket_deletion|allow_delayed_open|anonymous|background_writes|(?:blob|dfs)_storage_"
-    r"(?:authority|scheme)|enable_tls|endpoint_override|region|replication|retry_limit_seconds|scheme|"
-    r"tls_verify_certificates)=[\w.:/%-]*"
-)
-# A secret key may hold a slash that somebody forgot to quote, so it ends at the @. What follows a port is a path.
-_KEYS = re.compile(r"(://)[^/@\s:]*:(?!\d+/)[^@\s'\"]*@")
-_NAME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)([^/@\s]+)@")
-_QUERY = re.compile(r"(://[^\s?]*)\?(\S+)")
-
-
-def _is_mere_name(found: re.Match[str]) -> bool:
-    return found[2] == "anonymous" or found[1].lower() in ("abfs://", "abfss://", "hdfs://", "viewfs://")
-
-
-def _without_secret_options(query: str) -> str:
-    whole = query.rstrip("'\")],;.")  # what a sentence or a shell's quotes put behind
-    kept = []
-    for option in whole.split("&"):
-        name = re.match(r"[\w.-]+=", option)
-        kept.append(option if _OPEN_OPTION.fullmatch(option) else f"{name[0] if name else ''}***")
-    return "&".join(kept) + query[len(whole) :]
+    """An error's text as a part of a message: in one line, at most so many characters."""
+    return " ".join(str(error).split())[:longest] or type(error).__name__

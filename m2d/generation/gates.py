@@ -55,7 +55,7 @@ from m2d.metrics.neighbours import (
     unit_thumbnails,
 )
 from m2d.models.checkpoint import Checkpoint
-from m2d.models.feature_extractor import FeatureExtractor
+from m2d.models.extractors import FeatureExtractor
 
 FORMAT = 1
 WEAK_BELOW = 30  # images of a class whose distances are known; a 99 % quantile of fewer is their largest, or chance

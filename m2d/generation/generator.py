@@ -26,7 +26,7 @@ from m2d.models.unet import Denoiser
 
 if TYPE_CHECKING:
     from m2d.models.checkpoint import Checkpoint
-    from m2d.models.feature_extractor import FeatureExtractor
+    from m2d.models.extractors import FeatureExtractor
     from m2d.models.settings import Precision
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)

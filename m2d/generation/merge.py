@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from m2d.classes import CLASSES
 from m2d.errors import DataError
-from m2d.files.storage import one_line, without_secrets
+from m2d.files.storage import one_line
 from m2d.generation.output import whole_output
 
 INDEX_SCHEMA = pa.schema(
@@ -61,7 +61,7 @@ def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: 
     by path or by content): they are left out. Raises DataError for a manifest that is not one or for an id that stands
     twice, ConfigError where the index cannot be written.
     """
-    root = without_secrets(data_root) if "://" in data_root else os.path.abspath(data_root)
+    root = data_root if "://" in data_root else os.path.abspath(data_root)
     rows = catalog.select(("image_id", "path", "label", "split", "lesion_id", "sha256")).to_pylist()
     for row in rows:
         row |= {"class": row.pop("label"), "root": root, "source": "real"}

@@ -21,13 +21,14 @@ from m2d.data.catalog import IMAGE_SUFFIXES, is_debris
 from m2d.data.decode import ImageRejected, decode_resized, probe_image
 from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError
-from m2d.files.storage import inside, one_line, open_storage, without_secrets
+from m2d.files.paths import refuse_credentials
+from m2d.files.storage import inside, one_line, open_storage
 
 if TYPE_CHECKING:
     import numpy as np
 
     from m2d.models.checkpoint import Checkpoint
-    from m2d.models.feature_extractor import FeatureExtractor
+    from m2d.models.extractors import FeatureExtractor
 
 MAX_PIXELS = DataConfig().max_pixels
 _THREADS = 16  # decoding releases the GIL, and on remote storage most of them wait for bytes
@@ -64,14 +65,9 @@ def read_references(
     files are passed over, unreadable ones are left out and listed with a reason. setting: the flag to name in errors.
     Raises DataError where the folder cannot be used, or a class of `classes` has no usable image in it.
     """
-    shown = without_secrets(folder)
-    if shown != folder:  # each image's place goes into plan, manifest and image
-        raise DataError(
-            f"{setting}: {shown} holds a key, which the record of each image would show; give credentials by the "
-            "environment or an instance role"
-        )
+    refuse_credentials(setting, folder)  # each image's place goes into plan, manifest and image
     filesystem, root = open_storage(folder)
-    candidates, rejected = _candidates(filesystem, root, classes, f"{setting}: {shown}")
+    candidates, rejected = _candidates(filesystem, root, classes, f"{setting}: {folder}")
     found: dict[str, list[Reference]] = {code: [] for code in CLASSES}
     with ThreadPoolExecutor(_THREADS) as pool:
         probed = pool.map(
@@ -86,11 +82,11 @@ def read_references(
     first = f"; the first of {len(rejected)} left out: {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
     present = [code for code in CLASSES if found[code]]
     if not present:
-        raise DataError(f"{setting}: {shown} holds no usable image{first}")
+        raise DataError(f"{setting}: {folder} holds no usable image{first}")
     lacking = [code for code in classes or () if not found[code]]
     if lacking:
         raise DataError(
-            f"{setting}: {shown} holds no usable image of {', '.join(lacking)}, but of {', '.join(present)}{first}; "
+            f"{setting}: {folder} holds no usable image of {', '.join(lacking)}, but of {', '.join(present)}{first}; "
             "name other --classes, or add images"
         )
     return References(by_class={code: tuple(found[code]) for code in present}, rejected=tuple(sorted(rejected)))
@@ -105,7 +101,7 @@ def read_reference(path: str, size: int) -> np.ndarray:
         return decode_resized(_read(*open_storage(path)), size, max_pixels=MAX_PIXELS)
     except (ImageRejected, pa.ArrowException, OSError) as error:
         raise DataError(
-            f"reference: {without_secrets(path)} cannot be used ({one_line(error)}); put the image back, or take its "
+            f"reference: {path} cannot be used ({one_line(error)}); put the image back, or take its "
             "rows out of the plan"
         ) from None
 
@@ -118,7 +114,7 @@ def read_sha256(paths: Collection[str]) -> dict[str, str]:
     if broken:
         raise DataError(
             f"plan: {len(broken)} of {len(paths)} input images cannot be used, the first is "
-            f"{without_secrets(broken[0])} ({probed[broken[0]][1]}); fix the paths in the plan, or take the rows out"
+            f"{broken[0]} ({probed[broken[0]][1]}); fix the paths in the plan, or take the rows out"
         )
     return {path: sha256 for path, (sha256, _) in probed.items()}
 
@@ -129,7 +125,7 @@ def load_reference_extractor(checkpoint: Checkpoint, weights: str | None = None)
     weights: its file here; None takes the place that the run had, or the extractor's own. Raises CheckpointError or
     ConfigError where it cannot be had, or gives features of another length than the checkpoint's.
     """
-    from m2d.models.feature_extractor import load_feature_extractor
+    from m2d.models.extractors import load_feature_extractor
 
     recorded: Any = checkpoint.info.config.get("feature_extractor")
     if not isinstance(recorded, dict) or "name" not in recorded:
@@ -233,4 +229,4 @@ def _probe(filesystem: fs.FileSystem, path: str, max_pixels: int = MAX_PIXELS) -
 
 def _read(filesystem: fs.FileSystem, path: str) -> bytes:
     with filesystem.open_input_stream(path, compression=None) as stream:
-        return stream.read()  # type: ignore[no-any-return]
+        return stream.read()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from m2d.generation.gates import GateReference, Verdict
     from m2d.generation.generator import Generator
     from m2d.models.checkpoint import Checkpoint
-    from m2d.models.feature_extractor import FeatureExtractor
+    from m2d.models.extractors import FeatureExtractor
 
 WRITER_CPUS = 1.0  # logical ones of a writing task; one such task keeps up with a few hundred small images a second
 _WRITERS = 2  # threads; encoding releases the GIL, and more than the device keeps busy would only wait

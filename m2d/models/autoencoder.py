@@ -8,7 +8,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from m2d.errors import CheckpointError, first_line
-from m2d.models.group_norm import keep_input_type
+from m2d.models.norms import keep_input_type
 from m2d.models.settings import AutoencoderConfig
 
 _CODED_PIXELS = 32 * 128**2  # through a VAE at once; its activations at 256 px: 1.3 GiB in bf16, 1.6 in float32
@@ -41,8 +41,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W], about [-1, 1], of latents [B, C, h, w]."""
-        images: Tensor = self.vae.decode(latents).sample
-        return images
+        return self.vae.decode(latents).sample
 
 
 def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder:
@@ -87,8 +86,7 @@ def _pretrained(location: str) -> AutoencoderKL:
             f"autoencoder.pretrained: the weights in {location} do not fit its config.json: {len(strangers)} tensors "
             f"are missing or not known, the first is {strangers[0]}; take the folder of an AutoencoderKL"
         )
-    loaded: AutoencoderKL = vae
-    return loaded
+    return vae
 
 
 def coded_at_once(image_size: int) -> int:

@@ -4,7 +4,7 @@ checkpoint.yaml            what it is: step, stage, image size, classes, extract
 vae/  unet/                load in plain diffusers (the U-Net's weights are the averaged ones)
 conditioning.safetensors   averaged condition encoder, feature statistics and latent batch norm
 feature_prior.safetensors  what generation draws its guiding features from; older checkpoints have none
-training/                  what resuming needs besides (m2d.training.saving)
+training/                  what resuming also needs (m2d.training.saving)
 complete.json              written last: a directory without it is not a checkpoint
 """
 
@@ -27,9 +27,8 @@ from m2d.classes import CLASSES
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, first_line
 from m2d.models.autoencoder import Autoencoder
-from m2d.models.conditioning import ConditionEncoder
 from m2d.models.settings import COMPLETE, ConditioningConfig
-from m2d.models.unet import Denoiser
+from m2d.models.unet import ConditionEncoder, Denoiser
 
 FORMAT = 1
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
@@ -73,11 +72,6 @@ class Checkpoint:
     def step(self) -> int:
         """Optimiser steps taken."""
         return self.info.step
-
-    @property
-    def stage(self) -> str:
-        """joint or latent."""
-        return self.info.stage
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -211,13 +205,12 @@ def _read_prior(directory: Path, info: CheckpointInfo) -> FeaturePrior | None:
 
 
 def _strictly(network: type[NetworkT], folder: Path) -> NetworkT:
-    """diffusers would warn of a missing tensor and leave it at random values."""
-    loaded, told = network.from_pretrained(folder, local_files_only=True, output_loading_info=True)  # type: ignore[attr-defined]
-    strangers = [*told["missing_keys"], *told["unexpected_keys"], *told["mismatched_keys"]]
+    """diffusers would only warn about a missing tensor and leave it at random values."""
+    loaded, report = network.from_pretrained(folder, local_files_only=True, output_loading_info=True)  # type: ignore[attr-defined]
+    strangers = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if strangers:
         raise CheckpointError(f"checkpoint: the weights in {folder} do not fit its config.json: {strangers[0]}")
-    network_loaded: NetworkT = loaded
-    return network_loaded
+    return loaded
 
 
 def _frozen(network: NetworkT, device: str | torch.device) -> NetworkT:

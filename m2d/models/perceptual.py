@@ -3,7 +3,7 @@
 import contextlib
 import io
 import warnings
-from typing import Any, Protocol
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -11,75 +11,55 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d.errors import first_line
-from m2d.models.feature_extractor import LITE0, load_feature_extractor
+from m2d.models.extractors import LITE0, load_feature_extractor
 from m2d.models.settings import PerceptualKind
 
 
-class FeaturePyramid(Protocol):
-    """A frozen network with feature maps of falling resolution, for images of any size."""
+class _Distance(nn.Module):
+    """Its network is outside the module tree: it is frozen and may be the caller's, so it is in no checkpoint."""
 
-    mean: Tensor  # [1, 3, 1, 1], of pixels in [0, 255]
-    std: Tensor
-
-    def pyramid(self, x: Tensor) -> list[Tensor]:
-        """Maps of images (pixel - mean) / std; differentiable."""
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As nn.Module's."""
-
-
-class FeatureDistance(nn.Module):
-    """Distance of feature maps, unit-normalised over channels: LPIPS without its learned channel weights.
-
-    Source: Zhang et al., arXiv 1801.03924, eq. 1 with w = 1. The maps are taken at the images' own size.
-    """
-
-    def __init__(self, extractor: FeaturePyramid) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
-        # Held outside the module tree: the extractor is frozen and may be the caller's, so it is in no checkpoint.
-        self._extractor = [extractor]
+        self._network = [network]
 
-    def to(self, *args: Any, **kwargs: Any) -> "FeatureDistance":
-        """Moves the hidden extractor too: one that is nobody else's would stay behind."""
-        self._extractor[0].to(*args, **kwargs)
-        return self
-
-    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """images, targets: [B, 3, H, W] in [-1, 1]. Returns [B], 0 for equal images."""
-        extractor = self._extractor[0]
-        # Depthwise convolutions are slower in bf16 than in float32 on CPUs, and unit-normalising loses what bf16 keeps.
-        with torch.autocast(images.device.type, enabled=False):
-            return self._distance(extractor, images.float(), targets.float())
-
-    @staticmethod
-    def _distance(extractor: FeaturePyramid, images: Tensor, targets: Tensor) -> Tensor:
-        first, second = (
-            extractor.pyramid(((x + 1) * 127.5 - extractor.mean) / extractor.std) for x in (images, targets)
-        )
-        total = images.new_zeros(images.shape[0])
-        for a, b in zip(first, second, strict=True):
-            difference = F.normalize(a, dim=1, eps=1e-6) - F.normalize(b, dim=1, eps=1e-6)
-            total = total + difference.square().sum(dim=1).mean(dim=(1, 2))
-        return total / len(first)
-
-
-class LpipsDistance(nn.Module):
-    """The `lpips` package's distance, frozen."""
-
-    def __init__(self, net: str) -> None:
-        super().__init__()
-        self._network = [_load_lpips(net)]
-
-    def to(self, *args: Any, **kwargs: Any) -> "LpipsDistance":
+    def to(self, *args: Any, **kwargs: Any) -> "_Distance":
         """Moves the hidden network too."""
         self._network[0].to(*args, **kwargs)
         return self
 
+
+class FeatureDistance(_Distance):
+    """Distance of feature maps, unit-normalised over channels: LPIPS without its learned channel weights.
+
+    Of a frozen network with `mean`, `std` and `pyramid`, such as EfficientNetLite, at the images' own size.
+    Source: Zhang et al., arXiv 1801.03924, eq. 1 with w = 1.
+    """
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """images, targets: [B, 3, H, W] in [-1, 1]. Returns [B], 0 for equal images."""
+        extractor = self._network[0]
+        # Depthwise convolutions are slower in bf16 than in float32 on CPUs, and unit-normalising loses what bf16 keeps.
+        with torch.autocast(images.device.type, enabled=False):
+            first, second = (
+                extractor.pyramid(((x.float() + 1) * 127.5 - extractor.mean) / extractor.std) for x in (images, targets)
+            )
+            total = first[0].new_zeros(images.shape[0])
+            for a, b in zip(first, second, strict=True):
+                difference = F.normalize(a, dim=1, eps=1e-6) - F.normalize(b, dim=1, eps=1e-6)
+                total = total + difference.square().sum(dim=1).mean(dim=(1, 2))
+            return total / len(first)
+
+
+class LpipsDistance(_Distance):
+    """The `lpips` package's distance, frozen."""
+
+    def __init__(self, net: str) -> None:
+        super().__init__(_load_lpips(net))
+
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """images, targets: [B, 3, H, W] in [-1, 1]. Returns [B]."""
         with torch.autocast(images.device.type, enabled=False):
-            distance: Tensor = self._network[0](images.float(), targets.float())
-        return distance.flatten()
+            return self._network[0](images.float(), targets.float()).flatten()
 
 
 def lpips_available(net: str) -> tuple[bool, str]:
@@ -110,5 +90,4 @@ def _load_lpips(net: str) -> nn.Module:
 
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls torchvision by arguments that were renamed since
-        network: nn.Module = lpips.LPIPS(net=net, verbose=False)
-    return network.eval().requires_grad_(False)
+        return lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)

@@ -33,14 +33,20 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_at_least(config: object, group: str, **least: float) -> None:
+    for name, minimum in least.items():
+        value = getattr(config, name)
+        _require(value >= minimum, f"{group}.{name} is {value}; it must be at least {minimum}")
+
+
 def require_extractor(name: str, weights: str | None, input_size: int | None, crop: str) -> None:
     """Raise ConfigError where an extractor cannot be built from these settings, as far as that shows without torch."""
     known = name in KNOWN_EXTRACTORS or (name.startswith(TIMM_PREFIX) and name != TIMM_PREFIX)
     _require(known, f"feature_extractor.name is {name}; known: {' '.join(KNOWN_EXTRACTORS)} {TIMM_PREFIX}MODEL")
     _require(
         weights is not None or not name.startswith(PANDERM_PREFIX),
-        f"feature_extractor.weights is not set, and {name} needs its file, which only its authors give out; "
-        "docs/panderm.md tells where",
+        f"feature_extractor.weights is not set, and {name} needs its file, which only its authors distribute; "
+        "docs/panderm.md says where",
     )
     if weights is not None and not Path(weights).is_file():
         raise ConfigError(f"feature_extractor.weights: {weights} is not a file; give the path of a local one")
@@ -62,15 +68,12 @@ class FeatureExtractorConfig:
     name: str = "efficientnet-lite0"  # or efficientnet-lite1, panderm-large, panderm-base, timm:MODEL
     weights: str | None = None  # a local file; None: the extractor's own (PanDerm has none: docs/panderm.md)
     input_size: int | None = None  # pixels a side fed to the extractor; None: its native size
-    crop: Crop = "whole"  # whole: resized whole, so patches lie where the U-Net's cells do; official: the centre
+    crop: Crop = "whole"  # whole: resized whole, so patches are where the U-Net's cells are; official: the centre
     statistics_images: int = 2048  # training images to which feature moments and prior are fitted; all of rare classes
 
     def __post_init__(self) -> None:
         require_extractor(self.name, self.weights, self.input_size, self.crop)
-        _require(
-            self.statistics_images >= 2,
-            f"feature_extractor.statistics_images is {self.statistics_images}; it must be at least 2",
-        )
+        _require_at_least(self, "feature_extractor", statistics_images=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,15 +89,13 @@ class AutoencoderConfig:
     gradient_checkpointing: bool = False  # less memory in training, about a third more time
 
     def __post_init__(self) -> None:
-        _require(self.norm_groups >= 1, f"autoencoder.norm_groups is {self.norm_groups}; it must be at least 1")
+        _require_at_least(self, "autoencoder", norm_groups=1, latent_channels=1, layers_per_block=1)
         _require(len(self.block_channels) >= 1, "autoencoder.block_channels is empty; give one width a level")
         for width in self.block_channels:
             _require(
                 width % self.norm_groups == 0,
                 f"autoencoder.block_channels has {width}; every width must divide by norm_groups {self.norm_groups}",
             )
-        _require(self.latent_channels >= 1, "autoencoder.latent_channels must be at least 1")
-        _require(self.layers_per_block >= 1, "autoencoder.layers_per_block must be at least 1")
 
     @property
     def downsampling(self) -> int:
@@ -115,8 +116,7 @@ class UNetConfig:
 
     def __post_init__(self) -> None:
         _require(len(self.block_channels) >= 1, "unet.block_channels is empty; give one width a level")
-        for name in ("layers_per_block", "head_dim", "norm_groups"):
-            _require(getattr(self, name) >= 1, f"unet.{name} is {getattr(self, name)}; it must be at least 1")
+        _require_at_least(self, "unet", layers_per_block=1, head_dim=1, norm_groups=1)
         _require(
             len(self.attention_levels) == len(self.block_channels),
             f"unet.attention_levels has {len(self.attention_levels)} entries and unet.block_channels "
@@ -142,12 +142,9 @@ class ConditioningConfig:
 
     def __post_init__(self) -> None:
         for name in ("class_dropout", "feature_dropout"):
-            _require(
-                0 <= getattr(self, name) <= 1, f"conditioning.{name} is {getattr(self, name)}; it is a probability"
-            )
-        _require(self.feature_noise >= 0, f"conditioning.feature_noise is {self.feature_noise}; it must be at least 0")
-        _require(self.feature_tokens >= 1, "conditioning.feature_tokens must be at least 1")
-        _require(self.context_dim >= 1, "conditioning.context_dim must be at least 1")
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"conditioning.{name} is {value}; it is a probability")
+        _require_at_least(self, "conditioning", feature_noise=0, feature_tokens=1, context_dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +155,7 @@ class ProjectorConfig:
     hidden_dim: int = 512  # width of the MLP
 
     def __post_init__(self) -> None:
-        _require(self.hidden_dim >= 1, "projector.hidden_dim must be at least 1")
+        _require_at_least(self, "projector", hidden_dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,5 +180,4 @@ class DiscriminatorConfig:
             self.channels >= 4 and self.channels % 4 == 0,
             f"discriminator.channels is {self.channels}; it must be a multiple of 4",
         )
-        _require(self.layers >= 1, f"discriminator.layers is {self.layers}; it must be at least 1")
-        _require(self.start_step >= 0, "discriminator.start_step must be at least 0")
+        _require_at_least(self, "discriminator", layers=1, start_step=0)

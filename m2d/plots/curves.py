@@ -1,5 +1,6 @@
 """The curves of a run from its telemetry records, a small chart for each quantity. Telemetry and the report call it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -10,13 +11,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from m2d.plots.series import FEWEST_TO_SMOOTH, Series, envelope, names_of, running_median, series
 from m2d.plots.style import FAINT, LINE_COLOURS, LINE_STYLES, new_figure, png, styled
 
 _LOOK_OF = {"autoencoder": 0, "VAE": 0, "denoiser": 1, "U-Net": 1, "discriminator": 2}  # the same in every chart
 _ROUND = (1, 2, 5, 10)  # what ticks count in
 _MOST_WITH_RAW = 3  # curves in one chart; behind more, what was recorded would be a grey cloud
 _LOG_FROM = 10.0  # a curve that spans more than this factor, all of it above 0, is drawn on a logarithmic scale
+MOST_POINTS = 600  # of a curve: about two for each pixel of a small chart's width
+FEWEST_TO_SMOOTH = 10
+
+
+@dataclass(frozen=True)
+class Series:
+    """steps [K], rising; values [K], NaN where what was recorded is not finite."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    @property
+    def finite(self) -> np.ndarray:
+        """The values that are numbers, [<= K]."""
+        return self.values[np.isfinite(self.values)]
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ def validation_figure(records: Sequence[dict[str, Any]], *, columns: int = 3) ->
 
 def training_panels(records: Sequence[dict[str, Any]]) -> list[Panel]:
     """The charts that these records fill, in the order of a page. Nothing recorded is left out, but zero counters."""
-    names = [name for name in names_of(records) if name != "skipped_steps" or _ever(records, name)]
+    names = [name for name in names_of(records) if name != "skipped_steps" or any(r.get(name) for r in records)]
     rates = {name: name.partition("/")[2] for name in names if name.startswith("learning_rate/")}
     norms = {name: name.partition("/")[2] for name in names if name.startswith("gradient_norm/")}
     networks = {name: network for name, network in norms.items() if "." not in network}
@@ -114,10 +129,6 @@ def _present(panels: Sequence[Panel], names: Sequence[str]) -> list[Panel]:
         if any(name in names for name in panel.names)
     ]
     return found + [Panel(name, {name: name.rpartition("/")[2]}) for name in names if name not in known]
-
-
-def _ever(records: Sequence[dict[str, Any]], name: str) -> bool:
-    return any(record.get(name) for record in records)
 
 
 def _figure(
@@ -158,10 +169,15 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[dict[str, Any]], *, 
             axes.plot(raw.steps, raw.values, color=colour, alpha=0.22, linewidth=0.8, zorder=2)
         axes.plot(
             bold.steps, bold.values, line_style, color=colour, marker="o" if few else "", markersize=4, zorder=3,
-            label=_with_last(label, bold),
+            label=f"{label} {_number(bold.finite[-1])}" if len(bold.finite) else f"{label}: not finite",
         )  # fmt: skip
         if panel.best and len(curve.finite):
-            _ring_best(axes, curve, panel.best)
+            at = np.nanargmax(curve.values) if panel.best == "max" else np.nanargmin(curve.values)
+            axes.plot(
+                curve.steps[at], curve.values[at], "o", markersize=11, markerfacecolor="none", linestyle="none",
+                markeredgecolor=LINE_COLOURS[1], markeredgewidth=1.6,
+                label=f"best {_number(curve.values[at])} at {curve.steps[at]:,.0f}",
+            )  # fmt: skip
     _scale(axes, panel, list(curves.values()))
     axes.set_title(panel.title)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=_ROUND))
@@ -172,26 +188,13 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[dict[str, Any]], *, 
         axes.legend()
 
 
-def _with_last(label: str, curve: Series) -> str:
-    return f"{label} {_number(curve.finite[-1])}" if len(curve.finite) else f"{label}: not finite"
-
-
 def _number(value: float) -> str:
     """Four digits that count, without an exponent where it can be read so."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
-def _ring_best(axes: Axes, curve: Series, best: str) -> None:
-    at = np.nanargmax(curve.values) if best == "max" else np.nanargmin(curve.values)
-    value = curve.values[at]
-    axes.plot(
-        curve.steps[at], value, "o", markersize=11, markerfacecolor="none", markeredgecolor=LINE_COLOURS[1],
-        markeredgewidth=1.6, linestyle="none", label=f"best {_number(value)} at {curve.steps[at]:,.0f}",
-    )  # fmt: skip
-
-
 def _scale(axes: Axes, panel: Panel, curves: Sequence[Series]) -> None:
-    """Logarithmic where values span decades; room around a curve that hardly moves, lest rounding look like news."""
+    """Logarithmic where values span decades; room around a flat curve, so that rounding does not look like a change."""
     values = np.concatenate([curve.finite for curve in curves])
     if not len(values):
         return
@@ -223,3 +226,56 @@ def _epochs_above(axes: Axes, epochs: Series) -> None:
     above = axes.secondary_xaxis("top")
     above.set_ticks(np.interp(ticks, values, steps).tolist(), labels)
     above.spines["top"].set_visible(False)
+
+
+def series(records: Sequence[dict[str, Any]], name: str) -> Series:
+    """What `name` was at each step that has it. A step recorded twice (a resumed run) counts as recorded last."""
+    found: dict[float, float] = {}
+    for record in records:
+        value = record.get(name)
+        if isinstance(value, int | float) and "step" in record:
+            found[record["step"]] = float(value) if math.isfinite(value) else math.nan
+    steps = sorted(found)
+    return Series(np.array(steps, dtype=float), np.array([found[step] for step in steps], dtype=float))
+
+
+def names_of(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Every name with a number in it, in the order of their first appearance; not `step`, `time` and `epoch`."""
+    names = dict.fromkeys(
+        name for record in records for name, value in record.items() if isinstance(value, int | float)
+    )
+    return [name for name in names if name not in ("step", "time", "epoch")]
+
+
+def envelope(one: Series, most: int = MOST_POINTS) -> Series:
+    """The curve in at most `most` points: each stretch's lowest and highest value, so that no spike is lost."""
+    if len(one.steps) <= most:
+        return one
+    keep: list[int] = []
+    for stretch in np.array_split(np.arange(len(one.steps)), most // 2):
+        values = one.values[stretch]
+        if np.isnan(values).all():
+            keep.append(int(stretch[0]))
+        else:
+            keep.extend(sorted({int(stretch[np.nanargmin(values)]), int(stretch[np.nanargmax(values)])}))
+    return Series(one.steps[keep], one.values[keep])
+
+
+def running_median(one: Series, most: int = MOST_POINTS // 2) -> Series:
+    """The course without its noise: the median over a window of a twentieth of the curve.
+
+    At the start, where a loss falls fast, the window is only as wide as it can be on both sides; at the end it looks
+    back, so that the last value is no single record's. Long curves are first reduced to `most` medians of stretches.
+    Values that are not finite are left out. Fewer than ten points stay as they are.
+    """
+    known = np.isfinite(one.values)
+    steps, values = one.steps[known], one.values[known]
+    if len(steps) < FEWEST_TO_SMOOTH:
+        return Series(steps, values)
+    if len(steps) > most:
+        stretches = np.array_split(np.arange(len(steps)), most)
+        values = np.array([np.median(values[stretch]) for stretch in stretches])
+        steps = np.array([steps[stretch].mean() for stretch in stretches])
+    reach = max(2, len(steps) // 40)
+    smooth = [np.median(values[max(0, i - reach) : i + min(reach, i) + 1]) for i in range(len(steps))]
+    return Series(steps, np.array(smooth))

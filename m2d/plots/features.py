@@ -1,107 +1,169 @@
-"""What the feature extractor and the U-Net see, as pictures of patches, alignment and classes. Telemetry calls it.
+"""Numbers of features for the pictures: principal components, and how alike classes are. Draws nothing."""
 
-The numbers come from components.py and similarity.py; the charts of classes are drawn in class_charts.py.
-"""
-
-from collections.abc import Mapping, Sequence
+import math
+from dataclasses import dataclass
 
 import numpy as np
-from matplotlib import colormaps
-from PIL import Image
 
-from m2d.plots.components import patch_colours
-from m2d.plots.style import percent
-from m2d.plots.tiles import GAP, LINE, STRIPE, Page, columns_for, require_images, require_labels, whole_factor
+from m2d.classes import CLASSES, NUM_CLASSES
 
-_HEAD = LINE + STRIPE + 4  # a class's code and stripe
-_BETWEEN = 20  # from one pair to the next, more than within one
-_NO_VALUE = (224, 224, 224)
+_EVEN = 128  # the grey of a component that does not vary
 
 
-def patch_pca(images: np.ndarray, patches: np.ndarray, labels: Sequence[int] | np.ndarray) -> Image.Image:
-    """Each image beside its patch features' first three principal components as red, green and blue.
+@dataclass(frozen=True)
+class Components:
+    """mean [D]; axes [K, D], rows orthonormal or 0 where there is no such component; share [K] of the variance."""
 
-    images: uint8 [N, H, W, 3]. patches: float [N, P, D], P = g^2 row by row. labels: [N] class indices. The components
-    are those of all patches together, so equal colours mean alike features in all images. ValueError where P is no
-    square.
+    mean: np.ndarray
+    axes: np.ndarray
+    share: np.ndarray
+
+    def coordinates(self, features: np.ndarray) -> np.ndarray:
+        """[M, D] to [M, K]."""
+        return (np.asarray(features, dtype=float) - self.mean) @ self.axes.T
+
+
+@dataclass(frozen=True)
+class Projection:
+    """real [N, 2], generated [M, 2]: coordinates; share [2]: of the real features' variance."""
+
+    real: np.ndarray
+    generated: np.ndarray
+    share: np.ndarray
+
+
+def principal_components(features: np.ndarray, count: int) -> Components:
+    """The `count` directions of most variance of features [M, D], most first.
+
+    The sign of each is such that its largest entry is positive, so that a picture does not turn over from one epoch to
+    the next. Where M or D is too small, or the variance 0, axes and shares are 0. ValueError unless all is finite.
     """
-    colours, share = patch_colours(np.asarray(patches))
-    grid = colours.shape[1]
-    shares = ", ".join(percent(part) for part in share)
-    return _pairs(
-        images, colours, labels,
-        title="Patch features",
-        caption=f"Red, green, blue: the first three principal components of all {len(colours)} × {grid} × {grid} patch "
-        f"features together, {shares} of their variance, each from its 1st to its 99th percentile. Equal colours: "
-        "alike features.",
-    )  # fmt: skip
+    features = require_features(features)
+    size, dim = features.shape
+    mean = features.mean(axis=0) if size else np.zeros(dim)
+    centred = features - mean
+    # The smaller of the two symmetric matrices: an image's patches are many or few, and both give the same components.
+    gram = dim > size
+    product = centred @ centred.T if gram else centred.T @ centred
+    values, vectors = np.linalg.eigh(product)
+    total = float(np.trace(product))
+    # What is left when equal rows are centred.
+    rounding = features.size * (1e-14 * float(np.abs(features).max(initial=0.0))) ** 2
+    axes, share = np.zeros((count, dim)), np.zeros(count)
+    for rank, index in enumerate(np.argsort(values)[::-1][:count]):
+        if values[index] > max(1e-12 * total, rounding):
+            axis = vectors[:, index] @ centred if gram else vectors[:, index]
+            axis = axis / np.linalg.norm(axis)
+            axes[rank] = axis * np.sign(axis[np.abs(axis).argmax()])
+            share[rank] = values[index] / total
+    return Components(mean, axes, share)
 
 
-def alignment_map(images: np.ndarray, cosine: np.ndarray, labels: Sequence[int] | np.ndarray) -> Image.Image:
-    """Each image beside the cosine of its tokens, U-Net against feature extractor, and their mean.
+def patch_colours(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Three components of all patches together as red, green, blue: uint8 [N, g, g, 3], and their shares [3].
 
-    images: uint8 [N, H, W, 3]. cosine: [N, h, w] in [-1, 1]. labels: [N] class indices. The colours always run from 0
-    to 1, so that pictures of two steps compare; below 0 is drawn as 0. Tokens that are not finite are grey.
+    patches: [N, P, D], P = g^2, row by row. Each component runs from its 1st to its 99th percentile, so that one odd
+    patch does not take the contrast from the rest. ValueError where P is no square or a value is not finite.
     """
-    cosine = np.asarray(cosine, dtype=float)
-    if cosine.ndim != 3:
-        raise ValueError(f"cosine is of shape {cosine.shape}; expected [N, h, w]")
-    known = np.isfinite(cosine)
-    means = [float(one[there].mean()) if there.any() else None for one, there in zip(cosine, known, strict=True)]
-    overall = f": {cosine[known].mean():.2f} on average" if known.any() else ""
-    return _pairs(
-        images, heat(cosine), labels,
-        title=f"Alignment with the feature extractor{overall}",
-        caption="Cosine of each token's projected U-Net features with the extractor's; the number is the image's mean.",
-        notes=["" if mean is None else f"{mean:.2f}" for mean in means],
-        bar={0.0: "0 or less", 0.5: "0.5", 1.0: "1"},
-    )  # fmt: skip
+    if patches.ndim != 3:
+        raise ValueError(f"patches are of shape {patches.shape}; expected [N, P, D]")
+    count, number, dim = patches.shape
+    side = math.isqrt(number)
+    if side * side != number or not side:
+        raise ValueError(f"{number} patches an image are no square grid")
+    flat = patches.reshape(-1, dim)
+    components = principal_components(flat, 3)
+    coordinates = components.coordinates(flat)
+    if not len(coordinates):
+        return np.zeros((0, side, side, 3), np.uint8), components.share
+    low, high = np.percentile(coordinates, (1, 99), axis=0)
+    varies = components.share > 0
+    span = np.where(varies & (high > low), high - low, 1.0)
+    scaled = np.clip((coordinates - low) / span, 0, 1) * 255
+    colours = np.where(varies, scaled.round(), _EVEN).astype(np.uint8)
+    return colours.reshape(count, side, side, 3), components.share
 
 
-def heat(cosine: np.ndarray) -> np.ndarray:
-    """[...] to uint8 [..., 3] by viridis from 0 to 1, which the colour-blind and a grey printer keep in order."""
-    known = np.isfinite(cosine)
-    colours = colormaps["viridis"](np.where(known, cosine, 0.0).clip(0, 1), bytes=True)[..., :3]
-    return np.where(known[..., None], colours, np.array(_NO_VALUE, np.uint8))
+def project_cls(real: np.ndarray, generated: np.ndarray) -> Projection:
+    """Two principal components of the REAL features [N, D], standardised; generated [M, D] only fall where they fall.
+
+    Both are standardised by the real features' mean and standard deviation. Labels play no part: a projection that
+    looks for the classes would show them apart even where the features do not. Without real features all is 0.
+    """
+    real, generated = require_features(real), require_features(generated)
+    if not len(real):
+        return Projection(np.zeros((0, 2)), np.zeros((len(generated), 2)), np.zeros(2))
+    mean, spread = real.mean(axis=0), real.std(axis=0)
+    spread = np.where(spread > 1e-12 * np.abs(mean), spread, np.inf)  # a constant feature says nothing
+    components = principal_components((real - mean) / spread, 2)
+    return Projection(
+        components.coordinates((real - mean) / spread),
+        components.coordinates((generated - mean) / spread),
+        components.share,
+    )
 
 
-def _pairs(
-    images: np.ndarray,
-    maps: np.ndarray,
-    labels: Sequence[int] | np.ndarray,
-    *,
-    title: str,
-    caption: str,
-    notes: Sequence[str] = (),
-    bar: Mapping[float, str] | None = None,
-) -> Image.Image:
-    """A page of images [N, H, W, 3] each beside its map [N, h, w, 3], both enlarged to about the same size."""
-    labels = np.asarray(labels, dtype=int)
-    require_images(images)
-    if len(maps) != len(images):
-        raise ValueError(f"{len(images)} images beside {len(maps)} maps; expected one for each")
-    require_labels(labels, len(images))
-    count, height, width = images.shape[:3]
-    factor = whole_factor(max(height, width))
-    map_factor = max(1, round(factor * max(height, width) / max(maps.shape[1:3])))
-    left_w, right_w = width * factor, maps.shape[2] * map_factor
-    cell_w = left_w + GAP + right_w
-    cell_h = max(height * factor, maps.shape[1] * map_factor)
-    columns = columns_for(count, cell_w + _BETWEEN)
-    block = _HEAD + cell_h + _BETWEEN
-    bar_h = 54 if bar else 0
-    body_h = bar_h + max(block * -(-count // columns) - _BETWEEN, LINE)
-    page = Page(columns * (cell_w + _BETWEEN) - _BETWEEN, body_h, title=title, caption=caption)
-    if bar:
-        page.colour_bar(heat(np.linspace(0, 1, 256)), page.left, page.top, 256, dict(bar))
-    if not count:
-        page.nothing(below=bar_h)
-    for number in range(count):
-        x = page.left + number % columns * (cell_w + _BETWEEN)
-        y = page.top + bar_h + number // columns * block
-        page.class_stripe(int(labels[number]), x, y, cell_w)
-        if notes:
-            page.words(notes[number], x + left_w + GAP, y)
-        page.paste(images[number], x, y + _HEAD, factor)
-        page.paste(maps[number], x + left_w + GAP, y + _HEAD, map_factor)
-    return page.image
+def require_features(features: np.ndarray) -> np.ndarray:
+    """As float64 [M, D]; ValueError for another shape or a value that is not finite."""
+    features = np.asarray(features, dtype=float)
+    if features.ndim != 2:
+        raise ValueError(f"features are of shape {features.shape}; expected [M, D]")
+    if not np.isfinite(features).all():
+        raise ValueError("features hold values that are not finite")
+    return features
+
+
+def class_similarities(
+    real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, generated_labels: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """For each class the mean cosine between its features and real ones, after centring; in [-1, 1].
+
+    real [N, D], generated [M, D]; labels: class indices. Keys of a class: "generated_to_own" and "generated_to_others"
+    (its generated against real features of its class and of the others), "real_to_own" (real against the other real of
+    its class: no feature meets itself) and "real_to_others". Each other class counts the same, however many images it
+    has. The centre is the mean of the real classes' means: with the plain mean the largest class would be the centre
+    and its cosines noise. A number that cannot be had (no images, or one alone) is left out.
+    """
+    real, generated = require_features(real), require_features(generated)
+    members = [real[real_labels == label] for label in range(NUM_CLASSES)]
+    present = [features for features in members if len(features)]
+    if not present:
+        return {code: {} for code in CLASSES}
+    centre = np.mean([features.mean(axis=0) for features in present], axis=0)
+    units = [_unit(features, centre) for features in members]
+    numbers: dict[str, dict[str, float]] = {}
+    for label, code in enumerate(CLASSES):
+        others = [units[other] for other in range(NUM_CLASSES) if other != label and len(units[other])]
+        drawn = _unit(generated[generated_labels == label], centre)
+        found = {
+            "generated_to_own": _mean_cosines(drawn, [units[label]] if len(units[label]) else []),
+            "generated_to_others": _mean_cosines(drawn, others),
+            "real_to_own": _leave_one_out(units[label]),
+            "real_to_others": _mean_cosines(units[label], others),
+        }
+        numbers[code] = {name: value for name, value in found.items() if value is not None}
+    return numbers
+
+
+def _unit(features: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Centred rows of length 1; rows on the centre stay 0, so their cosine with anything is 0."""
+    centred = features - centre
+    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
+    rounding = 1e-12 * np.linalg.norm(centre)
+    return np.where(lengths > rounding, centred / np.where(lengths > 0, lengths, 1.0), 0.0)
+
+
+def _mean_cosines(units: np.ndarray, groups: list[np.ndarray]) -> float | None:
+    """The mean over groups of the mean cosine of all pairs: the product of the two mean unit vectors."""
+    if not len(units) or not groups:
+        return None
+    return float(np.mean([units.mean(axis=0) @ group.mean(axis=0) for group in groups]))
+
+
+def _leave_one_out(units: np.ndarray) -> float | None:
+    """The mean cosine over pairs of two different rows: all pairs less the rows with themselves."""
+    count = len(units)
+    if count < 2:
+        return None
+    total = units.sum(axis=0)
+    return float((total @ total - np.square(units).sum()) / (count * (count - 1)))

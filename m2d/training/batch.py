@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 from m2d.models.settings import ConditioningConfig
 
 

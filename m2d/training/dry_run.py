@@ -33,16 +33,9 @@ from m2d.data.features import FeatureStore, feature_bytes
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import CheckpointError, DataError, first_line
 from m2d.experiment import Experiment
-from m2d.files.storage import open_storage, without_secrets
-from m2d.models.feature_extractor import (
-    LITE0,
-    EfficientNetLite,
-    EfficientNetLite0,
-    EfficientNetLite1,
-    FeatureExtractor,
-    Features,
-    extractor_identity,
-)
+from m2d.files.storage import open_storage
+from m2d.models.extractors import LITE0, FeatureExtractor, Features, extractor_identity
+from m2d.models.extractors.lite import EfficientNetLite, EfficientNetLite0, EfficientNetLite1
 from m2d.models.perceptual import LpipsDistance, build_perceptual
 from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, Crop, FeatureExtractorConfig, PerceptualKind
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
@@ -401,12 +394,12 @@ def extractor_by_shape(config: FeatureExtractorConfig) -> FeatureExtractor:
     """The extractor that the settings name, without its weights."""
     name, side = config.name, config.input_size
     if name.startswith(PANDERM_PREFIX):
-        from m2d.models.panderm import NATIVE_SIZE, SIZES, PanDerm
+        from m2d.models.extractors.panderm import NATIVE_SIZE, SIZES, PanDerm
 
         encoder = {key: torch.zeros(shape) for key, shape in SIZES[name].shapes().items()}
         return PanDerm(name, encoder, side or NATIVE_SIZE, config.crop)
     if name.startswith(TIMM_PREFIX):
-        from m2d.models.timm_extractor import TimmExtractor, native_size
+        from m2d.models.extractors.timm import TimmExtractor, native_size
 
         native = native_size(name)
         network: Any = timm.create_model(name.removeprefix(TIMM_PREFIX), pretrained=False, num_classes=0)
@@ -552,7 +545,7 @@ def count_images(config: TrainConfig) -> DataCount:
     files = [entry.base_name for entry in entries if entry.type == fs.FileType.File]
     images = sum(name.lower().endswith(IMAGE_SUFFIXES) and not is_debris(name) for name in files)
     if images == 0:
-        raise DataError(f"data_root: {without_secrets(root)} holds no image; expected {' '.join(IMAGE_SUFFIXES)}")
+        raise DataError(f"data_root: {root} holds no image; expected {' '.join(IMAGE_SUFFIXES)}")
     return DataCount(images, max(1, round(images * train_share)), "image files, counted by name")
 
 

@@ -13,7 +13,7 @@ from m2d.classes import NUM_CLASSES
 from m2d.data.features import FeatureTable
 from m2d.data.reader import ImageReader
 from m2d.diffusion.feature_prior import FeaturePrior
-from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.extractors import FeatureExtractor, Features
 from m2d.training.step import extract, on_device
 from m2d.training.update import all_reduce_sum
 

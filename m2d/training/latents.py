@@ -16,7 +16,7 @@ from torch import Tensor
 from m2d.data.features import FeatureTable
 from m2d.data.reader import ImageReader
 from m2d.files.atomic import whole_file
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 from m2d.training.batch import LatentBatch
 from m2d.training.features import FeatureSource
 from m2d.training.step import Networks

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from m2d.classes import NUM_CLASSES
 from m2d.diffusion.interpolant import interpolate, velocity_target
 from m2d.models.autoencoder import Autoencoder
-from m2d.models.feature_extractor import Features
-from m2d.models.projector import AlignmentProjector
+from m2d.models.extractors import Features
+from m2d.models.heads import AlignmentProjector
 from m2d.models.settings import MIDDLE
 from m2d.models.unet import Denoiser
 from m2d.training.batch import Draws

@@ -24,7 +24,7 @@ from m2d.data.reader import ImageReader
 from m2d.data.store import PreparedImages, prepared_folder, reusable_catalog
 from m2d.experiment import Experiment
 from m2d.files.progress import progress
-from m2d.models.feature_extractor import extractor_identity
+from m2d.models.extractors import extractor_identity
 from m2d.models.settings import PerceptualKind, Precision
 from m2d.training.console import Console
 from m2d.training.settings import TrainConfig

@@ -18,10 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from m2d.errors import TrainingError
 from m2d.models.autoencoder import Autoencoder
-from m2d.models.discriminator import PatchDiscriminator
-from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.extractors import FeatureExtractor, Features
+from m2d.models.heads import AlignmentProjector, PatchDiscriminator
 from m2d.models.precision import DTYPES
-from m2d.models.projector import AlignmentProjector
 from m2d.models.settings import Precision
 from m2d.models.unet import Denoiser
 from m2d.training.batch import Draws, ImageBatch, LatentBatch

@@ -23,8 +23,6 @@ from PIL import Image
 
 from m2d.errors import first_line
 from m2d.files.atomic import write_whole
-from m2d.files.storage import without_secrets
-from m2d.records import blanked
 from m2d.training.settings import as_dict
 
 if TYPE_CHECKING:
@@ -89,7 +87,7 @@ def open_telemetry(plan: "RunPlan") -> "Telemetry":
         sinks.append(
             Wandb(
                 experiment.path, config.wandb_project, experiment.name, config.wandb_mode,
-                blanked({**as_dict(config), **known}), finish_timeout_s=config.telemetry.finish_timeout_s,
+                {**as_dict(config), **known}, finish_timeout_s=config.telemetry.finish_timeout_s,
                 group=config.wandb_group,
             )
         )  # fmt: skip
@@ -185,7 +183,7 @@ class WandbKey:
     base_url: str
 
     def __repr__(self) -> str:
-        return f"WandbKey(***, {without_secrets(self.base_url)})"
+        return "WandbKey(***)"  # a base URL may hold a password
 
     def use(self) -> None:
         """Let wandb in this process have it. The driver's wins over the node's: who starts a run owns it."""
@@ -248,7 +246,7 @@ class Wandb:
         try:
             self._run = start(mode)
         except Exception as error:
-            reason = without_secrets(first_line(error))
+            reason = first_line(error)
             try:
                 if mode != "online":
                     raise
@@ -334,7 +332,7 @@ def _for_nobody_at_a_terminal() -> Iterator[None]:
     """
     command, terminal = sys.argv, sys.stdin
     with open(os.devnull) as nobody:
-        sys.argv, sys.stdin = blanked(command), nobody
+        sys.argv, sys.stdin = command, nobody
         try:
             yield
         finally:

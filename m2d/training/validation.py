@@ -19,7 +19,7 @@ from m2d.generation.generator import Generator, pick_feature
 from m2d.generation.plan import rows_of, standard_plan
 from m2d.metrics.distances import Scale, kernel_distance
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo
-from m2d.models.feature_extractor import FeatureExtractor
+from m2d.models.extractors import FeatureExtractor
 from m2d.models.unet import Denoiser
 from m2d.training.features import FeatureSource
 from m2d.training.losses import psnr

@@ -18,10 +18,8 @@ from m2d.diffusion.interpolant import interpolate
 from m2d.generation.contact_sheet import contact_sheet
 from m2d.generation.generator import to_uint8
 from m2d.models.checkpoint import CheckpointInfo
-from m2d.plots.class_charts import class_similarity, cls_projection
-from m2d.plots.features import alignment_map, patch_pca
-from m2d.plots.gradients import gradient_histogram
-from m2d.plots.reconstructions import reconstruction_grid
+from m2d.plots.charts import class_similarity, cls_projection, gradient_histogram
+from m2d.plots.tiles import alignment_map, patch_pca, reconstruction_grid
 from m2d.training.features import FeatureSource, spread_over_classes
 from m2d.training.losses import psnr
 from m2d.training.measure import GradientStatistics

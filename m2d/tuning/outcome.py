@@ -14,7 +14,6 @@ from rich.table import Table
 
 from m2d.errors import TrainingError
 from m2d.plots.sweeps import best_trial, importance_chart, parallel_coordinates
-from m2d.records import blanked
 from m2d.training.settings import as_dict
 from m2d.tuning.ledger import WORST, Ledger, objective
 from m2d.tuning.settings import SweepConfig
@@ -105,7 +104,7 @@ def write_outcome(outcome: Outcome, config: SweepConfig, folder: Path, console: 
     if best is None:
         reasons = "; ".join(sorted({trial.error for trial in outcome.trials if trial.error})) or "no trial gave samples"
         raise TrainingError(f"no trial of the sweep {folder} could be judged ({reasons}); see results.csv there")
-    settings_text = yaml.safe_dump(blanked(as_dict(config.training(best.chosen))), sort_keys=False)
+    settings_text = yaml.safe_dump(as_dict(config.training(best.chosen)), sort_keys=False)
     head = f"# The best of {len(outcome.trials)} trials of the sweep {config.name}: objective {best.objective:.4g}.\n"
     (folder / "best.yaml").write_text(head + settings_text, encoding="utf-8")
     judged = [trial for trial in outcome.trials if trial.objective is not None]

@@ -23,7 +23,6 @@ from m2d.cluster.nodes import node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
 from m2d.errors import ConfigError, ExperimentError
 from m2d.files.atomic import try_lock, write_whole
-from m2d.records import blanked
 from m2d.training.console import Console
 from m2d.training.settings import as_dict, differences, with_absolute_paths
 from m2d.tuning.ledger import Ledger, TrialRecord, objective
@@ -90,7 +89,7 @@ def held(folder: Path) -> Iterator[None]:
 
 def write_settings(folder: Path, config: SweepConfig) -> None:
     """Keep the settings, atomically."""
-    write_whole(folder / SETTINGS, yaml.safe_dump(blanked(as_dict(config)), sort_keys=False))
+    write_whole(folder / SETTINGS, yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
 def require_same(folder: Path, config: SweepConfig, ledger: Ledger) -> None:
@@ -103,7 +102,7 @@ def require_same(folder: Path, config: SweepConfig, ledger: Ledger) -> None:
         del settings["resume"], settings["num_trials"], settings["sweep"]["max_concurrent"]
         return settings
 
-    new = yaml.safe_dump(blanked(as_dict(config)))
+    new = yaml.safe_dump(as_dict(config))
     changed = differences(binding((folder / SETTINGS).read_text(encoding="utf-8")), binding(new))
     if changed:
         raise ExperimentError(

@@ -10,7 +10,7 @@ import torch
 
 from m2d.data.features import FeatureStore, FeatureTable, feature_bytes, write_features
 from m2d.errors import DataError
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 
 KEY, SIZE, DIM, PATCHES = "some-net-0123456789ab-32-whole", 16, 6, 4
 SHA = [f"{number:064x}" for number in range(20)]

@@ -33,7 +33,8 @@ from m2d.data.setup import ImageJobs, StageReport, setup_data
 from m2d.data.store import PreparedImages, prepared_folder, write_images
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, DataError
-from m2d.models.feature_extractor import LITE0, Features, _packaged_lite, extractor_key, load_feature_extractor
+from m2d.models.extractors import LITE0, Features, extractor_key, load_feature_extractor
+from m2d.models.extractors.lite import packaged_weights
 from m2d.models.settings import FeatureExtractorConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,7 +185,7 @@ def test_another_split_or_fewer_views_make_nothing_invalid(root: Path, cache: Pa
 def test_other_weights_make_their_own_features_and_leave_the_old_ones(
     root: Path, cache: Path, tmp_path: Path, no_ray: None
 ) -> None:
-    state: dict[str, Tensor] = torch.load(_packaged_lite(LITE0), weights_only=True)
+    state: dict[str, Tensor] = torch.load(packaged_weights(LITE0), weights_only=True)
     first = next(iter(state))
     torch.save({**state, first: state[first] * 1.5}, tmp_path / "other.pth")
     before = marks(cache)

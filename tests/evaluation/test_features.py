@@ -18,7 +18,7 @@ from m2d.errors import CheckpointError
 from m2d.evaluation import features
 from m2d.evaluation.features import FOLDER, ClsFeatures, Extraction, ImageFile, cls_features, official_square
 from m2d.evaluation.images import ImageSet, with_pixels
-from m2d.models.feature_extractor import FeatureExtractor, Features, load_feature_extractor
+from m2d.models.extractors import FeatureExtractor, Features, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
 
 CONFIG = FeatureExtractorConfig(input_size=64)

@@ -23,7 +23,7 @@ from m2d.evaluation.classifiers.finetune import (
 )
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.settings import FinetuneConfig
-from m2d.models.feature_extractor import load_feature_extractor
+from m2d.models.extractors import load_feature_extractor
 
 MEL, NV = class_index("MEL"), class_index("NV")
 TINY = FinetuneConfig(

@@ -17,7 +17,7 @@ from m2d.data.views import apply_view
 from m2d.errors import DataError
 from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.evaluation.memorization import Limits, MemorizationResult, measure_memorization, wilson_interval
-from m2d.models.feature_extractor import load_feature_extractor
+from m2d.models.extractors import load_feature_extractor
 
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
 MEL, NV, DF = (class_index(code) for code in ("MEL", "NV", "DF"))

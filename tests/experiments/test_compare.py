@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from m2d.errors import ConfigError
-from m2d.experiments.compare import compare_command, measure_rows, setting_differences
-from m2d.experiments.find import find_records
+from m2d.experiments.listing import compare_command, measure_rows, setting_differences
+from m2d.experiments.record import find_records
 from m2d.experiments.settings import CompareConfig
 
 A, B = "a_20250101_000000", "b_20250102_000000"

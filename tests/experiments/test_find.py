@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from m2d.errors import ExperimentError
-from m2d.experiments.find import find_records, resolve
+from m2d.experiments.record import find_records, resolve
 
 
 def names(root: Path | str, name: str | None = None) -> list[str]:
@@ -61,7 +61,7 @@ def test_a_name_that_matches_two_lists_both(root: Path, make_experiment: Any) ->
         make_experiment(name)
     with pytest.raises(ExperimentError) as refusal:
         meant(root, "ham")
-    assert "ham_20250101_000000 and ham-long_20250102_000000" in str(refusal.value)
+    assert "ham_20250101_000000, ham-long_20250102_000000" in str(refusal.value)
     assert "other" not in str(refusal.value)
 
 

@@ -177,11 +177,6 @@ def test_settings_that_differ_from_the_defaults_are_listed_with_both_values(make
     assert len(next(rows for rows in page.tables if "default" in rows[0])) == 3
 
 
-def test_access_keys_are_blanked(make_run: MakeRun) -> None:
-    run = make_run(config={"data_root": "s3://me:secret@bucket/skin"}, dataset={"root": "s3://me:secret@bucket/skin"})
-    assert "secret" not in run.page().html
-
-
 def test_the_curves_are_kept_as_pictures_too(full_run: Run) -> None:
     full_run.page()
     for name in ("training_curves", "validation_curves"):

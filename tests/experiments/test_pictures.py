@@ -5,7 +5,7 @@ import io
 import numpy as np
 from PIL import Image
 
-from m2d.experiments.pictures import Picture, fitted, png_picture
+from m2d.experiments.page import Picture, fitted, png_picture
 
 
 def picture(pixels: np.ndarray) -> Picture:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from m2d.experiment import Experiment
-from m2d.experiments.measures import curve
+from m2d.experiments.details import curve
 from m2d.experiments.record import Record, read_record
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._meta_registrations import calc_conv_nd_return_shape
 
 from m2d.cli import parse
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.settings import Precision
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw

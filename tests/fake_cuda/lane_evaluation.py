@@ -14,7 +14,7 @@ from m2d.evaluation.classifiers.arms import training_rows
 from m2d.evaluation.classifiers.finetune import FinetuneClassifier
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.settings import FinetuneConfig, Precision
-from m2d.models.feature_extractor import load_feature_extractor
+from m2d.models.extractors import load_feature_extractor
 
 
 def black(name: str, count: int, side: int) -> ImageSet:

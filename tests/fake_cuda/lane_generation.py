@@ -14,8 +14,8 @@ from m2d.diffusion.settings import SOLVERS
 from m2d.generation.generator import Generator
 from m2d.generation.plan import PlanRow
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo
-from m2d.models.feature_extractor import FeatureExtractor, load_feature_extractor
-from m2d.models.panderm import SIZES, PanDerm
+from m2d.models.extractors import FeatureExtractor, load_feature_extractor
+from m2d.models.extractors.panderm import SIZES, PanDerm
 from m2d.models.settings import Precision
 from m2d.training.networks import build_networks
 

@@ -7,7 +7,7 @@ from tiny_checkpoint import make_checkpoint, make_prior
 from tiny_references import SixFeatures
 
 from m2d.models.checkpoint import Checkpoint
-from m2d.models.feature_extractor import FeatureExtractor
+from m2d.models.extractors import FeatureExtractor
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from m2d.data.views import apply_view
 from m2d.errors import ConfigError, DataError
 from m2d.generation.gates import GateReference, ImageFacts, Verdict, active_gates, build_gate_reference, check
 from m2d.generation.settings import GateConfig
-from m2d.models.feature_extractor import load_feature_extractor
+from m2d.models.extractors import load_feature_extractor
 
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
 ANGLES = np.array([0, 10, 90, 100, 180, 190, 270, 280])  # degrees; mean 0 and deviation 1 along both axes

@@ -34,7 +34,7 @@ from m2d.generation.references import Reference, read_reference, read_references
 from m2d.generation.seeds import feature_seed, noise_for
 from m2d.models.autoencoder import coded_at_once
 from m2d.models.checkpoint import Checkpoint
-from m2d.models.feature_extractor import FeatureExtractor
+from m2d.models.extractors import FeatureExtractor
 
 SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)
 

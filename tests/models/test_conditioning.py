@@ -4,8 +4,8 @@ import torch
 from torch.testing import assert_close
 
 from m2d.classes import NUM_CLASSES
-from m2d.models.conditioning import ConditionEncoder
 from m2d.models.settings import ConditioningConfig
+from m2d.models.unet import ConditionEncoder
 
 DIM, TOKENS, WIDTH = 6, 3, 16
 LABELS = torch.tensor([0, 4, 6])

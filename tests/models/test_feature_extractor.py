@@ -19,15 +19,10 @@ from torch.testing import assert_close
 from torchvision import transforms
 
 from m2d.errors import CheckpointError, ConfigError
-from m2d.models.feature_extractor import (
-    EfficientNetLite0,
-    EfficientNetLite1,
-    FeatureExtractor,
-    extractor_key,
-    file_sha256,
-    load_feature_extractor,
-)
-from m2d.models.panderm import MEAN, STD
+from m2d.models.extractors import FeatureExtractor, extractor_key, load_feature_extractor
+from m2d.models.extractors.lite import EfficientNetLite0, EfficientNetLite1
+from m2d.models.extractors.panderm import MEAN, STD
+from m2d.models.extractors.weights import file_sha256
 from m2d.models.settings import Crop, FeatureExtractorConfig
 
 HAM10000 = Path(__file__).resolve().parents[2].parent / "shared" / "ham10000"

@@ -9,7 +9,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from m2d.models.latent_norm import LatentNorm
+from m2d.models.norms import LatentNorm
 
 CHANNELS = 3
 

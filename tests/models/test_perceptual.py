@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from m2d.models import perceptual
-from m2d.models.feature_extractor import FeatureExtractor, load_feature_extractor
+from m2d.models.extractors import FeatureExtractor, load_feature_extractor
 from m2d.models.perceptual import FeatureDistance, LpipsDistance, build_perceptual, lpips_available
 
 
@@ -116,8 +116,8 @@ def test_an_extractor_with_a_pyramid_is_taken_itself() -> None:
 def test_the_hidden_extractor_moves_with_its_module() -> None:
     built = build_perceptual("features", None).to("meta")
     assert isinstance(built, FeatureDistance)
-    assert built._extractor[0].mean.is_meta
-    assert all(parameter.is_meta for parameter in built._extractor[0].parameters())
+    assert built._network[0].mean.is_meta
+    assert all(parameter.is_meta for parameter in built._network[0].parameters())
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from m2d.models.projector import AlignmentProjector
+from m2d.models.heads import AlignmentProjector
 from m2d.models.settings import ProjectorConfig
 
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from m2d.cli import main, parse
 from m2d.errors import ConfigError
 from m2d.experiment import Experiment
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import ImageBatch, draw
 from m2d.training.dry_run import (

@@ -17,7 +17,7 @@ from tiny_run import TINY
 from torch import Tensor
 
 from m2d.cli import parse
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 from m2d.models.perceptual import FeatureDistance
 from m2d.training.batch import Draws, ImageBatch, draw
 from m2d.training.networks import build_networks, step_config_of

@@ -31,7 +31,7 @@ from m2d.generation.generator import Generator
 from m2d.generation.plan import rows_of, standard_plan
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import load_checkpoint
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.settings import AutoencoderConfig
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
@@ -265,7 +265,7 @@ def check_resumption(run: Run) -> None:
 
 def check_samples(run: Run) -> None:
     checkpoint = load_checkpoint(run.last)
-    assert (checkpoint.step, checkpoint.stage) == (STEPS, run.config.stage)
+    assert (checkpoint.step, checkpoint.info.stage) == (STEPS, run.config.stage)
     settings = [SamplingSettings(solver=solver, steps=2) for solver in ("euler", "unipc")]
     plans = [standard_plan({"MEL": 1, "NV": 1}, run_seed=0, sampling=each, feature="prior") for each in settings]
     rows = [row for plan in plans for row in rows_of(plan)]

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import m2d.training.step as step_module
 from m2d.errors import TrainingError
-from m2d.models.feature_extractor import Features
+from m2d.models.extractors import Features
 from m2d.models.perceptual import FeatureDistance
 from m2d.training.batch import Draws, ImageBatch, LatentBatch
 from m2d.training.phases import AutoencoderPhase, DenoiserPhase, frozen

@@ -25,10 +25,10 @@ from m2d.evaluation.classifiers.compare import DownstreamResult, Trials, compare
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.settings import FinetuneConfig
 from m2d.generation.generator import pick_device
-from m2d.models.feature_extractor import FeatureExtractor, extractor_identity, load_feature_extractor
+from m2d.models.extractors import FeatureExtractor, extractor_identity, load_feature_extractor
+from m2d.models.extractors.timm import TimmExtractor
 from m2d.models.precision import DTYPES, pick_precision
 from m2d.models.settings import TIMM_PREFIX, FeatureExtractorConfig
-from m2d.models.timm_extractor import TimmExtractor
 
 VIEWS = 8
 PREDICTED_AT_ONCE = 64

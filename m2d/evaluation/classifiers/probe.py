@@ -30,12 +30,11 @@ from m2d.evaluation.images import FeatureSet, Listed, catalog_of, check_apart, c
 from m2d.evaluation.report.plots import confusion_matrix_picture
 from m2d.evaluation.settings import ProbeConfig
 from m2d.files.paths import result_path
-from m2d.files.storage import without_secrets
 from m2d.generation.generator import pick_device
 from m2d.metrics.bootstrap import Estimate, resampled_confusions
 from m2d.metrics.linear_probe import LinearProbe, choose_c
 from m2d.metrics.scores import confusion_matrix, scores
-from m2d.models.feature_extractor import extractor_key
+from m2d.models.extractors import extractor_key
 
 C_WITHOUT_CHOICE = 1e-3  # where the training lesions are too few to choose by
 SHOWN_UNREADABLE = 5
@@ -255,7 +254,7 @@ def _sides(config: ProbeConfig) -> tuple[Listed, Listed]:
         train, test = (
             replace(
                 listed(split, root, whole.filter(pc.equal(whole["split"], split)), ""),
-                source=f"{split} split of {without_secrets(config.train_catalog or root)}",
+                source=f"{split} split of {config.train_catalog or root}",
             )
             for split in ("train", "test")
         )

@@ -7,7 +7,7 @@ import pytest
 from plots.pictures import enlarged, noise, place_of, shows
 
 from m2d.classes import DIAGNOSES
-from m2d.plots.reconstructions import difference, reconstruction_grid
+from m2d.plots.tiles import difference, reconstruction_grid
 
 pytestmark = pytest.mark.filterwarnings("error")
 

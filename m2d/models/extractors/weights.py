@@ -1,4 +1,4 @@
-"""Reads a weights file that nobody vouches for: plain tensors or one line that says what the file is instead.
+"""Reads a weights file from anywhere: plain tensors or one line that says what the file is instead.
 
 Called by the feature extractors. It knows file formats, not networks.
 """
@@ -55,9 +55,14 @@ def read_tensors(path: Path, *, accept_safetensors: bool = False) -> dict[str, T
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise _refusal(path, f"cannot be read as safetensors ({first_line(error)}); copy it again") from None
-    content = _unwrapped(_load(path))
+    content = _load(path)
+    if isinstance(content, Mapping):
+        content = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), content)
     if not isinstance(content, Mapping) or not content or not all(map(_is_plain, content.values())):
-        raise _refusal(path, f"holds something else than named tensors ({_kind(content)}); give a state dict")
+        kind = f"a {type(content).__name__}"
+        if isinstance(content, Mapping):
+            kind = some_of([str(name) for name, value in content.items() if not _is_plain(value)]) or "nothing"
+        raise _refusal(path, f"holds something else than named tensors ({kind}); give a state dict")
     return {str(name): tensor.detach() for name, tensor in content.items()}
 
 
@@ -72,6 +77,12 @@ def some_of(names: list[str], at_most: int = 3) -> str:
     """The first few of a list and how many are left out, in one line, whatever a file calls its tensors."""
     rest = len(names) - at_most
     return ", ".join(" ".join(name.split()) for name in names[:at_most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def faults_text(missing: list[str], needed: int, unknown: list[str], misfits: list[str]) -> str:
+    """What is wrong with a file's tensors, in one line; empty where nothing is. needed: how many there must be."""
+    found = (missing, f"of {needed} tensors missing"), (unknown, "unknown"), (misfits, "of another shape")
+    return "; ".join(f"{len(names)} {what} ({some_of(names)})" for names, what in found if names)
 
 
 def _load(path: Path) -> Any:
@@ -111,7 +122,7 @@ def _require_torch_file(path: Path) -> int:
             path, "is a web page, not weights (Google Drive's warning page is often saved so); download it again"
         )
     if head.startswith(b"PK\x03\x04"):
-        if not zipfile.is_zipfile(path):  # the directory of a zip stands at its end
+        if not zipfile.is_zipfile(path):  # the directory of a zip is at its end
             raise _refusal(path, f"ends too early, after {size:,} bytes: a truncated download; download it again")
     elif not head.startswith(b"\x80"):
         raise _refusal(path, "is no file by torch.save, by its first bytes; give the published .pth")
@@ -128,14 +139,6 @@ def _is_safetensors(path: Path) -> bool:
     return len(head) == 9 and head[8:] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= 100_000_000
 
 
-def _unwrapped(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        for wrapper in WRAPPERS:
-            if isinstance(content.get(wrapper), Mapping):
-                return content[wrapper]
-    return content
-
-
 def _is_plain(value: Any) -> bool:
     return (
         isinstance(value, Tensor)
@@ -143,13 +146,6 @@ def _is_plain(value: Any) -> bool:
         and value.device.type == "cpu"
         and not value.is_quantized
     )
-
-
-def _kind(content: Any) -> str:
-    if not isinstance(content, Mapping):
-        return f"a {type(content).__name__}"
-    odd = [str(name) for name, value in content.items() if not _is_plain(value)]
-    return some_of(odd) if odd else "nothing"
 
 
 def _refusal(path: Path, what: str) -> CheckpointError:

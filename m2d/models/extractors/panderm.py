@@ -1,6 +1,6 @@
 """PanDerm (Yan et al., Nature Medicine 2025): the published checkpoints as timm's Beit, loaded strictly or not at all.
 
-The weights are CC BY-NC-ND and come by hand; docs/panderm.md tells from where. Called by load_feature_extractor.
+The weights are CC BY-NC-ND and come by hand; docs/panderm.md says from where.
 Facts: SiyuanYan1/PanDerm, classification/models/modeling_finetune.py and builder.py.
 """
 
@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -17,9 +18,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from m2d.errors import CheckpointError
-from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.extractors.base import FeatureExtractor, Features
+from m2d.models.extractors.weights import faults_text, file_sha256, read_tensors, require_finite, some_of
 from m2d.models.settings import Crop
-from m2d.models.weights_file import file_sha256, read_tensors, require_finite, some_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,37 +47,26 @@ class PanDermSize:
     width: int
     depth: int
     file_name: str  # as published
-    sha256: str | None  # of the published file, where somebody has reported it
+    sha256: str | None = None  # of the published file, where it has been reported
+
+    def network(self, input_size: int = NATIVE_SIZE) -> Any:
+        """timm's network without memory for its tensors."""
+        with torch.device("meta"):
+            return timm.create_model(
+                self.architecture,
+                pretrained=False,
+                num_classes=0,
+                img_size=input_size,
+                use_abs_pos_emb=True,
+                use_rel_pos_bias=False,
+                use_shared_rel_pos_bias=False,
+                init_values=0.1,  # any number but 0 makes the gammas, which the file then fills
+                global_pool="token",  # "avg" would leave out the final norm
+            )
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the encoder: 15 a block and 6 besides. Query and value have a bias, the key has none."""
-        d = self.width
-        shapes: dict[str, tuple[int, ...]] = {
-            "cls_token": (1, 1, d),
-            "pos_embed": (1, (NATIVE_SIZE // PATCH) ** 2 + 1, d),
-            "patch_embed.proj.weight": (d, 3, PATCH, PATCH),
-            "patch_embed.proj.bias": (d,),
-        }
-        for i in range(self.depth):
-            block: dict[str, tuple[int, ...]] = {
-                "gamma_1": (d,),
-                "gamma_2": (d,),
-                "norm1.weight": (d,),
-                "norm1.bias": (d,),
-                "attn.q_bias": (d,),
-                "attn.v_bias": (d,),
-                "attn.qkv.weight": (3 * d, d),
-                "attn.proj.weight": (d, d),
-                "attn.proj.bias": (d,),
-                "norm2.weight": (d,),
-                "norm2.bias": (d,),
-                "mlp.fc1.weight": (4 * d, d),
-                "mlp.fc1.bias": (4 * d,),
-                "mlp.fc2.weight": (d, 4 * d),
-                "mlp.fc2.bias": (d,),
-            }
-            shapes.update((f"blocks.{i}.{name}", shape) for name, shape in block.items())
-        return shapes | {"norm.weight": (d,), "norm.bias": (d,)}
+        """Every tensor of the encoder: 15 a block and 6 more. Query and value have a bias, the key has none."""
+        return {name: tuple(tensor.shape) for name, tensor in self.network().state_dict().items()}
 
 
 SIZES = {
@@ -86,7 +76,6 @@ SIZES = {
         width=1024,
         depth=24,
         file_name="panderm_ll_data6_checkpoint-499.pth",
-        sha256=None,
     ),
     "panderm-base": PanDermSize(
         title="PanDerm-Base",
@@ -129,18 +118,7 @@ class PanDerm(FeatureExtractor):
             crop_pct=CROP_PCT,
             weights_sha256=weights_sha256,
         )
-        with torch.device("meta"):  # no memory and no random numbers for tensors that are about to be replaced
-            network = timm.create_model(
-                size.architecture,
-                pretrained=False,
-                num_classes=0,
-                img_size=input_size,
-                use_abs_pos_emb=True,
-                use_rel_pos_bias=False,
-                use_shared_rel_pos_bias=False,
-                init_values=0.1,  # any number but 0 makes the gammas, which the file then fills
-                global_pool="token",  # "avg" would leave out the final norm
-            )
+        network = size.network(input_size)
         table = encoder["pos_embed"]
         if input_size != NATIVE_SIZE:
             table = resample_abs_pos_embed(table, new_size=[grid, grid], num_prefix_tokens=1)
@@ -192,45 +170,30 @@ def encoder_tensors(name: str, path: Path, tensors: Mapping[str, Tensor]) -> dic
             encoder[plain] = tensor
         else:
             unknown.append(published)
-    missing = [tensor for tensor in shapes if tensor not in encoder]
-    misfits = [
-        f"{tensor} is {_form(encoder[tensor])}, not {list(shape)}"
-        for tensor, shape in shapes.items()
-        if tensor in encoder and (tuple(encoder[tensor].shape) != shape or not encoder[tensor].is_floating_point())
-    ]
-    faults = [
-        f"{len(names)} {what} ({some_of(names, shown)})"
-        for names, what, shown in (
-            (missing, f"of {len(shapes)} tensors missing", 3),
-            (unknown, "unknown", 3),
-            (misfits, "of another shape", 1),
-        )
-        if names
-    ]
+    misfits = []
+    for key, shape in shapes.items():
+        found = encoder.get(key)
+        if found is not None and (tuple(found.shape) != shape or not found.is_floating_point()):
+            kind = "" if found.is_floating_point() else f" of {found.dtype}"
+            misfits.append(f"{key} is {list(found.shape)}{kind}, not {list(shape)}")
+    faults = faults_text([name for name in shapes if name not in encoder], len(shapes), unknown, misfits)
     if faults:
-        raise CheckpointError(f"feature_extractor.weights: {path} is not {name}: {'; '.join(faults)}; "
-                              f"{_seems(name, tensors)}")  # fmt: skip
+        raise CheckpointError(f"feature_extractor.weights: {path} is not {name}: {faults}; {_seems(name, tensors)}")
     return {tensor: encoder[tensor].float().contiguous() for tensor in shapes}
-
-
-def _form(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)}" if tensor.is_floating_point() else f"{list(tensor.shape)} of {tensor.dtype}"
 
 
 def _seems(name: str, tensors: Mapping[str, Tensor]) -> str:
     """Which network the file holds, by its width and its number of blocks, and what to do."""
     blocks = [re.match(rf"(?:{re.escape(PREFIX)})?blocks\.(\d+)\.", tensor) for tensor in tensors]
     depth = 1 + max((int(block[1]) for block in blocks if block), default=-1)
-    widths = Counter(
-        tensor.shape[-1] for key, tensor in tensors.items() if key.endswith(("norm1.weight", "cls_token"))
-        if tensor.ndim
-    )  # fmt: skip
-    width = widths.most_common(1)[0][0] if widths else 0
+    normed = (tensor for key, tensor in tensors.items() if key.endswith(("norm1.weight", "cls_token")) and tensor.ndim)
+    width = max(Counter(tensor.shape[-1] for tensor in normed).items(), key=lambda found: found[1], default=(0, 0))[0]
     for other, size in SIZES.items():
-        if (width, depth) != (size.width, size.depth):
-            continue
-        if other == name:
+        if (width, depth) == (size.width, size.depth) and other == name:
             return f"it seems to be a changed {size.title}; download {size.file_name} again"
-        return f"it seems to be {size.title}: set feature_extractor.name to {other}, or give {SIZES[name].file_name}"
+        if (width, depth) == (size.width, size.depth):
+            return (
+                f"it seems to be {size.title}: set feature_extractor.name to {other}, or give {SIZES[name].file_name}"
+            )
     found = f"{depth} blocks of width {width}" if depth and width else "no blocks of a ViT"
     return f"it seems to be no PanDerm ({found}); give {SIZES[name].file_name}"

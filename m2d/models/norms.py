@@ -1,8 +1,32 @@
-"""The latent batch norm: per-channel normalisation without weights, its statistics shared by all workers."""
+"""Group norm in its input's type, and the latent batch norm, whose statistics all workers share."""
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, but the output has the input's type, in bf16 and fp16 too.
+
+    CUDA's autocast computes group norms in float32 and keeps the result for the backward pass, beside the copy that the
+    next convolution needs: a VAE then saves 14 % of its memory by bf16 instead of half. The kernel accumulates in
+    float32 whatever its input's type is.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, ...]."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def keep_input_type(network: nn.Module) -> None:
+    """Make every group norm of a network one of these, its parameters and their names as they are."""
+    for module in network.modules():
+        if type(module) is nn.GroupNorm:
+            module.__class__ = GroupNorm
 
 
 class LatentNorm(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from m2d.errors import CheckpointError, ConfigError
-from m2d.models import timm_extractor
-from m2d.models.feature_extractor import FeatureExtractor, extractor_key, load_feature_extractor
+from m2d.models.extractors import FeatureExtractor, extractor_key, load_feature_extractor
+from m2d.models.extractors import timm as timm_extractor
 from m2d.models.settings import FeatureExtractorConfig
 
 

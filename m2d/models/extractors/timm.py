@@ -6,7 +6,6 @@ Called by load_feature_extractor.
 import difflib
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,16 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from m2d.errors import CheckpointError, ConfigError, first_line
-from m2d.models.feature_extractor import FeatureExtractor, Features
+from m2d.models.extractors.base import FeatureExtractor, Features
+from m2d.models.extractors.weights import (
+    faults_text,
+    file_sha256,
+    read_tensors,
+    require_finite,
+    some_of,
+    tensors_sha256,
+)
 from m2d.models.settings import TIMM_PREFIX, Crop
-from m2d.models.weights_file import file_sha256, read_tensors, require_finite, some_of, tensors_sha256
 
 
 class TimmExtractor(FeatureExtractor):
@@ -65,7 +71,7 @@ def load_timm_extractor(name: str, path: Path | None, input_size: int | None, cr
         network = _from_hub(name)
         sha256 = tensors_sha256(network.state_dict())
     else:
-        network = timm.create_model(_model(name), pretrained=False, num_classes=0)
+        network = timm.create_model(name.removeprefix(TIMM_PREFIX), pretrained=False, num_classes=0)
         _load_strictly(name, network, path)
         sha256 = file_sha256(path)
     side = input_size or native
@@ -76,7 +82,7 @@ def load_timm_extractor(name: str, path: Path | None, input_size: int | None, cr
 
 def native_size(name: str) -> int:
     """Pixels a side that timm's config of `timm:<model>` names. Raises ConfigError for an unknown model."""
-    model = _model(name)
+    model = name.removeprefix(TIMM_PREFIX)
     architecture = model.partition(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
@@ -96,16 +102,12 @@ def native_size(name: str) -> int:
     return int(height)
 
 
-def _model(name: str) -> str:
-    return name.removeprefix(TIMM_PREFIX)
-
-
 def _from_hub(name: str) -> nn.Module:
-    retries = logging.getLogger("huggingface_hub")  # it tells of each of its attempts; the last one's error is enough
+    retries = logging.getLogger("huggingface_hub")  # it logs each of its attempts; the last one's error is enough
     level = retries.level
     retries.setLevel(logging.ERROR)
     try:
-        network: nn.Module = timm.create_model(_model(name), pretrained=True, num_classes=0)
+        return timm.create_model(name.removeprefix(TIMM_PREFIX), pretrained=True, num_classes=0)
     except Exception as error:  # the hub's client raises its own, requests' and the socket's
         reason = (str(error).strip().splitlines() or [""])[0].strip()
         raise ConfigError(
@@ -114,7 +116,6 @@ def _from_hub(name: str) -> nn.Module:
         ) from None
     finally:
         retries.setLevel(level)
-    return network
 
 
 def _load_strictly(name: str, network: Any, path: Path) -> None:
@@ -124,29 +125,18 @@ def _load_strictly(name: str, network: Any, path: Path) -> None:
     dropped = tuple(f"{head}." for head in ([classifiers] if isinstance(classifiers, str) else classifiers))
     wanted = network.state_dict()
     state = {key: tensor for key, tensor in tensors.items() if key in wanted or not key.startswith(dropped)}
-    faults = [
-        f"{len(keys)} {what} ({some_of(keys)})"
-        for keys, what in (
-            ([key for key in wanted if key not in state], f"of {len(wanted)} tensors missing"),
-            ([key for key in state if key not in wanted], "unknown"),
-            (_misfits(state, wanted), "of another shape"),
-        )
-        if keys
-    ]
-    if faults:
-        raise CheckpointError(
-            f"feature_extractor.weights: {path} is not {name}: {'; '.join(faults)}; give a file in timm's tensor names"
-        )
-    require_finite(path, state)
-    network.load_state_dict(state, strict=True)
-
-
-def _misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
-    return [
+    misfits = [
         f"{key} is {list(tensor.shape)}, not {list(wanted[key].shape)}"
         for key, tensor in state.items()
         if key in wanted and tensor.shape != wanted[key].shape
     ]
+    missing, unknown = [key for key in wanted if key not in state], [key for key in state if key not in wanted]
+    if faults := faults_text(missing, len(wanted), unknown, misfits):
+        raise CheckpointError(
+            f"feature_extractor.weights: {path} is not {name}: {faults}; give a file in timm's tensor names"
+        )
+    require_finite(path, state)
+    network.load_state_dict(state, strict=True)
 
 
 def _resize(name: str, network: Any, side: int) -> None:
@@ -197,33 +187,21 @@ def _features(network: Any, x: Tensor) -> Features:
     if not isinstance(found, Tensor):
         raise _NoGridError(f"a {type(found).__name__}")
     if found.ndim == 4:
-        patches = _cells(found, channels_last=getattr(network, "output_fmt", "NCHW") == "NHWC")
+        found = found.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else found
+        if found.shape[2] != found.shape[3]:
+            raise _NoGridError(f"{found.shape[2]} x {found.shape[3]} cells")
+        patches = found.flatten(2).transpose(1, 2)
         return Features(cls=patches.mean(dim=1), patches=patches)
     if found.ndim != 3:
         raise _NoGridError(f"a tensor of {found.ndim} dimensions")
-    return _token_features(network, found)
-
-
-def _cells(found: Tensor, channels_last: bool) -> Tensor:
-    """[B, D, h, w] or [B, h, w, D] to [B, h w, D]."""
-    found = found.permute(0, 3, 1, 2) if channels_last else found
-    if found.shape[2] != found.shape[3]:
-        raise _NoGridError(f"{found.shape[2]} x {found.shape[3]} cells")
-    return found.flatten(2).transpose(1, 2)
-
-
-def _token_features(network: Any, tokens: Tensor) -> Features:
+    tokens = found
     has_class_token = isinstance(getattr(network, "cls_token", None), Tensor)
     prefix = int(getattr(network, "num_prefix_tokens", has_class_token))
     count = tokens.shape[1] - prefix
     if count < 1 or math.isqrt(count) ** 2 != count:
         raise _NoGridError(f"{count} tokens")
     # With fc_norm the final norm was trained on the mean of the tokens, and `norm` does nothing.
-    pooled_norm = getattr(network, "fc_norm", None)
-    norm_is_pooled = isinstance(getattr(network, "norm", None), nn.Identity) and isinstance(pooled_norm, nn.Module)
-    patches = tokens[:, prefix:]
-    if norm_is_pooled:
-        assert pooled_norm is not None
-        patches = pooled_norm(patches)
-    cls = tokens[:, 0] if has_class_token and not norm_is_pooled else network.forward_head(tokens, pre_logits=True)
+    pooled_norm = getattr(network, "fc_norm", None) if isinstance(getattr(network, "norm", None), nn.Identity) else None
+    patches = tokens[:, prefix:] if pooled_norm is None else pooled_norm(tokens[:, prefix:])
+    cls = tokens[:, 0] if has_class_token and pooled_norm is None else network.forward_head(tokens, pre_logits=True)
     return Features(cls=cls, patches=patches)
