@@ -6,7 +6,6 @@ Give it features of an extractor that did not guide the training; of the one tha
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.evaluation.classifiers.arms import check_sides, unscored
@@ -14,6 +13,8 @@ from m2d.evaluation.images import FeatureSet
 from m2d.metrics.bootstrap import Estimate, resampled_confusions
 from m2d.metrics.linear_probe import LinearProbe
 from m2d.metrics.scores import confusion_matrix, scores
+
+Z = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def measure_consistency(
         confusion=confusion.tolist(),
         confusion_of_real=real.tolist(),
         images={CLASSES[k]: int(confusion[k].sum()) for k in made},
-        agreement={CLASSES[k]: _share(int(confusion[k, k]), int(confusion[k].sum())) for k in made},
+        agreement={CLASSES[k]: wilson(int(confusion[k, k]), int(confusion[k].sum())) for k in made},
         recall_of_real={CLASSES[k]: Estimate.of(recalls[row], resampled[:, row]) for row, k in enumerate(tested)},
         mean_agreement=_mean(confusion, drawn, both),
         mean_recall_of_real=_mean(real, drawn_real, both),
@@ -75,9 +76,12 @@ def measure_consistency(
     )
 
 
-def _share(hits: int, trials: int) -> Estimate:
-    low, high = binomtest(hits, trials).proportion_ci(method="wilson")
-    return Estimate(hits / trials, float(low), float(high))
+def wilson(hits: int, trials: int) -> Estimate:
+    """A share with its 95 % score interval. trials: at least 1."""
+    share, spread = hits / trials, Z**2 / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z * np.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
+    return Estimate(share, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
 
 
 def _mean(confusion: np.ndarray, drawn: np.ndarray, classes: np.ndarray) -> Estimate | None:
