@@ -334,8 +334,7 @@ def measure_sampling(preset: str, device: torch.device, batches: int = 2) -> Row
     del networks
     generator = Generator(checkpoint, batch_size=size, device=str(device))
     each = -(-size * batches // NUM_CLASSES)
-    table = standard_plan(dict.fromkeys(CLASSES, each), run_seed=0, sampling=sampling, feature="none",
-                          feature_temperature=None)  # fmt: skip
+    table = standard_plan(dict.fromkeys(CLASSES, each), run_seed=0, sampling=sampling, feature="none")
     rows = rows_of(table)[: size * batches]
     generator.generate(rows[:size])
     seconds, memory = _measured(lambda: generator.generate(rows), device, before)

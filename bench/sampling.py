@@ -256,8 +256,7 @@ def measure_quality(generator: Generator, count: int, scale: float) -> tuple[lis
 def plan(generator: Generator, count: int, settings: SamplingSettings, *, seed: int = 0) -> list[PlanRow]:
     """`count` rows, the classes in turns, guided by the class alone: the plain loop knows no feature prior."""
     each = -(-count // NUM_CLASSES)
-    table = standard_plan(dict.fromkeys(CLASSES, each), run_seed=seed, sampling=settings, feature="none",
-                          feature_temperature=None)  # fmt: skip
+    table = standard_plan(dict.fromkeys(CLASSES, each), run_seed=seed, sampling=settings, feature="none")
     return rows_of(table)[:count]
 
 

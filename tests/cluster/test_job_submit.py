@@ -83,7 +83,7 @@ def test_results_in_a_copy_are_refused_and_the_command_fails(
     places = ["--data_root", str(cluster.repository / "images"), "--experiments_dir", "lost"]
     done = cluster.ray("job", "submit", "--working-dir", str(submitted), "--", *TRAIN, *DEMO, *places, cwd=elsewhere)
     assert done.returncode == 1, done.stdout
-    assert re.search(r"^error: experiments_dir: lost would lie in this job's copy .*M2D_STORAGE", done.stdout, re.M)
+    assert re.search(r"^error: experiments_dir: lost would be in this job's copy .*M2D_STORAGE", done.stdout, re.M)
     assert "Traceback" not in done.stdout
     assert list(cluster.session.rglob("lost")) == []
 
