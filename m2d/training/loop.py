@@ -149,7 +149,7 @@ class _Run:
         self.leads = link.rank == 0
         self.accumulation = plan.accumulation(link.world_size)
         self.keeper = CheckpointKeeper(plan.experiment.checkpoints, config.saving.keep_last) if self.leads else None
-        self.telemetry = open_telemetry(plan) if self.leads else None
+        self.telemetry = open_telemetry(plan.config, plan.experiment) if self.leads else None
         self.validation_reader = plan.reader("val") if len(plan.catalog("val")) else None
         self.validation_source = dataclasses.replace(source, table=plan.feature_table("val"))
         self.visuals: Visuals | None = None

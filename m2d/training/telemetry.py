@@ -16,17 +16,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
 from m2d.errors import first_line
+from m2d.experiment import Experiment
 from m2d.files.atomic import write_whole
-from m2d.training.settings import as_dict
-
-if TYPE_CHECKING:
-    from m2d.training.run_plan import RunPlan
+from m2d.training.settings import TrainConfig, as_dict
 
 logger = logging.getLogger(__name__)
 Mode = Literal["online", "offline", "disabled"]
@@ -77,9 +75,8 @@ class MetricsLog:
             writer.writerows(records)
 
 
-def open_telemetry(plan: "RunPlan") -> "Telemetry":
+def open_telemetry(config: TrainConfig, experiment: Experiment) -> "Telemetry":
     """What a run asked for: records and pictures, and wandb and TensorBoard as its settings say."""
-    config, experiment = plan.config, plan.experiment
     sinks: list[Wandb | TensorBoard] = []
     if config.use_wandb:
         info = experiment.info()
