@@ -197,3 +197,31 @@ def median_of(heights: Sequence[int], edges: Sequence[float]) -> float:
     index = int(np.searchsorted(filled, half, side="right")) - 1
     within = (half - filled[index]) / heights[index]
     return float(edges[index] + within * (edges[index + 1] - edges[index]))
+
+
+@styled()
+def confusion_matrix_picture(confusion: Sequence[Sequence[int]], title: str) -> bytes:
+    """Of a probe: colours are shares of the true class, numbers are images."""
+    figure = new_figure(6.4, 5.6)
+    axes = figure.subplots()
+    confusion_map(axes, confusion, title, "true", counts=True)
+    figure.colorbar(axes.images[0], ax=axes, shrink=0.8, label="share of the true class")
+    return png(figure)
+
+
+def confusion_map(axes: Axes, confusion: Sequence[Sequence[int]], title: str, rows: str, *, counts: bool) -> None:
+    """Draw a confusion matrix: colours and, without `counts`, numbers are shares of a row."""
+    matrix = np.array(confusion)
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    axes.grid(visible=False)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), value in np.ndenumerate(share):
+        if matrix[row].sum():
+            text = f"{matrix[row, column]:,}" if counts else f"{100 * value:.0f}"
+            colour = "white" if value > 0.6 else "black"
+            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+    axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45)
+    axes.set_yticks(range(len(CLASSES)), [f"{code} ({matrix[k].sum():,})" for k, code in enumerate(CLASSES)])
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("classified as")
+    axes.set_ylabel(rows)

@@ -27,7 +27,6 @@ from m2d.evaluation.classifiers.arms import TrainingRows
 from m2d.evaluation.classifiers.compare import FEW_LESIONS, DownstreamResult, Settings, Trials, compare_arms
 from m2d.evaluation.features import ClsFeatures, ImageFile, cls_features
 from m2d.evaluation.images import FeatureSet, Listed, catalog_of, check_apart, class_folder, listed, taken
-from m2d.evaluation.report.plots import confusion_matrix_picture
 from m2d.evaluation.settings import ProbeConfig
 from m2d.files.paths import result_path
 from m2d.generation.generator import pick_device
@@ -35,6 +34,7 @@ from m2d.metrics.bootstrap import Estimate, resampled_confusions
 from m2d.metrics.linear_probe import LinearProbe, choose_c
 from m2d.metrics.scores import confusion_matrix, scores
 from m2d.models.extractors import extractor_key
+from m2d.plots.charts import confusion_matrix_picture
 
 C_WITHOUT_CHOICE = 1e-3  # where the training lesions are too few to choose by
 SHOWN_UNREADABLE = 5

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 
-from m2d.classes import CLASSES
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.consistency import ConsistencyResult
 from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
 from m2d.metrics.scores import LOWER_IS_BETTER
+from m2d.plots.charts import confusion_map
 from m2d.plots.style import FAINT, INK, new_figure, png, styled
 
 NAMES = {
@@ -121,33 +120,6 @@ def confusions(result: ConsistencyResult) -> bytes:
     """Of generated images and of unseen real ones, side by side; rows sum to 100 %."""
     figure = new_figure(11, 4.6)
     one, other = figure.subplots(1, 2)
-    _heat_map(one, result.confusion, "generated images", "asked for", counts=False)
-    _heat_map(other, result.confusion_of_real, "unseen real images", "diagnosed", counts=False)
+    confusion_map(one, result.confusion, "generated images", "asked for", counts=False)
+    confusion_map(other, result.confusion_of_real, "unseen real images", "diagnosed", counts=False)
     return png(figure)
-
-
-@styled()
-def confusion_matrix_picture(confusion: Sequence[Sequence[int]], title: str) -> bytes:
-    """Of a probe: colours are shares of the true class, numbers are images."""
-    figure = new_figure(6.4, 5.6)
-    axes = figure.subplots()
-    _heat_map(axes, confusion, title, "true", counts=True)
-    figure.colorbar(axes.images[0], ax=axes, shrink=0.8, label="share of the true class")
-    return png(figure)
-
-
-def _heat_map(axes: Axes, confusion: Sequence[Sequence[int]], title: str, rows: str, *, counts: bool) -> None:
-    matrix = np.array(confusion)
-    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    axes.grid(visible=False)
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), value in np.ndenumerate(share):
-        if matrix[row].sum():
-            text = f"{matrix[row, column]:,}" if counts else f"{100 * value:.0f}"
-            colour = "white" if value > 0.6 else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
-    axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45)
-    axes.set_yticks(range(len(CLASSES)), [f"{code} ({matrix[k].sum():,})" for k, code in enumerate(CLASSES)])
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("classified as")
-    axes.set_ylabel(rows)
