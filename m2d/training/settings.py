@@ -46,7 +46,10 @@ def require_range(
 
 @dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights of the joint objective. The first four are the ones that a sweep searches."""
+    """Weights of the joint objective. The first four are the ones that a sweep searches.
+
+    At weight 0 `alignment_vae` is not computed; the others are, and are logged.
+    """
 
     diffusion: float = 1.0  # velocity error, on the U-Net alone
     reconstruction: float = 0.5  # mean absolute error of the VAE's images
