@@ -69,7 +69,7 @@ class FeatureSet:
     """The `cls` features of one extractor for an image set, in its order."""
 
     images: ImageSet
-    extractor: str  # m2d.models.feature_extractor.FeatureExtractor.key
+    extractor: str  # m2d.models.extractors.base.FeatureExtractor.key
     cls: np.ndarray  # float32 [N, D], as the extractor gives them: not standardised
 
     def __post_init__(self) -> None:

@@ -344,7 +344,7 @@ def test_a_node_with_other_weights_is_refused(tmp_path: Path) -> None:
 def test_an_error_in_an_actor_is_one_line(
     root: Path, cache: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("m2d.models.feature_extractor.extractor_key", lambda _: "not-what-the-actors-find")
+    monkeypatch.setattr("m2d.models.extractors.extractor_key", lambda _: "not-what-the-actors-find")
     with pytest.raises(ConfigError, match="not-what-the-actors-find") as error:
         run(root, cache, "--features")
     assert "\n" not in str(error.value)

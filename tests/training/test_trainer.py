@@ -76,7 +76,7 @@ def test_workers_train_both_stages_and_the_result_generates(ray_cluster: None, d
         )
     )  # fmt: skip
     before, after = load_checkpoint(start), load_checkpoint(latent.checkpoints / "step_00000004")
-    assert after.stage == "latent"
+    assert after.info.stage == "latent"
     for name, tensor in before.autoencoder.state_dict().items():
         assert torch.equal(after.autoencoder.state_dict()[name], tensor), name
     assert before.sha256 != after.sha256
