@@ -1,7 +1,7 @@
 """Work fanned out over Ray: blocks go through tasks and pools of actors, and their results come back as they end.
 
 A block is the unit: one that an actor, a task or a node was lost with is given to another, so writing a result twice
-must leave the same. Decoding and writing tasks import this file, so it imports no torch.
+must leave the same. Decoding and writing tasks import this file, so it imports no torch, and Ray with the first use.
 """
 
 import dataclasses
@@ -10,14 +10,15 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
 
 import pyarrow as pa
-import ray
-import ray.data
-import ray.exceptions
 
 from m2d.errors import M2DError
+
+if TYPE_CHECKING:
+    import ray
+    import ray.exceptions
 
 Stage = dict[str, Any]  # what `on_tasks` and `on_actors` make
 NO_CHATTER = {
@@ -33,6 +34,9 @@ def fan_out(blocks: Sequence[pa.Table], *stages: Stage, bars: bool = False) -> I
 
     bars: Ray's own. Raises the M2DError that a stage raised.
     """
+    import ray.data
+    import ray.exceptions
+
     dataset: ray.data.Dataset = ray.data.from_arrow(list(blocks))  # without tasks
     for stage in stages:
         dataset = dataset.map_batches(**stage, batch_format="pyarrow")
@@ -54,11 +58,15 @@ def on_tasks(held: Any, run: Callable[[Any, pa.Table], pa.Table], *, cpus: float
 
     held: goes to the object store once. gpus: of a task, reserved instead of CPUs; a block is then one row.
     """
+    import ray
+
     reserved = {"num_gpus": gpus, "batch_size": 1} if gpus else {"num_cpus": cpus, "batch_size": None}
     return {"fn": partial(_run_task, ray.put(held), run), **reserved}
 
 
 def _run_task(held: "ray.ObjectRef[Any]", run: Callable[[Any, pa.Table], pa.Table], block: pa.Table) -> pa.Table:
+    import ray
+
     return run(ray.get(held), block)
 
 
@@ -76,6 +84,8 @@ def on_actors(
 
     block_rows: rows of a block, at most.
     """
+    import ray.data
+
     return {
         "fn": BlockActor,
         "fn_constructor_args": (load, run),  # by value: Ray puts them into the object store once
@@ -147,7 +157,7 @@ def as_block(result: JobResult) -> pa.Table:
 _RESULT = pa.schema([("images", pa.int64()), ("failures", pa.list_(pa.string()))])
 
 
-def raise_user_error(error: ray.exceptions.RayError) -> NoReturn:
+def raise_user_error(error: "ray.exceptions.RayError") -> NoReturn:
     """Raise the M2DError that a task raised, out of Ray's wrappings; the error itself where it is another one."""
     cause = _user_error(error)
     if cause is None:
@@ -160,6 +170,8 @@ def _user_error(error: BaseException) -> M2DError | None:
 
     While the exception is referenced, as in a notebook, the next run would hang.
     """
+    import ray.exceptions
+
     one: BaseException | None = error
     seen = set[int]()
     while one is not None and id(one) not in seen:
