@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
 
 from m2d.data.catalog import IMAGE_SUFFIXES, is_debris
 from m2d.data.features import FeatureStore, feature_bytes
@@ -39,7 +38,7 @@ from m2d.models.extractors.lite import EfficientNetLite, EfficientNetLite0, Effi
 from m2d.models.perceptual import LpipsDistance, build_perceptual
 from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, Crop, FeatureExtractorConfig, PerceptualKind
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
-from m2d.training.measure import known_peak
+from m2d.training.measure import flop_formulas, known_peak
 from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
 from m2d.training.run_plan import RunPlan
 from m2d.training.settings import TrainConfig, with_absolute_paths
@@ -71,6 +70,7 @@ class StepCounter(TorchDispatchMode):
         self._live: dict[int, tuple[int, str, weakref.ref[Any]]] = {}  # by the storage's address
         self._parts: defaultdict[str, int] = defaultdict(int)
         self._computing: list[str] = []
+        self._formulas = flop_formulas()
 
     def restart(self) -> None:
         """Begin a new measurement; what is alive stays counted."""
@@ -132,7 +132,7 @@ class StepCounter(TorchDispatchMode):
         self.host_reads += func is torch.ops.aten._local_scalar_dense.default
         if self._computing or torch.is_grad_enabled() or _in_backward():
             self.launches += not func.is_view
-        formula = flop_registry.get(func._overloadpacket)
+        formula = self._formulas.get(func._overloadpacket)
         if formula is not None:
             self.flops += int(formula(*args, **kwargs, out_val=out))
         for leaf in tree_leaves(out):

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from m2d.models.precision import DTYPES
 from m2d.models.settings import Precision
@@ -34,9 +35,23 @@ def count_flops(compute: Callable[[], object]) -> int:
     A multiplication and an addition are two. Element-wise work is not counted, as is usual for utilisation; the second
     forward pass of gradient checkpointing is, so utilisation is then that of the hardware rather than of the model.
     """
+    flop_formulas()
     with FlopCounterMode(display=False) as counter:
         compute()
     return int(counter.get_total_flops())
+
+
+def flop_formulas() -> dict[Any, Any]:
+    """torch's own registry, by operation, completed by attention on a CPU, which torch 2.11 does not count."""
+    aten = torch.ops.aten
+    flop_registry.setdefault(
+        aten._scaled_dot_product_flash_attention_for_cpu, flop_registry[aten._scaled_dot_product_flash_attention]
+    )
+    flop_registry.setdefault(
+        aten._scaled_dot_product_flash_attention_for_cpu_backward,
+        flop_registry[aten._scaled_dot_product_flash_attention_backward],
+    )
+    return flop_registry
 
 
 def known_peak(device_name: str) -> float | None:

@@ -39,19 +39,20 @@ def test_memory_is_what_the_dry_run_says() -> None:
     assert measured == pytest.approx(predicted_gib(config), rel=0.1)
 
 
-def test_a_group_norm_in_bf16_is_that_of_float32() -> None:
+@pytest.mark.parametrize(("mean", "atol"), [(0, 2**-7), (10, 2**-6)])
+def test_a_group_norm_in_bf16_is_that_of_float32(mean: float, atol: float) -> None:
     """To bf16's own rounding: of the output, 2^-8, and of the mean, which the kernel keeps in bf16.
 
-    A mean of 10 is kept to 2^-5, which is 2^-5 / 3 = 0.0104 deviations.
+    A mean of 10 is kept to 2^-5, which is 2^-5 / 3 = 0.0104 deviations. Statistics over 64 x 64 cells.
     """
     torch.manual_seed(0)
     plain = nn.GroupNorm(8, 64).to(CUDA)
-    x = (torch.randn(2, 64, 64, 64, device=CUDA) * 3 + 10).bfloat16()
+    x = (torch.randn(2, 64, 64, 64, device=CUDA) * 3 + mean).bfloat16()
     ours = nn.Sequential(copy.deepcopy(plain))
     keep_input_type(ours)
     normed = ours(x)
     assert normed.dtype == torch.bfloat16
-    assert_close(normed.float(), plain(x.float()), rtol=2**-7, atol=2**-6)
+    assert_close(normed.float(), plain(x.float()), rtol=2**-7, atol=atol)
 
 
 def test_batches_are_read_ahead_into_pinned_memory() -> None:

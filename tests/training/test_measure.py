@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_networks import tiny_batch, tiny_networks, tiny_step
 from torch import nn
+from torch.utils.flop_counter import flop_registry
 
 from m2d.training.measure import BINS, count_flops, gradient_statistics, known_peak, measured_peak, part_of, peak_flops
 
@@ -14,6 +16,15 @@ def test_a_linear_layers_forward_and_backward_are_counted() -> None:
     """[B, I] x [I, O]: 2 B I O forward, and the same again for the weights' gradient and for the input's."""
     layer, x = nn.Linear(8, 16, bias=False), torch.ones(4, 8, requires_grad=True)
     assert count_flops(lambda: layer(x).sum().backward()) == 3 * 2 * 4 * 8 * 16
+
+
+def test_attention_on_a_cpu_counts_where_torch_has_no_formula_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11 has none. Two products forward and five backward, each of 2 H L L D operations an image."""
+    for name in ("flash_attention_for_cpu", "flash_attention_for_cpu_backward"):
+        monkeypatch.delitem(flop_registry, getattr(torch.ops.aten, f"_scaled_dot_product_{name}"), raising=False)
+    q = torch.ones(2, 3, 16, 8, requires_grad=True)
+    counted = count_flops(lambda: F.scaled_dot_product_attention(q, q, q).sum().backward())
+    assert counted == (2 + 5) * 2 * (2 * 3 * 16 * 16 * 8)
 
 
 def test_a_convolution_is_counted() -> None:
