@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageCms, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.ExifTags import Base as ExifTag
 from PIL.JpegImagePlugin import JpegImageFile
@@ -31,7 +31,8 @@ class ImageRejected(Exception):
 def decode_image(encoded: bytes, *, max_pixels: int) -> np.ndarray:
     """The whole picture at full size: uint8 [H, W, 3], RGB, contiguous, turned as its EXIF orientation says.
 
-    Transparency is laid on white, 16-bit grey is scaled to 8 bits, of several frames the first counts.
+    Transparency is laid on white, 16-bit grey is scaled to 8 bits, an embedded colour profile is applied (to sRGB), of
+    several frames the first counts.
     max_pixels: larger images are refused from their header, before any pixel is decoded.
     Raises ImageRejected for bytes that are no whole JPEG, PNG, BMP, TIFF or WEBP image.
     """
@@ -141,7 +142,8 @@ def _open(encoded: bytes, max_pixels: int) -> ImageFile.ImageFile:
 
 
 def _opaque(image: Image.Image) -> Image.Image:
-    """An 8-bit L or RGB picture of a loaded image of any mode."""
+    """An 8-bit L or sRGB picture of a loaded image of any mode."""
+    image = _srgb(image)
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_eight_bit(image))
     if image.has_transparency_data:
@@ -154,11 +156,25 @@ def _opaque(image: Image.Image) -> Image.Image:
     return image.convert("L" if image.mode == "1" else "RGB")
 
 
+def _srgb(image: Image.Image) -> Image.Image:
+    """The picture as its ICC profile means it; as it is where the profile is sRGB, of another mode, or broken."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        space, name = profile.profile.xcolor_space.strip(), ImageCms.getProfileDescription(profile)
+        if space not in ("RGB", "CMYK") or image.mode not in (space, f"{space}A") or "sRGB" in name:
+            return image
+        mode = "RGB" if space == "CMYK" else image.mode
+        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except (KeyError, OSError, TypeError, ImageCms.PyCMSError):
+        return image
+    return image if converted is None else converted
+
+
 def _eight_bit(image: Image.Image) -> np.ndarray:
     """uint8 [H, W] of a 16-bit (or wider) grey image; Pillow's own conversion clips at 255 instead of scaling.
 
-    Integers are scaled by their depth (16 bits: v / 257). Floats tell no depth: [0, 1], [0, 255] and [0, 65535] are
-    told apart by their maximum.
+    Integers are scaled by the depth that a TIFF states, or else by the least of 8, 12 and 16 bits that holds them:
+    scanners and microscopes write 12 bits into files of 16. Floats likewise: [0, 1], [0, 255] or [0, 65535].
     """
     values = np.asarray(image)
     if image.mode == "F":
@@ -168,9 +184,9 @@ def _eight_bit(image: Image.Image) -> np.ndarray:
         if peak is None:
             raise ImageRejected("holds floating-point values above 65535, whose scale is not known")
         return np.rint(values.clip(0, None) * (255.0 / peak)).astype(np.uint8)
-    full_scale = 65535
-    if isinstance(image, TiffImageFile):
-        full_scale = min(full_scale, (1 << image.tag_v2.get(BITSPERSAMPLE, (16,))[0]) - 1)  # 12-bit scanners exist
+    full_scale = next((peak for peak in (255, 4095) if values.max() <= peak), 65535)
+    if isinstance(image, TiffImageFile) and image.tag_v2.get(BITSPERSAMPLE, (16,))[0] < 16:
+        full_scale = (1 << image.tag_v2[BITSPERSAMPLE][0]) - 1
     if values.max() > 65535:
         raise ImageRejected("holds integers above 65535, whose scale is not known")
     clipped = values.astype(np.int32).clip(0, full_scale)

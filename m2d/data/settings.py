@@ -12,6 +12,16 @@ Balance = Literal["natural", "sqrt", "balanced"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColumnsConfig:
+    """Columns of data.table, in any letter case; null: those that published tables have."""
+
+    image: str | None = None  # names the image: its file name or path, with or without suffix
+    label: str | None = None  # diagnosis
+    lesion: str | None = None  # the same for all images of a lesion
+    split: str | None = None  # train, val or test
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """How images are found, split, decoded and ordered."""
 
@@ -21,7 +31,14 @@ class DataConfig:
     val_fraction: float = 0.1  # of lesions
     test_fraction: float = 0.1  # of lesions; never trained on, kept for evaluation
     split_seed: int = 0  # another seed, other lesions in each split
-    class_map: dict[str, str] = field(default_factory=dict)  # folder name -> class code
+    class_map: dict[str, str] = field(default_factory=dict)  # folder name or diagnosis -> class code
+    table: str | None = None  # CSV file of labels, lesions or splits; null: those found below data_root
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
+    drop: list[str] = field(default_factory=list)  # diagnoses to leave out
+    clinical: bool = False  # take clinical photographs too, where a dataset has both kinds
+    split: Literal["published", "seeded"] = (
+        "published"  # keep the dataset's own split where it has one, or draw all anew
+    )
     max_pixels: int = 100_000_000  # larger images are rejected (decompression bombs)
     object_store_share: float = 0.3  # encoded bytes stay in Ray's object store while they fit this share of it
     read_cpus: float = 1.0  # logical CPUs a decoding task asks of Ray

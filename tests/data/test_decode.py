@@ -441,3 +441,51 @@ def test_damaged_bytes_give_a_picture_or_a_reason_and_nothing_else() -> None:
                 damaged[places] = generator.integers(0, 256, 6)
                 with contextlib.suppress(ImageRejected):
                     assert decode_resized(damaged.tobytes(), 16, max_pixels=LIMIT).shape == (16, 16, 3)
+
+
+def profile_of(red: tuple[float, ...], green: tuple[float, ...], blue: tuple[float, ...]) -> bytes:
+    """An ICC v2 display profile of these primaries (XYZ under D50) and gamma 2.2, by the ICC specification."""
+
+    def xyz(values: tuple[float, ...]) -> bytes:
+        return b"XYZ \0\0\0\0" + b"".join(round(value * 65536).to_bytes(4, "big", signed=True) for value in values)
+
+    curve = b"curv\0\0\0\0" + (1).to_bytes(4, "big") + round(2.2 * 256).to_bytes(2, "big") + b"\0\0"
+    name = b"a test"
+    description = b"desc\0\0\0\0" + (len(name) + 1).to_bytes(4, "big") + name + bytes(79 + 4)
+    tags = [(b"desc", description), (b"wtpt", xyz((0.9642, 1.0, 0.8249))), (b"cprt", b"text\0\0\0\0none\0\0\0\0")]
+    tags += [(b"rXYZ", xyz(red)), (b"gXYZ", xyz(green)), (b"bXYZ", xyz(blue))]
+    tags += [(name, curve) for name in (b"rTRC", b"gTRC", b"bTRC")]
+    table, body = len(tags).to_bytes(4, "big"), b""
+    for tag, content in tags:
+        padded = content + bytes(-len(content) % 4)
+        table += tag + (132 + 12 * len(tags) + len(body)).to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        body += padded
+    header = bytearray(128)
+    header[0:4] = (len(table) + len(body) + 128).to_bytes(4, "big")
+    header[8:12] = b"\x02\x10\0\0"
+    header[12:24] = b"mntrRGB XYZ "
+    header[36:40] = b"acsp"
+    header[68:80] = b"".join(round(value * 65536).to_bytes(4, "big") for value in (0.9642, 1.0, 0.8249))
+    return bytes(header) + table + body
+
+
+def test_an_embedded_colour_profile_is_applied() -> None:
+    """Under sRGB's own primaries with red and green exchanged, what the file calls red is green."""
+    red, green, blue = (0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7141)
+    picture = Image.new("RGB", (16, 16), (200, 40, 90))
+    for image_format in ("JPEG", "PNG", "TIFF", "WEBP"):
+        encoded = encode(picture, image_format, icc_profile=profile_of(green, red, blue))
+        for pixels in (decode_image(encoded, max_pixels=LIMIT), decode_resized(encoded, 16, max_pixels=LIMIT)):
+            np.testing.assert_allclose(pixels.mean((0, 1)), (40, 200, 90), atol=6)  # gamma 2.2 is not quite sRGB
+    np.testing.assert_array_equal(
+        decode_image(encode(picture, "PNG", icc_profile=b"no profile"), max_pixels=LIMIT)[0, 0], (200, 40, 90)
+    )
+
+
+@pytest.mark.parametrize(("peak", "mean"), [(4095, 4095), (255, 255), (40000, 65535)])
+def test_sixteen_bits_in_a_png_are_scaled_by_what_was_recorded(peak: int, mean: int) -> None:
+    """A scanner's 12 bits in a file of 16 are a picture, not a black one."""
+    values = np.linspace(0, peak, 256).round().astype(np.uint16).reshape(16, 16)
+    expected = np.rint(values * 255.0 / mean)
+    decoded = decode_image(encode(Image.fromarray(values), "PNG"), max_pixels=LIMIT)[..., 0]
+    np.testing.assert_allclose(decoded, expected, atol=1)
