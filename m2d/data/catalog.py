@@ -1,11 +1,11 @@
-"""From a folder of class folders to one Arrow table, the catalog; all that follows reads the table, not the folder.
+"""From a folder of images to one Arrow table, the catalog; all that follows reads the table, not the folder.
 
 Reads local disks, S3 and GCS alike (m2d.files.storage). Knows nothing of Ray, tensors or training.
 """
 
-import csv
 import hashlib
-import io
+import json
+import math
 import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +22,7 @@ from pyarrow import fs
 
 from m2d.classes import CLASSES
 from m2d.data.decode import ImageRejected, probe_image
+from m2d.data.layouts import FACTS, Entry, read_layout, sources
 from m2d.data.settings import DataConfig
 from m2d.errors import DataError
 from m2d.files.atomic import write_whole
@@ -38,14 +39,17 @@ CATALOG_SCHEMA = pa.schema(
         ("bytes", pa.int64()),
         ("sha256", pa.string()),
         ("split", pa.string()),  # train, val or test
+        ("age", pa.float32()),  # years; this and the next are null where the dataset does not say
+        ("sex", pa.string()),
+        ("site", pa.string()),
+        ("skin_tone", pa.string()),  # in the dataset's own scale
     ]
 )
 REJECTED_SCHEMA = pa.schema([("path", pa.string()), ("reason", pa.string())])
 DUPLICATES_SCHEMA = pa.schema([("path", pa.string()), ("kept", pa.string())])
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
+_SAID = b"m2d.said"  # key of the schema's metadata
 _SCAN_THREADS = 16  # decoding releases the GIL, and on remote storage most of them wait for bytes
-_DEBRIS = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # what Windows, macOS and Synology leave behind
 
 
 @dataclass(frozen=True)
@@ -58,29 +62,17 @@ class Scan:
 
 
 def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, int], None] | None = None) -> Scan:
-    """Read and check every image under the class folders of data_root, group them by lesion and split them.
+    """Find the images below data_root and what its folders and tables say of them, check each, group and split them.
 
     data_root: local path or URI. progress(done, total) is called from the caller's thread, once per file.
     A broken file is listed with its reason and the scan goes on. The rows and their order depend on the content alone.
-    Raises DataError where data_root, its folder names, its metadata.csv or its labels cannot be used as they are.
+    Raises DataError where data_root, its folders, its tables or its labels cannot be used as they are.
     """
-    shown = data_root
     filesystem, root = open_storage(data_root)
-    folders = _class_folders(filesystem, root, shown, config.class_map)
-    lesion_of = _read_lesions(filesystem, root, shown)
-
-    candidates: list[tuple[str, str]] = []  # (path, label), in the catalog's order
-    rejected: list[tuple[str, str]] = []
-    for label in CLASSES:
-        names = (name for name, folder_label in folders.items() if folder_label == label)
-        for path in sorted(path for name in names for path, _ in _files_below(filesystem, root, name)):
-            suffix = posixpath.splitext(path)[1]
-            if suffix.lower() in IMAGE_SUFFIXES:
-                candidates.append((path, label))
-            else:
-                known = " ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
-                rejected.append((path, f"the suffix {suffix or '(none)'} is not one of {known}"))
-
+    layout = read_layout(filesystem, root, data_root, config)
+    rejected = list(layout.rejected)
+    entries = {entry.path: entry for entry in layout.entries}
+    candidates = [(entry.path, str(entry.label)) for entry in layout.entries]
     images: list[_Image] = []
     for (path, _), found in zip(
         candidates, _probe_all(filesystem, root, candidates, config.max_pixels, progress), strict=True
@@ -91,37 +83,39 @@ def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, in
             images.append(found)
     if not images:
         first = f"; the first of {len(rejected)} rejected: {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
-        raise DataError(f"data_root: {shown} holds no usable image in {' '.join(sorted(folders))}{first}")
+        raise DataError(f"data_root: {data_root} holds no usable image{first}")
 
-    kept, duplicates = _drop_duplicates(images, shown)
-    identities = _group_lesions(images, kept, lesion_of)
-    rows = [(name, *image[:2], lesion, *image[2:], "") for image, (name, lesion) in zip(kept, identities, strict=True)]
-    catalog = assign_splits(
-        _table(CATALOG_SCHEMA, rows),
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        seed=config.split_seed,
-    )
+    kept, duplicates = _drop_duplicates(images, data_root)
+    identities = _group_lesions(images, kept, entries)
+    rows = [
+        (name, *image[:2], lesion, *image[2:], "", *_facts(entries[image.path]))
+        for image, (name, lesion) in zip(kept, identities, strict=True)
+    ]
+    said = list(layout.said)
+    catalog = _split(_table(CATALOG_SCHEMA, rows), [entries[image.path].split for image in kept], config, said)
+    catalog = catalog.replace_schema_metadata({_SAID: json.dumps(said)})
     return Scan(catalog, _table(REJECTED_SCHEMA, sorted(rejected)), _table(DUPLICATES_SCHEMA, duplicates))
+
+
+def said_of(catalog: pa.Table) -> list[str]:
+    """What its scan took labels, lesions and splits from and what it left out, one fact a line, for the first lines."""
+    return list(json.loads((catalog.schema.metadata or {}).get(_SAID, b"[]")))
 
 
 def dataset_fingerprint(data_root: str, config: DataConfig) -> str:
     """sha256 (hex) over path, size and time of change of every file that a scan reads; no file is opened.
 
-    Raises DataError where data_root or its folder names cannot be used as they are.
+    Raises DataError where data_root cannot be listed.
     """
-    filesystem, root = open_storage(data_root)
-    folders = _class_folders(filesystem, root, data_root, config.class_map)
-    entries = [pair for name in folders for pair in _files_below(filesystem, root, name)]
-    metadata = filesystem.get_file_info(posixpath.join(root, "metadata.csv"))
-    lines = (f"{path}\0{info.size}\0{info.mtime_ns}" for path, info in [*entries, ("metadata.csv", metadata)])
+    files = sources(*open_storage(data_root), data_root, config)
+    lines = (f"{file.path}\0{file.size}\0{file.mtime_ns}" for file in files)
     return hashlib.sha256("\0\0".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
 
 
 def write_catalog(catalog: pa.Table, path: str) -> None:
     """Write a catalog as Parquet to a local path or URI; a reader never meets half a file. Makes missing folders."""
     encoded = pa.BufferOutputStream()
-    pq.write_table(catalog.select(CATALOG_SCHEMA.names).cast(CATALOG_SCHEMA), encoded)
+    pq.write_table(_in_schema(catalog), encoded)
     _write_whole(path, encoded.getvalue())
 
 
@@ -132,10 +126,13 @@ def read_catalog(path: str) -> pa.Table:
     try:
         with filesystem.open_input_file(inner) as stream:
             catalog = pq.read_table(stream)
+        for name in FACTS:  # a catalog of an earlier M2D has none of them
+            if name not in catalog.column_names:
+                catalog = catalog.append_column(name, pa.nulls(len(catalog), CATALOG_SCHEMA.field(name).type))
         missing = [name for name in CATALOG_SCHEMA.names if name not in catalog.column_names]
         if missing:
             raise DataError(f"catalog: {shown} lacks the columns {' '.join(missing)}; scan the dataset again")
-        return catalog.select(CATALOG_SCHEMA.names).cast(CATALOG_SCHEMA)
+        return _in_schema(catalog)
     except FileNotFoundError:
         raise DataError(f"catalog: {shown} does not exist; scan the dataset first") from None
     except (pa.ArrowException, OSError) as error:
@@ -166,6 +163,10 @@ def catalog_hash(catalog: pa.Table) -> str:
     return hashlib.sha256("\0\0".join(lines).encode()).hexdigest()
 
 
+def _in_schema(catalog: pa.Table) -> pa.Table:
+    return catalog.select(CATALOG_SCHEMA.names).cast(CATALOG_SCHEMA.with_metadata(catalog.schema.metadata))
+
+
 class _Image(NamedTuple):
     path: str
     label: str
@@ -173,89 +174,6 @@ class _Image(NamedTuple):
     height: int
     bytes: int
     sha256: str
-
-
-def _class_folders(filesystem: fs.FileSystem, root: str, shown: str, class_map: dict[str, str]) -> dict[str, str]:
-    """Folder name -> class code for the folders of root; DataError unless each is a class or mapped to one."""
-    try:
-        kind = filesystem.get_file_info(root).type
-        if kind == fs.FileType.NotFound:
-            raise DataError(f"data_root: {shown} does not exist; give the folder that holds the class folders")
-        if kind == fs.FileType.File:
-            raise DataError(f"data_root: {shown} is a file; give the folder that holds the class folders")
-        entries = filesystem.get_file_info(fs.FileSelector(root))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"data_root: {shown} cannot be listed ({one_line(error)}); check access to it") from error
-    names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
-    names = [name for name in names if not is_debris(name)]
-
-    known = {code.casefold(): code for code in CLASSES}
-    known |= {folder.casefold(): code for folder, code in class_map.items()}
-    folders = {name: class_map.get(name, known[name.casefold()]) for name in names if name.casefold() in known}
-    unknown = [name for name in names if name not in folders]
-    expected = f"expected some of {' '.join(CLASSES)}"
-    if not folders:
-        found = f"found: {_abbreviated(unknown)}" if unknown else "found no folder"
-        raise DataError(
-            f"data_root: {shown} has no class folder; {expected}, {found}. Map yours with --data.class_map."
-        )
-    if unknown:
-        folder = "folders that are no class" if len(unknown) > 1 else "a folder that is no class"
-        raise DataError(
-            f"data_root: {shown} has {folder}: {_abbreviated(unknown)}; {expected}. "
-            "Map it with --data.class_map, or move it out of data_root."
-        )
-    return folders
-
-
-def _files_below(filesystem: fs.FileSystem, root: str, folder: str) -> Iterator[tuple[str, fs.FileInfo]]:
-    """Path relative to root and listing of all files at any depth of a class folder, but for hidden ones and debris."""
-    for entry in filesystem.get_file_info(fs.FileSelector(posixpath.join(root, folder), recursive=True)):
-        path = posixpath.relpath(entry.path, root)
-        if entry.type == fs.FileType.File and not any(is_debris(part) for part in path.split("/")):
-            yield path, entry
-
-
-def is_debris(name: str) -> bool:
-    """Whether a file or folder of this name is hidden or left behind by an operating system."""
-    return name.startswith(".") or name.casefold() in _DEBRIS
-
-
-def _read_lesions(filesystem: fs.FileSystem, root: str, shown: str) -> dict[str, str]:
-    """image_id -> lesion_id from metadata.csv at the root, empty without one. A blank lesion_id is left out."""
-    where = f"metadata.csv in {shown}"
-    try:
-        with filesystem.open_input_stream(posixpath.join(root, "metadata.csv"), compression=None) as stream:
-            text = stream.read().decode("utf-8-sig")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{where} cannot be read ({one_line(error)}); save it as UTF-8 or remove it") from error
-    lesion_of: dict[str, str] = {}
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        columns = [column.strip() for column in reader.fieldnames or ()]
-        missing = [column for column in ("image_id", "lesion_id") if column not in columns]
-        if missing:
-            found = _abbreviated(columns) or "an empty file"
-            raise DataError(
-                f"{where} lacks the column {' and '.join(missing)} (found: {found}); add it, or remove the file to "
-                "count each image as a lesion of its own"
-            )
-        reader.fieldnames = columns
-        for row in reader:
-            image_id = without_image_suffix((row["image_id"] or "").strip())
-            lesion_id = (row["lesion_id"] or "").strip()
-            if not image_id or not lesion_id:
-                continue
-            if lesion_of.setdefault(image_id, lesion_id) != lesion_id:
-                raise DataError(
-                    f"{where} gives {image_id} two lesions, {lesion_of[image_id]} and {lesion_id} "
-                    f"(line {reader.line_num}); keep one"
-                )
-    except csv.Error as error:
-        raise DataError(f"{where} is not a CSV file ({one_line(error)}); mend it or remove it") from error
-    return lesion_of
 
 
 def _probe_all(
@@ -308,19 +226,16 @@ def _drop_duplicates(images: list[_Image], shown: str) -> tuple[list[_Image], li
     return list(first.values()), sorted(duplicates)
 
 
-def _group_lesions(images: list[_Image], kept: list[_Image], lesion_of: dict[str, str]) -> list[tuple[str, str]]:
+def _group_lesions(images: list[_Image], kept: list[_Image], entries: dict[str, Entry]) -> list[tuple[str, str]]:
     """(image_id, lesion_id) of each kept image.
 
-    Two lesions that share an exact duplicate are one lesion: the dropped copy ties its siblings to the kept one, and
-    apart they could stand on both sides of a split.
+    Two lesions that share an image or an exact duplicate are one: apart they could be on both sides of a split.
     """
     stems = Counter(_stem(image.path) for image in kept)
     image_id_of = {image.path: _stem(image.path) if stems[_stem(image.path)] == 1 else image.path for image in kept}
-
-    def recorded(path: str) -> str | None:
-        return lesion_of.get(without_image_suffix(path)) or lesion_of.get(_stem(path))
-
-    lesion_of_content = {image.sha256: recorded(image.path) or image_id_of[image.path] for image in kept}
+    lesion_of_content = {
+        image.sha256: min(entries[image.path].lesions, default=image_id_of[image.path]) for image in kept
+    }
     joined: dict[str, str] = {}  # lesion -> another name of the same lesion, a forest
 
     def representative(lesion: str) -> str:
@@ -329,12 +244,19 @@ def _group_lesions(images: list[_Image], kept: list[_Image], lesion_of: dict[str
         return lesion
 
     for image in images:
-        lesion = recorded(image.path)
-        if lesion is not None:
+        for lesion in sorted(entries[image.path].lesions):
             a, b = representative(lesion), representative(lesion_of_content[image.sha256])
             if a != b:
                 joined[max(a, b)] = min(a, b)
     return [(image_id_of[image.path], representative(lesion_of_content[image.sha256])) for image in kept]
+
+
+def _facts(entry: Entry) -> tuple[object, ...]:
+    try:
+        age: float | None = float(entry.facts.get("age", ""))
+    except ValueError:
+        age = None
+    return (age if age is None or math.isfinite(age) else None, *(entry.facts.get(name) for name in FACTS[1:]))
 
 
 def _table(schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> pa.Table:
@@ -362,17 +284,6 @@ def _write_whole(path: str, encoded: pa.Buffer) -> None:
 
 def _stem(path: str) -> str:
     return posixpath.splitext(posixpath.basename(path))[0]
-
-
-def without_image_suffix(name: str) -> str:
-    """ISIC_1 for ISIC_1.jpg: tables name images either way."""
-    stem, suffix = posixpath.splitext(name)
-    return stem if suffix.lower() in IMAGE_SUFFIXES else name
-
-
-def _abbreviated(names: list[str]) -> str:
-    shown = [*names[:8], "..."] if len(names) > 8 else names
-    return ", ".join(shown)
 
 
 # --- the split --------------------------------------------------------------------------------------------------------
@@ -413,6 +324,31 @@ def assign_splits(catalog: pa.Table, *, val_fraction: float, test_fraction: floa
     if "split" not in catalog.column_names:
         return catalog.append_column("split", splits)
     return catalog.set_column(catalog.column_names.index("split"), "split", splits)
+
+
+def _split(catalog: pa.Table, published: list[str | None], config: DataConfig, said: list[str]) -> pa.Table:
+    """The published split where there is one and data.split keeps it; what it lacks is drawn from its training part."""
+    own = set(published) - {None} if config.split == "published" else set()
+    drawn = assign_splits(
+        catalog.filter(pa.array([split in (None, "train") or not own for split in published])),
+        val_fraction=0.0 if "val" in own else config.val_fraction,
+        test_fraction=0.0 if "test" in own else config.test_fraction,
+        seed=config.split_seed,
+    )
+    if not own:
+        return drawn
+    remaining = iter(drawn["split"].to_pylist())
+    splits = [next(remaining) if split in (None, "train") else split for split in published]
+    said.append(f"split: {' '.join(sorted(map(str, own)))} as published (--data.split seeded draws all of it)")
+    sides: dict[str, set[str]] = defaultdict(set)
+    for lesion, split in zip(catalog["lesion_id"].to_pylist(), splits, strict=True):
+        sides[lesion].add(str(split))
+    torn = sum(len(of_lesion) > 1 for of_lesion in sides.values())
+    if torn:
+        said.append(
+            f"WARNING: {torn:,} lesions are in more than one published split; --data.split seeded keeps each in one"
+        )
+    return catalog.set_column(catalog.column_names.index("split"), "split", pa.array(splits, pa.string()))
 
 
 def _allocate(lesions: int, val_fraction: float, test_fraction: float) -> dict[str, int]:

@@ -32,9 +32,9 @@ from urllib3.util import Retry
 
 from m2d import __version__
 from m2d.classes import CLASSES
-from m2d.data.catalog import IMAGE_SUFFIXES, is_debris, without_image_suffix
 from m2d.data.decode import ImageRejected, probe_image
 from m2d.data.isic_archive import ArchiveImage, class_of, collection_number, read_record
+from m2d.data.layouts import IMAGE_SUFFIXES, is_debris, without_image_suffix
 from m2d.data.settings import DownloadConfig
 from m2d.errors import DataError
 from m2d.files.atomic import try_lock, write_whole

@@ -26,7 +26,7 @@ from m2d.errors import DataError
 from m2d.files.storage import one_line, open_storage
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-FACTS = ("age", "sex", "site", "skin_tone")  # what a catalog keeps of a table beside labels and lesions
+FACTS = ("age", "sex", "site", "skin_tone")  # what a catalog keeps of a table beside labels, lesions and splits
 
 _TABLE_SUFFIXES = (".csv", ".tab", ".tsv", ".txt", "")
 _SPLITS = {  # folder or value -> split
@@ -61,7 +61,7 @@ class File(NamedTuple):
     """A file of a dataset: path within the root with forward slashes, size in bytes, time of change."""
 
     path: str
-    size: int
+    size: int | None
     mtime_ns: int | None
 
 
@@ -85,14 +85,14 @@ class Layout:
     said: list[str]  # one fact a line, for the first lines of output
 
 
-def read_layout(data_root: str, config: DataConfig) -> Layout:
-    """Find the images below data_root (a path or URI), and what folders and tables say of them.
+def read_layout(filesystem: fs.FileSystem, root: str, shown: str, config: DataConfig) -> Layout:
+    """Find the images below root, and what folders and tables say of them.
 
-    A class folder goes before a table. Raises DataError where data_root cannot be listed, no image has a label, a
-    table is of other images, or a label is no class and neither mapped (data.class_map) nor dropped (data.drop).
+    shown: root as the user wrote it. A class folder goes before a table. Raises DataError where root cannot be listed,
+    no image has a label, a table is of other images, or a label is no class and neither mapped (data.class_map) nor
+    dropped (data.drop).
     """
-    filesystem, root = open_storage(data_root)
-    files, rejected = list_files(filesystem, root, data_root)
+    files, rejected = list_files(filesystem, root, shown)
     entries: list[Entry] = []
     masks = 0
     for path in (file.path for file in files):
@@ -115,11 +115,11 @@ def read_layout(data_root: str, config: DataConfig) -> Layout:
     places = [(filesystem, posixpath.join(root, path), path) for path in table_paths(files, config)]
     if config.table is not None:
         places.append((*open_storage(config.table), config.table))
-    tables = [table for place in places for table in _read_table(*place, by_key, config, said)]
+    tables = [table for place in places for table in _read_table(*place, shown, by_key, config, said)]
 
     entries = _dermoscopic(entries, tables, config, said)
-    _assign_lesions(entries, tables, data_root, said)
-    entries = _assign_labels(entries, tables, data_root, config, said)
+    _assign_lesions(entries, tables, shown, said)
+    entries = _assign_labels(entries, tables, shown, config, said)
     for entry in entries:
         for table in tables:
             for name in FACTS:
@@ -161,6 +161,26 @@ def table_paths(files: Iterable[File], config: DataConfig) -> list[str]:
     ]
 
 
+def sources(filesystem: fs.FileSystem, root: str, shown: str, config: DataConfig) -> list[File]:
+    """All files that `read_layout` and a scan depend on, data.table among them, by path."""
+    files, _ = list_files(filesystem, root, shown)
+    tables = set(table_paths(files, config))
+    used = [
+        file
+        for file in files
+        if file.path in tables
+        or _folders(file.path, config)[1]
+        or posixpath.splitext(file.path)[1].lower() in IMAGE_SUFFIXES
+    ]
+    if "metadata.csv" not in tables:  # as an earlier M2D counted it, whose catalogs stay good
+        used.append(File("metadata.csv", None, None))
+    if config.table is not None:
+        elsewhere, path = open_storage(config.table)
+        info = elsewhere.get_file_info(path)
+        used.append(File(config.table, info.size, info.mtime_ns))
+    return sorted(used, key=lambda file: file.path)
+
+
 def is_debris(name: str) -> bool:
     """Whether a file or folder of this name is hidden or left behind by an operating system."""
     return name.startswith(".") or name.casefold() in _DEBRIS
@@ -168,8 +188,13 @@ def is_debris(name: str) -> bool:
 
 def image_key(name: str) -> str:
     """What tables call an image: no suffix, no `_downsampled`, one letter case; folders stay."""
-    stem, suffix = posixpath.splitext(name.strip().replace("\\", "/"))
-    return (stem if suffix.lower() in IMAGE_SUFFIXES else stem + suffix).casefold().removesuffix("_downsampled")
+    return without_image_suffix(name.strip().replace("\\", "/")).casefold().removesuffix("_downsampled")
+
+
+def without_image_suffix(name: str) -> str:
+    """ISIC_1 for ISIC_1.jpg: tables name images either way."""
+    stem, suffix = posixpath.splitext(name)
+    return stem if suffix.lower() in IMAGE_SUFFIXES else name
 
 
 def _walk(root: str) -> tuple[list[File], list[tuple[str, str]]]:
@@ -258,10 +283,17 @@ def _cell(row: list[str], place: int | None) -> str:
 
 
 def _read_table(
-    filesystem: fs.FileSystem, path: str, name: str, by_key: dict[str, list[Entry]], config: DataConfig, said: list[str]
+    filesystem: fs.FileSystem,
+    path: str,
+    name: str,
+    root: str,
+    by_key: dict[str, list[Entry]],
+    config: DataConfig,
+    said: list[str],
 ) -> list[_Table]:
     """The table in a file, or none where the file is no table of images; a .csv that is not used is said."""
     telling = name.lower().endswith(".csv") or name == config.table
+    shown = name if name == config.table else f"{name} in {root}"
     try:
         with filesystem.open_input_stream(path, compression=None) as stream:
             content = stream.read()
@@ -272,24 +304,28 @@ def _read_table(
         ]
     except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
         if telling:
-            raise DataError(f"{name} cannot be read ({one_line(error)}); save it as a CSV file in UTF-8") from error
+            raise DataError(f"{shown} cannot be read ({one_line(error)}); save it as CSV in UTF-8") from error
         return []
     if not rows:
+        said += [f"not used: {name} (an empty file)"] if telling else []
         return []
     names = [cell.strip().casefold() for cell in rows[0]]
     roles = {role: names.index(known) for role in _COLUMNS for known in reversed(_COLUMNS[role]) if known in names}
     if name == config.table:
-        own = {role: column for role, column in vars(config.columns).items() if column is not None}
-        for role, column in own.items():
+        for role, column in config.columns.items():
             if column.strip().casefold() not in names:
-                raise DataError(f"data.columns.{role}: {name} has no column {column}; found: {', '.join(rows[0])}")
+                raise DataError(f"data.columns.{role}: {shown} has no column {column}; found: {', '.join(rows[0])}")
             roles[role] = names.index(column.strip().casefold())
     if "image" not in roles and len(names) == 2 and image_key(rows[0][0]) in by_key:  # ISIC 2016 writes no header
         names, roles = ["image", "target"], {"image": 0, "label": 1}
         rows.insert(0, names)
     one_hot = {place: _ONE_HOT[column] for place, column in enumerate(names) if column in _ONE_HOT}
     cells = {row[place].strip() for row in rows[1:] for place in one_hot if place < len(row)}
-    if len(one_hot) < 2 or not cells <= {"0", "1", "0.0", "1.0"} or (name == config.table and config.columns.label):
+    if (
+        len(one_hot) < 2
+        or not cells <= {"0", "1", "0.0", "1.0"}
+        or (name == config.table and "label" in config.columns)
+    ):
         one_hot = {}
     levels = [names.index(f"diagnosis_{level}") for level in range(1, 6) if f"diagnosis_{level}" in names]
     table = _Table(name, roles, one_hot, levels if roles.get("label") in levels else [])
@@ -315,9 +351,9 @@ def _read_table(
                 first = table.rows.setdefault(entry.path, row)
                 before, lesion = (_cell(one, roles.get("lesion")) for one in (first, row))
                 if before and lesion and before != lesion:
+                    image = _cell(row, roles["image"])
                     raise DataError(
-                        f"{name} gives {_cell(row, roles['image'])} two lesions, {before} and {lesion} (row {number}); "
-                        "keep one"
+                        f"{shown} gives {image} two lesions, {before} and {lesion} (row {number}); keep one"
                     )
                 if lesion and not before:
                     table.rows[entry.path] = row
@@ -363,7 +399,7 @@ def _assign_labels(
 ) -> list[Entry]:
     """Gives every entry its class; the entries that have one."""
     tables = [table for table in tables if table.has_labels]
-    dropped = {word.strip().casefold() for word in config.drop}
+    dropped = {word.strip().casefold() for word in (config.drop or "").split(",")}
     unknown: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     unlabelled: list[Entry] = []
@@ -395,6 +431,8 @@ def _assign_labels(
             entry.label = next(iter(labels))
         elif terms:
             unknown[": ".join(terms)] += 1
+        elif named := {part.casefold() for part in entry.path.split("/")[:-1]} & dropped:
+            left_out[min(named)] += 1
         else:
             unlabelled.append(entry)
     in_folders = sum(entry.label is not None for entry in entries) if not tables else 0
@@ -404,7 +442,7 @@ def _assign_labels(
         word = unknown.most_common(1)[0][0].rpartition(": ")[2]
         raise DataError(
             f"labels that are no class, with their images: {listed}; known: {' '.join(CLASSES)}. Map them "
-            f"(--data.class_map.'{word}' CODE) or leave them out (--data.drop '[\"{word}\"]')"
+            f"(--data.class_map.'{word}' CODE) or leave them out (--data.drop '{word}')"
         )
     folders = sorted({entry.path.split("/")[0] for entry in unlabelled if "/" in entry.path})
     labelled = [entry for entry in entries if entry.label is not None]

@@ -12,16 +12,6 @@ Balance = Literal["natural", "sqrt", "balanced"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColumnsConfig:
-    """Columns of data.table, in any letter case; null: those that published tables have."""
-
-    image: str | None = None  # names the image: its file name or path, with or without suffix
-    label: str | None = None  # diagnosis
-    lesion: str | None = None  # the same for all images of a lesion
-    split: str | None = None  # train, val or test
-
-
-@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """How images are found, split, decoded and ordered."""
 
@@ -33,8 +23,8 @@ class DataConfig:
     split_seed: int = 0  # another seed, other lesions in each split
     class_map: dict[str, str] = field(default_factory=dict)  # folder name or diagnosis -> class code
     table: str | None = None  # CSV file of labels, lesions or splits; null: those found below data_root
-    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    drop: list[str] = field(default_factory=list)  # diagnoses to leave out
+    columns: dict[str, str] = field(default_factory=dict)  # of data.table: image, label, lesion, split -> column name
+    drop: str | None = None  # diagnoses to leave out, separated by commas
     clinical: bool = False  # take clinical photographs too, where a dataset has both kinds
     split: Literal["published", "seeded"] = (
         "published"  # keep the dataset's own split where it has one, or draw all anew
@@ -55,6 +45,13 @@ class DataConfig:
         for folder, code in self.class_map.items():
             if code not in CLASSES:
                 raise ConfigError(f"data.class_map maps {folder} to {code}; known classes: {' '.join(CLASSES)}")
+        for role in self.columns:
+            if role not in ("image", "label", "lesion", "split"):
+                raise ConfigError(f"data.columns has {role}; it must be one of image, label, lesion, split")
+        if self.columns and self.table is None:
+            raise ConfigError(
+                "data.columns names columns of data.table, which is not set; name the file by --data.table"
+            )
         if self.max_pixels < 1:
             raise ConfigError(f"data.max_pixels is {self.max_pixels}; it must be at least 1")
         if not 0 < self.object_store_share <= 0.8:

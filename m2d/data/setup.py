@@ -23,7 +23,7 @@ import pyarrow as pa
 from m2d.cluster.fan_out import JobResult, as_block, fan_out, numbered, on_tasks, run_jobs
 from m2d.cluster.nodes import cluster_total, node_resources, require_shared
 from m2d.cluster.start import ray_cluster
-from m2d.data.catalog import class_counts, dataset_fingerprint, scan_dataset
+from m2d.data.catalog import class_counts, dataset_fingerprint, said_of, scan_dataset
 from m2d.data.decode import decode_resized
 from m2d.data.reader import READ_THREADS, decode_unchanged
 from m2d.data.settings import SetupConfig
@@ -144,6 +144,8 @@ def _alone(folder: Path) -> Iterator[None]:
 def _scan(config: SetupConfig, data_root: str, folder: Path, catalog: pa.Table | None) -> tuple[pa.Table, StageReport]:
     began = time.monotonic()
     if catalog is not None:
+        for line in said_of(catalog):
+            say(f"scan: {line}")
         say(f"scan: {len(catalog):,} images found in the catalog; no file and no setting has changed since")
         return catalog, StageReport("catalog", len(catalog), 0, 0, 1, _size(folder / CATALOG))
     fingerprint = dataset_fingerprint(data_root, config.data)  # from before, so that a change during the scan shows
@@ -151,6 +153,8 @@ def _scan(config: SetupConfig, data_root: str, folder: Path, catalog: pa.Table |
         scan = scan_dataset(data_root, config.data, shown.show)
     write_scan(folder, scan, data_root, config.data, fingerprint)
     _say_failures("scan", [f"{row['path']}: {row['reason']}" for row in scan.rejected.to_pylist()])
+    for line in said_of(scan.catalog):
+        say(f"scan: {line}")
     counts = " ".join(f"{code} {count}" for code, count in class_counts(scan.catalog).items())
     say(f"scan: {len(scan.catalog):,} images ({counts}), {len(scan.duplicates):,} exact duplicates left out")
     seconds = time.monotonic() - began

@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1  # of the whole folder; raised when what is in it can no longer be read as before
 DATASET, CATALOG = "dataset.json", "catalog.parquet"
 SCAN_SETTINGS = ("val_fraction", "test_fraction", "split_seed", "class_map", "max_pixels")
+LAYOUT_SETTINGS = ("table", "columns", "drop", "clinical", "split")  # recorded where they are set
 ROW_GROUP_BYTES = 64 * 2**10  # of pixels: what is read for one image. Smaller ones make opening a file slow
 OPEN_FILES = 64  # of a reader; an open one costs a parsed footer
 DIGEST_BYTES = 32
@@ -311,7 +312,12 @@ class PreparedRows:
 
 def _scan_settings(config: DataConfig) -> dict[str, Any]:
     """The settings that shape a catalog."""
-    return {name: value for name, value in asdict(config).items() if name in SCAN_SETTINGS}
+    defaults = asdict(DataConfig())
+    return {
+        name: value
+        for name, value in asdict(config).items()
+        if name in SCAN_SETTINGS or (name in LAYOUT_SETTINGS and value != defaults[name])
+    }
 
 
 def _hash(content: bytes) -> str:

@@ -17,8 +17,8 @@ import pyarrow as pa
 from pyarrow import fs
 
 from m2d.classes import CLASSES
-from m2d.data.catalog import IMAGE_SUFFIXES, is_debris
 from m2d.data.decode import ImageRejected, decode_resized, probe_image
+from m2d.data.layouts import IMAGE_SUFFIXES, is_debris
 from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.files.paths import refuse_credentials

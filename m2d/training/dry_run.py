@@ -27,8 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from m2d.data.catalog import IMAGE_SUFFIXES, is_debris
 from m2d.data.features import FeatureStore, feature_bytes
+from m2d.data.layouts import IMAGE_SUFFIXES, is_debris
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import CheckpointError, DataError, first_line
 from m2d.experiment import Experiment

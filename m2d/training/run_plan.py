@@ -14,6 +14,7 @@ from m2d.data.catalog import (
     catalog_hash,
     class_counts,
     read_catalog,
+    said_of,
     scan_dataset,
     write_catalog,
     write_csv,
@@ -155,6 +156,8 @@ def run_catalog(config: TrainConfig, experiment: Experiment, data_root: str, con
     else:
         with progress("scan", stderr=False) as shown:
             scan = scan_dataset(data_root, config.data, shown.show)
+    for line in said_of(scan.catalog):
+        console.say(line)
     write_catalog(scan.catalog, path)
     if len(scan.rejected):
         listed = str(experiment.path / "cache" / "rejected.csv")

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from m2d.data.layouts import Layout, read_layout
-from m2d.data.settings import ColumnsConfig, DataConfig
+from m2d.data.settings import DataConfig
 from m2d.errors import DataError
+from m2d.files.storage import open_storage
 
 Builder = Callable[[Path], None]
 
@@ -29,7 +30,7 @@ def write(root: Path, path: str, text: str, encoding: str = "utf-8") -> None:
 
 
 def read(root: Path, **settings: object) -> Layout:
-    return read_layout(str(root), DataConfig(**settings))  # type: ignore[arg-type]
+    return read_layout(*open_storage(str(root)), str(root), DataConfig(**settings))  # type: ignore[arg-type]
 
 
 def labels(layout: Layout) -> dict[str, int]:
@@ -124,7 +125,7 @@ def test_isic_2019_is_read_without_flags_where_its_classes_are_known(tmp_path: P
     write(tmp_path, "ISIC_2019_Training_Metadata.csv", metadata)
     with pytest.raises(DataError, match=r"SCC \(1\).*class_map.*drop"):
         read(tmp_path)
-    layout = read(tmp_path, drop=["scc"])
+    layout = read(tmp_path, drop="scc,unk")
     assert labels(layout) == {"AKIEC": 1, "MEL": 1}
     assert [entry.lesions for entry in layout.entries] == [{"MSK4_1"}, set()]
     assert layout.entries[1].facts == {"age": "55.0", "sex": "female", "site": "anterior torso"}
@@ -221,7 +222,7 @@ def test_a_table_of_the_users_own(tmp_path: Path) -> None:
     make(tmp_path / "photos", "serial/0001.PNG", "serial/0002.png", "serial/0003.png")
     text = "Nr;Befund;Herd;Teil\n0001;Melanoma;7;train\n0002;nevus;7;Test\n"
     write(tmp_path, "list.csv", text, "utf-16")
-    columns = ColumnsConfig(image="nr", label="Befund", lesion="Herd", split="Teil")
+    columns = {"image": "nr", "label": "Befund", "lesion": "Herd", "split": "Teil"}
     layout = read(tmp_path / "photos", table=str(tmp_path / "list.csv"), columns=columns)
     assert [(entry.path, entry.label, entry.lesions, entry.split) for entry in layout.entries] == [
         ("serial/0001.PNG", "MEL", {"7"}, "train"),
@@ -229,7 +230,7 @@ def test_a_table_of_the_users_own(tmp_path: Path) -> None:
     ]
     assert any("1 images without a label" in line for line in layout.said)
     with pytest.raises(DataError, match=r"data\.columns\.label: .*found: Nr, Befund"):
-        read(tmp_path / "photos", table=str(tmp_path / "list.csv"), columns=ColumnsConfig(image="Nr", label="dx"))
+        read(tmp_path / "photos", table=str(tmp_path / "list.csv"), columns={"image": "Nr", "label": "dx"})
 
 
 @pytest.mark.parametrize(
