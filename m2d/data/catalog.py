@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -21,9 +22,10 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from m2d.classes import CLASSES
-from m2d.data.decode import ImageRejected, probe_image
+from m2d.data.decode import ImageRejected, decode_measured
 from m2d.data.layouts import FACTS, Entry, read_layout, sources
 from m2d.data.settings import DataConfig
+from m2d.data.views import apply_view
 from m2d.errors import DataError
 from m2d.files.atomic import write_whole
 from m2d.files.storage import one_line, open_storage
@@ -86,13 +88,15 @@ def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, in
         raise DataError(f"data_root: {data_root} holds no usable image{first}")
 
     kept, duplicates = _drop_duplicates(images, data_root)
-    identities = _group_lesions(images, kept, entries)
+    said = list(layout.said)
+    pairs = _near_duplicates(kept)
+    identities = _group_lesions(images, kept, entries, pairs if config.group_near_duplicates else [])
     rows = [
-        (name, *image[:2], lesion, *image[2:], "", *_facts(entries[image.path]))
+        (name, *image[:2], lesion, *image[2:-1], "", *_facts(entries[image.path]))
         for image, (name, lesion) in zip(kept, identities, strict=True)
     ]
-    said = list(layout.said)
     catalog = _split(_table(CATALOG_SCHEMA, rows), [entries[image.path].split for image in kept], config, said)
+    said += _tell_near_duplicates(catalog, pairs)
     catalog = catalog.replace_schema_metadata({_SAID: json.dumps(said)})
     return Scan(catalog, _table(REJECTED_SCHEMA, sorted(rejected)), _table(DUPLICATES_SCHEMA, duplicates))
 
@@ -174,6 +178,7 @@ class _Image(NamedTuple):
     height: int
     bytes: int
     sha256: str
+    cells: np.ndarray  # mean colours of an 8 x 8 grid: float32 [8, 8, 3]
 
 
 def _probe_all(
@@ -189,12 +194,13 @@ def _probe_all(
         try:
             with filesystem.open_input_stream(posixpath.join(root, candidate[0]), compression=None) as stream:
                 encoded = stream.read()
-            width, height = probe_image(encoded, max_pixels=max_pixels)
+            pixels, width, height = decode_measured(encoded, 64, max_pixels=max_pixels)
         except ImageRejected as rejection:
             return rejection.reason
         except (pa.ArrowException, OSError) as error:
             return f"cannot be read: {one_line(error)}"
-        return _Image(*candidate, width, height, len(encoded), hashlib.sha256(encoded).hexdigest())
+        cells = pixels.reshape(8, 8, 8, 8, 3).mean((1, 3), dtype=np.float32)
+        return _Image(*candidate, width, height, len(encoded), hashlib.sha256(encoded).hexdigest(), cells)
 
     pool = ThreadPoolExecutor(_SCAN_THREADS, thread_name_prefix="m2d-scan")
     try:
@@ -226,10 +232,38 @@ def _drop_duplicates(images: list[_Image], shown: str) -> tuple[list[_Image], li
     return list(first.values()), sorted(duplicates)
 
 
-def _group_lesions(images: list[_Image], kept: list[_Image], entries: dict[str, Entry]) -> list[tuple[str, str]]:
+def _near_duplicates(images: list[_Image]) -> list[tuple[int, int]]:
+    """Pairs of rows that look the same in one of the eight views."""
+    from m2d.metrics.neighbours import near_duplicates, unit_thumbnails  # torch, which those who import this may lack
+
+    cells = np.stack([image.cells for image in images])
+    views = (unit_thumbnails(np.stack([apply_view(one, view) for one in cells])) for view in range(8))
+    return near_duplicates(views, unit_thumbnails(cells))
+
+
+def _tell_near_duplicates(catalog: pa.Table, pairs: list[tuple[int, int]]) -> list[str]:
+    """Those that the split tore apart, and those whose labels disagree."""
+    names, labels, splits = (catalog[name].to_pylist() for name in ("path", "label", "split"))
+    said = []
+    for column, what, advice in (
+        (splits, "are in different splits", "--data.group_near_duplicates true keeps them in one"),
+        (labels, "have different labels", "look at them, and remove the wrong one"),
+    ):
+        apart = [(names[a], names[b]) for a, b in pairs if column[a] != column[b]]
+        if apart:
+            said.append(
+                f"WARNING: {len(apart):,} pairs of near-duplicates {what}, {' and '.join(apart[0])} for one; {advice}"
+            )
+    return said
+
+
+def _group_lesions(
+    images: list[_Image], kept: list[_Image], entries: dict[str, Entry], alike: list[tuple[int, int]]
+) -> list[tuple[str, str]]:
     """(image_id, lesion_id) of each kept image.
 
-    Two lesions that share an image or an exact duplicate are one: apart they could be on both sides of a split.
+    Two lesions that share an image, an exact duplicate or one of the pairs `alike` of kept images are one: apart they
+    could be on both sides of a split.
     """
     stems = Counter(_stem(image.path) for image in kept)
     image_id_of = {image.path: _stem(image.path) if stems[_stem(image.path)] == 1 else image.path for image in kept}
@@ -243,11 +277,12 @@ def _group_lesions(images: list[_Image], kept: list[_Image], entries: dict[str, 
             lesion = joined[lesion]
         return lesion
 
-    for image in images:
-        for lesion in sorted(entries[image.path].lesions):
-            a, b = representative(lesion), representative(lesion_of_content[image.sha256])
-            if a != b:
-                joined[max(a, b)] = min(a, b)
+    links = [(lesion, lesion_of_content[image.sha256]) for image in images for lesion in entries[image.path].lesions]
+    links += [(lesion_of_content[kept[a].sha256], lesion_of_content[kept[b].sha256]) for a, b in alike]
+    for one, other in links:
+        a, b = representative(one), representative(other)
+        if a != b:
+            joined[max(a, b)] = min(a, b)
     return [(image_id_of[image.path], representative(lesion_of_content[image.sha256])) for image in kept]
 
 

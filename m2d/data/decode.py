@@ -50,7 +50,13 @@ def decode_resized(encoded: bytes, size: int, *, max_pixels: int) -> np.ndarray:
     decoded at the smallest of 1/1, 1/2, 1/4, 1/8 that leaves the shorter side at `size` or more, which is faster and
     within a few grey levels of the full way. Otherwise as decode_image.
     """
+    return decode_measured(encoded, size, max_pixels=max_pixels)[0]
+
+
+def decode_measured(encoded: bytes, size: int, *, max_pixels: int) -> tuple[np.ndarray, int, int]:
+    """decode_resized's square, and the width and height of the whole picture in pixels, upright."""
     image = _open(encoded, max_pixels)
+    full_width, full_height = image.size
     with _readable(image.format):
         draft = image.draft(None, (size, size)) if isinstance(image, JpegImageFile) else None
         image.load()
@@ -63,7 +69,9 @@ def decode_resized(encoded: bytes, size: int, *, max_pixels: int) -> np.ndarray:
         square = opaque.resize(
             (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=2.0
         )
-        return np.array(_upright(square, _orientation(image)).convert("RGB"))
+        orientation = _orientation(image)
+        measures = (full_height, full_width) if orientation in _QUARTER_TURNED else (full_width, full_height)
+        return np.array(_upright(square, orientation).convert("RGB")), *measures
 
 
 def probe_image(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:

@@ -26,6 +26,7 @@ class DataConfig:
     columns: dict[str, str] = field(default_factory=dict)  # of data.table: image, label, lesion, split -> column name
     drop: str | None = None  # diagnoses to leave out, separated by commas
     clinical: bool = False  # take clinical photographs too, where a dataset has both kinds
+    group_near_duplicates: bool = False  # images that look the same count as one lesion, on one side of the split
     split: Literal["published", "seeded"] = (
         "published"  # keep the dataset's own split where it has one, or draw all anew
     )

@@ -1,20 +1,27 @@
 """Layouts of published datasets, with their true column and file names, and the faults that real folders have.
 
-No image is opened here: m2d.data.catalog does that, so that empty files are enough.
+In the first part no image is opened, so that empty files are enough.
 """
 
+import csv
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from PIL import Image
 
+from m2d.data.catalog import said_of, scan_dataset
 from m2d.data.layouts import Layout, read_layout
 from m2d.data.settings import DataConfig
 from m2d.errors import DataError
 from m2d.files.storage import open_storage
 
+HAM10000 = Path(__file__).resolve().parents[2].parent / "shared" / "ham10000"
 Builder = Callable[[Path], None]
 
 
@@ -307,3 +314,101 @@ def test_links_are_followed_once_and_broken_names_are_rejects(tmp_path: Path) ->
         "MEL/caf\\xe9.jpg": "its name is not UTF-8; rename it",
         "MEL/gone.jpg": "cannot be read",
     }
+
+
+# --- with images, through the scan ------------------------------------------------------------------------------------
+
+
+def picture(seed: int) -> Image.Image:
+    """96 x 96, smooth as a photograph of skin, and none like another."""
+    cells = np.random.default_rng(seed).integers(0, 255, (5, 5, 1)).repeat(3, 2) // (1, 2, 3)
+    return Image.fromarray(cells.astype(np.uint8)).resize((96, 96), Image.Resampling.BICUBIC)
+
+
+def scan_of(root: Path, **settings: object) -> pa.Table:
+    return scan_dataset(str(root), DataConfig(**settings)).catalog  # type: ignore[arg-type]
+
+
+def test_a_published_split_is_kept_and_what_it_lacks_is_drawn_from_its_training_part(tmp_path: Path) -> None:
+    for number in range(30):
+        folder = tmp_path / ("test" if number < 10 else "train") / ("MEL" if number % 2 else "NV")
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(number).save(folder / f"{number}.png")
+    splits = {row["path"]: row["split"] for row in scan_of(tmp_path).to_pylist()}
+    assert {path for path, split in splits.items() if split == "test"} == {
+        path for path in splits if path.startswith("test/")
+    }
+    assert Counter(splits.values()) == {"test": 10, "train": 18, "val": 2}
+    seeded = {row["path"]: row["split"] for row in scan_of(tmp_path, split="seeded").to_pylist()}
+    assert Counter(seeded.values()) == {"test": 4, "train": 22, "val": 4}
+
+
+def test_a_lesion_in_two_published_splits_is_said(tmp_path: Path) -> None:
+    for number, folder in enumerate(("train/MEL", "train/MEL", "test/MEL", "test/MEL")):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        picture(number).save(tmp_path / folder / f"{number}.png")
+    write(tmp_path, "lesions.csv", "image,lesion_id\n0,A\n1,B\n2,A\n3,C\n")
+    said = said_of(scan_of(tmp_path))
+    assert any(line.startswith("WARNING: 1 lesions are in more than one") for line in said)
+
+
+def test_near_duplicates_are_counted_across_the_split_and_kept_together_on_demand(tmp_path: Path) -> None:
+    """Turned, smaller and compressed, a photograph is still the same one."""
+    for label in ("MEL", "NV"):
+        (tmp_path / label).mkdir()
+    for number in range(40):
+        label = "MEL" if number % 2 else "NV"
+        picture(number).save(tmp_path / label / f"{number}.png")
+        copy = picture(number).transpose(Image.Transpose.ROTATE_90).resize((72, 72), Image.Resampling.BICUBIC)
+        copy.save(tmp_path / label / f"copy_{number}.jpg", quality=90)
+    apart = scan_of(tmp_path)
+    splits = {row["image_id"]: row["split"] for row in apart.to_pylist()}
+    torn = sum(splits[str(number)] != splits[f"copy_{number}"] for number in range(40))
+    assert torn > 0
+    assert any(line.startswith(f"WARNING: {torn} pairs of near-duplicates") for line in said_of(apart))
+    together = scan_of(tmp_path, group_near_duplicates=True)
+    lesions = {row["image_id"]: (row["lesion_id"], row["split"]) for row in together.to_pylist()}
+    assert all(lesions[str(number)] == lesions[f"copy_{number}"] for number in range(40))
+    assert len(set(lesions.values())) == 40
+    assert not any("near-duplicates" in line for line in said_of(together))
+
+
+def test_near_duplicates_of_two_classes_are_said(tmp_path: Path) -> None:
+    for label, image_format in (("MEL", "png"), ("NV", "jpg")):
+        (tmp_path / label).mkdir()
+        picture(0).save(tmp_path / label / f"a.{image_format}")
+    assert any("have different labels, MEL/a.png and NV/a.jpg" in line for line in said_of(scan_of(tmp_path)))
+
+
+@pytest.mark.skipif(not HAM10000.is_dir(), reason="../shared/ham10000 is not here")
+@pytest.mark.parametrize("layout", ["ham10000", "isic2018"])
+def test_ham10000_in_its_published_layouts_gives_the_catalog_of_its_class_folders(tmp_path: Path, layout: str) -> None:
+    with (HAM10000 / "metadata.csv").open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if int(row["lesion_id"].rpartition("_")[2]) % 40 == 0]
+    folders = tmp_path / "folders"
+    for number, row in enumerate(rows):
+        image = HAM10000 / row["class"] / f"{row['image_id']}.jpg"
+        place = "ISIC2018_Task3_Training_Input" if layout == "isic2018" else f"HAM10000_images_part_{1 + number % 2}"
+        for folder in (folders / row["class"], tmp_path / "published" / place):
+            folder.mkdir(parents=True, exist_ok=True)
+            os.link(image, folder / image.name) if same_disk(image, tmp_path) else shutil.copy(image, folder)
+    lesions = "".join(f"{row['image_id']},{row['lesion_id']}\n" for row in rows)
+    write(folders, "metadata.csv", f"image_id,lesion_id\n{lesions}")
+    if layout == "ham10000":
+        table = [f"{row['lesion_id']},{row['image_id']},{row['class'].lower()},{row['dx_type']},,," for row in rows]
+        write(tmp_path / "published", "HAM10000_metadata.csv", "\n".join([HAM.partition("\n")[0], *table]))
+    else:
+        codes = ["MEL", "NV", "BCC", "AKIEC", "BKL", "DF", "VASC"]
+        table = [
+            ",".join([row["image_id"], *("1.0" if code == row["class"] else "0.0" for code in codes)]) for row in rows
+        ]
+        write(tmp_path / "published", "ISIC2018_GroundTruth.csv", "\n".join([",".join(["image", *codes]), *table]))
+        write(tmp_path / "published", "ISIC2018_Task3_Training_LesionGroupings.csv", f"image,lesion_id\n{lesions}")
+    expected, found = scan_of(folders), scan_of(tmp_path / "published")
+    assert len(found) == len(rows) > 150
+    columns = ["image_id", "label", "lesion_id", "split", "sha256"]
+    assert sorted(found.select(columns).to_pylist(), key=str) == sorted(expected.select(columns).to_pylist(), key=str)
+
+
+def same_disk(a: Path, b: Path) -> bool:
+    return a.stat().st_dev == b.stat().st_dev
