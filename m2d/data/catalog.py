@@ -21,7 +21,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7, ClassSet
 from m2d.data.decode import ImageRejected, decode_measured
 from m2d.data.layouts import FACTS, Entry, read_layout, sources
 from m2d.data.settings import DataConfig
@@ -50,7 +50,7 @@ CATALOG_SCHEMA = pa.schema(
 REJECTED_SCHEMA = pa.schema([("path", pa.string()), ("reason", pa.string())])
 DUPLICATES_SCHEMA = pa.schema([("path", pa.string()), ("kept", pa.string())])
 
-_SAID = b"m2d.said"  # key of the schema's metadata
+_SAID, _CLASSES = b"m2d.said", b"m2d.classes"  # keys of the schema's metadata
 _SCAN_THREADS = 16  # decoding releases the GIL, and on remote storage most of them wait for bytes
 
 
@@ -63,15 +63,21 @@ class Scan:
     duplicates: pa.Table  # path, kept: the same bytes stand in the catalog as `kept`
 
 
-def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, int], None] | None = None) -> Scan:
+def scan_dataset(
+    data_root: str,
+    config: DataConfig,
+    progress: Callable[[int, int], None] | None = None,
+    classes: ClassSet | None = None,
+) -> Scan:
     """Find the images below data_root and what its folders and tables say of them, check each, group and split them.
 
-    data_root: local path or URI. progress(done, total) is called from the caller's thread, once per file.
-    A broken file is listed with its reason and the scan goes on. The rows and their order depend on the content alone.
+    data_root: local path or URI. classes: see `read_layout`. progress(done, total) is called from the caller's thread,
+    once per file. A broken file is listed with its reason and the scan goes on. Rows and their order depend on the
+    content alone.
     Raises DataError where data_root, its folders, its tables or its labels cannot be used as they are.
     """
     filesystem, root = open_storage(data_root)
-    layout = read_layout(filesystem, root, data_root, config)
+    layout = read_layout(filesystem, root, data_root, config, classes)
     rejected = list(layout.rejected)
     entries = {entry.path: entry for entry in layout.entries}
     candidates = [(entry.path, str(entry.label)) for entry in layout.entries]
@@ -97,7 +103,7 @@ def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, in
     ]
     catalog = _split(_table(CATALOG_SCHEMA, rows), [entries[image.path].split for image in kept], config, said)
     said += _tell_near_duplicates(catalog, pairs)
-    catalog = catalog.replace_schema_metadata({_SAID: json.dumps(said)})
+    catalog = catalog.replace_schema_metadata({_SAID: json.dumps(said), _CLASSES: json.dumps(layout.classes.as_dict())})
     return Scan(catalog, _table(REJECTED_SCHEMA, sorted(rejected)), _table(DUPLICATES_SCHEMA, duplicates))
 
 
@@ -114,6 +120,15 @@ def dataset_fingerprint(data_root: str, config: DataConfig) -> str:
     files = sources(*open_storage(data_root), data_root, config)
     lines = (f"{file.path}\0{file.size}\0{file.mtime_ns}" for file in files)
     return hashlib.sha256("\0\0".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
+
+
+def classes_of(catalog: pa.Table) -> ClassSet:
+    """The set that its labels are of. Raises DataError where the catalog's record of it is broken."""
+    recorded = (catalog.schema.metadata or {}).get(_CLASSES)
+    try:
+        return ISIC7 if recorded is None else ClassSet.from_dict(json.loads(recorded))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"catalog: its set of classes cannot be read ({one_line(error)}); scan again") from error
 
 
 def write_catalog(catalog: pa.Table, path: str) -> None:
@@ -151,12 +166,12 @@ def write_csv(table: pa.Table, path: str) -> None:
 
 
 def class_counts(catalog: pa.Table, split: str | None = None) -> dict[str, int]:
-    """Images per class code, all seven in the order of CLASSES, 0 where none; of one split or of the whole catalog."""
+    """Images per class code, all of the set in its order, 0 where none; of one split or of the whole catalog."""
     labels = catalog["label"]
     if split is not None:
         labels = labels.filter(pc.equal(catalog["split"], split))
     counts = {entry["values"]: entry["counts"] for entry in labels.value_counts().to_pylist()}
-    return {code: counts.get(code, 0) for code in CLASSES}
+    return {code: counts.get(code, 0) for code in classes_of(catalog).codes}
 
 
 def catalog_hash(catalog: pa.Table) -> str:

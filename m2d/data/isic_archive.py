@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from m2d.classes import ISIC7
+
 PUBLIC_API = "https://api.isic-archive.com/api/v2"
 COLLECTIONS = {  # numbers as `isic collection list` prints them
     "ham10000": 212,  # 11,720 images: training, validation and test images of ISIC 2018 task 3 together
@@ -25,38 +27,6 @@ COLLECTIONS = {  # numbers as `isic collection list` prints them
 }
 SKIP = "skip"  # in place of a class code: leave such images out
 
-# A name here also covers whatever the taxonomy puts below it, as "Nevus, Spitz" below "Nevus". Lower case.
-_BRANCHES = {
-    "actinic keratosis": "AKIEC",
-    "solar or actinic keratosis": "AKIEC",
-    "squamous cell carcinoma in situ": "AKIEC",  # Bowen's disease, which HAM10000's AKIEC includes
-    "basal cell carcinoma": "BCC",
-    "seborrheic keratosis": "BKL",
-    "solar lentigo": "BKL",
-    "lichenoid keratosis": "BKL",
-    "lichen planus like keratosis": "BKL",
-    "pigmented benign keratosis": "BKL",
-    "dermatofibroma": "DF",
-    "melanoma": "MEL",
-    "melanoma, nos": "MEL",
-    "melanoma in situ": "MEL",
-    "melanoma invasive": "MEL",
-    "nevus": "NV",
-    "nevus spilus": "NV",
-    # "Vascular skin lesions in the dataset range from cherry angiomas to angiokeratomas and pyogenic granulomas.
-    # Hemorrhage is also included in this category": the HAM10000 paper, Scientific Data 5:180161.
-    "vascular lesion": "VASC",
-    "angioma": "VASC",
-    "hemangioma": "VASC",
-    "angiokeratoma": "VASC",
-    "pyogenic granuloma": "VASC",
-    "hemorrhagic lesions": "VASC",
-}
-# Names that say enough only where nothing more specific is given: below them stand a lymphangioma, a metastasis.
-_ALONE = {
-    "benign soft tissue proliferations - vascular": "VASC",  # all that HAM10000's vascular lesions carry
-    "malignant melanocytic proliferations (melanoma)": "MEL",
-}
 # The archive files HAM10000's intraepithelial carcinomas (Bowen's disease) under squamous cell carcinoma: in collection
 # 212, 149 solar or actinic keratoses and 229 carcinomas make the 378 AKIEC of task 3 (327 training, 8 validation, 43
 # test). Elsewhere the same words mean an invasive carcinoma, which is none of the seven classes.
@@ -125,14 +95,9 @@ def class_of(diagnosis: tuple[str, ...], collection: int, own_classes: Mapping[s
     -> class code or SKIP, any letter case; covers what is below it and goes before the tables.
     The most specific term that is known decides.
     """
-    own = {name.strip().casefold(): code for name, code in own_classes.items()}
-    branches = _BRANCHES | (_TASK_3_BRANCHES if collection in _TASK_3_COLLECTIONS else {}) | own
-    terms = [term.casefold() for term in diagnosis]
-    for depth in reversed(range(len(terms))):
-        code = branches.get(terms[depth]) or (_ALONE.get(terms[depth]) if depth == len(terms) - 1 else None)
-        if code is not None:
-            return None if code == SKIP else code
-    return None
+    task_3 = _TASK_3_BRANCHES if collection in _TASK_3_COLLECTIONS else {}
+    code = ISIC7.find(*diagnosis, own={**task_3, **own_classes})
+    return None if code == SKIP else code
 
 
 def is_web_address(url: str) -> bool:

@@ -19,8 +19,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from pyarrow import fs
 
-from m2d.classes import CLASSES
-from m2d.data.isic_archive import class_of
+from m2d.classes import NAMED, ClassSet, class_set_of, named_class_set
 from m2d.data.settings import DataConfig
 from m2d.errors import DataError
 from m2d.files.storage import one_line, open_storage
@@ -48,12 +47,6 @@ _COLUMNS = {  # role -> names that published tables use, the most telling first
     "site": ("anatom_site_general", "anatom_site_general_challenge", "localization", "site", "region"),
     "skin_tone": ("skin_tone_class", "fitzpatrick_skin_type", "fitspatrick", "fitzpatrick"),
 }
-_ONE_HOT = {  # a column of a ground truth -> the diagnosis that a 1 in it gives
-    **{code.casefold(): code for code in (*CLASSES, "AK", "SCC", "UNK", "BEN_OTH", "INF", "MAL_OTH", "SCCKA")},
-    "melanoma": "melanoma",
-    "seborrheic_keratosis": "seborrheic keratosis",
-}
-_SHORT = {"ak": "AKIEC", "ack": "AKIEC", "sek": "BKL", "nev": "NV", "melanocytic nevi": "NV"}
 _BINARY = {"0": "benign", "1": "malignant"}  # what `target` means in ISIC 2020 and 2024
 
 
@@ -80,24 +73,72 @@ class Entry:
 class Layout:
     """What was found below a root."""
 
+    classes: ClassSet
     entries: list[Entry]  # each with a label, by class and path
     rejected: list[tuple[str, str]]  # path, reason
     said: list[str]  # one fact a line, for the first lines of output
 
 
-def read_layout(filesystem: fs.FileSystem, root: str, shown: str, config: DataConfig) -> Layout:
+class _UnknownLabels(DataError):
+    """A label or a folder is no class of the set."""
+
+
+def read_layout(
+    filesystem: fs.FileSystem, root: str, shown: str, config: DataConfig, classes: ClassSet | None = None
+) -> Layout:
     """Find the images below root, and what folders and tables say of them.
 
-    shown: root as the user wrote it. A class folder goes before a table. Raises DataError where root cannot be listed,
-    no image has a label, a table is of other images, or a label is no class and neither mapped (data.class_map) nor
-    dropped (data.drop).
+    shown: root as the user wrote it. classes: those of a checkpoint or of another catalog; None: by data.classes. A
+    class folder goes before a table. Raises DataError where root cannot be listed, no image has a label, a table is of
+    other images, or a label is no class and neither mapped (data.class_map) nor dropped (data.drop).
     """
     files, rejected = list_files(filesystem, root, shown)
+    sets: Iterable[ClassSet] = NAMED.values()
+    if classes is not None:
+        sets = [classes]
+    elif config.classes == "folders":
+        sets = [_folder_classes(files, config)]
+    elif config.classes is not None:
+        sets = [named_class_set(config.classes)]
+    refused: _UnknownLabels | None = None
+    for one in sets:
+        try:
+            return _read_layout(filesystem, root, shown, config, one, files, list(rejected))
+        except _UnknownLabels as error:
+            refused = refused or error
+    raise refused or AssertionError("there is no set of classes")
+
+
+def _folder_classes(files: list[File], config: DataConfig) -> ClassSet:
+    """Of the folders that hold images, below those of a split."""
+    words: set[str] = set()
+    for file in files:
+        stem, suffix = posixpath.splitext(file.path)
+        folders = file.path.split("/")[:-1]
+        if suffix.lower() in IMAGE_SUFFIXES and not _MASK.search(stem) and folders:
+            words.add(folders[1] if len(folders) > 1 and folders[0].casefold() in _SPLITS else folders[0])
+    dropped = _words(config.drop)
+    return class_set_of(sorted({config.class_map.get(word, word) for word in words if word.casefold() not in dropped}))
+
+
+def _words(listed: str | None) -> set[str]:
+    return {word.strip().casefold() for word in (listed or "").split(",")} - {""}
+
+
+def _read_layout(
+    filesystem: fs.FileSystem,
+    root: str,
+    shown: str,
+    config: DataConfig,
+    classes: ClassSet,
+    files: list[File],
+    rejected: list[tuple[str, str]],
+) -> Layout:
     entries: list[Entry] = []
     masks = 0
     for path in (file.path for file in files):
         stem, suffix = posixpath.splitext(path)
-        split, label = _folders(path, config)
+        split, label = _folders(path, config, classes)
         if suffix.lower() in IMAGE_SUFFIXES and _MASK.search(stem):
             masks += 1
         elif suffix.lower() in IMAGE_SUFFIXES:
@@ -112,21 +153,24 @@ def read_layout(filesystem: fs.FileSystem, root: str, shown: str, config: DataCo
         key = image_key(entry.path)
         for name in {key, posixpath.basename(key)}:
             by_key[name].append(entry)
-    places = [(filesystem, posixpath.join(root, path), path) for path in table_paths(files, config)]
+    places = [(filesystem, posixpath.join(root, path), path) for path in _table_paths(files, config, classes)]
     if config.table is not None:
         places.append((*open_storage(config.table), config.table))
-    tables = [table for place in places for table in _read_table(*place, shown, by_key, config, said)]
+    tables = [table for place in places for table in _read_table(*place, shown, by_key, config, classes, said)]
 
     entries = _dermoscopic(entries, tables, config, said)
     _assign_lesions(entries, tables, shown, said)
-    entries = _assign_labels(entries, tables, shown, config, said)
+    entries = _assign_labels(entries, tables, shown, config, classes, said)
     for entry in entries:
         for table in tables:
             for name in FACTS:
                 if value := table.value(entry.path, name):
                     entry.facts.setdefault(name, value)
             entry.split = entry.split or _SPLITS.get(table.value(entry.path, "split").casefold())
-    return Layout(sorted(entries, key=lambda entry: (CLASSES.index(str(entry.label)), entry.path)), rejected, said)
+    if classes.name != "isic7":
+        said.insert(0, f"classes: {classes.name}, {' '.join(classes.codes)}")
+    order = {code: place for place, code in enumerate(classes.codes)}
+    return Layout(classes, sorted(entries, key=lambda entry: (order[str(entry.label)], entry.path)), rejected, said)
 
 
 def list_files(filesystem: fs.FileSystem, root: str, shown: str) -> tuple[list[File], list[tuple[str, str]]]:
@@ -152,33 +196,28 @@ def list_files(filesystem: fs.FileSystem, root: str, shown: str) -> tuple[list[F
     return sorted(file for file in files if not any(map(is_debris, file.path.split("/")))), sorted(broken)
 
 
-def table_paths(files: Iterable[File], config: DataConfig) -> list[str]:
+def _table_paths(files: Iterable[File], config: DataConfig, classes: ClassSet) -> list[str]:
     """Those of the files that may be tables: not below a class folder, of a table's suffix or none."""
     return [
         file.path
         for file in files
-        if posixpath.splitext(file.path)[1].lower() in _TABLE_SUFFIXES and _folders(file.path, config)[1] is None
+        if posixpath.splitext(file.path)[1].lower() in _TABLE_SUFFIXES
+        and _folders(file.path, config, classes)[1] is None
     ]
 
 
 def sources(filesystem: fs.FileSystem, root: str, shown: str, config: DataConfig) -> list[File]:
-    """All files that `read_layout` and a scan depend on, data.table among them, by path."""
+    """All files that `read_layout` and a scan may depend on, data.table among them."""
     files, _ = list_files(filesystem, root, shown)
-    tables = set(table_paths(files, config))
-    used = [
-        file
-        for file in files
-        if file.path in tables
-        or _folders(file.path, config)[1]
-        or posixpath.splitext(file.path)[1].lower() in IMAGE_SUFFIXES
-    ]
-    if "metadata.csv" not in tables:  # as an earlier M2D counted it, whose catalogs stay good
+    known = (*IMAGE_SUFFIXES, *_TABLE_SUFFIXES)
+    used = [file for file in files if "/" in file.path or posixpath.splitext(file.path)[1].lower() in known]
+    if not any(file.path == "metadata.csv" for file in used):  # as an earlier M2D counted it, whose catalogs stay good
         used.append(File("metadata.csv", None, None))
     if config.table is not None:
         elsewhere, path = open_storage(config.table)
         info = elsewhere.get_file_info(path)
         used.append(File(config.table, info.size, info.mtime_ns))
-    return sorted(used, key=lambda file: file.path)
+    return used
 
 
 def is_debris(name: str) -> bool:
@@ -227,22 +266,11 @@ def _walk(root: str) -> tuple[list[File], list[tuple[str, str]]]:
     return files, broken
 
 
-def _folders(path: str, config: DataConfig) -> tuple[str | None, str | None]:
+def _folders(path: str, config: DataConfig, classes: ClassSet) -> tuple[str | None, str | None]:
     """Published split and class code, by the first folders of a path."""
     parts = path.split("/")[:-1]
     split = _SPLITS.get(parts[0].casefold()) if len(parts) > 1 else None
-    return split, _class((parts[1 if split else 0],), config) if parts else None
-
-
-def _class(terms: tuple[str, ...], config: DataConfig) -> str | None:
-    """The class code of a label, or of a diagnosis in levels from general to specific; None where it is no class."""
-    known = {code.casefold(): code for code in CLASSES} | _SHORT
-    known |= {name.strip().casefold(): code for name, code in config.class_map.items()}
-    if terms[-1] in config.class_map:  # where two folders differ in letter case alone, each may have a class
-        return config.class_map[terms[-1]]
-    return known.get(terms[-1].casefold()) or class_of(
-        tuple(term.replace("_", " ") for term in terms), 0, config.class_map
-    )
+    return split, classes.find(parts[1 if split else 0], own=config.class_map) if parts else None
 
 
 @dataclass
@@ -253,6 +281,7 @@ class _Table:
     roles: dict[str, int]  # role -> column
     one_hot: dict[int, str]  # column -> diagnosis; empty where the labels are no one-hot columns
     levels: list[int]  # columns of a diagnosis from general to specific; empty likewise
+    rest: tuple[str, ...] = ()  # the diagnosis of a row without a 1
     first_ids: list[str] = field(default_factory=list)
     rows: dict[str, list[str]] = field(default_factory=dict)  # path of an image -> its row
     labels_of_lesion: dict[str, tuple[str, ...]] = field(default_factory=dict)  # where it names lesions, not images
@@ -269,8 +298,7 @@ class _Table:
         """The diagnosis in the table's words, from general to specific; () where the row has none."""
         if self.one_hot:
             hot = [word for place, word in self.one_hot.items() if float(_cell(row, place) or 0) == 1]
-            # ISIC 2017 has a column for two of its three classes; the third are nevi.
-            return tuple(hot) if hot or len(self.one_hot) > 2 else ("nevus",)
+            return tuple(hot) or self.rest
         if self.levels:
             return tuple(cell for place in self.levels if (cell := _cell(row, place)))
         cell = _cell(row, self.roles.get("label"))
@@ -289,6 +317,7 @@ def _read_table(
     root: str,
     by_key: dict[str, list[Entry]],
     config: DataConfig,
+    classes: ClassSet,
     said: list[str],
 ) -> list[_Table]:
     """The table in a file, or none where the file is no table of images; a .csv that is not used is said."""
@@ -319,7 +348,11 @@ def _read_table(
     if "image" not in roles and len(names) == 2 and image_key(rows[0][0]) in by_key:  # ISIC 2016 writes no header
         names, roles = ["image", "target"], {"image": 0, "label": 1}
         rows.insert(0, names)
-    one_hot = {place: _ONE_HOT[column] for place, column in enumerate(names) if column in _ONE_HOT}
+    one_hot = {
+        place: column.strip()
+        for place, column in enumerate(rows[0])
+        if names[place] == "unk" or any(one.find(column, own=config.class_map) for one in (classes, *NAMED.values()))
+    }
     cells = {row[place].strip() for row in rows[1:] for place in one_hot if place < len(row)}
     if (
         len(one_hot) < 2
@@ -329,6 +362,8 @@ def _read_table(
         one_hot = {}
     levels = [names.index(f"diagnosis_{level}") for level in range(1, 6) if f"diagnosis_{level}" in names]
     table = _Table(name, roles, one_hot, levels if roles.get("label") in levels else [])
+    if set(names) & {"melanoma", "seborrheic_keratosis"} and len(one_hot) == 2:
+        table.rest = ("nevus",)  # ISIC 2017 has columns for two of its three classes
     if names[roles.get("label", 0)] == "target":
         for row in rows[1:]:
             row[roles["label"]] = _BINARY.get(row[roles["label"]].strip().removesuffix(".0"), row[roles["label"]])
@@ -395,11 +430,11 @@ def _assign_lesions(entries: list[Entry], tables: list[_Table], shown: str, said
 
 
 def _assign_labels(
-    entries: list[Entry], tables: list[_Table], shown: str, config: DataConfig, said: list[str]
+    entries: list[Entry], tables: list[_Table], shown: str, config: DataConfig, classes: ClassSet, said: list[str]
 ) -> list[Entry]:
     """Gives every entry its class; the entries that have one."""
     tables = [table for table in tables if table.has_labels]
-    dropped = {word.strip().casefold() for word in (config.drop or "").split(",")}
+    dropped = _words(config.drop)
     unknown: Counter[str] = Counter()
     left_out: Counter[str] = Counter()
     unlabelled: list[Entry] = []
@@ -416,7 +451,7 @@ def _assign_labels(
         terms: tuple[str, ...] = ()
         for name, answer in answers.items():
             terms = answer or terms
-            code = _class(answer, config) if answer else None
+            code = classes.find(*answer, own=config.class_map) if answer else None
             if code is not None:
                 labels.setdefault(code, name)
         covered += bool(terms)
@@ -440,8 +475,8 @@ def _assign_labels(
     if unknown:
         listed = ", ".join(f"{word} ({count:,})" for word, count in unknown.most_common(12))
         word = unknown.most_common(1)[0][0].rpartition(": ")[2]
-        raise DataError(
-            f"labels that are no class, with their images: {listed}; known: {' '.join(CLASSES)}. Map them "
+        raise _UnknownLabels(
+            f"labels that are no class, with their images: {listed}; known: {' '.join(classes.codes)}. Map them "
             f"(--data.class_map.'{word}' CODE) or leave them out (--data.drop '{word}')"
         )
     folders = sorted({entry.path.split("/")[0] for entry in unlabelled if "/" in entry.path})
@@ -450,8 +485,8 @@ def _assign_labels(
         more = ", ..." if len(folders) > 8 else ""
         found = f"found: {', '.join(folders[:8])}{more}" if folders else "found no folder"
         what = "has folders that are no class" if labelled else "has no class folder and no table of labels"
-        raise DataError(
-            f"data_root: {shown} {what}; expected some of {' '.join(CLASSES)}, {found}. Map yours with "
+        raise _UnknownLabels(
+            f"data_root: {shown} {what}; expected some of {' '.join(classes.codes)}, {found}. Map yours with "
             "--data.class_map, name a table with --data.table, or move them out of data_root."
         )
     names = [table.name for table in tables if table.rows or table.labels_of_lesion]

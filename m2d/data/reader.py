@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import fs
 
-from m2d.classes import CLASSES
+from m2d.data.catalog import classes_of
 from m2d.data.decode import ImageRejected, decode_resized
 from m2d.data.store import PreparedImages, PreparedRows
 from m2d.data.views import apply_view
@@ -79,7 +79,8 @@ class ImageReader:
         self.image_size = image_size
         self.max_pixels = max_pixels
         codes = catalog.column("label").combine_chunks().dictionary_encode()
-        index_of_code = np.array([CLASSES.index(code) for code in codes.dictionary.to_pylist()], dtype=np.int64)
+        self._codes = classes_of(catalog).codes
+        index_of_code = np.array([self._codes.index(code) for code in codes.dictionary.to_pylist()], dtype=np.int64)
         self.labels: np.ndarray = index_of_code[codes.indices.to_numpy(zero_copy_only=False)]
         self.sizes: np.ndarray = catalog.column("bytes").to_numpy().astype(np.int64)
         self._paths = catalog.column("path").combine_chunks()
@@ -175,7 +176,7 @@ class ImageReader:
                 return candidate, decoded
         raise DataError(
             f"{self._paths[row].as_py()} in {self.data_root}: {self._bad[row]}; nor is any of the "
-            f"next {min(len(after), MAX_SUBSTITUTES)} images of {CLASSES[self.labels[row]]} readable. "
+            f"next {min(len(after), MAX_SUBSTITUTES)} images of {self._codes[self.labels[row]]} readable. "
             "Check that data_root can be reached, then scan it again."
         )
 

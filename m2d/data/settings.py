@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from m2d.classes import CLASSES
+from m2d.classes import CLASSES, NAMED, named_class_set
 from m2d.data.isic_archive import COLLECTIONS, PUBLIC_API, SKIP, collection_number, is_web_address
 from m2d.errors import ConfigError
 from m2d.models.settings import FeatureExtractorConfig
@@ -21,6 +21,9 @@ class DataConfig:
     val_fraction: float = 0.1  # of lesions
     test_fraction: float = 0.1  # of lesions; never trained on, kept for evaluation
     split_seed: int = 0  # another seed, other lesions in each split
+    classes: str | None = (
+        None  # isic7, isic8, milk11, binary, folders or FILE.yaml; null: the first that holds all labels
+    )
     class_map: dict[str, str] = field(default_factory=dict)  # folder name or diagnosis -> class code
     table: str | None = None  # CSV file of labels, lesions or splits; null: those found below data_root
     columns: dict[str, str] = field(default_factory=dict)  # of data.table: image, label, lesion, split -> column name
@@ -43,9 +46,11 @@ class DataConfig:
                 raise ConfigError(f"data.{name} is {fraction}; it must be at least 0 and below 1")
         if self.val_fraction + self.test_fraction >= 1:
             raise ConfigError("data.val_fraction + data.test_fraction leave nothing to train on; lower one of them")
+        sets = [] if self.classes == "folders" else [named_class_set(self.classes)] if self.classes else NAMED.values()
         for folder, code in self.class_map.items():
-            if code not in CLASSES:
-                raise ConfigError(f"data.class_map maps {folder} to {code}; known classes: {' '.join(CLASSES)}")
+            if sets and not any(code in one.codes for one in sets):
+                known = " ".join(dict.fromkeys(code for one in sets for code in one.codes))
+                raise ConfigError(f"data.class_map maps {folder} to {code}; known classes: {known}")
         for role in self.columns:
             if role not in ("image", "label", "lesion", "split"):
                 raise ConfigError(f"data.columns has {role}; it must be one of image, label, lesion, split")

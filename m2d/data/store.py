@@ -43,14 +43,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1  # of the whole folder; raised when what is in it can no longer be read as before
 DATASET, CATALOG = "dataset.json", "catalog.parquet"
 SCAN_SETTINGS = ("val_fraction", "test_fraction", "split_seed", "class_map", "max_pixels")
-LAYOUT_SETTINGS = (
-    "table",
-    "columns",
-    "drop",
-    "clinical",
-    "group_near_duplicates",
-    "split",
-)  # recorded where they are set
+# Recorded where they are set, so that the catalogs of an earlier M2D stay good.
+LAYOUT_SETTINGS = ("classes", "table", "columns", "drop", "clinical", "group_near_duplicates", "split")
 ROW_GROUP_BYTES = 64 * 2**10  # of pixels: what is read for one image. Smaller ones make opening a file slow
 OPEN_FILES = 64  # of a reader; an open one costs a parsed footer
 DIGEST_BYTES = 32

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
+from m2d.classes import BINARY, ISIC8, MILK11
 from m2d.data.catalog import said_of, scan_dataset
 from m2d.data.layouts import Layout, read_layout
 from m2d.data.settings import DataConfig
@@ -130,13 +131,17 @@ def test_isic_2019_is_read_without_flags_where_its_classes_are_known(tmp_path: P
     metadata = "image,age_approx,anatom_site_general,lesion_id,sex\n"
     metadata += "ISIC_1,55.0,anterior torso,,female\nISIC_2,30.0,,MSK4_1,female\nISIC_3,60.0,,NA,male\n"
     write(tmp_path, "ISIC_2019_Training_Metadata.csv", metadata)
-    with pytest.raises(DataError, match=r"SCC \(1\).*class_map.*drop"):
-        read(tmp_path)
-    layout = read(tmp_path, drop="scc,unk")
-    assert labels(layout) == {"AKIEC": 1, "MEL": 1}
-    assert [entry.lesions for entry in layout.entries] == [{"MSK4_1"}, set()]
+    layout = read(tmp_path)
+    assert layout.classes is ISIC8
+    assert labels(layout) == {"AKIEC": 1, "MEL": 1, "SCC": 1}
+    assert [entry.lesions for entry in layout.entries] == [{"MSK4_1"}, set(), set()]
     assert layout.entries[1].facts == {"age": "55.0", "sex": "female", "site": "anterior torso"}
-    assert labels(read(tmp_path, class_map={"SCC": "AKIEC"})) == {"AKIEC": 2, "MEL": 1}
+    with pytest.raises(DataError, match=r"SCC \(1\).*class_map.*drop"):
+        read(tmp_path, classes="isic7")
+    dropped = read(tmp_path, classes="isic7", drop="scc,unk")
+    assert labels(dropped) == {"AKIEC": 1, "MEL": 1}
+    assert "left out: 1 images of SCC (data.drop)" in dropped.said
+    assert labels(read(tmp_path, classes="isic7", class_map={"SCC": "AKIEC"})) == {"AKIEC": 2, "MEL": 1}
 
 
 def test_isic_2017_counts_what_is_neither_as_a_nevus(tmp_path: Path) -> None:
@@ -168,6 +173,9 @@ def test_isic_2017_counts_what_is_neither_as_a_nevus(tmp_path: Path) -> None:
 def test_two_class_challenges_are_benign_and_malignant(tmp_path: Path, text: str, benign: int) -> None:
     make(tmp_path, "images/ISIC_1.jpg", "images/ISIC_2.jpg")
     write(tmp_path, "truth.csv", text)
+    layout = read(tmp_path)
+    assert layout.classes is BINARY
+    assert labels(layout) == {"BENIGN": benign, "MALIGNANT": 1}
     assert labels(read(tmp_path, class_map={"benign": "NV", "malignant": "MEL"})) == {"NV": benign, "MEL": 1}
 
 
@@ -177,7 +185,7 @@ def test_milk10k_names_the_class_by_lesion_and_has_two_kinds_of_photograph(tmp_p
         tmp_path,
         "MILK10k_Training_GroundTruth.csv",
         "lesion_id,AKIEC,BCC,BEN_OTH,BKL,DF,INF,MAL_OTH,MEL,NV,SCCKA,VASC\n"
-        "IL_0,0.0,1.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0\nIL_1,0.0,0.0,0.0,0.0,1.0,0.0,0.0,0.0,0.0,0.0,0.0\n",
+        "IL_0,0.0,1.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0\nIL_1,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,0.0,1.0,0.0\n",
     )
     kinds = ("clinical: close-up", "dermoscopic")
     rows = [f"IL_{n // 2},{kinds[n % 2]},ISIC_{n},MEDUNI,CC-BY-NC,instrument only,70,male,3,trunk" for n in range(4)]
@@ -185,13 +193,14 @@ def test_milk10k_names_the_class_by_lesion_and_has_two_kinds_of_photograph(tmp_p
     columns += "skin_tone_class,site"
     write(tmp_path, "MILK10k_Training_Metadata.csv", "\n".join([columns, *rows]))
     layout = read(tmp_path)
+    assert layout.classes is MILK11
     assert [(entry.path[-10:], entry.label, entry.lesions) for entry in layout.entries] == [
         ("ISIC_1.jpg", "BCC", {"IL_0"}),
-        ("ISIC_3.jpg", "DF", {"IL_1"}),
+        ("ISIC_3.jpg", "SCCKA", {"IL_1"}),
     ]
     assert layout.entries[0].facts["skin_tone"] == "3"
     assert any(line.startswith("left out: 2 clinical photographs") for line in layout.said)
-    assert labels(read(tmp_path, clinical=True)) == {"BCC": 2, "DF": 2}
+    assert labels(read(tmp_path, clinical=True)) == {"BCC": 2, "SCCKA": 2}
 
 
 def test_class_folders_below_train_and_test_keep_that_split(tmp_path: Path) -> None:
@@ -289,6 +298,18 @@ def test_one_image_of_two_lesions_or_two_classes_is_an_error(tmp_path: Path) -> 
     write(tmp_path, "other.csv", "image,label\nISIC_4,MEL\n")
     with pytest.raises(DataError, match=r"ISIC_4\.jpg is NV in .*MEL in other\.csv"):
         read(tmp_path)
+
+
+def test_a_datasets_own_folders_or_a_file_may_be_the_classes(tmp_path: Path) -> None:
+    make(tmp_path, *(f"train/{folder}/{n}.jpg" for folder in ("acne", "Basal cell", "rosacea") for n in range(2)))
+    with pytest.raises(DataError, match=r"expected some of AKIEC .*data\.class_map"):
+        read(tmp_path)
+    assert labels(read(tmp_path, classes="folders")) == {"Basal_cell": 2, "acne": 2, "rosacea": 2}
+    own = tmp_path / "own.yaml"
+    own.write_text("- {code: ACNE, name: acne vulgaris, aliases: [rosacea]}\n- {code: BCC, aliases: [basal cell]}\n")
+    layout = read(tmp_path / "train", classes=str(own))
+    assert labels(layout) == {"ACNE": 4, "BCC": 2}
+    assert layout.classes.diagnoses[0].name == "acne vulgaris"
 
 
 def test_masks_are_no_images(tmp_path: Path) -> None:
