@@ -7,6 +7,7 @@ of the ISIC challenges 2016 to 2024, of MILK10k and of isic-cli.
 
 import csv
 import io
+import json
 import os
 import posixpath
 import re
@@ -27,7 +28,7 @@ from m2d.files.storage import one_line, open_storage
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 FACTS = ("age", "sex", "site", "skin_tone")  # what a catalog keeps of a table beside labels, lesions and splits
 
-_TABLE_SUFFIXES = (".csv", ".tab", ".tsv", ".txt", "")
+_TABLE_SUFFIXES = (".csv", ".tab", ".tsv", ".txt", ".jsonl", "")
 _SPLITS = {  # folder or value -> split
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
@@ -146,6 +147,12 @@ def _read_layout(
         elif label:
             known = " ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
             rejected.append((path, f"the suffix {suffix or '(none)'} is not one of {known}"))
+    shards = sum(file.path.endswith((".parquet", ".tar")) for file in files)
+    if shards and not entries:
+        raise DataError(
+            f"data_root: {shown} holds no image, but {shards:,} .parquet or .tar files; unpack them first: "
+            f"jobs/setup_data.py --import_from {shown} --data_root FOLDER"
+        )
     said = [f"left out: {masks:,} masks and superpixels"] if masks else []
 
     by_key: dict[str, list[Entry]] = defaultdict(list)
@@ -327,11 +334,13 @@ def _read_table(
         with filesystem.open_input_stream(path, compression=None) as stream:
             content = stream.read()
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+        if name.lower().endswith(".jsonl"):
+            text = _lines_as_csv(text)
         delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
         rows = [
             row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(map(str.strip, row))
         ]
-    except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, pa.ArrowException, ValueError, csv.Error) as error:
         if telling:
             raise DataError(f"{shown} cannot be read ({one_line(error)}); save it as CSV in UTF-8") from error
         return []
@@ -395,6 +404,16 @@ def _read_table(
             if place in by_key:
                 break
     return [table]
+
+
+def _lines_as_csv(text: str) -> str:
+    """JSON objects, one a line, as Hugging Face's metadata.jsonl. Raises ValueError."""
+    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+    written = io.StringIO(newline="")
+    writer = csv.DictWriter(written, dict.fromkeys(name for row in rows for name in row))
+    writer.writeheader()
+    writer.writerows(rows)
+    return written.getvalue()
 
 
 def _dermoscopic(entries: list[Entry], tables: list[_Table], config: DataConfig, said: list[str]) -> list[Entry]:

@@ -105,7 +105,8 @@ class DownloadConfig:
 class SetupConfig:
     """The one-time work on a dataset. Settings that training has too mean the same, so a preset fits both."""
 
-    data_root: str | None = None  # a folder of class folders: a path or a URI (s3://, gs://)
+    data_root: str | None = None  # the dataset's folder, in any published layout: a path or a URI (s3://, gs://)
+    import_from: str | None = None  # Parquet files or WebDataset shards, unpacked once into data_root
     cache_dir: str = "./cache"  # what is prepared lies here; a path on a disk that every node sees
     all: bool = False  # scan, images and features
     scan: bool = False  # check every image and write the catalog, where files or settings changed since the last time
@@ -132,6 +133,8 @@ class SetupConfig:
         """Of scan, images and features those asked for. Raises ConfigError where nothing was asked for."""
         names = ("scan", "images", "features")
         asked = frozenset(name for name in names if self.all or getattr(self, name))
-        if not asked and not self.download.enabled:
-            raise ConfigError("nothing to do; give --all, or some of --download --scan --images --features")
+        if not asked and not self.download.enabled and self.import_from is None:
+            raise ConfigError(
+                "nothing to do; give --all, or some of --download --import_from --scan --images --features"
+            )
         return asked

@@ -63,14 +63,18 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
     config = _absolute(config)
     data_root = config.data_root
     if data_root is None:
-        raise ConfigError("data_root is not set; name the folder that holds the class folders by --data_root")
-    if "://" not in data_root and not Path(data_root).is_dir() and not config.download.enabled:
-        raise ConfigError(f"data_root: {data_root} is not a folder; name the one that holds the class folders")
+        raise ConfigError("data_root is not set; name the folder that holds the images by --data_root")
+    if "://" not in data_root and not Path(data_root).is_dir() and not makes_data_root(config):
+        raise ConfigError(f"data_root: {data_root} is not a folder; name the one that holds the images")
     folder = prepared_folder(config.cache_dir, data_root)
     if config.download.enabled:
         from m2d.data.isic import download_isic
 
         download_isic(config.download, data_root)
+    if config.import_from is not None:
+        from m2d.data.importing import import_shards
+
+        say(f"import: {import_shards(config.import_from, data_root):,} images of {config.import_from} in {data_root}")
     if not stages:
         return []
     say(f"cache: {folder}")
@@ -109,11 +113,16 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def makes_data_root(config: SetupConfig) -> bool:
+    """Whether data_root is filled first, so that it need not exist."""
+    return config.download.enabled or config.import_from is not None
+
+
 def _absolute(config: SetupConfig) -> SetupConfig:
     """Ray's processes may start in another directory, so local paths become absolute here."""
     extractor = config.feature_extractor
     weights = input_path("feature_extractor.weights", extractor.weights)
-    place = result_path if config.download.enabled else input_path
+    place = result_path if makes_data_root(config) else input_path
     return dataclasses.replace(
         config,
         data_root=absolute(place("data_root", config.data_root)),

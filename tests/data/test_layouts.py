@@ -4,6 +4,8 @@ In the first part no image is opened, so that empty files are enough.
 """
 
 import csv
+import io
+import json
 import os
 import shutil
 from collections import Counter
@@ -12,15 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from m2d.classes import BINARY, ISIC8, MILK11
 from m2d.data.catalog import said_of, scan_dataset
+from m2d.data.importing import import_shards
 from m2d.data.layouts import Layout, read_layout
 from m2d.data.settings import DataConfig
 from m2d.errors import DataError
 from m2d.files.storage import open_storage
+from m2d.generation.formats import FORMATS, EncodedImage
+from m2d.generation.plan import PlanRow
 
 HAM10000 = Path(__file__).resolve().parents[2].parent / "shared" / "ham10000"
 Builder = Callable[[Path], None]
@@ -433,3 +439,89 @@ def test_ham10000_in_its_published_layouts_gives_the_catalog_of_its_class_folder
 
 def same_disk(a: Path, b: Path) -> bool:
     return a.stat().st_dev == b.stat().st_dev
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def test_parquet_of_hugging_face_is_unpacked_with_its_bytes_and_label_names(tmp_path: Path) -> None:
+    encoded = [encode(picture(number), kind) for number, kind in enumerate(("JPEG", "PNG", "JPEG"))]
+    features = {"image": {"_type": "Image"}, "label": {"names": ["melanoma", "nevus"], "_type": "ClassLabel"}}
+    table = pa.table(
+        {
+            "image": [
+                {"bytes": one, "path": path} for one, path in zip(encoded, ("a.jpg", None, "a.jpg"), strict=True)
+            ],
+            "label": [0, 1, 1],
+            "lesion_id": ["L1", "L2", "L1"],
+        }
+    ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    (tmp_path / "hub" / "data").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    root = tmp_path / "files"
+    with pytest.raises(DataError, match="--import_from"):
+        read(tmp_path / "hub")
+    assert import_shards(str(tmp_path / "hub"), str(root)) == 3
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*.???")}
+    assert import_shards(str(tmp_path / "hub"), str(root)) == 3
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*.???") if path.name != "metadata.csv"}.items() <= (
+        before.items()
+    )
+    layout = read(root)
+    assert sorted((root / entry.path).read_bytes() for entry in layout.entries) == sorted(encoded)
+    assert sorted((str(entry.label), sorted(entry.lesions)) for entry in layout.entries) == [
+        ("MEL", ["L1"]),
+        ("NV", ["L1"]),
+        ("NV", ["L2"]),
+    ]
+
+
+@pytest.mark.parametrize("format_name", ["webdataset", "parquet"])
+def test_generated_shards_are_unpacked_with_their_bytes(tmp_path: Path, format_name: str) -> None:
+    images = [
+        EncodedImage(
+            PlanRow(
+                id=f"{code}_{n}", label=code, index=n, seed=n, solver="heun", steps=2,
+                guidance_scale=1.0, guidance_low=0.0, guidance_high=1.0,
+            ),
+            encode(picture(n), "PNG"),
+        )
+        for n, code in enumerate(("MEL", "NV", "DF"))
+    ]  # fmt: skip
+    (tmp_path / "made").mkdir()
+    FORMATS[format_name].write(tmp_path / "made", "group", images)
+    assert import_shards(str(tmp_path / "made"), str(tmp_path / "files")) == 3
+    layout = read(tmp_path / "files")
+    assert {entry.path.rpartition("/")[2]: entry.label for entry in layout.entries} == {
+        f"{image.row.id}.png": image.row.label for image in images
+    }
+    assert all((tmp_path / "files" / "images" / f"{one.row.id}.png").read_bytes() == one.png for one in images)
+
+
+def test_an_image_folder_of_hugging_face_names_its_files_in_json_lines(tmp_path: Path) -> None:
+    make(tmp_path, "train/1.jpg", "train/2.jpg")
+    lines = [{"file_name": "1.jpg", "label": "melanoma"}, {"file_name": "2.jpg", "label": "nevus", "lesion_id": "L"}]
+    write(tmp_path, "train/metadata.jsonl", "\n".join(map(json.dumps, lines)))
+    layout = read(tmp_path)
+    assert [(entry.path, entry.label, entry.lesions) for entry in layout.entries] == [
+        ("train/1.jpg", "MEL", set()),
+        ("train/2.jpg", "NV", {"L"}),
+    ]
+
+
+def test_shards_that_cannot_be_unpacked_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no \.parquet and no \.tar"):
+        import_shards(str(tmp_path), str(tmp_path / "files"))
+    (tmp_path / "broken.tar").write_bytes(b"no archive")
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        import_shards(str(tmp_path), str(tmp_path / "files"))
+    (tmp_path / "broken.tar").unlink()
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "none.parquet")
+    with pytest.raises(DataError, match=r"none\.parquet has no column of images; found: a"):
+        import_shards(str(tmp_path), str(tmp_path / "files"))
+
+
+def encode(image: Image.Image, image_format: str) -> bytes:
+    written = io.BytesIO()
+    image.save(written, image_format)
+    return written.getvalue()
