@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from m2d.classes import NUM_CLASSES, class_index
-from m2d.diffusion.guidance import GuidedVelocity
 from m2d.diffusion.settings import Solver
-from m2d.diffusion.solver import solve
+from m2d.diffusion.solver import GuidedVelocity, solve
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import GuidingFeature, PlanRow
 from m2d.generation.references import read_reference, require_dim

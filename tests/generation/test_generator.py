@@ -15,9 +15,8 @@ from tiny_references import SixFeatures, write_photographs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2d.classes import NUM_CLASSES, class_index
-from m2d.diffusion.guidance import GuidedVelocity
 from m2d.diffusion.settings import SOLVERS, SamplingSettings, Solver
-from m2d.diffusion.solver import solve
+from m2d.diffusion.solver import GuidedVelocity, solve
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.generation import generator as generator_module
 from m2d.generation.generator import Generator, pick_device, pick_feature, start_of, to_uint8
