@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from m2d.models.heads import PatchDiscriminator
+from m2d.models.perceptual import PatchDiscriminator
 
 
 @pytest.mark.parametrize(("layers", "pixels"), [(1, 16), (2, 34), (3, 70)])

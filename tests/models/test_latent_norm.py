@@ -9,7 +9,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from m2d.models.norms import LatentNorm
+from m2d.models.unet import LatentNorm
 
 CHANNELS = 3
 

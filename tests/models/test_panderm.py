@@ -354,7 +354,7 @@ WRONG_FILES: list[tuple[str, Callable[[Path], None], list[str]]] = [
     ("panderm-base", timms_own_names, ["12 of 186 tensors missing", "12 unknown (blocks.0.ls1.gamma"]),
     ("panderm-base", another_vit, ["no PanDerm", "12 blocks of width 384"]),
     ("panderm-base", only_a_head, ["186 of 186 tensors missing", "no PanDerm"]),
-    ("panderm-base", an_encoder_beside_another, ["1 unknown (cls_token)"]),
+    ("panderm-base", an_encoder_beside_another, ["1 unknown (cls_token without encoder.)"]),
 ]
 
 

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from m2d.models.heads import AlignmentProjector
 from m2d.models.settings import ProjectorConfig
+from m2d.models.unet import AlignmentProjector
 
 
 def passing_projector(channels: int) -> AlignmentProjector:
