@@ -214,7 +214,7 @@ def test_a_stored_prior_draws_the_same_samples(tmp_path: Path, counts: tuple[int
         ("counts", torch.full((7,), -1), "counts holds a negative"),
         ("mean", torch.zeros(7, DIM + 1), rf"mean is torch.float32 \[7, {DIM + 1}\]"),
         ("mean", torch.full((7, DIM), float("nan")), "mean holds numbers that are not finite"),
-        ("factors", torch.zeros(7, DIM), "factors has 2 dimensions"),
+        ("factors", torch.zeros(7, DIM), r"factors is torch.float32 \[7, 12\]"),
         ("factors", torch.zeros(7, 2, DIM, dtype=torch.float16), "factors is torch.float16"),
         ("isotropic", torch.full((7,), -0.5), "isotropic holds a negative"),
     ],

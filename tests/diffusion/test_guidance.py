@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from m2d.diffusion.guidance import GuidedVelocity
-from m2d.diffusion.solver import solve
+from m2d.diffusion.solver import GuidedVelocity, solve
 
 
 class CountingModel:
