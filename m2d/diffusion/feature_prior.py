@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m2d.classes import CLASSES, NUM_CLASSES
+from m2d.classes import ISIC7, ClassSet
 from m2d.errors import ConfigError, DataError
 
 WEAK_BELOW = 30
@@ -33,15 +33,22 @@ class FeaturePrior:
     D dimensions, R the largest number of directions that a class keeps; a class with fewer has rows of zeros.
     """
 
-    counts: Tensor  # int64 [7], images of the fit
-    mean: Tensor  # float32 [7, D], zeros for a class without images
+    counts: Tensor  # int64 [K], images of the fit
+    mean: Tensor  # float32 [K, D], zeros for a class without images
     scale: Tensor  # float32 [D], deviation over all images; 0 for a dimension that is constant
-    factors: Tensor  # float32 [7, R, D], in units of scale
-    isotropic: Tensor  # float32 [7], a deviation, in units of scale
+    factors: Tensor  # float32 [K, R, D], in units of scale
+    isotropic: Tensor  # float32 [K], a deviation, in units of scale
+    classes: ClassSet = ISIC7  # of K
 
     @classmethod
-    def fit(cls, features: np.ndarray | Tensor, labels: np.ndarray | Tensor, max_rank: int = 128) -> Self:
-        """Fit to features [n, D] (any float type) of labels int64 [n]: one row an image, in any order.
+    def fit(
+        cls,
+        features: np.ndarray | Tensor,
+        labels: np.ndarray | Tensor,
+        max_rank: int = 128,
+        classes: ClassSet = ISIC7,
+    ) -> Self:
+        """Fit to features [n, D] (any float type) of labels int64 [n], indices in `classes`: one row for each image.
 
         Features are divided by their deviation over all images, so that shrinking treats dimensions alike. The
         covariance of a class with n_c >= 10 images is Ledoit and Wolf's (JMVA 88, 2004), as scikit-learn computes it:
@@ -63,15 +70,15 @@ class FeaturePrior:
         """
         if max_rank < 1:
             raise ConfigError(f"feature prior: max_rank is {max_rank}; it must be at least 1")
-        rows, classes = _checked(features, labels)
+        rows, label = _checked(features, labels, len(classes))
         centre, deviation = rows.mean(axis=0), rows.std(axis=0)
         alive = deviation > _DEAD * np.maximum(np.abs(centre), 1)
         standardized = (rows[:, alive] - centre[alive]) / deviation[alive]
-        counts = np.bincount(classes, minlength=NUM_CLASSES)
-        mean, centred = np.zeros((NUM_CLASSES, rows.shape[1])), {}
+        counts = np.bincount(label, minlength=len(classes))
+        mean, centred = np.zeros((len(classes), rows.shape[1])), {}
         for index in np.flatnonzero(counts):
-            mean[index] = rows[classes == index].mean(axis=0)
-            of_class = standardized[classes == index]
+            mean[index] = rows[label == index].mean(axis=0)
+            of_class = standardized[label == index]
             centred[index] = of_class - of_class.mean(axis=0)
         scatter = {index: float(np.square(of_class).sum()) for index, of_class in centred.items()}
         rounding = 1e-12 * alive.sum()
@@ -82,19 +89,19 @@ class FeaturePrior:
             )
         within = sum(scatter.values()) / ((len(rows) - len(centred)) * alive.sum())
 
-        isotropic, kept = np.zeros(NUM_CLASSES), {}
+        isotropic, kept = np.zeros(len(classes)), {}
         for index, of_class in centred.items():
             variance = within
             if counts[index] >= _OWN_COVARIANCE_FROM and scatter[index] > rounding:
                 kept[index], variance = _low_rank_and_isotropic(of_class, max_rank)
             isotropic[index] = np.sqrt(variance)
-        factors = np.zeros((NUM_CLASSES, max(map(len, kept.values()), default=0), rows.shape[1]))
+        factors = np.zeros((len(classes), max(map(len, kept.values()), default=0), rows.shape[1]))
         for index, part in kept.items():
             factors[index, : len(part), alive] = part.T  # an index array between slices: numpy puts its axis first
-        single = (
+        mean, scale, factors, isotropic = (
             torch.from_numpy(array).float() for array in (mean, np.where(alive, deviation, 0), factors, isotropic)
         )
-        return cls(torch.from_numpy(counts), *single)
+        return cls(torch.from_numpy(counts), mean, scale, factors, isotropic, classes)
 
     @property
     def dim(self) -> int:
@@ -109,17 +116,17 @@ class FeaturePrior:
     @property
     def present(self) -> list[str]:
         """Codes of the classes that can be drawn."""
-        return [code for code, count in zip(CLASSES, self.counts.tolist()) if count > 0]
+        return [code for code, count in zip(self.classes.codes, self.counts.tolist()) if count > 0]
 
     @property
     def weak(self) -> list[str]:
         """Codes of the classes that rest on fewer than WEAK_BELOW images, but on some."""
-        return [code for code, count in zip(CLASSES, self.counts.tolist()) if 0 < count < WEAK_BELOW]
+        return [code for code, count in zip(self.classes.codes, self.counts.tolist()) if 0 < count < WEAK_BELOW]
 
     def require(self, codes: Iterable[str]) -> None:
         """Raise DataError where one of the classes had no image in the fit."""
         wanted = set(codes) - set(self.present)
-        absent = [code for code in CLASSES if code in wanted]
+        absent = [code for code in self.classes.codes if code in wanted]
         if absent:
             raise DataError(
                 f"feature prior: no training image was of {', '.join(absent)}, so there is no feature to draw; leave "
@@ -137,7 +144,7 @@ class FeaturePrior:
         if noise.shape != (len(labels), self.noise_dim):
             raise ValueError(f"noise is {list(noise.shape)}; it must be [{len(labels)}, {self.noise_dim}]")
         drawn = labels.unique().tolist()
-        self.require(CLASSES[index] for index in drawn)
+        self.require(self.classes.codes[index] for index in drawn)
         labels = labels.to(noise.device)
         along, around = noise.double().split([self.factors.shape[1], self.dim], dim=1)
         features = torch.empty_like(around)
@@ -150,16 +157,23 @@ class FeaturePrior:
 
     def tensors(self) -> dict[str, Tensor]:
         """What to store, by name."""
-        return dict(vars(self))
+        return {name: tensor for name, tensor in vars(self).items() if isinstance(tensor, Tensor)}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], classes: ClassSet = ISIC7) -> Self:
         """The inverse of `tensors`. Raises ValueError, in one line, where they are not those of a prior."""
-        names = {field.name for field in fields(cls)}
+        names = {field.name for field in fields(cls)} - {"classes"}
         if tensors.keys() != names:
             raise ValueError(f"lacks {sorted(names - tensors.keys())} and has unknown {sorted(tensors.keys() - names)}")
         rank, dim = tensors["factors"].shape[-2:]
-        shapes = {"counts": [7], "mean": [7, dim], "scale": [dim], "factors": [7, rank, dim], "isotropic": [7]}
+        size = len(classes)
+        shapes = {
+            "counts": [size],
+            "mean": [size, dim],
+            "scale": [dim],
+            "factors": [size, rank, dim],
+            "isotropic": [size],
+        }
         for name, shape in shapes.items():
             tensor, dtype = tensors[name], torch.int64 if name == "counts" else torch.float32
             if list(tensor.shape) != shape or tensor.dtype != dtype:
@@ -168,10 +182,10 @@ class FeaturePrior:
                 raise ValueError(f"{name} holds numbers that are not finite")
             if name in ("counts", "scale", "isotropic") and (tensor < 0).any():
                 raise ValueError(f"{name} holds a negative number")
-        return cls(**tensors)
+        return cls(**tensors, classes=classes)
 
 
-def _checked(features: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _checked(features: np.ndarray | Tensor, labels: np.ndarray | Tensor, size: int) -> tuple[np.ndarray, np.ndarray]:
     """float64 [n, D] and int64 [n] on the CPU, or DataError."""
     rows = torch.as_tensor(features).detach().cpu().double().numpy()
     classes = torch.as_tensor(labels).cpu().numpy()
@@ -180,8 +194,8 @@ def _checked(features: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> tupl
             f"feature prior: features are {list(rows.shape)} and labels {list(classes.shape)}; they must be [n, D] and "
             "[n] with at least one image"
         )
-    if not np.issubdtype(classes.dtype, np.integer) or classes.min() < 0 or classes.max() >= NUM_CLASSES:
-        raise DataError(f"feature prior: labels must be whole numbers from 0 to {NUM_CLASSES - 1}")
+    if not np.issubdtype(classes.dtype, np.integer) or classes.min() < 0 or classes.max() >= size:
+        raise DataError(f"feature prior: labels must be whole numbers from 0 to {size - 1}")
     broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if len(broken):
         raise DataError(

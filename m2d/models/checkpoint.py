@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7, ClassSet
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, first_line
 from m2d.models.autoencoder import Autoencoder, load_strictly
@@ -49,7 +49,7 @@ class CheckpointInfo:
     conditioning: dict[str, Any]
     config: dict[str, Any]  # the run's resolved configuration
     extractor_key: str = ""  # which weights, input size and crop; "": written before it was recorded
-    classes: tuple[str, ...] = CLASSES
+    classes: ClassSet = ISIC7
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,9 @@ def write_inference_files(
     save_tensors(rest, directory / CONDITIONING)
     if prior is not None:
         save_tensors(prior.tensors(), directory / PRIOR)
-    document = {"format": FORMAT, **vars(info), "classes": list(info.classes)}
+    document = {"format": FORMAT, **vars(info), "classes": list(info.classes.codes)}
+    if info.classes != ISIC7:  # a checkpoint of isic7 stays one that an earlier M2D reads
+        document["class_set"] = json.loads(json.dumps(info.classes.as_dict()))
     (directory / "checkpoint.yaml").write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
 
 
@@ -146,14 +148,16 @@ def read_info(path: str | Path) -> CheckpointInfo:
             raise CheckpointError(
                 f"checkpoint: {path} is of format {found}, this M2D reads {FORMAT}; use the version that wrote it"
             )
-        info = CheckpointInfo(**document)
+        codes, recorded = document.pop("classes", ISIC7.codes), document.pop("class_set", None)
+        info = CheckpointInfo(**document, classes=ISIC7 if recorded is None else ClassSet.from_dict(recorded))
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"checkpoint: {reading} is damaged ({first_line(error)})") from None
-    if tuple(info.classes) != CLASSES:
+    if tuple(codes) != info.classes.codes:
         raise CheckpointError(
-            f"checkpoint: {path} was trained on classes {' '.join(info.classes)}, this M2D has {' '.join(CLASSES)}"
+            f"checkpoint: {path} was trained on classes {' '.join(codes)}, and its class_set is of "
+            f"{' '.join(info.classes.codes)}"
         )
-    return replace(info, classes=CLASSES)
+    return info
 
 
 def read_prior(path: str | Path, info: CheckpointInfo | None = None) -> FeaturePrior | None:
@@ -166,7 +170,7 @@ def read_prior(path: str | Path, info: CheckpointInfo | None = None) -> FeatureP
     if not file.is_file():
         return None
     try:
-        prior = FeaturePrior.from_tensors(load_file(file))
+        prior = FeaturePrior.from_tensors(load_file(file), info.classes)
         if prior.dim != info.feature_dim:
             raise ValueError(f"its features have {prior.dim} dimensions, the checkpoint's {info.feature_dim}")
     except Exception as error:
@@ -180,7 +184,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     try:
         vae = load_strictly(AutoencoderKL, directory / "vae", "checkpoint", local_files_only=True)
         unet = load_strictly(UNet2DConditionModel, directory / "unet", "checkpoint", local_files_only=True)
-        conditioning = ConditionEncoder(ConditioningConfig(**info.conditioning), info.feature_dim)
+        conditioning = ConditionEncoder(ConditioningConfig(**info.conditioning), info.feature_dim, len(info.classes))
         denoiser = Denoiser(unet, conditioning, int(unet.config.in_channels))
         missing, unknown = denoiser.load_state_dict(load_file(directory / CONDITIONING), strict=False)
         missing = [name for name in missing if not name.startswith("unet.")]

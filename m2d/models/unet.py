@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from m2d.classes import NUM_CLASSES
+from m2d.classes import ISIC7
 from m2d.models.precision import keep_input_type
 from m2d.models.settings import MIDDLE, ConditioningConfig, ProjectorConfig, UNetConfig, parse_tap
 
@@ -24,12 +24,13 @@ class ConditionEncoder(nn.Module):
     network learns the level from a vector added to the feature tokens, so that a feature guides without dictating.
     """
 
-    def __init__(self, config: ConditioningConfig, feature_dim: int) -> None:
+    def __init__(self, config: ConditioningConfig, feature_dim: int, num_classes: int = len(ISIC7)) -> None:
         super().__init__()
         self.feature_dim = feature_dim
+        self.num_classes = num_classes  # also the index of the null class
         self.feature_tokens = config.feature_tokens
         width = config.context_dim
-        self.class_embedding = nn.Embedding(NUM_CLASSES + 1, width)
+        self.class_embedding = nn.Embedding(num_classes + 1, width)
         self.feature_projection = nn.Linear(feature_dim, config.feature_tokens * width)
         self.noise_level_embedding = nn.Sequential(nn.Linear(1, width), nn.SiLU(), nn.Linear(width, width))
         self.null_feature = nn.Parameter(torch.randn(1, config.feature_tokens, width) * 0.02)
@@ -55,7 +56,7 @@ class ConditionEncoder(nn.Module):
     ) -> Tensor:
         """Context tokens.
 
-        labels: int64 [B]; NUM_CLASSES is the null class. cls: [B, D] raw features, or None for no feature at all
+        labels: int64 [B]; `num_classes` is the null class. cls: [B, D] raw features, or None for no feature at all
         (sampling; in training every parameter must get a gradient, so drop features by drop_feature there).
         drop_feature: bool [B], True where the feature is left out. noise: [B, D] standard normal, scaled by
         noise_level [B] (0 where None). Returns [B, 1 + K, context_dim].
@@ -144,6 +145,7 @@ class Denoiser(nn.Module):
         self.unet = unet
         self.conditioning = conditioning
         self.latent_norm = LatentNorm(latent_channels)
+        self.num_classes = conditioning.num_classes  # also the index of the null class
 
     def latent_shape(self, image_size: int, downsampling: int) -> tuple[int, int, int]:
         """(C, h, w) of the latents of a square image."""
@@ -159,7 +161,7 @@ class Denoiser(nn.Module):
         return self.latent_norm.denormalize(normalized)
 
     def context(self, labels: Tensor, cls: Tensor | None = None) -> Tensor:
-        """Cross-attention context [B, L, Dc] of labels int64 [B] (NUM_CLASSES: null), raw features [B, D] or None."""
+        """Cross-attention context [B, L, Dc] of labels int64 [B] (num_classes: null), raw features [B, D] or None."""
         return self.conditioning(labels, cls)
 
     def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -202,7 +204,13 @@ class Denoiser(nn.Module):
 
 
 def build_denoiser(
-    config: UNetConfig, conditioning: ConditioningConfig, *, latent_channels: int, latent_size: int, feature_dim: int
+    config: UNetConfig,
+    conditioning: ConditioningConfig,
+    *,
+    latent_channels: int,
+    latent_size: int,
+    feature_dim: int,
+    num_classes: int = len(ISIC7),
 ) -> Denoiser:
     """A new denoiser for latents [latent_channels, latent_size, latent_size]; its last layer starts at zero."""
     prefixes = ["CrossAttn" if attends else "" for attends in config.attention_levels]
@@ -223,7 +231,7 @@ def build_denoiser(
     nn.init.zeros_(unet.conv_out.bias)
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    return Denoiser(unet, ConditionEncoder(conditioning, feature_dim), latent_channels)
+    return Denoiser(unet, ConditionEncoder(conditioning, feature_dim, num_classes), latent_channels)
 
 
 def tap_channels(denoiser: Denoiser, tap: str = MIDDLE) -> int:

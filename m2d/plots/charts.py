@@ -7,15 +7,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from m2d.classes import CLASSES, DIAGNOSES
+from m2d.classes import ISIC7, ClassSet
 from m2d.plots.style import (
-    CLASS_EDGES,
-    CLASS_MARKERS,
     FAINT,
     INK,
     LINE_COLOURS,
-    class_colours,
+    class_marker,
     drawn,
+    edge_colour,
     new_figure,
     percent,
     png,
@@ -33,7 +32,11 @@ _KEYS = {
 
 @drawn
 def cls_projection(
-    real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, generated_labels: np.ndarray
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    generated: np.ndarray,
+    generated_labels: np.ndarray,
+    classes: ClassSet = ISIC7,
 ) -> Figure:
     """The two principal components of real `cls` features, generated ones placed among them, see project_cls.
 
@@ -41,8 +44,8 @@ def cls_projection(
     hollow, its generated ones filled, all other real ones grey. Titles give the counts. The axes hold the middle 90 %
     of both and room around; what is beyond is drawn at the edge, so that outliers do not squash the rest.
     """
-    require_labels(real_labels, len(real))
-    require_labels(generated_labels, len(generated))
+    require_labels(real_labels, len(real), len(classes))
+    require_labels(generated_labels, len(generated), len(classes))
     real, generated, shares = project_cls(real, generated)
     groups = [points for points in (real, generated) if len(points)] or [np.zeros((1, 2))]
     low = np.min([np.percentile(points, 5, axis=0) for points in groups], axis=0)
@@ -50,43 +53,49 @@ def cls_projection(
     room = (high - low) * 0.4
     low, high = low - room, high + room
     real, generated = real.clip(low, high), generated.clip(low, high)
-    figure = new_figure(12, 6.8)
-    grid = figure.subplots(2, 4, sharex=True, sharey=True).ravel()
-    for axes, label in zip(grid, (None, *range(len(CLASSES))), strict=True):
-        shown = range(len(CLASSES)) if label is None else [label]
+    columns = 4 if len(classes) < 16 else 8
+    rows = -(-(len(classes) + 1) // columns)
+    figure = new_figure(3 * columns, 3.4 * rows)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True).ravel()
+    for axes in grid[len(classes) + 1 :]:
+        axes.set_axis_off()
+    for axes, label in zip(grid, (None, *range(len(classes)))):
+        shown = range(len(classes)) if label is None else [label]
         if label is not None:
             others = real[real_labels != label]
             axes.scatter(others[:, 0], others[:, 1], s=6, color="#CFCFCF", linewidths=0)
         # The largest class first, so that it does not bury the others.
         for one in sorted(shown, key=lambda index: -int((real_labels == index).sum())):
-            _scatter(axes, real[real_labels == one], CLASSES[one], filled=False)
+            _scatter(axes, real[real_labels == one], one, classes, filled=False)
         for one in shown:
-            _scatter(axes, generated[generated_labels == one], CLASSES[one], filled=True)
-        name = "all classes" if label is None else f"{CLASSES[label]} {DIAGNOSES[label].name}"
+            _scatter(axes, generated[generated_labels == one], one, classes, filled=True)
+        name = "all classes" if label is None else f"{classes.codes[label]} {classes.diagnoses[label].name}"
         counts = [int(np.isin(found, shown).sum()) for found in (real_labels, generated_labels)]
         axes.set_title(f"{name}\n{counts[0]:,} real, {counts[1]:,} generated", fontsize=10)
     margin = np.where(high > low, (high - low) / 20, 1.0)  # so that a marker at the edge is whole
     (left, bottom), (right, top) = low - margin, high + margin
     grid[0].set(xlim=(left, right), ylim=(bottom, top))  # shared by all
-    grid[4].set_xlabel(f"component, {percent(shares[0])} of the variance")
+    grid[columns * (rows - 1)].set_xlabel(f"component, {percent(shares[0])} of the variance")
     grid[0].set_ylabel(f"component, {percent(shares[1])} of the variance")
     figure.suptitle(
         "Features of real (hollow) and generated (filled) images. Axes: principal components of real ones only. "
-        "The furthest are at the edge.",
+        "The furthest are at the edge."
+        + (" More classes than colours that can be told apart: see the charts of each." if len(classes) > 11 else ""),
         fontsize=10,
     )
     return figure
 
 
-def _scatter(axes: Axes, points: np.ndarray, code: str, *, filled: bool) -> None:
+def _scatter(axes: Axes, points: np.ndarray, label: int, classes: ClassSet, *, filled: bool) -> None:
+    colour = classes.diagnoses[label].colour
     crowd = len(points) > 1000
     axes.scatter(
         points[:, 0],
         points[:, 1],
-        marker=CLASS_MARKERS[code],
+        marker=class_marker(label),
         s=30 if filled else 9 if crowd else 14,
-        facecolors=class_colours()[code] if filled else "none",
-        edgecolors=INK if filled else CLASS_EDGES[code],
+        facecolors=colour if filled else "none",
+        edgecolors=INK if filled else edge_colour(colour),
         linewidths=0.5 if filled else 0.7,
         alpha=1.0 if filled else 0.35 if crowd else 0.6,
         zorder=4 if filled else 3,
@@ -138,50 +147,60 @@ def principal_components(features: np.ndarray, count: int) -> tuple[np.ndarray, 
 
 
 def class_similarity(
-    real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, generated_labels: np.ndarray
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    generated: np.ndarray,
+    generated_labels: np.ndarray,
+    classes: ClassSet = ISIC7,
 ) -> tuple[bytes, dict[str, dict[str, float]]]:
     """PNG of how alike generated and real `cls` features are by class, and the numbers: see class_similarities."""
-    require_labels(real_labels, len(real))
-    require_labels(generated_labels, len(generated))
-    numbers = class_similarities(real, real_labels, generated, generated_labels)
-    counts = [np.bincount(labels, minlength=len(CLASSES)) for labels in (real_labels, generated_labels)]
-    return png(similarity_figure(numbers, dict(zip(CLASSES, zip(*counts), strict=True)))), numbers
+    require_labels(real_labels, len(real), len(classes))
+    require_labels(generated_labels, len(generated), len(classes))
+    numbers = class_similarities(real, real_labels, generated, generated_labels, classes)
+    counts = [np.bincount(labels, minlength=len(classes)) for labels in (real_labels, generated_labels)]
+    return png(similarity_figure(numbers, dict(zip(classes.codes, zip(*counts), strict=True)), classes)), numbers
 
 
 @styled()
-def similarity_figure(numbers: dict[str, dict[str, float]], counts: dict[str, tuple[int, int]]) -> Figure:
+def similarity_figure(
+    numbers: dict[str, dict[str, float]], counts: dict[str, tuple[int, int]], classes: ClassSet = ISIC7
+) -> Figure:
     """What class_similarity draws. counts: class code to its real and its generated images."""
-    figure = new_figure(11, 4.2)
+    figure = new_figure(11, max(4.2, 1.4 + 0.4 * len(classes)))
     axes, table = figure.subplots(1, 2, width_ratios=(1.1, 1))
     table.set_axis_off()
-    table.set(xlim=(0, len(_KEYS) + 1), ylim=(len(CLASSES) - 0.5, -0.5))
+    table.set(xlim=(0, len(_KEYS) + 1), ylim=(len(classes) - 0.5, -0.5))
     for column, heading in enumerate(("images\nreal, gen.", *_KEYS.values())):
         table.text(column + 0.9, -0.55, heading, ha="right", va="bottom", fontsize=8, color=FAINT)
-    for row, code in enumerate(CLASSES):
-        found, edge = numbers[code], CLASS_EDGES[code]
+    for row, (code, colour) in enumerate(classes.colours.items()):
+        found, edge = numbers[code], edge_colour(colour)
         own, others = found.get("generated_to_own"), found.get("generated_to_others")
         if own is not None and others is not None:
             axes.plot([others, own], [row, row], color=edge, linewidth=1, alpha=0.5, zorder=2)
         if others is not None:
             axes.plot(others, row, "|", color=edge, markersize=13, markeredgewidth=2, zorder=3)
-        look = {"marker": CLASS_MARKERS[code], "linestyle": "none", "markeredgecolor": edge}
+        look = {"marker": class_marker(row), "linestyle": "none", "markeredgecolor": edge}
         if "real_to_own" in found:
             axes.plot(found["real_to_own"], row, markerfacecolor="white", markersize=11, zorder=3, **look)
         if own is not None:
-            axes.plot(own, row, markerfacecolor=class_colours()[code], markersize=8, zorder=4, **look)
+            axes.plot(own, row, markerfacecolor=colour, markersize=8, zorder=4, **look)
         cells = [f"{found[key]:+.2f}" if key in found else "–" for key in _KEYS]
         for column, text in enumerate((f"{counts[code][0]:,}, {counts[code][1]:,}", *cells)):
             table.text(column + 0.9, row, text, ha="right", va="center", fontsize=9, color=INK if column else FAINT)
     axes.axvline(0, color="#9A9A9A", linewidth=1)
-    axes.set_yticks(range(len(CLASSES)), CLASSES)
-    axes.set_ylim(len(CLASSES) - 0.5, -0.5)
+    axes.set_yticks(range(len(classes)), classes.codes)
+    axes.set_ylim(len(classes) - 0.5, -0.5)
     axes.set_xlabel("mean cosine with real images, features centred")
     axes.set_title("● generated and ○ real with own class; | generated with others")
     return figure
 
 
 def class_similarities(
-    real: np.ndarray, real_labels: np.ndarray, generated: np.ndarray, generated_labels: np.ndarray
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    generated: np.ndarray,
+    generated_labels: np.ndarray,
+    classes: ClassSet = ISIC7,
 ) -> dict[str, dict[str, float]]:
     """For each class the mean cosine between its features and real ones, after centring; in [-1, 1].
 
@@ -192,15 +211,15 @@ def class_similarities(
     and its cosines noise. A number that cannot be had (no images, or one alone) is left out.
     """
     real, generated = _finite(real), _finite(generated)
-    members = [real[real_labels == label] for label in range(len(CLASSES))]
+    members = [real[real_labels == label] for label in range(len(classes))]
     if not len(real):
-        return {code: {} for code in CLASSES}
+        return {code: {} for code in classes.codes}
     centre = np.mean([features.mean(axis=0) for features in members if len(features)], axis=0)
     units = [_unit(features, centre) for features in members]
     # The mean cosine of all pairs of two sets is the product of their mean unit vectors.
     means = [own.mean(axis=0) if len(own) else None for own in units]
-    numbers: dict[str, dict[str, float]] = {code: {} for code in CLASSES}
-    for label, (code, own) in enumerate(zip(CLASSES, units, strict=True)):
+    numbers: dict[str, dict[str, float]] = {code: {} for code in classes.codes}
+    for label, (code, own) in enumerate(zip(classes.codes, units, strict=True)):
         others = [mean for other, mean in enumerate(means) if other != label and mean is not None]
         drawn_units = _unit(generated[generated_labels == label], centre)
         found = numbers[code]
@@ -272,16 +291,19 @@ def median_of(heights: Sequence[int], edges: Sequence[float]) -> float:
 
 
 @drawn
-def confusion_matrix_picture(confusion: Sequence[Sequence[int]], title: str) -> Figure:
+def confusion_matrix_picture(confusion: Sequence[Sequence[int]], title: str, codes: Sequence[str]) -> Figure:
     """Of a probe: colours are shares of the true class, numbers are images."""
-    figure = new_figure(6.4, 5.6)
+    side = max(5.6, 1.6 + 0.42 * len(codes))
+    figure = new_figure(side + 0.8, side)
     axes = figure.subplots()
-    confusion_map(axes, confusion, title, "true", counts=True)
+    confusion_map(axes, confusion, title, "true", codes, counts=True)
     figure.colorbar(axes.images[0], ax=axes, shrink=0.8, label="share of the true class")
     return figure
 
 
-def confusion_map(axes: Axes, confusion: Sequence[Sequence[int]], title: str, rows: str, *, counts: bool) -> None:
+def confusion_map(
+    axes: Axes, confusion: Sequence[Sequence[int]], title: str, rows: str, codes: Sequence[str], *, counts: bool
+) -> None:
     """Draw a confusion matrix: colours and, without `counts`, numbers are shares of a row."""
     matrix = np.array(confusion)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
@@ -291,9 +313,9 @@ def confusion_map(axes: Axes, confusion: Sequence[Sequence[int]], title: str, ro
         if matrix[row].sum():
             text = f"{matrix[row, column]:,}" if counts else f"{100 * value:.0f}"
             colour = "white" if value > 0.6 else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
-    axes.set_xticks(range(len(CLASSES)), CLASSES, rotation=45)
-    axes.set_yticks(range(len(CLASSES)), [f"{code} ({matrix[k].sum():,})" for k, code in enumerate(CLASSES)])
+            axes.text(column, row, text, ha="center", va="center", fontsize=9 if len(codes) < 12 else 6, color=colour)
+    axes.set_xticks(range(len(codes)), codes, rotation=45 if len(codes) < 12 else 90)
+    axes.set_yticks(range(len(codes)), [f"{code} ({matrix[k].sum():,})" for k, code in enumerate(codes)])
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("classified as")
     axes.set_ylabel(rows)

@@ -14,8 +14,6 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from m2d.classes import CLASSES, DIAGNOSES
-
 INK, FAINT, GRID = "#1A1A1A", "#5F5F5F", "#E3E3E3"
 # Okabe-Ito without its yellow, which a line on white cannot carry.
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -102,20 +100,25 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.01 or share == 0 else f"{100 * share:.1g} %"
 
 
-def class_colours() -> dict[str, str]:
-    """Class code to its plot colour, "#RRGGBB"."""
-    return {diagnosis.code: diagnosis.colour for diagnosis in DIAGNOSES}
+_MARKERS = ("o", "s", "^", "D", "X", "v", "P", "*", "p", "h", "<", ">")
 
 
-CLASS_EDGES = class_colours() | {"DF": "#4D4700"}
-"""The colour of a marker's edge: the class colour, but dark for DF's yellow, faint on white."""
-CLASS_MARKERS = dict(zip(CLASSES, ("o", "s", "^", "D", "X", "v", "P"), strict=True))
-"""The second cue for those who see the colours as one."""
+def edge_colour(colour: str) -> str:
+    """A class colour for the edge of a marker: the same, but dark for one that is faint on white."""
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    if 0.2126 * red + 0.7152 * green + 0.0722 * blue < 190:
+        return colour
+    return f"#{round(0.32 * red):02X}{round(0.32 * green):02X}{round(0.32 * blue):02X}"
 
 
-def require_labels(labels: np.ndarray, count: int) -> None:
+def class_marker(index: int) -> str:
+    """The second cue for those who see the colours as one, and for more classes than colours can tell apart."""
+    return _MARKERS[index % len(_MARKERS)]
+
+
+def require_labels(labels: np.ndarray, count: int, classes: int) -> None:
     """ValueError unless there is a class index for each of `count` images (-1 would silently be the last class)."""
     if labels.shape != (count,):
         raise ValueError(f"labels are of shape {labels.shape} beside {count} images; expected one for each")
-    if not np.isin(labels, range(len(CLASSES))).all():
-        raise ValueError(f"labels are {np.unique(labels)}; expected class indices from 0 to {len(CLASSES) - 1}")
+    if not np.isin(labels, range(classes)).all():
+        raise ValueError(f"labels are {np.unique(labels)}; expected class indices from 0 to {classes - 1}")

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7, ClassSet
 from m2d.plots.charts import principal_components
-from m2d.plots.style import CLASS_EDGES, FAINT, GRID, INK, class_colours, percent, require_labels
+from m2d.plots.style import FAINT, GRID, INK, edge_colour, percent, require_labels
 
 TILE = 128  # pixels a side that images are enlarged to, about
 MARGIN, GAP, STRIPE = 24, 8, 6
@@ -32,6 +32,7 @@ def reconstruction_grid(
     psnr_db: Sequence[float] | np.ndarray,
     *,
     step: int,
+    classes: ClassSet = ISIC7,
 ) -> Image.Image:
     """A column for each pair: its class, original, reconstruction, absolute difference times 4, PSNR.
 
@@ -53,6 +54,7 @@ def reconstruction_grid(
     return _page(
         _side_by_side([_enlarged(images, factor) for images in rows], axis=1),
         labels,
+        classes,
         title=f"Reconstructions at step {step:,}" + (f": {finite.mean():.1f} dB on average" if len(finite) else ""),
         caption=f"Third row: the absolute difference of the two times {DIFFERENCE_GAIN}; black is none. Below: PSNR "
         "over the image, more is better." + (f" Each pixel is shown as {factor} × {factor}." if factor > 1 else ""),
@@ -68,7 +70,9 @@ def difference(originals: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
     return np.minimum(gap * DIFFERENCE_GAIN, 255).astype(np.uint8)
 
 
-def patch_pca(images: np.ndarray, patches: np.ndarray, labels: Sequence[int] | np.ndarray) -> Image.Image:
+def patch_pca(
+    images: np.ndarray, patches: np.ndarray, labels: Sequence[int] | np.ndarray, classes: ClassSet = ISIC7
+) -> Image.Image:
     """Each image beside its patch features' first three principal components as red, green and blue.
 
     images: uint8 [N, H, W, 3]. patches: float [N, P, D], P = g^2 row by row. labels: [N] class indices. The components
@@ -81,6 +85,7 @@ def patch_pca(images: np.ndarray, patches: np.ndarray, labels: Sequence[int] | n
         images,
         colours,
         labels,
+        classes,
         title="Patch features",
         caption=f"Red, green, blue: the first three principal components of all {count} × {grid} × {grid} patch "
         f"features together, {', '.join(map(percent, share))} of their variance, each from its 1st to its 99th "
@@ -107,7 +112,9 @@ def patch_colours(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return colours.reshape(count, side, side, 3), share
 
 
-def alignment_map(images: np.ndarray, cosine: np.ndarray, labels: Sequence[int] | np.ndarray) -> Image.Image:
+def alignment_map(
+    images: np.ndarray, cosine: np.ndarray, labels: Sequence[int] | np.ndarray, classes: ClassSet = ISIC7
+) -> Image.Image:
     """Each image beside the cosine of its tokens, U-Net against feature extractor, and their mean.
 
     images: uint8 [N, H, W, 3]. cosine: [N, h, w] in [-1, 1]. labels: [N] class indices. The colours always run from 0
@@ -127,6 +134,7 @@ def alignment_map(images: np.ndarray, cosine: np.ndarray, labels: Sequence[int] 
         images,
         heat(cosine),
         labels,
+        classes,
         title="Alignment with the feature extractor"
         + (f": {cosine[known].mean():.2f} on average" if known.any() else ""),
         caption="Cosine of each token's projected U-Net features with the extractor's; the number is the image's mean.",
@@ -146,6 +154,7 @@ def _pairs(
     images: np.ndarray,
     maps: np.ndarray,
     labels: Sequence[int] | np.ndarray,
+    classes: ClassSet,
     *,
     title: str,
     caption: str,
@@ -162,12 +171,15 @@ def _pairs(
     map_factor = max(1, round(factor * max(images.shape[1:3]) / max(maps.shape[1:3])))
     cells = _side_by_side([_enlarged(images, factor), _enlarged(maps, map_factor)], axis=2)
     above = {images.shape[2] * factor + GAP: notes}
-    return _page(cells, labels, title=title, caption=caption, gaps=(_BETWEEN, _BETWEEN), above=above, header=header)
+    return _page(
+        cells, labels, classes, title=title, caption=caption, gaps=(_BETWEEN, _BETWEEN), above=above, header=header
+    )
 
 
 def _page(
     cells: np.ndarray,
     labels: Sequence[int] | np.ndarray,
+    classes: ClassSet,
     *,
     title: str,
     caption: str,
@@ -184,7 +196,7 @@ def _page(
     """
     labels = np.asarray(labels, dtype=int)
     count, height, width = cells.shape[:3]
-    require_labels(labels, count)
+    require_labels(labels, count, len(classes))
     foot = LINE + 4 if row_names else 0
     step_x, step_y = width + gaps[0], HEAD + height + foot + gaps[1]
     rows = max(1, -(-count // max(1, PAGE_WIDTH // step_x)))
@@ -209,11 +221,12 @@ def _page(
         draw.text((MARGIN, top), "no images", fill=FAINT, font=text)
     for number, (cell, label) in enumerate(zip(cells, labels, strict=True)):
         row, column = divmod(number, columns)
-        x, y, code = left + column * step_x, top + row * step_y, CLASSES[label]
+        x, y, diagnosis = left + column * step_x, top + row * step_y, classes.diagnoses[label]
         # A name is a cue that needs no colour.
-        draw.text((x, y), code, fill=INK, font=font(TEXT_SIZE, bold=True))
+        face = font(TEXT_SIZE, bold=True)
+        draw.text((x, y), shortened(diagnosis.code, face, min([width, *(above or {})]) - 4), fill=INK, font=face)
         stripe = (x, y + LINE, x + width - 1, y + LINE + STRIPE - 1)
-        draw.rectangle(stripe, fill=class_colours()[code], outline=CLASS_EDGES[code])
+        draw.rectangle(stripe, fill=diagnosis.colour, outline=edge_colour(diagnosis.colour))
         for dx, notes in (above or {}).items():
             draw.text((x + dx, y), notes[number] if notes else "", fill=INK, font=text)
         y += HEAD
@@ -259,6 +272,14 @@ def wrapped(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:
         else:
             lines.append(word)
     return lines
+
+
+def shortened(text: str, face: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, its end left out where it does not fit `width` pixels."""
+    kept = text
+    while len(kept) > 1 and face.getlength(kept if kept == text else f"{kept}…") > width:
+        kept = kept[:-1]
+    return kept if kept == text else f"{kept}…"
 
 
 @cache

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from plots.pictures import pixels_of
 
-from m2d.classes import CLASSES, class_index
+from m2d.classes import CLASSES, ISIC7, class_index
 from m2d.plots.charts import (
     class_similarities,
     class_similarity,
@@ -118,7 +118,7 @@ def test_nothing_to_count_is_a_picture(counts: dict[str, tuple[list[int], list[f
 def test_a_confusion_shows_the_counts_and_shares_of_each_row() -> None:
     matrix = np.zeros((7, 7), int)
     matrix[MEL, [MEL, NV]] = 30, 10
-    axes = confusion_matrix_picture.figure(matrix.tolist(), "A probe").axes[0]
+    axes = confusion_matrix_picture.figure(matrix.tolist(), "A probe", ISIC7.codes).axes[0]
     assert {text.get_position(): text.get_text() for text in axes.texts if text.get_text() != "0"} == {
         (MEL, MEL): "30", (NV, MEL): "10",
     }  # fmt: skip

@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from m2d.classes import CLASSES, DIAGNOSES
-from m2d.plots.style import CLASS_EDGES, CLASS_MARKERS, class_colours, drawn, new_figure, percent, png, styled
+from m2d.classes import ISIC7, MILK11, class_set_of
+from m2d.plots.style import class_marker, drawn, edge_colour, new_figure, percent, png, styled
 
 
 def contrast_on_white(colour: str) -> float:
@@ -75,15 +75,14 @@ def test_a_small_share_is_not_told_as_none() -> None:
     assert [percent(share) for share in (0.414, 1.0, 0.0004, 0.0)] == ["41 %", "100 %", "0.04 %", "0 %"]
 
 
-def test_class_colours_are_those_of_the_diagnoses() -> None:
-    assert class_colours() == {diagnosis.code: diagnosis.colour for diagnosis in DIAGNOSES}
+def test_classes_have_markers_of_their_own() -> None:
+    assert len({class_marker(index) for index in range(len(MILK11))}) == len(MILK11)
 
 
-def test_every_class_has_a_marker_of_its_own() -> None:
-    assert list(CLASS_MARKERS) == list(CLASSES)
-    assert len(set(CLASS_MARKERS.values())) == len(CLASSES)
-
-
-def test_the_yellow_class_has_an_edge_that_is_seen_on_white() -> None:
-    assert contrast_on_white(class_colours()["DF"]) < 1.5
-    assert contrast_on_white(CLASS_EDGES["DF"]) > 7
+def test_an_edge_is_never_faint_on_white() -> None:
+    faint = ISIC7.colours["DF"]
+    assert contrast_on_white(faint) < 1.5
+    assert contrast_on_white(edge_colour(faint)) > 7
+    assert edge_colour(ISIC7.colours["NV"]) == ISIC7.colours["NV"]
+    forty = class_set_of(f"class {n}" for n in range(40)).colours.values()
+    assert min(contrast_on_white(edge_colour(colour)) for colour in forty) > 1.5
