@@ -1,6 +1,7 @@
 """Charts of a run's features by class, with the numbers that they show, of its gradients and of confusions."""
 
 from collections.abc import Sequence
+from textwrap import shorten
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ def cls_projection(
             _scatter(axes, real[real_labels == one], one, classes, filled=False)
         for one in shown:
             _scatter(axes, generated[generated_labels == one], one, classes, filled=True)
-        name = "all classes" if label is None else f"{classes.codes[label]} {classes.diagnoses[label].name}"
+        name = "all classes" if label is None else shorten(f"{classes.codes[label]} {classes.diagnoses[label].name}", 28)
         counts = [int(np.isin(found, shown).sum()) for found in (real_labels, generated_labels)]
         axes.set_title(f"{name}\n{counts[0]:,} real, {counts[1]:,} generated", fontsize=10)
     margin = np.where(high > low, (high - low) / 20, 1.0)  # so that a marker at the edge is whole
