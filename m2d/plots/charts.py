@@ -70,9 +70,9 @@ def cls_projection(
             _scatter(axes, real[real_labels == one], one, classes, filled=False)
         for one in shown:
             _scatter(axes, generated[generated_labels == one], one, classes, filled=True)
-        name = "all classes" if label is None else shorten(f"{classes.codes[label]} {classes.diagnoses[label].name}", 28)
+        title = "all classes" if label is None else f"{classes.codes[label]} {classes.diagnoses[label].name}"
         counts = [int(np.isin(found, shown).sum()) for found in (real_labels, generated_labels)]
-        axes.set_title(f"{name}\n{counts[0]:,} real, {counts[1]:,} generated", fontsize=10)
+        axes.set_title(f"{shorten(title, 28)}\n{counts[0]:,} real, {counts[1]:,} generated", fontsize=10)
     margin = np.where(high > low, (high - low) / 20, 1.0)  # so that a marker at the edge is whole
     (left, bottom), (right, top) = low - margin, high + margin
     grid[0].set(xlim=(left, right), ylim=(bottom, top))  # shared by all
