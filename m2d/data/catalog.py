@@ -8,7 +8,7 @@ import hashlib
 import io
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,8 @@ from m2d.classes import CLASSES
 from m2d.data.decode import ImageRejected, probe_image
 from m2d.data.settings import DataConfig
 from m2d.errors import DataError
-from m2d.files.atomic import write_whole
-from m2d.files.storage import one_line, open_storage
+from m2d.files.atomic import cache_file
+from m2d.files.storage import Storage, one_line, open_storage, read_file
 
 CATALOG_SCHEMA = pa.schema(
     [
@@ -54,116 +54,15 @@ class Scan:
 
     catalog: pa.Table  # CATALOG_SCHEMA, ordered by class and path
     rejected: pa.Table  # path, reason
-    duplicates: pa.Table  # path, kept: the same bytes stand in the catalog as `kept`
+    duplicates: pa.Table  # path, kept: the same bytes are in the catalog as `kept`
 
 
-def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, int], None] | None = None) -> Scan:
-    """Read and check every image under the class folders of data_root, group them by lesion and split them.
+class FoundImage(NamedTuple):
+    """An image file of a dataset before it is opened."""
 
-    data_root: local path or URI. progress(done, total) is called from the caller's thread, once per file.
-    A broken file is listed with its reason and the scan goes on. The rows and their order depend on the content alone.
-    Raises DataError where data_root, its folder names, its metadata.csv or its labels cannot be used as they are.
-    """
-    shown = data_root
-    filesystem, root = open_storage(data_root)
-    folders = _class_folders(filesystem, root, shown, config.class_map)
-    lesion_of = _read_lesions(filesystem, root, shown)
-
-    candidates: list[tuple[str, str]] = []  # (path, label), in the catalog's order
-    rejected: list[tuple[str, str]] = []
-    for label in CLASSES:
-        names = (name for name, folder_label in folders.items() if folder_label == label)
-        for path in sorted(path for name in names for path, _ in _files_below(filesystem, root, name)):
-            suffix = posixpath.splitext(path)[1]
-            if suffix.lower() in IMAGE_SUFFIXES:
-                candidates.append((path, label))
-            else:
-                known = " ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
-                rejected.append((path, f"the suffix {suffix or '(none)'} is not one of {known}"))
-
-    images: list[_Image] = []
-    for (path, _), found in zip(
-        candidates, _probe_all(filesystem, root, candidates, config.max_pixels, progress), strict=True
-    ):
-        if isinstance(found, str):
-            rejected.append((path, found))
-        else:
-            images.append(found)
-    if not images:
-        first = f"; the first of {len(rejected)} rejected: {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
-        raise DataError(f"data_root: {shown} holds no usable image in {' '.join(sorted(folders))}{first}")
-
-    kept, duplicates = _drop_duplicates(images, shown)
-    identities = _group_lesions(images, kept, lesion_of)
-    rows = [(name, *image[:2], lesion, *image[2:], "") for image, (name, lesion) in zip(kept, identities, strict=True)]
-    catalog = assign_splits(
-        _table(CATALOG_SCHEMA, rows),
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        seed=config.split_seed,
-    )
-    return Scan(catalog, _table(REJECTED_SCHEMA, sorted(rejected)), _table(DUPLICATES_SCHEMA, duplicates))
-
-
-def dataset_fingerprint(data_root: str, config: DataConfig) -> str:
-    """sha256 (hex) over path, size and time of change of every file that a scan reads; no file is opened.
-
-    Raises DataError where data_root or its folder names cannot be used as they are.
-    """
-    filesystem, root = open_storage(data_root)
-    folders = _class_folders(filesystem, root, data_root, config.class_map)
-    entries = [pair for name in folders for pair in _files_below(filesystem, root, name)]
-    metadata = filesystem.get_file_info(posixpath.join(root, "metadata.csv"))
-    lines = (f"{path}\0{info.size}\0{info.mtime_ns}" for path, info in [*entries, ("metadata.csv", metadata)])
-    return hashlib.sha256("\0\0".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
-
-
-def write_catalog(catalog: pa.Table, path: str) -> None:
-    """Write a catalog as Parquet to a local path or URI; a reader never meets half a file. Makes missing folders."""
-    encoded = pa.BufferOutputStream()
-    pq.write_table(catalog.select(CATALOG_SCHEMA.names).cast(CATALOG_SCHEMA), encoded)
-    _write_whole(path, encoded.getvalue())
-
-
-def read_catalog(path: str) -> pa.Table:
-    """Read what write_catalog wrote. Raises DataError where it is missing, broken or not a catalog."""
-    filesystem, inner = open_storage(path)
-    shown = path
-    try:
-        with filesystem.open_input_file(inner) as stream:
-            catalog = pq.read_table(stream)
-        missing = [name for name in CATALOG_SCHEMA.names if name not in catalog.column_names]
-        if missing:
-            raise DataError(f"catalog: {shown} lacks the columns {' '.join(missing)}; scan the dataset again")
-        return catalog.select(CATALOG_SCHEMA.names).cast(CATALOG_SCHEMA)
-    except FileNotFoundError:
-        raise DataError(f"catalog: {shown} does not exist; scan the dataset first") from None
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"catalog: {shown} cannot be read ({one_line(error)}); scan the dataset again") from error
-
-
-def write_csv(table: pa.Table, path: str) -> None:
-    """Write the rejected files or the duplicates of a scan as CSV to a local path or URI."""
-    encoded = pa.BufferOutputStream()
-    pa_csv.write_csv(table, encoded)
-    _write_whole(path, encoded.getvalue())
-
-
-def class_counts(catalog: pa.Table, split: str | None = None) -> dict[str, int]:
-    """Images per class code, all seven in the order of CLASSES, 0 where none; of one split or of the whole catalog."""
-    labels = catalog["label"]
-    if split is not None:
-        labels = labels.filter(pc.equal(catalog["split"], split))
-    counts = {entry["values"]: entry["counts"] for entry in labels.value_counts().to_pylist()}
-    return {code: counts.get(code, 0) for code in CLASSES}
-
-
-def catalog_hash(catalog: pa.Table) -> str:
-    """sha256 (hex) over image_id, label, sha256 and split of all rows, whatever their order or place on disk."""
-    columns = (catalog[name].to_pylist() for name in ("image_id", "label", "sha256", "split"))
-    # A file name cannot hold a NUL, so no two tables can write the same lines.
-    lines = sorted("\0".join(row) for row in zip(*columns, strict=True))
-    return hashlib.sha256("\0\0".join(lines).encode()).hexdigest()
+    path: str  # relative to data_root, with forward slashes
+    label: str  # class code
+    lesion: str | None  # None: nothing is recorded
 
 
 class _Image(NamedTuple):
@@ -175,193 +74,173 @@ class _Image(NamedTuple):
     sha256: str
 
 
-def _class_folders(filesystem: fs.FileSystem, root: str, shown: str, class_map: dict[str, str]) -> dict[str, str]:
-    """Folder name -> class code for the folders of root; DataError unless each is a class or mapped to one."""
+def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, int], None] | None = None) -> Scan:
+    """Read and check every image under the class folders of data_root, group them by lesion and split them.
+
+    data_root: local path or URI. progress(done, total) is called from the caller's thread, once per file.
+    A broken file is listed with its reason and the scan goes on. The rows and their order depend on the content alone.
+    Raises DataError where data_root, its folder names, its metadata.csv or its labels cannot be used as they are.
+    """
+    # 1. Which files are images, of which class and lesion.
+    storage = open_storage(data_root)
+    found, rejected = find_images(storage, data_root, config.class_map)
+
+    # 2. Those that can be read.
+    images: list[_Image] = []
+    lesion_of = {image.path: image.lesion for image in found}
+    for candidate, checked in zip(found, _check_all(storage, found, config.max_pixels, progress), strict=True):
+        if isinstance(checked, str):
+            rejected.append((candidate.path, checked))
+        else:
+            images.append(checked)
+    if not images:
+        first = f"; the first of {len(rejected)} rejected: {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
+        raise DataError(f"data_root: {data_root} holds no usable image in its class folders{first}")
+
+    # 3. Each content once.
+    kept: dict[str, _Image] = {}
+    for image in images:
+        kept.setdefault(image.sha256, image)
+    conflicts = [(kept[image.sha256].path, image.path) for image in images if kept[image.sha256].label != image.label]
+    if conflicts:
+        raise DataError(
+            f"data_root: {data_root} has one image under two labels, {len(conflicts)} times: {conflicts[0][0]} and "
+            f"{conflicts[0][1]}; remove the wrong one"
+        )
+    copies = sorted((image.path, kept[image.sha256].path) for image in images if kept[image.sha256] is not image)
+
+    # 4. Lesions, and the split by them.
+    stems = Counter(_stem(image.path) for image in kept.values())
+    image_ids = {
+        sha256: _stem(image.path) if stems[_stem(image.path)] == 1 else image.path for sha256, image in kept.items()
+    }
+    lesions = _join_lesions([(image.sha256, lesion_of[image.path]) for image in images], image_ids)
+    rows = [
+        {"image_id": image_ids[sha256], "lesion_id": lesions[sha256], "split": "", **image._asdict()}
+        for sha256, image in kept.items()
+    ]
+    catalog = assign_splits(
+        pa.Table.from_pylist(rows, CATALOG_SCHEMA),
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        seed=config.split_seed,
+    )
+    return Scan(catalog, _pairs(REJECTED_SCHEMA, sorted(rejected)), _pairs(DUPLICATES_SCHEMA, copies))
+
+
+def dataset_fingerprint(data_root: str, config: DataConfig) -> str:
+    """sha256 (hex) over path, size and time of change of every file that a scan reads; no file is opened.
+
+    Raises DataError where data_root or its folder names cannot be used as they are.
+    """
+    filesystem, root = open_storage(data_root)
+    entries = [(path, info) for path, _, info in _files((filesystem, root), data_root, config.class_map)]
+    entries.append(("metadata.csv", filesystem.get_file_info(posixpath.join(root, "metadata.csv"))))
+    lines = sorted(f"{path}\0{info.size}\0{info.mtime_ns}" for path, info in entries)
+    return hashlib.sha256("\0\0".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def write_catalog(catalog: pa.Table, path: str | Path) -> None:
+    """Write a catalog as Parquet; a reader never meets half a file. Makes missing folders. Raises DataError."""
+    with cache_file(Path(path)) as partial:
+        pq.write_table(catalog.select(CATALOG_SCHEMA.names).cast(CATALOG_SCHEMA), partial)
+
+
+def read_catalog(path: str) -> pa.Table:
+    """Read what write_catalog wrote, from a local path or URI. Raises DataError where it is missing or no catalog."""
+    filesystem, inner = open_storage(path)
+    try:
+        with filesystem.open_input_file(inner) as stream:
+            catalog = pq.read_table(stream)
+        missing = [name for name in CATALOG_SCHEMA.names if name not in catalog.column_names]
+        if missing:
+            raise DataError(f"catalog: {path} lacks the columns {' '.join(missing)}; scan the dataset again")
+        return catalog.select(CATALOG_SCHEMA.names).cast(CATALOG_SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"catalog: {path} cannot be read ({one_line(error)}); scan the dataset again") from error
+
+
+def write_csv(table: pa.Table, path: str | Path) -> None:
+    """Write the rejected files or the duplicates of a scan as CSV."""
+    with cache_file(Path(path)) as partial:
+        pa_csv.write_csv(table, partial)
+
+
+def class_counts(catalog: pa.Table, split: str | None = None) -> dict[str, int]:
+    """Images per class code, all seven in the order of CLASSES, 0 where none; of one split or of the whole catalog."""
+    labels = catalog["label"] if split is None else catalog["label"].filter(pc.equal(catalog["split"], split))
+    counts = Counter(labels.to_pylist())
+    return {code: counts[code] for code in CLASSES}
+
+
+def catalog_hash(catalog: pa.Table) -> str:
+    """sha256 (hex) over image_id, label, sha256 and split of all rows, whatever their order or place on disk."""
+    columns = (catalog[name].to_pylist() for name in ("image_id", "label", "sha256", "split"))
+    # A file name cannot hold a NUL, so no two tables can write the same lines.
+    lines = sorted("\0".join(row) for row in zip(*columns, strict=True))
+    return hashlib.sha256("\0\0".join(lines).encode()).hexdigest()
+
+
+def find_images(
+    storage: Storage, data_root: str, class_map: dict[str, str]
+) -> tuple[list[FoundImage], list[tuple[str, str]]]:
+    """The images of the class folders by class and path, their lesions from metadata.csv; and (path, reason) of others.
+
+    Raises DataError as scan_dataset does.
+    """
+    files = _files(storage, data_root, class_map)
+    lesion_of = _read_lesions(storage, data_root)
+    found, rejected = [], []
+    for path, label, _ in files:
+        suffix = posixpath.splitext(path)[1]
+        if suffix.lower() in IMAGE_SUFFIXES:
+            # A table names images by stem, or by path where stems collide.
+            lesion = lesion_of.get(without_image_suffix(path)) or lesion_of.get(_stem(path))
+            found.append(FoundImage(path, label, lesion))
+        else:
+            known = " ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+            rejected.append((path, f"the suffix {suffix or '(none)'} is not one of {known}"))
+    return found, rejected
+
+
+def _files(storage: Storage, shown: str, class_map: dict[str, str]) -> list[tuple[str, str, fs.FileInfo]]:
+    """Path, class and listing of all files at any depth of the class folders, by class and path.
+
+    Hidden files and debris are passed over. Raises DataError unless each folder is a class or mapped to one.
+    """
+    filesystem, root = storage
     try:
         kind = filesystem.get_file_info(root).type
-        if kind == fs.FileType.NotFound:
-            raise DataError(f"data_root: {shown} does not exist; give the folder that holds the class folders")
-        if kind == fs.FileType.File:
-            raise DataError(f"data_root: {shown} is a file; give the folder that holds the class folders")
+        if kind in (fs.FileType.NotFound, fs.FileType.File):
+            wrong = "is a file" if kind == fs.FileType.File else "does not exist"
+            raise DataError(f"data_root: {shown} {wrong}; give the folder that holds the class folders")
         entries = filesystem.get_file_info(fs.FileSelector(root))
+        names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
+        names = [name for name in names if not is_debris(name)]
+        codes = {name.casefold(): code for name, code in [*zip(CLASSES, CLASSES, strict=True), *class_map.items()]}
+        label_of = {name: class_map.get(name) or codes.get(name.casefold()) for name in names}
+        unknown = [name for name in names if label_of[name] is None]
+        if unknown or not names:
+            wrong = "has no class folder" if len(unknown) == len(names) else "has folders that are no class"
+            listed = ", ".join([*unknown[:8], "..."] if len(unknown) > 8 else unknown) or "no folder"
+            raise DataError(
+                f"data_root: {shown} {wrong}; expected some of {' '.join(CLASSES)}, found: {listed}. Map yours with "
+                "--data.class_map, or move them out of data_root."
+            )
+        files = []
+        for name, label in label_of.items():
+            for entry in filesystem.get_file_info(fs.FileSelector(posixpath.join(root, name), recursive=True)):
+                path = posixpath.relpath(entry.path, root)
+                if entry.type == fs.FileType.File and not any(map(is_debris, path.split("/"))):
+                    files.append((path, str(label), entry))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"data_root: {shown} cannot be listed ({one_line(error)}); check access to it") from error
-    names = sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
-    names = [name for name in names if not is_debris(name)]
-
-    known = {code.casefold(): code for code in CLASSES}
-    known |= {folder.casefold(): code for folder, code in class_map.items()}
-    folders = {name: class_map.get(name, known[name.casefold()]) for name in names if name.casefold() in known}
-    unknown = [name for name in names if name not in folders]
-    expected = f"expected some of {' '.join(CLASSES)}"
-    if not folders:
-        found = f"found: {_abbreviated(unknown)}" if unknown else "found no folder"
-        raise DataError(
-            f"data_root: {shown} has no class folder; {expected}, {found}. Map yours with --data.class_map."
-        )
-    if unknown:
-        folder = "folders that are no class" if len(unknown) > 1 else "a folder that is no class"
-        raise DataError(
-            f"data_root: {shown} has {folder}: {_abbreviated(unknown)}; {expected}. "
-            "Map it with --data.class_map, or move it out of data_root."
-        )
-    return folders
-
-
-def _files_below(filesystem: fs.FileSystem, root: str, folder: str) -> Iterator[tuple[str, fs.FileInfo]]:
-    """Path relative to root and listing of all files at any depth of a class folder, but for hidden ones and debris."""
-    for entry in filesystem.get_file_info(fs.FileSelector(posixpath.join(root, folder), recursive=True)):
-        path = posixpath.relpath(entry.path, root)
-        if entry.type == fs.FileType.File and not any(is_debris(part) for part in path.split("/")):
-            yield path, entry
+    return sorted(files, key=lambda file: (CLASSES.index(file[1]), file[0]))
 
 
 def is_debris(name: str) -> bool:
     """Whether a file or folder of this name is hidden or left behind by an operating system."""
     return name.startswith(".") or name.casefold() in _DEBRIS
-
-
-def _read_lesions(filesystem: fs.FileSystem, root: str, shown: str) -> dict[str, str]:
-    """image_id -> lesion_id from metadata.csv at the root, empty without one. A blank lesion_id is left out."""
-    where = f"metadata.csv in {shown}"
-    try:
-        with filesystem.open_input_stream(posixpath.join(root, "metadata.csv"), compression=None) as stream:
-            text = stream.read().decode("utf-8-sig")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{where} cannot be read ({one_line(error)}); save it as UTF-8 or remove it") from error
-    lesion_of: dict[str, str] = {}
-    try:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        columns = [column.strip() for column in reader.fieldnames or ()]
-        missing = [column for column in ("image_id", "lesion_id") if column not in columns]
-        if missing:
-            found = _abbreviated(columns) or "an empty file"
-            raise DataError(
-                f"{where} lacks the column {' and '.join(missing)} (found: {found}); add it, or remove the file to "
-                "count each image as a lesion of its own"
-            )
-        reader.fieldnames = columns
-        for row in reader:
-            image_id = without_image_suffix((row["image_id"] or "").strip())
-            lesion_id = (row["lesion_id"] or "").strip()
-            if not image_id or not lesion_id:
-                continue
-            if lesion_of.setdefault(image_id, lesion_id) != lesion_id:
-                raise DataError(
-                    f"{where} gives {image_id} two lesions, {lesion_of[image_id]} and {lesion_id} "
-                    f"(line {reader.line_num}); keep one"
-                )
-    except csv.Error as error:
-        raise DataError(f"{where} is not a CSV file ({one_line(error)}); mend it or remove it") from error
-    return lesion_of
-
-
-def _probe_all(
-    filesystem: fs.FileSystem,
-    root: str,
-    candidates: list[tuple[str, str]],
-    max_pixels: int,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[_Image | str]:
-    """What each file (path, label) holds, or in one line why it cannot be used."""
-
-    def probe(candidate: tuple[str, str]) -> _Image | str:
-        try:
-            with filesystem.open_input_stream(posixpath.join(root, candidate[0]), compression=None) as stream:
-                encoded = stream.read()
-            width, height = probe_image(encoded, max_pixels=max_pixels)
-        except ImageRejected as rejection:
-            return rejection.reason
-        except (pa.ArrowException, OSError) as error:
-            return f"cannot be read: {one_line(error)}"
-        return _Image(*candidate, width, height, len(encoded), hashlib.sha256(encoded).hexdigest())
-
-    pool = ThreadPoolExecutor(_SCAN_THREADS, thread_name_prefix="m2d-scan")
-    try:
-        for done, result in enumerate(pool.map(probe, candidates), 1):
-            yield result
-            if progress is not None:
-                progress(done, len(candidates))
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C ends the scan now, not thousands of files later
-
-
-def _drop_duplicates(images: list[_Image], shown: str) -> tuple[list[_Image], list[tuple[str, str]]]:
-    """The first image of each content, and (path, kept path) of the others; two labels on one content are an error."""
-    first: dict[str, _Image] = {}
-    duplicates: list[tuple[str, str]] = []
-    conflicts: list[tuple[str, str]] = []
-    for image in images:
-        kept = first.setdefault(image.sha256, image)
-        if kept.label != image.label:
-            conflicts.append((kept.path, image.path))
-        elif kept.path != image.path:
-            duplicates.append((image.path, kept.path))
-    if conflicts:
-        more = f" (and {len(conflicts) - 1} more such pairs)" if len(conflicts) > 1 else ""
-        raise DataError(
-            f"data_root: {shown} has one image under two labels: {conflicts[0][0]} and {conflicts[0][1]}{more}; "
-            "remove the wrong one"
-        )
-    return list(first.values()), sorted(duplicates)
-
-
-def _group_lesions(images: list[_Image], kept: list[_Image], lesion_of: dict[str, str]) -> list[tuple[str, str]]:
-    """(image_id, lesion_id) of each kept image.
-
-    Two lesions that share an exact duplicate are one lesion: the dropped copy ties its siblings to the kept one, and
-    apart they could stand on both sides of a split.
-    """
-    stems = Counter(_stem(image.path) for image in kept)
-    image_id_of = {image.path: _stem(image.path) if stems[_stem(image.path)] == 1 else image.path for image in kept}
-
-    def recorded(path: str) -> str | None:
-        return lesion_of.get(without_image_suffix(path)) or lesion_of.get(_stem(path))
-
-    lesion_of_content = {image.sha256: recorded(image.path) or image_id_of[image.path] for image in kept}
-    joined: dict[str, str] = {}  # lesion -> another name of the same lesion, a forest
-
-    def representative(lesion: str) -> str:
-        while lesion in joined:
-            lesion = joined[lesion]
-        return lesion
-
-    for image in images:
-        lesion = recorded(image.path)
-        if lesion is not None:
-            a, b = representative(lesion), representative(lesion_of_content[image.sha256])
-            if a != b:
-                joined[max(a, b)] = min(a, b)
-    return [(image_id_of[image.path], representative(lesion_of_content[image.sha256])) for image in kept]
-
-
-def _table(schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> pa.Table:
-    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
-    )
-
-
-def _write_whole(path: str, encoded: pa.Buffer) -> None:
-    """All or nothing, which object stores do of themselves."""
-    filesystem, inner = open_storage(path)
-    try:
-        filesystem.create_dir(posixpath.dirname(inner), recursive=True)
-        if isinstance(filesystem, fs.LocalFileSystem):
-            write_whole(Path(inner), encoded.to_pybytes())
-        else:
-            with filesystem.open_output_stream(inner, compression=None) as stream:
-                stream.write(encoded)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path} cannot be written ({one_line(error)}); check the path, its rights and free space"
-        ) from error
-
-
-def _stem(path: str) -> str:
-    return posixpath.splitext(posixpath.basename(path))[0]
 
 
 def without_image_suffix(name: str) -> str:
@@ -370,9 +249,85 @@ def without_image_suffix(name: str) -> str:
     return stem if suffix.lower() in IMAGE_SUFFIXES else name
 
 
-def _abbreviated(names: list[str]) -> str:
-    shown = [*names[:8], "..."] if len(names) > 8 else names
-    return ", ".join(shown)
+def _stem(path: str) -> str:
+    return posixpath.splitext(posixpath.basename(path))[0]
+
+
+def _read_lesions(storage: Storage, shown: str) -> dict[str, str]:
+    """image_id -> lesion_id from metadata.csv at the root, empty without one. A blank lesion_id is left out."""
+    where, (filesystem, root) = f"metadata.csv in {shown}", storage
+    try:
+        with filesystem.open_input_stream(posixpath.join(root, "metadata.csv"), compression=None) as stream:
+            reader = csv.DictReader(io.StringIO(stream.read().decode("utf-8-sig"), newline=""))
+        reader.fieldnames = columns = [column.strip() for column in reader.fieldnames or ()]
+        rows = list(reader)
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{where} cannot be read as CSV in UTF-8 ({one_line(error)}); fix or remove it") from error
+    missing = [column for column in ("image_id", "lesion_id") if column not in columns]
+    if missing:
+        raise DataError(
+            f"{where} lacks the column {' and '.join(missing)} (found: {', '.join(columns[:8]) or 'an empty file'}); "
+            "add it, or remove the file to count each image as a lesion of its own"
+        )
+    lesion_of: dict[str, str] = {}
+    for row in rows:
+        image_id, lesion_id = without_image_suffix((row["image_id"] or "").strip()), (row["lesion_id"] or "").strip()
+        if image_id and lesion_id and lesion_of.setdefault(image_id, lesion_id) != lesion_id:
+            raise DataError(f"{where} gives {image_id} two lesions, {lesion_of[image_id]} and {lesion_id}; keep one")
+    return lesion_of
+
+
+def _check_all(
+    storage: Storage, found: list[FoundImage], max_pixels: int, progress: Callable[[int, int], None] | None
+) -> Iterator[_Image | str]:
+    """The facts of each file, or in one line why it cannot be used."""
+
+    def check(image: FoundImage) -> _Image | str:
+        encoded = read_file(storage, image.path)
+        if isinstance(encoded, str):
+            return encoded
+        try:
+            width, height = probe_image(encoded, max_pixels=max_pixels)
+        except ImageRejected as rejection:
+            return rejection.reason
+        return _Image(*image[:2], width, height, len(encoded), hashlib.sha256(encoded).hexdigest())
+
+    pool = ThreadPoolExecutor(_SCAN_THREADS, thread_name_prefix="m2d-scan")
+    try:
+        for done, result in enumerate(pool.map(check, found), 1):
+            yield result
+            if progress is not None:
+                progress(done, len(found))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C ends the scan now, not thousands of files later
+
+
+def _join_lesions(recorded: list[tuple[str, str | None]], image_ids: dict[str, str]) -> dict[str, str]:
+    """The lesion of each content (sha256): as recorded, or the image itself.
+
+    recorded: sha256 and lesion of every file. Two lesions that share an exact duplicate are one lesion: the dropped
+    copy ties its siblings to the kept one, and apart they could be on both sides of a split.
+    """
+    first = {sha256: lesion or image_ids[sha256] for sha256, lesion in reversed(recorded)}
+    joined: dict[str, str] = {}  # lesion -> another name of the same lesion, a forest
+
+    def representative(lesion: str) -> str:
+        while lesion in joined:
+            lesion = joined[lesion]
+        return lesion
+
+    for sha256, lesion in recorded:
+        if lesion is not None:
+            a, b = sorted((representative(lesion), representative(first[sha256])))
+            if a != b:
+                joined[b] = a
+    return {sha256: representative(lesion) for sha256, lesion in first.items()}
+
+
+def _pairs(schema: pa.Schema, rows: list[tuple[str, str]]) -> pa.Table:
+    return pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema)
 
 
 # --- the split --------------------------------------------------------------------------------------------------------
@@ -410,8 +365,6 @@ def assign_splits(catalog: pa.Table, *, val_fraction: float, test_fraction: floa
             free = free[count:]
         split_of.update(dict.fromkeys(free, "train"))
     splits = pa.array([split_of[lesion] for lesion in lesion_ids], pa.string())
-    if "split" not in catalog.column_names:
-        return catalog.append_column("split", splits)
     return catalog.set_column(catalog.column_names.index("split"), "split", splits)
 
 

@@ -1,14 +1,37 @@
 """Settings of the data room. Light on purpose: the command line reads them before anything heavy is imported."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from m2d.classes import CLASSES
-from m2d.data.isic_archive import COLLECTIONS, PUBLIC_API, SKIP, collection_number, is_web_address
 from m2d.errors import ConfigError
 from m2d.models.settings import FeatureExtractorConfig
 
 Balance = Literal["natural", "sqrt", "balanced"]
+
+PUBLIC_API = "https://api.isic-archive.com/api/v2"
+COLLECTIONS = {  # numbers as `isic collection list` prints them
+    "ham10000": 212,  # 11,720 images: training, validation and test images of ISIC 2018 task 3 together
+    "isic2018-task3": 66,  # its 10,015 training images, which are what the HAM10000 paper counts
+}
+SKIP = "skip"  # in place of a class code: leave such images out
+
+
+def collection_number(collection: int | str) -> int | None:
+    """The collection's number in the archive: of a known name, or the number itself; None for anything else."""
+    number = COLLECTIONS.get(str(collection), collection)
+    return int(number) if re.fullmatch(r"[0-9]{1,9}", str(number)) else None
+
+
+def is_web_address(url: str) -> bool:
+    """Whether this is an http or https URL with a host and without a name or password in it."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
 
 
 @dataclass(frozen=True, kw_only=True)

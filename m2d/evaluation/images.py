@@ -21,9 +21,10 @@ from m2d.data.catalog import read_catalog, scan_dataset
 from m2d.data.decode import decode_resized, probe_image
 from m2d.data.reader import decode_unchanged
 from m2d.data.settings import DataConfig
-from m2d.data.store import cache_file, prepared_folder, reusable_catalog
+from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation.settings import EvaluateConfig
+from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
 from m2d.files.storage import inside, open_storage
 from m2d.generation.output import experiment_of

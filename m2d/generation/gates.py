@@ -585,7 +585,7 @@ def _built(
         source = extractor.to(here)
         if cache_dir is not None and Path(cache_dir).is_dir():
             sha256 = images["sha256"].to_pylist()
-            store = FeatureStore.open(prepared_folder(cache_dir, data_root), extractor.key, size)
+            store = FeatureStore(prepared_folder(cache_dir, data_root), extractor.key, size)
             if not store.missing(sha256, 1).any():
                 source = store.table(sha256, 1)
     max_pixels = data_config_of(checkpoint.info).max_pixels

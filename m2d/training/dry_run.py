@@ -534,7 +534,7 @@ def count_images(config: TrainConfig) -> DataCount:
     folder = prepared_folder(config.cache_dir, root)
     catalog = reusable_catalog(folder, root, config.data)
     if catalog is not None:
-        store = FeatureStore.open(folder, extractor_identity(config.feature_extractor)[0], config.data.image_size)
+        store = FeatureStore(folder, extractor_identity(config.feature_extractor)[0], config.data.image_size)
         split = {
             name: catalog.filter(pc.equal(catalog["split"], name))["sha256"].to_pylist() for name in ("train", "val")
         }

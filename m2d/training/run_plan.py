@@ -94,14 +94,14 @@ class RunPlan:
             config.checked_data_root,
             image_size=config.data.image_size,
             max_pixels=config.data.max_pixels,
-            prepared=None if self.prepared is None else PreparedImages.open(self.prepared, config.data.image_size),
+            prepared=None if self.prepared is None else PreparedImages(self.prepared, config.data.image_size),
         )
 
     def feature_table(self, split: str) -> FeatureTable | None:
         """Cached features of a split: every view in which its images are shown."""
         if self.features is None:
             return None
-        store = FeatureStore.open(self.features, self.extractor_key, self.config.data.image_size)
+        store = FeatureStore(self.features, self.extractor_key, self.config.data.image_size)
         return store.table(self.catalog(split)["sha256"].to_pylist(), self.views(split))
 
     def views(self, split: str) -> int:
@@ -186,10 +186,9 @@ def prepared_parts(config: TrainConfig, experiment: Experiment, catalog: pa.Tabl
     if not folder.is_dir():  # asking for a million images takes 160 MB
         return {"extractor_key": key}
     found: dict[str, Any] = {}
-    images = PreparedImages.open(folder, size)
-    if images is not None and images.covers(catalog["sha256"].to_pylist()):
+    if not PreparedImages(folder, size).missing(catalog["sha256"].to_pylist()).any():
         found["prepared"] = folder
-    store = FeatureStore.open(folder, key, size)
+    store = FeatureStore(folder, key, size)
     train, val = (catalog["sha256"].filter(pc.equal(catalog["split"], split)).to_pylist() for split in ("train", "val"))
     missing = np.concatenate([store.missing(train, config.data.views).ravel(), store.missing(val, 1).ravel()])
     if not missing.any():

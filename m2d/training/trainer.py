@@ -18,7 +18,7 @@ from m2d.classes import CLASSES
 from m2d.cluster.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
 from m2d.data.catalog import class_counts
-from m2d.data.local import iterate_local
+from m2d.data.reader import iterate_local
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
 from m2d.experiment import Experiment, newest_step, open_experiment
 from m2d.files.storage import open_storage

@@ -383,7 +383,7 @@ def test_cached_features_give_the_same_reference_but_for_their_rounding(
     with torch.inference_mode():
         features = extractor(extractor.preprocess(torch.from_numpy(images).permute(0, 3, 1, 2)))
     write_features(tmp_path / "cache", extractor.key, IMAGE_SIZE, 0, sha256, features)
-    table = FeatureStore.open(tmp_path / "cache", extractor.key, IMAGE_SIZE).table(sha256, 1)
+    table = FeatureStore(tmp_path / "cache", extractor.key, IMAGE_SIZE).table(sha256, 1)
     cached = build_gate_reference(catalog, reader, table, GateConfig(), extractor=extractor.key)
     fresh = build_gate_reference(catalog, reader, extractor, GateConfig())
     assert cached.extractor == fresh.extractor

@@ -16,7 +16,6 @@ from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.cluster.fan_out import fan_out, numbered, on_tasks
 from m2d.cluster.nodes import cluster_total
 from m2d.cluster.start import ray_cluster
-from m2d.data.store import cache_file
 from m2d.evaluation.classifiers.arms import (
     ARMS,
     TrainingRows,
@@ -27,6 +26,7 @@ from m2d.evaluation.classifiers.arms import (
     unscored,
 )
 from m2d.evaluation.images import ImageSet
+from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
 from m2d.metrics.bootstrap import Estimate, resampled_seeds, resampled_weights
 from m2d.metrics.scores import LOWER_IS_BETTER, weighted_scores
