@@ -87,15 +87,13 @@ Wanted = list[tuple[ArchiveImage, str]]  # with the class code
 def download_isic(config: DownloadConfig, data_root: str, *, first_wait_s: float = 1.0) -> None:
     """Fetch what `data_root` lacks of the collection, as CLASS/ISIC_0024306.jpg, metadata.csv and DOWNLOAD.md.
 
-    Does nothing unless config.enabled. A file gets its name once its length, the MD5 of a file on S3 and its pixels
-    are verified; its sha256 is noted, and a file that no longer has it is fetched again. Files that did not
-    come from here are never touched. An image whose diagnosis is none of the seven classes is left out and counted by
+    A file gets its name once its length, the MD5 of a file on S3 and its pixels are verified; its sha256 is noted, and
+    a file that no longer has it is fetched again. Files that did not come from here are never touched. An image whose
+    diagnosis is none of the seven classes is left out and counted by
     name. first_wait_s: before the second attempt, doubled with each further one.
     Raises DataError in one line: no network, no such collection, an unexpected answer, no space, images that could not
     be fetched after all attempts (the others are kept; run again to resume).
     """
-    if not config.enabled:
-        return
     filesystem, inner = open_storage(data_root)
     if not isinstance(filesystem, fs.LocalFileSystem):
         raise DataError(f"download: data_root is {data_root}; download into a local folder, then copy it there")
@@ -177,32 +175,34 @@ def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
         (root / code).mkdir(exist_ok=True)
         os.replace(part, root / path)
 
+    fetched = in_a_row = 0
     failures: dict[str, str] = {}
-    in_a_row = 0
     pool = ThreadPoolExecutor(config.connections, thread_name_prefix="m2d-download")
     try:
         with progress("fetching", len(missing), stderr=False) as shown:
             futures = {pool.submit(fetch, image, code): image.isic_id for image, code in missing}
-            for done, future in enumerate(as_completed(futures), 1):
+            for future in as_completed(futures):
                 try:
                     future.result()
-                    in_a_row = 0
+                    fetched, in_a_row = fetched + 1, 0
                 except _Failure as failure:
                     failures[futures[future]] = str(failure)
                     in_a_row += 1
-                    if in_a_row == 2 * config.connections + 6:  # the network is gone: do not try every image
-                        there = len(wanted) - len(missing) + done - len(failures)
-                        raise DataError(
-                            f"download: {in_a_row} images in a row could not be fetched ({failure}); {there:,} of "
-                            f"{len(wanted):,} are in {root}. Run the same command again to resume."
-                        ) from None
                 shown.advance(1)
+                if in_a_row == 2 * config.connections + 6:  # the network is gone: do not try every image
+                    break
     finally:
         archive.stop.set()
         pool.shutdown(cancel_futures=True)
 
     # 5. The result.
-    counts = Counter(code for image, code in wanted if image.isic_id not in failures)
+    if lost := len(missing) - fetched:
+        why = _some([f"{name} ({reason})" for name, reason in sorted(failures.items())], 5)
+        raise DataError(
+            f"download: {lost:,} of {len(wanted):,} images could not be fetched: {why}; the others are in {root}. Run "
+            "the same command again to resume, or continue without them by leaving --download.enabled out."
+        )
+    counts = Counter(code for _, code in wanted)
     print("class   images", *(f"{code:6} {counts[code]:7,}" for code in CLASSES), sep="\n")
     if skipped:
         print(f"skipped {skipped.total():,} records: {names}")
@@ -211,12 +211,6 @@ def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
     if no_lesion := sum(not image.row["lesion_id"] for image, _ in wanted):
         print(f"{no_lesion:,} images have no lesion_id in the archive: each counts as a lesion of its own")
     print(licence)
-    if failures:
-        raise DataError(
-            f"download: {len(failures):,} of {len(wanted):,} images could not be fetched: "
-            f"{_some([f'{name} ({reason})' for name, reason in sorted(failures.items())], 5)}; the others are in "
-            f"{root}. Run the same command again, or continue without them by leaving --download.enabled out."
-        )
 
 
 def _some(entries: list[str], most: int) -> str:
@@ -230,9 +224,7 @@ def _some(entries: list[str], most: int) -> str:
 class _Failure(Exception):
     """It did not work, in one line without the address. again: another attempt may succeed (after pause_s)."""
 
-    def __init__(
-        self, reason: str, *, status: int | None = None, again: bool = False, pause_s: float | None = None
-    ) -> None:
+    def __init__(self, reason: str, *, status: int = 0, again: bool = False, pause_s: float | None = None) -> None:
         super().__init__(reason)
         self.status, self.again, self.pause_s = status, again, pause_s
 
@@ -259,8 +251,6 @@ class _Archive:
             if url in asked:
                 raise DataError(f"download: {self._api} repeats its pages; try again with --download.fresh_listing")
             asked.add(url)
-            if len(asked) % 20 == 0:
-                print(f"listing: page {len(asked)}", flush=True)
             page = self._ask(url, self._check_page)
             for entry in map(read_record, page["results"]):
                 if isinstance(entry, str) or entry.isic_id not in seen:
@@ -292,14 +282,10 @@ class _Archive:
         try:
             found = self._get(url, _read_json, _MAX_PAGE_BYTES, same_host=True)
         except _Failure as failure:
-            if failure.status == 404 and "/collections/" in url:
-                raise DataError(
-                    f"download.collection: {self._api} has no public collection {self._config.collection} "
-                    f"(HTTP 404 for number {self.collection}); look its number up in the archive"
-                ) from failure
             raise DataError(
-                f"download: {self._api} did not list the images: {failure}; check the network and --download.api and "
-                "run again to resume, or put the images into class folders by hand"
+                f"download: {self._api} did not list collection {self._config.collection}, number {self.collection} "
+                f"there: {failure}; check the network, --download.collection and --download.api and run again to "
+                "resume, or put the images into class folders by hand"
             ) from failure
         check(found)
         write_whole(kept, json.dumps(found))
@@ -331,55 +317,47 @@ class _Archive:
         for attempt in range(self._config.retries + 1):
             try:
                 return use(self._body(url, most, same_host))
-            except _Failure as failure:
-                pause = failure.pause_s
-                if pause is None:  # spread, so that the threads do not come back together
-                    pause = min(self._first_wait_s * 2**attempt, LONGEST_WAIT_S) * random.uniform(0.75, 1.25)
-                if not failure.again:
-                    raise
-                if attempt == self._config.retries:
-                    raise _Failure(f"{failure}, {attempt + 1} times" if attempt else str(failure)) from failure
-                if pause > LONGEST_PAUSE_S:
-                    raise _Failure(f"{failure}, and the server asks to wait {pause / 60:.0f} minutes") from failure
+            except _Failure as error:
+                failure = error
+            except requests.RequestException as error:
+                failure = self._lost(error)
+            if not failure.again or attempt == self._config.retries:
+                break
+            own_pause = min(self._first_wait_s * 2**attempt, LONGEST_WAIT_S) * random.uniform(0.75, 1.25)  # spread
+            pause = own_pause if failure.pause_s is None else failure.pause_s
+            if pause > LONGEST_PAUSE_S:
+                raise _Failure(f"{failure}, and the server asks to wait {pause / 60:.0f} minutes")
             self.stop.wait(pause)
-        raise AssertionError("the last attempt returns or raises")
+        raise _Failure(f"{failure}, {attempt + 1} times" if attempt else str(failure), status=failure.status)
 
     def _body(self, url: str, most: int, same_host: bool) -> bytes:
-        timeout, body = self._config.timeout_s, bytearray()
         if not hasattr(self._of_thread, "session"):  # a Session is not documented to be safe in several threads
-            session = self._of_thread.session = requests.Session()
-            session.headers.update({"User-Agent": f"m2d/{__version__}", "Accept-Encoding": "identity"})
-            session.max_redirects = 5
-        try:
-            with self._of_thread.session.get(
-                url,
-                stream=True,
-                timeout=(min(timeout, 10.0), timeout),
-                hooks={"response": partial(_check_redirect, same_host)},
-            ) as response:
-                self._reached = True
-                status = response.status_code
-                if status in (408, 429) or status >= 500:
-                    pause = None
-                    with suppress(urllib3_errors.InvalidHeader):
-                        pause = Retry().get_retry_after(response.raw)
-                    raise _Failure(f"HTTP {status}", again=True, pause_s=pause)
-                if status != 200:
-                    raise _Failure(f"HTTP {status}", status=status)
-                for piece in response.iter_content(256 * 1024):  # raises where it ends before its Content-Length
-                    body += piece
-                    if self.stop.is_set():
-                        raise _Failure("stopped")
-                    if len(body) > most:
-                        raise _Failure("its answer is too long to be what was asked for")
-        except requests.RequestException as error:
-            raise self._lost(error) from None
+            self._of_thread.session = requests.Session()
+            self._of_thread.session.headers.update({"User-Agent": f"m2d/{__version__}", "Accept-Encoding": "identity"})
+            self._of_thread.session.max_redirects = 5
+        timeout, body = (min(self._config.timeout_s, 10.0), self._config.timeout_s), bytearray()
+        hooks = {"response": partial(_check_redirect, same_host)}
+        with self._of_thread.session.get(url, stream=True, timeout=timeout, hooks=hooks) as response:
+            self._reached = True
+            status, headers = response.status_code, response.headers
+            if status in (408, 429) or status >= 500:
+                pause = None
+                with suppress(urllib3_errors.InvalidHeader):
+                    pause = Retry().get_retry_after(response.raw)
+                raise _Failure(f"HTTP {status}", again=True, pause_s=pause)
+            if status != 200:
+                raise _Failure(f"HTTP {status}", status=status)
+            for piece in response.iter_content(256 * 1024):  # raises where it ends before its Content-Length
+                body += piece
+                if self.stop.is_set() or len(body) > most:
+                    raise _Failure("stopped, or its answer is too long to be what was asked for")
         # S3's ETag is the MD5 of an object uploaded in one piece, not encrypted with a key of its own (AWS, "Common
         # response headers"); of one uploaded in parts it ends in "-NUMBER".
-        etag = re.fullmatch(r'"([0-9a-f]{32})"', response.headers.get("ETag", ""))
-        encryption = response.headers.get("x-amz-server-side-encryption", "AES256")
-        from_s3 = response.headers.get("Server") == "AmazonS3" and encryption == "AES256"
-        if etag and from_s3 and hashlib.md5(body, usedforsecurity=False).hexdigest() != etag[1]:
+        etag = re.fullmatch(r'"([0-9a-f]{32})"', headers.get("ETag", ""))
+        plain = (
+            headers.get("x-amz-server-side-encryption", "AES256") == "AES256" and headers.get("Server") == "AmazonS3"
+        )
+        if etag and plain and hashlib.md5(body, usedforsecurity=False).hexdigest() != etag[1]:
             raise _Failure("its md5 is not the one that the server announced", again=True)
         return bytes(body)
 
@@ -390,10 +368,9 @@ class _Archive:
         reason = getattr(error.args[0], "reason", None) if error.args else None
         never = (urllib3_errors.NewConnectionError, urllib3_errors.ConnectTimeoutError, urllib3_errors.ProxyError)
         no_network = not self._reached and isinstance(reason, never)  # say so at once
-        passes = isinstance(error, requests.ConnectionError | requests.Timeout)
-        passes = passes and not no_network and not isinstance(error, requests.exceptions.SSLError)
+        passes = isinstance(error, requests.ConnectionError | requests.Timeout) and not no_network
         cause = "no answer in time" if isinstance(error, requests.Timeout) else one_line(reason or error)
-        return _Failure(cause.rpartition(": ")[2], again=passes)
+        return _Failure(cause.rpartition(": ")[2], again=passes and not isinstance(error, requests.exceptions.SSLError))
 
 
 def _check_redirect(same_host: bool, response: requests.Response, **_: Any) -> None:
@@ -572,14 +549,15 @@ class _Ledger:
 
     def unchanged(self, image_ids: set[str]) -> set[str]:
         """Those whose file still has its sha256."""
+
+        def is_good(image_id: str) -> bool:
+            path, fingerprint = self.files[image_id]
+            file = self._root / path
+            return file.is_file() and _fingerprint(file.read_bytes()) == fingerprint
+
         noted = sorted(self.files.keys() & image_ids)
         if noted:
             print(f"checking {len(noted):,} files of earlier runs", flush=True)
-
-        def is_good(image_id: str) -> bool:
-            path, fingerprint = self._root / self.files[image_id][0], self.files[image_id][1]
-            return path.is_file() and _fingerprint(path.read_bytes()) == fingerprint
-
         with ThreadPoolExecutor(4) as pool:
             return {image_id for image_id, good in zip(noted, pool.map(is_good, noted), strict=True) if good}
 
