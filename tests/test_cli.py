@@ -144,7 +144,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str, command: str = 
             ["--stage", "latent"],
             "stage latent trains on a frozen VAE; name an earlier run's checkpoint by --init_checkpoint",
         ),
-        (["--data.class_map.mole", "XYZ"], "data.class_map maps mole to XYZ; known classes: AKIEC"),
+        (["--data.class_map.mole", "XYZ"], "data.class_map is {'mole': 'XYZ'}; it must be a map to some of AKIEC"),
     ],
 )
 def test_a_wrong_argument_is_refused_in_one_line(
@@ -233,7 +233,7 @@ def test_a_group_with_a_switch_may_stand_bare() -> None:
         (["--data_root", "."], "nothing to do; give --all, or some of --download --scan --images --features"),
         (["--all"], "data_root is not set"),
         (["--all", "--data_root", "/no/such/folder"], "data_root: /no/such/folder is not a folder"),
-        (["--all", "--cache_dir", "s3://bucket/cache"], "cache_dir is a URI"),
+        (["--all", "--data_root", ".", "--cache_dir", "s3://bucket/cache"], "cache_dir is s3://bucket/cache"),
         (["--all", "--num_actors", "-1"], "num_actors is -1; it must be at least 0"),
     ],
 )

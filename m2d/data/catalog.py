@@ -65,9 +65,7 @@ class FoundImage(NamedTuple):
     lesion: str | None  # None: nothing is recorded
 
 
-class _Image(NamedTuple):
-    path: str
-    label: str
+class _Facts(NamedTuple):
     width: int
     height: int
     bytes: int
@@ -86,38 +84,37 @@ def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, in
     found, rejected = find_images(storage, data_root, config.class_map)
 
     # 2. Those that can be read.
-    images: list[_Image] = []
-    lesion_of = {image.path: image.lesion for image in found}
-    for candidate, checked in zip(found, _check_all(storage, found, config.max_pixels, progress), strict=True):
-        if isinstance(checked, str):
-            rejected.append((candidate.path, checked))
+    images: list[tuple[FoundImage, str]] = []  # with the sha256
+    facts_of: dict[str, _Facts] = {}
+    for image, facts in zip(found, _check_all(storage, found, config.max_pixels, progress), strict=True):
+        if isinstance(facts, str):
+            rejected.append((image.path, facts))
         else:
-            images.append(checked)
+            images.append((image, facts.sha256))
+            facts_of[facts.sha256] = facts
     if not images:
         first = f"; the first of {len(rejected)} rejected: {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
         raise DataError(f"data_root: {data_root} holds no usable image in its class folders{first}")
 
     # 3. Each content once.
-    kept: dict[str, _Image] = {}
-    for image in images:
-        kept.setdefault(image.sha256, image)
-    conflicts = [(kept[image.sha256].path, image.path) for image in images if kept[image.sha256].label != image.label]
+    kept = {sha256: image for image, sha256 in reversed(images)}  # the first of each
+    conflicts = [(kept[sha256].path, image.path) for image, sha256 in images if kept[sha256].label != image.label]
     if conflicts:
         raise DataError(
             f"data_root: {data_root} has one image under two labels, {len(conflicts)} times: {conflicts[0][0]} and "
             f"{conflicts[0][1]}; remove the wrong one"
         )
-    copies = sorted((image.path, kept[image.sha256].path) for image in images if kept[image.sha256] is not image)
+    copies = sorted((image.path, kept[sha256].path) for image, sha256 in images if kept[sha256] is not image)
 
     # 4. Lesions, and the split by them.
     stems = Counter(_stem(image.path) for image in kept.values())
-    image_ids = {
-        sha256: _stem(image.path) if stems[_stem(image.path)] == 1 else image.path for sha256, image in kept.items()
-    }
-    lesions = _join_lesions([(image.sha256, lesion_of[image.path]) for image in images], image_ids)
+    ids = {sha256: image.path if stems[_stem(image.path)] > 1 else _stem(image.path) for sha256, image in kept.items()}
+    lesions = _join_lesions([(sha256, image.lesion) for image, sha256 in images], ids)
     rows = [
-        {"image_id": image_ids[sha256], "lesion_id": lesions[sha256], "split": "", **image._asdict()}
-        for sha256, image in kept.items()
+        {"image_id": ids[sha256], "path": image.path, "label": image.label, "lesion_id": lesions[sha256], "split": ""}
+        | facts_of[sha256]._asdict()
+        for image, sha256 in images
+        if kept[sha256] is image
     ]
     catalog = assign_splits(
         pa.Table.from_pylist(rows, CATALOG_SCHEMA),
@@ -281,18 +278,18 @@ def _read_lesions(storage: Storage, shown: str) -> dict[str, str]:
 
 def _check_all(
     storage: Storage, found: list[FoundImage], max_pixels: int, progress: Callable[[int, int], None] | None
-) -> Iterator[_Image | str]:
+) -> Iterator[_Facts | str]:
     """The facts of each file, or in one line why it cannot be used."""
 
-    def check(image: FoundImage) -> _Image | str:
+    def check(image: FoundImage) -> _Facts | str:
         encoded = read_file(storage, image.path)
         if isinstance(encoded, str):
             return encoded
         try:
-            width, height = probe_image(encoded, max_pixels=max_pixels)
+            size = probe_image(encoded, max_pixels=max_pixels)
         except ImageRejected as rejection:
             return rejection.reason
-        return _Image(*image[:2], width, height, len(encoded), hashlib.sha256(encoded).hexdigest())
+        return _Facts(*size, len(encoded), hashlib.sha256(encoded).hexdigest())
 
     pool = ThreadPoolExecutor(_SCAN_THREADS, thread_name_prefix="m2d-scan")
     try:
@@ -310,7 +307,7 @@ def _join_lesions(recorded: list[tuple[str, str | None]], image_ids: dict[str, s
     recorded: sha256 and lesion of every file. Two lesions that share an exact duplicate are one lesion: the dropped
     copy ties its siblings to the kept one, and apart they could be on both sides of a split.
     """
-    first = {sha256: lesion or image_ids[sha256] for sha256, lesion in reversed(recorded)}
+    of_kept = {sha256: lesion or image_ids[sha256] for sha256, lesion in reversed(recorded)}
     joined: dict[str, str] = {}  # lesion -> another name of the same lesion, a forest
 
     def representative(lesion: str) -> str:
@@ -320,10 +317,10 @@ def _join_lesions(recorded: list[tuple[str, str | None]], image_ids: dict[str, s
 
     for sha256, lesion in recorded:
         if lesion is not None:
-            a, b = sorted((representative(lesion), representative(first[sha256])))
+            a, b = sorted((representative(lesion), representative(of_kept[sha256])))
             if a != b:
                 joined[b] = a
-    return {sha256: representative(lesion) for sha256, lesion in first.items()}
+    return {sha256: representative(lesion) for sha256, lesion in of_kept.items()}
 
 
 def _pairs(schema: pa.Schema, rows: list[tuple[str, str]]) -> pa.Table:

@@ -77,31 +77,26 @@ def probe_image(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
             image.draft(None, (1, 1))  # entropy decoding still reads all of the file; only the inverse DCT gets cheaper
         image.load()
         _opaque(image)
-        return (height, width) if _orientation(image) in _QUARTER_TURNED else (width, height)
+        return (height, width) if _orientation(image) >= 5 else (width, height)  # a quarter turn
 
 
-_SIGNATURES: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
-    (b"\xff\xd8\xff", JpegImageFile),  # also MPO: its first picture is an ordinary JPEG
-    (b"\x89PNG\r\n\x1a\n", PngImageFile),
-    (b"BM", BmpImageFile),
-    (b"II*\0", TiffImageFile),
-    (b"MM\0*", TiffImageFile),
-    (b"II+\0", TiffImageFile),
-    (b"MM\0+", TiffImageFile),
-    (b"RIFF", WebPImageFile),  # reserves two canvases as it opens, but touches no page of them before it decodes
-)
-# (offset, signature, name): only so that the reason can name what the file is.
-_REFUSED_SIGNATURES = (
+_PLUGINS: dict[bytes, type[ImageFile.ImageFile]] = {
+    b"\xff\xd8\xff": JpegImageFile,  # also MPO: its first picture is an ordinary JPEG
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"BM": BmpImageFile,
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImageFile),
+    b"RIFF": WebPImageFile,  # reserves two canvases as it opens, but touches no page of them before it decodes
+}
+_REFUSED = (  # (offset, signature, name): only so that the reason can name what the file is
     (0, b"GIF8", "GIF"),
-    (4, b"ftypheic", "HEIC"),
-    (4, b"ftypheix", "HEIC"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"%PDF", "PDF"),
+    (0, b"PK\x03\x04", "ZIP"),
+    (4, b"ftyphei", "HEIC"),
     (4, b"ftypmif1", "HEIF"),
     (4, b"ftypavif", "AVIF"),
     (4, b"jP  ", "JPEG 2000"),
     (128, b"DICM", "DICOM"),
-    (0, b"8BPS", "Photoshop"),
-    (0, b"%PDF", "PDF"),
-    (0, b"PK\x03\x04", "ZIP"),
 )
 _TURNS = {  # EXIF orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -112,17 +107,15 @@ _TURNS = {  # EXIF orientation -> what makes it upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_END_OF_JPEG = b"\xff\xd9"
-_QUARTER_TURNED = (5, 6, 7, 8)
 
 
 def _open(encoded: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """Read the header alone. The plugin is called directly: Image.open applies Pillow's process-wide size guard."""
     if not encoded:
         raise ImageRejected("the file is empty")
-    plugin = next((plugin for signature, plugin in _SIGNATURES if encoded.startswith(signature)), None)
+    plugin = next((plugin for signature, plugin in _PLUGINS.items() if encoded.startswith(signature)), None)
     if plugin is None:
-        names = [name for offset, signature, name in _REFUSED_SIGNATURES if encoded.startswith(signature, offset)]
+        names = [name for offset, signature, name in _REFUSED if encoded.startswith(signature, offset)]
         content = f"the real format is {names[0]}" if names else "the content is no image"
         raise ImageRejected(f"{content}, not one of {' '.join(FORMATS)}")
     with _readable(plugin.format):
@@ -134,7 +127,7 @@ def _open(encoded: bytes, max_pixels: int) -> ImageFile.ImageFile:
         raise ImageRejected(f"{width} x {height} is too small; each side must have at least {MIN_SIDE} pixels")
     if isinstance(image, TiffImageFile):  # with memory of its own, Pillow's process-wide size guard is not asked
         image.im = Image.new(image.mode, (image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH])).im
-    if plugin is JpegImageFile and encoded.endswith(bytes(64)) and not encoded.rstrip(b"\0").endswith(_END_OF_JPEG):
+    if plugin is JpegImageFile and encoded.endswith(bytes(64)) and not encoded.rstrip(b"\0").endswith(b"\xff\xd9"):
         # A download that broke off in a preallocated file. libjpeg takes the zeros for codes and paints a grey tail.
         raise ImageRejected("truncated JPEG: zeros in place of its tail")
     return image
@@ -178,10 +171,7 @@ def _eight_bit(image: Image.Image) -> np.ndarray:
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """EXIF orientation, 1 to 8, still to be applied. Ask after load().
-
-    A PNG may keep its EXIF behind the pixels, and Pillow turns a TIFF itself while it loads.
-    """
+    """EXIF orientation, 1 to 8, still to be applied. Ask after load(): Pillow turns a TIFF itself while it loads."""
     try:
         return int(image.getexif().get(ExifTag.Orientation, 1))
     except Exception:  # broken EXIF in a sound picture: every viewer shows it unturned
@@ -189,8 +179,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    turn = _TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from m2d.cluster.fan_out import JobResult
-from m2d.data.store import DIGEST_BYTES, PreparedRows, ShardIndex, content_name, digests
+from m2d.data.store import DIGEST_BYTES, PreparedRows, ShardIndex, content_name, digests, pieces
 from m2d.data.views import apply_view
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.files.atomic import cache_file
@@ -71,7 +71,7 @@ class ExtractionJobs:
         return extractor.to(device).to(memory_format=torch.channels_last)
 
     def run(self, job: int, extractor: FeatureExtractor, device: str) -> JobResult:
-        """Extract and keep the features of job j; images that cannot be had are told.
+        """Extract and keep the features of job j; images that cannot be had are reported.
 
         Raises ConfigError for a batch that does not fit the device, and what `read` and `keep` raise.
         """
@@ -81,23 +81,23 @@ class ExtractionJobs:
         failures: list[str] = []
         kept: list[int] = []
         parts: list[Features] = []
-        for first in range(0, len(rows), size):
-            batch = [(int(row), next(images)) for row in rows[first : first + size]]
-            failures += [image for _, image in batch if isinstance(image, str)]
-            good = [(row, image) for row, image in batch if isinstance(image, np.ndarray)]
+        for batch in pieces(rows, size):
+            read = dict(zip(batch.tolist(), images))  # no more than the batch takes
+            failures += [image for image in read.values() if isinstance(image, str)]
+            good = {row: image for row, image in read.items() if isinstance(image, np.ndarray)}
             if good:
-                kept += [row for row, _ in good]
                 try:
-                    features = extract_view(extractor, np.stack([image for _, image in good]), view, device)
+                    features = extract_view(extractor, np.stack([*good.values()]), view, device)
                 except torch.OutOfMemoryError:
                     raise ConfigError(
                         f"{self.batch_setting} {size} does not fit the memory of {device}; try --{self.batch_setting} "
                         f"{max(1, size // 2)} (the result stays the same)"
                     ) from None
+                kept += good
                 parts.append(features if self.patches else Features(features.cls, features.patches[:, :0].clone()))
-            if parts and (self.keep_batches or first + size >= len(rows)):
-                together = Features(torch.cat([one.cls for one in parts]), torch.cat([one.patches for one in parts]))
-                self.keep(view, np.array(kept), together)
+            if parts and (self.keep_batches or batch[-1] == rows[-1]):
+                together = (torch.cat([getattr(part, column) for part in parts]) for column in COLUMNS)
+                self.keep(view, np.array(kept), Features(*together))
                 kept, parts = [], []
         return JobResult(len(rows) - len(failures), failures)
 
@@ -269,9 +269,7 @@ class FeatureTable:
 
     def __init__(self, files: Sequence[Path], file: np.ndarray, row: np.ndarray) -> None:
         """file, row: int32 [n, views], the file and the row in it of each image and view."""
-        self._files = tuple(files)
-        self._file = file
-        self._row = row
+        self._files, self._file, self._row = files, file, row
         self._mapped: dict[int, dict[str, Tensor]] = {}
         self._checked: dict[int, np.ndarray] = {}  # bool [rows, columns]: whose sum this process has found right
         self.num_patches, self.dim = (0, 0) if not file.size else self._open(int(file.flat[0]))["patches"].shape[1:]
@@ -284,7 +282,7 @@ class FeatureTable:
 
         Raises DataError for a file that has changed since it was written.
         """
-        return Features(cls=self._column("cls", rows, views), patches=self._column("patches", rows, views))
+        return Features(self.cls(rows, views), self._column("patches", rows, views))
 
     def cls(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
         """The cls features alone, fp16 [B, D]; the patches are not read."""

@@ -463,20 +463,16 @@ def _text(record: Any, *keys: str) -> str:
 
 # A name here also covers whatever the taxonomy puts below it, as "Nevus, Spitz" below "Nevus". Lower case.
 _BRANCHES = {
-    "AKIEC": ("actinic keratosis", "solar or actinic keratosis", "squamous cell carcinoma in situ"),  # Bowen's disease
-    "BCC": ("basal cell carcinoma",),
-    "BKL": (
-        *("seborrheic keratosis", "solar lentigo", "lichenoid keratosis", "lichen planus like keratosis"),
-        "pigmented benign keratosis",
-    ),
-    "DF": ("dermatofibroma",),
-    "MEL": ("melanoma", "melanoma, nos", "melanoma in situ", "melanoma invasive"),
-    "NV": ("nevus", "nevus spilus"),
+    "AKIEC": "actinic keratosis|solar or actinic keratosis|squamous cell carcinoma in situ",  # Bowen's disease
+    "BCC": "basal cell carcinoma",
+    "BKL": "seborrheic keratosis|solar lentigo|lichenoid keratosis|lichen planus like keratosis|"
+    "pigmented benign keratosis",
+    "DF": "dermatofibroma",
+    "MEL": "melanoma|melanoma, nos|melanoma in situ|melanoma invasive",
+    "NV": "nevus|nevus spilus",
     # "Vascular skin lesions in the dataset range from cherry angiomas to angiokeratomas and pyogenic granulomas.
     # Hemorrhage is also included in this category": the HAM10000 paper, Scientific Data 5:180161.
-    "VASC": (
-        *("vascular lesion", "angioma", "hemangioma", "angiokeratoma", "pyogenic granuloma", "hemorrhagic lesions"),
-    ),
+    "VASC": "vascular lesion|angioma|hemangioma|angiokeratoma|pyogenic granuloma|hemorrhagic lesions",
 }
 # Names that say enough only where nothing more specific is given: below them are a lymphangioma, a metastasis.
 _ALONE = {
@@ -497,7 +493,7 @@ def class_of(diagnosis: tuple[str, ...], collection: int, own_classes: Mapping[s
     -> class code or SKIP, any letter case; covers what is below it and goes before the tables.
     The most specific term that is known decides.
     """
-    branches = {name: code for code, names in _BRANCHES.items() for name in names}
+    branches = {name: code for code, names in _BRANCHES.items() for name in names.split("|")}
     branches |= _TASK_3_BRANCHES if collection in _TASK_3_COLLECTIONS else {}
     branches |= {name.strip().casefold(): code for name, code in own_classes.items()}
     for place, term in enumerate(map(str.casefold, reversed(diagnosis))):

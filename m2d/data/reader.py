@@ -8,6 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -211,14 +212,12 @@ def iterate_local(
     """
     import torch
 
+    rows_of = partial(
+        worker_rows, batch_size=batch_size, rank=rank, world_size=world_size, step_micro_batches=step_micro_batches
+    )
+
     def read(micro_batch: int) -> dict[str, np.ndarray]:
-        rows = worker_rows(
-            micro_batch,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            step_micro_batches=step_micro_batches,
-        )
+        rows = rows_of(micro_batch)
         return reader.read(*order.lookup(rows)) | {"stream_rows": rows}
 
     thread = ThreadPoolExecutor(1, thread_name_prefix="m2d-local-stream")

@@ -50,23 +50,19 @@ class DataConfig:
     read_cpus: float = 1.0  # logical CPUs a decoding task asks of Ray
 
     def __post_init__(self) -> None:
-        if self.image_size < 16 or self.image_size % 8:
-            raise ConfigError(f"data.image_size is {self.image_size}; it must be a multiple of 8, at least 16")
-        for name in ("val_fraction", "test_fraction"):
-            fraction = getattr(self, name)
-            if not 0 <= fraction < 1:
-                raise ConfigError(f"data.{name} is {fraction}; it must be at least 0 and below 1")
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ConfigError("data.val_fraction + data.test_fraction leave nothing to train on; lower one of them")
-        for folder, code in self.class_map.items():
-            if code not in CLASSES:
-                raise ConfigError(f"data.class_map maps {folder} to {code}; known classes: {' '.join(CLASSES)}")
-        if self.max_pixels < 1:
-            raise ConfigError(f"data.max_pixels is {self.max_pixels}; it must be at least 1")
-        if not 0 < self.object_store_share <= 0.8:
-            raise ConfigError(f"data.object_store_share is {self.object_store_share}; it must be in (0, 0.8]")
-        if self.read_cpus <= 0:
-            raise ConfigError(f"data.read_cpus is {self.read_cpus}; it must be above 0")
+        fractions = (self.val_fraction, self.test_fraction)
+        for name, sound, wanted in (
+            ("image_size", self.image_size >= 16 and self.image_size % 8 == 0, "a multiple of 8, at least 16"),
+            ("val_fraction", 0 <= self.val_fraction < 1, "at least 0 and below 1"),
+            ("test_fraction", 0 <= self.test_fraction < 1, "at least 0 and below 1"),
+            ("val_fraction", sum(fractions) < 1, "so small that with data.test_fraction it leaves some to train on"),
+            ("class_map", set(self.class_map.values()) <= {*CLASSES}, f"a map to some of {' '.join(CLASSES)}"),
+            ("max_pixels", self.max_pixels >= 1, "at least 1"),
+            ("object_store_share", 0 < self.object_store_share <= 0.8, "in (0, 0.8]"),
+            ("read_cpus", self.read_cpus > 0, "above 0"),
+        ):
+            if not sound:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}; it must be {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,24 +80,18 @@ class DownloadConfig:
     api: str = PUBLIC_API  # address of the API; another one for a mirror
 
     def __post_init__(self) -> None:
-        if collection_number(self.collection) is None:
-            raise ConfigError(
-                f"download.collection is {self.collection}; it must be one of {' '.join(COLLECTIONS)} or a number"
-            )
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"download.limit is {self.limit}; it must be at least 1, or null for all")
-        for name, code in self.diagnoses.items():
-            if code not in (*CLASSES, SKIP):
-                raise ConfigError(
-                    f"download.diagnoses maps {name} to {code}; known classes: {' '.join(CLASSES)}, or {SKIP}"
-                )
-        for name, least, most in (("connections", 1, 64), ("retries", 0, 100)):
-            if not least <= getattr(self, name) <= most:
-                raise ConfigError(f"download.{name} is {getattr(self, name)}; it must be from {least} to {most}")
-        if not 0 < self.timeout_s <= 3600:
-            raise ConfigError(f"download.timeout_s is {self.timeout_s}; it must be above 0 and at most 3600")
-        if not is_web_address(self.api) or "?" in self.api:
-            raise ConfigError(f"download.api is {self.api}; it must be a plain http or https address")
+        known = collection_number(self.collection) is not None
+        for name, sound, wanted in (
+            ("collection", known, f"one of {' '.join(COLLECTIONS)} or a number"),
+            ("limit", self.limit is None or self.limit >= 1, "at least 1, or null for all"),
+            ("diagnoses", set(self.diagnoses.values()) <= {*CLASSES, SKIP}, f"a map to {' '.join(CLASSES)} or {SKIP}"),
+            ("connections", 1 <= self.connections <= 64, "from 1 to 64"),
+            ("retries", 0 <= self.retries <= 100, "from 0 to 100"),
+            ("timeout_s", 0 < self.timeout_s <= 3600, "above 0 and at most 3600"),
+            ("api", is_web_address(self.api) and "?" not in self.api, "a plain http or https address"),
+        ):
+            if not sound:
+                raise ConfigError(f"download.{name} is {getattr(self, name)}; it must be {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +113,6 @@ class SetupConfig:
     download: DownloadConfig = field(default_factory=DownloadConfig)
 
     def __post_init__(self) -> None:
-        if "://" in self.cache_dir:
-            raise ConfigError("cache_dir is a URI; it must be a path on a disk that every node sees")
         for name, least in (("num_actors", 0), ("extract_batch_size", 1), ("shard_images", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
