@@ -4,8 +4,7 @@ Knows nothing of files, labels or Ray. Safe in many threads at once: it neither 
 """
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -35,11 +34,8 @@ def decode_image(encoded: bytes, *, max_pixels: int) -> np.ndarray:
     max_pixels: larger images are refused from their header, before any pixel is decoded.
     Raises ImageRejected for bytes that are no whole JPEG, PNG, BMP, TIFF or WEBP image.
     """
-    image = _open(encoded, max_pixels)
-    with _readable(image.format):
-        image.load()
-        upright = _upright(_opaque(image), _orientation(image))
-        return np.array(upright.convert("RGB"))
+    loaded = _load(encoded, max_pixels)
+    return np.array(_upright(loaded.image, loaded.orientation).convert("RGB"))
 
 
 def decode_resized(encoded: bytes, size: int, *, max_pixels: int) -> np.ndarray:
@@ -49,20 +45,14 @@ def decode_resized(encoded: bytes, size: int, *, max_pixels: int) -> np.ndarray:
     decoded at the smallest of 1/1, 1/2, 1/4, 1/8 that leaves the shorter side at `size` or more, which is faster and
     within a few grey levels of the full way. Otherwise as decode_image.
     """
-    image = _open(encoded, max_pixels)
-    with _readable(image.format):
-        draft = image.draft(None, (size, size)) if isinstance(image, JpegImageFile) else None
-        image.load()
-        opaque = _opaque(image)
-        # A draft of 300 rows at 1/8 has 38, but the picture covers 37.5 of them: the draft's box keeps the fraction.
-        width, height = draft[1][2:] if draft else opaque.size
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        # A centred square stays centred when turned, so the turn comes last, on the few pixels that are left.
-        square = opaque.resize(
-            (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=2.0
-        )
-        return np.array(_upright(square, _orientation(image)).convert("RGB"))
+    image, orientation, _, (width, height) = _load(encoded, max_pixels, draft=size)
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    # A centred square stays centred when turned, so the turn comes last, on the few pixels that are left.
+    square = image.resize(
+        (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=2.0
+    )
+    return np.array(_upright(square, orientation).convert("RGB"))
 
 
 def probe_image(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
@@ -70,14 +60,9 @@ def probe_image(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
 
     Raises ImageRejected exactly where decode_image would.
     """
-    image = _open(encoded, max_pixels)
-    width, height = image.size
-    with _readable(image.format):
-        if isinstance(image, JpegImageFile):
-            image.draft(None, (1, 1))  # entropy decoding still reads all of the file; only the inverse DCT gets cheaper
-        image.load()
-        _opaque(image)
-        return (height, width) if _orientation(image) >= 5 else (width, height)  # a quarter turn
+    # A JPEG's entropy decoding still reads all of the file at the smallest draft; only the inverse DCT gets cheaper.
+    _, orientation, (width, height), _ = _load(encoded, max_pixels, draft=1)
+    return (height, width) if orientation >= 5 else (width, height)  # a quarter turn
 
 
 _PLUGINS: dict[bytes, type[ImageFile.ImageFile]] = {
@@ -109,8 +94,18 @@ _TURNS = {  # EXIF orientation -> what makes it upright
 }
 
 
-def _open(encoded: bytes, max_pixels: int) -> ImageFile.ImageFile:
-    """Read the header alone. The plugin is called directly: Image.open applies Pillow's process-wide size guard."""
+class _Loaded(NamedTuple):
+    image: Image.Image  # 8-bit L or RGB
+    orientation: int  # of EXIF, 1 to 8, still to be applied
+    full_size: tuple[int, int]
+    size: tuple[float, float]  # of the picture in `image`
+
+
+def _load(encoded: bytes, max_pixels: int, *, draft: int | None = None) -> _Loaded:
+    """draft: a JPEG's shorter side may be decoded at as little. Whatever Pillow raises becomes ImageRejected.
+
+    The plugin is called directly: Image.open applies Pillow's process-wide size guard.
+    """
     if not encoded:
         raise ImageRejected("the file is empty")
     plugin = next((plugin for signature, plugin in _PLUGINS.items() if encoded.startswith(signature)), None)
@@ -118,19 +113,30 @@ def _open(encoded: bytes, max_pixels: int) -> ImageFile.ImageFile:
         names = [name for offset, signature, name in _REFUSED if encoded.startswith(signature, offset)]
         content = f"the real format is {names[0]}" if names else "the content is no image"
         raise ImageRejected(f"{content}, not one of {' '.join(FORMATS)}")
-    with _readable(plugin.format):
+    try:
         image = plugin(io.BytesIO(encoded))
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageRejected(f"{width} x {height} is more than max_pixels = {max_pixels}")
-    if min(width, height) < MIN_SIDE:
-        raise ImageRejected(f"{width} x {height} is too small; each side must have at least {MIN_SIDE} pixels")
-    if isinstance(image, TiffImageFile):  # with memory of its own, Pillow's process-wide size guard is not asked
-        image.im = Image.new(image.mode, (image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH])).im
-    if plugin is JpegImageFile and encoded.endswith(bytes(64)) and not encoded.rstrip(b"\0").endswith(b"\xff\xd9"):
-        # A download that broke off in a preallocated file. libjpeg takes the zeros for codes and paints a grey tail.
-        raise ImageRejected("truncated JPEG: zeros in place of its tail")
-    return image
+        full_size = width, height = image.size
+        if width * height > max_pixels:
+            raise ImageRejected(f"{width} x {height} is more than max_pixels = {max_pixels}")
+        if min(width, height) < MIN_SIDE:
+            raise ImageRejected(f"{width} x {height} is too small; each side must have at least {MIN_SIDE} pixels")
+        if isinstance(image, TiffImageFile):  # with memory of its own, Pillow's process-wide size guard is not asked
+            image.im = Image.new(image.mode, (image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH])).im
+        drafted = None
+        if isinstance(image, JpegImageFile):
+            if encoded.endswith(bytes(64)) and not encoded.rstrip(b"\0").endswith(b"\xff\xd9"):
+                # A download that broke off in a preallocated file. libjpeg takes the zeros for codes: a grey tail.
+                raise ImageRejected("truncated JPEG: zeros in place of its tail")
+            drafted = image.draft(None, (draft, draft)) if draft else None
+        image.load()
+        opaque = _opaque(image)
+        # A draft of 300 rows at 1/8 has 38, but the picture covers 37.5 of them: the draft's box keeps the fraction.
+        return _Loaded(opaque, _orientation(image), full_size, drafted[1][2:] if drafted else opaque.size)
+    except ImageRejected:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ImageRejected(f"unreadable {plugin.format}: {text}") from error
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -180,15 +186,3 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
-
-
-@contextmanager
-def _readable(image_format: str | None) -> Iterator[None]:
-    """Whatever Pillow raises becomes ImageRejected."""
-    try:
-        yield
-    except ImageRejected:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ImageRejected(f"unreadable {image_format}: {text}") from error

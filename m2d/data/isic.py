@@ -52,8 +52,7 @@ STATE_FOLDER = ".m2d-download"
 LONGEST_WAIT_S = 60.0  # between two attempts
 LONGEST_PAUSE_S = 600.0  # a server that asks (Retry-After) for more is not waited for
 
-_MAX_PAGE_BYTES = 64 * 2**20
-_MAX_FILE_BYTES = 256 * 2**20  # a dermoscopic image has a few MB; an endless answer would fill the memory
+_MAX_BYTES = 256 * 2**20  # a dermoscopic image has a few MB; an endless answer would fill the memory
 _MAX_PIXELS = 250_000_000  # of one image, against decompression bombs
 _LIKELY_BYTES = 300_000  # of an image whose record has no size
 _SUFFIX_OF = {b"\xff\xd8\xff": ".jpg", b"\x89PNG\r\n\x1a\n": ".png", b"II*\0": ".tif", b"MM\0*": ".tif"}
@@ -133,7 +132,7 @@ def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
             wanted.append((entry, code))
             if len(wanted) == config.limit:
                 break
-    names = _some([f"{name} ({count:,})" for name, count in skipped.most_common()], 12)
+    names = ", ".join(f"{name} ({count:,})" for name, count in skipped.most_common(12))
     if not wanted:
         raise DataError(
             f"download: collection {config.collection} has no image of the seven classes ({names or 'it is empty'}); "
@@ -142,7 +141,7 @@ def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
 
     # 2. The notes come first, so that an interrupted run has the lesions too.
     _write_metadata(root / "metadata.csv", wanted)
-    licence = _write_provenance(root / "DOWNLOAD.md", wanted, config.api, number)
+    _write_provenance(root / "DOWNLOAD.md", wanted, config.api, number)
 
     # 3. What is in place already, moved where a diagnosis is mapped differently than the last time.
     ledger = _Ledger(root)
@@ -197,7 +196,7 @@ def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
 
     # 5. The result.
     if lost := len(missing) - fetched:
-        why = _some([f"{name} ({reason})" for name, reason in sorted(failures.items())], 5)
+        why = ", ".join([f"{name} ({reason})" for name, reason in sorted(failures.items())][:5])
         raise DataError(
             f"download: {lost:,} of {len(wanted):,} images could not be fetched: {why}; the others are in {root}. Run "
             "the same command again to resume, or continue without them by leaving --download.enabled out."
@@ -210,12 +209,7 @@ def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
         print(f"{by_hand:,} images were there before, not from this command: left as they are")
     if no_lesion := sum(not image.row["lesion_id"] for image, _ in wanted):
         print(f"{no_lesion:,} images have no lesion_id in the archive: each counts as a lesion of its own")
-    print(licence)
-
-
-def _some(entries: list[str], most: int) -> str:
-    more = f" and {len(entries) - most} more" if len(entries) > most else ""
-    return ", ".join(entries[:most]) + more
+    print(f"licences and whom to credit: {root / 'DOWNLOAD.md'}")
 
 
 # --- the archive, over connections that break -------------------------------------------------------------------------
@@ -263,14 +257,14 @@ class _Archive:
         """The whole, verified file, and the suffix that its bytes call for. Raises _Failure."""
         verify = partial(_with_suffix, image)
         try:
-            return self._get(image.url, verify, _MAX_FILE_BYTES)
+            return self._get(image.url, verify)
         except _Failure as failure:
             if failure.status not in (401, 403, 404, 410):
                 raise
             with suppress(_Failure):  # a signed URL expires, so ask for the record as of now
-                renewed = read_record(self._get(f"{self._api}/images/{image.isic_id}/", _read_json, _MAX_PAGE_BYTES))
+                renewed = read_record(self._get(f"{self._api}/images/{image.isic_id}/", _read_json))
                 if isinstance(renewed, ArchiveImage) and renewed.isic_id == image.isic_id and renewed.url != image.url:
-                    return self._get(renewed.url, verify, _MAX_FILE_BYTES)
+                    return self._get(renewed.url, verify)
             raise
 
     def _ask(self, url: str, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
@@ -280,7 +274,7 @@ class _Archive:
             if not self._config.fresh_listing:
                 return _read_json(kept.read_bytes())
         try:
-            found = self._get(url, _read_json, _MAX_PAGE_BYTES, same_host=True)
+            found = self._get(url, _read_json)
         except _Failure as failure:
             raise DataError(
                 f"download: {self._api} did not list collection {self._config.collection}, number {self.collection} "
@@ -309,14 +303,14 @@ class _Archive:
         if following is not None and _origin(following) != _origin(self._api):
             raise DataError(f"download: the next page of {self._api} is on another host; refused")
 
-    def _get(self, url: str, use: Callable[[bytes], T], most: int, *, same_host: bool = False) -> T:
-        """use(the verified body at `url`), asked for as often as a failure may pass. most: bytes, more are refused.
+    def _get(self, url: str, use: Callable[[bytes], T]) -> T:
+        """use(the verified body at `url`), asked for again where a failure may pass.
 
         urllib3's own Retry ends where a body begins, and cannot be stopped while it waits.
         """
         for attempt in range(self._config.retries + 1):
             try:
-                return use(self._body(url, most, same_host))
+                return use(self._body(url))
             except _Failure as error:
                 failure = error
             except requests.RequestException as error:
@@ -330,13 +324,13 @@ class _Archive:
             self.stop.wait(pause)
         raise _Failure(f"{failure}, {attempt + 1} times" if attempt else str(failure), status=failure.status)
 
-    def _body(self, url: str, most: int, same_host: bool) -> bytes:
+    def _body(self, url: str) -> bytes:
         if not hasattr(self._of_thread, "session"):  # a Session is not documented to be safe in several threads
             self._of_thread.session = requests.Session()
             self._of_thread.session.headers.update({"User-Agent": f"m2d/{__version__}", "Accept-Encoding": "identity"})
             self._of_thread.session.max_redirects = 5
         timeout, body = (min(self._config.timeout_s, 10.0), self._config.timeout_s), bytearray()
-        hooks = {"response": partial(_check_redirect, same_host)}
+        hooks = {"response": partial(_check_redirect, url.startswith(self._api))}
         with self._of_thread.session.get(url, stream=True, timeout=timeout, hooks=hooks) as response:
             self._reached = True
             status, headers = response.status_code, response.headers
@@ -349,7 +343,7 @@ class _Archive:
                 raise _Failure(f"HTTP {status}", status=status)
             for piece in response.iter_content(256 * 1024):  # raises where it ends before its Content-Length
                 body += piece
-                if self.stop.is_set() or len(body) > most:
+                if self.stop.is_set() or len(body) > _MAX_BYTES:
                     raise _Failure("stopped, or its answer is too long to be what was asked for")
         # S3's ETag is the MD5 of an object uploaded in one piece, not encrypted with a key of its own (AWS, "Common
         # response headers"); of one uploaded in parts it ends in "-NUMBER".
@@ -599,8 +593,8 @@ def _write_metadata(path: Path, wanted: Wanted) -> None:
     _write_changed(path, table.getvalue())
 
 
-def _write_provenance(path: Path, wanted: Wanted, source: str, collection: int) -> str:
-    """DOWNLOAD.md: where the images come from, under which licences, whom to credit. Returns it as one line."""
+def _write_provenance(path: Path, wanted: Wanted, source: str, collection: int) -> None:
+    """DOWNLOAD.md: where the images come from, under which licences, whom to credit."""
     plain = str.maketrans("|<>", "/()")
     licenses, owners = (Counter(image.row[column] for image, _ in wanted).most_common() for column in _CREDITS)
     text = [
@@ -619,8 +613,6 @@ def _write_provenance(path: Path, wanted: Wanted, source: str, collection: int) 
             "dermatoscopic images of common pigmented skin lesions. Scientific Data 5:180161 (2018)."
         )
     _write_changed(path, "\n".join(text) + "\n")
-    counts = ", ".join(f"{name} ({count:,} images)" for name, count in licenses[:4])
-    return f"licence: {counts}; attribution: {_some([name for name, _ in owners], 3)}; all of it in {path}"
 
 
 def _write_changed(path: Path, text: str) -> None:

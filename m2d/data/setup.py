@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from m2d.cluster.start import ray_cluster
 from m2d.data.catalog import class_counts, dataset_fingerprint, scan_dataset
 from m2d.data.decode import decode_resized
 from m2d.data.reader import READ_THREADS, decode_unchanged
-from m2d.data.settings import SetupConfig
+from m2d.data.settings import DataConfig, SetupConfig
 from m2d.data.store import CATALOG, PreparedImages, pieces, prepared_folder, reusable_catalog, write_images, write_scan
 from m2d.errors import ConfigError, DataError
 from m2d.files.atomic import clear_leftovers, try_lock
@@ -147,36 +147,25 @@ def _scan(config: SetupConfig, data_root: str, folder: Path, catalog: pa.Table |
     return scan.catalog, StageReport("catalog", 0, len(scan.catalog), len(scan.rejected), 1, size, seconds)
 
 
-@dataclass(frozen=True)
-class ImageJobs:
-    """Job j: decode the images `rows[j]` and write them as one file. Cheap to pickle; runs without torch."""
-
-    data_root: str
-    image_size: int
-    max_pixels: int
-    folder: Path  # of the dataset, in the cache
-    paths: Sequence[str]  # of all rows
-    sha256: Sequence[str]
-    rows: Sequence[np.ndarray]
-
-    def run(self, job: int) -> JobResult:
-        """Write the file of job j, without the images that cannot be had."""
-        rows, storage = self.rows[job].tolist(), open_storage(self.data_root)
-        decode = partial(decode_resized, size=self.image_size, max_pixels=self.max_pixels)
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            read = lambda row: decode_unchanged(storage, self.paths[row], self.sha256[row], decode)  # noqa: E731
-            found = dict(zip(rows, pool.map(read, rows), strict=True))
-        good = {row: pixels for row, pixels in found.items() if isinstance(pixels, np.ndarray)}
-        if good:
-            write_images(self.folder, self.image_size, [self.sha256[row] for row in good], np.stack([*good.values()]))
-        return JobResult(len(good), [f"{self.paths[row]}: {found[row]}" for row in rows if row not in good])
+def prepare_images(data: DataConfig, data_root: str, folder: Path, images: Sequence[tuple[str, str]]) -> JobResult:
+    """Decode images (path, sha256) and write them as one file, without those that cannot be had. Without torch."""
+    storage = open_storage(data_root)
+    decode = partial(decode_resized, size=data.image_size, max_pixels=data.max_pixels)
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        found = dict(
+            zip(images, pool.map(lambda image: decode_unchanged(storage, *image, decode), images), strict=True)
+        )
+    good = {sha256: pixels for (_, sha256), pixels in found.items() if isinstance(pixels, np.ndarray)}
+    if good:
+        write_images(folder, data.image_size, list(good), np.stack([*good.values()]))
+    return JobResult(len(good), [f"{path}: {why}" for (path, _), why in found.items() if isinstance(why, str)])
 
 
 def _images(
     config: SetupConfig, data_root: str, folder: Path, catalog: pa.Table, need_ray: Callable[[], None]
 ) -> StageReport:
     began = time.monotonic()
-    size, sha256 = config.data.image_size, catalog["sha256"].to_pylist()
+    size, sha256, paths = config.data.image_size, catalog["sha256"].to_pylist(), catalog["path"].to_pylist()
     before = PreparedImages(folder, size)
     _remove_unreadable("images", before.unreadable)
     missing = np.flatnonzero(before.missing(sha256))
@@ -186,29 +175,27 @@ def _images(
     made = 0
     if len(missing):
         _require_space("images", folder, len(missing) * (3 * size**2 + 256))
-        rows = pieces(missing, config.shard_images)
-        paths = catalog["path"].to_pylist()
-        jobs = ImageJobs(data_root, size, config.data.max_pixels, folder, paths, sha256, rows)
-        results: Iterator[JobResult]
-        if config.num_actors == 0:
-            results = map(jobs.run, range(len(rows)))
-        else:  # as tasks, of which as many run as the cluster has CPUs
+        files = [[(paths[row], sha256[row]) for row in rows] for rows in pieces(missing, config.shard_images)]
+        prepare = partial(prepare_images, config.data, data_root, folder)
+        results: Iterator[JobResult] = map(prepare, files)
+        if config.num_actors != 0:  # as tasks, of which as many run as the cluster has CPUs
             need_ray()
-            tasks = on_tasks(jobs, _decode, cpus=config.data.read_cpus)
-            results = (JobResult(**row) for row in fan_out(numbered(len(rows)), tasks))
+            tasks = on_tasks((prepare, files), _prepare_block, cpus=config.data.read_cpus)
+            results = (JobResult(**row) for row in fan_out(numbered(len(files)), tasks))
         with progress("images", stderr=False) as shown:
             for result in results:
                 made += result.images
                 failures += result.failures
                 shown.show(made + len(failures), len(missing))
     _say_failures("images", failures)
-    files = PreparedImages(folder, size).files
+    shards = PreparedImages(folder, size).files
     seconds = time.monotonic() - began
-    return StageReport(f"images {size}px", found, made, len(failures), len(files), _size(*files), seconds)
+    return StageReport(f"images {size}px", found, made, len(failures), len(shards), _size(*shards), seconds)
 
 
-def _decode(jobs: ImageJobs, block: pa.Table) -> pa.Table:
-    return as_block(jobs.run(block["job"][0].as_py()))
+def _prepare_block(held: Any, block: pa.Table) -> pa.Table:
+    prepare, files = held
+    return as_block(prepare(files[block["job"][0].as_py()]))
 
 
 def _features(config: SetupConfig, folder: Path, catalog: pa.Table, need_ray: Callable[[], None]) -> list[StageReport]:

@@ -29,7 +29,7 @@ from m2d.data.catalog import read_catalog, scan_dataset
 from m2d.data.decode import decode_resized
 from m2d.data.features import ExtractionJobs, FeatureStore, feature_bytes, read_prepared, write_features
 from m2d.data.settings import DataConfig
-from m2d.data.setup import ImageJobs, StageReport, setup_data
+from m2d.data.setup import StageReport, prepare_images, setup_data
 from m2d.data.store import PreparedImages, prepared_folder, write_images
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, DataError
@@ -274,7 +274,7 @@ def test_images_gone_bad_since_the_scan_are_left_out_with_the_reason(tmp_path: P
     paths, sums = catalog["path"].to_pylist(), catalog["sha256"].to_pylist()
     (root / "DF" / "DF_1.png").unlink()
     shutil.copy(root / "NV" / "NV_0.png", root / "NV" / "NV_2.png")  # sound, but another image
-    result = ImageJobs(str(root), SIZE, 10**6, folder, paths, sums, [np.arange(IMAGES)]).run(0)
+    result = prepare_images(DataConfig(image_size=SIZE), str(root), folder, list(zip(paths, sums)))
     assert result.images == IMAGES - 2
     assert result.failures == ["DF/DF_1.png: is not there", "NV/NV_2.png: has changed since the scan"]
     missing = PreparedImages(folder, SIZE).missing(sums)
