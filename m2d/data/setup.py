@@ -151,14 +151,15 @@ def prepare_images(data: DataConfig, data_root: str, folder: Path, images: Seque
     """Decode images (path, sha256) and write them as one file, without those that cannot be had. Without torch."""
     storage = open_storage(data_root)
     decode = partial(decode_resized, size=data.image_size, max_pixels=data.max_pixels)
+    paths, sums = [path for path, _ in images], [sha256 for _, sha256 in images]
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        found = dict(
-            zip(images, pool.map(lambda image: decode_unchanged(storage, *image, decode), images), strict=True)
-        )
-    good = {sha256: pixels for (_, sha256), pixels in found.items() if isinstance(pixels, np.ndarray)}
+        found = list(pool.map(partial(decode_unchanged, storage, decode=decode), paths, sums))
+    good = {sha256: pixels for sha256, pixels in zip(sums, found, strict=True) if isinstance(pixels, np.ndarray)}
     if good:
         write_images(folder, data.image_size, list(good), np.stack([*good.values()]))
-    return JobResult(len(good), [f"{path}: {why}" for (path, _), why in found.items() if isinstance(why, str)])
+    return JobResult(
+        len(good), [f"{path}: {why}" for path, why in zip(paths, found, strict=True) if isinstance(why, str)]
+    )
 
 
 def _images(
