@@ -72,21 +72,21 @@ COMMANDS: dict[str, Command] = {
         presets=True,
     ),
     "experiments": Command(
-        "List the experiments; the same as experiments list.", ListConfig, "m2d.experiments.listing:list_command"
+        "List the experiments; the same as experiments list.", ListConfig, "m2d.experiments.commands:list_command"
     ),
     "experiments list": Command(
-        "List the experiments, their states and best measures.", ListConfig, "m2d.experiments.listing:list_command"
+        "List the experiments, their states and best measures.", ListConfig, "m2d.experiments.commands:list_command"
     ),
     "experiments show": Command(
         "Show one experiment: what it did, how it went, how to continue it.",
         ShowConfig,
-        "m2d.experiments.listing:show_command",
+        "m2d.experiments.commands:show_command",
         positional="experiment",
     ),
     "experiments compare": Command(
         "Set experiments side by side: settings that differ, measures.",
         CompareConfig,
-        "m2d.experiments.listing:compare_command",
+        "m2d.experiments.commands:compare_command",
         positional="experiments",
     ),
     "experiments report": Command(
@@ -96,7 +96,7 @@ COMMANDS: dict[str, Command] = {
         positional="experiment",
     ),
     "experiments clean": Command(
-        "Remove old experiments; asks first.", CleanConfig, "m2d.experiments.clean:clean_command"
+        "Remove old experiments; asks first.", CleanConfig, "m2d.experiments.commands:clean_command"
     ),
     "demo": Command(
         "Render demo images, train on them with two workers, generate samples.", DemoConfig, "m2d.demo_command:run_demo"

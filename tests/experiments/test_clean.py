@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from m2d.errors import ConfigError, ExperimentError
-from m2d.experiments.clean import clean_command, planned, remove
+from m2d.experiments.commands import clean_command, planned, remove
 from m2d.experiments.record import find_records
 from m2d.experiments.settings import CleanConfig
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from m2d.errors import ConfigError
-from m2d.experiments.listing import compare_command, measure_rows, setting_differences
+from m2d.experiments.commands import compare_command, measure_rows, setting_differences
 from m2d.experiments.record import find_records
 from m2d.experiments.settings import CompareConfig
 

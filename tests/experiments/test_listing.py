@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from m2d.experiments.listing import list_command
+from m2d.experiments.commands import list_command
 from m2d.experiments.settings import ListConfig
 
 

@@ -35,7 +35,7 @@ def test_no_command_loads_torch() -> None:
     """So that a list is there at once."""
     program = """
 import sys
-from m2d.experiments import clean, listing, settings
+from m2d.experiments import commands, settings
 print(sorted({"torch", "ray", "matplotlib", "diffusers", "wandb"} & sys.modules.keys()))
 """
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"

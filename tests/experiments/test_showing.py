@@ -9,8 +9,8 @@ import pytest
 
 from m2d.classes import CLASSES
 from m2d.cli import parse
+from m2d.experiments.commands import show_command
 from m2d.experiments.details import next_step, resume_command
-from m2d.experiments.listing import show_command
 from m2d.experiments.record import find_records
 from m2d.experiments.settings import ShowConfig
 
