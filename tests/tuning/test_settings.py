@@ -8,8 +8,7 @@ from m2d.cli import parse
 from m2d.errors import ConfigError
 from m2d.training.settings import RayConfig, TrainConfig, as_dict
 from m2d.tuning.ledger import WORST, objective
-from m2d.tuning.settings import SweepConfig, SweepSettings
-from m2d.tuning.space import parse_distribution
+from m2d.tuning.settings import SweepConfig, SweepSettings, parse_distribution
 from m2d.tuning.sweep import concurrent_trials, planned, trial_cpus
 
 
@@ -28,24 +27,15 @@ def test_a_range_is_read_as_it_is_written(text: str, kind: str, numbers: tuple[f
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ("0.1..10", "it must be loguniform"),
-        ("normal(0, 1)", "it must be loguniform"),
-        ("uniform(a, b)", "between the brackets stand numbers"),
-        ("uniform()", "finite numbers"),
-        ("uniform(0, inf)", "finite numbers"),
-        ("uniform(2, 1)", "low below high"),
-        ("uniform(1, 2, 3)", "low below high"),
-        ("loguniform(0, 1)", "begins above 0"),
-        ("fixed(1, 2)", "takes one number"),
+        "0.1..10", "normal(0, 1)", "uniform(a, b)", "uniform()", "uniform(0, inf)", "uniform(2, 1)", "uniform(1, 2, 3)",
+        "loguniform(0, 1)", "fixed(1, 2)",
     ],
-)
-def test_anything_else_is_refused_in_words_that_name_the_setting(text: str, message: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+)  # fmt: skip
+def test_anything_else_is_refused_by_the_settings_name(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^sweep\.space: optimizer\.lr is .*; it must be loguniform"):
         parse_distribution("optimizer.lr", text)
-    assert str(refused.value).startswith("sweep.space: optimizer.lr is ")
-    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
