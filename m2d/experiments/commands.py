@@ -26,7 +26,7 @@ from m2d.classes import CLASSES
 from m2d.errors import ExperimentError
 from m2d.experiment import INFO, LOCK
 from m2d.experiments.details import (
-    DIRECTIONS,
+    BEST_OF,
     NOTHING,
     best_value,
     details,
@@ -274,7 +274,7 @@ def measure_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
 
     def add(label: str, name: str, values: list[float | None], text: Callable[[Any], str] = number_text) -> None:
         comparable = not any(name in names for names, _ in differing)
-        rows.append(Row(label, values, _better(values, DIRECTIONS.get(name) if comparable else None), text))
+        rows.append(Row(label, values, _better(values, BEST_OF.get(name) if comparable else None), text))
 
     for name in dict.fromkeys(name for entries in validation for name in measure_names(entries)):
         best = [best_value(entries, name) for entries in validation]
@@ -292,15 +292,15 @@ def measure_rows(records: Sequence[Record]) -> tuple[list[Row], list[str]]:
     return rows, [f"{why}, so no better one is named for {', '.join(names)}" for names, why in notes if names]
 
 
-def _better(values: Sequence[float | None], direction: str | None) -> int | None:
+def _better(values: list[float | None], best_of: Any) -> int | None:
     """Which of the values is the better one; None for one alone, or where no direction is known.
 
     Values that read alike are a tie: one checkpoint judged twice differs in its last digits.
     """
     known = [value for value in values if value is not None]
-    if direction is None or len(known) < 2:
+    if best_of is None or len(known) < 2:
         return None
-    best = min(known) if direction == "lower" else max(known)
+    best = best_of(known)
     alike = [value for value in known if number_text(float(value)) == number_text(float(best))]
     return values.index(best) if len(alike) == 1 else None
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 from rich.text import Text
 
@@ -13,19 +13,15 @@ from m2d.experiment import step_of
 from m2d.experiments.record import FINISHED, Record, is_finite
 from m2d.files.paths import copy_around
 
-# A name that is not here has no direction that is known: kl and the two sides of a discriminator's game among them.
-DIRECTIONS: dict[str, Literal["lower", "higher"]] = {
-    "val/psnr_db": "higher",
-    "val/perceptual": "lower",
-    "val/velocity_mse": "lower",
-    "loss/diffusion": "lower",
-    "loss/reconstruction": "lower",
-    "loss/perceptual": "lower",
-    "loss/alignment": "lower",  # minus a cosine
-    "loss/alignment_vae": "lower",
-    "loss/manifold": "lower",
-    "images_per_s": "higher",
-}
+# Which of a measure's values is the best. A name that is not here has no direction that is known: kl and the two sides
+# of a discriminator's game among them.
+BEST_OF: dict[str, Any] = dict.fromkeys(("val/psnr_db", "images_per_s"), max) | dict.fromkeys(
+    (
+        "val/perceptual", "val/velocity_mse", "loss/diffusion", "loss/reconstruction", "loss/perceptual",
+        "loss/alignment", "loss/alignment_vae", "loss/manifold",
+    ),
+    min,
+)  # fmt: skip
 CURVE_POINTS = 200  # of a curve in --json; metrics/train.jsonl holds them all
 NOTHING = "–"
 
@@ -116,7 +112,7 @@ def next_step(record: Record, all_records: Sequence[Record]) -> tuple[str, str |
     where = " (in the folder it was started in)" if record.info.get("cwd") is None else ""
     if record.state == "failed":
         return f"no checkpoint yet: its command begins at step 0 again{where}", command
-    return f"its command continues at step {record.checkpoint_step:,}{where}", command
+    return f"its command continues at step {step_of(record.checkpoints[-1]):,}{where}", command
 
 
 def resume_command(record: Record) -> str | None:
@@ -170,10 +166,8 @@ def last_value(records: Records, name: str) -> float | None:
 
 def best_value(records: Records, name: str) -> tuple[int, float] | None:
     """(step, value) of the best value; None where none is finite or which way is better is not known."""
-    known, direction = _points(records, name), DIRECTIONS.get(name)
-    if not known or direction is None:
-        return None
-    return (min if direction == "lower" else max)(known, key=lambda point: point[1])
+    known = _points(records, name)
+    return BEST_OF[name](known, key=lambda point: point[1]) if known and name in BEST_OF else None
 
 
 def curve(records: Records, name: str, points: int = CURVE_POINTS) -> dict[str, list[Any]] | None:

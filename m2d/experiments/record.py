@@ -110,26 +110,15 @@ class Record:
 
     experiment: Experiment
     files: ExperimentFiles
+    name: str  # NAME_YYYYMMDD_HHMMSS
+    family: str  # NAME, which a command's --name gave
+    location: str  # its path, or its URI
     state: State
     info: dict[str, Any]  # experiment_info.json; {} where it cannot be read
     config: dict[str, Any]  # the resolved configuration; {} where it cannot be read
     problem: str | None  # what cannot be read
     checkpoints: tuple[str, ...]  # complete ones, oldest first
-
-    @property
-    def name(self) -> str:
-        """NAME_YYYYMMDD_HHMMSS."""
-        return self.experiment.name
-
-    @property
-    def family(self) -> str:
-        """NAME, which a command's --name gave."""
-        return self.name[: -len("_YYYYMMDD_HHMMSS")]
-
-    @property
-    def location(self) -> str:
-        """Its path, or its URI."""
-        return self.experiment.remote or str(self.experiment.path)
+    total_steps: int | None  # optimiser steps of the whole run; None where it never came to know
 
     @cached_property
     def started(self) -> datetime:
@@ -155,20 +144,9 @@ class Record:
         return next(reversed(self.files.records(TRAIN, END_BYTES)), {})
 
     @property
-    def checkpoint_step(self) -> int:
-        """The step that resuming continues from; 0 without a checkpoint."""
-        return step_of(self.checkpoints[-1]) if self.checkpoints else 0
-
-    @property
     def steps_done(self) -> int:
         """Optimiser steps so far, those after the last checkpoint included."""
-        return max(self.checkpoint_step, int(self.last.get("step", 0)))
-
-    @property
-    def total_steps(self) -> int | None:
-        """Optimiser steps of the whole run; None where it never came to know."""
-        total = self.info.get("total_steps")
-        return total if isinstance(total, int) else None
+        return max(self.last.get("step", 0), *map(step_of, self.checkpoints), 0)
 
     @cached_property
     def best(self) -> tuple[str, str, float] | None:
@@ -242,7 +220,19 @@ def read_record(experiment: Experiment, *, held: bool = False) -> Record:
         state = recorded
     elif recorded == "running" and experiment.remote is not None:
         state = "unknown"  # its lock, if any, is on another machine
-    return Record(experiment, files, state, info, config, problem, checkpoints)
+    return Record(
+        experiment,
+        files,
+        name=experiment.name,
+        family=experiment.name[: -len("_YYYYMMDD_HHMMSS")],
+        location=experiment.remote or str(experiment.path),
+        state=state,
+        info=info,
+        config=config,
+        problem=problem,
+        checkpoints=checkpoints,
+        total_steps=info.get("total_steps"),
+    )
 
 
 def find_records(root: str, name: str | None = None) -> list[Record]:
