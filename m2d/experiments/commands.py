@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -27,7 +27,6 @@ from m2d.errors import ExperimentError
 from m2d.experiment import INFO, LOCK
 from m2d.experiments.details import (
     BEST_OF,
-    NOTHING,
     best_value,
     details,
     duration_text,
@@ -68,13 +67,14 @@ def list_command(config: ListConfig) -> None:
         root = result_path("experiments_dir", config.experiments_dir)
         console.print(f"no experiment{of_name} in {root}", markup=False)
         return
-    rows = _table("name", "state", "started", "steps", "best", "size", right=("steps", "size"))
-    rows.columns[0].no_wrap = max(len(record.name) for record in records) <= console.width // 2
+    rows = []
     for record in records:
-        best = f"{record.best[1].removeprefix('val/')} {number_text(record.best[2])}" if record.best else NOTHING
+        best = f"{record.best[1].removeprefix('val/')} {number_text(record.best[2])}" if record.best else None
         facts = (f"{record.started:%Y-%m-%d %H:%M}", _steps_text(record), best, size_text(record.files.size()))
-        rows.add_row(Text(record.name, "bold"), _state(record), *facts)
-    console.print(rows)
+        rows.append((Text(record.name, "bold"), _state(record), *facts))
+    table = _table(["name", "state", "started", "steps", "best", "size"], rows, right=["steps", "size"])
+    table.columns[0].no_wrap = max(len(record.name) for record in records) <= console.width // 2
+    console.print(table)
     for record in records:
         if record.problem:
             console.print(Text(f"{record.name}: {record.problem}", "yellow"))
@@ -107,24 +107,19 @@ def show_command(config: ShowConfig) -> None:
     if known["degraded"]:
         section("Degraded", Text("\n".join(known["degraded"]), "yellow"))
     if counts := (known["dataset"] or {}).get("counts"):
-        rows = _table("class", *counts, right=counts)
-        for code in CLASSES:
-            rows.add_row(code, *(number_text(split.get(code)) for split in counts.values()))
-        rows.add_row("all", *(number_text(sum(split.values())) for split in counts.values()), style="dim")
-        section("Images", rows)
+        rows = [(code, *(split.get(code) for split in counts.values())) for code in CLASSES]
+        rows.append(("all", *(sum(split.values()) for split in counts.values())))
+        section("Images", _table(["class", *counts], rows, right=counts))
     if known["checkpoints"]:
-        rows = _table("checkpoint", "step", "size", "", right=("step", "size"))
-        for row in known["checkpoints"]:
-            best = "best" if row["best"] else ""
-            rows.add_row(row["name"], number_text(row["step"]), size_text(row["bytes"]), best)
-        section("Checkpoints", rows)
+        rows = [
+            (c["name"], c["step"], size_text(c["bytes"]), "best" if c["best"] else "") for c in known["checkpoints"]
+        ]
+        section("Checkpoints", _table(["checkpoint", "step", "size", ""], rows, right=["step", "size"]))
     if known["validation"]:
-        rows = _table("measure", "best", "at step", "last", right=("best", "at step", "last"))
-        for name in measure_names(known["validation"][-1:]):
-            best = known["best_measures"].get(name, {})
-            numbers = (best.get("value"), best.get("step"), known["validation"][-1][name])
-            rows.add_row(name, *map(number_text, numbers))
-        section("Validation", rows)
+        last, numbers = known["validation"][-1], ["best", "at step", "last"]
+        bests = {name: known["best_measures"].get(name, {}) for name in measure_names([last])}
+        rows = [(name, best.get("value"), best.get("step"), last[name]) for name, best in bests.items()]
+        section("Validation", _table(["measure", *numbers], rows, right=numbers))
     if known["last_scalars"]:
         scalars = [Text(f"{name} {number_text(value)}") for name, value in known["last_scalars"].items()]
         section(f"Last of training, step {record.steps_done:,}", Columns(scalars, padding=(0, 3)))
@@ -237,17 +232,15 @@ def compare_command(config: CompareConfig) -> None:
     letters = [ascii_uppercase[i] if i < 26 else str(i + 1) for i in range(len(records))]
     for letter, record in zip(letters, records):
         console.print(Text.assemble((letter, "bold cyan"), "  ", (record.name, "bold"), "  ", _state(record)))
-    shown = _table("setting", *letters)
-    for key, values in settings.items():
-        shown.add_row(key, *(Text("null" if value is None else str(value)) for value in values))
+    differing = [(key, *(Text("null" if v is None else str(v)) for v in values)) for key, values in settings.items()]
     none = "no setting differs" if all(record.config for record in records) else "settings cannot be read"
-    console.print("", shown if settings else none, "", sep="\n")
-    titles = [f"{letter}  " for letter in letters]
-    shown = _table("measure", *titles, right=titles)
+    console.print("", _table(["setting", *letters], differing) if settings else none, "", sep="\n")
+    measured = []
     for row in rows:
         texts = [f"{row.text(value)} {'*' if index == row.better else ' '}" for index, value in enumerate(row.values)]
-        shown.add_row(row.label, *(Text(text, "bold green" if text.endswith("*") else "") for text in texts))
-    console.print(shown)
+        measured.append((row.label, *(Text(text, "bold green" if text.endswith("*") else "") for text in texts)))
+    titles = [f"{letter}  " for letter in letters]
+    console.print(_table(["measure", *titles], measured, right=titles))
     if any(row.better is not None for row in rows):
         console.print(Text("* the better one", "dim"))
     for note in notes:
@@ -457,7 +450,7 @@ def _reason_to_keep(record: Record, records: Sequence[Record], *, include_unfini
 
 
 def _plan(removals: Sequence[Removal], config: CleanConfig) -> Table:
-    rows = _table("would remove" if config.dry_run else "to remove", "frees", "what it is", right=("frees",))
+    rows: list[tuple[Any, ...]] = []
     for removal in removals:
         text = Text("left by an interrupted clean", "dim")
         if removal.record is not None:
@@ -465,9 +458,10 @@ def _plan(removals: Sequence[Removal], config: CleanConfig) -> Table:
             text.append(f", started {removal.record.started:%Y-%m-%d %H:%M}", "not bold default")
             generated = 0 if config.caches else removal.record.files.size("generated_images")
             text.append(f", {size_text(generated)} of generated images" if generated else "", "yellow")
-        rows.add_row(Text(removal.label), size_text(removal.size), text)
-    rows.add_row("in all", size_text(_total(removals)), "", style="bold")
-    return rows
+        rows.append((removal.label, size_text(removal.size), text))
+    rows.append((Text("in all", "bold"), Text(size_text(_total(removals)), "bold"), Text()))
+    titles = ["would remove" if config.dry_run else "to remove", "frees", "what it is"]
+    return _table(titles, rows, right=["frees"])
 
 
 def _agreed(console: Console, removals: Sequence[Removal], config: CleanConfig) -> bool:
@@ -504,11 +498,13 @@ def _print_json(value: Any) -> None:
     print(json.dumps(plain(value), indent=2, ensure_ascii=False))
 
 
-def _table(*titles: str, right: Collection[str] = ()) -> Table:
-    """An empty table that folds its columns where the terminal is narrow. right: titles of those with numbers."""
+def _table(titles: Sequence[str], rows: Iterable[Sequence[Any]], right: Collection[str] = ()) -> Table:
+    """Columns fold where the terminal is narrow. rows: texts and numbers, None where not known. right: titles."""
     made = Table(box=None, pad_edge=False, header_style="dim")
     for title in titles:
         made.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, (str, Text)) else number_text(cell) for cell in row))
     return made
 
 

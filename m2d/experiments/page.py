@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from PIL import Image
 from pyarrow import fs
 
 from m2d import __version__
-from m2d.classes import CLASSES, DIAGNOSES
+from m2d.classes import DIAGNOSES
 from m2d.errors import ConfigError, ExperimentError
 from m2d.experiment import Experiment
 from m2d.experiments.details import (
@@ -124,7 +124,7 @@ def _page(record: Record, samples: Picture | None, curves: Mapping[str, Picture]
         generate_command=generate_command(record),
         measured_names=measure_names(known["validation"], "val/"),
         diagnoses={diagnosis.code: diagnosis for diagnosis in DIAGNOSES},
-        counts=_count_table({**counts, "all": sum(counts.values(), Counter())}, ["all"]) if counts else None,
+        counts={**counts, "all": sum(counts.values(), Counter())} if counts else None,
         balances=_balance_runs(record.files, dataset.get("sha256"), counts),
         settings=_other_settings(record.config),
         command=resume_command(record),
@@ -161,18 +161,6 @@ def _other_settings(config: dict[str, Any]) -> list[tuple[str, str, str]] | None
     return rows if config else None
 
 
-def _count_table(columns: Mapping[str, Counts | None], bars: Sequence[str]) -> dict[str, Any]:
-    """A table by class. columns: name to images by class code, None where not known. bars: the columns drawn."""
-    lengths = {code: [(columns[name] or Counter())[code] for name in bars] for code in CLASSES}
-    percent = 100 / (max(map(sum, lengths.values())) or 1)  # of the longest row
-    numbers = {code: [None if one is None else one[code] for one in columns.values()] for code in CLASSES}
-    return {
-        "columns": list(columns),
-        "rows": [(code, numbers[code], [percent * length for length in lengths[code]]) for code in CLASSES],
-        "sums": [None if one is None else one.total() for one in columns.values()],
-    }
-
-
 def _balance_runs(files: ExperimentFiles, sha256: str | None, counts: Mapping[str, Counts]) -> list[dict[str, Any]]:
     """The experiment's generation runs that filled up classes, the latest first.
 
@@ -197,9 +185,8 @@ def _balance_runs(files: ExperimentFiles, sha256: str | None, counts: Mapping[st
             "folder": folder,
             "target": _target_text(str(balance.get("to", ""))),
             "split": split,
-            "before": before,
+            "columns": columns,
             "missing": lacking.total(),
-            "table": _count_table(columns, ["real (before)", "synthetic"]),
         }
         found.append((files.modified(f"{folder}/manifest.parquet"), run))
     return [run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True)]
