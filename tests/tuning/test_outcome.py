@@ -14,7 +14,7 @@ from tuning.trial_runs import run_of
 from m2d.cli import parse
 from m2d.errors import TrainingError
 from m2d.training.settings import TrainConfig
-from m2d.tuning.ledger import Ledger, State
+from m2d.tuning.ledger import WORST, Ledger, State
 from m2d.tuning.outcome import TrialOutcome, best_first, importances, read_outcome, write_outcome
 from m2d.tuning.settings import SweepConfig
 
@@ -57,34 +57,34 @@ def test_a_table_in_a_file_is_not_cut(tmp_path: Path) -> None:
     assert [row.split() for row in rows] == [["trial_000", "0.9", "100", "0.5", "0.001", "whole"]]
 
 
-def test_a_whole_trial_beats_a_stopped_one_however_it_looked() -> None:
-    assert best_first([trial("stopped", [0.1], finished=False), trial("whole", [0.9])])[0].trial == "whole"
+@pytest.mark.parametrize(
+    ("worse", "better"),
+    [
+        (trial("stopped", [0.1], finished=False), trial("whole", [0.9])),  # however it looked
+        (trial("lucky", [0.1, 0.9]), trial("steady", [0.9, 0.5])),  # the last objective counts
+        (trial("without samples", [WORST]), trial("whole", [0.9])),
+    ],
+)
+def test_the_best_comes_first(worse: TrialOutcome, better: TrialOutcome) -> None:
+    assert best_first([worse, better]) == [better, worse]
 
 
-def test_the_last_objective_counts_not_the_luckiest() -> None:
-    assert best_first([trial("lucky", [0.1, 0.9]), trial("steady", [0.9, 0.5])])[0].trial == "steady"
-
-
-def test_the_best_file_is_taken_unchanged_and_is_the_best_trials_run(tmp_path: Path) -> None:
-    outcome = best_first([trial("a", [0.9]), trial("b", [0.2], **{"loss_weights.diffusion": 2.5})])
-    write_outcome(outcome, config(), tmp_path, Console(file=io.StringIO()))
+def test_the_best_file_is_taken_unchanged_beside_tables_and_pictures(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    trials = [trial("b", [0.2], **{"loss_weights.diffusion": 2.5}), trial("a", [0.9])]
+    write_outcome(trials, config(), tmp_path, Console(file=screen, width=120))
     best: TrainConfig = parse("train", ["--config", str(tmp_path / "best.yaml")])
     assert best == config().training({"loss_weights.diffusion": 2.5, "optimizer.lr_denoiser": 1e-3})
     assert best.data_root == "/data"
-
-
-def test_tables_and_pictures_are_there(tmp_path: Path) -> None:
-    screen = io.StringIO()
-    outcome = best_first([trial("a", [0.9]), trial("b", [0.2])])
-    write_outcome(outcome, config(), tmp_path, Console(file=screen, width=120))
+    assert "best: b" in screen.getvalue()
     with (tmp_path / "results.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [(row["trial"], float(row["objective"])) for row in rows] == [("b", 0.2), ("a", 0.9)]
+    assert (rows[0]["loss_weights.diffusion"], rows[0]["val/psnr_db"], rows[0]["reports"]) == ("2.5", "30.0", "1")
     assert [row["objective"] for row in json.loads((tmp_path / "results.json").read_text())] == [0.2, 0.9]
     for name in ("parallel_coordinates.png", "importance.png"):
         with Image.open(tmp_path / name) as picture:
             assert picture.width > 400
-    assert "best: b" in screen.getvalue()
 
 
 def test_a_sweep_without_one_judged_trial_says_why(tmp_path: Path) -> None:

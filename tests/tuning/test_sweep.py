@@ -211,7 +211,7 @@ def test_ctrl_c_ends_a_grid_and_the_same_command_goes_on(
     finally:
         first.kill()
     said = first.log.read_text()
-    assert said.endswith("interrupted; run the same command again to go on\n")
+    assert said.endswith("interrupted; run the same command again to resume\n")
     assert "Traceback" not in said
     assert "Tuner.restore" not in said
     ended = Ledger(folder).in_state("done", "stopped")
