@@ -85,18 +85,15 @@ def setting_comments(config: type, prefix: str = "") -> Iterator[tuple[str, str]
             yield from setting_comments(typing.cast(type, kind), f"{prefix}{name}.")
 
 
-def preset_path(name: str) -> Path:
-    """The YAML of a preset. Raises ConfigError that lists the known ones."""
-    path = PRESETS_DIR / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"preset {name} is not known; choose from {' '.join(preset_names())}")
-    return path
-
-
 def preset_files(name: str) -> list[Path]:
-    """The files whose settings a preset is, later ones over earlier: isic-256-latent lies over isic-256."""
-    below = [base for base in preset_names() if name.startswith(f"{base}-")]
-    return [*map(preset_path, below), preset_path(name)]
+    """The files whose settings a preset is, later ones over earlier: isic-256-latent comes over isic-256.
+
+    Raises ConfigError that lists the known presets.
+    """
+    known = preset_names()
+    if name not in known:
+        raise ConfigError(f"preset {name} is not known; choose from {' '.join(known)}")
+    return [PRESETS_DIR / f"{base}.yaml" for base in known if f"{name}-".startswith(f"{base}-")]
 
 
 def preset_names() -> list[str]:
