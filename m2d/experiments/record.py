@@ -249,7 +249,8 @@ def find_records(root: str, name: str | None = None) -> list[Record]:
         try:
             paths = [path for path in folder.iterdir() if DIRECTORY.fullmatch(path.name) and path.is_dir()]
         except OSError as error:
-            why = {FileNotFoundError: "not there", NotADirectoryError: "not a folder"}.get(type(error), error.strerror)
+            known = {FileNotFoundError: "not there", NotADirectoryError: "not a folder"}
+            why = known.get(type(error), f"not readable ({error.strerror})")
             raise ExperimentError(
                 f"experiments_dir: {root} is {why}; name the folder that holds the experiments"
             ) from None

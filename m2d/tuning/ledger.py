@@ -54,9 +54,8 @@ class Ledger:
         """At the start of a driver: what the last one knew as running or failed is open, unless it came to its end."""
         for number, record in self.records.items():
             if record.state in ("open", "failed"):
-                experiment = self.experiment(record)
-                is_done = experiment is not None and experiment.info().get("state") == "done"
-                record = replace(record, state="done" if is_done else "open", error=None)
+                state: State = "done" if self.info(record).get("state") == "done" else "open"
+                record = replace(record, state=state, error=None)
             self.records[number] = replace(record, tune_id="")
         self._write()
 
@@ -84,7 +83,7 @@ class Ledger:
 
     def of(self, tune_id: str) -> TrialRecord:
         """The record of a trial that Ray Tune runs now."""
-        return next(record for record in self.records.values() if record.tune_id == tune_id)
+        return {record.tune_id: record for record in self.records.values()}[tune_id]
 
     def in_state(self, *states: State) -> list[TrialRecord]:
         """Records in these states, by number."""
@@ -93,6 +92,11 @@ class Ledger:
     def experiment(self, record: TrialRecord) -> Experiment | None:
         """The newest run of the trial; None where it had none yet."""
         return next(reversed(list_experiments(str(self.folder / TRIALS), record.name)), None)
+
+    def info(self, record: TrialRecord) -> dict[str, Any]:
+        """What the trial's run says of itself."""
+        experiment = self.experiment(record)
+        return {} if experiment is None else experiment.info()
 
     def rows(self, record: TrialRecord) -> list[dict[str, Any]]:
         """The trial's validations that count, in order: `step` and every measure."""

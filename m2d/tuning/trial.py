@@ -86,11 +86,9 @@ class FollowTrials(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's process is there and has not begun: it finds its name and its values in the ledger."""
-        if self.chosen is None:
-            record = self.ledger.begin(trial.trial_id, trial.config, None)
-        else:
-            number = int(trial.config[NUMBER])
-            record = self.ledger.begin(trial.trial_id, self.chosen[number], number)
+        number = None if self.chosen is None else int(trial.config[NUMBER])
+        chosen = trial.config if self.chosen is None or number is None else self.chosen[number]
+        record = self.ledger.begin(trial.trial_id, chosen, number)
         settings = "  ".join(f"{name.rpartition('.')[2]} {value:.3g}" for name, value in record.chosen.items())
         Console().say(f"{record.name}  {settings}")
 
@@ -106,18 +104,15 @@ class FollowTrials(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial took all its steps, or was stopped."""
-        record = self.ledger.of(trial.trial_id)
-        experiment = self.ledger.experiment(record)
-        facts = {} if experiment is None else experiment.info()
+        facts = self.ledger.info(self.ledger.of(trial.trial_id))
         step = int((trial.last_result or {}).get("step", 0))
         whole = facts.get("state") == "done" or 0 < step == facts.get("total_steps")
         self._end(trial, "done" if whole else "stopped", step=None if whole else step)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed for good."""
-        experiment = self.ledger.experiment(self.ledger.of(trial.trial_id))
-        error = None if experiment is None else experiment.info().get("error")
-        self._end(trial, "failed", error=str(error or "its process ended").strip().splitlines()[0][:300])
+        error = self.ledger.info(self.ledger.of(trial.trial_id)).get("error") or "its process ended"
+        self._end(trial, "failed", error=str(error).strip().splitlines()[0][:300])
 
     def _end(self, trial: Any, state: State, *, step: int | None = None, error: str | None = None) -> None:
         self.ledger.end(trial.trial_id, state, step=step, error=error)
