@@ -282,7 +282,7 @@ def _extracted(config: SetupConfig, jobs: "ExtractionJobs", need_ray: Callable[[
     threads = max(1, node_cpus // math.ceil(actors / max(1, cpus // node_cpus)))
     where = f"{actors} GPU{'s' if actors > 1 else ''}" if gpus else f"{actors} x {threads} CPU threads"
     say(f"features: {len(jobs.jobs):,} files to make, on {where}")
-    return run_jobs(jobs, len(jobs.jobs), actors=actors, device="cuda" if gpus else "cpu", threads=threads)
+    return run_jobs(jobs, actors=actors, device="cuda" if gpus else "cpu", threads=threads)
 
 
 def _remove_unreadable(stage: str, unreadable: dict[Path, str]) -> None:

@@ -97,7 +97,6 @@ class Extraction:
             actors = min(self.num_actors or limit, limit, len(jobs.jobs))
             yield from run_jobs(
                 jobs,
-                len(jobs.jobs),
                 actors=actors,
                 device="cuda" if use_gpu else "cpu",
                 threads=max(1, limit // actors),

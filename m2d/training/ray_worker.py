@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from m2d.data.stream import build_stream, iterate_stream, stream_options
-from m2d.experiment import newest_step
-from m2d.records import log_file
+from m2d.experiment import log_file, newest_step
 from m2d.training.run_plan import RunPlan
 from m2d.training.stopping import failures_recorded, recorded_failure
 

@@ -20,11 +20,10 @@ from m2d.cluster.start import ray_cluster
 from m2d.data.catalog import class_counts
 from m2d.data.reader import iterate_local
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
-from m2d.experiment import Experiment, newest_step, open_experiment
+from m2d.experiment import Experiment, log_file, newest_step, open_experiment
 from m2d.files.storage import open_storage
 from m2d.models.perceptual import lpips_available
 from m2d.models.settings import PerceptualKind, Precision
-from m2d.records import log_file
 from m2d.training.console import Console
 from m2d.training.run_plan import CATALOG, RunPlan, prepared_parts, run_catalog
 from m2d.training.settings import TrainConfig, as_dict, differences, with_absolute_paths
