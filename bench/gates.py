@@ -22,9 +22,9 @@ from m2d.data.reader import ImageReader
 from m2d.data.settings import DataConfig
 from m2d.data.views import apply_view
 from m2d.generation.gates import Verdict, build_gate_reference, check
-from m2d.generation.generator import to_uint8
 from m2d.generation.references import load_reference_extractor
 from m2d.generation.settings import GateConfig
+from m2d.models.autoencoder import from_uint8, to_uint8
 from m2d.models.checkpoint import Checkpoint, load_checkpoint
 
 Change = Callable[[Image.Image], Image.Image]
@@ -122,7 +122,7 @@ def copies(checkpoint: Checkpoint) -> dict[str, Callable[[np.ndarray], np.ndarra
     @torch.inference_mode()
     def drawn_by_vae(images: np.ndarray) -> np.ndarray:
         vae = checkpoint.autoencoder.vae
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = from_uint8(torch.from_numpy(images).permute(0, 3, 1, 2))
         return np.concatenate(
             [to_uint8(vae.decode(vae.encode(part).latent_dist.mean).sample) for part in pixels.split(32)]
         )

@@ -11,7 +11,7 @@ from m2d.arguments import preset_files, preset_names, setting_types
 from m2d.cli import parse
 from m2d.errors import ConfigError
 from m2d.models.autoencoder import build_autoencoder
-from m2d.models.heads import AlignmentProjector, PatchDiscriminator
+from m2d.models.perceptual import PatchDiscriminator
 from m2d.models.settings import (
     AutoencoderConfig,
     ConditioningConfig,
@@ -20,7 +20,7 @@ from m2d.models.settings import (
     ProjectorConfig,
     UNetConfig,
 )
-from m2d.models.unet import build_denoiser, tap_channels
+from m2d.models.unet import AlignmentProjector, build_denoiser, tap_channels
 from m2d.training.settings import DIVISION, RESUMABLE_CHANGES, TrainConfig, as_dict, differences, parse_num_workers
 
 

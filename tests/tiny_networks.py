@@ -5,10 +5,9 @@ from torch import Tensor, nn
 
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.extractors import FeatureExtractor, Features
-from m2d.models.heads import AlignmentProjector, PatchDiscriminator
-from m2d.models.perceptual import FeatureDistance
+from m2d.models.perceptual import FeatureDistance, PatchDiscriminator
 from m2d.models.settings import AutoencoderConfig, ConditioningConfig, ProjectorConfig, UNetConfig
-from m2d.models.unet import build_denoiser, tap_channels
+from m2d.models.unet import AlignmentProjector, build_denoiser, tap_channels
 from m2d.training.batch import Draws, ImageBatch, draw
 from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
 from m2d.training.step import JointStep, Networks, StepConfig

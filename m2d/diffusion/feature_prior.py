@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from m2d.classes import CLASSES, NUM_CLASSES
-from m2d.errors import ConfigError, DataError
+from m2d.errors import DataError
 
-MAX_RANK = 128
 WEAK_BELOW = 30
 """A class of fewer images is weak: its mean alone is off by more than 1 / sqrt(30), 18 % of the class's own spread,
 and its covariance knows fewer than 29 of the features' hundreds of directions."""
 
-# Measured on HAM10000's EfficientNet-Lite0 features: the median distance from a draw to the nearest image of the fit,
-# over that of new real images. With a covariance of their own it is 0.60 to 0.68 for 3 images, 0.85 to 0.99 for 5 and
-# 1.05 or more from 10 on: fewer would let real images stand behind the draws (two span a line, shrinkage 0). The
-# likelihood of new images agrees: below 10 the common variance explains them better.
+# Measured on HAM10000's EfficientNet-Lite0 features, as the median distance from a draw to the nearest image of the fit
+# over that of new real images: with a covariance of their own 0.60 to 0.68 for 3 images, 0.85 to 0.99 for 5, 1.05 or
+# more from 10 on. Below, real images would stand behind the draws, and the common variance explains new images better.
 _OWN_COVARIANCE_FROM = 10
 _DEAD = 1e-6  # a dimension's deviation, relative to its mean where that exceeds 1, up to which it counts as constant
 
@@ -42,20 +40,17 @@ class FeaturePrior:
     isotropic: Tensor  # float32 [7], a deviation, in units of scale
 
     @classmethod
-    def fit(cls, features: np.ndarray | Tensor, labels: np.ndarray | Tensor, max_rank: int = MAX_RANK) -> Self:
+    def fit(cls, features: np.ndarray | Tensor, labels: np.ndarray | Tensor, max_rank: int = 128) -> Self:
         """Fit to features [n, D] (any float type) of labels int64 [n]: one row an image, in any order.
 
         Features are divided by their deviation over all images, so that shrinking treats dimensions alike. The
         covariance of a class with n_c >= 10 images is Ledoit and Wolf's (JMVA 88, 2004), as scikit-learn computes it:
-        (1 - delta) S + delta mu I with S = X^T X / n_c of the centred rows X and mu = tr S / D.
-
-        S has at most n_c - 1 eigenvalues l_1 >= l_2 >= ... above 0. The r <= max_rank largest are kept, and the D - r
-        others become their mean l = (tr S - l_1 - ... - l_r) / (D - r):
+        (1 - delta) S + delta mu I with S = X^T X / n_c of the centred rows X and mu = tr S / D. Of S's eigenvalues the
+        r <= max_rank largest l_i are kept, and the D - r others become their mean l:
 
             factors row i = sqrt((1 - delta) (l_i - l)) v_i^T,    isotropic^2 = delta mu + (1 - delta) l.
 
-        So the trace and the r leading eigenvalues stay what they were; it is the likeliest covariance of that form
-        (Tipping and Bishop, JRSS B 61, 1999), and the Ledoit-Wolf one itself where S has no more than max_rank.
+        This is the likeliest covariance of that form (Tipping and Bishop, JRSS B 61, 1999), with S's trace.
 
         A class of fewer than ten images, or of equal ones, gets its mean and the isotropic variance that the classes
         have within themselves: the sum of squared distances from class means over (n - classes) D. A class without
@@ -63,43 +58,37 @@ class FeaturePrior:
 
         Raises DataError where shapes do not fit, a feature is not finite, or no two images of a class differ.
         """
-        if max_rank < 1:
-            raise ConfigError(f"feature prior: max_rank is {max_rank}; it must be at least 1")
         rows, classes = _checked(features, labels)
         centre, deviation = rows.mean(axis=0), rows.std(axis=0)
         alive = deviation > _DEAD * np.maximum(np.abs(centre), 1)
-        scale = np.where(alive, deviation, 0)
         standardized = (rows[:, alive] - centre[alive]) / deviation[alive]
-
         counts = np.bincount(classes, minlength=NUM_CLASSES)
-        present = [int(index) for index in np.flatnonzero(counts)]
-        mean = np.zeros((NUM_CLASSES, rows.shape[1]))
-        centred: dict[int, np.ndarray] = {}
-        for index in present:
+        mean, centred = np.zeros((NUM_CLASSES, rows.shape[1])), {}
+        for index in np.flatnonzero(counts):
             mean[index] = rows[classes == index].mean(axis=0)
             of_class = standardized[classes == index]
             centred[index] = of_class - of_class.mean(axis=0)
         scatter = {index: float(np.square(of_class).sum()) for index, of_class in centred.items()}
-        spread = {index for index, total in scatter.items() if total > 1e-12 * alive.sum()}
-        if not spread:
+        rounding = 1e-12 * alive.sum()
+        if max(scatter.values()) <= rounding:
             raise DataError(
                 "feature prior: no class has two images with different features, so their spread is unknown; add "
                 "images or raise feature_extractor.statistics_images"
             )
-        within = sum(scatter.values()) / ((len(rows) - len(present)) * alive.sum())
+        within = sum(scatter.values()) / ((len(rows) - len(centred)) * alive.sum())
 
-        isotropic = np.zeros(NUM_CLASSES)
-        kept: dict[int, np.ndarray] = {}
+        isotropic, kept = np.zeros(NUM_CLASSES), {}
         for index, of_class in centred.items():
-            if counts[index] >= _OWN_COVARIANCE_FROM and index in spread:
+            variance = within
+            if counts[index] >= _OWN_COVARIANCE_FROM and scatter[index] > rounding:
                 kept[index], variance = _low_rank_and_isotropic(of_class, max_rank)
-            else:
-                variance = within
             isotropic[index] = np.sqrt(variance)
-        factors = np.zeros((NUM_CLASSES, max((len(part) for part in kept.values()), default=0), rows.shape[1]))
+        factors = np.zeros((NUM_CLASSES, max(map(len, kept.values()), default=0), rows.shape[1]))
         for index, part in kept.items():
             factors[index, : len(part), alive] = part.T  # an index array between slices: numpy puts its axis first
-        single = [torch.from_numpy(array).float() for array in (mean, scale, factors, isotropic)]
+        single = (
+            torch.from_numpy(array).float() for array in (mean, np.where(alive, deviation, 0), factors, isotropic)
+        )
         return cls(torch.from_numpy(counts), *single)
 
     @property
@@ -115,12 +104,12 @@ class FeaturePrior:
     @property
     def present(self) -> list[str]:
         """Codes of the classes that can be drawn."""
-        return [code for code, count in zip(CLASSES, self.counts.tolist(), strict=True) if count > 0]
+        return [code for code, count in zip(CLASSES, self.counts.tolist()) if count > 0]
 
     @property
     def weak(self) -> list[str]:
         """Codes of the classes that rest on fewer than WEAK_BELOW images, but on some."""
-        return [code for code, count in zip(CLASSES, self.counts.tolist(), strict=True) if 0 < count < WEAK_BELOW]
+        return [code for code, count in zip(CLASSES, self.counts.tolist()) if 0 < count < WEAK_BELOW]
 
     def require(self, codes: Iterable[str]) -> None:
         """Raise DataError where one of the classes had no image in the fit."""
@@ -136,9 +125,9 @@ class FeaturePrior:
     def sample(self, labels: Tensor, noise: Tensor) -> Tensor:
         """Features float32 [B, D] of labels int64 [B]: mean_c + scale (noise[:R] factors_c + isotropic_c noise[R:]).
 
-        noise: standard normal [B, R + D]; the result lies on its device and depends on nothing else. Scaled noise
-        draws nearer to the class mean or farther from it. Computed in float64, so that a sample rounds to the same
-        float32 in a batch of any size. Raises DataError for a class without images, and names it.
+        noise: standard normal [B, R + D], or scaled; the result is on its device and depends on nothing else. Computed
+        in float64, so that a sample rounds to the same float32 in a batch of any size. Raises DataError for a class
+        without images, and names it.
         """
         if noise.shape != (len(labels), self.noise_dim):
             raise ValueError(f"noise is {list(noise.shape)}; it must be [{len(labels)}, {self.noise_dim}]")
@@ -149,16 +138,14 @@ class FeaturePrior:
         features = torch.empty_like(around)
         for index in drawn:
             chosen = labels == index
-            mean, scale, factors, isotropic = (
-                tensor.to(noise.device, torch.float64)
-                for tensor in (self.mean[index], self.scale, self.factors[index], self.isotropic[index])
-            )
+            parts = (self.mean[index], self.scale, self.factors[index], self.isotropic[index])
+            mean, scale, factors, isotropic = (part.to(noise.device, torch.float64) for part in parts)
             features[chosen] = mean + scale * (along[chosen] @ factors + isotropic * around[chosen])
         return features.float()
 
     def tensors(self) -> dict[str, Tensor]:
         """What to store, by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(vars(self))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
@@ -166,34 +153,23 @@ class FeaturePrior:
         names = {field.name for field in fields(cls)}
         if tensors.keys() != names:
             raise ValueError(f"lacks {sorted(names - tensors.keys())} and has unknown {sorted(tensors.keys() - names)}")
-        if tensors["factors"].dim() != 3:
-            raise ValueError(f"factors has {tensors['factors'].dim()} dimensions and must have 3")
-        _, rank, dim = tensors["factors"].shape
-        shapes = {
-            "counts": (NUM_CLASSES,),
-            "mean": (NUM_CLASSES, dim),
-            "scale": (dim,),
-            "factors": (NUM_CLASSES, rank, dim),
-            "isotropic": (NUM_CLASSES,),
-        }
+        rank, dim = tensors["factors"].shape[-2:]
+        shapes = {"counts": [7], "mean": [7, dim], "scale": [dim], "factors": [7, rank, dim], "isotropic": [7]}
         for name, shape in shapes.items():
             tensor, dtype = tensors[name], torch.int64 if name == "counts" else torch.float32
-            if tensor.shape != shape or tensor.dtype != dtype:
-                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} and must be {dtype} {list(shape)}")
+            if list(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} and must be {dtype} {shape}")
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} holds numbers that are not finite")
-        for name in ("counts", "scale", "isotropic"):
-            if (tensors[name] < 0).any():
+            if name in ("counts", "scale", "isotropic") and (tensor < 0).any():
                 raise ValueError(f"{name} holds a negative number")
         return cls(**tensors)
 
 
 def _checked(features: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray]:
     """float64 [n, D] and int64 [n] on the CPU, or DataError."""
-    if isinstance(features, Tensor):
-        features = features.detach().cpu().double().numpy()  # numpy has no bfloat16
-    rows = np.asarray(features, dtype=np.float64)
-    classes = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    rows = torch.as_tensor(features).detach().cpu().double().numpy()
+    classes = torch.as_tensor(labels).cpu().numpy()
     if rows.ndim != 2 or 0 in rows.shape or classes.shape != rows.shape[:1]:
         raise DataError(
             f"feature prior: features are {list(rows.shape)} and labels {list(classes.shape)}; they must be [n, D] and "
@@ -207,7 +183,7 @@ def _checked(features: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> tupl
             f"feature prior: the features of {len(broken)} of {len(rows)} images are not finite (the first is image "
             f"{broken[0]}); compute them again, in float32 if the extractor overflows in a narrower type"
         )
-    return rows, classes.astype(np.int64)
+    return rows, classes
 
 
 def _low_rank_and_isotropic(centred: np.ndarray, max_rank: int) -> tuple[np.ndarray, float]:
@@ -222,8 +198,7 @@ def _low_rank_and_isotropic(centred: np.ndarray, max_rank: int) -> tuple[np.ndar
     by_images = count < dim
     gram = (centred @ centred.T if by_images else centred.T @ centred) / count
     side = len(gram)
-    wanted = min(max_rank, side)
-    values, vectors = eigh(gram, subset_by_index=[side - wanted, side - 1])
+    values, vectors = eigh(gram, subset_by_index=[max(0, side - max_rank), side - 1])
     real = values > values[-1] * side * np.finfo(np.float64).eps  # the rest is zero but for rounding
     values, vectors = values[real], vectors[:, real]
     directions = vectors.T @ centred / np.sqrt(count * values)[:, None] if by_images else vectors.T

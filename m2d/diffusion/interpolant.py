@@ -11,7 +11,7 @@ def interpolate(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
     clean, noise: [B, ...], normalised latents; t: [B] in [0, 1], one time a sample. Returns x_t, shape of clean.
     """
-    t = _per_sample(t, clean)
+    t = t.reshape(-1, *(1,) * (clean.dim() - 1))
     return (1 - t) * clean + t * noise
 
 
@@ -21,8 +21,3 @@ def velocity_target(clean: Tensor, noise: Tensor) -> Tensor:
     clean, noise: [B, ...], normalised latents. Returns the same shape. Constant in t, so it takes none.
     """
     return noise - clean
-
-
-def _per_sample(t: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, ...], so that t multiplies whole samples."""
-    return t.reshape(-1, *(1,) * (like.dim() - 1))

@@ -1,12 +1,13 @@
 """From noise to data: solvers of dx/dt = v(x, t) along x_t = (1 - t) x_0 + t eps, from t = 1 (or less) to t = 0.
 
-A velocity is any callable; guidance and the network live behind it. Nothing here is random.
+A velocity is any callable; GuidedVelocity makes one of a network. Nothing here is random.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from math import expm1
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,10 +17,47 @@ from m2d.diffusion.settings import Solver
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], t: float64 scalar tensor on the CPU) -> d x / d t, the shape of x."""
 
-# The multistep solvers work in log((1 - t) / t), which is infinite at t = 1. The first step starts this much later; the
-# noise is the same to seven digits.
-_BELOW_ONE = 1e-6
-_ABOVE_ZERO = 1e-6  # and at t = 0; there the path has arrived
+# The multistep solvers work in log((1 - t) / t), infinite at t = 1: the first step starts this much later, where the
+# noise is the same to seven digits. So near t = 0 the path has arrived.
+_EDGE = 1e-6
+
+
+class VelocityModel(Protocol):
+    """What guidance asks of a network; m2d.models' Denoiser is one."""
+
+    def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        """x_t: [B, C, h, w]; t: [B] in [0, 1]; context: [B, L, D]. Returns [B, C, h, w]."""
+        ...
+
+
+@dataclass
+class GuidedVelocity:
+    """v = v_null + scale (v_cond - v_null) where low <= t <= high, and v_cond elsewhere.
+
+    conditional: contexts [B, L, D]; null: the same shape, or [1, L, D] for one that the batch shares. Where guidance
+    acts, both halves go through the network in one pass of 2B samples; elsewhere, and at scale 1, where the formula is
+    v_cond anyway, the null half is not computed at all.
+    Sources: classifier-free guidance (arXiv 2207.12598), limited interval (arXiv 2404.07724).
+    """
+
+    model: VelocityModel
+    conditional: Tensor
+    null: Tensor
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        self._both = torch.cat([self.null.expand_as(self.conditional), self.conditional])
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: [B, C, h, w]; t: one time for the batch, a scalar tensor on the CPU (on a GPU, reading it would wait)."""
+        time, (low, high) = float(t), self.interval
+        if self.scale == 1 or not low <= time <= high:
+            return self.model.velocity(x, x.new_full((len(x),), time), self.conditional)
+        velocity = self.model.velocity(torch.cat([x, x]), x.new_full((2 * len(x),), time), self._both)
+        # In the state's precision: the difference of two nearly equal bf16 velocities is what guidance lives on.
+        null, conditional = velocity.to(x.dtype).chunk(2)
+        return null + self.scale * (conditional - null)
 
 
 @torch.no_grad()
@@ -42,17 +80,11 @@ def solve(
     """
     start = start.to(torch.float64 if start.dtype == torch.float64 else torch.float32)
     times = time_grid(steps, shift, start_time)
-    if start_time < _ABOVE_ZERO:
+    if start_time < _EDGE:
         return start
-    match solver:
-        case "euler":
-            return _euler(velocity, start, times)
-        case "heun":
-            return _heun(velocity, start, times)
-        case "dpmpp":
-            return _multistep(velocity, start, times, corrected=False)
-        case "unipc":
-            return _multistep(velocity, start, times, corrected=True)
+    if solver in ("dpmpp", "unipc"):
+        return _multistep(velocity, start, times, corrected=solver == "unipc")
+    return (_heun if solver == "heun" else _euler)(velocity, start, times)
 
 
 def time_grid(steps: int, shift: float = 1.0, start_time: float = 1.0) -> Tensor:
@@ -90,7 +122,7 @@ def _multistep(velocity: Velocity, x: Tensor, times: Tensor, *, corrected: bool)
     UniPC repeats a step, without another pass of the network, once it knows the value at the step's end.
     Sources: DPM-Solver++ (arXiv 2211.01095), algorithm 2; UniPC (arXiv 2302.04867), algorithms 1 and 2.
     """
-    times = times.clamp(max=1 - _BELOW_ONE)
+    times = times.clamp(max=1 - _EDGE)
     steps = _steps(times)
     begin, before = x, x  # of the step before: where it began, and the x_0 that was seen there
     slope: Tensor | float = 0.0

@@ -9,7 +9,7 @@ import torch
 from m2d.errors import ConfigError
 from m2d.evaluation.images import ImageSet, with_pixels
 from m2d.files.progress import progress
-from m2d.models.autoencoder import Autoencoder, coded_at_once
+from m2d.models.autoencoder import Autoencoder, coded_at_once, from_uint8, to_uint8
 from m2d.models.checkpoint import Checkpoint
 
 BATCH = 32
@@ -76,6 +76,5 @@ def psnr_db(images: ImageSet, redrawn: ImageSet) -> float:
 @torch.inference_mode()
 def _redrawn(batch: np.ndarray, autoencoder: Autoencoder, device: str) -> np.ndarray:
     """uint8 [B, S, S, 3] to the same."""
-    x = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-    y = autoencoder.decode(autoencoder.encode(x).mode()).clamp(-1, 1)
-    return np.asarray(((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu())
+    x = from_uint8(torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2))
+    return to_uint8(autoencoder.decode(autoencoder.encode(x).mode()))

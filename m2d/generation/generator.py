@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from m2d.classes import NUM_CLASSES, class_index
-from m2d.diffusion.guidance import GuidedVelocity
 from m2d.diffusion.settings import Solver
-from m2d.diffusion.solver import solve
+from m2d.diffusion.solver import GuidedVelocity, solve
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import GuidingFeature, PlanRow
 from m2d.generation.references import read_reference, require_dim
 from m2d.generation.seeds import feature_seed, noise_for, slerp
 from m2d.generation.settings import CompileMode
-from m2d.models.autoencoder import coded_at_once
+from m2d.models.autoencoder import coded_at_once, from_uint8, to_uint8
 from m2d.models.precision import DTYPES, pick_precision
 from m2d.models.unet import Denoiser
 
@@ -143,7 +142,7 @@ class Generator:
 
         def means(pixels: Tensor) -> Tensor:
             parts = pixels.split(coded_at_once(self.checkpoint.image_size))
-            latents = torch.cat([self.autoencoder.encode(part.float() / 127.5 - 1).mode() for part in parts])
+            latents = torch.cat([self.autoencoder.encode(from_uint8(part)).mode() for part in parts])
             return self.denoiser.normalize(latents)
 
         return self._of_each(paths, self._latents, means)
@@ -271,12 +270,6 @@ def start_of(row: PlanRow) -> tuple[float, int]:
         return 1.0, row.steps
     strength = cast(float, row.strength)  # a checked plan has it
     return strength, max(1, round(strength * row.steps))
-
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3], rounded to the nearest; what lies outside is clipped."""
-    scaled = (images.clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def pick_device(device: str | None) -> torch.device:

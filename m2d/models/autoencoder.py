@@ -1,16 +1,19 @@
 """The autoencoder: diffusers AutoencoderKL from scratch, from a folder, or from a hub id, behind encode and decode."""
 
 from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from m2d.errors import CheckpointError, first_line
-from m2d.models.norms import keep_input_type
+from m2d.models.precision import keep_input_type
 from m2d.models.settings import AutoencoderConfig
 
+NetworkT = TypeVar("NetworkT", bound=ModelMixin)
 _CODED_PIXELS = 32 * 128**2  # through a VAE at once; its activations at 256 px: 1.3 GiB in bf16, 1.6 in float32
 
 
@@ -32,7 +35,7 @@ class Autoencoder(nn.Module):
 
     @property
     def downsampling(self) -> int:
-        """Image pixels a latent cell, along one side."""
+        """Image pixels per latent cell, along one side."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     def encode(self, images: Tensor) -> DiagonalGaussianDistribution:
@@ -44,29 +47,50 @@ class Autoencoder(nn.Module):
         return self.vae.decode(latents).sample
 
 
+def from_uint8(pixels: Tensor) -> Tensor:
+    """Images in [-1, 1], float32, of pixels from 0 to 255, in any shape."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3], rounded to the nearest; what lies outside is clipped."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
 def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder:
     """A new or pretrained autoencoder. Raises CheckpointError where `pretrained` cannot be loaded."""
-    vae = _from_scratch(config, image_size) if config.pretrained is None else _pretrained(config.pretrained)
+    if config.pretrained is not None:
+        vae = _pretrained(config.pretrained)
+    else:
+        levels = len(config.block_channels)
+        vae = AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(config.block_channels),
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.norm_groups,
+            sample_size=image_size,
+            mid_block_add_attention=config.mid_attention,
+            scaling_factor=1.0,  # the latent batch norm scales; a constant on top would be a second truth
+        )
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
     return Autoencoder(vae)
 
 
-def _from_scratch(config: AutoencoderConfig, image_size: int) -> AutoencoderKL:
-    levels = len(config.block_channels)
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * levels,
-        up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=tuple(config.block_channels),
-        layers_per_block=config.layers_per_block,
-        latent_channels=config.latent_channels,
-        norm_num_groups=config.norm_groups,
-        sample_size=image_size,
-        mid_block_add_attention=config.mid_attention,
-        scaling_factor=1.0,  # the latent batch norm scales; a constant on top would be a second truth
-    )
+def load_strictly(kind: type[NetworkT], location: str | Path, setting: str, **options: Any) -> NetworkT:
+    """A diffusers network with every tensor in its file: diffusers only warns and leaves others at random values."""
+    network, report = kind.from_pretrained(location, torch_dtype=torch.float32, output_loading_info=True, **options)
+    strangers = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if strangers:
+        raise CheckpointError(
+            f"{setting}: the weights in {location} do not fit its config.json: {len(strangers)} tensors are missing or "
+            f"unknown, the first is {strangers[0]}"
+        )
+    return network
 
 
 def _pretrained(location: str) -> AutoencoderKL:
@@ -74,19 +98,14 @@ def _pretrained(location: str) -> AutoencoderKL:
         folder = Path(location)
         if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
             location = str(folder / "vae")
-        vae, loading = AutoencoderKL.from_pretrained(location, torch_dtype=torch.float32, output_loading_info=True)
+        return load_strictly(AutoencoderKL, location, "autoencoder.pretrained")
+    except CheckpointError:
+        raise
     except Exception as error:  # diffusers, huggingface_hub, safetensors and torch each have their own
         raise CheckpointError(
             f"autoencoder.pretrained: {location} is neither a folder with an AutoencoderKL nor a hub id that can be "
             f"reached ({first_line(error)}); give a local folder"
         ) from None
-    strangers = [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]
-    if strangers:  # diffusers warns and leaves such tensors at random values
-        raise CheckpointError(
-            f"autoencoder.pretrained: the weights in {location} do not fit its config.json: {len(strangers)} tensors "
-            f"are missing or not known, the first is {strangers[0]}; take the folder of an AutoencoderKL"
-        )
-    return vae
 
 
 def coded_at_once(image_size: int) -> int:

@@ -14,25 +14,25 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import yaml
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2d.classes import CLASSES
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, first_line
-from m2d.models.autoencoder import Autoencoder
+from m2d.models.autoencoder import Autoencoder, load_strictly
 from m2d.models.settings import COMPLETE, ConditioningConfig
 from m2d.models.unet import ConditionEncoder, Denoiser
 
 FORMAT = 1
-NetworkT = TypeVar("NetworkT", bound=nn.Module)
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CONDITIONING = "conditioning.safetensors"
 PRIOR = "feature_prior.safetensors"
 
 
@@ -92,12 +92,13 @@ def write_inference_files(
         raise ValueError(f"the prior's features have {prior.dim} dimensions, the checkpoint's {info.feature_dim}")
     autoencoder.vae.save_config(directory / "vae")
     unet.save_config(directory / "unet")
-    denoiser: dict[str, Tensor] = tensors["denoiser"]
-    weights = {name.removeprefix("unet."): tensor for name, tensor in denoiser.items() if name.startswith("unet.")}
-    rest = {name: tensor for name, tensor in denoiser.items() if not name.startswith("unet.")}
+    weights: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    for name, tensor in tensors["denoiser"].items():
+        (weights if name.startswith("unet.") else rest)[name.removeprefix("unet.")] = tensor
     save_tensors(tensors["vae"], directory / "vae" / WEIGHTS)
     save_tensors(weights, directory / "unet" / WEIGHTS)
-    save_tensors(rest, directory / "conditioning.safetensors")
+    save_tensors(rest, directory / CONDITIONING)
     if prior is not None:
         save_tensors(prior.tensors(), directory / PRIOR)
     document = {"format": FORMAT, **vars(info), "classes": list(info.classes)}
@@ -105,7 +106,7 @@ def write_inference_files(
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """safetensors with the metadata that diffusers asks for. Raises OSError, of a full disk for one."""
+    """safetensors with the metadata that diffusers asks for. Raises OSError, for example where the disk is full."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         save_file(contiguous, path, metadata={"format": "pt"})
@@ -126,25 +127,28 @@ def mark_complete(directory: Path) -> None:
 def read_info(path: str | Path) -> CheckpointInfo:
     """checkpoint.yaml of a complete checkpoint. Raises CheckpointError."""
     directory = Path(path)
+    marker, description = directory / COMPLETE, directory / "checkpoint.yaml"
     if not directory.is_dir():
         raise CheckpointError(f"checkpoint: {path} is not a directory; name one such as EXPERIMENT/checkpoints/best")
-    if not (directory / COMPLETE).is_file():
-        inside = sorted(
-            marker.parent for marker in [*directory.glob("*/" + COMPLETE), *directory.glob("checkpoints/*/" + COMPLETE)]
-        )
-        hint = f"did you mean {inside[-1]}?" if inside else "name one that holds complete.json"
+    if not marker.is_file():
+        inside = [*directory.glob(f"*/{COMPLETE}"), *directory.glob(f"checkpoints/*/{COMPLETE}")]
+        hint = f"did you mean {max(inside).parent}?" if inside else f"name one that has {COMPLETE}"
         raise CheckpointError(f"checkpoint: {path} is not a complete checkpoint; {hint}")
-    _check_files(directory)
+    reading = marker
     try:
-        document = yaml.safe_load((directory / "checkpoint.yaml").read_text(encoding="utf-8"))
-        written_as = document.pop("format", None)
-        info = CheckpointInfo(**document) if written_as == FORMAT else None
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint: {directory / 'checkpoint.yaml'} is damaged ({first_line(error)})") from None
-    if info is None:
-        raise CheckpointError(
-            f"checkpoint: {path} is of format {written_as}, this M2D reads {FORMAT}; use the version that wrote it"
-        )
+        sizes = dict(json.loads(marker.read_text(encoding="utf-8"))["files"])
+        for file, size in ((directory / name, size) for name, size in sizes.items()):
+            if not file.is_file() or file.stat().st_size != size:
+                raise CheckpointError(f"checkpoint: {file} is missing or cut short; take another checkpoint")
+        reading = description
+        document = yaml.safe_load(description.read_text(encoding="utf-8"))
+        if (found := document.pop("format", None)) != FORMAT:
+            raise CheckpointError(
+                f"checkpoint: {path} is of format {found}, this M2D reads {FORMAT}; use the version that wrote it"
+            )
+        info = CheckpointInfo(**document)
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint: {reading} is damaged ({first_line(error)})") from None
     if tuple(info.classes) != CLASSES:
         raise CheckpointError(
             f"checkpoint: {path} was trained on classes {' '.join(info.classes)}, this M2D has {' '.join(CLASSES)}"
@@ -152,86 +156,52 @@ def read_info(path: str | Path) -> CheckpointInfo:
     return replace(info, classes=CLASSES)
 
 
-def read_prior(path: str | Path) -> FeaturePrior | None:
+def read_prior(path: str | Path, info: CheckpointInfo | None = None) -> FeaturePrior | None:
     """The feature prior of a complete checkpoint, on the CPU; None where it was written without one.
 
-    Raises CheckpointError where it is damaged or its features are not those that the checkpoint was trained with.
+    info: the checkpoint's, where it has been read. Raises CheckpointError where the prior is damaged or its features
+    are not those that the checkpoint was trained with.
     """
-    return _read_prior(Path(path), read_info(path))
+    info, file = info or read_info(path), Path(path) / PRIOR
+    if not file.is_file():
+        return None
+    try:
+        prior = FeaturePrior.from_tensors(load_file(file))
+        if prior.dim != info.feature_dim:
+            raise ValueError(f"its features have {prior.dim} dimensions, the checkpoint's {info.feature_dim}")
+    except Exception as error:
+        raise CheckpointError(f"checkpoint: {file} cannot be used ({first_line(error)}); take another one") from None
+    return prior
 
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Load for generation. Raises CheckpointError where it is missing, incomplete or broken."""
-    info = read_info(path)
-    directory = Path(path)
+    info, directory = read_info(path), Path(path)
     try:
-        vae = _strictly(AutoencoderKL, directory / "vae")
-        unet = _strictly(UNet2DConditionModel, directory / "unet")
+        vae = load_strictly(AutoencoderKL, directory / "vae", "checkpoint", local_files_only=True)
+        unet = load_strictly(UNet2DConditionModel, directory / "unet", "checkpoint", local_files_only=True)
         conditioning = ConditionEncoder(ConditioningConfig(**info.conditioning), info.feature_dim)
         denoiser = Denoiser(unet, conditioning, int(unet.config.in_channels))
-        rest = load_file(directory / "conditioning.safetensors")
-        missing, unexpected = denoiser.load_state_dict(rest, strict=False)
+        missing, unknown = denoiser.load_state_dict(load_file(directory / CONDITIONING), strict=False)
+        missing = [name for name in missing if not name.startswith("unet.")]
+        if missing or unknown:
+            raise CheckpointError(f"checkpoint: {path} lacks {missing} and has unknown {unknown}")
     except CheckpointError:
         raise
     except Exception as error:
         raise CheckpointError(f"checkpoint: {path} cannot be loaded ({first_line(error)}); take another one") from None
-    missing = [name for name in missing if not name.startswith("unet.")]
-    if missing or unexpected:
-        raise CheckpointError(f"checkpoint: {path} lacks {missing} and has unknown {unexpected}")
+    autoencoder = Autoencoder(vae)
+    for network in (autoencoder, denoiser):
+        network.eval().requires_grad_(False).to(device)
     return Checkpoint(
-        path=str(path),
-        sha256=checkpoint_sha256(directory),
-        info=info,
-        autoencoder=_frozen(Autoencoder(vae), device),
-        denoiser=_frozen(denoiser, device),
-        prior=_read_prior(directory, info),
+        str(path), checkpoint_sha256(directory), info, autoencoder, denoiser, prior=read_prior(directory, info)
     )
-
-
-def _read_prior(directory: Path, info: CheckpointInfo) -> FeaturePrior | None:
-    path = directory / PRIOR
-    if not path.is_file():
-        return None
-    try:
-        prior = FeaturePrior.from_tensors(load_file(path))
-    except Exception as error:
-        raise CheckpointError(f"checkpoint: {path} cannot be used ({first_line(error)}); take another one") from None
-    if prior.dim != info.feature_dim:
-        raise CheckpointError(
-            f"checkpoint: {path} is of features with {prior.dim} dimensions, the checkpoint's have {info.feature_dim}; "
-            "take another one"
-        )
-    return prior
-
-
-def _strictly(network: type[NetworkT], folder: Path) -> NetworkT:
-    """diffusers would only warn about a missing tensor and leave it at random values."""
-    loaded, report = network.from_pretrained(folder, local_files_only=True, output_loading_info=True)  # type: ignore[attr-defined]
-    strangers = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if strangers:
-        raise CheckpointError(f"checkpoint: the weights in {folder} do not fit its config.json: {strangers[0]}")
-    return loaded
-
-
-def _frozen(network: NetworkT, device: str | torch.device) -> NetworkT:
-    return network.eval().requires_grad_(False).to(device)
-
-
-def _check_files(directory: Path) -> None:
-    try:
-        listed = dict(json.loads((directory / COMPLETE).read_text(encoding="utf-8"))["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint: {directory / COMPLETE} is damaged ({first_line(error)})") from None
-    for name, size in listed.items():
-        path = directory / name
-        if not path.is_file() or path.stat().st_size != size:
-            raise CheckpointError(f"checkpoint: {path} is missing or cut short; take another checkpoint")
 
 
 def checkpoint_sha256(directory: Path) -> str:
     """Over all files that shape an image: what generated images carry as their checkpoint."""
     digest = hashlib.sha256()
-    names = ["vae/config.json", f"vae/{WEIGHTS}", "unet/config.json", f"unet/{WEIGHTS}", "conditioning.safetensors"]
+    names = ["vae/config.json", f"vae/{WEIGHTS}", "unet/config.json", f"unet/{WEIGHTS}", CONDITIONING]
     if (directory / PRIOR).is_file():  # without one the hash is what it was before there were priors
         names.append(PRIOR)
     for name in names:

@@ -1,4 +1,4 @@
-"""Perceptual distances between images: LPIPS where its weights can be had, a feature extractor's maps otherwise."""
+"""What judges reconstructions in training: LPIPS or the distance of an extractor's maps, and a PatchGAN."""
 
 import contextlib
 import io
@@ -37,11 +37,11 @@ class FeatureDistance(_Distance):
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """images, targets: [B, 3, H, W] in [-1, 1]. Returns [B], 0 for equal images."""
-        extractor = self._network[0]
+        network = self._network[0]
         # Depthwise convolutions are slower in bf16 than in float32 on CPUs, and unit-normalising loses what bf16 keeps.
         with torch.autocast(images.device.type, enabled=False):
             first, second = (
-                extractor.pyramid(((x.float() + 1) * 127.5 - extractor.mean) / extractor.std) for x in (images, targets)
+                network.pyramid(((x.float() + 1) * 127.5 - network.mean) / network.std) for x in (images, targets)
             )
             total = first[0].new_zeros(images.shape[0])
             for a, b in zip(first, second, strict=True):
@@ -74,15 +74,14 @@ def lpips_available(net: str) -> tuple[bool, str]:
 
 
 def build_perceptual(kind: PerceptualKind, extractor: nn.Module | None, net: str = "vgg") -> nn.Module:
-    """The distance of that kind; both take images in [-1, 1] and give one number an image.
+    """The distance of that kind; both take images in [-1, 1] and give one number per image.
 
     "features" takes the maps of `extractor` where it has a pyramid, else those of the packaged EfficientNet-Lite0: a
     ViT has no map finer than its patches, and cached features come with no network at all.
     """
     if kind == "lpips":
         return LpipsDistance(net)
-    network: Any = extractor if hasattr(extractor, "pyramid") else load_feature_extractor(LITE0)
-    return FeatureDistance(network)
+    return FeatureDistance(extractor if hasattr(extractor, "pyramid") else load_feature_extractor(LITE0))
 
 
 def _load_lpips(net: str) -> nn.Module:
@@ -91,3 +90,30 @@ def _load_lpips(net: str) -> nn.Module:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls torchvision by arguments that were renamed since
         return lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
+
+
+class PatchDiscriminator(nn.Module):
+    """Images [B, 3, H, W] in [-1, 1] to a map of logits [B, 1, h, w], one per patch (Isola et al., arXiv 1611.07004).
+
+    Group norm in place of the original's batch norm: real and reconstructed images are judged in separate passes, and
+    batch statistics would tell them apart by the company they keep.
+    """
+
+    def __init__(self, channels: int = 64, layers: int = 3) -> None:
+        super().__init__()
+        stages: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for layer in range(1, layers + 1):
+            previous, width = width, channels * min(2**layer, 8)
+            stride = 2 if layer < layers else 1
+            stages += [
+                nn.Conv2d(previous, width, 4, stride=stride, padding=1, bias=False),
+                nn.GroupNorm(min(8, width), width),
+                nn.LeakyReLU(0.2),
+            ]
+        stages.append(nn.Conv2d(width, 1, 4, stride=1, padding=1))
+        self.stages = nn.Sequential(*stages)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Positive means real."""
+        return self.stages(images)

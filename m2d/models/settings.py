@@ -2,33 +2,51 @@
 
 import re
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from m2d.errors import ConfigError
 
-KNOWN_EXTRACTORS = ("efficientnet-lite0", "efficientnet-lite1", "panderm-large", "panderm-base")
 TIMM_PREFIX = "timm:"  # and the name of any timm model that has spatial features
 PANDERM_PREFIX = "panderm-"
-CROPS = ("whole", "official")
+MIDDLE = "middle"
+COMPLETE = "complete.json"  # lists a checkpoint's files, and is written last
 Crop = Literal["whole", "official"]
+PerceptualKind = Literal["lpips", "features"]
 Precision = Literal["no", "bf16", "fp16"]  # of the networks' passes: float32, or autocast to the other two
 
-
-MIDDLE = "middle"
-PerceptualKind = Literal["lpips", "features"]
-COMPLETE = "complete.json"  # lists a checkpoint's files, and is written last
+_EXTRACTORS = ("efficientnet-lite0", "efficientnet-lite1", "panderm-large", "panderm-base")
 
 
 def parse_tap(tap: str) -> tuple[str, int]:
     """("down", 1) of `down_1`, ("middle", 0) of `middle`. Raises ConfigError for any other form."""
     matched = re.fullmatch(r"(down|up)_(\d+)", tap)
-    if tap != MIDDLE and matched is None:
-        raise ConfigError(f"alignment.tap is {tap}; it must be middle, or down_K or up_K with K counted from 0")
+    _require(matched or tap == MIDDLE, f"alignment.tap is {tap}; it must be middle, or down_K or up_K, K from 0")
     return (matched[1], int(matched[2])) if matched else (MIDDLE, 0)
 
 
-def _require(condition: bool, message: str) -> None:
+def require_extractor(name: str, weights: str | None, input_size: int | None, crop: str) -> None:
+    """Raise ConfigError where an extractor cannot be built from these settings, as far as that shows without torch."""
+    group, panderm = "feature_extractor", name.startswith(PANDERM_PREFIX)
+    known = name in _EXTRACTORS or (name.startswith(TIMM_PREFIX) and name != TIMM_PREFIX)
+    _require(known, f"{group}.name is {name}; known: {' '.join(_EXTRACTORS)} {TIMM_PREFIX}MODEL")
+    _require(
+        weights is not None or not panderm,
+        f"{group}.weights is not set; {name} needs its file, which only its authors distribute: see docs/panderm.md",
+    )
+    if weights is not None and not Path(weights).is_file():
+        raise ConfigError(f"{group}.weights: {weights} is not a file; give the path of a local one")
+    if input_size is not None:  # timm's models know for themselves which sizes they take
+        least, cell = (1, 1) if name.startswith(TIMM_PREFIX) else (32, 16 if panderm else 32)
+        _require(
+            input_size >= least and input_size % cell == 0,
+            f"{group}.input_size is {input_size}; {name} needs a multiple of {cell}, at least {least}",
+        )
+    _require(crop in get_args(Crop), f"{group}.crop is {crop}; known: {' '.join(get_args(Crop))}")
+
+
+def _require(condition: object, message: str) -> None:
     if not condition:
         raise ConfigError(message)
 
@@ -39,26 +57,15 @@ def _require_at_least(config: object, group: str, **least: float) -> None:
         _require(value >= minimum, f"{group}.{name} is {value}; it must be at least {minimum}")
 
 
-def require_extractor(name: str, weights: str | None, input_size: int | None, crop: str) -> None:
-    """Raise ConfigError where an extractor cannot be built from these settings, as far as that shows without torch."""
-    known = name in KNOWN_EXTRACTORS or (name.startswith(TIMM_PREFIX) and name != TIMM_PREFIX)
-    _require(known, f"feature_extractor.name is {name}; known: {' '.join(KNOWN_EXTRACTORS)} {TIMM_PREFIX}MODEL")
-    _require(
-        weights is not None or not name.startswith(PANDERM_PREFIX),
-        f"feature_extractor.weights is not set, and {name} needs its file, which only its authors distribute; "
-        "docs/panderm.md says where",
-    )
-    if weights is not None and not Path(weights).is_file():
-        raise ConfigError(f"feature_extractor.weights: {weights} is not a file; give the path of a local one")
-    if input_size is not None and name in KNOWN_EXTRACTORS:
-        cell = 16 if name.startswith(PANDERM_PREFIX) else 32
+def _require_levels(config: "AutoencoderConfig | UNetConfig", group: str, *divisors: str) -> None:
+    """A width for each level, each divisible by what these settings say."""
+    _require(config.block_channels, f"{group}.block_channels is empty; give one width per level")
+    for width, name in product(config.block_channels, divisors):
+        divisor = getattr(config, name)
         _require(
-            input_size >= 32 and input_size % cell == 0,
-            f"feature_extractor.input_size is {input_size}; {name} needs a multiple of {cell}, at least 32",
+            width % divisor == 0,
+            f"{group}.block_channels has {width}; every width must be divisible by {name} {divisor}",
         )
-    elif input_size is not None:  # timm's models know for themselves which others they take
-        _require(input_size >= 1, f"feature_extractor.input_size is {input_size}; it must be at least 1")
-    _require(crop in CROPS, f"feature_extractor.crop is {crop}; known: {' '.join(CROPS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,25 +88,20 @@ class AutoencoderConfig:
     """diffusers AutoencoderKL: from scratch by shape, or `pretrained` from a local folder or hub id."""
 
     pretrained: str | None = None  # a local folder or a hub id; the shape below is then its own
-    block_channels: list[int] = field(default_factory=lambda: [64, 128, 256])  # one entry a level; halves between
-    layers_per_block: int = 1  # residual blocks a level; the decoder has one more
+    block_channels: list[int] = field(default_factory=lambda: [64, 128, 256])  # one entry per level; halves between
+    layers_per_block: int = 1  # residual blocks per level; the decoder has one more
     latent_channels: int = 8  # numbers kept of each latent cell
-    norm_groups: int = 16  # of the group norms; every width must divide by it
+    norm_groups: int = 16  # of the group norms; every width must be divisible by it
     mid_attention: bool = False  # self-attention at the lowest resolution
     gradient_checkpointing: bool = False  # less memory in training, about a third more time
 
     def __post_init__(self) -> None:
         _require_at_least(self, "autoencoder", norm_groups=1, latent_channels=1, layers_per_block=1)
-        _require(len(self.block_channels) >= 1, "autoencoder.block_channels is empty; give one width a level")
-        for width in self.block_channels:
-            _require(
-                width % self.norm_groups == 0,
-                f"autoencoder.block_channels has {width}; every width must divide by norm_groups {self.norm_groups}",
-            )
+        _require_levels(self, "autoencoder", "norm_groups")
 
     @property
     def downsampling(self) -> int:
-        """Image pixels a latent cell, along one side, of a network built from scratch."""
+        """Image pixels per latent cell, along one side, of a network built from scratch."""
         return int(2 ** (len(self.block_channels) - 1))
 
 
@@ -107,27 +109,18 @@ class AutoencoderConfig:
 class UNetConfig:
     """diffusers UNet2DConditionModel on normalised latents."""
 
-    block_channels: list[int] = field(default_factory=lambda: [128, 256, 256])  # one entry a level; halves between
-    layers_per_block: int = 2  # residual blocks a level; the way up has one more
+    block_channels: list[int] = field(default_factory=lambda: [128, 256, 256])  # one entry per level; halves between
+    layers_per_block: int = 2  # residual blocks per level; the way up has one more
     attention_levels: list[bool] = field(default_factory=lambda: [False, True, True])  # cross-attention at each level
-    head_dim: int = 32  # channels an attention head
-    norm_groups: int = 32  # of the group norms; every width must divide by it
+    head_dim: int = 32  # channels per attention head
+    norm_groups: int = 32  # of the group norms; every width must be divisible by it
     gradient_checkpointing: bool = False  # less memory, about a third more time
 
     def __post_init__(self) -> None:
-        _require(len(self.block_channels) >= 1, "unet.block_channels is empty; give one width a level")
         _require_at_least(self, "unet", layers_per_block=1, head_dim=1, norm_groups=1)
-        _require(
-            len(self.attention_levels) == len(self.block_channels),
-            f"unet.attention_levels has {len(self.attention_levels)} entries and unet.block_channels "
-            f"{len(self.block_channels)}; give one a level",
-        )
-        for width in self.block_channels:
-            _require(
-                width % self.norm_groups == 0 and width % self.head_dim == 0,
-                f"unet.block_channels has {width}; every width must divide by norm_groups {self.norm_groups} "
-                f"and head_dim {self.head_dim}",
-            )
+        _require_levels(self, "unet", "norm_groups", "head_dim")
+        levels, attending = len(self.block_channels), len(self.attention_levels)
+        _require(attending == levels, f"unet.attention_levels has {attending} entries; there are {levels} levels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,8 +129,8 @@ class ConditioningConfig:
 
     context_dim: int = 256  # width of a token
     feature_tokens: int = 4  # tokens that the cls feature becomes
-    class_dropout: float = 0.1  # probability, a sample
-    feature_dropout: float = 0.3  # probability, a sample; independent of the class
+    class_dropout: float = 0.1  # probability, per sample
+    feature_dropout: float = 0.3  # probability, per sample; independent of the class
     feature_noise: float = 0.5  # largest noise level added to the standardised feature; drawn uniformly from [0, this]
 
     def __post_init__(self) -> None:
@@ -176,8 +169,5 @@ class DiscriminatorConfig:
     start_step: int = 2000  # the generator's adversarial term begins here; the discriminator learns from step 0
 
     def __post_init__(self) -> None:
-        _require(
-            self.channels >= 4 and self.channels % 4 == 0,
-            f"discriminator.channels is {self.channels}; it must be a multiple of 4",
-        )
-        _require_at_least(self, "discriminator", layers=1, start_step=0)
+        _require(self.channels % 4 == 0, f"discriminator.channels is {self.channels}; it must be a multiple of 4")
+        _require_at_least(self, "discriminator", channels=4, layers=1, start_step=0)

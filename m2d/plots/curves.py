@@ -3,15 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from m2d.plots.style import FAINT, LINE_COLOURS, LINE_STYLES, new_figure, png, styled
+from m2d.plots.style import LINE_COLOURS, LINE_STYLES, drawn, new_figure
 
 _LOOK_OF = {"autoencoder": 0, "VAE": 0, "denoiser": 1, "U-Net": 1, "discriminator": 2}  # the same in every chart
 _ROUND = (1, 2, 5, 10)  # what ticks count in
@@ -46,6 +47,8 @@ class Panel:
     from_zero: bool = False
 
 
+_rate = partial(Panel, logarithmic=False, from_zero=True)
+_state = partial(_rate, noisy=False)
 _TRAINING = (
     Panel(
         "VAE: reconstruction, perceptual", {"loss/reconstruction": "reconstruction", "loss/perceptual": "perceptual"}
@@ -58,45 +61,36 @@ _TRAINING = (
     Panel("Discriminator", {"loss/discriminator": "discriminator"}),
 )
 _RUNNING = (
-    Panel("Throughput (images/s)", {"images_per_s": "images/s"}, logarithmic=False, from_zero=True),
-    Panel("Share of time waiting for data", {"data_wait_share": "waiting"}, logarithmic=False, from_zero=True),
-    Panel("Model FLOP utilisation", {"model_flop_utilisation": "of the peak"}, logarithmic=False, from_zero=True),
-    Panel("TFLOP/s of one worker", {"model_tflops_per_s": "TFLOP/s"}, logarithmic=False, from_zero=True),
-    Panel(
-        "Peak memory of one worker (GiB)", {"peak_memory_gib": "GiB"}, noisy=False, logarithmic=False, from_zero=True
-    ),
-    Panel("Skipped steps so far", {"skipped_steps": "skipped"}, noisy=False, logarithmic=False, from_zero=True),
+    _rate("Throughput (images/s)", {"images_per_s": "images/s"}),
+    _rate("Share of time waiting for data", {"data_wait_share": "waiting"}),
+    _rate("Model FLOP utilisation", {"model_flop_utilisation": "of the peak"}),
+    _rate("TFLOP/s of one worker", {"model_tflops_per_s": "TFLOP/s"}),
+    _state("Peak memory of one worker (GiB)", {"peak_memory_gib": "GiB"}),
+    _state("Skipped steps so far", {"skipped_steps": "skipped"}),
 )
+_lower = partial(Panel, best="min", noisy=False)
 _VALIDATION = (
     Panel("PSNR (dB, more is better)", {"val/psnr_db": "last"}, best="max", noisy=False, logarithmic=False),
-    Panel("Perceptual distance (less is better)", {"val/perceptual": "last"}, best="min", noisy=False),
-    Panel("Velocity error (less is better)", {"val/velocity_mse": "last"}, best="min", noisy=False),
-    Panel("Kernel distance of samples (less is better)", {"val/kernel_distance": "last"}, best="min", noisy=False),
+    _lower("Perceptual distance (less is better)", {"val/perceptual": "last"}),
+    _lower("Velocity error (less is better)", {"val/velocity_mse": "last"}),
+    _lower("Kernel distance of samples (less is better)", {"val/kernel_distance": "last"}),
 )
 
 
-def training_curves(records: Sequence[dict[str, Any]], *, columns: int = 3) -> bytes:
-    """PNG of metrics/train.jsonl: losses, gradient norms, learning rates, throughput, and whatever else was recorded.
+@drawn
+def training_curves(records: Sequence[dict[str, Any]], *, columns: int = 3) -> Figure:
+    """metrics/train.jsonl: losses, gradient norms, learning rates, throughput, and whatever else was recorded.
 
     Faint: as recorded (left out where more than three curves share a chart). Bold: running median; learning rates,
     memory and skipped steps are drawn as recorded. Steps run along the x axis, epochs above the top row where records
     hold them. A quantity that no record holds has no chart. columns: charts side by side; 1 suits a phone.
     """
-    return png(training_figure(records, columns=columns))
-
-
-def validation_curves(records: Sequence[dict[str, Any]], *, columns: int = 3) -> bytes:
-    """PNG of metrics/validation.jsonl: a chart for each measure, its best value ringed where better is known."""
-    return png(validation_figure(records, columns=columns))
-
-
-def training_figure(records: Sequence[dict[str, Any]], *, columns: int = 3) -> Figure:
-    """What training_curves draws, as a figure."""
     return _figure(records, training_panels(records), columns, empty="no training records yet")
 
 
-def validation_figure(records: Sequence[dict[str, Any]], *, columns: int = 3) -> Figure:
-    """What validation_curves draws, as a figure."""
+@drawn
+def validation_curves(records: Sequence[dict[str, Any]], *, columns: int = 3) -> Figure:
+    """metrics/validation.jsonl: a chart for each measure, its best value ringed where better is known."""
     panels = _present(_VALIDATION, names_of(records))
     return _figure(records, panels, columns, empty="no validation records yet", marked=True)
 
@@ -105,18 +99,13 @@ def training_panels(records: Sequence[dict[str, Any]]) -> list[Panel]:
     """The charts that these records fill, in the order of a page. Nothing recorded is left out, but zero counters."""
     names = [name for name in names_of(records) if name != "skipped_steps" or any(r.get(name) for r in records)]
     rates = {name: name.partition("/")[2] for name in names if name.startswith("learning_rate/")}
-    norms = {name: name.partition("/")[2] for name in names if name.startswith("gradient_norm/")}
-    networks = {name: network for name, network in norms.items() if "." not in network}
-    modules: dict[str, dict[str, str]] = {}
-    for name, path in norms.items():
-        network, _, module = path.partition(".")
-        if module:
-            modules.setdefault(network, {})[name] = module
-    own = (
-        Panel("Learning rate", rates, noisy=False, logarithmic=False, from_zero=True),
-        Panel("Gradient norm", networks),
-        *(Panel(f"Gradient norm within {network}", inside) for network, inside in modules.items()),
-    )
+    norms: dict[str, dict[str, str]] = {"Gradient norm": {}}
+    for name in names:
+        if name.startswith("gradient_norm/"):
+            network, _, module = name.partition("/")[2].partition(".")
+            title = f"Gradient norm within {network}" if module else "Gradient norm"
+            norms.setdefault(title, {})[name] = module or network
+    own = (_state("Learning rate", rates), *(Panel(title, inside) for title, inside in norms.items()))
     return _present((*_TRAINING, *own, *_RUNNING), names)
 
 
@@ -134,26 +123,23 @@ def _present(panels: Sequence[Panel], names: Sequence[str]) -> list[Panel]:
 def _figure(
     records: Sequence[dict[str, Any]], panels: Sequence[Panel], columns: int, *, empty: str, marked: bool = False
 ) -> Figure:
-    with styled():
-        if not panels:
-            figure = new_figure(6, 1)
-            figure.text(0.5, 0.5, empty, ha="center", va="center", color=FAINT)
-            return figure
-        columns = min(columns, len(panels))
-        rows = -(-len(panels) // columns)
-        figure = new_figure(4.0 * columns, 2.6 * rows + 0.4)
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
-        epochs = series(records, "epoch")
-        for number, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
-            _draw_panel(axes, panel, records, marked=marked)
-            axes.tick_params(labelbottom=True)
-            if number + columns >= len(panels):
-                axes.set_xlabel("step")
-            if number < columns:
-                _epochs_above(axes, epochs)
-        for axes in grid[len(panels) :]:
-            axes.remove()
-        return figure
+    if not panels:
+        return new_figure(6, 1, empty)
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(4.0 * columns, 2.6 * rows + 0.4)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
+    epochs = series(records, "epoch")
+    for number, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
+        _draw_panel(axes, panel, records, marked=marked)
+        axes.tick_params(labelbottom=True)
+        if number + columns >= len(panels):
+            axes.set_xlabel("step")
+        if number < columns:
+            _epochs_above(axes, epochs)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    return figure
 
 
 def _draw_panel(axes: Axes, panel: Panel, records: Sequence[dict[str, Any]], *, marked: bool) -> None:
@@ -204,8 +190,7 @@ def _scale(axes: Axes, panel: Panel, curves: Sequence[Series]) -> None:
         decades = np.log10(high / low)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.minorticks_off()
     elif high - low < 0.001 * max(abs(low), abs(high)):
         margin = 0.01 * max(abs(low), abs(high)) or 1.0
         axes.set_ylim(low - margin, high + margin)
@@ -251,14 +236,14 @@ def envelope(one: Series, most: int = MOST_POINTS) -> Series:
     """The curve in at most `most` points: each stretch's lowest and highest value, so that no spike is lost."""
     if len(one.steps) <= most:
         return one
-    keep: list[int] = []
+    keep: set[int] = set()
     for stretch in np.array_split(np.arange(len(one.steps)), most // 2):
-        values = one.values[stretch]
-        if np.isnan(values).all():
-            keep.append(int(stretch[0]))
+        known = stretch[np.isfinite(one.values[stretch])]
+        if len(known):
+            keep |= {int(known[one.values[known].argmin()]), int(known[one.values[known].argmax()])}
         else:
-            keep.extend(sorted({int(stretch[np.nanargmin(values)]), int(stretch[np.nanargmax(values)])}))
-    return Series(one.steps[keep], one.values[keep])
+            keep.add(int(stretch[0]))
+    return Series(one.steps[sorted(keep)], one.values[sorted(keep)])
 
 
 def running_median(one: Series, most: int = MOST_POINTS // 2) -> Series:

@@ -5,11 +5,13 @@ Charts are matplotlib Figures (no pyplot, so no global state of figures); pictur
 
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import update_wrapper
+from typing import Any, Generic, ParamSpec
 
 import matplotlib
+import numpy as np
 from matplotlib.figure import Figure
 
 from m2d.classes import CLASSES, DIAGNOSES
@@ -19,8 +21,6 @@ INK, FAINT, GRID = "#1A1A1A", "#5F5F5F", "#E3E3E3"
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 LINE_STYLES = ("-", "--", ":", "-.")
 _DPI = 120
-_DARK_EDGE = "#4D4700"  # the class yellow's own dark edge
-_MARKERS = ("o", "s", "^", "D", "X", "v", "P")
 _STYLE: dict[Any, Any] = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib
     "font.size": 10,
@@ -49,6 +49,7 @@ _STYLE: dict[Any, Any] = {
     "savefig.facecolor": "white",
 }
 _LOCK = threading.RLock()  # rcParams belong to the process: two threads that restore them crosswise would keep ours
+P = ParamSpec("P")
 
 
 @contextmanager
@@ -63,9 +64,29 @@ def styled() -> Iterator[None]:
         yield
 
 
-def new_figure(width: float, height: float) -> Figure:
-    """A figure of `width` x `height` inches at 120 px an inch, its parts laid out without overlap. Inside styled()."""
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+class drawn(Generic[P]):
+    """Makes a function that draws a Figure one that gives its PNG; the figure itself is at `.figure(...)`."""
+
+    __name__: str
+
+    def __init__(self, draw: Callable[P, Figure]) -> None:
+        self.figure = styled()(draw)
+        update_wrapper(self, draw)
+
+    def __call__(self, *args: P.args, **options: P.kwargs) -> bytes:
+        """PNG bytes."""
+        return png(self.figure(*args, **options))
+
+
+def new_figure(width: float, height: float, note: str = "") -> Figure:
+    """A figure of `width` x `height` inches at 120 px an inch, its parts laid out without overlap. Inside styled().
+
+    note: what it says in the middle where there is nothing to draw.
+    """
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    if note:
+        figure.text(0.5, 0.5, note, ha="center", va="center", color=FAINT)
+    return figure
 
 
 def png(figure: Figure) -> bytes:
@@ -86,18 +107,15 @@ def class_colours() -> dict[str, str]:
     return {diagnosis.code: diagnosis.colour for diagnosis in DIAGNOSES}
 
 
-def class_edges() -> dict[str, str]:
-    """Class code to the colour of a marker's edge: the class colour, but dark for DF's yellow, faint on white."""
-    return class_colours() | {"DF": _DARK_EDGE}
+CLASS_EDGES = class_colours() | {"DF": "#4D4700"}
+"""The colour of a marker's edge: the class colour, but dark for DF's yellow, faint on white."""
+CLASS_MARKERS = dict(zip(CLASSES, ("o", "s", "^", "D", "X", "v", "P"), strict=True))
+"""The second cue for those who see the colours as one."""
 
 
-def class_markers() -> dict[str, str]:
-    """Class code to a marker of its own: the second cue for those who see the colours as one."""
-    return dict(zip(CLASSES, _MARKERS, strict=True))
-
-
-def class_code(label: int) -> str:
-    """The code of a class index. ValueError for anything else: -1 would silently be the last class."""
-    if not 0 <= label < len(CLASSES):
-        raise ValueError(f"label {label} is no class; expected 0 to {len(CLASSES) - 1}")
-    return CLASSES[label]
+def require_labels(labels: np.ndarray, count: int) -> None:
+    """ValueError unless there is a class index for each of `count` images (-1 would silently be the last class)."""
+    if labels.shape != (count,):
+        raise ValueError(f"labels are of shape {labels.shape} beside {count} images; expected one for each")
+    if not np.isin(labels, range(len(CLASSES))).all():
+        raise ValueError(f"labels are {np.unique(labels)}; expected class indices from 0 to {len(CLASSES) - 1}")

@@ -1,7 +1,7 @@
 """Pages of enlarged images with text around them: reconstructions, patch features, alignment. Telemetry calls them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -10,19 +10,19 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
-from m2d.plots.features import patch_colours
-from m2d.plots.style import FAINT, GRID, INK, class_code, class_colours, class_edges, percent
+from m2d.classes import CLASSES
+from m2d.plots.charts import principal_components
+from m2d.plots.style import CLASS_EDGES, FAINT, GRID, INK, class_colours, percent, require_labels
 
 TILE = 128  # pixels a side that images are enlarged to, about
 MARGIN, GAP, STRIPE = 24, 8, 6
-PAGE_WIDTH = 1200
-TITLE_SIZE, TEXT_SIZE, LINE = 20, 13, 19
+PAGE_WIDTH, NARROWEST = 1200, 560  # text needs room even where there is one image
+TITLE_SIZE, TITLE_LINE, TEXT_SIZE, LINE = 20, 27, 13, 19
 HEAD = LINE + STRIPE + 4  # a class's code and stripe
 DIFFERENCE_GAIN = 4
 _NAMES_WIDTH = 118  # of the rows' names
-_BAR_HEIGHT = 54
 _BETWEEN = 20  # from one pair to the next, more than within one
-_NO_VALUE = (224, 224, 224)
+_WHITE, _NO_VALUE = 255, 224
 
 
 def reconstruction_grid(
@@ -39,39 +39,27 @@ def reconstruction_grid(
     images. Pixels are enlarged by a whole factor. ValueError where shapes do not fit each other.
     """
     psnr_db = np.asarray(psnr_db, dtype=float)
-    require_images(originals, "originals")
-    require_images(reconstructed, "reconstructed")
-    if originals.shape != reconstructed.shape:
-        raise ValueError(f"originals are {originals.shape}, reconstructed {reconstructed.shape}; expected the same")
-    count, height, width = originals.shape[:3]
-    if psnr_db.shape != (count,):
-        raise ValueError(f"psnr_db is of shape {psnr_db.shape} beside {count} images; expected one for each")
-    factor = whole_factor(max(height, width))
-    tile_h, tile_w = height * factor, width * factor
-    below = 3 * (tile_h + GAP) - GAP + 4  # where the PSNR is, under the class's stripe
+    factor = _whole_factor(originals, reconstructed)
+    if originals.shape != reconstructed.shape or psnr_db.shape != originals.shape[:1]:
+        raise ValueError(
+            f"originals are {originals.shape}, reconstructed {reconstructed.shape}, psnr_db {psnr_db.shape}; expected "
+            "two of the same shape, and one number for each image"
+        )
+    rows = (originals, reconstructed, difference(originals, reconstructed))
+    height = originals.shape[1] * factor
+    names = ("original", "reconstruction", f"difference × {DIFFERENCE_GAIN}")
+    texts = ["identical" if db == math.inf else f"{db:.1f} dB" if math.isfinite(db) else "no PSNR" for db in psnr_db]
     finite = psnr_db[np.isfinite(psnr_db)]
-    size = f" Each pixel is shown as {factor} × {factor}." if factor > 1 else ""
-    page, places = _grid(
-        labels, count, (tile_w, below + LINE), gaps=(GAP, 2 * GAP), left=_NAMES_WIDTH,
+    return _page(
+        _side_by_side([_enlarged(images, factor) for images in rows], axis=1),
+        labels,
         title=f"Reconstructions at step {step:,}" + (f": {finite.mean():.1f} dB on average" if len(finite) else ""),
         caption=f"Third row: the absolute difference of the two times {DIFFERENCE_GAIN}; black is none. Below: PSNR "
-        f"over the image, more is better.{size}",
-    )  # fmt: skip
-    rows = {
-        "original": originals,
-        "reconstruction": reconstructed,
-        f"difference × {DIFFERENCE_GAIN}": difference(originals, reconstructed),
-    }
-    for number, (x, y) in enumerate(places):
-        for row, (name, images) in enumerate(rows.items()):
-            tile_y = y + row * (tile_h + GAP)
-            if x == page.left + _NAMES_WIDTH:
-                page.words(name, page.left, tile_y + (tile_h - LINE) // 2)
-            page.paste(images[number], x, tile_y, factor)
-        value = psnr_db[number]
-        text = "identical" if value == math.inf else f"{value:.1f} dB" if math.isfinite(value) else "no PSNR"
-        page.words(text, x, y + below)
-    return page.image
+        "over the image, more is better." + (f" Each pixel is shown as {factor} × {factor}." if factor > 1 else ""),
+        gaps=(GAP, 2 * GAP),
+        row_names={row * (height + GAP) + (height - LINE) // 2: name for row, name in enumerate(names)},
+        below=texts,
+    )
 
 
 def difference(originals: np.ndarray, reconstructed: np.ndarray) -> np.ndarray:
@@ -88,15 +76,35 @@ def patch_pca(images: np.ndarray, patches: np.ndarray, labels: Sequence[int] | n
     square.
     """
     colours, share = patch_colours(np.asarray(patches))
-    grid = colours.shape[1]
-    shares = ", ".join(percent(part) for part in share)
+    count, grid = colours.shape[:2]
     return _pairs(
-        images, colours, labels,
+        images,
+        colours,
+        labels,
         title="Patch features",
-        caption=f"Red, green, blue: the first three principal components of all {len(colours)} × {grid} × {grid} patch "
-        f"features together, {shares} of their variance, each from its 1st to its 99th percentile. Equal colours: "
-        "alike features.",
-    )  # fmt: skip
+        caption=f"Red, green, blue: the first three principal components of all {count} × {grid} × {grid} patch "
+        f"features together, {', '.join(map(percent, share))} of their variance, each from its 1st to its 99th "
+        "percentile. Equal colours: alike features.",
+    )
+
+
+def patch_colours(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Three components of all patches together as red, green, blue: uint8 [N, g, g, 3], and their shares [3].
+
+    patches: [N, P, D], P = g^2, row by row. Each component runs from its 1st to its 99th percentile, so that one odd
+    patch does not take the contrast from the rest. ValueError where P is no square or a value is not finite.
+    """
+    count, number, dim = patches.shape
+    side = math.isqrt(number)
+    if side * side != number or not side:
+        raise ValueError(f"{number} patches per image are no square grid")
+    flat = patches.reshape(-1, dim)
+    mean, axes, share = principal_components(flat, 3)
+    coordinates = (flat - mean) @ axes.T
+    low, high = np.percentile(coordinates, (1, 99), axis=0) if count else np.zeros((2, 3))
+    scaled = np.clip((coordinates - low) / np.where(high > low, high - low, 1.0), 0, 1) * 255
+    colours = np.where(share > 0, scaled.round(), 128).astype(np.uint8)  # grey: a component that does not vary
+    return colours.reshape(count, side, side, 3), share
 
 
 def alignment_map(images: np.ndarray, cosine: np.ndarray, labels: Sequence[int] | np.ndarray) -> Image.Image:
@@ -109,21 +117,29 @@ def alignment_map(images: np.ndarray, cosine: np.ndarray, labels: Sequence[int] 
     if cosine.ndim != 3:
         raise ValueError(f"cosine is of shape {cosine.shape}; expected [N, h, w]")
     known = np.isfinite(cosine)
-    overall = f": {cosine[known].mean():.2f} on average" if known.any() else ""
+    bar = Image.new("RGB", (258, 54), "white")
+    draw = ImageDraw.Draw(bar)
+    draw.rectangle((0, 0, 257, 13), outline=GRID)
+    bar.paste(Image.fromarray(np.repeat(heat(np.linspace(0, 1, 256))[None], 12, axis=0)), (1, 1))
+    for x, text, anchor in ((1, "0 or less", "la"), (129, "0.5", "ma"), (256, "1", "ra")):
+        draw.text((x, 18), text, fill=FAINT, font=font(TEXT_SIZE), anchor=anchor)
     return _pairs(
-        images, heat(cosine), labels,
-        title=f"Alignment with the feature extractor{overall}",
+        images,
+        heat(cosine),
+        labels,
+        title="Alignment with the feature extractor"
+        + (f": {cosine[known].mean():.2f} on average" if known.any() else ""),
         caption="Cosine of each token's projected U-Net features with the extractor's; the number is the image's mean.",
         notes=[f"{one[there].mean():.2f}" if there.any() else "" for one, there in zip(cosine, known)],
-        bar={0.0: "0 or less", 0.5: "0.5", 1.0: "1"},
-    )  # fmt: skip
+        header=bar,
+    )
 
 
 def heat(cosine: np.ndarray) -> np.ndarray:
     """[...] to uint8 [..., 3] by viridis from 0 to 1, which the colour-blind and a grey printer keep in order."""
     known = np.isfinite(cosine)
     colours = colormaps["viridis"](np.where(known, cosine, 0.0).clip(0, 1), bytes=True)[..., :3]
-    return np.where(known[..., None], colours, np.array(_NO_VALUE, np.uint8))
+    return np.where(known[..., None], colours, np.uint8(_NO_VALUE))
 
 
 def _pairs(
@@ -134,135 +150,104 @@ def _pairs(
     title: str,
     caption: str,
     notes: Sequence[str] = (),
-    bar: dict[float, str] | None = None,
+    header: Image.Image | None = None,
 ) -> Image.Image:
-    """A page of images [N, H, W, 3] each beside its map [N, h, w, 3], both enlarged to about the same size."""
-    require_images(images)
+    """A page of images [N, H, W, 3] each beside its map [N, h, w, 3], both enlarged to about the same size.
+
+    notes: the text above each map.
+    """
+    factor = _whole_factor(images)
     if len(maps) != len(images):
         raise ValueError(f"{len(images)} images beside {len(maps)} maps; expected one for each")
-    height, width = images.shape[1:3]
-    factor = whole_factor(max(height, width))
-    map_factor = max(1, round(factor * max(height, width) / max(maps.shape[1:3])))
-    second = width * factor + GAP
-    cell = second + maps.shape[2] * map_factor, max(height * factor, maps.shape[1] * map_factor)
-    page, places = _grid(
-        labels,
-        len(images),
-        cell,
-        gaps=(_BETWEEN, _BETWEEN),
-        top=_BAR_HEIGHT if bar else 0,
-        title=title,
-        caption=caption,
-    )
-    if bar:
-        page.colour_bar(heat(np.linspace(0, 1, 256)), page.left, page.top, 256, bar)
-    for number, (x, y) in enumerate(places):
-        if notes:
-            page.words(notes[number], x + second, y - HEAD)
-        page.paste(images[number], x, y, factor)
-        page.paste(maps[number], x + second, y, map_factor)
-    return page.image
+    map_factor = max(1, round(factor * max(images.shape[1:3]) / max(maps.shape[1:3])))
+    cells = _side_by_side([_enlarged(images, factor), _enlarged(maps, map_factor)], axis=2)
+    above = {images.shape[2] * factor + GAP: notes}
+    return _page(cells, labels, title=title, caption=caption, gaps=(_BETWEEN, _BETWEEN), above=above, header=header)
 
 
-def _grid(
+def _page(
+    cells: np.ndarray,
     labels: Sequence[int] | np.ndarray,
-    count: int,
-    cell: tuple[int, int],
     *,
-    gaps: tuple[int, int],
-    left: int = 0,
-    top: int = 0,
     title: str,
     caption: str,
-) -> tuple["Page", list[tuple[int, int]]]:
-    """A page of `count` cells of (width, height), each under its class, and the upper left corners of the cells.
+    gaps: tuple[int, int],
+    header: Image.Image | None = None,  # with a frame of one pixel
+    row_names: Mapping[int, str] | None = None,
+    above: Mapping[int, Sequence[str]] | None = None,
+    below: Sequence[str] = (),
+) -> Image.Image:
+    """A white page: title, caption, header, then cells uint8 [N, h, w, 3], each under its class's code and colour.
 
-    left, top: room in the body beside and above them.
+    gaps: from one cell to the next, right and down. row_names: y within a cell to the text left of each row of cells.
+    above: x within a cell to the text of each beside its class's code. below: the text under each.
     """
     labels = np.asarray(labels, dtype=int)
+    count, height, width = cells.shape[:3]
     require_labels(labels, count)
-    width, height = cell[0] + gaps[0], HEAD + cell[1] + gaps[1]
-    columns = columns_for(count, width)
-    body = max(height * -(-count // columns) - gaps[1], LINE)
-    page = Page(left + columns * width - gaps[0], top + body, title=title, caption=caption)
-    places = [
-        (page.left + left + n % columns * width, page.top + top + n // columns * height + HEAD) for n in range(count)
-    ]
-    for label, (x, y) in zip(labels, places):
-        page.class_stripe(int(label), x, y - HEAD, cell[0])
+    foot = LINE + 4 if row_names else 0
+    step_x, step_y = width + gaps[0], HEAD + height + foot + gaps[1]
+    rows = max(1, -(-count // max(1, PAGE_WIDTH // step_x)))
+    columns = max(1, -(-count // rows))  # rows filled alike: 9 cells of 8 to a row go 5 and 4
+    left = MARGIN + (_NAMES_WIDTH if row_names else 0)
+    body = max(left - MARGIN + columns * step_x - gaps[0], NARROWEST)
+    heading, text = font(TITLE_SIZE, bold=True), font(TEXT_SIZE)
+    lines = [(line, INK, heading, TITLE_LINE) for line in wrapped(title, heading, body)]
+    lines += [(line, FAINT, text, LINE) for line in wrapped(caption, text, body)]
+    top = MARGIN + sum(line[-1] for line in lines) + 18
+    page_height = top + (header.height if header else 0) + max(rows * step_y - gaps[1] if count else 0, LINE) + MARGIN
+    page = Image.new("RGB", (body + 2 * MARGIN, page_height), "white")
+    draw = ImageDraw.Draw(page)
+    y = MARGIN
+    for line, colour, face, advance in lines:
+        draw.text((MARGIN, y + (4 if face is text else 0)), line, fill=colour, font=face)
+        y += advance
+    if header:
+        page.paste(header, (MARGIN - 1, top - 1))
+        top += header.height
     if not count:
-        page.words("no images", page.left, page.top + top, fill=FAINT)
-    return page, places
+        draw.text((MARGIN, top), "no images", fill=FAINT, font=text)
+    for number, (cell, label) in enumerate(zip(cells, labels, strict=True)):
+        row, column = divmod(number, columns)
+        x, y, code = left + column * step_x, top + row * step_y, CLASSES[label]
+        # A name is a cue that needs no colour.
+        draw.text((x, y), code, fill=INK, font=font(TEXT_SIZE, bold=True))
+        stripe = (x, y + LINE, x + width - 1, y + LINE + STRIPE - 1)
+        draw.rectangle(stripe, fill=class_colours()[code], outline=CLASS_EDGES[code])
+        for dx, notes in (above or {}).items():
+            draw.text((x + dx, y), notes[number] if notes else "", fill=INK, font=text)
+        y += HEAD
+        page.paste(Image.fromarray(cell), (x, y))
+        if below:
+            draw.text((x, y + height + 4), below[number], fill=INK, font=text)
+        for dy, name in (row_names or {}).items() if column == 0 else ():
+            draw.text((MARGIN, y + dy), name, fill=INK, font=text)
+    return page
 
 
-class Page:
-    """A white page with a title, a caption under it, and a body below both that the caller fills.
-
-    width, height: of the body, pixels. `left` and `top` say where the body begins.
-    """
-
-    def __init__(self, width: int, height: int, *, title: str, caption: str) -> None:
-        width = max(width, 560)  # text needs room even where there is one image
-        titles = wrapped(title, font(TITLE_SIZE, bold=True), width)
-        captions = wrapped(caption, font(TEXT_SIZE), width)
-        self.left = MARGIN
-        self.top = MARGIN + 27 * len(titles) + 4 + LINE * len(captions) + 14
-        self.image = Image.new("RGB", (width + 2 * MARGIN, self.top + height + MARGIN), "white")
-        self.draw = ImageDraw.Draw(self.image)
-        for number, line in enumerate(titles):
-            self.draw.text((MARGIN, MARGIN + 27 * number), line, fill=INK, font=font(TITLE_SIZE, bold=True))
-        for number, line in enumerate(captions):
-            y = MARGIN + 27 * len(titles) + 4 + LINE * number
-            self.draw.text((MARGIN, y), line, fill=FAINT, font=font(TEXT_SIZE))
-
-    def paste(self, pixels: np.ndarray, x: int, y: int, factor: int) -> None:
-        """uint8 [H, W, 3], each pixel enlarged to factor x factor, its upper left corner at (x, y) of the page."""
-        self.image.paste(Image.fromarray(pixels.repeat(factor, axis=0).repeat(factor, axis=1)), (x, y))
-
-    def words(self, text: str, x: int, y: int, *, fill: str = INK, bold: bool = False) -> None:
-        """One line, its upper left corner at (x, y)."""
-        self.draw.text((x, y), text, fill=fill, font=font(TEXT_SIZE, bold=bold))
-
-    def class_stripe(self, label: int, x: int, y: int, width: int) -> None:
-        """The class's colour as a bar, and its code above it: a name is a cue that needs no colour. Takes 27 px."""
-        code = class_code(label)
-        self.words(code, x, y, bold=True)
-        box = (x, y + LINE, x + width - 1, y + LINE + STRIPE - 1)
-        self.draw.rectangle(box, fill=class_colours()[code], outline=class_edges()[code])
-
-    def colour_bar(self, colours: np.ndarray, x: int, y: int, width: int, labels: dict[float, str]) -> None:
-        """colours: uint8 [K, 3] from low to high. labels: place in 0..1 to the words under it. Takes 36 px."""
-        bar = colours[np.linspace(0, len(colours) - 1, width).round().astype(int)]
-        self.image.paste(Image.fromarray(np.repeat(bar[None], 12, axis=0)), (x, y))
-        self.draw.rectangle((x - 1, y - 1, x + width, y + 12), outline=GRID)
-        for place, text in labels.items():
-            anchor = "la" if place == 0 else "ra" if place == 1 else "ma"
-            at = (x + round(place * (width - 1)), y + 17)
-            self.draw.text(at, text, fill=FAINT, font=font(TEXT_SIZE), anchor=anchor)
+def _side_by_side(parts: Sequence[np.ndarray], axis: int) -> np.ndarray:
+    """Images [N, H, W, 3] joined along an axis with gaps between, white where the smaller one ends."""
+    other = 3 - axis
+    longest = max(part.shape[other] for part in parts)
+    padded = []
+    for number, part in enumerate(parts):
+        missing = [(0, 0)] * 4
+        missing[other] = (0, longest - part.shape[other])
+        missing[axis] = (GAP if number else 0, 0)
+        padded.append(np.pad(part, missing, constant_values=_WHITE))
+    return np.concatenate(padded, axis=axis)
 
 
-def whole_factor(side: int) -> int:
-    """The whole factor, at least 1, that brings `side` pixels nearest to a tile's."""
-    return max(1, round(TILE / side))
+def _enlarged(images: np.ndarray, factor: int) -> np.ndarray:
+    return images.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
-def columns_for(count: int, cell_width: int) -> int:
-    """How many cells a row takes on a page of about 1,200 px, rows filled alike: 9 cells of 8 to a row go 5 and 4."""
-    most = max(1, PAGE_WIDTH // cell_width)
-    rows = max(1, -(-count // most))
-    return max(1, -(-count // rows))
-
-
-def require_images(images: np.ndarray, name: str = "images") -> None:
-    """ValueError unless uint8 [N, H, W, 3]."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise ValueError(f"{name} are {images.dtype} {images.shape}; expected uint8 [N, H, W, 3]")
-
-
-def require_labels(labels: np.ndarray, count: int) -> None:
-    """ValueError unless there is one label for each of `count` images."""
-    if labels.shape != (count,):
-        raise ValueError(f"labels are of shape {labels.shape} beside {count} images; expected one for each")
+def _whole_factor(*groups: np.ndarray) -> int:
+    """The whole factor, at least 1, that brings images nearest to a tile; ValueError unless uint8 [N, H, W, 3]."""
+    for images in groups:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise ValueError(f"images are {images.dtype} {images.shape}; expected uint8 [N, H, W, 3]")
+    return max(1, round(TILE / max(groups[0].shape[1:3])))
 
 
 def wrapped(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:

@@ -33,10 +33,9 @@ from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import CheckpointError, DataError, first_line
 from m2d.experiment import Experiment
 from m2d.files.storage import open_storage
-from m2d.models.extractors import LITE0, FeatureExtractor, Features, extractor_identity
-from m2d.models.extractors.lite import EfficientNetLite, EfficientNetLite0, EfficientNetLite1
+from m2d.models.extractors import LITE0, EfficientNetLite, FeatureExtractor, Features, extractor_identity
 from m2d.models.perceptual import LpipsDistance, build_perceptual
-from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, Crop, FeatureExtractorConfig, PerceptualKind
+from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorConfig, PerceptualKind
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
 from m2d.training.measure import flop_formulas, known_peak
 from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
@@ -406,19 +405,13 @@ def extractor_by_shape(config: FeatureExtractorConfig) -> FeatureExtractor:
         if side not in (None, native) and hasattr(network, "set_input_size"):
             network.set_input_size(img_size=(side, side))
         return TimmExtractor(name, network, side or native, config.crop, "0" * 64)
-    return _lite_by_shape(name, side, config.crop)
-
-
-def _lite_by_shape(name: str, side: int | None = None, crop: Crop = "whole") -> EfficientNetLite:
-    kind = EfficientNetLite0 if name == LITE0 else EfficientNetLite1
-    state = timm.create_model(f"tf_{name.replace('-', '_')}", pretrained=False).state_dict()
-    return kind(state, side, crop)
+    return EfficientNetLite(name, side, config.crop)
 
 
 def _perceptual_by_shape(kind: PerceptualKind, extractor: nn.Module | None, net: str) -> tuple[nn.Module, nn.Module]:
     """(its frozen network, the distance), as build_perceptual chooses them, without weights."""
     if kind == "features":
-        judge = extractor if extractor is not None and hasattr(extractor, "pyramid") else _lite_by_shape(LITE0)
+        judge = extractor if extractor is not None and hasattr(extractor, "pyramid") else EfficientNetLite(LITE0)
         return judge, build_perceptual(kind, judge)
     import lpips
 

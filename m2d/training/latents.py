@@ -16,6 +16,7 @@ from torch import Tensor
 from m2d.data.features import FeatureTable
 from m2d.data.reader import ImageReader
 from m2d.files.atomic import whole_file
+from m2d.models.autoencoder import from_uint8
 from m2d.models.extractors import Features
 from m2d.training.batch import LatentBatch
 from m2d.training.features import FeatureSource
@@ -105,7 +106,7 @@ def _encode(
     rows, view_of_row = entries // views, (entries % views).astype(np.int8)
     read = reader.read(rows, view_of_row)
     pixels = torch.from_numpy(read["images"]).to(source.device).permute(0, 3, 1, 2)
-    posterior = networks.autoencoder.encode(pixels.float() / 127.5 - 1.0)
+    posterior = networks.autoencoder.encode(from_uint8(pixels))
     columns = {"mean": posterior.mean, "std": posterior.std}
     if source.table is None:
         features = source.features(pixels, rows, view_of_row)

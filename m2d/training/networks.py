@@ -11,9 +11,9 @@ from m2d.errors import CheckpointError
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import load_checkpoint
 from m2d.models.extractors import FeatureExtractor, load_feature_extractor
-from m2d.models.heads import AlignmentProjector, PatchDiscriminator
+from m2d.models.perceptual import PatchDiscriminator
 from m2d.models.settings import FeatureExtractorConfig, Precision
-from m2d.models.unet import build_denoiser, tap_channels
+from m2d.models.unet import AlignmentProjector, build_denoiser, tap_channels
 from m2d.training.settings import TrainConfig
 from m2d.training.step import DecoderStep, JointStep, LatentStep, Networks, StepConfig
 

@@ -16,9 +16,8 @@ from m2d.classes import NUM_CLASSES
 from m2d.diffusion.interpolant import interpolate, velocity_target
 from m2d.models.autoencoder import Autoencoder
 from m2d.models.extractors import Features
-from m2d.models.heads import AlignmentProjector
 from m2d.models.settings import MIDDLE
-from m2d.models.unet import Denoiser
+from m2d.models.unet import AlignmentProjector, Denoiser
 from m2d.training.batch import Draws
 from m2d.training.losses import (
     alignment_loss,

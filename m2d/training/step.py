@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from m2d.errors import TrainingError
-from m2d.models.autoencoder import Autoencoder
+from m2d.models.autoencoder import Autoencoder, from_uint8
 from m2d.models.extractors import FeatureExtractor, Features
-from m2d.models.heads import AlignmentProjector, PatchDiscriminator
+from m2d.models.perceptual import PatchDiscriminator
 from m2d.models.precision import DTYPES
 from m2d.models.settings import Precision
-from m2d.models.unet import Denoiser
+from m2d.models.unet import AlignmentProjector, Denoiser
 from m2d.training.batch import Draws, ImageBatch, LatentBatch
 from m2d.training.losses import adversarial_loss, discriminator_loss, reconstruction_loss
 from m2d.training.measure import GradientStatistics, count_flops, gradient_statistics
@@ -420,7 +420,7 @@ def extract(extractor: FeatureExtractor, pixels: Tensor) -> Features:
 def model_images(batch: ImageBatch, device: torch.device) -> tuple[Tensor, Tensor]:
     """A batch's images on the device, [B, 3, H, W]: uint8 as they are, and float32 in [-1, 1]."""
     pixels = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    return pixels, pixels.float() / 127.5 - 1.0
+    return pixels, from_uint8(pixels)
 
 
 def on_device(features: Features, device: torch.device) -> Features:

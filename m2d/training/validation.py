@@ -18,6 +18,7 @@ from m2d.errors import M2DError
 from m2d.generation.generator import Generator, pick_feature
 from m2d.generation.plan import rows_of, standard_plan
 from m2d.metrics.distances import Scale, kernel_distance
+from m2d.models.autoencoder import from_uint8
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo
 from m2d.models.extractors import FeatureExtractor
 from m2d.models.unet import Denoiser
@@ -58,7 +59,7 @@ def validate(
         read = reader.read(share, np.zeros(len(share), dtype=np.int8))
         pixels = torch.from_numpy(read["images"]).to(device).permute(0, 3, 1, 2)
         labels = torch.from_numpy(read["labels"]).to(device)
-        targets = pixels.float() / 127.5 - 1.0
+        targets = from_uint8(pixels)
         latents = autoencoder.encode(targets).mean
         reconstructed = autoencoder.decode(latents).float().clamp(-1, 1)
         clean = averaged.normalize(latents)

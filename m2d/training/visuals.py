@@ -16,7 +16,7 @@ from m2d.classes import CLASSES, class_index
 from m2d.data.reader import ImageReader
 from m2d.diffusion.interpolant import interpolate
 from m2d.generation.contact_sheet import contact_sheet
-from m2d.generation.generator import to_uint8
+from m2d.models.autoencoder import from_uint8, to_uint8
 from m2d.models.checkpoint import CheckpointInfo
 from m2d.plots.charts import class_similarity, cls_projection, gradient_histogram
 from m2d.plots.tiles import alignment_map, patch_pca, reconstruction_grid
@@ -65,7 +65,7 @@ class Visuals:
     @torch.no_grad()
     def _reconstructions(self, telemetry: Telemetry, step: int) -> None:
         pixels, labels, _ = self._shown()
-        targets = pixels.float() / 127.5 - 1.0
+        targets = from_uint8(pixels)
         decode = self.networks.autoencoder.decode
         size = self.plan.config.batch_size
         parts = [decode(latents).float().clamp(-1, 1) for latents in self._latents(targets).split(size)]
@@ -116,7 +116,7 @@ class Visuals:
     def _cosine(self, pixels: Tensor, labels: np.ndarray, rows: np.ndarray, cls: Tensor, patches: Tensor) -> np.ndarray:
         """[N, P]: cosine of every token of the tapped block, projected, with the extractor's patch."""
         averaged, networks = self.state.averaged, self.networks
-        clean = averaged.normalize(self._latents(pixels.float() / 127.5 - 1.0))
+        clean = averaged.normalize(self._latents(from_uint8(pixels)))
         _, noise = fixed_noise(rows, clean)
         t = torch.full((len(clean),), ALIGNMENT_TIME, device=self.device)
         context = averaged.context(torch.from_numpy(labels).to(self.device), cls)

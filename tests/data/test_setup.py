@@ -33,8 +33,7 @@ from m2d.data.setup import StageReport, prepare_images, setup_data
 from m2d.data.store import PreparedImages, prepared_folder, write_images
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, DataError
-from m2d.models.extractors import LITE0, Features, extractor_key, load_feature_extractor
-from m2d.models.extractors.lite import packaged_weights
+from m2d.models.extractors import LITE0, Features, extractor_key, load_feature_extractor, packaged_weights
 from m2d.models.settings import FeatureExtractorConfig
 
 ROOT = Path(__file__).resolve().parents[2]

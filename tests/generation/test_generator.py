@@ -15,12 +15,11 @@ from tiny_references import SixFeatures, write_photographs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2d.classes import NUM_CLASSES, class_index
-from m2d.diffusion.guidance import GuidedVelocity
 from m2d.diffusion.settings import SOLVERS, SamplingSettings, Solver
-from m2d.diffusion.solver import solve
+from m2d.diffusion.solver import GuidedVelocity, solve
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.generation import generator as generator_module
-from m2d.generation.generator import Generator, pick_device, pick_feature, start_of, to_uint8
+from m2d.generation.generator import Generator, pick_device, pick_feature, start_of
 from m2d.generation.plan import (
     GuidingFeature,
     PlanRow,
@@ -32,7 +31,7 @@ from m2d.generation.plan import (
 )
 from m2d.generation.references import Reference, read_reference, read_references
 from m2d.generation.seeds import feature_seed, noise_for
-from m2d.models.autoencoder import coded_at_once
+from m2d.models.autoencoder import coded_at_once, to_uint8
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.extractors import FeatureExtractor
 

@@ -11,7 +11,7 @@ from tiny_networks import AUTOENCODER
 from torch.testing import assert_close
 
 from m2d.errors import CheckpointError
-from m2d.models.autoencoder import build_autoencoder
+from m2d.models.autoencoder import build_autoencoder, from_uint8, to_uint8
 from m2d.models.settings import AutoencoderConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -24,12 +24,15 @@ def test_latents_are_smaller_by_the_downsampling() -> None:
     assert posterior.mean.shape == (2, 5, 8, 8)
     assert autoencoder.decode(posterior.mean).shape == (2, 3, 32, 32)
     assert (autoencoder.downsampling, config.downsampling, autoencoder.latent_channels) == (4, 4, 5)
+    assert build_autoencoder(AutoencoderConfig(block_channels=[8], norm_groups=4), 16).downsampling == 1
 
 
-def test_one_level_keeps_the_resolution() -> None:
-    autoencoder = build_autoencoder(AutoencoderConfig(block_channels=[8], norm_groups=4), 16)
-    assert autoencoder.downsampling == 1
-    assert autoencoder.encode(torch.zeros(1, 3, 16, 16)).mean.shape[-2:] == (16, 16)
+def test_every_pixel_value_comes_back_and_what_lies_outside_is_clipped() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    images = from_uint8(pixels)
+    assert (images.min(), images.max()) == (-1, 1)
+    assert to_uint8(images)[0, :, :, 0].ravel().tolist() == list(range(256))
+    assert to_uint8(torch.tensor([-7.0, 7.0]).view(1, 1, 1, 2)).ravel().tolist() == [0, 255]
 
 
 def test_mid_attention_is_there_only_where_asked_for() -> None:

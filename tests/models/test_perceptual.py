@@ -1,14 +1,19 @@
-"""Perceptual distances: a closed form with an extractor of known maps, and the properties of a distance."""
+"""Perceptual distances: a closed form with an extractor of known maps, the properties of a distance; the PatchGAN."""
 
 import pytest
 import torch
 import torch.hub
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
-from m2d.models import perceptual
 from m2d.models.extractors import FeatureExtractor, load_feature_extractor
-from m2d.models.perceptual import FeatureDistance, LpipsDistance, build_perceptual, lpips_available
+from m2d.models.perceptual import (
+    FeatureDistance,
+    LpipsDistance,
+    PatchDiscriminator,
+    build_perceptual,
+    lpips_available,
+)
 
 
 class ImageItself(FeatureExtractor):
@@ -50,25 +55,16 @@ def some_images(seed: int) -> Tensor:
     return torch.nn.functional.interpolate(coarse, size=(32, 32), mode="nearest")
 
 
-def test_equal_images_are_zero_apart(distance: FeatureDistance) -> None:
+def test_equal_images_are_zero_apart_and_the_distance_is_symmetric(distance: FeatureDistance) -> None:
     assert distance(some_images(0), some_images(0)).tolist() == [0.0, 0.0]
-
-
-def test_it_is_symmetric(distance: FeatureDistance) -> None:
-    there, back = distance(some_images(0), some_images(1)), distance(some_images(1), some_images(0))
-    assert_close(there, back)
+    assert_close(distance(some_images(0), some_images(1)), distance(some_images(1), some_images(0)))
 
 
 def test_it_grows_with_blur(distance: FeatureDistance) -> None:
     sharp = some_images(0)
-    blurred = [
-        torch.nn.functional.avg_pool2d(
-            torch.nn.functional.pad(sharp, (r, r, r, r), mode="reflect"), 2 * r + 1, stride=1
-        )
-        for r in (1, 2, 4)
-    ]
-    distances = torch.stack([distance(images, sharp) for images in blurred])
-    assert (distances.diff(dim=0) > 0).all()
+    padded = [(r, nn.functional.pad(sharp, (r, r, r, r), mode="reflect")) for r in (1, 2, 4)]
+    blurred = [nn.functional.avg_pool2d(images, 2 * r + 1, stride=1) for r, images in padded]
+    assert (torch.stack([distance(images, sharp) for images in blurred]).diff(dim=0) > 0).all()
 
 
 def test_the_gradient_reaches_the_images_and_not_the_extractor() -> None:
@@ -85,10 +81,6 @@ def test_inside_autocast_it_computes_in_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = FeatureDistance(extractor)(some_images(0).bfloat16(), some_images(1))
     assert {*extractor.dtypes, result.dtype} == {torch.float32}
-
-
-def test_the_extractor_is_in_no_state_dict() -> None:
-    assert build_perceptual("features", ImageItself()).state_dict() == {}
 
 
 class Patches(FeatureExtractor):
@@ -145,20 +137,44 @@ def lpips_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("lpips_of_random_weights")
-def test_lpips_gives_one_number_an_image_and_zero_for_equal_ones() -> None:
+def test_lpips_is_frozen_moves_with_its_module_and_gives_one_number_per_image() -> None:
+    assert lpips_available("squeeze") == (True, "")
     network = LpipsDistance("squeeze")
-    images = torch.cat([some_images(0)] * 2)
-    targets = torch.cat([some_images(0), some_images(1)])
-    distances = network(torch.nn.functional.interpolate(images, 64), torch.nn.functional.interpolate(targets, 64))
-    assert distances.shape == (4,)
+    images, targets = (nn.functional.interpolate(some_images(seed), 64) for seed in (0, 1))
+    distances = network(torch.cat([images, images]), torch.cat([images, targets]))
     assert distances[:2].tolist() == [0.0, 0.0]
     assert (distances[2:] > 0).all()
-
-
-@pytest.mark.usefixtures("lpips_of_random_weights")
-def test_lpips_is_frozen_and_moves_with_its_module() -> None:
-    assert perceptual.lpips_available("squeeze") == (True, "")
-    network = LpipsDistance("squeeze").to(torch.float64)
-    parameters = list(network._network[0].parameters())
+    parameters = list(network.to(torch.float64)._network[0].parameters())
     assert {parameter.dtype for parameter in parameters} == {torch.float64}
     assert not any(parameter.requires_grad for parameter in parameters)
+
+
+# --- the PatchGAN
+
+
+@pytest.mark.parametrize(("layers", "pixels"), [(1, 16), (2, 34), (3, 70)])
+def test_a_logit_sees_a_patch_of_the_published_size(layers: int, pixels: int) -> None:
+    """16, 34 and 70 pixels: Isola et al., appendix 6.1.2. Without group norms, whose statistics see it all."""
+    network = PatchDiscriminator(4, layers)
+    for number, stage in enumerate(network.stages):
+        if isinstance(stage, nn.GroupNorm):
+            network.stages[number] = nn.Identity()
+        elif isinstance(stage, nn.Conv2d):
+            nn.init.ones_(stage.weight)
+    images = torch.ones(1, 3, 160, 160, requires_grad=True)
+    logits = network(images)
+    logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
+    assert images.grad is not None
+    seen = images.grad[0, 0] != 0
+    assert (seen.any(dim=0).sum().item(), seen.any(dim=1).sum().item()) == (pixels, pixels)
+
+
+def test_there_is_a_logit_per_patch_and_images_do_not_see_each_other() -> None:
+    """64 -> 32 -> 16 -> 8 by the strides, then 7 and 6 by two 4 x 4 kernels.
+
+    Batch norm would let real and reconstructed images be told apart by the company they keep.
+    """
+    network, images = PatchDiscriminator(8, 3), torch.randn(2, 3, 64, 64)
+    logits = network(images)
+    assert logits.shape == (2, 1, 6, 6)
+    assert_close(logits[:1], network(images[:1]))

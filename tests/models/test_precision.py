@@ -26,16 +26,9 @@ def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(expected)
 
 
-def test_each_precision_has_its_type() -> None:
+def test_the_cpu_computes_in_float32_unless_told_otherwise_and_a_gpu_in_bf16_where_that_is_native(gpu: str) -> None:
     assert tuple(DTYPES) == get_args(Precision)
-
-
-def test_the_cpu_computes_in_float32_unless_told_otherwise() -> None:
-    assert pick_precision(None, CPU) == "no"
-    assert pick_precision("bf16", CPU) == "bf16"
-
-
-def test_a_gpu_computes_in_bf16_where_that_is_not_emulated(gpu: str) -> None:
+    assert [pick_precision(asked, CPU) for asked in (None, "bf16")] == ["no", "bf16"]
     assert pick_precision(None, CUDA) == gpu
 
 

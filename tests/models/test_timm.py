@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from m2d.errors import CheckpointError, ConfigError
 from m2d.models.extractors import FeatureExtractor, extractor_key, load_feature_extractor
 from m2d.models.extractors import timm as timm_extractor
+from m2d.models.extractors.base import features_of
 from m2d.models.settings import FeatureExtractorConfig
 
 
@@ -50,25 +51,25 @@ def test_register_tokens_are_no_patches() -> None:
     network = timm_network("vit_small_patch14_reg4_dinov2", img_size=28)
     tokens = network.forward_features(some_inputs(28))
     assert tokens.shape[1] == 1 + 4 + 4
-    features = timm_extractor._features(network, some_inputs(28))
+    features = features_of(network, some_inputs(28))
     assert_close(features.cls, tokens[:, 0])
     assert_close(features.patches, tokens[:, 5:])
 
 
-def test_a_vit_without_class_token_gives_its_own_pooling() -> None:
-    options = {"img_size": 32, "class_token": False, "global_pool": "avg", "fc_norm": False, "num_classes": 0}
-    network = timm_network("vit_tiny_patch16_224", **options)
-    features = timm_extractor._features(network, some_inputs(32))
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("vit_tiny_patch16_224", {"class_token": False, "global_pool": "avg", "fc_norm": False}),
+        ("beit_base_patch16_224", {}),  # no norm on the tokens, the mean of the patches through fc_norm
+    ],
+    ids=["without class token", "with a norm for the pooled vector alone"],
+)
+def test_some_vits_give_their_own_pooling(name: str, options: dict[str, object]) -> None:
+    network = timm_network(name, img_size=32, num_classes=0, **options)
+    features = features_of(network, some_inputs(32))
     assert_close(features.cls, network(some_inputs(32)))
-    assert features.patches.shape == (2, 4, 192)
-
-
-def test_where_the_final_norm_is_for_the_pooled_vector_that_is_the_cls() -> None:
-    """BEiT in timm: no norm on the tokens, the mean of the patches through fc_norm; the class token goes unread."""
-    network = timm_network("beit_base_patch16_224", img_size=32, num_classes=0)
-    features = timm_extractor._features(network, some_inputs(32))
-    assert_close(features.cls, network(some_inputs(32)))
-    assert_close(features.patches, network.fc_norm(network.forward_features(some_inputs(32))[:, 1:]))
+    patches = network.forward_features(some_inputs(32))[:, -4:]
+    assert_close(features.patches, network.fc_norm(patches) if name.startswith("beit") else patches)
 
 
 def test_a_convnet_gives_its_last_maps_cells_and_their_mean(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_maps_with_channels_last_are_read_as_such() -> None:
     network = timm_network("swin_tiny_patch4_window7_224")
     maps = network.forward_features(some_inputs(224))
     assert maps.shape == (2, 7, 7, 768)
-    features = timm_extractor._features(network, some_inputs(224))
+    features = features_of(network, some_inputs(224))
     assert_close(features.patches[:, 3 * 7 + 5], maps[:, 3, 5])
 
 
@@ -115,56 +116,49 @@ def test_the_official_crop_is_timms_share_of_the_image(tmp_path: Path) -> None:
     assert_close(extractor.preprocess(images), white.expand(1, 3, 160, 160))
 
 
+def refusal_of(kind: type[Exception], name: str, *arguments: object, **options: object) -> str:
+    with pytest.raises(kind) as refusal:
+        load_feature_extractor(f"timm:{name}", *arguments, **options)  # type: ignore[arg-type]
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("timm:vit_tinny_patch16", "near it: vit_tiny_patch16"),
-        ("timm:vit_tiny_patch16_224.nonsense", "known: vit_tiny_patch16_224.augreg"),
-        ("timm:qqq", "timm.list_models"),
+        ("vit_tinny_patch16", "near it: vit_tiny_patch16"),
+        ("vit_tiny_patch16_224.nonsense", "known: vit_tiny_patch16_224.augreg"),
+        ("qqq", "timm.list_models"),
     ],
 )
 def test_an_unknown_name_is_one_line_with_near_ones(name: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as refusal:
-        load_feature_extractor(name)
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("name", ["coat_lite_tiny", "crossvit_9_240"])
-def test_features_without_a_square_grid_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="no square grid") as refusal:
-        load_feature_extractor(f"timm:{name}", weights_of(timm_network(name), tmp_path, "pth"))
-    assert "\n" not in str(refusal.value)
+    assert words in refusal_of(ConfigError, name)
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "words"), [("test_vit", 100, "multiple of 16"), ("mixer_s32_224", 192, "does not take 192 px")]
+    ("name", "size", "words"),
+    [
+        ("coat_lite_tiny", None, "no square grid"),
+        ("crossvit_9_240", None, "no square grid"),
+        ("test_vit", 100, "multiple of 16"),
+        ("mixer_s32_224", 192, "does not take 192 px"),
+    ],
 )
-def test_a_size_that_the_network_does_not_take_is_one_line(tmp_path: Path, name: str, size: int, words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as refusal:
-        load_feature_extractor(f"timm:{name}", weights_of(timm_network(name), tmp_path), input_size=size)
-    assert "\n" not in str(refusal.value)
+def test_features_without_a_square_grid_and_a_size_that_it_does_not_take_are_one_line(
+    tmp_path: Path, name: str, size: int | None, words: str
+) -> None:
+    assert words in refusal_of(ConfigError, name, weights_of(timm_network(name), tmp_path, "pth"), input_size=size)
 
 
-def test_a_file_with_a_tensor_less_or_more_is_refused_by_their_names(tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_is_refused_by_the_names_of_its_tensors(tmp_path: Path) -> None:
+    path = Path(weights_of(timm_network("test_vit"), tmp_path))
+    assert "weights.safetensors is not timm:test_vit3" in refusal_of(CheckpointError, "test_vit3", str(path))
     state = timm_network("test_vit").state_dict()
     state["more"] = state.pop("norm.bias")
-    save_file(state, tmp_path / "weights.safetensors")
-    with pytest.raises(CheckpointError, match=r"missing \(norm\.bias\); 1 unknown \(more\)") as refusal:
-        load_feature_extractor("timm:test_vit", str(tmp_path / "weights.safetensors"))
-    assert "\n" not in str(refusal.value)
-
-
-def test_another_networks_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"weights\.safetensors is not timm:test_vit3"):
-        load_feature_extractor("timm:test_vit3", weights_of(timm_network("test_vit"), tmp_path))
-
-
-def test_a_truncated_safetensors_file_is_one_line(tmp_path: Path) -> None:
-    path = Path(weights_of(timm_network("test_vit"), tmp_path))
+    save_file(state, path)
+    assert "missing (norm.bias); 1 unknown (more)" in refusal_of(CheckpointError, "test_vit", str(path))
     path.write_bytes(path.read_bytes()[:10_000])
-    with pytest.raises(CheckpointError, match="cannot be read as safetensors") as refusal:
-        load_feature_extractor("timm:test_vit", str(path))
-    assert "\n" not in str(refusal.value)
+    assert "cannot be read as safetensors" in refusal_of(CheckpointError, "test_vit", str(path))
 
 
 def test_without_network_the_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,9 +166,7 @@ def test_without_network_the_line_says_what_to_do(monkeypatch: pytest.MonkeyPatc
         raise OSError("nobody answers\nmore lines")
 
     monkeypatch.setattr(timm_extractor.timm, "create_model", refuse)
-    with pytest.raises(ConfigError, match=r"hub \(OSError: nobody answers\); give a local file") as refusal:
-        load_feature_extractor("timm:test_vit")
-    assert "\n" not in str(refusal.value)
+    assert "hub (OSError: nobody answers); give a local" in refusal_of(ConfigError, "test_vit")
 
 
 @pytest.fixture
@@ -208,8 +200,5 @@ def test_a_local_files_key_needs_no_network_and_is_the_loaded_ones(
     weights = weights_of(timm_network("test_vit"), tmp_path)
     loaded: FeatureExtractor = load_feature_extractor("timm:test_vit", weights, crop="whole")
 
-    def build(*arguments: object, **options: object) -> None:
-        pytest.fail("a network was built")
-
-    monkeypatch.setattr(timm_extractor.timm, "create_model", build)
+    monkeypatch.setattr(timm_extractor.timm, "create_model", lambda *_, **__: pytest.fail("a network was built"))
     assert extractor_key(FeatureExtractorConfig(name="timm:test_vit", weights=weights)) == loaded.key

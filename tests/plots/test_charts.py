@@ -1,25 +1,25 @@
-"""Maps stand beside their images, pixel for pixel; charts of classes put every image where the numbers say."""
+"""Charts of features put every image where the numbers say; the numbers against numpy's SVD and against all pairs."""
 
 import io
+from itertools import product
 
 import numpy as np
 import pytest
-from matplotlib import colormaps
 from PIL import Image
-from plots.pictures import enlarged, noise, pixels_of, place_of, shows
+from plots.pictures import pixels_of
 
 from m2d.classes import CLASSES, class_index
 from m2d.plots.charts import (
+    class_similarities,
     class_similarity,
     cls_projection,
-    gradient_figure,
+    confusion_matrix_picture,
     gradient_histogram,
     median_of,
-    projection_figure,
+    principal_components,
+    project_cls,
     similarity_figure,
 )
-from m2d.plots.features import Projection, patch_colours
-from m2d.plots.tiles import alignment_map, heat, patch_pca
 
 pytestmark = pytest.mark.filterwarnings("error")
 MEL, NV, DF = (class_index(code) for code in ("MEL", "NV", "DF"))
@@ -29,71 +29,19 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def uniform(count: int, seed: int = 0) -> np.ndarray:
-    """Points of which none lies far away."""
-    return np.random.default_rng(seed).uniform(-1, 1, (count, 2))
-
-
-@pytest.mark.parametrize(("side", "grid", "factors"), [(64, 7, (2, 18)), (64, 16, (2, 8)), (256, 14, (1, 18))])
-def test_each_grid_of_patches_stands_beside_its_image(side: int, grid: int, factors: tuple[int, int]) -> None:
-    images, patches = noise(2, side), normal(2, grid * grid, 6)
-    page = np.asarray(patch_pca(images, patches, [MEL, DF]))
-    colours, _ = patch_colours(patches)
-    for image, colour in zip(images, colours, strict=True):
-        x, y = place_of(page, enlarged(image, factors[0]))
-        assert place_of(page, enlarged(colour, factors[1])) == (x + side * factors[0] + 8, y)
-
-
-def test_patches_that_are_no_square_are_refused() -> None:
-    with pytest.raises(ValueError, match="no square"):
-        patch_pca(noise(1, 8), normal(1, 6, 3), [0])
-
-
-def test_each_alignment_map_stands_beside_its_image() -> None:
-    images, cosine = noise(2, 64), np.random.default_rng(0).uniform(0, 1, (2, 8, 8))
-    page = np.asarray(alignment_map(images, cosine, [MEL, NV]))
-    for image, one in zip(images, cosine, strict=True):
-        x, y = place_of(page, enlarged(image, 2))
-        assert place_of(page, enlarged(heat(one), 16)) == (x + 136, y)
-
-
-def test_the_colours_of_a_cosine_do_not_depend_on_the_others() -> None:
-    """Else two steps would not compare."""
-    assert heat(np.array([0.5, 0.0])).tolist()[0] == heat(np.array([0.5, 0.9])).tolist()[0]
-    np.testing.assert_allclose(heat(np.array([1.0]))[0], 255 * np.array(colormaps["viridis"](1.0)[:3]), atol=1)
-
-
-def test_cosines_below_zero_are_drawn_as_zero_and_missing_ones_grey() -> None:
-    below, zero, missing = heat(np.array([-0.7, 0.0, np.nan])).tolist()
-    assert below == zero
-    assert missing == [224, 224, 224]
-
-
-def test_no_images_one_image_and_equal_values_are_pages() -> None:
-    assert alignment_map(noise(0, 8), np.zeros((0, 4, 4)), []).size[0] > 500
-    assert patch_pca(noise(0, 8), np.zeros((0, 4, 3)), []).size[0] > 500
-    assert shows(np.asarray(patch_pca(noise(1, 8), np.ones((1, 4, 3)), [MEL])), "#808080")
-    assert alignment_map(noise(1, 8), np.full((1, 4, 4), np.nan), [MEL]).size[0] > 500
-
-
-def test_maps_and_labels_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 images beside 1 maps"):
-        alignment_map(noise(2, 8), np.zeros((1, 4, 4)), [0, 0])
-    with pytest.raises(ValueError, match="one for each"):
-        alignment_map(noise(2, 8), np.zeros((2, 4, 4)), [0])
-    with pytest.raises(ValueError, match="expected \\[N, h, w\\]"):
-        alignment_map(noise(2, 8), np.zeros((2, 16)), [0, 0])
+# --- pictures
 
 
 def test_every_point_of_a_class_is_in_its_chart_and_in_that_of_all() -> None:
-    points = Projection(uniform(20), uniform(6, seed=1), np.array([0.5, 0.2]))
-    real_labels, generated_labels = np.repeat([MEL, NV], 10), np.repeat([MEL, NV], 3)
-    charts = {axes.get_title("left"): axes for axes in projection_figure(points, real_labels, generated_labels).axes}
+    given = np.random.default_rng(0).uniform(-1, 1, (20, 2)), np.random.default_rng(1).uniform(-0.9, 0.9, (6, 2))
+    real, generated, _ = project_cls(*given)
+    figure = cls_projection.figure(given[0], np.repeat([MEL, NV], 10), given[1], np.repeat([MEL, NV], 3))
+    charts = {axes.get_title("left"): axes for axes in figure.axes}
     mel = charts["MEL melanoma\n10 real, 3 generated"]
-    others, real, *_, generated = [one.get_offsets().data for one in mel.collections if len(one.get_offsets())]
-    np.testing.assert_allclose(others, points.real[10:])
-    np.testing.assert_allclose(real, points.real[:10])
-    np.testing.assert_allclose(generated, points.generated[:3])
+    shown = [one.get_offsets().data for one in mel.collections if len(one.get_offsets())]
+    np.testing.assert_allclose(shown[0], real[10:])
+    np.testing.assert_allclose(shown[1], real[:10])
+    np.testing.assert_allclose(shown[-1], generated[:3])
     everybody = charts["all classes\n20 real, 6 generated"].collections
     assert sum(len(one.get_offsets()) for one in everybody) == 26
     assert "DF dermatofibroma\n0 real, 0 generated" in charts
@@ -101,17 +49,16 @@ def test_every_point_of_a_class_is_in_its_chart_and_in_that_of_all() -> None:
 
 def test_a_point_far_away_is_drawn_at_the_edge() -> None:
     real = np.concatenate([normal(99, 2), [[1e6, 0.0]]])
-    figure = projection_figure(Projection(real, np.zeros((0, 2)), np.zeros(2)), np.full(100, NV), np.zeros(0, int))
+    figure = cls_projection.figure(real, np.full(100, NV), np.zeros((0, 2)), np.zeros(0, int))
     low, high = figure.axes[0].get_xlim()
-    assert high < 10
+    assert np.abs([low, high]).max() < 5 < np.abs(project_cls(real, real)[0]).max()
     drawn = np.concatenate([one.get_offsets().data for one in figure.axes[0].collections])
     assert len(drawn) == 100
     assert low < drawn[:, 0].min() < drawn[:, 0].max() < high
 
 
 def test_real_points_are_hollow_and_generated_ones_filled() -> None:
-    points = Projection(normal(4, 2), normal(4, 2), np.zeros(2))
-    figure = projection_figure(points, np.full(4, MEL), np.full(4, MEL))
+    figure = cls_projection.figure(normal(4, 2), np.full(4, MEL), normal(4, 2), np.full(4, MEL))
     real, generated = (one for one in figure.axes[0].collections if len(one.get_offsets()))
     assert len(real.get_facecolor()) == 0
     assert generated.get_facecolor()[0].tolist() == [0, 0, 0, 1]  # melanoma is black
@@ -139,34 +86,27 @@ def test_charts_of_equal_features_are_drawn() -> None:
     assert class_similarity(equal, labels, equal, labels)[1]["MEL"]["generated_to_own"] == 0.0
 
 
-def test_labels_that_do_not_fit_their_features_are_refused() -> None:
-    with pytest.raises(ValueError, match="one for each"):
-        cls_projection(normal(3, 2), np.zeros(2, int), normal(1, 2), np.zeros(1, int))
+@pytest.mark.parametrize("labels", [[0, 0], [0, 0, -1], [0, 0, 7]])
+def test_labels_that_do_not_fit_their_features_are_refused(labels: list[int]) -> None:
+    with pytest.raises(ValueError, match="labels are"):
+        cls_projection(normal(3, 2), np.array(labels), normal(1, 2), np.zeros(1, int))
 
 
 def test_the_median_divides_the_counts_in_halves() -> None:
     assert median_of([0, 10, 0], [-4.0, -3.0, -2.0, -1.0]) == pytest.approx(-2.5)
     assert median_of([1, 1, 2], [0.0, 1.0, 2.0, 3.0]) == pytest.approx(2.0)
     assert median_of([3, 1], [0.0, 3.0, 4.0]) == pytest.approx(2.0)
-
-
-def test_the_median_is_near_that_of_the_values() -> None:
-    values = np.random.default_rng(0).normal(-4, 1, 5000)
+    values = normal(5000) - 4
     counts, edges = np.histogram(values, 60, (-12, 2))
     assert median_of(counts.tolist(), edges.tolist()) == pytest.approx(np.median(values), abs=0.02)
 
 
-def test_bars_are_shares_of_a_networks_gradients() -> None:
-    figure = gradient_figure({"denoiser": ([1, 3], [-6.0, -5.0, -4.0])}, step=1200)
-    (axes,) = figure.axes
-    assert axes.get_title("left") == "denoiser: 4 gradients"
-    assert axes.patches[0].get_data().values.tolist() == [25, 75]
-    assert axes.get_xlabel() == "|gradient| at step 1,200"
-
-
-def test_networks_share_one_axis_of_sizes() -> None:
-    counts = {"autoencoder": ([1, 2], [-9.0, -8.0, -7.0]), "denoiser": ([1, 2], [-3.0, -2.0, -1.0])}
-    first, second = gradient_figure(counts, step=1).axes
+def test_bars_are_shares_of_a_networks_gradients_on_one_axis_of_sizes() -> None:
+    counts = {"autoencoder": ([1, 2], [-9.0, -8.0, -7.0]), "denoiser": ([1, 3], [-6.0, -5.0, -4.0])}
+    first, second = gradient_histogram.figure(counts, step=1200).axes
+    assert second.get_title("left") == "denoiser: 4 gradients"
+    assert second.patches[0].get_data().values.tolist() == [25, 75]
+    assert second.get_xlabel() == "|gradient| at step 1,200"
     assert first.get_xlim() == second.get_xlim()
 
 
@@ -175,6 +115,117 @@ def test_nothing_to_count_is_a_picture(counts: dict[str, tuple[list[int], list[f
     assert (pixels_of(gradient_histogram(counts, step=1)) != 255).any()
 
 
-def test_edges_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="denoiser: 2 counts and 2 edges"):
-        gradient_histogram({"denoiser": ([1, 1], [0.0, 1.0])}, step=1)
+def test_a_confusion_shows_the_counts_and_shares_of_each_row() -> None:
+    matrix = np.zeros((7, 7), int)
+    matrix[MEL, [MEL, NV]] = 30, 10
+    axes = confusion_matrix_picture.figure(matrix.tolist(), "A probe").axes[0]
+    assert {text.get_position(): text.get_text() for text in axes.texts if text.get_text() != "0"} == {
+        (MEL, MEL): "30", (NV, MEL): "10",
+    }  # fmt: skip
+    assert axes.images[0].get_array()[MEL, MEL] == 0.75
+
+
+# --- principal components
+
+
+@pytest.mark.parametrize("shape", [(50, 8), (8, 50)], ids=["many rows", "many columns"])
+def test_components_are_those_of_the_singular_value_decomposition(shape: tuple[int, int]) -> None:
+    features = normal(*shape) * np.linspace(1, 3, shape[1])
+    mean, axes, share = principal_components(features, 3)
+    _, singular, rows = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(mean, features.mean(axis=0))
+    np.testing.assert_allclose(share, singular[:3] ** 2 / (singular**2).sum())
+    np.testing.assert_allclose(np.abs((axes * rows[:3]).sum(axis=1)), 1.0)
+    assert (axes[np.arange(3), np.abs(axes).argmax(axis=1)] > 0).all(), "so that a picture does not turn over"
+
+
+def test_components_that_are_not_there_are_zero() -> None:
+    _, axes, share = principal_components(np.outer(np.arange(5.0), [3.0, 4.0]), 3)
+    np.testing.assert_allclose(share, [1, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(axes, [[0.6, 0.8], [0, 0], [0, 0]], atol=1e-12)
+    for count in (4, 1, 0):  # equal rows, one, none
+        assert not any(found.any() for found in principal_components(np.ones((count, 3)), 2)[1:])
+
+
+def test_values_that_are_not_finite_are_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        principal_components(np.full((4, 3), np.nan), 2)
+
+
+def test_generated_features_do_not_move_real_ones_and_a_copy_falls_on_its_original() -> None:
+    real = normal(30, 6)
+    near, far = project_cls(real, real[7:9]), project_cls(real, 1e4 + normal(500, 6, seed=1))
+    np.testing.assert_array_equal(near[0], far[0])
+    np.testing.assert_array_equal(near[2], far[2])
+    np.testing.assert_allclose(near[1], near[0][7:9])
+
+
+def test_the_unit_of_a_feature_does_not_change_the_projection() -> None:
+    real, generated = normal(30, 6), normal(4, 6, seed=1)
+    scale, shift = np.array([1, 10, 100, 1e3, 1e4, 1e5]), 7.0
+    plain, scaled = project_cls(real, generated), project_cls(real * scale + shift, generated * scale + shift)
+    for one, other in zip(plain[:2], scaled[:2], strict=True):
+        np.testing.assert_allclose(np.abs(one), np.abs(other), atol=1e-8)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1], ids=["spread 0", "spread of rounding"])
+def test_a_feature_that_is_constant_among_real_images_is_left_out(value: float) -> None:
+    """A unit that never fires has no spread to divide by."""
+    real, generated = normal(30, 4), normal(5, 4, seed=1)
+    with_constant = project_cls(np.c_[real, np.full(30, value)], np.c_[generated, np.full(5, 99.0)])
+    np.testing.assert_allclose(with_constant[1], project_cls(real, generated)[1])
+
+
+# --- how alike classes are
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def test_the_numbers_equal_those_of_all_pairs_by_hand() -> None:
+    draw = np.random.default_rng(0)
+    members = {MEL: draw.normal(size=(4, 5)), NV: draw.normal(size=(9, 5)) + 1, DF: draw.normal(size=(2, 5)) - 1}
+    generated = draw.normal(size=(3, 5))
+    centre = np.mean([features.mean(axis=0) for features in members.values()], axis=0)
+    every, labels = np.concatenate(list(members.values())), np.repeat(list(members), [4, 9, 2])
+    found = class_similarities(every, labels, generated, np.full(3, MEL))["MEL"]
+    real, drawn = {k: v - centre for k, v in members.items()}, generated - centre
+    expected = {
+        "generated_to_own": [cosine(a, b) for a, b in product(drawn, real[MEL])],
+        "generated_to_others": [np.mean([cosine(a, b) for a, b in product(drawn, real[k])]) for k in (NV, DF)],
+        "real_to_own": [cosine(real[MEL][i], real[MEL][j]) for i, j in product(range(4), range(4)) if i != j],
+        "real_to_others": [np.mean([cosine(a, b) for a, b in product(real[MEL], real[k])]) for k in (NV, DF)],
+    }
+    assert found == pytest.approx({name: np.mean(values) for name, values in expected.items()})
+
+
+def test_a_feature_does_not_meet_itself() -> None:
+    """Each of two orthogonal features has cosine 0 with the other and 1 with itself, which is left out."""
+    real = np.array([[1.0, 0, 0], [0, 1, 0], [-1, 0, 0], [0, -1, 0]])
+    numbers = class_similarities(real, np.array([MEL, MEL, NV, NV]), np.zeros((0, 3)), np.zeros(0, int))
+    assert numbers["MEL"]["real_to_own"] == pytest.approx(0.0)  # with themselves: 0.5
+
+
+def test_the_largest_class_is_not_the_centre() -> None:
+    real = np.concatenate([np.tile([1.0, 0.1], (98, 1)), np.tile([-1.0, 0.1], (2, 1))])
+    numbers = class_similarities(real, np.repeat([NV, MEL], [98, 2]), real[:1], np.array([NV]))
+    assert numbers["NV"]["generated_to_own"] == pytest.approx(1.0)
+    assert numbers["NV"]["generated_to_others"] == pytest.approx(-1.0)
+
+
+def test_numbers_that_cannot_be_had_are_left_out() -> None:
+    real, labels = np.array([[1.0, 0], [0, 1], [0, 2]]), np.array([MEL, NV, NV])
+    numbers = class_similarities(real, labels, np.array([[1.0, 1]]), np.array([DF]))
+    assert list(numbers) == list(CLASSES)
+    assert set(numbers["MEL"]) == {"real_to_others"}  # one image alone has no other of its own
+    assert set(numbers["DF"]) == {"generated_to_others"}
+    assert numbers["VASC"] == {}
+    none = class_similarities(np.zeros((0, 3)), np.zeros(0, int), np.ones((1, 3)), np.array([MEL]))
+    assert none == {code: {} for code in CLASSES}
+
+
+def test_equal_features_have_no_direction() -> None:
+    real, labels = np.full((6, 3), 0.1), np.repeat([MEL, NV], 3)
+    assert (real[:3].mean(axis=0) != 0.1).all()  # so centring leaves rounding, which points somewhere
+    assert set(class_similarities(real, labels, real, labels)["MEL"].values()) == {0.0}

@@ -1,15 +1,17 @@
 """One style for all pictures, and no trace of it elsewhere."""
 
+import contextlib
 import io
 import threading
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from m2d.classes import CLASSES, DIAGNOSES
-from m2d.plots.style import class_code, class_colours, class_edges, class_markers, new_figure, percent, png, styled
+from m2d.plots.style import CLASS_EDGES, CLASS_MARKERS, class_colours, drawn, new_figure, percent, png, styled
 
 
 def contrast_on_white(colour: str) -> float:
@@ -19,18 +21,14 @@ def contrast_on_white(colour: str) -> float:
     return float(1.05 / (linear @ (0.2126, 0.7152, 0.0722) + 0.05))
 
 
-def test_rc_params_are_as_they_were_after_drawing() -> None:
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_rc_params_are_as_they_were_after_drawing_and_after_an_error(error: type[Exception] | None) -> None:
     before = dict(matplotlib.rcParams)
-    with styled():
+    with contextlib.suppress(RuntimeError), styled():
         assert matplotlib.rcParams["axes.spines.top"] is False
         png(new_figure(1, 1))
-    assert dict(matplotlib.rcParams) == before
-
-
-def test_rc_params_are_as_they_were_after_an_error() -> None:
-    before = dict(matplotlib.rcParams)
-    with pytest.raises(RuntimeError), styled():
-        raise RuntimeError
+        if error:
+            raise error
     assert dict(matplotlib.rcParams) == before
 
 
@@ -59,22 +57,18 @@ def test_two_threads_that_draw_at_once_leave_no_style_behind() -> None:
     assert dict(matplotlib.rcParams) == before
 
 
-def test_a_users_own_settings_do_not_change_the_picture() -> None:
-    def picture() -> bytes:
-        with styled():
-            figure = new_figure(2, 1)
-            figure.subplots().plot([0, 1], [0, 1])
-            return png(figure)
+@drawn
+def picture() -> Figure:
+    figure = new_figure(3, 2)
+    figure.subplots().plot([0, 1], [0, 1])
+    return figure
 
+
+def test_a_users_own_settings_do_not_change_the_picture() -> None:
     plain = picture()
+    assert Image.open(io.BytesIO(plain)).size == (360, 240)
     with matplotlib.rc_context({"lines.linewidth": 9, "axes.facecolor": "red", "font.size": 30}):
         assert picture() == plain
-
-
-def test_a_figure_has_the_size_that_was_asked_for() -> None:
-    with styled():
-        image = Image.open(io.BytesIO(png(new_figure(3, 2))))
-    assert image.size == (360, 240)
 
 
 def test_a_small_share_is_not_told_as_none() -> None:
@@ -86,16 +80,10 @@ def test_class_colours_are_those_of_the_diagnoses() -> None:
 
 
 def test_every_class_has_a_marker_of_its_own() -> None:
-    assert list(class_markers()) == list(CLASSES)
-    assert len(set(class_markers().values())) == len(CLASSES)
+    assert list(CLASS_MARKERS) == list(CLASSES)
+    assert len(set(CLASS_MARKERS.values())) == len(CLASSES)
 
 
 def test_the_yellow_class_has_an_edge_that_is_seen_on_white() -> None:
     assert contrast_on_white(class_colours()["DF"]) < 1.5
-    assert contrast_on_white(class_edges()["DF"]) > 7
-
-
-@pytest.mark.parametrize("label", [-1, 7])
-def test_a_label_that_is_no_class_is_refused(label: int) -> None:
-    with pytest.raises(ValueError, match=f"label {label} is no class"):
-        class_code(label)
+    assert contrast_on_white(CLASS_EDGES["DF"]) > 7

@@ -1,24 +1,17 @@
 """Pictures of a sweep."""
 
-import io
-
 import numpy as np
 import pytest
-from PIL import Image
+from plots.pictures import pixels_of
 
 from m2d.plots.sweeps import best_trial, importance_chart, parallel_coordinates
 
 CHOSEN = [{"lr": 1e-4}, {"lr": 1e-3}, {"lr": 1e-2}]
 
 
-def pixels(png: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(png)) as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
-
-
 def orange(png: bytes) -> float:
     """Mean row of the thick line's pixels, from the top."""
-    image = pixels(png)
+    image = pixels_of(png).astype(int)
     rows = np.nonzero(np.abs(image - np.array([0xD5, 0x5E, 0x00])).sum(axis=2) < 20)[0]
     assert len(rows) > 500
     return float(rows.mean())
@@ -42,8 +35,8 @@ def test_what_was_stopped_is_the_best_only_among_its_like(
 
 
 def test_broken_lines_tell_who_was_stopped() -> None:
-    everyone = pixels(parallel_coordinates(CHOSEN, [1.0, 2.0, 3.0], [True] * 3, {"lr": True}))
-    some = pixels(parallel_coordinates(CHOSEN, [1.0, 2.0, 3.0], [True, False, False], {"lr": True}))
+    everyone = pixels_of(parallel_coordinates(CHOSEN, [1.0, 2.0, 3.0], [True] * 3, {"lr": True}))
+    some = pixels_of(parallel_coordinates(CHOSEN, [1.0, 2.0, 3.0], [True, False, False], {"lr": True}))
     lines = slice(60, -80)  # between the title and the names
     assert (some[lines] != 255).sum() < (everyone[lines] != 255).sum()
 
@@ -54,4 +47,4 @@ def test_no_trial_is_no_picture() -> None:
 
 
 def test_unknown_importance_is_a_picture_too() -> None:
-    assert pixels(importance_chart({}, trials=2, report=1)).shape[1] > 400
+    assert pixels_of(importance_chart({}, trials=2, report=1)).shape[1] > 400

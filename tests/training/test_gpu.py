@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from bench.gpu import GIB, Training, host_waits, predicted_gib, settings
-from m2d.models.norms import keep_input_type
+from m2d.models.precision import keep_input_type
 from m2d.training.batch import ImageBatch, LatentBatch
 from m2d.training.loop import read_ahead
 

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from m2d.models.settings import Crop
 
 @dataclass(frozen=True)
 class Features:
-    """cls: [B, D] one vector an image. patches: [B, N, D] one vector a cell, row by row, N a square number."""
+    """cls: [B, D], one vector per image. patches: [B, N, D], one vector per cell, row by row, N a square number."""
 
     cls: Tensor
     patches: Tensor
@@ -42,18 +43,14 @@ class FeatureExtractor(nn.Module):
         weights_sha256: str = "0" * 64,
     ) -> None:
         super().__init__()
-        self.name = name
-        self.dim = dim
-        self.input_size = input_size
-        self.num_patches = num_patches
-        self.crop = crop
-        self.crop_pct = crop_pct
-        self.squash = squash
+        self.name, self.dim, self.input_size, self.num_patches = name, dim, input_size, num_patches
+        self.crop, self.crop_pct, self.squash = crop, crop_pct, squash
         self.weights_sha256 = weights_sha256
         self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
+        self.network: Any  # timm's, set by a class that does not override `forward`
 
     @property
     def key(self) -> str:
@@ -63,44 +60,62 @@ class FeatureExtractor(nn.Module):
     def preprocess(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] to float32 [B, 3, S, S]: antialiased bilinear resize, crop, then (pixel - mean) / std.
 
-        PIL, and so torchvision's published transforms, rounds to whole grey levels after each of its two passes; this
-        does not. docs/panderm.md has the measured difference, tests/models/test_panderm.py holds it.
+        Float pixels in [0, 255] get a gradient. PIL, and so torchvision's published transforms, rounds to whole grey
+        levels after each of its two passes; this does not. docs/panderm.md has the measured difference.
         """
-        return self.preprocess_float(images.float())
-
-    def preprocess_float(self, pixels: Tensor) -> Tensor:
-        """The same from float pixels in [0, 255]; differentiable."""
-        side = self.input_size
-        if self.crop == "whole":
-            return (_resized(pixels, side, side) - self.mean) / self.std
-        shorter = math.floor(side / self.crop_pct)
-        height, width = (shorter, shorter) if self.squash else _scaled(pixels.shape[-2], pixels.shape[-1], shorter)
-        top, left = round((height - side) / 2), round((width - side) / 2)  # as torchvision's CenterCrop rounds
-        pixels = _resized(pixels, height, width)[..., top : top + side, left : left + side]
-        return (pixels - self.mean) / self.std
+        pixels, side = images.float(), self.input_size
+        height, width = old = tuple(pixels.shape[-2:])
+        scaled = math.floor(side / self.crop_pct) if self.crop == "official" else side
+        if self.crop == "whole" or self.squash:
+            new = (scaled, scaled)
+        else:  # the longer side is cut to whole pixels, as torchvision's Resize does
+            new = (scaled * height // min(old), scaled * width // min(old))
+        if new != old:
+            pixels = F.interpolate(pixels, size=new, mode="bilinear", antialias=True, align_corners=False)
+        top, left = (round((length - side) / 2) for length in new)  # as torchvision's CenterCrop rounds
+        return (pixels[..., top : top + side, left : left + side] - self.mean) / self.std
 
     def forward(self, x: Tensor) -> Features:
         """Preprocessed [B, 3, S, S] to Features; no gradient is kept for the network's own tensors."""
-        raise NotImplementedError  # pragma: no cover - the interface
+        return features_of(self.network, x)
 
-    def train(self, mode: bool = True) -> "FeatureExtractor":
+    def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: its batch norms must not follow the training images."""
         return super().train(False)
 
 
 def extractor_name(name: str, weights_sha256: str, input_size: int, crop: str) -> str:
-    """What shapes the features, as a folder's name: `<name>-<12 of weights_sha256>-<S>-<crop>`."""
+    """See FeatureExtractor.key."""
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{weights_sha256[:12]}-{input_size}-{crop}"
 
 
-def _scaled(height: int, width: int, shorter: int) -> tuple[int, int]:
-    """Sides with the shorter one of that length; the longer is cut to whole pixels, as torchvision's Resize does."""
-    if height <= width:
-        return shorter, int(shorter * width / height)
-    return int(shorter * height / width), shorter
+class NoGridError(Exception):
+    """What the features are instead of a square grid."""
 
 
-def _resized(pixels: Tensor, height: int, width: int) -> Tensor:
-    if tuple(pixels.shape[-2:]) == (height, width):
-        return pixels
-    return F.interpolate(pixels, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+def features_of(network: Any, x: Tensor) -> Features:
+    """Those of a timm network. Raises NoGridError where its patches are no square grid.
+
+    Vision transformers: cls is the class token after the final norm, or the model's own pooling where there is none or
+    where the final norm is for the pooled vector alone; patches are the tokens after the norm, without class and
+    register tokens. Other networks: patches are the cells of the last map, cls is their mean.
+    """
+    found = network.forward_features(x)
+    if not isinstance(found, Tensor) or found.ndim not in (3, 4):
+        raise NoGridError(f"a {type(found).__name__} that is neither tokens nor a map")
+    if found.ndim == 4:
+        found = found.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else found
+        if found.shape[2] != found.shape[3]:
+            raise NoGridError(f"{found.shape[2]} x {found.shape[3]} cells")
+        patches = found.flatten(2).transpose(1, 2)
+        return Features(cls=patches.mean(dim=1), patches=patches)
+    has_class_token = isinstance(getattr(network, "cls_token", None), Tensor)
+    prefix = int(getattr(network, "num_prefix_tokens", has_class_token))
+    count = found.shape[1] - prefix
+    if count < 1 or math.isqrt(count) ** 2 != count:
+        raise NoGridError(f"{count} tokens")
+    # With fc_norm the final norm was trained on the mean of the tokens, and `norm` does nothing.
+    pooled_norm = getattr(network, "fc_norm", None) if isinstance(getattr(network, "norm", None), nn.Identity) else None
+    patches = found[:, prefix:] if pooled_norm is None else pooled_norm(found[:, prefix:])
+    cls = found[:, 0] if has_class_token and pooled_norm is None else network.forward_head(found, pre_logits=True)
+    return Features(cls=cls, patches=patches)

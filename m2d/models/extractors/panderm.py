@@ -17,19 +17,16 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from m2d.errors import CheckpointError
-from m2d.models.extractors.base import FeatureExtractor, Features
-from m2d.models.extractors.weights import faults_text, file_sha256, read_tensors, require_finite, some_of
+from m2d.models.extractors.base import FeatureExtractor
+from m2d.models.extractors.weights import file_sha256, fitting, read_tensors, refusal, some_of
 from m2d.models.settings import Crop
 
 logger = logging.getLogger(__name__)
 
-PATCH = 16
 NATIVE_SIZE = 224
 # Not a slip: the authors' evaluation transform has 0.228 where ImageNet's usual numbers have 0.229 (builder.py:27-48).
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.228, 0.224, 0.225)
-CROP_PCT = NATIVE_SIZE / 256
 
 PREFIX = "encoder."  # of every encoder tensor in the published Large file, and of none in Base's
 # What pre-training leaves beside the encoder: CAEv2's regressor, decoder and teacher, its tokens, a head.
@@ -97,52 +94,33 @@ class PanDerm(FeatureExtractor):
     """
 
     def __init__(
-        self,
-        name: str,
-        encoder: Mapping[str, Tensor],
-        input_size: int = NATIVE_SIZE,
-        crop: Crop = "whole",
+        self, name: str, encoder: Mapping[str, Tensor], input_size: int = NATIVE_SIZE, crop: Crop = "whole",
         weights_sha256: str = "0" * 64,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """encoder: exactly the tensors of SIZES[name].shapes(), float32; they become the network's own, uncopied."""
-        size = SIZES[name]
-        grid = input_size // PATCH
+        size, grid = SIZES[name], input_size // 16
         super().__init__(
-            name,
-            size.width,
-            input_size,
-            255 * torch.tensor(MEAN),
-            255 * torch.tensor(STD),
-            num_patches=grid * grid,
-            crop=crop,
-            crop_pct=CROP_PCT,
-            weights_sha256=weights_sha256,
-        )
+            name, size.width, input_size, 255 * torch.tensor(MEAN), 255 * torch.tensor(STD), num_patches=grid * grid,
+            crop=crop, crop_pct=NATIVE_SIZE / 256, weights_sha256=weights_sha256,
+        )  # fmt: skip
         network = size.network(input_size)
         table = encoder["pos_embed"]
         if input_size != NATIVE_SIZE:
             table = resample_abs_pos_embed(table, new_size=[grid, grid], num_prefix_tokens=1)
         network.load_state_dict({**encoder, "pos_embed": table}, strict=True, assign=True)
-        for block in network.blocks:  # a buffer of zeros that no file holds: the bias that the key has not
+        for block in network.blocks:  # a buffer of zeros that no file has: the key's bias
             block.attn.k_bias = torch.zeros(size.width)
         self.network = network.eval().requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Features:
-        """See FeatureExtractor.forward."""
-        tokens = self.network.forward_features(x)
-        return Features(cls=tokens[:, 0], patches=tokens[:, 1:])
 
 
 def load_panderm(name: str, path: Path, input_size: int | None, crop: Crop) -> PanDerm:
     """PanDerm of that name from any published form of its file. Raises CheckpointError, one line, for any other."""
     encoder = encoder_tensors(name, path, read_tensors(path))
-    require_finite(path, encoder)
-    sha256 = file_sha256(path)
-    known = SIZES[name].sha256
-    if known is not None and sha256 != known:
+    sha256, reported = file_sha256(path), SIZES[name].sha256
+    if reported not in (None, sha256):
         logger.warning(
             "%s: %s fits tensor by tensor and is used, but its SHA-256 is %s, not %s as reported for the published "
-            "file: re-saved, or changed?", name, path, sha256, known,
+            "file: re-saved, or changed?", name, path, sha256, reported,
         )  # fmt: skip
     return PanDerm(name, encoder, input_size or NATIVE_SIZE, crop, sha256)
 
@@ -152,48 +130,37 @@ def encoder_tensors(name: str, path: Path, tensors: Mapping[str, Tensor]) -> dic
 
     tensors: as published, with or without the `encoder.` prefix and what pre-training left. path: for the message.
     """
-    tuned = [tensor for tensor in tensors if FINE_TUNED.search(tensor)]
-    if tuned:
-        raise CheckpointError(
-            f"feature_extractor.weights: {path} is a fine-tuned PanDerm (it has {some_of(tuned, 2)}), a classifier of "
-            f"another form than the published encoder; give the pre-trained file {SIZES[name].file_name}"
+    published_as = SIZES[name].file_name
+    if tuned := [key for key in tensors if FINE_TUNED.search(key)]:
+        raise refusal(
+            path,
+            f"is a fine-tuned PanDerm (it has {some_of(tuned, 2)}), a classifier of another form than the published "
+            f"encoder; give the pre-trained file {published_as}",
         )
-    prefixed = any(tensor.startswith(PREFIX) for tensor in tensors)
-    encoder: dict[str, Tensor] = {}
-    unknown: list[str] = []
-    shapes = SIZES[name].shapes()
-    for published, tensor in tensors.items():
-        plain = published.removeprefix(PREFIX)
-        if (plain == published and EXTRAS.match(plain)) or plain.startswith("head."):
+    encoder = {}
+    prefixed = any(key.startswith(PREFIX) for key in tensors)
+    for key, tensor in tensors.items():
+        plain = key.removeprefix(PREFIX)
+        if plain.startswith("head.") or (plain == key and EXTRAS.match(plain)):
             continue
-        if plain in shapes and (plain != published or not prefixed):
-            encoder[plain] = tensor
-        else:
-            unknown.append(published)
-    misfits = []
-    for key, shape in shapes.items():
-        found = encoder.get(key)
-        if found is not None and (tuple(found.shape) != shape or not found.is_floating_point()):
-            kind = "" if found.is_floating_point() else f" of {found.dtype}"
-            misfits.append(f"{key} is {list(found.shape)}{kind}, not {list(shape)}")
-    faults = faults_text([name for name in shapes if name not in encoder], len(shapes), unknown, misfits)
-    if faults:
-        raise CheckpointError(f"feature_extractor.weights: {path} is not {name}: {faults}; {_seems(name, tensors)}")
-    return {tensor: encoder[tensor].float().contiguous() for tensor in shapes}
+        # In a prefixed file a bare name is another network's.
+        encoder[f"{key} without {PREFIX}" if prefixed and plain == key else plain] = tensor
+    wanted = SIZES[name].network().state_dict()
+    fitted = fitting(path, name, encoder, wanted, f"it seems to be {_seems(name, tensors)}")
+    return {key: tensor.float().contiguous() for key, tensor in fitted.items()}
 
 
 def _seems(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """Which network the file holds, by its width and its number of blocks, and what to do."""
-    blocks = [re.match(rf"(?:{re.escape(PREFIX)})?blocks\.(\d+)\.", tensor) for tensor in tensors]
+    """Which network the file has, by its width and its number of blocks, and what to do."""
+    blocks = [re.match(rf"(?:{re.escape(PREFIX)})?blocks\.(\d+)\.", key) for key in tensors]
     depth = 1 + max((int(block[1]) for block in blocks if block), default=-1)
-    normed = (tensor for key, tensor in tensors.items() if key.endswith(("norm1.weight", "cls_token")) and tensor.ndim)
-    width = max(Counter(tensor.shape[-1] for tensor in normed).items(), key=lambda found: found[1], default=(0, 0))[0]
+    widths = [tensor.shape[-1] for key, tensor in tensors.items() if key.endswith("norm1.weight") and tensor.ndim]
+    width = Counter(widths).most_common(1)[0][0] if widths else 0
+    published_as = SIZES[name].file_name
     for other, size in SIZES.items():
-        if (width, depth) == (size.width, size.depth) and other == name:
-            return f"it seems to be a changed {size.title}; download {size.file_name} again"
         if (width, depth) == (size.width, size.depth):
-            return (
-                f"it seems to be {size.title}: set feature_extractor.name to {other}, or give {SIZES[name].file_name}"
-            )
+            if other == name:
+                return f"a changed {size.title}; download {published_as} again"
+            return f"{size.title}: set feature_extractor.name to {other}, or give {published_as}"
     found = f"{depth} blocks of width {width}" if depth and width else "no blocks of a ViT"
-    return f"it seems to be no PanDerm ({found}); give {SIZES[name].file_name}"
+    return f"no PanDerm ({found}); give {published_as}"

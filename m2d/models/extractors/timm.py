@@ -5,7 +5,6 @@ Called by load_feature_extractor.
 
 import difflib
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,17 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
-from torch import Tensor, nn
+from torch import nn
 
-from m2d.errors import CheckpointError, ConfigError, first_line
-from m2d.models.extractors.base import FeatureExtractor, Features
-from m2d.models.extractors.weights import (
-    faults_text,
-    file_sha256,
-    read_tensors,
-    require_finite,
-    some_of,
-    tensors_sha256,
-)
+from m2d.errors import ConfigError, first_line
+from m2d.models.extractors.base import FeatureExtractor, NoGridError, features_of
+from m2d.models.extractors.weights import file_sha256, fitting, read_tensors, some_of, tensors_sha256
 from m2d.models.settings import TIMM_PREFIX, Crop
 
 
 class TimmExtractor(FeatureExtractor):
     """A timm model without its classifier; mean, std, native size and crop_pct are timm's data config of it.
 
-    Vision transformers: cls is the class token after the final norm, or the model's own pooling where there is none or
-    where the final norm is for the pooled vector alone; patches are the tokens after the norm, without class and
-    register tokens. Other networks: patches are the cells of the last map, cls is their mean.
     The resize is this package's antialiased bilinear one, also where timm's config says bicubic.
     """
 
@@ -42,23 +31,12 @@ class TimmExtractor(FeatureExtractor):
         config = resolve_data_config(model=network)
         network = network.eval().requires_grad_(False)
         dim, num_patches = _measure(name, network, input_size)
+        mean, std = (255 * torch.tensor(config[key]) for key in ("mean", "std"))
         super().__init__(
-            name,
-            dim,
-            input_size,
-            255 * torch.tensor(config["mean"]),
-            255 * torch.tensor(config["std"]),
-            num_patches=num_patches,
-            crop=crop,
-            crop_pct=config["crop_pct"],
-            squash=config["crop_mode"] == "squash",
-            weights_sha256=weights_sha256,
-        )
+            name, dim, input_size, mean, std, num_patches=num_patches, crop=crop, crop_pct=config["crop_pct"],
+            squash=config["crop_mode"] == "squash", weights_sha256=weights_sha256,
+        )  # fmt: skip
         self.network = network
-
-    def forward(self, x: Tensor) -> Features:
-        """See FeatureExtractor.forward."""
-        return _features(self.network, x)
 
 
 def load_timm_extractor(name: str, path: Path | None, input_size: int | None, crop: Crop) -> TimmExtractor:
@@ -66,13 +44,17 @@ def load_timm_extractor(name: str, path: Path | None, input_size: int | None, cr
 
     Raises ConfigError where there is no such model, no network or no square grid; CheckpointError for a wrong file.
     """
-    native = native_size(name)
+    native, model = native_size(name), name.removeprefix(TIMM_PREFIX)
     if path is None:
-        network = _from_hub(name)
+        network = _from_hub(model)
         sha256 = tensors_sha256(network.state_dict())
     else:
-        network = timm.create_model(name.removeprefix(TIMM_PREFIX), pretrained=False, num_classes=0)
-        _load_strictly(name, network, path)
+        network = timm.create_model(model, pretrained=False, num_classes=0)
+        wanted, heads = network.state_dict(), network.pretrained_cfg["classifier"] or ()
+        classifiers = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+        tensors = read_tensors(path, accept_safetensors=True).items()
+        state = {key: tensor for key, tensor in tensors if key in wanted or not key.startswith(classifiers)}
+        network.load_state_dict(fitting(path, name, state, wanted, "give a file in timm's tensor names"))
         sha256 = file_sha256(path)
     side = input_size or native
     if side != native:
@@ -86,57 +68,30 @@ def native_size(name: str) -> int:
     architecture = model.partition(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), n=3)
-        hint = f"near it: {' '.join(near)}" if near else "timm.list_models() lists them"
-        raise ConfigError(f"feature_extractor.name is {name}; timm has no such model; {hint}")
+        raise _unusable(name, f"timm has no such model; near it: {' '.join(near) or 'none, see timm.list_models()'}")
     try:
-        config = get_pretrained_cfg(model, allow_unregistered=False)
+        height, width = get_pretrained_cfg(model, allow_unregistered=False).input_size[-2:]
     except RuntimeError:
         tags = timm.list_pretrained(f"{architecture}.*")
         hint = f"known: {some_of(tags, 5)}" if tags else f"give {TIMM_PREFIX}{architecture} and a weights file"
-        raise ConfigError(
-            f"feature_extractor.name is {name}; timm has no such weights of {architecture}; {hint}"
-        ) from None
-    height, width = config.input_size[-2:]
+        raise _unusable(name, f"timm has no such weights of {architecture}; {hint}") from None
     if height != width:
-        raise ConfigError(f"feature_extractor.name is {name}, made for {height} x {width} images; give one for squares")
+        raise _unusable(name, f"it is made for {height} x {width} images; give one for squares")
     return int(height)
 
 
-def _from_hub(name: str) -> nn.Module:
+def _from_hub(model: str) -> nn.Module:
     retries = logging.getLogger("huggingface_hub")  # it logs each of its attempts; the last one's error is enough
     level = retries.level
     retries.setLevel(logging.ERROR)
     try:
-        return timm.create_model(name.removeprefix(TIMM_PREFIX), pretrained=True, num_classes=0)
+        return timm.create_model(model, pretrained=True, num_classes=0)
     except Exception as error:  # the hub's client raises its own, requests' and the socket's
-        reason = (str(error).strip().splitlines() or [""])[0].strip()
-        raise ConfigError(
-            f"feature_extractor.name is {name}, whose weights cannot be fetched from the hub "
-            f"({type(error).__name__}: {reason[:150]}); give a local file with --feature_extractor.weights"
-        ) from None
+        reason = f"{type(error).__name__}: {first_line(error)[:150]}"
+        why = f"its weights cannot be fetched from the hub ({reason}); give a local --feature_extractor.weights"
+        raise _unusable(TIMM_PREFIX + model, why) from None
     finally:
         retries.setLevel(level)
-
-
-def _load_strictly(name: str, network: Any, path: Path) -> None:
-    """The file's tensors into the network: all of them, save for a classifier, which the network here has not."""
-    tensors = read_tensors(path, accept_safetensors=True)
-    classifiers = network.pretrained_cfg["classifier"] or ()
-    dropped = tuple(f"{head}." for head in ([classifiers] if isinstance(classifiers, str) else classifiers))
-    wanted = network.state_dict()
-    state = {key: tensor for key, tensor in tensors.items() if key in wanted or not key.startswith(dropped)}
-    misfits = [
-        f"{key} is {list(tensor.shape)}, not {list(wanted[key].shape)}"
-        for key, tensor in state.items()
-        if key in wanted and tensor.shape != wanted[key].shape
-    ]
-    missing, unknown = [key for key in wanted if key not in state], [key for key in state if key not in wanted]
-    if faults := faults_text(missing, len(wanted), unknown, misfits):
-        raise CheckpointError(
-            f"feature_extractor.weights: {path} is not {name}: {faults}; give a file in timm's tensor names"
-        )
-    require_finite(path, state)
-    network.load_state_dict(state, strict=True)
 
 
 def _resize(name: str, network: Any, side: int) -> None:
@@ -157,51 +112,21 @@ def _measure(name: str, network: nn.Module, side: int) -> tuple[int, int]:
     """D and N, from one black image."""
     try:
         with torch.no_grad():
-            features = _features(network, torch.zeros(1, 3, side, side))
-    except _NoGridError as error:
-        raise ConfigError(
-            f"feature_extractor.name is {name}, whose features are no square grid ({error}); take another model"
-        ) from None
+            features = features_of(network, torch.zeros(1, 3, side, side))
+    except NoGridError as error:
+        raise _unusable(name, f"its features are no square grid ({error}); take another model") from None
     except Exception as error:  # whatever a network makes of a size that it does not take
         raise _wrong_size(name, side, error) from None
-    if features.cls.shape[-1] != features.patches.shape[-1]:
-        raise ConfigError(
-            f"feature_extractor.name is {name}, whose pooled vector has {features.cls.shape[-1]} numbers and whose "
-            f"cells have {features.patches.shape[-1]}; take another model"
-        )
-    return int(features.patches.shape[2]), int(features.patches.shape[1])
+    pooled, (_, count, dim) = features.cls.shape[-1], features.patches.shape
+    if pooled != dim:
+        raise _unusable(name, f"its pooled vector has {pooled} numbers and its cells have {dim}; take another model")
+    return int(dim), int(count)
+
+
+def _unusable(name: str, why: str) -> ConfigError:
+    return ConfigError(f"feature_extractor.name is {name}; {why}")
 
 
 def _wrong_size(name: str, side: int, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"feature_extractor.input_size: {name} does not take {side} px ({first_line(error)[:120]}); give another"
-    )
-
-
-class _NoGridError(Exception):
-    """What the features are instead of a square grid."""
-
-
-def _features(network: Any, x: Tensor) -> Features:
-    found = network.forward_features(x)
-    if not isinstance(found, Tensor):
-        raise _NoGridError(f"a {type(found).__name__}")
-    if found.ndim == 4:
-        found = found.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else found
-        if found.shape[2] != found.shape[3]:
-            raise _NoGridError(f"{found.shape[2]} x {found.shape[3]} cells")
-        patches = found.flatten(2).transpose(1, 2)
-        return Features(cls=patches.mean(dim=1), patches=patches)
-    if found.ndim != 3:
-        raise _NoGridError(f"a tensor of {found.ndim} dimensions")
-    tokens = found
-    has_class_token = isinstance(getattr(network, "cls_token", None), Tensor)
-    prefix = int(getattr(network, "num_prefix_tokens", has_class_token))
-    count = tokens.shape[1] - prefix
-    if count < 1 or math.isqrt(count) ** 2 != count:
-        raise _NoGridError(f"{count} tokens")
-    # With fc_norm the final norm was trained on the mean of the tokens, and `norm` does nothing.
-    pooled_norm = getattr(network, "fc_norm", None) if isinstance(getattr(network, "norm", None), nn.Identity) else None
-    patches = tokens[:, prefix:] if pooled_norm is None else pooled_norm(tokens[:, prefix:])
-    cls = tokens[:, 0] if has_class_token and pooled_norm is None else network.forward_head(tokens, pre_logits=True)
-    return Features(cls=cls, patches=patches)
+    why = first_line(error)[:120]
+    return ConfigError(f"feature_extractor.input_size: {name} does not take {side} px ({why}); give another")
