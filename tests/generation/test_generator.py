@@ -20,18 +20,18 @@ from m2d.diffusion.settings import SOLVERS, SamplingSettings, Solver
 from m2d.diffusion.solver import solve
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.generation import generator as generator_module
-from m2d.generation.generator import Generator, pick_device, pick_feature, start_of, to_uint8
+from m2d.generation.generator import Generator, noise_for, pick_device, pick_feature, start_of, to_uint8
 from m2d.generation.plan import (
-    GuidingFeature,
     PlanRow,
     image2image_plan,
     interpolation_plan,
     rows_of,
+    seed_of,
     standard_plan,
     table_of,
 )
 from m2d.generation.references import Reference, read_reference, read_references
-from m2d.generation.seeds import feature_seed, noise_for
+from m2d.generation.settings import Feature
 from m2d.models.autoencoder import coded_at_once
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.extractors import FeatureExtractor
@@ -39,7 +39,7 @@ from m2d.models.extractors import FeatureExtractor
 SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)
 
 
-def rows_for(counts: dict[str, int], feature: GuidingFeature = "none", **settings: Any) -> list[PlanRow]:
+def rows_for(counts: dict[str, int], feature: Feature = "none", **settings: Any) -> list[PlanRow]:
     temperature = settings.pop("feature_temperature", 1.0)
     sampling = replace(SAMPLING, **settings)
     plan = standard_plan(counts, run_seed=0, sampling=sampling, feature=feature, feature_temperature=temperature)
@@ -67,13 +67,13 @@ def levels_apart(first: np.ndarray, second: np.ndarray) -> int:
 def contexts(prior_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], Any]]:
     """(labels, feature) of every context that the denoiser was asked for."""
     asked: list[tuple[list[int], Any]] = []
-    real = prior_checkpoint.denoiser.context
+    real = prior_checkpoint.denoiser.conditioning.forward
 
-    def recording(labels: torch.Tensor, cls: torch.Tensor | None = None) -> torch.Tensor:
+    def recording(labels: torch.Tensor, cls: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
         asked.append((labels.tolist(), cls))
-        return real(labels, cls)
+        return real(labels, cls, **more)
 
-    monkeypatch.setattr(prior_checkpoint.denoiser, "context", recording)
+    monkeypatch.setattr(prior_checkpoint.denoiser.conditioning, "forward", recording)
     return asked
 
 
@@ -88,7 +88,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Refe
 def from_images(
     references: dict[str, tuple[Reference, ...]],
     strength: float,
-    feature: GuidingFeature = "reference",
+    feature: Feature = "reference",
     **settings: Any,
 ) -> list[PlanRow]:
     plan = image2image_plan(
@@ -198,7 +198,7 @@ def test_the_drawn_feature_is_of_the_class_and_of_the_seed_of_its_image(
     prior = prior_checkpoint.prior
     assert prior is not None
     labels = [class_index(row.label) for row in PRIOR_ROWS[:2]]
-    noise = torch.stack([noise_for(feature_seed(row.seed), (prior.noise_dim,)) for row in PRIOR_ROWS[:2]])
+    noise = torch.stack([noise_for(seed_of(f"{row.seed}/feature"), (prior.noise_dim,)) for row in PRIOR_ROWS[:2]])
     (guided, feature), (null, null_feature) = contexts
     assert guided == labels
     assert torch.equal(feature, prior.sample(torch.tensor(labels), noise))
@@ -262,7 +262,7 @@ def test_image2image_at_strength_1_is_the_standard_sample_to_the_bit(
     prior_checkpoint: Checkpoint,
     references: dict[str, tuple[Reference, ...]],
     extractor: FeatureExtractor,
-    feature: GuidingFeature,
+    feature: Feature,
     solver: Solver,
 ) -> None:
     rows = from_images(references, 1.0, feature, solver=solver)
@@ -476,7 +476,7 @@ def test_latents_are_put_back_on_the_scale_of_the_vae(checkpoint: Checkpoint) ->
 
 
 @pytest.mark.parametrize("feature", ["none", "prior"])
-def test_bf16_is_near_float32(prior_checkpoint: Checkpoint, feature: GuidingFeature) -> None:
+def test_bf16_is_near_float32(prior_checkpoint: Checkpoint, feature: Feature) -> None:
     rows = ROWS if feature == "none" else [*ROWS[:4], *PRIOR_ROWS[4:]]  # a batch where some have a feature
     images = Generator(prior_checkpoint, device="cpu", mixed_precision="bf16").generate(rows)
     assert images.dtype == np.uint8
@@ -600,7 +600,7 @@ def test_a_device_that_is_not_there_is_a_one_line_error() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("feature", ["none", "prior"])
-def test_the_gpu_draws_the_image_of_the_cpu(prior_checkpoint: Checkpoint, feature: GuidingFeature) -> None:
+def test_the_gpu_draws_the_image_of_the_cpu(prior_checkpoint: Checkpoint, feature: Feature) -> None:
     rows = rows_for({"DF": 4, "MEL": 4}, feature)
     try:
         gpu = Generator(prior_checkpoint, device="cuda", mixed_precision="no").generate(rows)

@@ -273,11 +273,8 @@ def parity_gate(monkeypatch: pytest.MonkeyPatch) -> Callable[[np.ndarray], bool]
 
     def check(images: np.ndarray, *_: Any) -> list[gates.Verdict]:
         def verdict(image: np.ndarray) -> gates.Verdict:
-            odd = not fails(image)
-            return gates.Verdict(
-                accepted=odd, reason=None if odd else "blank", nearest_distance=float("nan"), class_distance=2.0,
-                nearest_id=None, saturated_share=0.5, contrast=3.0,
-            )  # fmt: skip
+            reason = "blank" if fails(image) else None
+            return gates.Verdict(reason=reason, class_distance=2.0, saturated_share=0.5, contrast=3.0)
 
         return [verdict(image) for image in images]
 
