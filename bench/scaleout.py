@@ -37,7 +37,7 @@ from m2d.diffusion.settings import SamplingSettings
 from m2d.generation.output import PARTS, group_name, write_rows
 from m2d.generation.plan import PlanRow, read_plan, standard_plan
 from m2d.generation.settings import GateConfig
-from m2d.generation.workers import GeneratorSettings, GroupWriter, PlanGroups, make_on_ray, pick_pool
+from m2d.generation.workers import GeneratorSettings, GroupWriter, make_on_ray, pick_pool
 
 WRITER_SLOTS = 4  # logical CPUs; the actors ask for a GPU alone
 SPARE_BYTES = 2 * 2**30  # of memory, left free
@@ -214,7 +214,7 @@ def measure_scales(smallest: int, largest: int, batch_s: float, groups: int, bat
 def measure(actors: int, batch_s: float, groups: int, batch_size: int, before: Sequence[Scale]) -> Scale:
     """One run of m2d.generation.workers."""
     table = standard_plan(_counts(groups * batch_size), run_seed=0, sampling=SamplingSettings(), feature="prior")
-    plan = PlanGroups(table, 0, batch_size)
+    plan = [table.slice(first, batch_size) for first in range(0, table.num_rows, batch_size)]
     with tempfile.TemporaryDirectory(prefix="m2d-bench-") as folder:
         root, trace = Path(folder) / "images", Path(folder) / "trace"
         for path in (root, trace):
@@ -229,7 +229,7 @@ def measure(actors: int, batch_s: float, groups: int, batch_size: int, before: S
         )  # fmt: skip
         pool = pick_pool(num_actors=actors, gpus_per_actor=1.0, device="none", groups=groups)
         began, cpu_began = time.time(), time.process_time()
-        made = sum(result.kept for result in make_on_ray(settings, pool, plan, writer, features=False))
+        made = sum(result.kept for result in make_on_ray(settings, pool, plan, 0, writer, features=False))
         driver_s = time.process_time() - cpu_began
         assert made == table.num_rows, f"{made} of {table.num_rows} images came back"
         records = [

@@ -21,10 +21,9 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
-from m2d.generation import run
+from m2d.generation import run, workers
 from m2d.generation.generator import Generator
 from m2d.generation.settings import GateConfig, GenerateConfig
-from m2d.generation.workers import GeneratorSettings
 
 NODES = 3
 PATIENCE_S = 150.0  # for what must happen; on a busy machine an actor may need a minute to start
@@ -32,7 +31,7 @@ GROUP_S = 0.2  # at least so long does a group take, so that a node is taken awa
 
 
 @dataclass(frozen=True, kw_only=True)
-class TracedSettings(GeneratorSettings):
+class TracedSettings(workers.GeneratorSettings):
     """The run's generator, which also says where it works: trace/<node>/<number of its group>."""
 
     trace: Path
@@ -59,7 +58,7 @@ def main(checkpoint: str, output: str, report: str) -> None:
     """Make 180 images, take a node away once each has made two groups, write the report."""
     trace = Path(report).with_suffix(".trace")
     trace.mkdir()
-    run.GeneratorSettings = partial(TracedSettings, trace=trace)  # type: ignore[misc,assignment]
+    workers.GeneratorSettings = partial(TracedSettings, trace=trace)  # type: ignore[misc,assignment]
     cluster = Cluster(
         initialize_head=True,
         head_node_args={
