@@ -43,18 +43,8 @@ from m2d.generation.output import experiment_of, whole_output
 from m2d.generation.plan import data_config_of, dataset_catalog
 from m2d.generation.references import load_reference_extractor
 from m2d.generation.settings import GateConfig, GenerateConfig
-from m2d.metrics.neighbours import (
-    COPY_FLOOR,
-    Standardizer,
-    at_least_median,
-    calibration_distances,
-    drawn_rows,
-    nearest,
-    nearest_in_views,
-    thumbnails,
-    unit_rows,
-    unit_thumbnails,
-)
+from m2d.metrics import neighbours
+from m2d.metrics.neighbours import nearest, unit_thumbnails
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.extractors import FeatureExtractor
 
@@ -147,9 +137,7 @@ def _lasting(gates: GateConfig) -> dict[str, Any]:
 
 
 def _training_images(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Table | None) -> tuple[pa.Table, str]:
-    """Catalog rows and root of the images that the checkpoint was trained on, by its experiment's catalog; otherwise
-    of the training split of data_root.
-    """
+    """Catalog rows and root of what the checkpoint was trained on: its experiment's catalog, or data_root's split."""
     own = experiment_of(str(checkpoint.path)) / "cache/catalog.parquet"
     places: list[Any] = [config.data_root]
     if own.is_file():
@@ -201,12 +189,10 @@ def check(
     reference: GateReference | None,
     config: GateConfig,
 ) -> list[Verdict]:
-    """One verdict per image, in order, each independent of the others.
+    """One verdict per image, in order, each independent of the others; measurements also for disabled gates.
 
     images: uint8 [N, H, W, 3]. features: their cls float32 [N, D], of the reference's extractor at its image size, or
-    None. labels: class codes. Measurements are reported even for disabled gates. Without a reference or features the
-    gates that need them refuse nothing, see `active_gates`. An image with features that are not finite is outside its
-    class.
+    None. labels: class codes. An image with features that are not finite is outside its class.
     """
     facts = ImageFacts.of(images)
     near, in_class, class_limits, pixel = (np.full(len(images), np.nan) for _ in range(4))
@@ -220,7 +206,7 @@ def check(
         if by_features and features is not None:
             near, near_rows, in_class, class_limits = _feature_distances(features, labels, reference)
         if by_pixels:
-            by_view, rows = nearest_in_views(_turned(facts.thumbnails), reference.thumbnails)
+            by_view, rows = neighbours.nearest_in_views(_turned(facts.thumbnails), reference.thumbnails)
             best = by_view.argmin(dim=1, keepdim=True)
             pixel, pixel_rows = (part.gather(1, best)[:, 0].numpy() for part in (by_view, rows))
     limits = _set_or(config, limits)
@@ -238,20 +224,11 @@ def check(
             if reasons[row] is None:
                 reasons[row] = reason
                 near_rows[row] = pixel_rows[row] if gate == "near_copy:pixels" else near_rows[row]
-    measured = {
-        "nearest_distance": near,
-        "class_distance": in_class,
-        "pixel_distance": pixel,
-        **{name: getattr(facts, name) for name in ("saturated_share", "contrast", "roughness")},
-    }
-    return [
-        Verdict(
-            reason=reason,
-            nearest_id=None if reference is None or near_rows[row] < 0 else reference.ids[near_rows[row]],
-            **{name: float(values[row]) for name, values in measured.items()},
-        )
-        for row, reason in enumerate(reasons)
-    ]
+    measured = {"nearest_distance": near, "class_distance": in_class, "pixel_distance": pixel, **vars(facts)}
+    del measured["thumbnails"]
+    ids = [None if reference is None or row < 0 else reference.ids[row] for row in near_rows]
+    numbers = ({name: float(values[row]) for name, values in measured.items()} for row in range(len(images)))
+    return [Verdict(reason=reason, nearest_id=one, **of) for reason, one, of in zip(reasons, ids, numbers, strict=True)]
 
 
 def _feature_distances(
@@ -280,25 +257,21 @@ def _feature_distances(
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What the gates read off pixels. thumbnails float32 [n, 8, 8, 3]; the others float32 [n]."""
+    """What the gates read off pixels, see Verdict. thumbnails float32 [n, 8, 8, 3]; the others float32 [n]."""
 
-    thumbnails: np.ndarray  # see m2d.metrics.neighbours
-    contrast: np.ndarray  # standard deviation of luma, grey levels
-    saturated_share: np.ndarray  # of pixels whose channels are all <= 5 or all >= 250
-    roughness: np.ndarray  # mean difference of luma between neighbouring pixels, grey levels
+    thumbnails: np.ndarray
+    contrast: np.ndarray
+    saturated_share: np.ndarray
+    roughness: np.ndarray
 
     @classmethod
     def of(cls, images: np.ndarray) -> Self:
         """images: uint8 [n, H, W, 3]."""
         luma = images.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
         extreme = (images <= DARK).all(axis=-1) | (images >= BRIGHT).all(axis=-1)
-        steps = [np.abs(np.diff(luma, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2)]
-        return cls(
-            thumbnails=thumbnails(images),
-            contrast=luma.std(axis=(1, 2)),
-            saturated_share=extreme.mean(axis=(1, 2), dtype=np.float32),
-            roughness=(steps[0] + steps[1]) / 2,
-        )
+        down, right = (np.abs(np.diff(luma, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2))
+        saturated_share = extreme.mean(axis=(1, 2), dtype=np.float32)
+        return cls(neighbours.thumbnails(images), luma.std(axis=(1, 2)), saturated_share, (down + right) / 2)
 
 
 def unit_view(cells: np.ndarray, view: int) -> Tensor:
@@ -311,7 +284,7 @@ def _turned(cells: np.ndarray) -> Iterator[Tensor]:
 
 
 def _unit_features(features: np.ndarray, mean: Tensor, scale: Tensor) -> Tensor:
-    return unit_rows((torch.from_numpy(features.astype(np.float32)) - mean) / scale)
+    return neighbours.unit_rows((torch.from_numpy(features.astype(np.float32)) - mean) / scale)
 
 
 def _set_or(config: GateConfig, limits: dict[str, float]) -> dict[str, float]:
@@ -374,12 +347,11 @@ class GateReference:
     ) -> Self:
         """Calibrate on training images; distances between images of one lesion are left out everywhere.
 
-        features: cls float32 [n, D]; None turns the gates that read them off. labels: int64 [n]. lesions: [n]. facts:
-        of the same images; None turns the comparison of thumbnails off. Near-copies: the quantile of each image's
-        distance to the nearest image of another lesion. Class: the quantile, for each class, of the mean distance to
-        the k nearest images of the class. A class of fewer than weak_below such distances is weak: it gets the widest
-        threshold of all classes, or its own largest distance if that is wider. Raises DataError where the parts do not
-        fit one another or hold what is not finite.
+        features: cls float32 [n, D], or None. labels: int64 [n]. lesions: [n]. facts: of the same images, or None.
+        Near-copies: the quantile of each image's distance to the nearest image of another lesion. Class: the quantile,
+        for each class, of the mean distance to the k nearest images of the class. A class of fewer than weak_below such
+        distances is weak: it gets the widest threshold of all classes, or its own largest distance if that is wider.
+        Raises DataError where the parts do not fit one another or hold what is not finite.
         """
         count = len(labels)
         raw = np.zeros((count, 0), np.float32) if features is None else np.asarray(features, dtype=np.float32)
@@ -393,7 +365,7 @@ class GateReference:
         order = np.argsort(labels, kind="stable")
         raw, classes = raw[order], torch.from_numpy(labels[order].astype(np.int64))
         groups = torch.from_numpy(np.unique(np.asarray(lesions)[order], return_inverse=True)[1].astype(np.int64))
-        standard = Standardizer.of(raw, at_least_median)
+        standard = neighbours.Standardizer.of(raw, neighbours.at_least_median)
         mean, scale = (torch.from_numpy(part.astype(np.float32)) for part in (standard.mean, standard.scale))
         vectors = _unit_features(raw, mean, scale)
         cells, shown, limits = np.zeros((count, 0)), torch.zeros(count, 0), dict(FIXED_LIMITS)
@@ -409,9 +381,13 @@ class GateReference:
         def copies(bank: Tensor, views: Callable[[np.ndarray], Any]) -> float:
             if not bank.shape[1]:
                 return 0.0
-            distances = calibration_distances(views, bank, groups, most=calibration_images)
+            distances = neighbours.calibration_distances(views, bank, groups, most=calibration_images)
             known = distances[np.isfinite(distances)]
-            return max(COPY_FLOOR, float(np.quantile(known, config.near_copy_quantile))) if len(known) else COPY_FLOOR
+            return (
+                max(neighbours.COPY_FLOOR, float(np.quantile(known, config.near_copy_quantile)))
+                if len(known)
+                else neighbours.COPY_FLOOR
+            )
 
         thresholds, weak = _class_thresholds(vectors, classes, groups, config, weak_below, calibration_images)
         return cls(
@@ -436,8 +412,8 @@ class GateReference:
         """One file, whole or not at all. Raises ConfigError where it cannot be written."""
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         notes = {"format": FORMAT, **{name: value for name, value in vars(self).items() if name not in _TENSORS}}
-        with whole_output(path) as partial_path:
-            partial_path.write_bytes(save(tensors, metadata={_METADATA_KEY: json.dumps(notes)}))
+        with whole_output(path) as unfinished:
+            unfinished.write_bytes(save(tensors, metadata={_METADATA_KEY: json.dumps(notes)}))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -468,7 +444,7 @@ def _class_thresholds(
     known: dict[int, np.ndarray] = {}
     for label in labels.unique().tolist() if vectors.shape[1] else ():
         rows = (labels == label).nonzero()[:, 0]
-        drawn = rows[drawn_rows(len(rows), calibration_images)]
+        drawn = rows[neighbours.drawn_rows(len(rows), calibration_images)]
         distances, _ = nearest(
             vectors[drawn], vectors[rows], config.neighbours, query_groups=groups[drawn], bank_groups=groups[rows]
         )
@@ -523,8 +499,7 @@ def build_gate_reference(
     new images, moved to `device`; None: thumbnails alone. cached: its features, in the catalog's order. A file that
     went bad is left out. Raises DataError where none is left.
     """
-    if extractor is not None and cached is None:
-        extractor = extractor.to(device)
+    extractor = None if extractor is None else extractor.to(device)
     parts: list[tuple[np.ndarray, ...]] = []  # rows, the facts, features
     with progress("gates", len(reader)) as shown:
         for wanted in np.split(np.arange(len(reader)), range(batch_size, len(reader), batch_size)):

@@ -64,7 +64,6 @@ JOURNAL_SCHEMA = pa.schema(
         ("created", pa.timestamp("ms", tz="UTC")),  # Parquet has no coarser one
     ]
 )
-MANIFEST_COLUMNS = [name for name in JOURNAL_SCHEMA.names if name != "accepted"]
 SHARD_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -126,11 +125,6 @@ class Recipe:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-def default_output(checkpoint_path: str, recipe: Recipe) -> Path:
-    """<experiment>/generated_images/<hash>."""
-    return experiment_of(checkpoint_path) / "generated_images" / recipe.hash
-
-
 def experiment_of(checkpoint_path: str) -> Path:
     """The folder that holds checkpoints/, or that of a checkpoint that is outside of one."""
     path = Path(os.path.abspath(checkpoint_path))
@@ -140,15 +134,12 @@ def experiment_of(checkpoint_path: str) -> Path:
 # --- images on the disk ---------------------------------------------------------------------------------------------
 
 
-def encode_png(image: np.ndarray, row: PlanRow, *, checkpoint: str, settings: str) -> bytes:
-    """PNG of an image uint8 [H, W, 3] that says in its text chunks that it is synthetic, and from what.
-
-    checkpoint: sha256. settings: of the run, as JSON.
-    """
+def encode_png(image: np.ndarray, row: PlanRow, recipe: Recipe) -> bytes:
+    """PNG of an image uint8 [H, W, 3] that says in its text chunks that it is synthetic, and from what."""
     text = PngImagePlugin.PngInfo()
     chunks = {"Software": "M2D", "synthetic": "true", "class": row.label, "index": row.index, "seed": row.seed}
-    chunks |= {"attempt": row.attempt, "mode": row.mode, "checkpoint": checkpoint, "settings": settings}
-    for key, value in {**chunks, "image": _row_json(row)}.items():
+    chunks |= {"attempt": row.attempt, "mode": row.mode, "checkpoint": recipe.checkpoint}
+    for key, value in {**chunks, "settings": recipe.to_json(), "image": _row_json(row)}.items():
         text.add_text(key, str(value))
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", pnginfo=text)
@@ -264,7 +255,7 @@ class OutputFolder:
         """Put all parts into journal.parquet and write the manifest of it. Raises ConfigError."""
         parts, rows = self._read()
         self._write_journal(rows, parts, changed=False)
-        manifest = self.accepted.select(MANIFEST_COLUMNS).replace_schema_metadata({"m2d": self.recipe.to_json()})
+        manifest = self.accepted.drop_columns("accepted").replace_schema_metadata({"m2d": self.recipe.to_json()})
         write_rows(self.root / MANIFEST_NAME, manifest)
 
     @property

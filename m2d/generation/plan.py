@@ -140,20 +140,20 @@ def make_plan(config: GenerateConfig, feature: Feature, catalog: pa.Table | None
 
     shared: dict[str, Any] = {"run_seed": config.seed, "sampling": config}
     drawn: dict[str, Any] = {**shared, "feature": feature, "feature_temperature": config.feature_temperature}
+    before = counted = None
     if config.mode == "image2image":
         chosen = references("init_images")
         table = image2image_plan(chosen, num_samples=config.num_samples, strength=config.strength, **drawn)
-        return Planned(table, _digest(table, sums))
-    if config.mode == "interpolate":
+    elif config.mode == "interpolate":
         a, b = references("reference_images"), references("reference_images_b")
         table = interpolation_plan(a, b, steps_between=config.steps_between, **shared)
-        return Planned(table, _digest(table, sums))
-    if config.mode == "balance":
+    elif config.mode == "balance":
         before = class_counts(catalog, None if config.balance_split == "all" else config.balance_split)
         counted = {"to": config.to, "split": config.balance_split, "catalog": catalog_hash(catalog)[:12]}
         table = standard_plan(targets(before, config.to, classes), **drawn)
-        return Planned(table, balance=counted, before=before)
-    return Planned(standard_plan(dict.fromkeys(config.class_codes, config.num_samples), **drawn))
+    else:
+        table = standard_plan(dict.fromkeys(config.class_codes, config.num_samples), **drawn)
+    return Planned(table, _digest(table, sums) if sums else None, counted, before)
 
 
 def targets(counts: Mapping[str, int], to: str, classes: Iterable[str] | None = None) -> dict[str, int]:
@@ -433,11 +433,8 @@ def _say_rejected(setting: str, rejected: Sequence[tuple[str, str]]) -> None:
 
 def _digest(table: pa.Table, sums: Mapping[str, str]) -> str:
     """SHA-256 over all rows, in any order, input images by their content and not by their place."""
-    columns = [
-        [None if value is None else sums[value] for value in table[name].to_pylist()]
-        if name in ("reference", "reference_b")
-        else table[name].to_pylist()
-        for name in PLAN_SCHEMA.names
-    ]
-    lines = sorted(repr(row) for row in zip(*columns, strict=True))
+    columns = {name: table[name].to_pylist() for name in PLAN_SCHEMA.names}
+    for name in ("reference", "reference_b"):
+        columns[name] = [None if place is None else sums[place] for place in columns[name]]
+    lines = sorted(repr(row) for row in zip(*columns.values(), strict=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

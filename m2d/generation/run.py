@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -63,7 +64,7 @@ def generate(config: GenerateConfig) -> Path:
             balance=planned.balance,
             plan=planned.digest,
         )
-        default = output.default_output(str(checkpoint.path), recipe)
+        default = output.experiment_of(str(checkpoint.path)) / "generated_images" / recipe.hash
         root = Path(config.output or result_path("output", str(default)))
         if config.plan_only:
             _write_plan(root, planned.table)
@@ -143,42 +144,26 @@ class _Run:
         groups = [table.slice(first, size) for first in range(0, table.num_rows, size)]
         writer = workers.GroupWriter(
             root=self.folder.root.absolute(),
-            format=self.config.format,
-            settings=self.folder.recipe.to_json(),
-            checkpoint=self.checkpoint.sha256,
-            precision=self.precision,
+            recipe=self.folder.recipe,
             gates=self.gates.config,
             gate_reference=self.gates.reference,
             weak_classes=frozenset(self.checkpoint.prior.weak if self.checkpoint.prior else ()),
         )
-        settings = workers.GeneratorSettings(
-            checkpoint=self.checkpoint.path,
-            sha256=self.checkpoint.sha256,
-            batch_size=self.config.batch_size,
-            mixed_precision=self.precision,
-            compile=self.config.compile,
-            compile_mode=self.config.compile_mode,
-            with_extractor=features or "reference" in self.planned.features,
-            extractor_weights=self.config.extractor_weights,
-        )
+        with_extractor = features or "reference" in self.planned.features
+        load = partial(workers.load_generator, self.config, self.checkpoint.sha256, self.precision, with_extractor)
         if not groups:
             return
         if not self._on_ray():
-            self.generator = self.generator or settings.load(self.device, self.checkpoint, self.gates.extractor)
+            self.generator = self.generator or load(self.device, self.checkpoint, self.gates.extractor)
             yield from workers.make_here(self.generator, groups, attempts, writer, features=features)
             return
         _connect(self.cluster, self.config)
         read = {"checkpoint": str(self.checkpoint.path), "data_root": self.config.data_root or ""}
         require_shared(written={"output": str(self.folder.root)}, read=read)
-        pool = workers.pick_pool(
-            num_actors=self.config.num_actors,
-            gpus_per_actor=self.config.gpus_per_actor,
-            device=self.device,
-            groups=len(groups),
-        )
+        pool = workers.pick_pool(self.config.num_actors, self.config.gpus_per_actor, self.device, len(groups))
         each = f"{pool.gpus:g} GPU" if pool.gpus else f"{pool.threads} CPU threads"
         say(f"attempt {attempts + 1}: images left {table.num_rows:,}, up to {pool.most} actors on Ray, {each} each")
-        yield from workers.make_on_ray(settings, pool, groups, attempts, writer, features=features)
+        yield from workers.make_on_ray(load, pool, groups, attempts, writer, features=features)
 
     def _on_ray(self) -> bool:
         """Whether actors make the images. The same for a run that goes on as for one that begins: by the whole plan."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,17 +24,9 @@ import pyarrow as pa
 
 from m2d.cluster.nodes import cluster_total, device_of_actor, node_resources
 from m2d.errors import CheckpointError, ConfigError
-from m2d.generation.output import (
-    JOURNAL_SCHEMA,
-    PARTS,
-    cannot_write,
-    encode_png,
-    group_name,
-    write_images,
-    write_rows,
-)
+from m2d.generation import output
 from m2d.generation.plan import PLAN_SCHEMA, PlanRow, retried, rows_of, table_of
-from m2d.generation.settings import CompileMode, GateConfig
+from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.models.settings import Precision
 
 if TYPE_CHECKING:
@@ -48,46 +40,40 @@ _WRITERS = 2  # threads; encoding releases the GIL, and more than the device kee
 _AHEAD = 4  # groups made and not yet written, of this process: what memory they may take
 
 
-@dataclass(frozen=True, kw_only=True)
-class GeneratorSettings:
-    """What it takes to load the run's generator, anywhere. Paths are absolute."""
+def load_generator(
+    config: GenerateConfig,
+    sha256: str,
+    precision: Precision,
+    with_extractor: bool,
+    device: str,
+    checkpoint: Checkpoint | None = None,
+    extractor: FeatureExtractor | None = None,
+) -> Generator:
+    """The run's generator, anywhere. sha256: of the checkpoint that the driver has. checkpoint, extractor: if loaded.
 
-    checkpoint: str
-    sha256: str  # of the checkpoint that the driver has
-    batch_size: int
-    mixed_precision: Precision
-    compile: bool
-    compile_mode: CompileMode = "default"
-    with_extractor: bool  # gates or references ask for features
-    extractor_weights: str | None
+    with_extractor: gates or references ask for features. Raises an M2DError, in one line, where this machine lacks
+    something that the driver has.
+    """
+    from m2d.generation.generator import Generator
+    from m2d.generation.references import load_reference_extractor
+    from m2d.models.checkpoint import load_checkpoint
 
-    def load(
-        self, device: str, checkpoint: Checkpoint | None = None, extractor: FeatureExtractor | None = None
-    ) -> Generator:
-        """checkpoint, extractor: where they are loaded already.
-
-        Raises an M2DError, in one line, where this machine lacks something that the driver has.
-        """
-        from m2d.generation.generator import Generator
-        from m2d.generation.references import load_reference_extractor
-        from m2d.models.checkpoint import load_checkpoint
-
-        checkpoint = checkpoint or load_checkpoint(self.checkpoint)
-        if checkpoint.sha256 != self.sha256:
-            raise CheckpointError(
-                f"checkpoint: {self.checkpoint} is another one on a node than on the driver; every node needs the same"
-            )
-        if self.with_extractor and extractor is None:
-            extractor = load_reference_extractor(checkpoint, self.extractor_weights)
-        return Generator(
-            checkpoint,
-            batch_size=self.batch_size,
-            device=device,
-            mixed_precision=self.mixed_precision,
-            extractor=extractor if self.with_extractor else None,
-            compile=self.compile,
-            compile_mode=self.compile_mode,
+    checkpoint = checkpoint or load_checkpoint(config.checkpoint)
+    if checkpoint.sha256 != sha256:
+        raise CheckpointError(
+            f"checkpoint: {config.checkpoint} is another one on a node than on the driver; every node needs the same"
         )
+    if with_extractor and extractor is None:
+        extractor = load_reference_extractor(checkpoint, config.extractor_weights)
+    return Generator(
+        checkpoint,
+        batch_size=config.batch_size,
+        device=device,
+        mixed_precision=precision,
+        extractor=extractor if with_extractor else None,
+        compile=config.compile,
+        compile_mode=config.compile_mode,
+    )
 
 
 Made = tuple[list[PlanRow], np.ndarray, np.ndarray | None]
@@ -127,10 +113,7 @@ class GroupWriter:
     """Looks at a group's images, writes those that pass, then lists all of them as done. Cheap to pickle."""
 
     root: Path
-    format: str
-    settings: str  # the recipe as JSON, for the text chunks
-    checkpoint: str  # sha256
-    precision: str
+    recipe: output.Recipe
     gates: GateConfig  # those at work
     gate_reference: Path | None = None  # file of the training features that images are held against
     weak_classes: frozenset[str] = frozenset()
@@ -146,16 +129,13 @@ class GroupWriter:
         # What cannot be replaced is kept: a walk has its ends, and without noise the next attempt is the same image.
         fixed = [row.mode == "interpolate" or (row.mode == "image2image" and row.strength == 0) for row in rows]
         kept = [verdict is None or verdict.accepted or stays for verdict, stays in zip(verdicts, fixed, strict=True)]
-        encoded = [
-            (row, encode_png(image, row, checkpoint=self.checkpoint, settings=self.settings))
-            for row, image, keep in zip(rows, images, kept, strict=True)
-            if keep
-        ]
-        name = group_name(rows)
+        pairs = [pair for pair, keep in zip(zip(rows, images, strict=True), kept, strict=True) if keep]
+        encoded = [(row, output.encode_png(image, row, self.recipe)) for row, image in pairs]
+        name = output.group_name(rows)
         try:
-            paths = write_images(self.root, self.format, name, encoded) if encoded else []
+            paths = output.write_images(self.root, self.recipe.format, name, encoded) if encoded else []
         except OSError as error:
-            raise cannot_write(self.root, error) from None
+            raise output.cannot_write(self.root, error) from None
         files = {row.id: (path, hashlib.sha256(png).hexdigest()) for (row, png), path in zip(encoded, paths)}
         created = datetime.now(UTC).replace(microsecond=0)
         entries: list[dict[str, Any]] = []  # the journal has columns for most of it
@@ -174,12 +154,13 @@ class GroupWriter:
                     "height": images.shape[1],
                     "width": images.shape[2],
                     "feature_weak": row.feature == "prior" and row.label in self.weak_classes,
-                    "precision": self.precision,
-                    "checkpoint": self.checkpoint,
+                    "precision": self.recipe.precision,
+                    "checkpoint": self.recipe.checkpoint,
                     "created": created,
                 }
             )
-        write_rows(self.root / PARTS / f"{name}.parquet", pa.Table.from_pylist(entries, JOURNAL_SCHEMA))
+        table = pa.Table.from_pylist(entries, output.JOURNAL_SCHEMA)
+        output.write_rows(self.root / output.PARTS / f"{name}.parquet", table)
         return GroupResult(sum(kept), [row.id for row, keep in zip(rows, kept, strict=True) if not keep])
 
 
@@ -221,7 +202,7 @@ class ActorPool:
     threads: int  # of torch in an actor, on a CPU
 
 
-def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: str, groups: int) -> ActorPool:
+def pick_pool(num_actors: int | None, gpus_per_actor: float | None, device: str, groups: int) -> ActorPool:
     """A generator a GPU, or a fraction of one; on CPUs as many as there are, with one kept free for the writers.
 
     num_actors: at most so many; None: as many as the cluster has room for. groups: there is no use for more.
@@ -246,7 +227,7 @@ def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: s
 
 
 def make_on_ray(
-    settings: GeneratorSettings,
+    load: Callable[[str], Generator],
     pool: ActorPool,
     groups: Sequence[pa.Table],
     attempts: int,
@@ -254,14 +235,14 @@ def make_on_ray(
     *,
     features: bool,
 ) -> Iterator[GroupResult]:
-    """The results of all groups of a plan's rows, as they are written; see make_group.
+    """As make_here. load: on a device, see load_generator.
 
     Raises the M2DError that an actor or a task raised. Closing the iterator ends the work.
     """
     from m2d.cluster.fan_out import fan_out, on_actors, on_tasks
 
     make = on_actors(
-        partial(_load, settings, pool.device, pool.threads),
+        partial(_load, load, pool.device, pool.threads),
         partial(_make, attempts, features),
         most=pool.most,
         least=1,  # after the loss of a node the others go on
@@ -273,7 +254,7 @@ def make_on_ray(
         yield GroupResult(**row)
 
 
-def _load(settings: GeneratorSettings, device: str, threads: int) -> Generator:
+def _load(load: Callable[[str], Generator], device: str, threads: int) -> Generator:
     if device == "cpu":
         import torch
 
@@ -281,7 +262,7 @@ def _load(settings: GeneratorSettings, device: str, threads: int) -> Generator:
         # from the actor's CPUs.
         limit = int(os.environ.get("OMP_NUM_THREADS") or threads)
         torch.set_num_threads(max(1, min(threads, limit, os.cpu_count() or 1)))
-    return settings.load(device)
+    return load(device)
 
 
 _PACKED = pa.schema(

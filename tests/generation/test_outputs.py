@@ -22,7 +22,7 @@ from m2d.generation.output import (
     OutputFolder,
     Recipe,
     attempts_left,
-    default_output,
+    experiment_of,
     group_name,
 )
 from m2d.generation.plan import PlanRow, retried, table_of
@@ -56,17 +56,7 @@ FORMATS = ["folder", "webdataset", "parquet"]
 
 def write(root: Path, rows: list[PlanRow], recipe: Recipe = RECIPE, **settings: Any) -> None:
     """As a run does: a group of images, in whatever folder."""
-    writer = GroupWriter(
-        **{
-            "root": root,
-            "format": recipe.format,
-            "settings": recipe.to_json(),
-            "checkpoint": recipe.checkpoint,
-            "precision": recipe.precision,
-            "gates": GateConfig(enabled=False),
-            **settings,
-        }
-    )
+    writer = GroupWriter(root=root, recipe=recipe, gates=GateConfig(enabled=False), **settings)
     writer.write(rows, np.stack([IMAGES[row.index % 2] for row in rows]), None)
 
 
@@ -389,7 +379,6 @@ def test_a_recipe_says_how_features_were_drawn_or_that_none_were() -> None:
     assert (alone.feature, alone.feature_temperature) == ("none", None)
 
 
-def test_images_lie_in_the_experiment_of_their_checkpoint() -> None:
-    inside = default_output("/e/ham/checkpoints/step_10", RECIPE)
-    assert inside == Path("/e/ham/generated_images") / RECIPE.hash
-    assert default_output("/e/exported", RECIPE) == Path("/e/generated_images") / RECIPE.hash
+def test_a_checkpoint_s_experiment_is_what_holds_its_checkpoints() -> None:
+    assert experiment_of("/e/ham/checkpoints/step_10") == Path("/e/ham")
+    assert experiment_of("/e/exported") == Path("/e")
