@@ -52,11 +52,7 @@ class References:
 
 
 def read_references(
-    folder: str,
-    *,
-    classes: Sequence[str] | None = None,
-    setting: str = "init_images",
-    max_pixels: int = MAX_PIXELS,
+    folder: str, *, classes: Sequence[str] | None = None, setting: str = "init_images", max_pixels: int = MAX_PIXELS
 ) -> References:
     """Every usable image of `classes` (None: of those that are there) in a folder, a local path or a URI.
 
