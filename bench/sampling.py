@@ -36,9 +36,8 @@ from torch import nn
 from m2d.arguments import preset_files
 from m2d.classes import CLASSES, NUM_CLASSES, class_index
 from m2d.diffusion.settings import SOLVERS, SamplingSettings
-from m2d.generation.generator import Generator
+from m2d.generation.generator import Generator, noise_for
 from m2d.generation.plan import PlanRow, rows_of, standard_plan
-from m2d.generation.seeds import noise_for
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint
 from m2d.models.extractors import LITE0, load_feature_extractor

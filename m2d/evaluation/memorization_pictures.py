@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from m2d.classes import DIAGNOSES
 from m2d.data.views import apply_view
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.memorization import Pair
-from m2d.generation.contact_sheet import font
 
 VIEW_NAMES = (
     "as it is", "mirrored", "upside down", "half turn", "quarter turn", "3/4 turn", "transposed", "anti-transposed",
@@ -41,9 +40,9 @@ def worst_pairs_picture(pairs: Sequence[Pair], generated: ImageSet, train: Image
     page = Image.new("RGB", (width, top + -(-len(pairs) // _COLUMNS) * block + _MARGIN - _GAP), "white")
     draw = ImageDraw.Draw(page)
     title = f"The {len(pairs)} generated images nearest to a training image" if len(pairs) > 1 else "The nearest pair"
-    draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=font(24))
+    draw.text((_MARGIN, _MARGIN), title, fill=_INK, font=ImageFont.load_default(24))
     for number, line in enumerate(_CAPTION):
-        draw.text((_MARGIN, _MARGIN + 40 + _LINE * number), line, fill=_FAINT, font=font(15))
+        draw.text((_MARGIN, _MARGIN + 40 + _LINE * number), line, fill=_FAINT, font=ImageFont.load_default(15))
     for number, pair in enumerate(pairs):
         x = _MARGIN + number % _COLUMNS * (_TILE + _GAP)
         y = top + number // _COLUMNS * block
@@ -75,7 +74,7 @@ def _label(draw: ImageDraw.ImageDraw, x: int, y: int, number: int, pair: Pair) -
         (VIEW_NAMES[pair.view], _FAINT),
     ]
     for row, (text, colour) in enumerate(lines):
-        draw.text((x, y + _LINE * row), text, fill=colour, font=font(15))
+        draw.text((x, y + _LINE * row), text, fill=colour, font=ImageFont.load_default(15))
 
 
 def _short(value: float) -> str:

@@ -205,9 +205,9 @@ def _target_text(to: str) -> str:
         target = parse_target(to)
     except ConfigError:
         return to
-    if target.images is not None:
-        return f"{target.images:,} images of each class"
-    return "as many as the largest class has" if target.share == 1 else f"{target.share:g} of the largest class"
+    if isinstance(target, int):
+        return f"{target:,} images of each class"
+    return "as many as the largest class has" if target == 1 else f"{target:g} of the largest class"
 
 
 def find_samples(files: ExperimentFiles, given: Path | None) -> Picture | None:
