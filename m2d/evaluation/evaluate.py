@@ -1,46 +1,46 @@
 """The whole evaluation: read and extract once, answer each question that is asked, write the report.
 
-What `python jobs/evaluate.py` does. Run again after a kill it resumes: pixels, features and finished trainings are in
-the cache folder.
+Run again after a kill it resumes: pixels, features and finished trainings are in the cache folder.
 """
 
 import json
-import os
-import sys
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import cast
 
 import numpy as np
-import torch
 
 from m2d import __version__
 from m2d.cluster.nodes import device_of_actor
 from m2d.cluster.start import ray_cluster
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
-from m2d.evaluation.autoencoder_floor import drawn_like, psnr_db, reconstructions
-from m2d.evaluation.classifiers.compare import Trials
+from m2d.evaluation.classifiers.compare import DownstreamResult, Trials
 from m2d.evaluation.classifiers.finetune import measure_finetuned
-from m2d.evaluation.classifiers.probe import chosen_c, measure_downstream
-from m2d.evaluation.consistency import measure_consistency
-from m2d.evaluation.features import RAY_PAYS_FROM, Extraction
+from m2d.evaluation.classifiers.logistic import chosen_c, measure_consistency, measure_downstream
+from m2d.evaluation.features import Extraction, ray_pays
 from m2d.evaluation.fidelity import measure_fidelity
-from m2d.evaluation.images import FeatureSet, ImageSet, ImageSets, read_image_sets
-from m2d.evaluation.memorization import measure_memorization
-from m2d.evaluation.report.page import print_evaluation, typicality, write_report
-from m2d.evaluation.report.tables import Evaluation, ImageCounts
+from m2d.evaluation.images import (
+    FeatureSet,
+    ImageSet,
+    ImageSets,
+    drawn_like,
+    psnr_db,
+    read_image_sets,
+    reconstructions,
+)
+from m2d.evaluation.memorization import VIEWS, measure_memorization
+from m2d.evaluation.report.page import Evaluation, ImageCounts, print_evaluation, typicality, write_report
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.paths import result_path
+from m2d.files.progress import say
 from m2d.generation.generator import pick_device
 from m2d.generation.output import RECORD_NAME
 from m2d.models.checkpoint import Checkpoint, checkpoint_sha256, load_checkpoint, read_info
 from m2d.models.extractors import extractor_identity
 from m2d.models.settings import FeatureExtractorConfig
 
-VIEWS = 8  # of m2d.data.views: flips and quarter turns
 KEPT = "evaluation_v1/trainings"  # in the cache folder: what finished trainings answered
 
 
@@ -62,12 +62,11 @@ def evaluate(config: EvaluateConfig) -> Path:
     guide = _guide(config, checkpoint, notes)
     for name, side in (("training", sets.train), ("unseen", sets.test), ("generated", sets.generated)):
         counts = " ".join(f"{code} {count}" for code, count in side.counts.items())
-        print(f"{name} images: {counts} ({side.source})", file=sys.stderr)
-    print(f"evaluating at {sets.generated.image_size} px on {device}", file=sys.stderr, flush=True)
-    with ExitStack() as cluster:
-        on_ray = _uses_ray(config, device, sets)
-        if on_ray:
-            cluster.enter_context(ray_cluster(verbose=config.verbose))
+        say(f"{name} images: {counts} ({side.source})")
+    say(f"evaluating at {sets.generated.image_size} px on {device}")
+    # One connection for all parts. Small sets on one machine are done before Ray has started.
+    on_ray = ray_pays(config.num_actors, device, len(sets.train) + len(sets.generated))
+    with ray_cluster(verbose=config.verbose) if on_ray else nullcontext():
         result, redrawn, typical = _answer(config, sets, checkpoint, guide, notes, device=device, on_ray=on_ray)
         result = replace(result, checkpoint=place, seconds=round(time.monotonic() - began, 1))
         write_report(result, output, sets, redrawn, typical)
@@ -108,6 +107,9 @@ def _answer(
             known[name] = FeatureSet(images, extractor_identity(extractor)[0], cls)
         return known[name]
 
+    # In features that did not guide the model where nothing else is said: those it was trained towards take its side.
+    sides = {"train": features(train), "test": features(test), "generated": features(generated)}
+
     autoencoder = checkpoint
     if checkpoint is not None and checkpoint.image_size != test.image_size:
         autoencoder = None
@@ -129,7 +131,6 @@ def _answer(
                 test=features(test, extractor),
                 generated=features(generated, extractor),
                 reconstructions=features(redrawn, extractor) if redrawn else None,
-                # A model's own extractor judges it kindly: it was trained towards that space.
                 circular=extractor.name == checkpoint.info.feature_extractor if checkpoint else None,
                 seed=config.seed,
             )
@@ -149,9 +150,9 @@ def _answer(
         except DataError as error:
             notes.append(f"memorisation was not measured: {error}")
 
-    # In features that did not guide the model: those it was trained towards would take its side.
-    downstream, through_autoencoder = [], None
-    c = config.c  # chosen by the first part that needs it, which takes minutes
+    downstream: list[DownstreamResult] = []
+    through_autoencoder = None
+    c = config.c
     classifiers = config.classifier_names(gpu=device != "cpu") if "downstream" in parts else ()
     trials = Trials(
         seeds=range(config.seed, config.seed + config.seeds),
@@ -162,43 +163,23 @@ def _answer(
         on_ray=on_ray,
     )
     if "logistic" in classifiers:
-        downstream.append(
-            measure_downstream(
-                train=features(train),
-                test=features(test),
-                generated=features(generated),
-                c=c,
-                trials=replace(trials, what="logistic regressions"),
-            )
-        )
-        c = cast(float, downstream[0].settings["c"])
+        downstream.append(measure_downstream(**sides, c=c, trials=replace(trials, what="logistic regressions")))
+        c = float(downstream[0].settings["c"] or 0)  # choosing it takes minutes
     if "finetune" in classifiers:
         own = config.finetune
         if on_ray and own.device is not None:  # each task has its own share of a GPU
             own = replace(own, device=device_of_actor(own.device))
-        trials_of_pixels = replace(trials, what="networks fine-tuned")
-        downstream.append(
-            measure_finetuned(train=train, test=test, generated=generated, config=own, trials=trials_of_pixels)
-        )
+        of_pixels = replace(trials, what="networks fine-tuned")
+        downstream.append(measure_finetuned(train=train, test=test, generated=generated, config=own, trials=of_pixels))
     if "logistic" in classifiers and autoencoder is not None:
-        through_autoencoder = measure_downstream(
-            train=features(train),
-            test=features(test),
-            generated=features(redraw(drawn_like(train, generated, config.seed), autoencoder)),
-            c=c,
-            trials=replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions"),
-        )
+        again = redraw(drawn_like(train, generated, config.seed), autoencoder)
+        once = replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions")
+        through_autoencoder = measure_downstream(**sides | {"generated": features(again)}, c=c, trials=once)
 
     consistency = None
     if "consistency" in parts:
-        consistency = measure_consistency(
-            train=features(train),
-            test=features(test),
-            generated=features(generated),
-            c=c if c is not None else chosen_c(features(train), seed=config.seed)[0],
-            resamples=config.bootstrap,
-            seed=config.seed,
-        )
+        c = c if c is not None else chosen_c(sides["train"], seed=config.seed)[0]
+        consistency = measure_consistency(**sides, c=c, resamples=config.bootstrap, seed=config.seed)
     result = Evaluation(
         checkpoint=None,
         image_size=generated.image_size,
@@ -216,16 +197,7 @@ def _answer(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         version=__version__,
     )
-    return result, redrawn, typicality(features(train), features(generated))
-
-
-def _uses_ray(config: EvaluateConfig, device: str, sets: ImageSets) -> bool:
-    """One connection for all parts. Small sets on one machine are done before Ray has started."""
-    if config.num_actors is not None:
-        return config.num_actors > 0
-    if os.environ.get("RAY_ADDRESS") or (device != "cpu" and torch.cuda.device_count() > 1):
-        return True
-    return device == "cpu" and len(sets.train) + len(sets.generated) >= RAY_PAYS_FROM
+    return result, redrawn, typicality(sides["train"], sides["generated"])
 
 
 def _guide(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[str]) -> FeatureExtractorConfig:

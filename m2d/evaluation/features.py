@@ -6,7 +6,7 @@ kept: m2d.data.features. Knows nothing of labels or scores.
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,7 @@ from m2d.data.features import ExtractionJobs, read_cls, write_cls
 from m2d.data.reader import decode_unchanged
 from m2d.data.store import pieces
 from m2d.errors import DataError
-from m2d.evaluation.images import ImageSet
+from m2d.evaluation.images import ImageSet, Listed
 from m2d.files.progress import progress
 from m2d.files.storage import open_storage
 from m2d.models.extractors import FeatureExtractor, Features, extractor_identity
@@ -35,6 +35,15 @@ FOLDER, PROBE_FOLDER = "evaluation_v1/features", "probe_v1"
 SHARD_IMAGES = 256
 RAY_PAYS_FROM = 2048  # images on a CPU; starting Ray and its actors costs about 15 s
 DECODE_THREADS = min(16, os.cpu_count() or 1)
+
+
+def ray_pays(num_actors: int | None, device: str, images: int) -> bool:
+    """Whether to work on Ray. num_actors: as the settings have it."""
+    if num_actors is not None:
+        return num_actors > 0
+    if os.environ.get("RAY_ADDRESS"):
+        return True
+    return images >= RAY_PAYS_FROM if device == "cpu" else torch.cuda.device_count() > 1
 
 
 @dataclass(frozen=True)
@@ -55,63 +64,45 @@ class Extraction:
         Raises CheckpointError for weights that cannot be loaded or features that are not finite, ConfigError for a
         batch that does not fit the device, DataError where the cache cannot be written.
         """
+        if not isinstance(images.pixels, np.memmap):
+            raise TypeError("pixels must be mapped from a file (m2d.evaluation.images), for actors read them there")
         key, _ = extractor_identity(config)
         cache = Path(self.cache_dir).expanduser().absolute() / FOLDER
         folders = {view: cache / f"{key}-{images.image_size}px-view{view}" for view in views}
         found = {view: read_cls(folder, images.sha256) for view, folder in folders.items()}
-        first_row = {digest: row for row, digest in reversed(list(enumerate(images.sha256)))}
+        _, firsts = np.unique(images.sha256, return_index=True)  # of repeated images
         missing = {
-            view: np.array(sorted(row for digest, row in first_row.items() if digest not in there), dtype=np.int64)
+            view: np.sort([row for row in firsts if images.sha256[row] not in there]).astype(np.int64)
             for view, there in found.items()
         }
         jobs = ExtractionJobs(
             config,
             key,
-            read=partial(_read_pixels, _file_of(images.pixels)),
+            read=partial(_read_pixels, str(images.pixels.filename)),
             keep=partial(_keep, folders, config.name, images.sha256),
             jobs=[(view, rows) for view, all_rows in missing.items() for rows in pieces(all_rows, SHARD_IMAGES)],
             batch_size=self.batch_size,
             patches=False,
         )
         if jobs.jobs:
-            total = sum(len(rows) for rows in missing.values())
+            total = sum(map(len, missing.values()))
+            on_ray = ray_pays(self.num_actors, self.device, total)
             with progress(f"features of {images.name}, {config.name}", total) as shown:
-                for result in self._on_ray(jobs) if self._pays(total) else jobs.here(self.device):
+                for result in self._on_ray(jobs) if on_ray else jobs.here(self.device):
                     shown.advance(result.images)
             found = {view: read_cls(folder, images.sha256) for view, folder in folders.items()}
         return [np.stack([found[view][digest] for digest in images.sha256]) for view in views]
 
-    def _pays(self, images: int) -> bool:
-        if self.num_actors is not None:
-            return self.num_actors > 0
-        if self.device == "cpu":
-            return bool(os.environ.get("RAY_ADDRESS")) or (images >= RAY_PAYS_FROM and (os.cpu_count() or 1) > 1)
-        return torch.cuda.device_count() > 1
-
     def _on_ray(self, jobs: ExtractionJobs) -> Iterator[JobResult]:
         with ray_cluster(verbose=self.verbose):
             gpus, cpus = int(cluster_total("GPU")), int(cluster_total("CPU")) or 1
-            use_gpu = gpus > 0 and self.device != "cpu"
+            device = "cuda" if gpus and self.device != "cpu" else "cpu"
             # Of a machine started here its cores, however many logical CPUs it was given.
-            limit = gpus if use_gpu else max(1, min(cpus, len(node_resources()) * (os.cpu_count() or 1)))
+            cores = max(1, min(cpus, len(node_resources()) * (os.cpu_count() or 1)))
+            limit = gpus if device == "cuda" else cores
             actors = min(self.num_actors or limit, limit, len(jobs.jobs))
-            yield from run_jobs(
-                jobs,
-                len(jobs.jobs),
-                actors=actors,
-                device="cuda" if use_gpu else "cpu",
-                threads=max(1, limit // actors),
-                bars=self.verbose,
-            )
-
-
-@dataclass(frozen=True)
-class ImageFile:
-    """One image: where it is, and what it held when it was catalogued."""
-
-    data_root: str
-    path: str  # relative to data_root
-    sha256: str
+            threads = max(1, limit // actors)
+            yield from run_jobs(jobs, len(jobs.jobs), actors=actors, device=device, threads=threads, bars=self.verbose)
 
 
 @dataclass(frozen=True)
@@ -124,44 +115,43 @@ class ClsFeatures:
 
 
 def cls_features(
-    images: Iterable[ImageFile],
+    sides: Sequence[Listed],
     config: FeatureExtractorConfig,
     *,
     key: str,
     cache_dir: str,
-    device: torch.device,
+    device: str,
     batch_size: int,
     max_pixels: int,
 ) -> ClsFeatures:
     """`cls` of every readable image file at full size, by the extractor's official transform, for judging weights.
 
     key: of the extractor. Each batch is kept as it is done. A file that is gone, broken or changed is reported with its
-    reason. Raises DataError where the cache cannot be written, CheckpointError for features that are not finite,
-    ConfigError for a batch that does not fit the device.
+    reason. Raises as Extraction.features does.
     """
     folder = Path(cache_dir).expanduser() / PROBE_FOLDER / key
-    wanted = {image.sha256: image for image in images}
+    wanted = {sha256: (side.root, path) for side in sides for path, sha256 in zip(side["path"], side["sha256"])}
     found = read_cls(folder, wanted)
-    missing = [image for digest, image in wanted.items() if digest not in found]
+    missing = [(*place, sha256) for sha256, place in wanted.items() if sha256 not in found]
     failures: list[str] = []
     if missing:
-        job_images = batch_size * max(1, (32 if device.type == "cpu" else SHARD_IMAGES) // batch_size)
+        job_images = batch_size * max(1, (32 if device == "cpu" else SHARD_IMAGES) // batch_size)
         jobs = ExtractionJobs(
             config,
             key,
             read=partial(_read_squares, missing, max_pixels),
-            keep=partial(_keep, {0: folder}, config.name, [image.sha256 for image in missing]),
+            keep=partial(_keep, {0: folder}, config.name, [sha256 for *_, sha256 in missing]),
             jobs=[(0, rows) for rows in pieces(np.arange(len(missing)), job_images)],
             batch_size=batch_size,
             patches=False,
             keep_batches=True,
         )
         with progress("extracting features", len(missing)) as shown:
-            for result in jobs.here(str(device)):
+            for result in jobs.here(device):
                 failures += result.failures
                 shown.advance(result.images + len(result.failures))
         found = read_cls(folder, wanted)
-    unreadable = dict(zip((image.sha256 for image in missing if image.sha256 not in found), failures, strict=True))
+    unreadable = dict(zip((sha256 for *_, sha256 in missing if sha256 not in found), failures, strict=True))
     return ClsFeatures(found, unreadable, extracted=len(missing) - len(unreadable))
 
 
@@ -183,17 +173,18 @@ def official_square(image: np.ndarray, extractor: FeatureExtractor) -> np.ndarra
 
 
 def _read_squares(
-    images: Sequence[ImageFile], max_pixels: int, rows: np.ndarray, extractor: FeatureExtractor
+    images: Sequence[tuple[str, str, str]], max_pixels: int, rows: np.ndarray, extractor: FeatureExtractor
 ) -> Iterator[np.ndarray | str]:
-    """Decoded by threads ahead of the extractor."""
-
-    def read(image: ImageFile) -> np.ndarray | str:
-        decode = lambda encoded: official_square(decode_image(encoded, max_pixels=max_pixels), extractor)  # noqa: E731
-        found = decode_unchanged(storages[image.data_root], image.path, image.sha256, decode)
-        return f"{image.path}: {found}" if isinstance(found, str) else found
-
+    """Decoded by threads ahead of the extractor. images: root, path in it and sha256 of each."""
     chosen = [images[row] for row in rows]
-    storages = {root: open_storage(root) for root in {image.data_root for image in chosen}}
+    storages = {root: open_storage(root) for root in {root for root, *_ in chosen}}
+
+    def read(image: tuple[str, str, str]) -> np.ndarray | str:
+        root, path, sha256 = image
+        decode = lambda encoded: official_square(decode_image(encoded, max_pixels=max_pixels), extractor)  # noqa: E731
+        found = decode_unchanged(storages[root], path, sha256, decode)
+        return f"{path}: {found}" if isinstance(found, str) else found
+
     pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="m2d-probe")
     try:
         yield from pool.map(read, chosen)
@@ -213,9 +204,3 @@ def _keep(
     folders: dict[int, Path], extractor: str, sha256: Sequence[str], view: int, rows: np.ndarray, features: Features
 ) -> None:
     write_cls(folders[view], extractor, [sha256[row] for row in rows], features.cls.numpy())
-
-
-def _file_of(pixels: np.ndarray) -> str:
-    if not isinstance(pixels, np.memmap):
-        raise TypeError("pixels must be mapped from a file (m2d.evaluation.images), for actors read them there")
-    return str(pixels.filename)

@@ -7,7 +7,7 @@ from tiny_sets import image_set
 
 from m2d.classes import class_index
 from m2d.errors import DataError
-from m2d.evaluation.classifiers.arms import check_sides, limits, training_rows, unscored
+from m2d.evaluation.classifiers.compare import limits, scored_classes, training_rows, unscored
 
 DF, MEL, NV, VASC = (class_index(code) for code in ("DF", "MEL", "NV", "VASC"))
 REAL = np.array([NV] * 20 + [MEL] * 6 + [DF] * 3)
@@ -62,30 +62,14 @@ def test_the_seed_decides_what_is_drawn() -> None:
     assert first != other
 
 
-def test_a_lesion_in_train_and_test_is_refused_by_name() -> None:
-    train, test = (image_set([MEL, NV, DF], groups=["L1", other, "L3"]) for other in ("L2", "L9"))
-    with pytest.raises(DataError, match=r"lesions.*\(2: L1, L3\)"):
-        check_sides(train, test, image_set([MEL], "generated"))
-
-
-@pytest.mark.parametrize(
-    ("test", "generated", "message"),
-    [
-        ([MEL, NV], [VASC, MEL], "generated images of VASC"),
-        ([MEL, NV], [], "no generated image"),
-        ([MEL, DF], [MEL], r"too few classes \(MEL\)"),
-    ],
-)
-def test_classes_that_cannot_be_compared_are_refused_by_name(
-    test: list[int], generated: list[int], message: str
-) -> None:
-    with pytest.raises(DataError, match=message):
-        check_sides(image_set([MEL, NV], "train"), image_set(test, "test"), image_set(generated, "generated"))
+def test_too_few_classes_to_compare_are_refused_by_name() -> None:
+    with pytest.raises(DataError, match=r"too few classes \(MEL\)"):
+        scored_classes(image_set([MEL, NV]), image_set([MEL, DF]))
 
 
 def test_classes_of_one_side_are_left_out_with_the_reason() -> None:
     train, test = image_set([MEL, NV, DF], groups=["1", "2", "3"]), image_set([MEL, NV, VASC], groups=["4", "5", "6"])
-    assert check_sides(train, test, image_set([MEL], groups=["g"])) == sorted([MEL, NV])
+    assert scored_classes(train, test) == sorted([MEL, NV])
     reasons = unscored(train, test)
     assert set(reasons) == {"DF", "VASC"}
     assert "no test image" in reasons["DF"]

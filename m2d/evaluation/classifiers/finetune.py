@@ -20,8 +20,7 @@ from m2d import __version__
 from m2d.classes import NUM_CLASSES
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, TrainingError
-from m2d.evaluation.classifiers.arms import TrainingRows
-from m2d.evaluation.classifiers.compare import DownstreamResult, Trials, compare_arms
+from m2d.evaluation.classifiers.compare import DownstreamResult, TrainingRows, Trials, compare_arms
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.settings import FinetuneConfig
 from m2d.generation.generator import pick_device
@@ -110,7 +109,13 @@ class FinetuneClassifier:
             extractor.to(device).to(memory_format=torch.channels_last)
             try:
                 self._train(extractor, rows, seed, device)
-                return self._predict(extractor, device)
+                with torch.inference_mode():
+                    network = cast(nn.Module, extractor.network).eval()
+                    parts = [
+                        network(_input(self.test[first : first + PREDICTED_AT_ONCE], extractor, device))
+                        for first in range(0, len(self.test), PREDICTED_AT_ONCE)
+                    ]
+                    return np.concatenate([part.double().softmax(dim=1).cpu().numpy() for part in parts])
             except torch.OutOfMemoryError:
                 raise ConfigError(
                     f"finetune.batch_size {self.config.batch_size} at {self.config.input_size} px does not fit the "
@@ -134,12 +139,10 @@ class FinetuneClassifier:
         kind = pick_precision(self.config.mixed_precision, device)
         scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
         loss = torch.zeros((), device=device)
-        batches = batches_of(len(rows), self.config.batch_size, total, seed)
-        for step, (numbers, views) in enumerate(batches):
+        for step, (numbers, views) in enumerate(batches_of(len(rows.weights), self.config.batch_size, total, seed)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, step, total)
-            seen = [self._seen(rows, number, view) for number, view in zip(numbers, views)]
-            images = _input(np.stack(seen), extractor, device)
+            images = _input(np.stack([self._seen(rows, *one) for one in zip(numbers, views)]), extractor, device)
             chosen = torch.from_numpy(numbers).to(device)
             with torch.autocast(device.type, dtype=DTYPES[kind], enabled=kind != "no"):
                 logits = network(images)
@@ -159,16 +162,6 @@ class FinetuneClassifier:
         own = number - len(rows.real)
         image = self.train[rows.real[number]] if own < 0 else self.generated[rows.generated[own]]
         return apply_view(image, view)
-
-    def _predict(self, extractor: FeatureExtractor, device: torch.device) -> np.ndarray:
-        """float64 [N, K]."""
-        network = cast(nn.Module, extractor.network).eval()
-        parts = []
-        with torch.inference_mode():
-            for first in range(0, len(self.test), PREDICTED_AT_ONCE):
-                images = _input(np.ascontiguousarray(self.test[first : first + PREDICTED_AT_ONCE]), extractor, device)
-                parts.append(network(images).double().softmax(dim=1).cpu().numpy())
-        return np.concatenate(parts)
 
 
 def steps_of(config: FinetuneConfig, real_images: int) -> int:
@@ -197,7 +190,7 @@ def batches_of(images: int, batch_size: int, steps: int, seed: int) -> Iterator[
 
 def _input(pixels: np.ndarray, extractor: FeatureExtractor, device: torch.device) -> Tensor:
     """uint8 [B, S, S, 3] to what the network reads."""
-    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2)
     return extractor.preprocess(images).contiguous(memory_format=torch.channels_last)
 
 
