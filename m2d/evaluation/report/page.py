@@ -4,10 +4,8 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import jinja2
 import numpy as np
@@ -19,7 +17,7 @@ from m2d.classes import CLASSES, DIAGNOSES
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.classifiers.logistic import ConsistencyResult
-from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
+from m2d.evaluation.fidelity import FidelityResult
 from m2d.evaluation.images import FeatureSet, ImageSet, ImageSets, lesion_counts
 from m2d.evaluation.memorization import MemorizationResult
 from m2d.evaluation.report import plots
@@ -35,13 +33,6 @@ _ON_TERMINAL = {
     "class": "class", "train_images": "train", "test_images": "unseen", "generated_images": "made",
     "kernel_distance_generated": "kernel distance", "recall_b": "real, weighted", "recall_c": "oversampled",
     "recall_d": "+ synthetic", "class_agreement": "in class",
-}  # fmt: skip
-_FIDELITY = {
-    "class": "class", "comparison": "against training images", "n_other": "images",
-    "kernel_distance": "kernel distance",
-    "kernel_distance_se": "s.e.", "n_matched": "N of the rest", "frechet_distance": "Fréchet distance",
-    "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage", "vendi_other": "Vendi",
-    "vendi_reference": "Vendi of real",
 }  # fmt: skip
 
 
@@ -80,6 +71,21 @@ class Evaluation:
     seconds: float
     created: str
     version: str
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return "–" if value is None else value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("m2d.evaluation.report", "."),
+    autoescape=jinja2.select_autoescape(["html.jinja"]),
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters["cell"] = _cell
 
 
 def write_report(
@@ -121,26 +127,23 @@ def print_evaluation(result: Evaluation) -> None:
     for row in rows:
         table.add_row(*[_cell(row[name]) for name in shown])
     console.print(table)
-    for one in answers(result):
-        console.print(f"[bold]{one.question}[/bold] {one.answer}")
+    for question, answer, _ in answers(result):
+        console.print(f"[bold]{question}[/bold] {answer}")
     for note in result.notes:
         console.print(f"note: {note}", markup=False)
 
 
+def answers(result: Evaluation) -> list[list[str]]:
+    """Of the parts that were computed: the question, the answer, how to read it."""
+    text = _TEMPLATES.get_template("answers.jinja").render(result=result)
+    return [block.splitlines() for block in text.strip().split("\n\n") if block]
+
+
 def _page(result: Evaluation, pictures: dict[str, bytes]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("m2d.evaluation.report", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["cell"] = _cell
-    return environment.get_template("evaluation.html.jinja").render(
+    return _TEMPLATES.get_template("evaluation.html.jinja").render(
         result=result,
         answers=answers(result),
         tables=tables(result),
-        columns_of=lambda rows: {name: name.replace("_", " ") for name in rows[0]},
-        fidelity_columns=_FIDELITY,
         fidelity_tables=[fidelity_rows(one) for one in result.fidelity],
         scores=plots.SCORES,
         classes=CLASSES,
@@ -148,12 +151,6 @@ def _page(result: Evaluation, pictures: dict[str, bytes]) -> str:
         names={diagnosis.code: diagnosis.name for diagnosis in DIAGNOSES},
         colours=class_colours(),
     )
-
-
-def _cell(value: str | float | None) -> str:
-    if value is None or isinstance(value, str):
-        return "–" if value is None else value
-    return f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------
@@ -314,77 +311,3 @@ def _even(rows: list[Row]) -> list[Row]:
     """Every row with every column that some row has, in order."""
     heads = dict.fromkeys(name for row in rows for name in row)
     return [{head: row.get(head) for head in heads} for row in rows]
-
-
-# --- answers --------------------------------------------------------------------------------------------------------
-
-
-class Answer(NamedTuple):
-    """One of the questions, answered."""
-
-    about: str  # how to read it is in the page's template by this word
-    question: str
-    answer: str  # one or two sentences with the numbers
-
-
-def answers(result: Evaluation) -> Iterator[Answer]:
-    """Of the parts that were computed, the most important question first."""
-    for one in result.downstream:
-        answer = " ".join([_capital(one.verdict.sentence), *one.verdict.warnings])
-        yield Answer("help", f"Do they help? ({one.classifier})", answer)
-    if result.autoencoder_downstream is not None:
-        floor = result.autoencoder_downstream
-        yield Answer(
-            "autoencoder",
-            "What does the autoencoder alone cost?",
-            f"{sum(floor.generated.values()):,} real training images that only passed the model's autoencoder, added "
-            "in place of the generated ones, change balanced accuracy by "
-            f"{floor.minus_c['balanced_accuracy'].signed} against oversampling.",
-        )
-    for fidelity in result.fidelity[:1]:
-        yield from _fidelity_answers(fidelity)
-    if result.memorization is not None:
-        yield Answer("private", "Are they private enough?", f"{_capital(result.memorization.verdict)}.")
-    if result.consistency is not None and result.consistency.mean_agreement and result.consistency.mean_recall_of_real:
-        agreement, real = result.consistency.mean_agreement, result.consistency.mean_recall_of_real
-        yield Answer(
-            "class",
-            "Do they show the class they are labelled with?",
-            f"A classifier that saw real images alone finds the asked class in {agreement.value:.0%} "
-            f"[{agreement.low:.0%}, {agreement.high:.0%}] of the generated images, and the diagnosis in "
-            f"{real.value:.0%} [{real.low:.0%}, {real.high:.0%}] of unseen real images (means over the classes).",
-        )
-
-
-def _fidelity_answers(result: FidelityResult) -> Iterator[Answer]:
-    one, unseen = result.row(GENERATED), result.row(UNSEEN)
-    if one is None or one.kernel_distance is None:
-        return
-    words = {AUTOENCODER: "reconstructions of real ones", UNSEEN: "unseen real images", FLOOR: "other training images"}
-    beside = [
-        f"{text} {row.kernel_distance:.3f}"
-        for name, text in words.items()
-        if (row := result.row(name)) and row.kernel_distance is not None
-    ]
-    yield Answer(
-        "real",
-        "Are they real enough?",
-        f"Kernel distance to the real training images {one.kernel_distance:.3f} (standard error "
-        f"{one.kernel_distance_se:.3f}){'; for comparison: ' if beside else ''}{', '.join(beside)}. Mean over the "
-        f"classes, features of {result.extractor}.",
-    )
-    if one.recall is not None:
-        floor = ""
-        if unseen is not None and unseen.recall is not None:
-            floor = f" (unseen real images: {unseen.recall:.0%} and {unseen.coverage:.0%})"
-        yield Answer(
-            "diverse",
-            "Are they diverse enough?",
-            f"Recall {one.recall:.0%}, coverage {one.coverage:.0%}{floor}; the effective number of different images "
-            f"(Vendi score) is {one.vendi_other:.1f} against {one.vendi_reference:.1f} of as many real ones "
-            f"({one.n_matched:,}).",
-        )
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
