@@ -6,9 +6,11 @@ A logistic regression on its features, fitted on real images, tested on unseen l
 import csv
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -21,14 +23,7 @@ from m2d.data.catalog import read_catalog
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import FEW_LESIONS
 from m2d.evaluation.features import ClsFeatures, cls_features
-from m2d.evaluation.images import (
-    Listed,
-    catalog_of,
-    check_apart,
-    class_counts,
-    class_folder,
-    lesion_counts,
-)
+from m2d.evaluation.images import Listed, catalog_of, check_apart, class_counts, class_folder, lesion_counts
 from m2d.evaluation.settings import ProbeConfig
 from m2d.files.paths import result_path
 from m2d.files.progress import say
@@ -50,44 +45,8 @@ REFERENCES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Side:
-    """The images that the probe was fitted on, or tested on; what could not be read is left out."""
-
-    source: str
-    images: dict[str, int]  # class code -> number; a class without images is left out
-    lesions: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeResult:
-    """Everything that a probe found. Plain values, in the order of probe.json."""
-
-    extractor: str  # its key: name, weights, input size, crop
-    device: str
-    accuracy: Estimate
-    balanced_accuracy: Estimate  # the mean recall of the classes in the test images
-    macro_f1: Estimate
-    recall: dict[str, Estimate]
-    train: Side
-    test: Side
-    classes: tuple[str, ...]  # of the confusion matrix
-    confusion: list[list[int]]  # rows: true class, columns: called class
-    c: float
-    c_tried: dict[str, float]  # c -> balanced accuracy on held-out training lesions; empty: c was not chosen by these
-    converged: bool
-    iterations: int
-    resamples: int
-    seed: int
-    extracted: int  # images whose features were not in the cache
-    unreadable: list[str]  # `path: reason`
-    seconds: float
-    created: str
-    version: str
-
-
-def probe(config: ProbeConfig) -> ProbeResult:
-    """Extract, fit, test, print, and write the result into the output folder.
+def probe(config: ProbeConfig) -> Path:
+    """Extract, fit, test, print, and write probe.json, probe.csv and probe.png. Returns their folder.
 
     Raises ConfigError, DataError or CheckpointError, in one line, for what a user can fix.
     """
@@ -97,11 +56,8 @@ def probe(config: ProbeConfig) -> ProbeResult:
     key = extractor_key(config.feature_extractor)
     folder = Path(result_path("output", config.output or f"probe/{key}")).expanduser()
     listed = _listed(config)
-    fitted_on, tested_on = (f"{len(side.rows):,}" for side in listed)
-    say(
-        f"linear probe of {key} on {device}: fits on {fitted_on} images ({listed[0].source}), tests on {tested_on} "
-        f"({listed[1].source})"
-    )
+    fits, tests = (f"{len(side.rows):,} images ({side.source})" for side in listed)
+    say(f"linear probe of {key} on {device}: fits on {fits}, tests on {tests}")
     features = cls_features(
         listed,
         config.feature_extractor,
@@ -111,7 +67,11 @@ def probe(config: ProbeConfig) -> ProbeResult:
         batch_size=config.batch_size or (8 if device == "cpu" else 64),  # small ones stay in a CPU's caches
         max_pixels=config.data.max_pixels,
     )
-    (train_cls, labels, lesions, train), (cls, truth, test_lesions, test) = (_read(side, features) for side in listed)
+    (train_cls, labels, lesions), (cls, truth, test_lesions) = (_read(side, features) for side in listed)
+    train, test = (
+        {"source": side.source, "images": class_counts(of_side), "lesions": lesion_counts(of_side, groups)}
+        for side, of_side, groups in zip(listed, (labels, truth), (lesions, test_lesions))
+    )
     c, tried = config.c, dict[float, float]()
     if c is None:
         c, tried = choose_c(train_cls, labels, lesions, num_classes=NUM_CLASSES, seed=config.seed)
@@ -121,32 +81,33 @@ def probe(config: ProbeConfig) -> ProbeResult:
     confusion = confusion_matrix(truth, predicted, NUM_CLASSES)
     shape = {"num_classes": NUM_CLASSES, "resamples": config.bootstrap, "seed": config.seed}
     measured, resampled = scores(confusion), scores(resampled_confusions(truth, predicted, test_lesions, **shape))
-    result = ProbeResult(
-        extractor=key,
-        device=device,
-        accuracy=Estimate.of(measured.accuracy, resampled.accuracy),
-        balanced_accuracy=Estimate.of(measured.balanced_accuracy, resampled.balanced_accuracy),
-        macro_f1=Estimate.of(measured.macro_f1, resampled.macro_f1),
-        recall={code: Estimate.of(measured.recall[k], resampled.recall[:, k]) for k, code in enumerate(test.images)},
-        train=train,
-        test=test,
-        classes=CLASSES,
-        confusion=confusion.tolist(),
-        c=c,
-        c_tried={f"{c:g}": score for c, score in tried.items()},
-        converged=fitted.converged,
-        iterations=fitted.iterations,
-        resamples=config.bootstrap,
-        seed=config.seed,
-        extracted=features.extracted,
-        unreadable=sorted(features.unreadable.values()),
-        seconds=round(time.monotonic() - began, 1),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=__version__,
-    )
+    means = ("accuracy", "balanced_accuracy", "macro_f1")  # over the classes in the test images
+    recall = {code: Estimate.of(measured.recall[k], resampled.recall[:, k]) for k, code in enumerate(test["images"])}
+    result: dict[str, Any] = {  # of probe.json
+        "extractor": key,
+        "device": device,
+        **{name: Estimate.of(getattr(measured, name), getattr(resampled, name)) for name in means},
+        "recall": recall,
+        "train": train,  # what could not be read is left out
+        "test": test,
+        "classes": CLASSES,
+        "confusion": confusion.tolist(),  # rows: true class, columns: called class
+        "c": c,
+        "c_tried": {f"{c:g}": score for c, score in tried.items()},  # balanced accuracy on held-out training lesions
+        "converged": fitted.converged,
+        "iterations": fitted.iterations,
+        "resamples": config.bootstrap,
+        "seed": config.seed,
+        "extracted": features.extracted,  # images whose features were not in the cache
+        "unreadable": sorted(features.unreadable.values()),
+        "seconds": round(time.monotonic() - began, 1),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": __version__,
+    }
+    result["reading"] = _reading(result["balanced_accuracy"], recall, 1 / len(train["images"]))
     _show(result, folder)
-    print(f"probe.json, probe.csv and probe.png in {folder} ({result.seconds:.0f} s)")
-    return result
+    print(f"probe.json, probe.csv and probe.png in {folder} ({result['seconds']:.0f} s)")
+    return folder
 
 
 def _listed(config: ProbeConfig) -> list[Listed]:
@@ -186,8 +147,8 @@ def _check_classes(side: Listed) -> None:
         )
 
 
-def _read(side: Listed, features: ClsFeatures) -> tuple[np.ndarray, np.ndarray, np.ndarray, Side]:
-    """Of the readable images: cls float32 [N, D], class indices [N], lesions [N], and how many there are."""
+def _read(side: Listed, features: ClsFeatures) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the readable images: cls float32 [N, D], class indices int64 [N], lesions [N]."""
     if not features.of_image:
         first = sorted(features.unreadable.values())[0]
         raise DataError(
@@ -196,90 +157,78 @@ def _read(side: Listed, features: ClsFeatures) -> tuple[np.ndarray, np.ndarray, 
         )
     left = replace(side, rows=side.rows.filter([sha256 in features.of_image for sha256 in side["sha256"]]))
     _check_classes(left)
-    labels = np.array([CLASSES.index(code) for code in left["label"]])
-    lesions = np.array(left["lesion_id"], dtype=object)
-    counted = Side(source=side.source, images=class_counts(labels), lesions=lesion_counts(labels, lesions))
-    return np.stack([features.of_image[sha256] for sha256 in left["sha256"]]), labels, lesions, counted
+    cls = np.stack([features.of_image[sha256] for sha256 in left["sha256"]])
+    return cls, np.array([CLASSES.index(code) for code in left["label"]]), np.array(left["lesion_id"], object)
 
 
-def _show(result: ProbeResult, folder: Path) -> None:
+def _show(result: dict[str, Any], folder: Path) -> None:
     """The table and how to read it, on the terminal and as probe.json, probe.csv and probe.png."""
-    images, lesions = sum(result.test.images.values()), sum(result.test.lesions.values())
+    images, lesions = result["test"]["images"], result["test"]["lesions"]
+    whole = sum(images.values()), sum(lesions.values())
     rows = [
-        ("accuracy", "", result.accuracy, images, lesions),
-        ("balanced accuracy", "", result.balanced_accuracy, images, lesions),
-        ("macro-F1", "", result.macro_f1, images, lesions),
-        *(
-            ("recall", code, estimate, result.test.images[code], result.test.lesions[code])
-            for code, estimate in result.recall.items()
-        ),
+        ("accuracy", "", result["accuracy"], *whole),
+        ("balanced accuracy", "", result["balanced_accuracy"], *whole),
+        ("macro-F1", "", result["macro_f1"], *whole),
+        *(("recall", code, one, images[code], lesions[code]) for code, one in result["recall"].items()),
     ]
     table = Table("score", *(Column(name, justify="right") for name in ("value", "95 % interval", "images", "lesions")))
-    for name, code, one, images, lesions in rows:
+    for name, code, one, *counts in rows:
         cells = f"{name} {code}".strip(), f"{one.value:.3f}", f"{one.low:.3f} to {one.high:.3f}"
-        table.add_row(*cells, f"{images:,}", f"{lesions:,}", end_section=name == "macro-F1")
-    reading = _reading(result)
-    chosen = f", the best of {' '.join(result.c_tried)} on held-out training lesions" if result.c_tried else ""
+        table.add_row(*cells, *(f"{count:,}" for count in counts), end_section=name == "macro-F1")
+    tried = " ".join(result["c_tried"])
+    chosen = f", the best of {tried} on held-out training lesions" if tried else ""
     console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(table)
     console.print(
-        f"logistic regression on standardised cls features, classes weighted alike, c {result.c:g}{chosen}",
-        f"intervals: {result.resamples:,} resamples of the test lesions within each class; the fitted probe stays as "
-        "it is",
+        f"logistic regression on standardised cls features, classes weighted alike, c {result['c']:g}{chosen}",
+        f"intervals: {result['resamples']:,} resamples of the test lesions within each class; the fitted probe stays "
+        "as it is",
         *(f"note: {note}" for note in _notes(result)),
         *(f"for comparison, not a check: {reference}" for reference in REFERENCES),
-        reading,
+        result["reading"],
         sep="\n",
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        document = json.dumps(asdict(result) | {"reading": reading}, indent=1)
+        document = json.dumps(result, indent=1, default=asdict)
         (folder / "probe.json").write_text(document + "\n", encoding="utf-8")
         with (folder / "probe.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["score", "class", "value", "low", "high", "images", "lesions"])
             writer.writerows([name, code, *vars(one).values(), *counts] for name, code, one, *counts in rows)
-        title = f"{result.extractor}\nbalanced accuracy {result.balanced_accuracy}"
-        (folder / "probe.png").write_bytes(confusion_matrix_picture(result.confusion, title))
+        title = f"{result['extractor']}\nbalanced accuracy {result['balanced_accuracy']}"
+        (folder / "probe.png").write_bytes(confusion_matrix_picture(result["confusion"], title))
     except OSError as error:
         raise DataError(
             f"output: {folder} cannot be written ({error.strerror or error}); name another --output"
         ) from None
 
 
-def _notes(result: ProbeResult) -> list[str]:
+def _notes(result: dict[str, Any]) -> Iterator[str]:
     """What a reader must know beside the numbers, one line each."""
-    notes = []
-    if result.unreadable:
-        more = ["..."] if len(result.unreadable) > SHOWN_UNREADABLE else []
-        shown = "; ".join(result.unreadable[:SHOWN_UNREADABLE] + more)
-        notes.append(f"images that could not be read and are left out: {len(result.unreadable):,}: {shown}")
-    untaught = [code for code in result.test.images if code not in result.train.images]
-    if untaught:
-        notes.append(f"no training images of {' '.join(untaught)}: never called, recall 0")
-    untested = [code for code in CLASSES if code not in result.test.images]
-    if untested:
-        notes.append(f"no test images of {' '.join(untested)}: left out of every mean")
-    if not result.converged:
-        notes.append(
-            f"the fit did not converge in {result.iterations} iterations, so the scores are not final; lower --c"
-        )
-    few = [f"{code} {count}" for code, count in result.test.lesions.items() if count < FEW_LESIONS]
-    if few:
-        notes.append(f"few test lesions ({', '.join(few)}): a recall and its interval are rough there")
-    return notes
+    unreadable, taught, tested = result["unreadable"], result["train"]["images"], result["test"]["images"]
+    if unreadable:
+        shown = "; ".join(unreadable[:SHOWN_UNREADABLE] + ["..."] * (len(unreadable) > SHOWN_UNREADABLE))
+        yield f"images that could not be read and are left out: {len(unreadable):,}: {shown}"
+    if untaught := [code for code in tested if code not in taught]:
+        yield f"no training images of {' '.join(untaught)}: never called, recall 0"
+    if untested := [code for code in CLASSES if code not in tested]:
+        yield f"no test images of {' '.join(untested)}: left out of every mean"
+    if not result["converged"]:
+        yield (f"the fit did not converge in {result['iterations']} iterations, so the scores are not final; lower --c")
+    if few := [f"{code} {count}" for code, count in result["test"]["lesions"].items() if count < FEW_LESIONS]:
+        yield f"few test lesions ({', '.join(few)}): a recall and its interval are rough there"
 
 
-def _reading(result: ProbeResult) -> str:
+def _reading(balanced: Estimate, recall: dict[str, Estimate], chance: float) -> str:
     """The result in one plain sentence or two."""
-    chance, balanced = 1 / len(result.train.images), result.balanced_accuracy
     if balanced.low <= chance:
         return (
             f"Balanced accuracy {balanced.value:.2f} cannot be told from guessing ({chance:.2f}): the features say "
             "little of the diagnosis. Are the weights the right ones?"
         )
-    worst, *_, best = sorted(result.recall, key=lambda code: result.recall[code].value)
+    worst, *_, best = sorted(recall, key=lambda code: recall[code].value)
     return (
         f"On average {balanced.value:.0%} of a class's images are recognised (guessing: {chance:.0%}); best {best} "
-        f"with {result.recall[best].value:.0%}, worst {worst} with {result.recall[worst].value:.0%}."
+        f"with {recall[best].value:.0%}, worst {worst} with {recall[worst].value:.0%}."
     )
