@@ -105,14 +105,10 @@ def measure_fidelity(
     """Compare the generated images with the training images, and real ones and reconstructions for scale.
 
     All sets by one extractor. reconstructions: of the test images, by the model's autoencoder. Each comparison is made
-    for the classes of the generated set, and overall.
-
-    Features are standardised by the training images because the dimensions of an extractor differ by orders of
-    magnitude, and a few large ones would else be the whole of every distance. So the Fréchet distance is no FID that
-    could be set beside a published one; nor could any of another extractor or another N.
-    Overall, the kernel distance is the mean over the classes: independent of the class mix, and it sees a model that
-    ignores its class. The other metrics pool as many images of each class from either side, in every comparison alike:
-    the class's smallest number in any of them.
+    for the classes of the generated set, and overall: the kernel distance as the mean over the classes, so that it sees
+    a model that ignores its class; the others on as many images of each class from either side, in every comparison
+    alike. Standardised features: otherwise the few large dimensions of an extractor would be the whole of a distance.
+    So the Fréchet distance is no FID that could be set beside a published one.
     """
     standard = Standardizer.of(train.cls, at_least_part_of_median)
     halves = lesion_disjoint_halves(train.labels, train.groups, seed=seed)

@@ -31,7 +31,7 @@ from m2d.generation.output import experiment_of
 from m2d.generation.plan import data_config_of
 from m2d.generation.references import read_references
 from m2d.models.autoencoder import coded_at_once
-from m2d.models.checkpoint import Checkpoint, CheckpointInfo
+from m2d.models.checkpoint import Checkpoint
 
 NAMED = 3  # of shared lesions or unreadable files
 PIXELS = "evaluation_v1/pixels"  # in the cache folder; the number goes up when the way from a file to pixels changes
@@ -129,35 +129,31 @@ def lesion_counts(labels: np.ndarray, groups: np.ndarray) -> dict[str, int]:
 # --- listing --------------------------------------------------------------------------------------------------------
 
 
-def read_image_sets(config: EvaluateConfig, checkpoint: tuple[str, CheckpointInfo] | None) -> ImageSets:
-    """List, check and decode. checkpoint: the one that made the images, and its place, where it is known.
+def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None) -> ImageSets:
+    """List, check and decode. checkpoint: the one that made the images, where it is known.
 
     Raises ConfigError or DataError in one line: a folder that cannot be used, classes that no real image has, lesions
     or images on both sides.
     """
     real, generated_root = class_folder(config.real, "real"), class_folder(config.generated, "generated")
-    data = config.data or (data_config_of(checkpoint[1]) if checkpoint else DataConfig())
+    data = config.data or (data_config_of(checkpoint.info) if checkpoint else DataConfig())
     notes: list[str] = []
-    if config.train is None:
-        train, test = _split_sides(config, real, data, checkpoint, notes)
-    else:
-        roots = {"train": class_folder(config.train, "train"), "test": real}
-        train, test = (
-            Listed(name, f"all of {root}", root, catalog_of(root, data, config.cache_dir, notes))
-            for name, root in roots.items()
-        )
+    train, test = _real_sides(config, real, data, checkpoint, notes)
     check_apart(train, test, "real")
     generated = _generated(generated_root, data, notes)
-    known, made = ([code for code in CLASSES if code in set(side["label"])] for side in (train, generated))
-    unknown, lacking = ([code for code in one if code not in other] for one, other in ((made, known), (known, made)))
-    if unknown:
+    known, made = (sorted(side.rows["label"].unique().to_pylist()) for side in (train, generated))  # as CLASSES are
+    if unknown := [code for code in made if code not in known]:
         raise DataError(
             f"generated: {generated.source} holds images of {' '.join(unknown)}, the real training images are of "
             f"{' '.join(known)}; leave those folders out, or name real images of all classes"
         )
-    if lacking:
+    if lacking := [code for code in known if code not in made]:
         notes.append(f"no generated image of {' '.join(lacking)}: these classes keep their real images alone")
-    size = config.image_size or _size_of(generated, data.max_pixels)
+    size = config.image_size
+    if size is None:  # the shorter side of the first image; a generator makes all of one size
+        filesystem, root = open_storage(generated.root)
+        with filesystem.open_input_file(posixpath.join(root, generated["path"][0])) as file:
+            size = min(probe_image(file.read(), max_pixels=data.max_pixels))
     sides = (_decode(side, size, config.cache_dir, data.max_pixels, notes) for side in (train, test, generated))
     return ImageSets(next(sides), next(sides), next(sides), notes)
 
@@ -196,17 +192,20 @@ def check_apart(train: Listed, test: Listed, setting: str) -> None:
             )
 
 
-def _split_sides(
-    config: EvaluateConfig,
-    real: str,
-    data: DataConfig,
-    checkpoint: tuple[str, CheckpointInfo] | None,
-    notes: list[str],
+def _real_sides(
+    config: EvaluateConfig, real: str, data: DataConfig, checkpoint: Checkpoint | None, notes: list[str]
 ) -> list[Listed]:
-    """The train and the test split of one folder: as the checkpoint's own run split it, where that is known."""
-    own = Path(experiment_of(checkpoint[0]), "cache", "catalog.parquet") if checkpoint else None
-    recorded = checkpoint[1].config.get("data_root") if checkpoint else None
-    if config.data is None and own is not None and own.is_file() and recorded and _same_place(str(recorded), real):
+    """Two folders, or the splits of one: as the checkpoint's own run split it, where that is known."""
+    if config.train is not None:
+        places = {"train": class_folder(config.train, "train"), "test": real}.items()
+        return [
+            Listed(name, f"all of {root}", root, catalog_of(root, data, config.cache_dir, notes))
+            for name, root in places
+        ]
+    own = Path(experiment_of(checkpoint.path), "cache", "catalog.parquet") if checkpoint else Path()
+    recorded = str(checkpoint.info.config.get("data_root") or "") if checkpoint else ""
+    same = recorded == real or ("://" not in recorded + real and os.path.realpath(recorded) == os.path.realpath(real))
+    if config.data is None and recorded and same and own.is_file():
         catalog = read_catalog(str(own))
         notes.append("split of the real images: the checkpoint's own")
     else:
@@ -252,21 +251,10 @@ def _generated(root: str, data: DataConfig, notes: list[str]) -> Listed:
 
 def _left_out(rejected: Sequence[tuple[str, str]], what: str) -> list[str]:
     notes = [f"left out {path}: {reason}" for path, reason in rejected[:NAMED]]
-    return notes + ([f"left out {len(rejected):,} unusable {what} in all"] if len(rejected) > NAMED else [])
-
-
-def _same_place(one: str, other: str) -> bool:
-    return one == other or ("://" not in one + other and os.path.realpath(one) == os.path.realpath(other))
+    return [*notes, f"left out {len(rejected):,} unusable {what} in all"] if len(rejected) > NAMED else notes
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------
-
-
-def _size_of(generated: Listed, max_pixels: int) -> int:
-    """The shorter side of the first image; a generator makes all of one size."""
-    filesystem, root = open_storage(generated.root)
-    with filesystem.open_input_file(posixpath.join(root, generated["path"][0])) as file:
-        return min(probe_image(bytes(file.read()), max_pixels=max_pixels))
 
 
 def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: list[str]) -> ImageSet:

@@ -122,16 +122,14 @@ def measure_memorization(
     generated_views: cls float32 [N, D] of the generated images in each view of m2d.data.views, by train's extractor.
     test: unseen lesions. seed: draws the calibration images where there are many. worst: pairs to list.
 
-    Calibration: n distances of training images to the nearest one of another lesion, their `quantile` is the limit. A
-    near-copy is an image at or under it in either space. Unseen images, told by the same limit, show how often that is
-    chance.
+    A near-copy is at or under the limit in either space: the `quantile` of the distances of training images to the
+    nearest one of another lesion. Unseen images, told by the same limit, show how often that is chance.
 
-    Views: thumbnails of real and of generated images are all tried in eight. Features of real images are known in one
-    view, and the least of eight tries is smaller than one try. So the share counts each generated image in each view
-    for an eighth, as if it were shown in a view by chance, as real photographs are: an honest image then counts as
-    often as an unseen one. A copy by features alone may count for an eighth only, so the share errs towards honesty.
-    `near_copies` and `worst` take the best view instead, and a strict limit: the quantile / 8 of the calibration
-    distances, for eight tries succeed at most eight times as often as one (union bound).
+    Features of real images are known in one view, and the least of eight tries is smaller than one try. So the share
+    counts a generated image in each view for an eighth, as if it were shown in a view by chance, as photographs are: an
+    honest image then counts as often as an unseen one, and the share errs towards honesty. `near_copies` and `worst`
+    take the best view instead, and a strict limit: the quantile / 8, for eight tries succeed at most eight times as
+    often as one (union bound). Thumbnails of real images are tried in eight views as well.
 
     Flagged: the 95 % Wilson interval of the generated images' share lies wholly above that of the unseen images', over
     all classes or in one. Over all classes, unseen images weigh as the generated ones' mix of classes has it, for

@@ -162,7 +162,7 @@ def extract(tmp_path: Path, files: Listed) -> ClsFeatures:
 def test_each_image_has_its_own_features_extracted_once(tmp_path: Path, files: Listed, extractor: MeanColour) -> None:
     assert extract(tmp_path, replace(files, rows=files.rows.slice(0, 12))).extracted == 12
     found = extract(tmp_path, files)
-    assert (found.extracted, found.unreadable, extractor.seen) == (8, {}, 20)
+    assert (found.extracted, found.unreadable, extractor.seen) == (8, [], 20)
     for number, sha256 in enumerate(files["sha256"]):
         assert found.of_image[sha256] == pytest.approx(np.array(colour_of(number)), abs=1e-3)
     again = extract(tmp_path, files)
@@ -193,7 +193,7 @@ def test_what_cannot_be_read_is_told_and_the_rest_goes_on(tmp_path: Path, files:
     (data / "3.png").unlink()
     (data / "4.png").write_bytes((data / "5.png").read_bytes())
     found = extract(tmp_path, files)
-    reasons = sorted(found.unreadable.values())
+    reasons = found.unreadable
     assert reasons[:2] == ["3.png: is not there", "4.png: has changed since the scan"]
     assert reasons[2].startswith("6.png: the content is no image")
     assert (len(reasons), found.extracted, len(found.of_image)) == (3, 17, 17)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_sets import feature_set, image_set
 
-from m2d.classes import CLASSES, class_index
+from m2d.classes import class_index
 from m2d.evaluation.fidelity import (
     AUTOENCODER,
     FLOOR,
@@ -295,9 +295,3 @@ def test_a_test_set_does_not_change_what_the_others_draw() -> None:
     generated = real("generated", {"MEL": 70}, 1)
     without, along = measure(generated), measure(generated, test=real("test", {"MEL": 90}, 2))
     assert row(without, GENERATED, "MEL") == row(along, GENERATED, "MEL")
-
-
-def test_all_seven_classes_come_in_their_order() -> None:
-    counts = dict.fromkeys(reversed(CLASSES), 8)
-    result = measure(real("generated", counts, 1), train=real("train", counts, 0))
-    assert [one.label for one in result.rows[:8]] == [None, *CLASSES]

@@ -65,23 +65,19 @@ class Classifier(Protocol):
     """Trains on rows of its real and generated images and calls its test images. It is pickled."""
 
     @property
-    def identity(self) -> str:
-        """Everything that shapes the answer but the rows and the seed: settings, weights, images."""
-        ...
-
-    @property
     def seeded(self) -> bool:
         """Whether the seed changes the answer."""
-        ...
+
+    @property
+    def identity(self) -> str:
+        """Everything that shapes the answer but the rows and the seed: settings, weights, images."""
 
     @property
     def wants_gpu(self) -> bool:
         """Whether a GPU would make it faster."""
-        ...
 
     def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
         """Train, then the class probabilities of the test images, float [N, K]."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,8 +159,7 @@ def compare_arms(
 
     images: train, test and generated, in the order of the classifier's rows. Scores are averaged over the seeds. A
     bootstrap sample draws whole test lesions within their class, and training seeds (see metrics.bootstrap), and is the
-    same one for all arms, so that differences are paired and what makes a lesion hard cancels. The intervals hold for
-    these real training images and these synthetic ones: other draws of either are not in them. Raises DataError where
+    same one for all arms, so that differences are paired and what makes a lesion hard cancels. Raises DataError where
     fewer than two classes are both in train and test.
     """
     train, test, generated = images
@@ -224,10 +219,10 @@ def compare_arms(
         test_lesions=lesions,
         arms={
             arm: ArmResult(
-                ARMS[arm],
-                class_counts(arms[arm, None][0].labels(train.labels, generated.labels)),
-                len({job.digest for job in jobs[arm, None]}),
-                estimates(arm),
+                description=ARMS[arm],
+                images=class_counts(arms[arm, None][0].labels(train.labels, generated.labels)),
+                trainings=len({job.digest for job in jobs[arm, None]}),
+                scores=estimates(arm),
             )
             for arm in letters
         },
@@ -280,8 +275,7 @@ def training_rows(
 def limits(real: np.ndarray, generated: np.ndarray, ratio: float) -> str | None:
     """Where a ratio asks for more generated images than there are, in words: `MEL 300 of 550, NV 0 of 4,000`."""
     wanted, there = _wanted(real, ratio), np.bincount(generated, minlength=NUM_CLASSES)
-    short = [f"{CLASSES[k]} {there[k]:,} of {wanted[k]:,}" for k in np.flatnonzero(there < wanted)]
-    return ", ".join(short) or None
+    return ", ".join(f"{CLASSES[k]} {there[k]:,} of {wanted[k]:,}" for k in np.flatnonzero(there < wanted)) or None
 
 
 def scored_classes(train: ImageSet, test: ImageSet) -> list[int]:
@@ -298,11 +292,14 @@ def scored_classes(train: ImageSet, test: ImageSet) -> list[int]:
 
 def unscored(train: ImageSet, test: ImageSet) -> dict[str, str]:
     """Class code to the reason why it is not scored, of the classes that only one side has."""
-    reasons = {
-        **dict.fromkeys(train.counts, "no test image, so nothing to score; it is trained on"),
-        **dict.fromkeys(test.counts, "no real training image; its test images are left out"),
+    trained, tested = train.counts, test.counts
+    return {
+        code: "no test image, so nothing to score; it is trained on"
+        if code in trained
+        else "no real training image; its test images are left out"
+        for code in CLASSES
+        if (code in trained) != (code in tested)
     }
-    return {code: reasons[code] for code in CLASSES if (code in train.counts) != (code in test.counts)}
 
 
 def _wanted(real: np.ndarray, ratio: float) -> np.ndarray:
@@ -313,10 +310,9 @@ def _drawn(labels: np.ndarray, counts: np.ndarray, seed: list[int]) -> np.ndarra
     """counts[k] rows of each class k, in shuffled passes over its images; none again before all were drawn."""
     parts = [np.empty(0, dtype=np.int64)]
     for label in np.flatnonzero(counts):
-        rows, count = np.flatnonzero(labels == label), int(counts[label])
-        generator = np.random.default_rng([*seed, int(label)])
-        passes = [generator.permutation(rows) for _ in range(-(-count // len(rows)))]
-        parts.append(np.concatenate(passes)[:count])
+        rows, generator = np.flatnonzero(labels == label), np.random.default_rng([*seed, int(label)])
+        passes = [generator.permutation(rows) for _ in range(-(-counts[label] // len(rows)))]
+        parts.append(np.concatenate(passes)[: counts[label]])
     return np.concatenate(parts)
 
 
@@ -332,11 +328,9 @@ def verdict(minus_b: Mapping[str, Estimate], minus_c: Mapping[str, Estimate]) ->
     that d beats in balanced accuracy while its ranking or calibration got worse by the interval.
     """
     against_c, against_b = minus_c["balanced_accuracy"], minus_b["balanced_accuracy"]
-    word: Word = "no difference shown"
+    word: Word = "hurts" if against_c.below else "no difference shown"
     reason = ""
-    if against_c.below:
-        word = "hurts"
-    elif against_c.above and against_b.value >= 0:
+    if against_c.above and against_b.value >= 0:
         word = "helps"
     elif against_c.above:
         reason = ", so it beats oversampling but not class weights, which cost nothing"
@@ -352,9 +346,8 @@ def verdict(minus_b: Mapping[str, Estimate], minus_c: Mapping[str, Estimate]) ->
             if name in minus and (minus[name].above if name in LOWER_IS_BETTER else minus[name].below)
         ]
         if worse and minus["balanced_accuracy"].value > 0:
-            warnings.append(
-                f"Balanced accuracy rose against {_CONTROLS[control]}, yet this got worse: {'; '.join(worse)}."
-            )
+            beaten = _CONTROLS[control]
+            warnings.append(f"Balanced accuracy rose against {beaten}, yet this got worse: {'; '.join(worse)}.")
     return Verdict(word, sentence, warnings)
 
 
@@ -402,10 +395,9 @@ def run_jobs(classifier: Classifier, jobs: Sequence[Job], trials: Trials) -> dic
 
 def _kept(folder: Path | None, digest: str) -> np.ndarray | None:
     try:
-        answer = None if folder is None else np.load(folder / f"{digest}.npy", allow_pickle=False)
+        return None if folder is None else np.load(folder / f"{digest}.npy", allow_pickle=False)
     except (OSError, ValueError, EOFError):  # not there, or broken; the job is done again
         return None
-    return answer
 
 
 def _on_ray(classifier: Classifier, jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:

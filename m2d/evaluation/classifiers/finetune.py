@@ -8,13 +8,13 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2d import __version__
 from m2d.classes import NUM_CLASSES
@@ -77,24 +77,16 @@ class FinetuneClassifier:
         """
         shaping = asdict(config)
         if config.pretrained:
-            named = FeatureExtractorConfig(
-                name=config.model, weights=config.weights, input_size=config.input_size, crop="whole"
-            )
+            size = config.input_size
+            named = FeatureExtractorConfig(name=config.model, weights=config.weights, input_size=size, crop="whole")
             shaping |= {"weights": extractor_identity(named)}
         digest = hashlib.sha256(f"finetune {__version__} {sorted(shaping.items(), key=str)}\n".encode())
         for one in (train, test, generated):
             digest.update(f"{one.image_size} {' '.join(one.sha256)}\n".encode())
             digest.update(np.ascontiguousarray(one.labels).data)
         # A memory-mapped array is a subclass, which pickle copies; a plain one it hands to Ray's store as it is.
-        return cls(
-            train.pixels.view(np.ndarray),
-            test.pixels.view(np.ndarray),
-            generated.pixels.view(np.ndarray),
-            train.labels,
-            generated.labels,
-            config,
-            digest.hexdigest(),
-        )
+        plain = tuple(one.pixels.view(np.ndarray) for one in (train, test, generated))
+        return cls(plain[0], plain[1], plain[2], train.labels, generated.labels, config, digest.hexdigest())
 
     @property
     def wants_gpu(self) -> bool:
@@ -106,11 +98,12 @@ class FinetuneClassifier:
         device = pick_device(self.config.device)
         with _alone(seed, device):
             extractor = _network(self.config)
+            network: Any = extractor.network
             extractor.to(device).to(memory_format=torch.channels_last)
             try:
                 self._train(extractor, rows, seed, device)
                 with torch.inference_mode():
-                    network = cast(nn.Module, extractor.network).eval()
+                    network.eval()
                     parts = [
                         network(_input(self.test[first : first + PREDICTED_AT_ONCE], extractor, device))
                         for first in range(0, len(self.test), PREDICTED_AT_ONCE)
@@ -128,14 +121,11 @@ class FinetuneClassifier:
         labels = torch.from_numpy(rows.labels(self.train_labels, self.generated_labels)).to(device)
         weights = torch.from_numpy(rows.weights).float().to(device)
         total = steps_of(self.config, len(self.train))
-        decay = [
-            {
-                "params": [one for one in network.parameters() if (one.ndim > 1) == kernels],
-                "weight_decay": self.config.weight_decay * kernels,  # not of biases and norms
-            }
-            for kernels in (True, False)
-        ]
-        optimizer = torch.optim.AdamW(decay, lr=self.config.learning_rate)
+        kernels, others = ([one for one in network.parameters() if (one.ndim > 1) == wide] for wide in (True, False))
+        optimizer = torch.optim.AdamW(
+            [{"params": kernels, "weight_decay": self.config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=self.config.learning_rate,
+        )
         kind = pick_precision(self.config.mixed_precision, device)
         scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
         loss = torch.zeros((), device=device)

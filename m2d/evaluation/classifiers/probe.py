@@ -99,7 +99,7 @@ def probe(config: ProbeConfig) -> Path:
         "resamples": config.bootstrap,
         "seed": config.seed,
         "extracted": features.extracted,  # images whose features were not in the cache
-        "unreadable": sorted(features.unreadable.values()),
+        "unreadable": features.unreadable,
         "seconds": round(time.monotonic() - began, 1),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
@@ -150,10 +150,9 @@ def _check_classes(side: Listed) -> None:
 def _read(side: Listed, features: ClsFeatures) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of the readable images: cls float32 [N, D], class indices int64 [N], lesions [N]."""
     if not features.of_image:
-        first = sorted(features.unreadable.values())[0]
         raise DataError(
-            f"probe: none of {len(features.unreadable):,} images in {side.root} can be read, the first: {first}; "
-            "is it the data_root of these catalogs?"
+            f"probe: none of {len(features.unreadable):,} images in {side.root} can be read, the first: "
+            f"{features.unreadable[0]}; is it the data_root of these catalogs?"
         )
     left = replace(side, rows=side.rows.filter([sha256 in features.of_image for sha256 in side["sha256"]]))
     _check_classes(left)

@@ -6,6 +6,7 @@ import io
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -18,7 +19,7 @@ from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.classifiers.logistic import ConsistencyResult
 from m2d.evaluation.fidelity import FidelityResult
-from m2d.evaluation.images import FeatureSet, ImageSet, ImageSets, lesion_counts
+from m2d.evaluation.images import FeatureSet, ImageSet, ImageSets
 from m2d.evaluation.memorization import MemorizationResult
 from m2d.evaluation.report import plots
 from m2d.generation.contact_sheet import contact_sheet
@@ -37,29 +38,13 @@ _ON_TERMINAL = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageCounts:
-    """One of the sets that were compared."""
-
-    name: str
-    source: str
-    images: dict[str, int]  # class code -> number, of the classes that have some
-    lesions: dict[str, int]
-
-    @classmethod
-    def of(cls, images: ImageSet) -> "ImageCounts":
-        """Counted."""
-        lesions = lesion_counts(images.labels, images.groups)
-        return cls(name=images.name, source=images.source, images=images.counts, lesions=lesions)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """A part that was not asked for is None or empty; for one that could not be computed the notes give the reason."""
 
     checkpoint: str | None
     image_size: int
     device: str
-    images: list[ImageCounts]  # train, test, generated
+    images: list[dict[str, Any]]  # train, test, generated: name, source; images and lesions by class code
     reconstruction_psnr_db: float | None  # of the unseen images by the checkpoint's VAE
     fidelity: list[FidelityResult]  # the independent extractor first, then the one that guided the training
     memorization: MemorizationResult | None
@@ -244,7 +229,7 @@ def tables(result: Evaluation) -> dict[str, list[Row]]:
 
 def class_rows(result: Evaluation) -> list[Row]:
     """A row for each class with the main numbers of every part: what a reader compares classes by."""
-    counts = {side.name: side.images for side in result.images}
+    counts = {side["name"]: side["images"] for side in result.images}
     rows: list[Row] = []
     for code in counts["train"]:
         row: Row = {"class": code, **{f"{name}_images": images.get(code, 0) for name, images in counts.items()}}
