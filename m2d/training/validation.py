@@ -17,7 +17,8 @@ from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import M2DError
 from m2d.generation.generator import Generator, pick_feature
 from m2d.generation.plan import rows_of, standard_plan
-from m2d.metrics.distances import Scale, kernel_distance
+from m2d.metrics.distances import kernel_distance
+from m2d.metrics.neighbours import Standardizer, at_least_part_of_median
 from m2d.models.autoencoder import from_uint8
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo
 from m2d.models.extractors import FeatureExtractor
@@ -193,9 +194,8 @@ class SampleQuality:
         if self._real is None:
             self._real = self.state.real_cls(extractor, self.reader, self.source, self.rows).astype(np.float64)
         real, generated = self._real, self.state.cls(extractor, images).astype(np.float64)
-        scale = Scale.of(real)
-        generated, real = ((side - scale.mean) / scale.deviation for side in (generated, real))
-        distance = kernel_distance(generated, real)
+        standard = Standardizer.of(real, at_least_part_of_median)
+        distance = kernel_distance(standard(generated), standard(real))
         return {"val/kernel_distance": distance.value, "val/kernel_distance_se": distance.standard_error}
 
 
