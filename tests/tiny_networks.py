@@ -10,8 +10,9 @@ from m2d.models.perceptual import FeatureDistance
 from m2d.models.settings import AutoencoderConfig, ConditioningConfig, ProjectorConfig, UNetConfig
 from m2d.models.unet import build_denoiser, tap_channels
 from m2d.training.batch import Draws, ImageBatch, draw
+from m2d.training.networks import Networks
 from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
-from m2d.training.step import JointStep, Networks, StepConfig
+from m2d.training.step import JointStep, StepConfig
 
 IMAGE_SIZE = 16
 LATENT_SHAPE = (4, 8, 8)

@@ -26,7 +26,7 @@ from tiny_run import TINY
 
 from m2d.cli import parse
 from m2d.experiment import complete_checkpoints
-from m2d.training.stopping import Stopped
+from m2d.training.run import Stopped
 from m2d.training.trainer import train
 
 NODES = 3

@@ -15,8 +15,9 @@ from m2d.errors import CheckpointError
 from m2d.experiment import Experiment, complete_checkpoints
 from m2d.models.checkpoint import load_checkpoint, read_prior
 from m2d.models.perceptual import FeatureDistance
+from m2d.training.networks import Networks
 from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
-from m2d.training.step import DecoderStep, Networks, StepConfig
+from m2d.training.step import DecoderStep, StepConfig
 from m2d.training.trainer import train
 
 ONLY = {"reconstruction": 0.0, "perceptual": 0.0, "adversarial": 0.0}

@@ -19,10 +19,10 @@ from torch import Tensor
 from m2d.cli import parse
 from m2d.models.extractors import Features
 from m2d.models.perceptual import FeatureDistance
-from m2d.training.batch import Draws, ImageBatch, draw
-from m2d.training.networks import build_networks, step_config_of
+from m2d.training.batch import Draws, ImageBatch, draw, extract
+from m2d.training.networks import Networks, build_networks
 from m2d.training.settings import TrainConfig
-from m2d.training.step import JointStep, Networks, StepConfig, extract
+from m2d.training.step import JointStep, StepConfig, step_config_of
 
 CPU = torch.device("cpu")
 WARMUP = 1

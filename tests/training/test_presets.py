@@ -35,9 +35,9 @@ from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.settings import AutoencoderConfig
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
-from m2d.training.networks import build_networks, step_config_of
+from m2d.training.networks import Networks, build_networks
 from m2d.training.settings import TrainConfig
-from m2d.training.step import BaseStep, DecoderStep, JointStep, LatentStep, Networks, StepConfig
+from m2d.training.step import JointStep, StepConfig, build_step, step_config_of
 from m2d.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -351,14 +351,8 @@ def test_a_wide_preset_takes_two_steps_in_each_stage_at_its_full_widths(base: st
     perceptual = build_perceptual("features", networks.extractor)
     unet, decoder = networks.denoiser.unet, networks.autoencoder.vae.decoder
     for stage in STAGES:
-        step: BaseStep[Any]
-        if stage == "joint":
-            step = JointStep(networks, perceptual, settings, CPU)
-        elif stage == "latent":
-            step = LatentStep(networks, settings, CPU)
-        else:
-            networks.autoencoder.requires_grad_(True)  # the latent stage froze it
-            step = DecoderStep(networks, perceptual, settings, CPU)
+        networks.autoencoder.requires_grad_(True)  # the latent stage froze it
+        step = build_step(stage, networks, perceptual, settings, CPU)
         for number in range(2):
             before = {"U-Net": digits(unet), "decoder": digits(decoder)}
             batches: list[Any] = micro_batches(config, networks, number)
@@ -374,10 +368,10 @@ def test_a_wide_preset_takes_two_steps_in_each_stage_at_its_full_widths(base: st
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3000)
 def test_isic_256_takes_a_joint_step_at_its_true_size(capsys: pytest.CaptureFixture[str]) -> None:
-    """256 px and its own batch of 4, but a single micro-batch in place of 8; after the warm-up."""
+    """256 px and its own batch of 2, but a single micro-batch in place of 16; after the warm-up."""
     settings = ["--gradient_accumulation_steps", "1", "--perceptual.kind", "features"]
     config: TrainConfig = parse("train", ["--preset", "isic-256", *settings])
-    assert (config.data.image_size, config.batch_size) == (256, 4)
+    assert (config.data.image_size, config.batch_size) == (256, 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     try:
@@ -391,4 +385,4 @@ def test_isic_256_takes_a_joint_step_at_its_true_size(capsys: pytest.CaptureFixt
     assert [name for name, module in networks.trained().items() if digits(module) == before[name]] == []
     with capsys.disabled():
         peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"isic-256, joint step of 4 images at 256 px in float32: peak RSS {peak_gib:.1f} GiB")
+        print(f"isic-256, joint step of 2 images at 256 px in float32: peak RSS {peak_gib:.1f} GiB")

@@ -11,6 +11,7 @@ from tiny_checkpoint import make_checkpoint, make_prior
 
 from m2d.classes import class_index
 from m2d.errors import DataError
+from m2d.training.features import FeatureSource
 from m2d.training.settings import TrainConfig
 from m2d.training.validation import RunState, SampleQuality, rows_of_each_class
 
@@ -44,11 +45,10 @@ def test_a_run_goes_on_where_no_samples_can_be_made(error: Exception, caplog: py
         raise error
 
     plan = SimpleNamespace(config=SimpleNamespace(batch_size=8))
-    state: Any = SimpleNamespace(samples=samples, plan=plan, device="cuda:0")
-    reader: Any = SimpleNamespace(labels=np.array([0, 0, 1, 1]))
+    state: Any = SimpleNamespace(samples=samples, plan=plan)
     info: Any = SimpleNamespace(step=7)
     with caplog.at_level(logging.WARNING):
-        assert SampleQuality(state, reader, None, 4).measure(info) == {}  # type: ignore[arg-type]
+        assert SampleQuality(state, np.array([0, 0, 1, 1]), 4).measure(info) == {}
     assert [record.getMessage().startswith("no kernel distance at step 7: ") for record in caplog.records] == [True]
 
 
@@ -56,7 +56,8 @@ def test_samples_of_a_run_are_made_in_its_batches() -> None:
     checkpoint, seen = make_checkpoint(), []
     plan: Any = SimpleNamespace(config=TrainConfig(data_root="d", batch_size=3), precision="no")
     networks: Any = SimpleNamespace(autoencoder=checkpoint.autoencoder)
-    state = RunState(plan, networks, checkpoint.denoiser, make_prior({"DF": 9, "MEL": 9}), torch.device("cpu"))
+    source = FeatureSource(torch.device("cpu"))
+    state = RunState(plan, networks, checkpoint.denoiser, make_prior({"DF": 9, "MEL": 9}), None, source)
     checkpoint.denoiser.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     checkpoint.autoencoder.vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     images, labels = state.samples(checkpoint.info, {"DF": 2, "MEL": 5})

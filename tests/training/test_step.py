@@ -13,10 +13,11 @@ import m2d.training.step as step_module
 from m2d.errors import TrainingError
 from m2d.models.extractors import Features
 from m2d.models.perceptual import FeatureDistance
-from m2d.training.batch import Draws, ImageBatch, LatentBatch
-from m2d.training.phases import AutoencoderPhase, DenoiserPhase, frozen
+from m2d.training.batch import Draws, ImageBatch, LatentBatch, extract
+from m2d.training.losses import AutoencoderPhase, DenoiserPhase, frozen
+from m2d.training.networks import Networks
 from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig
-from m2d.training.step import LatentStep, Networks, StepConfig, extract
+from m2d.training.step import LatentStep, StepConfig
 
 NORM = {"latent_norm.running_mean", "latent_norm.running_var"}
 NO_LOSS = {
@@ -326,7 +327,7 @@ def test_the_latent_stage_trains_the_unet_alone_and_keeps_the_latent_scale() -> 
         weights=LossWeights(), optimizer=OptimizerConfig(warmup_steps=0), schedule=ScheduleConfig(), precision="no",
         total_steps=10,
     )  # fmt: skip
-    step = LatentStep(networks, config, torch.device("cpu"))
+    step = LatentStep(networks, nn.Identity(), config, torch.device("cpu"))
     _, draws = tiny_batch(4)
     batch = LatentBatch(
         mean=torch.randn(4, *LATENT_SHAPE).half(), std=torch.rand(4, *LATENT_SHAPE).half(),
@@ -396,7 +397,7 @@ def test_the_latent_stages_alignment_stops_too(captured_gradients: dict[str, Ten
     )  # fmt: skip
     moved_by = []
     for number in (4, 5):
-        step = LatentStep(tiny_networks(), config, torch.device("cpu"))
+        step = LatentStep(tiny_networks(), nn.Identity(), config, torch.device("cpu"))
         step([(batch, tiny_batch(4)[1])], number)
         moved_by.append(captured_gradients["projector.layers.0.weight"].abs().sum().item())
     assert moved_by[0] > 0
@@ -428,8 +429,8 @@ def test_spatial_normalisation_changes_what_both_halves_are_aligned_with() -> No
     networks.denoiser.eval()
     raw, normalised = (DenoiserPhase(networks.denoiser, networks.projector, spatial_norm=gamma) for gamma in (0.0, 0.8))
     for loss in ("alignment", "manifold"):
-        expected = getattr(raw(latents, batch.labels, Features(features.cls, by_hand), draws), loss)
-        assert_close(getattr(normalised(latents, batch.labels, features, draws), loss), expected)
+        expected = raw(latents, batch.labels, Features(features.cls, by_hand), draws)[loss]
+        assert_close(normalised(latents, batch.labels, features, draws)[loss], expected)
     expected = raw.align_autoencoder(latents, batch.labels, Features(features.cls, by_hand), draws)
     assert_close(normalised.align_autoencoder(latents, batch.labels, features, draws), expected)
     assert not torch.isclose(raw.align_autoencoder(latents, batch.labels, features, draws), expected)

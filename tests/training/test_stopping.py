@@ -16,8 +16,8 @@ from tiny_run import TINY, write_images
 
 from m2d.errors import ConfigError, M2DError, TrainingError
 from m2d.experiment import complete_checkpoints
+from m2d.training.run import CONTROL, StopRequest, failures_recorded, recorded_failure, stop_is_wanted
 from m2d.training.settings import TrainConfig
-from m2d.training.stopping import CONTROL, StopRequest, failures_recorded, recorded_failure, stop_is_wanted
 
 CONFIG = TrainConfig()
 

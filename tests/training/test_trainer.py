@@ -21,9 +21,10 @@ from m2d.experiment import complete_checkpoints, open_experiment
 from m2d.generation.run import generate
 from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import load_checkpoint
+from m2d.training.run import allocator_settings
 from m2d.training.saving import read_best
 from m2d.training.settings import TrainConfig, as_dict, differences
-from m2d.training.trainer import _opening, allocator_settings, train
+from m2d.training.trainer import _opening, train
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,29 @@
-"""The arithmetic and the data of a run, worked out once by the driver and handed to every worker."""
+"""A run as its driver and workers share it: the plan, worked out once by the driver, and a word in a file.
 
+By the word a run is asked to stop, and says why it cannot continue. It is in a file because that needs nothing of Ray,
+and is still there for the workers that Ray starts again.
+"""
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
+import torch
 
+from m2d import errors
 from m2d.data.catalog import (
     Scan,
     catalog_hash,
@@ -22,14 +37,20 @@ from m2d.data.features import FeatureStore, FeatureTable
 from m2d.data.order import StreamOrder
 from m2d.data.reader import ImageReader
 from m2d.data.store import PreparedImages, prepared_folder, reusable_catalog
+from m2d.errors import M2DError, TrainingError
 from m2d.experiment import Experiment
 from m2d.files.progress import progress
 from m2d.models.extractors import extractor_identity
 from m2d.models.settings import PerceptualKind, Precision
-from m2d.training.console import Console
 from m2d.training.settings import TrainConfig
+from m2d.training.telemetry import Console
 
 CATALOG = "cache/catalog.parquet"
+CONTROL = ".control"  # in the experiment's directory
+CONTROL_BYTES = 4096  # taken at the start, so that a word can be left on a disk that is full
+STOP = "stop"
+CPU_ALLOCATOR = "DefaultCPUAllocator"  # in torch's words where the machine's memory runs out: a plain RuntimeError
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)  # Ray shows the text of what a trainer is given
@@ -88,25 +109,18 @@ class RunPlan:
 
     def reader(self, split: str) -> ImageReader:
         """Reads the images of a split."""
-        config = self.config
-        return ImageReader(
-            self.catalog(split),
-            config.checked_data_root,
-            image_size=config.data.image_size,
-            max_pixels=config.data.max_pixels,
-            prepared=None if self.prepared is None else PreparedImages.open(self.prepared, config.data.image_size),
-        )
+        root, data = self.config.checked_data_root, self.config.data
+        prepared = None if self.prepared is None else PreparedImages.open(self.prepared, data.image_size)
+        size, most = data.image_size, data.max_pixels
+        return ImageReader(self.catalog(split), root, image_size=size, max_pixels=most, prepared=prepared)
 
     def feature_table(self, split: str) -> FeatureTable | None:
         """Cached features of a split: every view in which its images are shown."""
         if self.features is None:
             return None
         store = FeatureStore.open(self.features, self.extractor_key, self.config.data.image_size)
-        return store.table(self.catalog(split)["sha256"].to_pylist(), self.views(split))
-
-    def views(self, split: str) -> int:
-        """How many views of an image of a split are shown: one of validation images."""
-        return self.config.data.views if split == "train" else 1
+        views = self.config.data.views if split == "train" else 1
+        return store.table(self.catalog(split)["sha256"].to_pylist(), views)
 
     def order(self, reader: ImageReader) -> StreamOrder:
         """The order of the training stream."""
@@ -122,16 +136,11 @@ class RunPlan:
         telemetry = self.config.telemetry
         if not telemetry.pictures:
             return set()
-        every = {
-            "reconstructions": telemetry.reconstructions_every_epochs,
-            "samples": telemetry.samples_every_epochs,
-            "features": telemetry.features_every_epochs,
-        }
-        due = {
-            kind
-            for kind, epochs in every.items()
-            if step == self.total_steps or (epochs and step % (epochs * self.steps_per_epoch) == 0)
-        }
+        due = set()
+        for kind in ("reconstructions", "samples", "features"):
+            epochs: int = getattr(telemetry, f"{kind}_every_epochs")
+            if step == self.total_steps or (epochs and step % (epochs * self.steps_per_epoch) == 0):
+                due.add(kind)
         # Before the U-Net has learnt anything its samples are noise.
         return due if step > self.vae_warmup_steps or self.config.stage != "joint" else due & {"reconstructions"}
 
@@ -164,18 +173,26 @@ def run_catalog(config: TrainConfig, experiment: Experiment, data_root: str, con
         console.say(f"rejected {len(scan.rejected)} files; all of them with reasons: {listed}")
     if len(scan.duplicates):
         console.say(f"left out {len(scan.duplicates)} exact duplicates")
-    counts = {split: class_counts(scan.catalog, split) for split in ("train", "val", "test")}
-    experiment.update_info(
-        dataset={
-            "root": data_root,
-            "images": len(scan.catalog),
-            "rejected": len(scan.rejected),
-            "duplicates": len(scan.duplicates),
-            "sha256": catalog_hash(scan.catalog),
-            "counts": counts,
-        }
-    )
+    dataset = {
+        "root": data_root,
+        "images": len(scan.catalog),
+        "rejected": len(scan.rejected),
+        "duplicates": len(scan.duplicates),
+        "sha256": catalog_hash(scan.catalog),
+        "counts": {split: class_counts(scan.catalog, split) for split in ("train", "val", "test")},
+    }
+    experiment.update_info(dataset=dataset)
     return scan.catalog
+
+
+def allocator_settings() -> dict[str, str]:
+    """Environment of a process that trains on a GPU, against fragmentation of its memory; the user's own comes first.
+
+    torch reads it when CUDA starts. Of its two variables some versions prefer the one and some the other.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" in os.environ:
+        return {}
+    return {"PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
 
 
 def prepared_parts(config: TrainConfig, experiment: Experiment, catalog: pa.Table, console: Console) -> dict[str, Any]:
@@ -203,3 +220,119 @@ def prepared_parts(config: TrainConfig, experiment: Experiment, catalog: pa.Tabl
         what = " and ".join({"prepared": "images", "features": f"features ({key})"}[name] for name in found)
         console.say(f"prepared {what}: from {folder}")
     return {**found, "extractor_key": key}
+
+
+class Wish(IntEnum):
+    """What a worker is asked for between two steps."""
+
+    GO_ON = 0
+    SAVE = 1  # a checkpoint now: a node is about to be taken away
+    STOP = 2  # a checkpoint, and no further step
+
+
+class Stopped(M2DError):
+    """The run ended early because it was asked to. exit_code: what a shell expects after that signal."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def stop_is_wanted(experiment: Path) -> bool:
+    """Whether the driver of the run in this directory was asked to stop."""
+    return _read(experiment) == STOP
+
+
+def recorded_failure(experiment: Path) -> M2DError | None:
+    """What a worker of the run in this directory left, so that it is not tried again."""
+    kind, _, message = _read(experiment).partition(": ")
+    return getattr(errors, kind)(message) if message else None
+
+
+@contextmanager
+def failures_recorded(experiment: Path, config: TrainConfig) -> Iterator[None]:
+    """Around a worker's work: what the user has to fix is left for the driver, since another try would not help.
+
+    Raises TrainingError for a full disk (an OSError) and for memory that is not enough.
+    """
+    try:
+        yield
+    except Exception as error:
+        told = _users_error(error, experiment, config)
+        if told is None:
+            raise
+        _write(experiment, f"{type(told).__name__}: {told}")
+        if told is error:
+            raise
+        raise told from error
+
+
+def _users_error(error: Exception, experiment: Path, config: TrainConfig) -> M2DError | None:
+    """What the user is told, in one line; None where the next try may go better."""
+    if isinstance(error, M2DError):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return TrainingError(
+            f"no space left for {error.filename or experiment}; checkpoints are intact, make room and run the same "
+            "command again"
+        )
+    in_torch = isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
+    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and in_torch):
+        return None
+    batch, accumulated = config.batch_size, config.gradient_accumulation_steps
+    halved = f"--batch_size {batch // 2} --gradient_accumulation_steps {accumulated * 2} (the same optimiser step), "
+    return TrainingError(
+        f"batch_size {batch} with gradient_accumulation_steps {accumulated} does not fit into memory; try "
+        f"{halved if batch % 2 == 0 else ''}--unet.gradient_checkpointing true or "
+        "--autoencoder.gradient_checkpointing true, and the run resumes from its last checkpoint; train --dry_run "
+        "predicts what fits"
+    )
+
+
+class StopRequest:
+    """For the time of a `with` block in the main thread: SIGINT and SIGTERM ask the run to save and stop.
+
+    The second signal ends the process at once. In another thread, which may set none, signals stay as they are.
+    say: prints a line. signals: False leaves them as they are here too.
+    """
+
+    def __init__(self, experiment: Path, say: Callable[[str], None], *, signals: bool = True) -> None:
+        self.experiment = experiment
+        self.say = say
+        self.signals = signals
+        self.signal: int | None = None  # that asked
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopRequest":
+        (self.experiment / CONTROL).write_bytes(b" " * CONTROL_BYTES)  # forgets what an earlier run left
+        if self.signals and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        (self.experiment / CONTROL).unlink(missing_ok=True)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            sys.exit(128 + number)
+        self.signal = number
+        _write(self.experiment, STOP)
+        self.say(f"{signal.Signals(number).name}: saving a checkpoint, then stopping; once more to stop at once")
+
+
+def _read(experiment: Path) -> str:
+    """The word in the file. Opened each time: network file systems show what was closed before."""
+    try:
+        return (experiment / CONTROL).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _write(experiment: Path, word: str) -> None:
+    """Over what is there, which takes no new space. A run without the file, or that cannot write it, goes without."""
+    with suppress(OSError), (experiment / CONTROL).open("r+b") as file:
+        file.write(word.encode()[:CONTROL_BYTES].ljust(CONTROL_BYTES))
