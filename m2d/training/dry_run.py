@@ -67,9 +67,31 @@ def dry_run(config: TrainConfig) -> None:
         number: own if number == run.first_whole_step else run.cost(config.batch_size, number, computed=1)
         for number in kinds_of_steps(run.plan)
     }
-    lines = [*_run_lines(run, cached), f"images: {images:,}, {train:,} of them for training ({known_from})", ""]
-    lines += [*_memory_lines(own, low, high), "", *_time_lines(run, costs), "", *_disk_lines(run, images, cached)]
-    print("\n".join(lines))
+    plan, config = run.plan, run.config
+    features = "from setup_data's cache" if cached else f"{config.feature_extractor.name} in every step"
+    net = f" ({config.perceptual.lpips_net})" if plan.perceptual == "lpips" else ""
+    assumed = ", assumed" if config.perceptual.kind is None else ""
+    lines = [
+        f"{config.name}: stage {config.stage}, {config.data.image_size} px, {plan.precision}",
+        f"step: {plan.global_batch} images = batch_size {config.batch_size} x {config.gradient_accumulation_steps} "
+        f"micro-batches x {plan.world_size} worker(s)",
+        f"features: {features}; perceptual: {plan.perceptual}{net}{assumed}",
+        f"images: {images:,}, {train:,} of them for training ({known_from})",
+        "",
+        f"memory of a worker at the peak of a step{'GiB':>13}",
+    ]
+    parts = sorted(own.parts.items(), key=lambda part: -part[1])
+    lines += [f"  {name:43}{size / GIB:8.2f}" for name, size in parts if size >= 0.005 * GIB]
+    fitting = [largest_batch(low, high, usable * GIB) for usable in CARDS.values()]
+    lines += [
+        f"  {'all live tensors':43}{own.peak / GIB:8.2f}   ({own.between / GIB:.2f} between steps)",
+        f"beside them: {ALLOWANCE}",
+        "",
+        f"{'card, GB':26}" + "".join(f"{card:9}" for card in CARDS),
+        f"{'tensors that fit, GiB':26}" + "".join(f"{usable:9g}" for usable in CARDS.values()),
+        f"{'largest batch_size':26}" + "".join(f"{batch or 'none':>9}" for batch in fitting),
+    ]
+    print("\n".join([*lines, "", *_time_lines(run, costs), "", *_disk_lines(run, images, cached)]))
 
 
 def count_images(config: TrainConfig) -> tuple[int, int, str, bool]:
@@ -111,34 +133,6 @@ def kinds_of_steps(plan: RunPlan) -> dict[int, int]:
     whole = -(-(total - warmup) // plan.config.schedule.vae_every_k_steps)
     kinds = {0: warmup, warmup: whole, warmup + 1: total - warmup - whole}
     return {number: count for number, count in kinds.items() if count > 0}
-
-
-def _run_lines(run: "FakeRun", cached: bool) -> list[str]:
-    config, plan = run.config, run.plan
-    features = "from setup_data's cache" if cached else f"{config.feature_extractor.name} in every step"
-    net = f" ({config.perceptual.lpips_net})" if plan.perceptual == "lpips" else ""
-    assumed = ", assumed" if config.perceptual.kind is None else ""
-    return [
-        f"{config.name}: stage {config.stage}, {config.data.image_size} px, {plan.precision}",
-        f"step: {plan.global_batch} images = batch_size {config.batch_size} x {config.gradient_accumulation_steps} "
-        f"micro-batches x {plan.world_size} worker(s)",
-        f"features: {features}; perceptual: {plan.perceptual}{net}{assumed}",
-    ]
-
-
-def _memory_lines(own: "StepCost", low: "StepCost", high: "StepCost") -> list[str]:
-    parts = sorted(own.parts.items(), key=lambda part: -part[1])
-    fitting = [largest_batch(low, high, usable * GIB) for usable in CARDS.values()]
-    return [
-        f"memory of a worker at the peak of a step{'GiB':>13}",
-        *(f"  {name:43}{size / GIB:8.2f}" for name, size in parts if size >= 0.005 * GIB),
-        f"  {'all live tensors':43}{own.peak / GIB:8.2f}   ({own.between / GIB:.2f} between steps)",
-        f"beside them: {ALLOWANCE}",
-        "",
-        f"{'card, GB':26}" + "".join(f"{card:9}" for card in CARDS),
-        f"{'tensors that fit, GiB':26}" + "".join(f"{usable:9g}" for usable in CARDS.values()),
-        f"{'largest batch_size':26}" + "".join(f"{batch or 'none':>9}" for batch in fitting),
-    ]
 
 
 def _time_lines(run: "FakeRun", costs: Mapping[int, "StepCost"]) -> list[str]:
@@ -234,9 +228,7 @@ class FakeRun:
         frozen = {judge, self.networks.extractor or judge}
         # Fakes do not move to the CPU; `_label` forgets those that would.
         here = replace(config, compile=False, schedule=replace(config.schedule, ema_on_cpu=False))
-        step_config = step_config_of(
-            here, precision=plan.precision, total_steps=plan.total_steps, vae_warmup_steps=plan.vae_warmup_steps
-        )
+        step_config = step_config_of(here, plan.precision, plan.total_steps, plan.vae_warmup_steps)
         with self._faking(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a copy asks a fake tensor for its address
             for module in (*self.networks.trained().values(), *frozen):
@@ -268,7 +260,7 @@ class FakeRun:
             with self._faking():
                 counter.restart()
                 between = counter.now
-                micro_batches = [(self._batch(batch_size), self._draws(batch_size)) for _ in range(computed)]
+                micro_batches = [self._micro_batch(batch_size) for _ in range(computed)]
                 kept = (counter.now - between) // computed
                 self.step(micro_batches, number)  # type: ignore[arg-type]
                 del micro_batches
@@ -301,19 +293,23 @@ class FakeRun:
 
     def _label(self, perceptual: nn.Module, frozen: Iterable[nn.Module]) -> None:
         counter, networks, averaged = self.counter, self.networks, self.step.ema.module
-        counter.label("averaged weights (EMA)", _tensors(averaged))
-        for module in frozen:
-            counter.label("frozen extractor, perceptual network", _tensors(module))
-        for module in networks.trained().values():  # after the averaged ones, which in the decoder stage are the same
-            counter.label("weights", _tensors(module))
-            for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters()):
+        trained = list(networks.trained().values())
+        labels: dict[str | None, Iterable[nn.Module]] = {
+            "averaged weights (EMA)": [averaged],
+            "frozen extractor, perceptual network": frozen,
+            "weights": trained,  # after the averaged ones, which in the decoder stage are the same
+            None: idle_modules(self.config, networks, averaged, frozen),
+        }
+        for part, modules in labels.items():
+            for module in modules:
+                counter.label(part, [*module.parameters(), *module.buffers()])
+        for parameter in (parameter for module in trained for parameter in module.parameters()):
+            if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(
                     lambda learned: counter.label("gradients of weights", [learned.grad])
                 )
         for optimized in self.step.optimized.values():
             counter.label("AdamW's moments", tree_leaves(list(optimized.optimizer.state.values())))
-        for module in idle_modules(self.config, networks, averaged, frozen):
-            counter.label(None, _tensors(module))
         counter.follow(perceptual, "activations: perceptual")
         if networks.extractor is not None:
             counter.follow(networks.extractor, "features")
@@ -323,22 +319,20 @@ class FakeRun:
         if networks.discriminator is not None:
             counter.follow(networks.discriminator, "activations: discriminator")
 
-    def _batch(self, size: int) -> ImageBatch | LatentBatch:
+    def _micro_batch(self, size: int) -> tuple[ImageBatch | LatentBatch, Draws]:
         labels = torch.zeros(size, dtype=torch.int64)
-        features = Features(
-            torch.zeros(size, self.feature_dim, dtype=torch.float16),
-            torch.zeros(size, self.num_patches, self.feature_dim, dtype=torch.float16),
-        )
+        cls = torch.zeros(size, self.feature_dim, dtype=torch.float16)
+        features = Features(cls, torch.zeros(size, self.num_patches, self.feature_dim, dtype=torch.float16))
+        batch: ImageBatch | LatentBatch
         if self.config.stage == "latent":
             mean = torch.zeros(size, *self.latent_shape, dtype=torch.float16)
-            return LatentBatch(mean, mean.clone(), features, labels)
-        side = self.config.data.image_size
-        images = torch.zeros(size, side, side, 3, dtype=torch.uint8)
-        return ImageBatch(images, labels, features if self.networks.extractor is None else None)
-
-    def _draws(self, size: int) -> Draws:
+            batch = LatentBatch(mean, mean.clone(), features, labels)
+        else:
+            side = self.config.data.image_size
+            images = torch.zeros(size, side, side, 3, dtype=torch.uint8)
+            batch = ImageBatch(images, labels, features if self.networks.extractor is None else None)
         rows = torch.arange(size, device=self.device)
-        return draw(self.config.seed, rows, self.latent_shape, self.feature_dim, self.config.conditioning)
+        return batch, draw(self.config.seed, rows, self.latent_shape, self.feature_dim, self.config.conditioning)
 
 
 class _OneFakeMode(FakeTensorMode):
@@ -580,7 +574,3 @@ def _by_shape(config: TrainConfig) -> TrainConfig:
             mid_attention=shape.get("mid_block_add_attention", True),
         )
     return replace(config, dry_run=True, init_checkpoint=None, autoencoder=autoencoder)
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]

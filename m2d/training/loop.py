@@ -109,9 +109,7 @@ class _Run:
         # 2. The step, and what is not on the device while it is taken.
         self.perceptual = build_perceptual(plan.perceptual, networks.extractor, config.perceptual.lpips_net)
         self.perceptual.to(device)
-        step_config = step_config_of(
-            config, precision=plan.precision, total_steps=plan.total_steps, vae_warmup_steps=plan.vae_warmup_steps
-        )
+        step_config = step_config_of(config, plan.precision, plan.total_steps, plan.vae_warmup_steps)
         self.step = build_step(
             config.stage, networks, self.perceptual, step_config, device, distributed=link.world_size > 1
         )
@@ -166,7 +164,7 @@ class _Run:
             if done % config.schedule.log_every_steps == 0 or last:
                 self._log_scalars(done, meter.read(done))
             wish = self._wish(done)
-            save = done % plan.save_every == 0 or last or wish != Wish.GO_ON
+            save = done % (config.saving.every_steps or plan.steps_per_epoch) == 0 or last or wish != Wish.GO_ON
             due = plan.pictures_due(done)
             if save or due:
                 with self._all_on_device():

@@ -24,15 +24,7 @@ import pyarrow.csv as pa_csv
 import torch
 
 from m2d import errors
-from m2d.data.catalog import (
-    Scan,
-    catalog_hash,
-    class_counts,
-    read_catalog,
-    scan_dataset,
-    write_catalog,
-    write_csv,
-)
+from m2d.data.catalog import Scan, catalog_hash, class_counts, read_catalog, scan_dataset, write_catalog, write_csv
 from m2d.data.features import FeatureStore, FeatureTable
 from m2d.data.order import StreamOrder
 from m2d.data.reader import ImageReader
@@ -93,11 +85,6 @@ class RunPlan:
         """Steps in which the VAE learns alone."""
         return round(self.config.schedule.vae_warmup_fraction * self.total_steps)
 
-    @property
-    def save_every(self) -> int:
-        """Steps from checkpoint to checkpoint."""
-        return self.config.saving.every_steps or self.steps_per_epoch
-
     def accumulation(self, world_size: int) -> int:
         """Micro-batches that each of `world_size` workers takes a step: more of them where workers are missing."""
         return -(-self.step_micro_batches // world_size)
@@ -127,10 +114,6 @@ class RunPlan:
         data = self.config.data
         return StreamOrder(reader.labels, balance=data.balance, views=data.views, seed=self.config.seed)
 
-    def class_counts(self, split: str) -> dict[str, int]:
-        """Images of each class code in a split."""
-        return class_counts(self.catalog(split))
-
     def pictures_due(self, step: int) -> set[str]:
         """Of `reconstructions`, `samples`, `features`, what is drawn after `step` steps: by epochs, and at the end."""
         telemetry = self.config.telemetry
@@ -152,21 +135,20 @@ class RunPlan:
 
 def run_catalog(config: TrainConfig, experiment: Experiment, data_root: str, console: Console) -> pa.Table:
     """The run's catalog: its own on resuming, setup_data's where that still holds, or a scan's. Raises DataError."""
-    path = str(experiment.path / CATALOG)
-    if Path(path).is_file():
-        return read_catalog(path)
+    path = experiment.path / CATALOG
+    if path.is_file():
+        return read_catalog(str(path))
     folder = prepared_folder(config.cache_dir, data_root)
     prepared = reusable_catalog(folder, data_root, config.data)
     if prepared is not None:
         console.say(f"catalog: from {folder}, whose scan was of the same files")
-        rejected, duplicates = (pa_csv.read_csv(folder / name) for name in ("rejected.csv", "duplicates.csv"))
-        scan = Scan(prepared, rejected, duplicates)
+        scan = Scan(prepared, *(pa_csv.read_csv(folder / name) for name in ("rejected.csv", "duplicates.csv")))
     else:
         with progress("scan", stderr=False) as shown:
             scan = scan_dataset(data_root, config.data, shown.show)
-    write_catalog(scan.catalog, path)
+    write_catalog(scan.catalog, str(path))
     if len(scan.rejected):
-        listed = str(experiment.path / "cache" / "rejected.csv")
+        listed = str(path.with_name("rejected.csv"))
         write_csv(scan.rejected, listed)
         for row in scan.rejected.slice(0, 10).to_pylist():
             console.say(f"rejected: {row['path']}: {row['reason']}")
@@ -200,26 +182,28 @@ def prepared_parts(config: TrainConfig, experiment: Experiment, catalog: pa.Tabl
     folder, size = prepared_folder(config.cache_dir, config.checked_data_root), config.data.image_size
     key, sha256 = extractor_identity(config.feature_extractor)
     experiment.update_info(feature_extractor={"key": key, "weights_sha256": sha256})
+    parts: dict[str, Any] = {"extractor_key": key}
     if not folder.is_dir():  # asking for a million images takes 160 MB
-        return {"extractor_key": key}
-    found: dict[str, Any] = {}
+        return parts
+    found = []
     images = PreparedImages.open(folder, size)
     if images is not None and images.covers(catalog["sha256"].to_pylist()):
-        found["prepared"] = folder
+        parts["prepared"] = folder
+        found.append("images")
     store = FeatureStore.open(folder, key, size)
     train, val = (catalog["sha256"].filter(pc.equal(catalog["split"], split)).to_pylist() for split in ("train", "val"))
     missing = np.concatenate([store.missing(train, config.data.views).ravel(), store.missing(val, 1).ravel()])
     if not missing.any():
-        found["features"] = folder
+        parts["features"] = folder
+        found.append(f"features ({key})")
     elif not missing.all():
         console.warn(
             f"the cache in {folder} lacks {missing.sum():,} of {len(missing):,} image views of {key}, so the extractor "
             "runs in every step; jobs/setup_data.py --features with this run's settings completes it"
         )
     if found:
-        what = " and ".join({"prepared": "images", "features": f"features ({key})"}[name] for name in found)
-        console.say(f"prepared {what}: from {folder}")
-    return {**found, "extractor_key": key}
+        console.say(f"prepared {' and '.join(found)}: from {folder}")
+    return parts
 
 
 class Wish(IntEnum):
@@ -289,39 +273,33 @@ def _users_error(error: Exception, experiment: Path, config: TrainConfig) -> M2D
     )
 
 
-class StopRequest:
-    """For the time of a `with` block in the main thread: SIGINT and SIGTERM ask the run to save and stop.
+@contextmanager
+def stop_requests(experiment: Path, say: Callable[[str], None], *, signals: bool = True) -> Iterator[list[int]]:
+    """In the main thread SIGINT and SIGTERM ask the run to save and stop; the second signal ends the process at once.
 
-    The second signal ends the process at once. In another thread, which may set none, signals stay as they are.
-    say: prints a line. signals: False leaves them as they are here too.
+    Yields the signal that asked, if any. In another thread, which may set no handlers, and with signals=False, signals
+    stay as they are. say: prints a line.
     """
+    asked: list[int] = []
 
-    def __init__(self, experiment: Path, say: Callable[[str], None], *, signals: bool = True) -> None:
-        self.experiment = experiment
-        self.say = say
-        self.signals = signals
-        self.signal: int | None = None  # that asked
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> "StopRequest":
-        (self.experiment / CONTROL).write_bytes(b" " * CONTROL_BYTES)  # forgets what an earlier run left
-        if self.signals and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        (self.experiment / CONTROL).unlink(missing_ok=True)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
+    def ask(number: int, frame: FrameType | None) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if asked:
             sys.exit(128 + number)
-        self.signal = number
-        _write(self.experiment, STOP)
-        self.say(f"{signal.Signals(number).name}: saving a checkpoint, then stopping; once more to stop at once")
+        asked.append(number)
+        _write(experiment, STOP)
+        say(f"{signal.Signals(number).name}: saving a checkpoint, then stopping; once more to stop at once")
+
+    (experiment / CONTROL).write_bytes(b" " * CONTROL_BYTES)  # forgets what an earlier run left
+    handles = signals and threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, ask) for number in SIGNALS} if handles else {}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        (experiment / CONTROL).unlink(missing_ok=True)
 
 
 def _read(experiment: Path) -> str:

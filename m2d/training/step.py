@@ -65,7 +65,7 @@ class StepConfig:
 
 
 def step_config_of(
-    config: TrainConfig, *, precision: Precision, total_steps: int, vae_warmup_steps: int = 0
+    config: TrainConfig, precision: Precision, total_steps: int, vae_warmup_steps: int = 0
 ) -> StepConfig:
     """What a run's step needs to know of it."""
     return StepConfig(

@@ -270,28 +270,17 @@ class Wandb:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers by name."""
-        self._try(f"log step {step}", lambda run: run.log({"step": step, **values}))
+        self._log(step, lambda wandb: values)
 
     def picture(self, step: int, name: str, png: bytes, caption: str) -> None:
         """A PNG."""
-
-        def send(run: Any) -> None:
-            import wandb
-
-            with Image.open(io.BytesIO(png)) as image:
-                run.log({"step": step, f"pictures/{name}": wandb.Image(image, caption=caption or None)})
-
-        self._try(f"log the picture {name}", send)
+        image = Image.open(io.BytesIO(png))
+        self._log(step, lambda wandb: {f"pictures/{name}": wandb.Image(image, caption=caption or None)})
 
     def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
         """Counts [n] between edges [n + 1]."""
-
-        def send(run: Any) -> None:
-            import wandb
-
-            run.log({"step": step, name: wandb.Histogram(np_histogram=(np.asarray(counts), np.asarray(edges)))})
-
-        self._try(f"log the histogram {name}", send)
+        binned = (np.asarray(counts), np.asarray(edges))
+        self._log(step, lambda wandb: {name: wandb.Histogram(np_histogram=binned)})
 
     def flush(self) -> None:
         """Does nothing: wandb's own process holds what it was told."""
@@ -316,6 +305,14 @@ class Wandb:
         if sending.is_alive():
             logger.warning("wandb was still sending after %g s; `wandb sync` sends the rest", self._timeout_s)
         self._run = None
+
+    def _log(self, step: int, make: Callable[[Any], Mapping[str, Any]]) -> None:
+        def send(run: Any) -> None:
+            import wandb
+
+            run.log({"step": step, **make(wandb)})
+
+        self._try(f"log step {step}", send)
 
     def _try(self, what: str, call: Callable[[Any], object]) -> None:
         if self._run is None:

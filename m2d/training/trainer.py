@@ -26,11 +26,11 @@ from m2d.training.run import (
     CATALOG,
     RunPlan,
     Stopped,
-    StopRequest,
     allocator_settings,
     failures_recorded,
     prepared_parts,
     run_catalog,
+    stop_requests,
 )
 from m2d.training.settings import TrainConfig, as_dict, differences, with_absolute_paths
 from m2d.training.telemetry import Console, find_wandb_key
@@ -208,7 +208,7 @@ def _run(plan: RunPlan, on_gpu: bool, console: Console, callbacks: Sequence[Any]
     config, experiment = plan.config, plan.experiment
     record, done = experiment.path / "metrics" / "train.jsonl", newest_step(experiment.checkpoints)
     with (
-        StopRequest(experiment.path, console.say, signals=stoppable) as request,
+        stop_requests(experiment.path, console.say, signals=stoppable) as asked,
         console.progress(record, plan.total_steps, plan.steps_per_epoch, done),
     ):
         if config.workers[1] == 0:
@@ -222,8 +222,8 @@ def _run(plan: RunPlan, on_gpu: bool, console: Console, callbacks: Sequence[Any]
             online = config.use_wandb and config.wandb_mode == "online"
             fit(plan, on_gpu, callbacks, find_wandb_key(console.warn) if online else None)
     done = newest_step(experiment.checkpoints)
-    if request.signal is not None and done < plan.total_steps:
-        raise Stopped(f"stopped at step {done:,} of {plan.total_steps:,}; the same command resumes", request.signal)
+    if asked and done < plan.total_steps:
+        raise Stopped(f"stopped at step {done:,} of {plan.total_steps:,}; the same command resumes", asked[0])
 
 
 class _LocalLink:

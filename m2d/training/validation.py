@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from m2d.classes import CLASSES, class_index
+from m2d.data.catalog import class_counts
 from m2d.data.reader import ImageReader
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.diffusion.interpolant import interpolate, velocity_target
@@ -239,7 +240,7 @@ class Visuals:
 
     def _samples(self, info: CheckpointInfo) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [M, H, W, 3] and labels [M], those that jobs/generate.py would make with these settings."""
-        counts = self.plan.class_counts("train")
+        counts = class_counts(self.plan.catalog("train"))
         wanted = {code: self.plan.config.telemetry.samples_per_class for code in CLASSES if counts[code]}
         images, labels = self.state.samples(info, wanted)
         sampling = self.state.sampling

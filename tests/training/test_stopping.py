@@ -16,7 +16,7 @@ from tiny_run import TINY, write_images
 
 from m2d.errors import ConfigError, M2DError, TrainingError
 from m2d.experiment import complete_checkpoints
-from m2d.training.run import CONTROL, StopRequest, failures_recorded, recorded_failure, stop_is_wanted
+from m2d.training.run import CONTROL, failures_recorded, recorded_failure, stop_is_wanted, stop_requests
 from m2d.training.settings import TrainConfig
 
 CONFIG = TrainConfig()
@@ -24,11 +24,11 @@ CONFIG = TrainConfig()
 
 def test_a_signal_asks_once_and_the_second_one_ends_the_process(tmp_path: Path) -> None:
     said: list[str] = []
-    with StopRequest(tmp_path, said.append) as request:
+    with stop_requests(tmp_path, said.append) as asked:
         assert not stop_is_wanted(tmp_path)
         signal.raise_signal(signal.SIGTERM)
         assert stop_is_wanted(tmp_path)
-        assert request.signal == signal.SIGTERM
+        assert asked == [signal.SIGTERM]
         with pytest.raises(SystemExit) as end:
             signal.raise_signal(signal.SIGTERM)
         assert end.value.code == 143
@@ -39,7 +39,7 @@ def test_a_signal_asks_once_and_the_second_one_ends_the_process(tmp_path: Path) 
 
 def test_afterwards_signals_mean_what_they_meant_before(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
-    with StopRequest(tmp_path, print):
+    with stop_requests(tmp_path, print):
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
     assert not (tmp_path / CONTROL).exists()
@@ -47,7 +47,7 @@ def test_afterwards_signals_mean_what_they_meant_before(tmp_path: Path) -> None:
 
 def test_a_request_of_an_earlier_run_is_forgotten(tmp_path: Path) -> None:
     (tmp_path / CONTROL).write_text("stop", encoding="utf-8")
-    with StopRequest(tmp_path, print):
+    with stop_requests(tmp_path, print):
         assert not stop_is_wanted(tmp_path)
 
 
@@ -56,7 +56,7 @@ def test_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
     handlers: list[object] = []
 
     def trial() -> None:
-        with StopRequest(tmp_path, print):
+        with stop_requests(tmp_path, print):
             handlers.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=trial)
@@ -74,7 +74,7 @@ def test_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_user_has_to_mend_is_left_for_the_driver(tmp_path: Path, raised: Exception, told: str) -> None:
-    with StopRequest(tmp_path, print):
+    with stop_requests(tmp_path, print):
         with pytest.raises(M2DError) as error, failures_recorded(tmp_path, CONFIG):
             raise raised
         failure = recorded_failure(tmp_path)
@@ -93,7 +93,7 @@ def test_what_a_user_has_to_mend_is_left_for_the_driver(tmp_path: Path, raised: 
 def test_out_of_memory_is_not_tried_again_and_says_what_takes_less(tmp_path: Path, work: Callable[[], object]) -> None:
     config = TrainConfig(batch_size=4, gradient_accumulation_steps=8)
     halved = "batch_size 4 .*--batch_size 2 --gradient_accumulation_steps 16"
-    with StopRequest(tmp_path, print):
+    with stop_requests(tmp_path, print):
         with pytest.raises(TrainingError, match=halved), failures_recorded(tmp_path, config):
             work()
         failure = str(recorded_failure(tmp_path))
@@ -107,14 +107,14 @@ def raised(error: Exception) -> None:
 
 
 def test_another_runtime_error_may_go_better_the_next_time(tmp_path: Path) -> None:
-    with StopRequest(tmp_path, print):
+    with stop_requests(tmp_path, print):
         with pytest.raises(RuntimeError, match="NCCL"), failures_recorded(tmp_path, CONFIG):
             raise RuntimeError("NCCL error: remote process exited")
         assert recorded_failure(tmp_path) is None
 
 
 def test_what_may_go_better_the_next_time_is_not_recorded(tmp_path: Path) -> None:
-    with StopRequest(tmp_path, print):
+    with stop_requests(tmp_path, print):
         with pytest.raises(OSError, match="reset"), failures_recorded(tmp_path, CONFIG):
             raise OSError(104, "Connection reset by peer")
         assert recorded_failure(tmp_path) is None
@@ -122,7 +122,7 @@ def test_what_may_go_better_the_next_time_is_not_recorded(tmp_path: Path) -> Non
 
 def test_a_word_can_be_left_where_no_new_file_can(tmp_path: Path) -> None:
     """As on a disk that is full: the file keeps the size that it took at the start."""
-    with StopRequest(tmp_path, print):
+    with stop_requests(tmp_path, print):
         before = (tmp_path / CONTROL).stat().st_size
         with pytest.raises(M2DError), failures_recorded(tmp_path, CONFIG):
             raise ConfigError("x" * 2 * before)
