@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_networks import moved, state_of
 from tiny_run import TINY
 from torch import Tensor
 
@@ -158,30 +159,27 @@ def with_features(batch: ImageBatch, extractor: Any) -> ImageBatch:
 def test_a_joint_step_with_any_two_flags_learns(combination: Combination) -> None:
     """What learns moves, what does not stays, and every number is finite."""
     case = Case(combination)
-    before = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in case.networks.trained().items()}
+    before = state_of(case.networks)
     case.take_step()
     scalars = case.step.read_scalars()
     assert scalars.pop("skipped_steps") == 0
     assert [name for name, value in scalars.items() if not math.isfinite(value)] == []
-    moved = {
-        name: {key for key, tensor in module.state_dict().items() if not torch.equal(tensor, before[name][key])}
-        for name, module in case.networks.trained().items()
-    }
+    changed = moved(case.networks, before)
     vae_learns = combination["step"] != SECOND or combination["schedule.vae_every_k_steps"] == 1
     unet_learns = combination["step"] != IN_WARMUP
     some_of_the_vae = {"vae.encoder.conv_in.weight", "vae.quant_conv.weight", "vae.decoder.conv_out.weight"}
-    assert moved["autoencoder"] & some_of_the_vae == (some_of_the_vae if vae_learns else set())
-    assert vae_learns or moved["autoencoder"] == set()
+    assert changed["autoencoder"] & some_of_the_vae == (some_of_the_vae if vae_learns else set())
+    assert vae_learns or changed["autoencoder"] == set()
     if combination["discriminator.enabled"]:
-        assert ("stages.0.weight" in moved["discriminator"]) is vae_learns
-        assert vae_learns or moved["discriminator"] == set()
+        assert ("stages.0.weight" in changed["discriminator"]) is vae_learns
+        assert vae_learns or changed["discriminator"] == set()
     some_of_the_unet = {"unet.conv_in.weight", "unet.conv_out.weight", "conditioning.class_embedding.weight"}
     statistics = {"latent_norm.running_mean", "latent_norm.running_var"}
-    assert moved["denoiser"] & (some_of_the_unet | statistics) == statistics | (
+    assert changed["denoiser"] & (some_of_the_unet | statistics) == statistics | (
         some_of_the_unet if unet_learns else set()
     )
-    assert unet_learns or moved["denoiser"] == statistics
-    assert moved["projector"] == (set(before["projector"]) if unet_learns else set())
+    assert unet_learns or changed["denoiser"] == statistics
+    assert changed["projector"] == (set(before["projector"]) if unet_learns else set())
     aligned = vae_learns and unet_learns and combination["loss_weights.alignment_vae"] > 0
     assert ("loss/alignment_vae" in scalars) is aligned
 

@@ -1,6 +1,7 @@
 """The measure that judges a run's samples: who is compared with whom."""
 
 import logging
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,27 +17,22 @@ from m2d.training.settings import TrainConfig
 from m2d.training.validation import RunState, SampleQuality, rows_of_each_class
 
 
-def test_every_class_has_the_same_share() -> None:
-    labels = np.array([0] * 50 + [3] * 50 + [6] * 50)
-    rows = rows_of_each_class(labels, 30)
-    assert np.bincount(labels[rows], minlength=7).tolist() == [10, 0, 0, 10, 0, 0, 10]
-    assert rows.tolist() == sorted(set(rows.tolist()))
-
-
-def test_a_rare_class_gives_all_it_has() -> None:
-    labels = np.array([0] * 50 + [3] * 4)
-    rows = rows_of_each_class(labels, 20)
-    assert np.bincount(labels[rows]).tolist() == [10, 0, 0, 4]
-
-
-@pytest.mark.parametrize("labels", [[], [0, 0, 1]])
-def test_no_more_images_than_there_are(labels: list[int]) -> None:
-    assert len(rows_of_each_class(np.array(labels, dtype=np.int64), 100)) == len(labels)
-
-
-def test_the_choice_is_the_same_each_time() -> None:
-    labels = np.arange(200) % 7
-    assert rows_of_each_class(labels, 70).tolist() == rows_of_each_class(labels, 70).tolist()
+@pytest.mark.parametrize(
+    ("classes", "images", "chosen"),
+    [
+        ({0: 50, 3: 50, 6: 50}, 30, {0: 10, 3: 10, 6: 10}),
+        ({0: 50, 3: 4}, 20, {0: 10, 3: 4}),  # a rare class gives all it has
+        ({0: 2, 1: 1}, 100, {0: 2, 1: 1}),
+        ({}, 100, {}),
+    ],
+)
+def test_every_class_has_the_same_share_and_the_choice_is_the_same_each_time(
+    classes: dict[int, int], images: int, chosen: dict[int, int]
+) -> None:
+    labels = np.repeat(np.array(list(classes), dtype=np.int64), list(classes.values()))
+    rows = rows_of_each_class(labels, images)
+    assert Counter(labels[rows].tolist()) == chosen
+    assert rows.tolist() == sorted(set(rows.tolist())) == rows_of_each_class(labels, images).tolist()
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), DataError("no such class")])

@@ -1,7 +1,5 @@
 """A run that is asked to stop saves first; asked twice, it stops at once."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import TINY, write_images
+from tiny_run import TINY, records
 
 from m2d.errors import ConfigError, M2DError, TrainingError
 from m2d.experiment import complete_checkpoints
@@ -106,17 +104,13 @@ def raised(error: Exception) -> None:
     raise error
 
 
-def test_another_runtime_error_may_go_better_the_next_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "error", [RuntimeError("NCCL error: remote process exited"), OSError(104, "Connection reset by peer")]
+)
+def test_what_may_go_better_the_next_time_is_not_recorded(tmp_path: Path, error: Exception) -> None:
     with stop_requests(tmp_path, print):
-        with pytest.raises(RuntimeError, match="NCCL"), failures_recorded(tmp_path, CONFIG):
-            raise RuntimeError("NCCL error: remote process exited")
-        assert recorded_failure(tmp_path) is None
-
-
-def test_what_may_go_better_the_next_time_is_not_recorded(tmp_path: Path) -> None:
-    with stop_requests(tmp_path, print):
-        with pytest.raises(OSError, match="reset"), failures_recorded(tmp_path, CONFIG):
-            raise OSError(104, "Connection reset by peer")
+        with pytest.raises(type(error), match=r"NCCL|reset"), failures_recorded(tmp_path, CONFIG):
+            raise error
         assert recorded_failure(tmp_path) is None
 
 
@@ -131,16 +125,13 @@ def test_a_word_can_be_left_where_no_new_file_can(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    data_root = write_images(tmp_path / "data")
-    line = [
-        sys.executable, "-m", "m2d", "train", "--data_root", str(data_root), "--experiments_dir",
-        str(tmp_path / "runs"),
-        "--name", "run", *TINY, "--num_workers", "0", "--saving.every_steps", "1000",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        [*line, "--max_steps", "30"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    )
+def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_on(
+    data_root: Path, tmp_path: Path
+) -> None:
+    places = ["--data_root", str(data_root), "--experiments_dir", str(tmp_path / "runs"), "--name", "run"]
+    settings = [*TINY, "--num_workers", "0", "--saving.every_steps", "1000", "--max_steps", "30"]
+    line = [sys.executable, "-m", "m2d", "train", *places, *settings]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not steps(tmp_path) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
@@ -152,14 +143,10 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_o
     assert "SIGINT: saving a checkpoint" in out
     (run,) = (tmp_path / "runs").glob("run_*")
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == [f"step_{last:08d}"]
-    again = subprocess.run(
-        [*line, "--max_steps", "30"], capture_output=True, text=True, check=False, timeout=240, env=os.environ
-    )
+    again = subprocess.run(line, capture_output=True, text=True, check=False, timeout=240)
     assert again.returncode == 0, again.stderr
     assert steps(tmp_path) == list(range(1, 31))
 
 
 def steps(root: Path) -> list[int]:
-    found = sorted(root.glob("runs/run_*/metrics/train.jsonl"))
-    lines = found[-1].read_text(encoding="utf-8").splitlines() if found else []
-    return [json.loads(text)["step"] for text in lines if text.endswith("}")]
+    return [record["step"] for run in root.glob("runs/run_*") for record in records(run)]
