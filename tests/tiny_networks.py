@@ -13,7 +13,7 @@ from m2d.models.settings import AutoencoderConfig, ConditioningConfig, Projector
 from m2d.models.unet import build_denoiser, tap_channels
 from m2d.training.batch import Draws, ImageBatch, draw
 from m2d.training.networks import Networks
-from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
+from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig, TrainConfig
 from m2d.training.step import StepConfig, build_step
 
 IMAGE_SIZE = 16
@@ -85,6 +85,15 @@ def tiny_batch(size: int = 4, seed: int = 0) -> tuple[ImageBatch, Draws]:
     images = torch.randint(0, 256, (size, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 7, (size,), generator=generator)
     return ImageBatch(images, labels), draw(seed, torch.arange(size), LATENT_SHAPE, FEATURE_DIM, CONDITIONING)
+
+
+def random_batch(config: TrainConfig, networks: Networks, seed: int, size: int) -> tuple[ImageBatch, Draws]:
+    """The same of a run's own shapes."""
+    side, generator = config.data.image_size, torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (size, side, side, 3), dtype=torch.uint8, generator=generator)
+    shape = networks.denoiser.latent_shape(side, networks.autoencoder.downsampling)
+    draws = draw(0, torch.arange(size * seed, size * (seed + 1)), shape, networks.feature_dim, config.conditioning)
+    return ImageBatch(images, 4 + torch.arange(size) % 3), draws
 
 
 def part(batch: tuple[ImageBatch, Draws], start: int, stop: int) -> tuple[ImageBatch, Draws]:

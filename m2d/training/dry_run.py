@@ -10,8 +10,8 @@ import io
 import math
 import warnings
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ def dry_run(config: TrainConfig) -> None:
     low, high = two_alike(run, own)
     costs = {
         number: own if number == run.first_whole_step else run.cost(config.batch_size, number, computed=1)
-        for number in kinds_of_steps(run.plan)
+        for number in kinds_of_steps(run)
     }
     plan, config = run.plan, run.config
     features = "from setup_data's cache" if cached else f"{config.feature_extractor.name} in every step"
@@ -121,22 +121,15 @@ def count_images(config: TrainConfig) -> tuple[int, int, str, bool]:
     return images, max(1, round(images * train_share)), "image files, counted by name", False
 
 
-def kinds_of_steps(plan: RunPlan) -> dict[int, int]:
-    """How many steps of the run do the same work, by the number of the first of them.
-
-    In the joint stage: the VAE's warm-up, then steps that train all, and between them those that leave the VAE alone.
-    """
-    total = plan.total_steps
-    if plan.config.stage != "joint":
-        return {0: total}
-    warmup = min(plan.vae_warmup_steps, total)
-    whole = -(-(total - warmup) // plan.config.schedule.vae_every_k_steps)
-    kinds = {0: warmup, warmup: whole, warmup + 1: total - warmup - whole}
-    return {number: count for number, count in kinds.items() if count > 0}
+def kinds_of_steps(run: "FakeRun") -> Mapping[int, int]:
+    """How many steps of the run do the same work, by the number of the first of them."""
+    first: dict[Hashable, int] = {}
+    kinds = (run.step.kind(number) for number in range(run.plan.total_steps))
+    return Counter(first.setdefault(kind, number) for number, kind in enumerate(kinds))
 
 
 def _time_lines(run: "FakeRun", costs: Mapping[int, "StepCost"]) -> list[str]:
-    plan, kinds = run.plan, kinds_of_steps(run.plan)
+    plan, kinds = run.plan, kinds_of_steps(run)
     micro_batches = plan.accumulation(plan.world_size)
     flops = sum(micro_batches * costs[number].flops * count for number, count in kinds.items()) / plan.total_steps
     launches = max(cost.launches for cost in costs.values())
@@ -235,11 +228,11 @@ class FakeRun:
                 for inner in module.modules():  # each once; LPIPS names some of its own twice
                     inner.to_empty(device=self.device, recurse=False)
             self.step = build_step(config.stage, self.networks, perceptual, step_config, self.device)
-            for optimized in self.step.optimized.values():  # AdamW's moments, as its own first update makes them
-                for parameter in optimized.parameters:
+            for optimizer in self.step.optimizers.values():  # AdamW's moments, as its own first update makes them
+                for parameter in optimizer.param_groups[0]["params"]:
                     parameter.grad = torch.zeros_like(parameter)
-                optimized.optimizer.step()
-                optimized.optimizer.zero_grad(set_to_none=True)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             self._label(perceptual, frozen)
             leaves = tree_leaves(self.step.state_dict())
             self.checkpoint_bytes = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
@@ -308,8 +301,8 @@ class FakeRun:
                 parameter.register_post_accumulate_grad_hook(
                     lambda learned: counter.label("gradients of weights", [learned.grad])
                 )
-        for optimized in self.step.optimized.values():
-            counter.label("AdamW's moments", tree_leaves(list(optimized.optimizer.state.values())))
+        for optimizer in self.step.optimizers.values():
+            counter.label("AdamW's moments", tree_leaves(list(optimizer.state.values())))
         counter.follow(perceptual, "activations: perceptual")
         if networks.extractor is not None:
             counter.follow(networks.extractor, "features")

@@ -20,7 +20,7 @@ from m2d.files.atomic import whole_file
 from m2d.models.autoencoder import Autoencoder, coded_at_once
 from m2d.models.extractors import FeatureExtractor, Features
 from m2d.training.batch import LatentBatch, extract, model_images, on_device
-from m2d.training.networks import all_reduce_sum, barrier
+from m2d.training.networks import all_reduce_sum
 from m2d.training.settings import TrainConfig
 
 SHARD = 1024  # (image, view) pairs in a file of cached latents
@@ -201,7 +201,7 @@ def cache_latents(
             save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, partial)
         if rank == 0:
             print(f"caching latents: {end} of {entries} image views", flush=True)
-    barrier()
+    all_reduce_sum(torch.zeros(1, device=source.device))  # all shards are there
     return LatentTable(folder, views, reader.labels, entries, source.table)
 
 

@@ -20,12 +20,12 @@ from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw, pinned
 from m2d.training.features import FeatureSource, LatentTable, cache_latents, fit_features
 from m2d.training.measure import Throughput, peak_memory_gib
-from m2d.training.networks import Networks, all_reduce_sum, barrier, build_networks, idle_modules
+from m2d.training.networks import Networks, all_reduce_sum, build_networks, idle_modules
 from m2d.training.run import RunPlan, Wish, stop_is_wanted
 from m2d.training.saving import CheckpointKeeper, load_training_state, take_snapshot
 from m2d.training.step import build_step, step_config_of
 from m2d.training.telemetry import Telemetry
-from m2d.training.validation import RunState, SampleQuality, Visuals, score, show_gradients, validate
+from m2d.training.validation import RunView, score, show_gradients
 
 AHEAD = 2  # batches that are read while the device computes
 
@@ -119,17 +119,11 @@ class _Run:
         # 3. What looks at the run and keeps it; the first worker's business, but for validation.
         reader = plan.reader("val") if len(plan.catalog("val")) else None
         of_validation = dataclasses.replace(source, table=plan.feature_table("val"))
-        self.state = RunState(plan, networks, averaged, self.prior, reader, of_validation)
+        self.view = RunView(plan, networks, averaged, self.prior, self.perceptual, reader, of_validation)
         self.telemetry: Telemetry | None = None
-        self.visuals: Visuals | None = None
-        self.quality: SampleQuality | None = None
         if self.leads:
-            self.keeper = CheckpointKeeper(plan.experiment.checkpoints, config.saving.keep_last)
             self.telemetry = Telemetry.of(config, plan.experiment)
-            if config.telemetry.pictures:
-                self.visuals = Visuals(self.state, self.telemetry)
-            if config.saving.validation_samples and reader is not None:
-                self.quality = SampleQuality(self.state, reader.labels, config.saving.validation_samples)
+            self.keeper = CheckpointKeeper(plan.experiment.checkpoints, config.saving.keep_last)
         self.reported: dict[str, float] = {}
 
     def train(self) -> None:
@@ -170,8 +164,8 @@ class _Run:
                 with self._all_on_device():
                     if save:
                         self._save(done)
-                    if due and self.visuals is not None:
-                        self.visuals.show(self._info(done), due)
+                    if due and telemetry is not None:
+                        self.view.show(telemetry, self._info(done), due)
                 meter.restart(done)
             if wish == Wish.STOP:
                 break
@@ -205,7 +199,7 @@ class _Run:
             start = int(document["position"]["step"])
         if self.telemetry is not None:
             self.telemetry.resume_at(start)
-        barrier()
+        all_reduce_sum(torch.zeros(1, device=self.link.device))  # all have read what the first step may change
         return start
 
     def _wish(self, done: int) -> Wish:
@@ -261,9 +255,9 @@ class _Run:
         if self.telemetry is None:
             return
         values = dict(zip(names, (mean / self.link.world_size).tolist(), strict=True)) | speed
-        for name, network in self.step.optimized.items():
+        for name, optimizer in self.step.optimizers.items():
             if name != "denoiser" or self.table is not None or step > plan.vae_warmup_steps:  # else it does not learn
-                values[f"learning_rate/{name}"] = float(network.optimizer.param_groups[0]["lr"])
+                values[f"learning_rate/{name}"] = float(optimizer.param_groups[0]["lr"])
         fewest, most = plan.config.workers
         if fewest < most:
             values["workers"] = float(self.link.world_size)
@@ -274,9 +268,9 @@ class _Run:
     def _save(self, done: int) -> None:
         """Validate, snapshot, write in the background; report the checkpoint before this one, which is whole by now."""
         plan, link = self.plan, self.link
-        measures = validate(self.state, self.perceptual, link.rank, link.world_size)
-        if self.quality is not None:
-            measures |= self.quality.measure(self._info(done))
+        measures = self.view.validate(link.rank, link.world_size)
+        if self.leads and plan.config.saving.validation_samples:
+            measures |= self.view.sample_quality(self._info(done))
         previous = None
         if self.telemetry is not None:
             previous = self.keeper.wait()  # first: two snapshots are twice the host memory

@@ -36,12 +36,6 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def barrier() -> None:
-    """Wait for all workers."""
-    if distributed():
-        dist.barrier()
-
-
 @dataclass
 class Networks:
     """What is trained, and what is frozen beside it."""

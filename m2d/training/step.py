@@ -91,36 +91,28 @@ def learning_rate(config: OptimizerConfig, peak: float, step: int, first_step: i
     return peak * warm * (config.final_fraction + (1 - config.final_fraction) * cosine)
 
 
-class Optimized:
-    """A network with its AdamW."""
+def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """The optimiser of what of a network is not frozen. Its fused kernel skips the update where found_inf is 1."""
+    learns = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(learns, betas=betas, weight_decay=config.weight_decay, fused=True)
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig, peak_rate: float) -> None:
-        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.peak_rate = peak_rate
-        self.clip_norm = config.clip_norm
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=peak_rate,
-            betas=(config.betas[0], config.betas[1]),
-            weight_decay=config.weight_decay,
-            fused=True,  # its kernel skips the update on the device where found_inf is 1
-        )
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The optimiser's state, its moments laid out in memory as their parameters are.
+def load_moments(optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
+    """The optimiser's state, its moments laid out in memory as their parameters are.
 
-        The fused kernel walks parameter and moments side by side through memory: a channels_last parameter beside
-        contiguous moments, as they come from a file, would be updated with other elements' moments.
-        """
-        self.optimizer.load_state_dict(state)
-        for parameter, entry in self.optimizer.state.items():
-            for name, moment in entry.items():
-                if moment.shape == parameter.shape:
-                    entry[name] = torch.empty_like(parameter).copy_(moment)
+    The fused kernel walks parameter and moments side by side through memory: a channels_last parameter beside
+    contiguous moments, as they come from a file, would be updated with other elements' moments.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, entry in optimizer.state.items():
+        for name, moment in entry.items():
+            if moment.shape == parameter.shape:
+                entry[name] = torch.empty_like(parameter).copy_(moment)
 
 
 def guarded_update(
-    networks: list[Optimized], losses: Tensor, scaler: torch.amp.GradScaler, look: Callable[[], None]
+    optimizers: Sequence[Any], losses: Tensor, scaler: torch.amp.GradScaler, clip_norm: float, look: Callable[[], None]
 ) -> tuple[Tensor, list[Tensor]]:
     """Step every optimiser, or none where a loss or a gradient is not finite on any worker; the host never waits.
 
@@ -131,21 +123,20 @@ def guarded_update(
     norms = []
     finite = torch.isfinite(losses.detach()).all()
     if scaler.is_enabled():
-        for network in networks:
-            scaler.unscale_(network.optimizer)
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
     look()
-    for network in networks:
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters, network.clip_norm)
+    for optimizer in optimizers:
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip_norm)
         norms.append(norm)
         finite = finite & torch.isfinite(norm)
     rejected = (~finite).float()
     if distributed():
         dist.all_reduce(rejected, op=dist.ReduceOp.MAX)  # a loss can be non-finite on one worker alone
-    for network in networks:
-        network.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        network.optimizer.found_inf = rejected.reshape(())  # type: ignore[attr-defined]
-        network.optimizer.step()
-        network.optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.grad_scale, optimizer.found_inf = None, rejected.reshape(())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     if scaler.is_enabled():
         scaler.update()
     return rejected.reshape(()) == 0, norms
@@ -173,7 +164,7 @@ class BaseStep(Generic[BatchT]):
             for module in (vae.encoder, vae.quant_conv, networks.denoiser, networks.projector):
                 if module is not None:
                     module.requires_grad_(False)
-        self.optimized: dict[str, Optimized] = {}
+        self.optimizers: dict[str, torch.optim.AdamW] = {}
         self.denoiser_phase = DenoiserPhase(
             networks.denoiser, networks.projector, config.alignment.tap, config.alignment.spatial_norm
         )
@@ -184,16 +175,16 @@ class BaseStep(Generic[BatchT]):
         if config.compile is not None:
             self.denoiser_phase.compile(**config.compile)
         if "denoiser" in self.trains:
-            self.optimized["denoiser"] = Optimized(self.denoiser_phase, optimizer, optimizer.lr_denoiser)
+            self.optimizers["denoiser"] = adamw(self.denoiser_phase, optimizer)
             self._denoiser = parallel(self._denoiser, device) if distributed else self._denoiser
         if "autoencoder" in self.trains:
             if config.compile is not None:  # not the whole phase: its graph is cut in the middle
                 networks.autoencoder.vae.encoder.compile(**config.compile)
                 networks.autoencoder.vae.decoder.compile(**config.compile)
-            self.optimized["autoencoder"] = Optimized(networks.autoencoder, optimizer, optimizer.lr_autoencoder)
+            self.optimizers["autoencoder"] = adamw(networks.autoencoder, optimizer)
             self._autoencoder = parallel(self._autoencoder, device) if distributed else self._autoencoder
             if discriminator is not None:
-                self.optimized["discriminator"] = Optimized(discriminator, optimizer, optimizer.lr_discriminator)
+                self.optimizers["discriminator"] = adamw(discriminator, optimizer)
                 self._discriminator = parallel(discriminator, device) if distributed else discriminator
         ema_device = torch.device("cpu") if schedule.ema_on_cpu else None
         self.ema = Ema(networks.denoiser, schedule.ema_decay, schedule.ema_warmup, ema_device)
@@ -210,20 +201,19 @@ class BaseStep(Generic[BatchT]):
         norm_before = self._norm_state()
         losses = self.forward_backward(micro_batches, step)
         starts, config = self._learning(step), self.config
-        active = {name: self.optimized[name] for name in starts}
-        for name, network in active.items():
-            rate = learning_rate(config.optimizer, network.peak_rate, step, starts[name], config.total_steps)
-            for group in network.optimizer.param_groups:
-                group["lr"] = rate
+        active = {name: self.optimizers[name] for name in starts}
+        for name, optimizer in active.items():
+            peak: float = getattr(config.optimizer, f"lr_{name}")
+            rate = learning_rate(config.optimizer, peak, step, starts[name], config.total_steps)
+            optimizer.param_groups[0]["lr"] = rate
 
         def look_at_gradients() -> None:
             if self.watch_gradients:
                 self.gradients = gradient_statistics(self.networks.trained())
                 self.watch_gradients = False
 
-        accepted, norms = guarded_update(
-            list(active.values()), torch.stack(list(losses.values())), self.scaler, look_at_gradients
-        )
+        every_loss, clip_norm = torch.stack(list(losses.values())), config.optimizer.clip_norm
+        accepted, norms = guarded_update(list(active.values()), every_loss, self.scaler, clip_norm, look_at_gradients)
         self._restore_norm(norm_before, accepted)
         if "denoiser" in active:
             self.ema.update(self.networks.denoiser, accepted)
@@ -241,7 +231,7 @@ class BaseStep(Generic[BatchT]):
 
     def _learning(self, step: int) -> dict[str, int]:
         """The networks that learn at a step, and the step from which on each does."""
-        return dict.fromkeys(self.optimized, 0)
+        return dict.fromkeys(self.optimizers, 0)
 
     def kind(self, step: int) -> Hashable:
         """Steps of one kind do the same work."""
@@ -276,7 +266,7 @@ class BaseStep(Generic[BatchT]):
         return {
             "networks": {name: module.state_dict() for name, module in self.networks.trained().items()},
             "ema": self.ema.state_dict(),
-            "optimizers": {name: network.optimizer.state_dict() for name, network in self.optimized.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped.clone(),
         }
@@ -286,8 +276,8 @@ class BaseStep(Generic[BatchT]):
         for name, module in self.networks.trained().items():
             module.load_state_dict(state["networks"][name])
         self.ema.load_state_dict(state["ema"])
-        for name, network in self.optimized.items():
-            network.load_state_dict(state["optimizers"][name])
+        for name, optimizer in self.optimizers.items():
+            load_moments(optimizer, state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped.copy_(state["skipped"])
 

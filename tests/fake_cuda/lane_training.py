@@ -16,7 +16,7 @@ from m2d.models.perceptual import build_perceptual
 from m2d.models.settings import Precision
 from m2d.training.features import FeatureSource, cache_latents
 from m2d.training.settings import TrainConfig
-from m2d.training.validation import RunState, validate
+from m2d.training.validation import RunView
 
 VAE = {"loss/reconstruction", "loss/perceptual"}
 UNET = {"loss/diffusion", "loss/alignment", "loss/manifold"}
@@ -115,8 +115,8 @@ def test_validation_and_the_latent_cache_run_on_the_gpu(tmp_path: Path) -> None:
     perceptual = build_perceptual("features", run.networks.extractor)
     plan: Any = SimpleNamespace(config=dataclasses.replace(run.config, batch_size=4))
     prior: Any = None
-    state = RunState(plan, run.networks, run.step.ema.module, prior, reader, source)
-    measures = validate(state, perceptual, rank=0, world_size=1)
+    view = RunView(plan, run.networks, run.step.ema.module, prior, perceptual, reader, source)
+    measures = view.validate(rank=0, world_size=1)
     assert measures == {}  # the number of images is summed on the GPU, which computes nothing: 0
     table = cache_latents(run.networks.autoencoder, reader, source, tmp_path, views=2, rank=0, world_size=1)
     assert table.batch(np.arange(3), np.zeros(3, dtype=np.int8)).mean.shape == (3, 4, 12, 12)

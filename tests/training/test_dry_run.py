@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m2d.cli import main, parse
 from m2d.errors import ConfigError
-from m2d.experiment import Experiment
 from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import ImageBatch, draw
@@ -28,7 +27,6 @@ from m2d.training.dry_run import (
 )
 from m2d.training.measure import count_flops
 from m2d.training.networks import build_networks
-from m2d.training.run import RunPlan
 from m2d.training.settings import TrainConfig
 from m2d.training.step import JointStep, step_config_of
 
@@ -155,11 +153,7 @@ def test_a_run_is_made_of_three_kinds_of_steps() -> None:
     config = config_of(
         "--schedule.vae_warmup_fraction", "0.2", "--schedule.vae_every_k_steps", "3", "--max_steps", "100"
     )
-    plan = RunPlan(
-        config=config, experiment=Experiment(Path("unmade")), world_size=1, train_images=800, precision="bf16",
-        perceptual="features",
-    )  # fmt: skip
-    assert kinds_of_steps(plan) == {0: 20, 20: 27, 21: 53}
+    assert kinds_of_steps(FakeRun(config, train_images=800, cached=True)) == {0: 20, 20: 27, 21: 53}
 
 
 def test_images_of_a_folder_are_counted_by_name(tmp_path: Path) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_networks import moved, state_of
+from tiny_networks import moved, random_batch, state_of
 from tiny_run import TINY
 from torch import Tensor
 
 from m2d.cli import parse
 from m2d.models.extractors import Features
 from m2d.models.perceptual import FeatureDistance
-from m2d.training.batch import Draws, ImageBatch, draw, extract
+from m2d.training.batch import ImageBatch, extract
 from m2d.training.networks import Networks, build_networks
 from m2d.training.settings import TrainConfig
 from m2d.training.step import JointStep, StepConfig, step_config_of
@@ -110,7 +110,9 @@ class Case:
         last.data.copy_(0.1 * torch.randn(last.shape))  # not in place: that would follow the memory's order
         extractor = self.networks.extractor
         assert extractor is not None
-        self.batches = [self._batch(seed) for seed in range(self.config.gradient_accumulation_steps)]
+        self.batches = [
+            random_batch(self.config, self.networks, seed, 2) for seed in range(self.config.gradient_accumulation_steps)
+        ]
         perceptual = FeatureDistance(extractor)  # type: ignore[arg-type]
         if combination["features"] == "cached":
             self.networks.extractor = None
@@ -132,14 +134,6 @@ class Case:
                 )
         self.take_step()
         return found
-
-    def _batch(self, seed: int) -> tuple[ImageBatch, Draws]:
-        config, networks = self.config, self.networks
-        size, generator = config.data.image_size, torch.Generator().manual_seed(seed)
-        images = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=generator)
-        shape = networks.denoiser.latent_shape(size, networks.autoencoder.downsampling)
-        rows = torch.arange(2 * seed, 2 * seed + 2)
-        return ImageBatch(images, torch.tensor([4, 5])), draw(0, rows, shape, networks.feature_dim, config.conditioning)
 
     def _step_config(self, backend: str) -> StepConfig:
         config = self.config

@@ -12,9 +12,10 @@ from tiny_checkpoint import make_checkpoint, make_prior
 
 from m2d.classes import class_index
 from m2d.errors import DataError
+from m2d.models.checkpoint import Checkpoint
 from m2d.training.features import FeatureSource
-from m2d.training.settings import TrainConfig
-from m2d.training.validation import RunState, SampleQuality, rows_of_each_class
+from m2d.training.settings import SavingConfig, TrainConfig
+from m2d.training.validation import RunView, rows_of_each_class
 
 
 @pytest.mark.parametrize(
@@ -35,28 +36,34 @@ def test_every_class_has_the_same_share_and_the_choice_is_the_same_each_time(
     assert rows.tolist() == sorted(set(rows.tolist())) == rows_of_each_class(labels, images).tolist()
 
 
+def view_of(checkpoint: Checkpoint, labels: list[int], **settings: Any) -> RunView:
+    config = TrainConfig(data_root="d", saving=SavingConfig(validation_samples=4), **settings)
+    plan: Any = SimpleNamespace(config=config, precision="no")
+    networks: Any = SimpleNamespace(autoencoder=checkpoint.autoencoder)
+    reader: Any = SimpleNamespace(labels=np.array(labels))
+    prior, source = make_prior({"DF": 9, "MEL": 9}), FeatureSource(torch.device("cpu"))
+    return RunView(plan, networks, checkpoint.denoiser, prior, torch.nn.Identity(), reader, source)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), DataError("no such class")])
-def test_a_run_goes_on_where_no_samples_can_be_made(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_goes_on_where_no_samples_can_be_made(
+    error: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def samples(*_: object) -> None:
         raise error
 
-    plan = SimpleNamespace(config=SimpleNamespace(batch_size=8))
-    state: Any = SimpleNamespace(samples=samples, plan=plan)
-    info: Any = SimpleNamespace(step=7)
+    view, info = view_of(make_checkpoint(), [0, 0, 1, 1]), SimpleNamespace(step=7)
+    monkeypatch.setattr(view, "samples", samples)
     with caplog.at_level(logging.WARNING):
-        assert SampleQuality(state, np.array([0, 0, 1, 1]), 4).measure(info) == {}
+        assert view.sample_quality(info) == {}  # type: ignore[arg-type]
     assert [record.getMessage().startswith("no kernel distance at step 7: ") for record in caplog.records] == [True]
 
 
 def test_samples_of_a_run_are_made_in_its_batches() -> None:
     checkpoint, seen = make_checkpoint(), []
-    plan: Any = SimpleNamespace(config=TrainConfig(data_root="d", batch_size=3), precision="no")
-    networks: Any = SimpleNamespace(autoencoder=checkpoint.autoencoder)
-    source = FeatureSource(torch.device("cpu"))
-    state = RunState(plan, networks, checkpoint.denoiser, make_prior({"DF": 9, "MEL": 9}), None, source)
     checkpoint.denoiser.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     checkpoint.autoencoder.vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    images, labels = state.samples(checkpoint.info, {"DF": 2, "MEL": 5})
+    images, labels = view_of(checkpoint, [], batch_size=3).samples(checkpoint.info, {"DF": 2, "MEL": 5})
     assert np.bincount(labels)[[class_index("DF"), class_index("MEL")]].tolist() == [2, 5]
     assert images.shape == (7, 16, 16, 3)
     assert max(seen) == 2 * 3, "twice where it is guided"

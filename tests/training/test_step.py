@@ -47,10 +47,10 @@ def captured_gradients(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
         networks_seen.append(networks)
         original_init(self, networks, *arguments)
 
-    def capture(optimized, losses, scaler, look):  # type: ignore[no-untyped-def]
+    def capture(optimizers, losses, scaler, clip_norm, look):  # type: ignore[no-untyped-def]
         found.clear()
         found.update(gradients(networks_seen[-1]))
-        return torch.tensor(True), [torch.zeros(()) for _ in optimized]
+        return torch.tensor(True), [torch.zeros(()) for _ in optimizers]
 
     monkeypatch.setattr(step_module.BaseStep, "__init__", remember)
     monkeypatch.setattr(step_module, "guarded_update", capture)
