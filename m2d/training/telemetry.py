@@ -260,9 +260,9 @@ class Wandb:
                 wandb.teardown()  # its service still holds the run's id
                 self._run = start("offline")
                 self.forgets = OFFLINE_FORGETS
-                there = folder / "wandb" / "offline-run-*"
                 logger.warning(
-                    "wandb cannot be used online; this run is offline (%s); later: wandb sync %s", reason, there
+                    "wandb cannot be used online, so this run is kept offline (%s); send it later with: wandb sync %s",
+                    *(reason, folder / "wandb" / "offline-run-*"),
                 )
             except Exception:
                 logger.warning("wandb is off for this run: %s", reason)
