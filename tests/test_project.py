@@ -170,7 +170,7 @@ def test_command_line_imports_nothing_heavy() -> None:
 def test_driver_and_controller_of_a_run_do_without_the_networks() -> None:
     """Ray unpickles the worker's function in processes that only organise: seconds and 700 MB each."""
     heavy = ["torchvision", "diffusers", "timm", "lpips", "wandb", "matplotlib", "scipy", "sklearn"]
-    modules = "m2d.training.trainer, m2d.training.ray_worker, m2d.training.run_plan"
+    modules = "m2d.training.trainer, m2d.training.ray_worker, m2d.training.run"
     program = f"import sys, {modules}; print(*[name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, check=True, text=True)
     assert run.stdout.split() == []

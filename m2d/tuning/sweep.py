@@ -23,8 +23,8 @@ from m2d.cluster.nodes import node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
 from m2d.errors import ConfigError, ExperimentError
 from m2d.files.atomic import try_lock, write_whole
-from m2d.training.console import Console
 from m2d.training.settings import as_dict, differences, with_absolute_paths
+from m2d.training.telemetry import Console
 from m2d.tuning.ledger import Ledger, TrialRecord, objective
 from m2d.tuning.outcome import TrialOutcome, read_outcome, write_outcome
 from m2d.tuning.settings import Distribution, SweepConfig

@@ -12,8 +12,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from m2d.experiment import newest_step
-from m2d.training.console import Console
 from m2d.training.settings import TrainConfig
+from m2d.training.telemetry import Console
 from m2d.tuning.ledger import TRIALS, Ledger, State, TrialRecord, objective
 from m2d.tuning.settings import SweepConfig
 
