@@ -8,10 +8,10 @@ import pyarrow as pa
 from PIL import Image
 from rich.table import Column, Table
 
-from m2d.classes import CLASSES, DIAGNOSES, class_index
+from m2d.classes import CLASSES, DIAGNOSES
 from m2d.generation.output import OutputFolder, read_images, whole_output
 from m2d.plots.style import FAINT
-from m2d.plots.tiles import GAP, HEAD, Page
+from m2d.plots.tiles import GAP, HEAD, MARGIN, TEXT_SIZE, class_stripe, font, titled_page
 
 _COLUMNS = 8  # images of a class, at most
 _TILE = 112  # pixels a side that small images are enlarged to, at least
@@ -36,17 +36,19 @@ def contact_sheet(
     scale = scale or max(1, -(-_TILE // max(height, width)))
     step, row_height = width * scale + GAP, HEAD + height * scale + 2 * GAP
     body = max(step * max(map(len, images_by_class.values())) - GAP, 480)
-    page = Page(body, row_height * len(images_by_class) - 2 * GAP, title=title, caption=caption)
+    page, draw, top = titled_page(body, row_height * len(images_by_class) - 2 * GAP, title, caption)
     names = {diagnosis.code: diagnosis.name for diagnosis in DIAGNOSES}
     for row, (code, images) in enumerate(images_by_class.items()):
-        y = page.top + row * row_height
-        page.class_stripe(class_index(code), page.left, y, body)
+        y = top + row * row_height
+        class_stripe(draw, code, MARGIN, y, body)
         total = (totals or {}).get(code, len(images))
         count = f"{total:,}" if total == len(images) else f"{len(images)} of {total:,}"
-        page.words(f"{names[code]}, {count} image{'' if total == 1 else 's'}", page.left + _CODE_WIDTH, y, fill=FAINT)
+        text = f"{names[code]}, {count} image{'' if total == 1 else 's'}"
+        draw.text((MARGIN + _CODE_WIDTH, y), text, fill=FAINT, font=font(TEXT_SIZE))
         for column, image in enumerate(images):
-            page.paste(image, page.left + column * step, y + HEAD, scale)
-    return page.image
+            enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
+            page.paste(Image.fromarray(enlarged), (MARGIN + column * step, y + HEAD))
+    return page
 
 
 def write_pictures(folder: OutputFolder, plan: pa.Table, *, title: str, caption: str) -> int:

@@ -18,11 +18,10 @@ from pyarrow import fs
 from m2d.classes import CLASSES
 from m2d.data.catalog import IMAGE_SUFFIXES, is_debris
 from m2d.data.decode import ImageRejected, decode_resized, probe_image
-from m2d.data.reader import read_file
 from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.files.paths import refuse_credentials
-from m2d.files.storage import inside, one_line, open_storage
+from m2d.files.storage import inside, one_line, open_storage, read_file
 
 if TYPE_CHECKING:
     import numpy as np

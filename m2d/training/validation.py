@@ -25,7 +25,8 @@ from m2d.errors import M2DError
 from m2d.generation.contact_sheet import contact_sheet
 from m2d.generation.generator import Generator, pick_feature
 from m2d.generation.plan import rows_of, standard_plan
-from m2d.metrics.distances import Scale, kernel_distance
+from m2d.metrics.distances import kernel_distance
+from m2d.metrics.neighbours import Standardizer, at_least_part_of_median
 from m2d.models.autoencoder import to_uint8
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo
 from m2d.models.extractors import FeatureExtractor
@@ -119,9 +120,8 @@ class RunView:
             message = "no kernel distance at step %d: samples in batches of %d do not fit into memory beside the run"
             logger.warning(f"{message}; lower batch_size", info.step, self.batch_size)
             return {}
-        scale = Scale.of(real)
-        generated, real = ((side - scale.mean) / scale.deviation for side in (generated.astype(np.float64), real))
-        distance = kernel_distance(generated, real)
+        standard = Standardizer.of(real, at_least_part_of_median)
+        distance = kernel_distance(standard(generated), standard(real))
         return {"val/kernel_distance": distance.value, "val/kernel_distance_se": distance.standard_error}
 
     def samples(self, info: CheckpointInfo, counts: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:

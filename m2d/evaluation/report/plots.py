@@ -11,10 +11,10 @@ from m2d.evaluation.classifiers.logistic import ConsistencyResult
 from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.memorization import Pair
-from m2d.generation.contact_sheet import font
 from m2d.metrics.scores import LOWER_IS_BETTER
 from m2d.plots.charts import confusion_map
 from m2d.plots.style import FAINT, INK, class_colours, new_figure, png, styled
+from m2d.plots.tiles import font
 
 COMPARISONS = {
     GENERATED: "generated",
