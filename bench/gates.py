@@ -60,7 +60,8 @@ def main() -> None:
 
     train, train_reader = split(("train",))
     reference = build_gate_reference(train, train_reader, extractor, config)
-    print(reference.summary())
+    print(f"near-copies: features up to {reference.copy_threshold:.4f}, pixels up to {reference.pixel_threshold:.4f}")
+    print("class thresholds:", dict(zip(CLASSES, reference.class_thresholds, strict=True)), "weak:", *reference.weak)
 
     other, other_reader = split(("val", "test"))
     held_out = pixels_of(other_reader, np.arange(len(other)))

@@ -51,12 +51,12 @@ from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.precision import DTYPES, pick_precision
 from m2d.models.settings import Precision
-from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
+from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw, pinned
 from m2d.training.dry_run import FakeRun
 from m2d.training.measure import peak_flops
-from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
+from m2d.training.networks import Networks, build_networks, idle_modules
 from m2d.training.settings import TrainConfig
-from m2d.training.step import DecoderStep, JointStep, LatentStep, Networks
+from m2d.training.step import DecoderStep, JointStep, LatentStep, build_step, step_config_of
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -253,7 +253,7 @@ class Training:
         else:
             images = torch.randint(256, (size, side, side, 3), dtype=torch.uint8, generator=generator)
             batch = ImageBatch(images, labels, features)
-        return batch.pinned() if self.device.type == "cuda" else batch
+        return pinned(batch) if self.device.type == "cuda" else batch
 
 
 def random_networks(config: TrainConfig, device: torch.device) -> Networks:

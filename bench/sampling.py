@@ -33,12 +33,11 @@ from diffusers import UniPCMultistepScheduler
 from jsonargparse import auto_cli
 from torch import nn
 
-from m2d.arguments import preset_path
+from m2d.arguments import preset_files
 from m2d.classes import CLASSES, NUM_CLASSES, class_index
 from m2d.diffusion.settings import SOLVERS, SamplingSettings
-from m2d.generation.generator import Generator
+from m2d.generation.generator import Generator, noise_for
 from m2d.generation.plan import PlanRow, rows_of, standard_plan
-from m2d.generation.seeds import noise_for
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint
 from m2d.models.extractors import LITE0, load_feature_extractor
@@ -279,7 +278,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def random_checkpoint(preset: str) -> Checkpoint:
     """Networks of a preset's sizes; what they draw means nothing, how long it takes does."""
-    settings: dict[str, Any] = yaml.safe_load(preset_path(preset).read_text(encoding="utf-8"))
+    settings: dict[str, Any] = yaml.safe_load(preset_files(preset)[-1].read_text(encoding="utf-8"))
     size = settings.get("data", {}).get("image_size", 128)
     conditioning = settings.get("conditioning", {})
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,10 +35,10 @@ from jsonargparse import auto_cli
 
 from m2d.classes import CLASSES
 from m2d.diffusion.settings import SamplingSettings
-from m2d.generation.output import PARTS, group_name, write_rows
+from m2d.generation.output import PARTS, Recipe, group_name, write_rows
 from m2d.generation.plan import PlanRow, read_plan, standard_plan
 from m2d.generation.settings import GateConfig
-from m2d.generation.workers import GeneratorSettings, GroupWriter, PlanGroups, make_on_ray, pick_pool
+from m2d.generation.workers import GroupWriter, make_on_ray, pick_pool
 
 WRITER_SLOTS = 4  # logical CPUs; the actors ask for a GPU alone
 SPARE_BYTES = 2 * 2**30  # of memory, left free
@@ -68,18 +69,11 @@ class SleepingGenerator:
             stream.write(json.dumps(record) + "\n")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SleepingSettings(GeneratorSettings):
-    """Loads the stub."""
-
-    batch_s: float
-    trace: str
-
-    def load(self, device: str) -> Any:
-        """As an actor calls it."""
-        # make_group asks torch for the type of an error; the module is half a GiB a process, so 64 would not fit here.
-        sys.modules.setdefault("torch", SimpleNamespace(OutOfMemoryError=MemoryError))  # type: ignore[arg-type]
-        return SleepingGenerator(self.batch_size, self.batch_s, Path(self.trace))
+def load_sleeper(batch_size: int, batch_s: float, trace: Path, device: str) -> Any:
+    """As an actor loads its generator."""
+    # make_group asks torch for the type of an error; the module is half a GiB a process, so 64 would not fit here.
+    sys.modules.setdefault("torch", SimpleNamespace(OutOfMemoryError=MemoryError))  # type: ignore[arg-type]
+    return SleepingGenerator(batch_size, batch_s, trace)
 
 
 @dataclass(frozen=True)
@@ -214,22 +208,20 @@ def measure_scales(smallest: int, largest: int, batch_s: float, groups: int, bat
 def measure(actors: int, batch_s: float, groups: int, batch_size: int, before: Sequence[Scale]) -> Scale:
     """One run of m2d.generation.workers."""
     table = standard_plan(_counts(groups * batch_size), run_seed=0, sampling=SamplingSettings(), feature="prior")
-    plan = PlanGroups(table, 0, batch_size)
+    plan = [table.slice(first, batch_size) for first in range(0, table.num_rows, batch_size)]
     with tempfile.TemporaryDirectory(prefix="m2d-bench-") as folder:
         root, trace = Path(folder) / "images", Path(folder) / "trace"
         for path in (root, trace):
             path.mkdir()
-        settings = SleepingSettings(
-            checkpoint="none", sha256="0" * 64, batch_size=batch_size, mixed_precision="no", compile=False,
-            with_extractor=False, extractor_weights=None, batch_s=batch_s, trace=str(trace),
+        recipe = Recipe(
+            checkpoint="0" * 64, seed=0, solver="unipc", steps=1, guidance_scale=1.0, guidance_interval=(0.0, 1.0),
+            precision="no", feature="prior", feature_temperature=1.0,
         )  # fmt: skip
-        writer = GroupWriter(
-            root=root, format="folder", settings="{}", checkpoint="0" * 64, precision="no",
-            gates=GateConfig(enabled=False),
-        )  # fmt: skip
-        pool = pick_pool(num_actors=actors, gpus_per_actor=1.0, device="none", groups=groups)
+        writer = GroupWriter(root=root, recipe=recipe, gates=GateConfig(enabled=False))
+        load = partial(load_sleeper, batch_size, batch_s, trace)
+        pool = pick_pool(actors, 1.0, "none", groups)
         began, cpu_began = time.time(), time.process_time()
-        made = sum(result.kept for result in make_on_ray(settings, pool, plan, writer, features=False))
+        made = sum(result.kept for result in make_on_ray(load, pool, plan, 0, writer, features=False))
         driver_s = time.process_time() - cpu_began
         assert made == table.num_rows, f"{made} of {table.num_rows} images came back"
         records = [

@@ -41,8 +41,9 @@ from m2d.data.setup import setup_data
 from m2d.demo.dataset import write_demo_dataset
 from m2d.diffusion.interpolant import interpolate, velocity_target
 from m2d.models.perceptual import build_perceptual
-from m2d.training.batch import ImageBatch, draw
+from m2d.training.batch import ImageBatch, draw, extract, model_images
 from m2d.training.losses import (
+    DenoiserPhase,
     adversarial_loss,
     diffusion_loss,
     discriminator_loss,
@@ -50,10 +51,9 @@ from m2d.training.losses import (
     manifold_loss,
     reconstruction_loss,
 )
-from m2d.training.networks import build_networks, step_config_of
-from m2d.training.phases import DenoiserPhase
+from m2d.training.networks import Networks, build_networks
 from m2d.training.settings import TrainConfig
-from m2d.training.step import JointStep, Networks, extract, model_images
+from m2d.training.step import JointStep, step_config_of
 from m2d.training.trainer import train
 
 EVERY_K = (1, 2, 4)
@@ -180,7 +180,7 @@ def batches(config: TrainConfig, device: torch.device) -> tuple[list[ImageBatch]
         rows = torch.arange(first, first + config.batch_size).numpy()
         read = reader.read(*order.lookup(rows))
         batch = ImageBatch(torch.from_numpy(read["images"]).to(device), torch.from_numpy(read["labels"]).to(device))
-        features = extract(extractor, model_images(batch, device)[0])
+        features = extract(extractor, batch.images.permute(0, 3, 1, 2))
         half = step_module.Features(features.cls.half(), features.patches.half())
         extracted.append(batch)
         cached.append(dataclasses.replace(batch, features=half))
@@ -254,7 +254,8 @@ class RepaEStep:
             self.networks.discriminator,
         )
         batch = self.batches[self.done % len(self.batches)]
-        pixels, images = model_images(batch, self.device)
+        pixels = batch.images.permute(0, 3, 1, 2)
+        images = model_images(pixels)
         assert n.extractor is not None
         features = extract(n.extractor, pixels)  # 0
         posterior = n.autoencoder.encode(images)  # 1

@@ -56,8 +56,7 @@ def parse_arguments(
         comments = dict(setting_comments(config))
         for action in parser._actions:
             action.help = comments.get(action.dest, action.help)
-    ignored = {field.name for field in dataclasses.fields(also_known)} if also_known else set()
-    ignored -= {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    ignored = set(typing.get_type_hints(also_known or config)) - set(typing.get_type_hints(config))
     values = parser.parse_args(_for_jsonargparse(arguments, parser.settings, presets, ignored, positional))
     for key in ("config", "preset"):
         values.pop(key, None)
@@ -86,18 +85,15 @@ def setting_comments(config: type, prefix: str = "") -> Iterator[tuple[str, str]
             yield from setting_comments(typing.cast(type, kind), f"{prefix}{name}.")
 
 
-def preset_path(name: str) -> Path:
-    """The YAML of a preset. Raises ConfigError that lists the known ones."""
-    path = PRESETS_DIR / f"{name}.yaml"
-    if not path.is_file():
-        raise ConfigError(f"preset {name} is not known; choose from {' '.join(preset_names())}")
-    return path
-
-
 def preset_files(name: str) -> list[Path]:
-    """The files whose settings a preset is, later ones over earlier: isic-256-latent lies over isic-256."""
-    below = [base for base in preset_names() if name.startswith(f"{base}-")]
-    return [*map(preset_path, below), preset_path(name)]
+    """The files whose settings a preset is, later ones over earlier: isic-256-latent comes over isic-256.
+
+    Raises ConfigError that lists the known presets.
+    """
+    known = preset_names()
+    if name not in known:
+        raise ConfigError(f"preset {name} is not known; choose from {' '.join(known)}")
+    return [PRESETS_DIR / f"{base}.yaml" for base in known if f"{name}-".startswith(f"{base}-")]
 
 
 def preset_names() -> list[str]:
@@ -127,7 +123,7 @@ def _for_jsonargparse(
             if not equals and following is None:
                 raise ConfigError(f"{name} needs a {'file' if name == '--config' else 'name'} after it")
             value = value if equals else waiting.pop(0)
-            for file in preset_files(value) if name == "--preset" else [_given_file(value)]:
+            for file in preset_files(value) if name == "--preset" else [Path(input_path("config", value)).expanduser()]:
                 files += ["--config", _without_keys(file, ignored)]
             continue
         # A key of a mapping is the user's own word: in --data.class_map.basal-cell its dash stays.
@@ -149,25 +145,19 @@ def _for_jsonargparse(
     return [*files, *flags, *words]
 
 
-def _given_file(value: str) -> Path:
-    path = Path(input_path("config", value)).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"config: {value} is not a file; give the path of a YAML file of settings")
-    return path
-
-
 def _without_keys(file: Path, ignored: set[str]) -> str:
     """What --config takes: the file's path, or the text of what remains without these keys."""
-    if ignored:
-        try:
-            # As nodes, not values: what remains keeps its spelling, and jsonargparse reads YAML in its own way.
-            root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        except (yaml.YAMLError, OSError, UnicodeDecodeError):
-            return str(file)  # jsonargparse reports what is wrong with it
-        if isinstance(root, yaml.MappingNode):
-            root.value = [(key, value) for key, value in root.value if key.value not in ignored]
-            return str(yaml.serialize(root))
-    return str(file)
+    if not file.is_file():
+        raise ConfigError(f"config: {file} is not a file; give the path of a YAML file of settings")
+    try:
+        # As nodes, not values: what remains keeps its spelling, and jsonargparse reads YAML in its own way.
+        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader) if ignored else None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        root = None  # jsonargparse reports what is wrong with it
+    if not isinstance(root, yaml.MappingNode):
+        return str(file)
+    root.value = [(key, value) for key, value in root.value if key.value not in ignored]
+    return str(yaml.serialize(root))
 
 
 class _Parser(ArgumentParser):
@@ -190,21 +180,17 @@ class _Parser(ArgumentParser):
             flag, group, option = unknown.groups()
             name = flag or ".".join(filter(None, (group, option)))
             known = f"--{name} is not known" if flag else f"{name} is not a setting"
-            message = f"{known}{self._nearest(name, '--' if flag else '')}"
+            # Judged by the last part of a name: people forget which group a setting belongs to.
+            last = name.rpartition(".")[2]
+            (near, *_) = difflib.get_close_matches(last, [key.rpartition(".")[2] for key in self.settings], n=1) or [""]
+            meant = [key for key in self.settings if key.rpartition(".")[2] == near]
+            same_group = name[: len(name) - len(last)] + near
+            meant = [same_group] if same_group in meant else meant[:1]
+            hint = f"did you mean {'--' if flag else ''}{meant[0]}?" if meant else "--help lists them all"
+            message = f"{known}; {hint}"
         elif "parsing" in message or message.startswith("Unexpected config"):
             message = f"config: not a YAML file of `setting: value` lines ({message})"
         raise ConfigError(message.replace("Parser key ", "")) from None
-
-    def _nearest(self, name: str, prefix: str) -> str:
-        """Judged by the last part of a name: people forget which group a setting belongs to."""
-        by_last: dict[str, list[str]] = {}
-        for setting in self.settings:
-            by_last.setdefault(setting.rpartition(".")[2], []).append(setting)
-        group, _, last = name.rpartition(".")
-        for near in difflib.get_close_matches(last, by_last, n=1):
-            same_group = f"{group}.{near}"
-            return f"; did you mean {prefix}{same_group if same_group in by_last[near] else by_last[near][0]}?"
-        return "; --help lists them all"
 
 
 _WRONG_VALUE = re.compile(r'Parser key "([\w.]+)":.*?(?:Got|Given) value: ?(.*)')

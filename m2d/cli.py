@@ -25,9 +25,9 @@ from m2d.tuning.settings import SweepConfig
 class Command:
     """One command: its settings, and the function that they go to, named so that only its own command imports it."""
 
-    description: str
     config: type
     run: str  # module:function
+    description: str
     presets: bool = False
     also_known: type | None = None  # another command's settings: a file of that one serves this one too
     positional: str | None = None  # the setting that words without a flag are
@@ -43,73 +43,77 @@ class DemoConfig:
     fresh: bool = False  # render and train again
 
 
+LISTING = "m2d.experiments.commands:list_command"
 COMMANDS: dict[str, Command] = {
     "train": Command(
-        "Train on a folder of class folders; run again to resume.", TrainConfig, "m2d.cli:run_training", presets=True
+        TrainConfig, "m2d.cli:run_training", "Train on a folder of class folders; run again to resume.", presets=True
     ),
     "setup_data": Command(
-        "Scan a dataset, prepare its images and cache the extractor's features; run again to resume.",
         SetupConfig,
         "m2d.data.setup:setup_data",
+        "Scan a dataset, prepare its images and cache the extractor's features; run again to resume.",
         presets=True,
         also_known=TrainConfig,
     ),
-    "generate": Command("Generate labelled images from a checkpoint.", GenerateConfig, "m2d.generation.run:generate"),
+    "generate": Command(GenerateConfig, "m2d.generation.run:generate", "Generate labelled images from a checkpoint."),
     "evaluate": Command(
-        "Evaluate realism, diversity and privacy of generated images, and whether they help.",
         EvaluateConfig,
         "m2d.evaluation.evaluate:evaluate",
+        "Evaluate realism, diversity and privacy of generated images, and whether they help.",
     ),
     "evaluate probe": Command(
-        "Evaluate how well a linear probe on features predicts the classes.",
         ProbeConfig,
         "m2d.evaluation.classifiers.probe:probe",
+        "Evaluate how well a linear probe on features predicts the classes.",
     ),
     "tune": Command(
-        "Sweep loss weights and learning rates; run again to resume.",
         SweepConfig,
         "m2d.tuning.sweep:sweep",
+        "Sweep loss weights and learning rates; run again to resume.",
         presets=True,
     ),
-    "experiments": Command(
-        "List the experiments; the same as experiments list.", ListConfig, "m2d.experiments.listing:list_command"
-    ),
-    "experiments list": Command(
-        "List the experiments, their states and best measures.", ListConfig, "m2d.experiments.listing:list_command"
-    ),
+    "experiments": Command(ListConfig, LISTING, "List the experiments; the same as experiments list."),
+    "experiments list": Command(ListConfig, LISTING, "List the experiments, their states and best measures."),
     "experiments show": Command(
-        "Show one experiment: what it did, how it went, how to continue it.",
         ShowConfig,
-        "m2d.experiments.listing:show_command",
+        "m2d.experiments.commands:show_command",
+        "Show one experiment: what it did, how it went, how to continue it.",
         positional="experiment",
     ),
     "experiments compare": Command(
-        "Set experiments side by side: settings that differ, measures.",
         CompareConfig,
-        "m2d.experiments.listing:compare_command",
+        "m2d.experiments.commands:compare_command",
+        "Set experiments side by side: settings that differ, measures.",
         positional="experiments",
     ),
     "experiments report": Command(
-        "Write an experiment's report.html again.",
         ReportConfig,
         "m2d.experiments.page:report_experiment",
+        "Write an experiment's report.html again.",
         positional="experiment",
     ),
     "experiments clean": Command(
-        "Remove old experiments; asks first.", CleanConfig, "m2d.experiments.clean:clean_command"
+        CleanConfig, "m2d.experiments.commands:clean_command", "Remove old experiments; asks first."
     ),
     "demo": Command(
-        "Render demo images, train on them with two workers, generate samples.", DemoConfig, "m2d.demo_command:run_demo"
+        DemoConfig, "m2d.demo_command:run_demo", "Render demo images, train on them with two workers, generate samples."
     ),
 }
 
 
 def main(command: str, arguments: Sequence[str] | None = None) -> None:
     """Run one command as a script: exit code 0, or 2 after one line for what a user can fix."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        name, given = _whole_name(command, list(sys.argv[1:] if arguments is None else arguments))
-        config = parse(name, given)
-        pkgutil.resolve_name(COMMANDS[name].run)(config)
+        # `evaluate` before `probe ...` is the command `evaluate probe`.
+        longer = [name for name in COMMANDS if name.startswith(f"{command} ")]
+        if longer and given and not given[0].startswith("-"):
+            command = f"{command} {given.pop(0)}"
+            if command not in longer:
+                known = ", ".join([command.partition(" ")[0], *longer])
+                raise ConfigError(f"command {command} is not known; choose from {known}")
+        config = parse(command, given)
+        pkgutil.resolve_name(COMMANDS[command].run)(config)
     except M2DError as error:
         asked = getattr(error, "exit_code", None)  # a run that was asked to stop, and did
         print(str(error) if asked else f"error: {error}", file=sys.stderr)
@@ -167,14 +171,3 @@ def run_training(config: TrainConfig) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         again = f"python -m m2d experiments report {experiment.name} --experiments_dir {config.experiments_dir}"
         print(f"WARNING: the report could not be written ({reason}); try again: {again}")
-
-
-def _whole_name(command: str, arguments: list[str]) -> tuple[str, list[str]]:
-    """`evaluate` before `probe ...` is the command `evaluate probe`. Raises ConfigError for another word there."""
-    whole = " ".join([command, *arguments[:1]])
-    if whole in COMMANDS:
-        return whole, arguments[1:]
-    longer = [name for name in COMMANDS if name.startswith(f"{command} ")]
-    if longer and arguments and not arguments[0].startswith("-"):
-        raise ConfigError(f"command {whole} is not known; choose from {', '.join([command, *longer])}")
-    return command, arguments

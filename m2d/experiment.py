@@ -6,13 +6,16 @@ the root and `fetch` brings it to a machine that does not hold it. `m2d.experime
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,8 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import pyarrow.fs
 import yaml
+from pyarrow import fs
 
 from m2d import __version__
 from m2d.errors import ExperimentError
@@ -29,8 +32,8 @@ from m2d.files.atomic import is_locked, try_lock, write_whole
 from m2d.files.paths import private_folder
 from m2d.files.storage import copy_changed, inside, open_storage
 from m2d.models.settings import COMPLETE
-from m2d.records import back_up_code
 
+logger = logging.getLogger(__name__)
 FOLDERS = (
     "checkpoints", "logs", "outputs", "generated_images", "cache", "wandb", "configs", "code_backup", "metrics",
     "visualizations",
@@ -59,26 +62,28 @@ class Experiment:
         """The folder of its checkpoints."""
         return self.path / "checkpoints"
 
+    @property
+    def is_running(self) -> bool:
+        """Whether a process of this machine holds it now."""
+        return is_locked(self.path / LOCK)
+
     def info(self) -> dict[str, Any]:
         """experiment_info.json; empty where there is none. Raises ExperimentError where it is damaged."""
         path = self.path / INFO
-        if not path.is_file():
-            return {}
         try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
             raise ExperimentError(f"{path} is damaged ({error}); remove the experiment, or put the file back") from None
         return found
 
     def update_info(self, **values: Any) -> None:
-        """Merge values into experiment_info.json, atomically, without the secrets of URIs in them."""
+        """Merge values into experiment_info.json, atomically."""
         write_whole(self.path / INFO, json.dumps({**self.info(), **values}, indent=2, default=str))
         self.publish(INFO)
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration the experiment was made with, without the secrets of URIs in it."""
-        loaded: dict[str, Any] = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
-        found: dict[str, Any] = loaded
+        """The resolved configuration that the experiment was made with."""
+        found: dict[str, Any] = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
         return found
 
     def publish(self, relative: str = "") -> None:
@@ -93,10 +98,8 @@ class Experiment:
             # Hidden: locks and partial files. checkpoints/best is a link; best.json says the same.
             return not name.startswith("checkpoints/best/") and not any(p.startswith(".") for p in Path(name).parts)
 
-        try:
+        with _reaching(self.remote, "written"):
             copy_changed(str(self.path / relative), inside(self.remote, relative) if relative else self.remote, wanted)
-        except OSError as error:
-            raise _unreachable(self.remote, "written", error) from None
 
     def fetch(self) -> None:
         """Bring a remote experiment to this machine where it is further there: all but its older checkpoints.
@@ -105,7 +108,7 @@ class Experiment:
         """
         if self.remote is None:
             return
-        try:
+        with _reaching(self.remote, "read"):
             there = checkpoint_names(*open_storage(inside(self.remote, "checkpoints")))
             here = complete_checkpoints(self.checkpoints)
             if here and (not there or here[-1].name >= there[-1]):
@@ -119,8 +122,6 @@ class Experiment:
             if best is not None:
                 (self.checkpoints / BEST).unlink(missing_ok=True)
                 (self.checkpoints / BEST).symlink_to(best)
-        except OSError as error:
-            raise _unreachable(self.remote, "read", error) from None
 
     def discard(self) -> bool:
         """Remove the local directory of a run that has just been created and never began; returns whether it did.
@@ -155,11 +156,6 @@ class Experiment:
                 raise removed
             yield
 
-    @property
-    def is_running(self) -> bool:
-        """Whether a process of this machine holds it now."""
-        return is_locked(self.path / LOCK)
-
 
 def open_experiment(
     root: str,
@@ -174,64 +170,51 @@ def open_experiment(
 
     differences: what of an earlier run's settings and these no continuation allows. Running a command again continues
     the newest unfinished experiment of its name. Raises ExperimentError, with the differences, where that one was made
-    with other settings. Keys in URIs make no difference: the record has none, and the new command's are used.
+    with other settings.
     """
-    config = config
     finished = ("done", "superseded")
     unfinished = [found for found in list_experiments(root, name) if found.info().get("state") not in finished]
-    if fresh:
-        for experiment in unfinished:
-            if not experiment.is_running:
-                experiment.update_info(state="superseded")
-    elif unfinished:
+    if unfinished and not fresh:
         experiment = unfinished[-1]
         experiment.fetch()
-        changed = differences(experiment.config(), config)
-        if changed:
+        if changed := differences(experiment.config(), config):
             raise ExperimentError(
                 f"{experiment.path} is unfinished and was made with other settings ({'; '.join(changed)}); "
                 "repeat its command to continue, or start over with --fresh or another --name"
             )
         return experiment, True
+    for experiment in unfinished:
+        if not experiment.is_running:
+            experiment.update_info(state="superseded")
     return _create(root, name, config, command), False
 
 
 def list_experiments(root: str, name: str | None = None) -> list[Experiment]:
     """Experiments under a root, oldest first; those of one name only where it is given."""
     pattern = re.compile(rf"{re.escape(name) if name else '.+'}_\d{{8}}_\d{{6}}")
-
-    def by_time(names: Iterable[str]) -> list[str]:
-        return sorted(filter(pattern.fullmatch, names), key=lambda name: name[-len("YYYYMMDD_HHMMSS") :])
-
-    if "://" in root:
-        try:
-            filesystem, base = open_storage(root)
-            found = filesystem.get_file_info(pyarrow.fs.FileSelector(base, allow_not_found=True))
-            experiments = []
-            for experiment in by_time(info.base_name for info in found):
-                there, here = inside(root, experiment), _staging(root) / experiment
-                copy_changed(there, str(here), {INFO, CONFIG}.__contains__)  # as far as a list needs it
-                experiments.append(Experiment(here, there))
-        except OSError as error:
-            raise _unreachable(root, "read", error) from None
-    else:
-        folder = Path(root).expanduser()
-        children = os.listdir(folder) if folder.is_dir() else []
-        experiments = [Experiment((folder / name).resolve()) for name in by_time(children)]
+    with _reaching(root, "read"):
+        filesystem, base = open_storage(root)
+        found = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
+        names = sorted((info.base_name for info in found if pattern.fullmatch(info.base_name)), key=lambda n: n[-15:])
+        experiments = [Experiment((Path(base) / name).resolve()) for name in names]
+        if "://" in root:
+            experiments = [Experiment(_staging(root) / name, inside(root, name)) for name in names]
+            for one in experiments:
+                copy_changed(str(one.remote), str(one.path), {INFO, CONFIG}.__contains__)  # as far as a list needs it
     return [experiment for experiment in experiments if (experiment.path / INFO).is_file()]
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
     """Complete checkpoints of a run on this machine, oldest first. directory: its checkpoints/."""
-    return [directory / name for name in checkpoint_names(pyarrow.fs.LocalFileSystem(), str(directory))]
+    return [directory / name for name in checkpoint_names(fs.LocalFileSystem(), str(directory))]
 
 
-def checkpoint_names(filesystem: pyarrow.fs.FileSystem, folder: str) -> list[str]:
+def checkpoint_names(filesystem: fs.FileSystem, folder: str) -> list[str]:
     """Names of the complete checkpoints in a checkpoints/ folder, oldest first. Raises OSError."""
-    found = filesystem.get_file_info(pyarrow.fs.FileSelector(folder, allow_not_found=True))
+    found = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
     names = sorted(info.base_name for info in found if info.base_name.startswith("step_"))
     markers = filesystem.get_file_info([f"{folder}/{name}/{COMPLETE}" for name in names])
-    return [name for name, marker in zip(names, markers) if marker.type == pyarrow.fs.FileType.File]
+    return [name for name, marker in zip(names, markers) if marker.type == fs.FileType.File]
 
 
 def newest_step(directory: Path) -> int:
@@ -245,40 +228,36 @@ def step_of(checkpoint: str) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-def environment() -> dict[str, Any]:
-    """Versions and machine of this process, for the record."""
-    packages: dict[str, str | None] = {}
-    for package in REPORTED_PACKAGES:
-        try:
-            packages[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            packages[package] = None
-    return {"m2d": __version__, "python": platform.python_version(), "platform": platform.platform(), **packages}
-
-
 def _create(root: str, name: str, config: dict[str, Any], command: list[str]) -> Experiment:
     remote = "://" in root
     base = _staging(root) if remote else Path(root).expanduser()
-    while True:
-        path = base / f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
-        try:
-            path.mkdir(parents=True)
-            break
-        except FileExistsError:
-            time.sleep(0.2)  # the name counts seconds
-        except OSError as error:
-            raise _unreachable(root, "written", error) from None
+    with _reaching(root, "written"):
+        while True:
+            path = base / f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
+            try:
+                path.mkdir(parents=True)
+                break
+            except FileExistsError:
+                time.sleep(0.2)  # the name counts seconds
     experiment = Experiment(path.resolve(), inside(root, path.name) if remote else None)
     _make_folders(path)
     write_whole(path / CONFIG, yaml.safe_dump(config, sort_keys=False))
     experiment.publish(CONFIG)  # before the info, which makes the folder an experiment
+    versions: dict[str, str | None] = {
+        "m2d": __version__, "python": platform.python_version(), "platform": platform.platform()
+    }  # fmt: skip
+    for package in REPORTED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
     experiment.update_info(
         name=path.name,
         state="running",
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(command),
         cwd=os.getcwd(),  # where relative paths of the command begin
-        versions=environment(),
+        versions=versions,
         git=back_up_code(path / "code_backup"),
     )
     experiment.publish()
@@ -290,9 +269,8 @@ def _staging(root: str) -> Path:
 
     Its name can be guessed, so another user may have been there first: raises ExperimentError unless it is ours alone.
     """
-    key = hashlib.sha256(root.encode()).hexdigest()[:12]
     try:
-        return private_folder("staging") / key
+        return private_folder("staging") / hashlib.sha256(root.encode()).hexdigest()[:12]
     except OSError as error:
         raise ExperimentError(
             f"staging: {error.filename} cannot be used for the files of {root} ({error.strerror}); "
@@ -305,6 +283,94 @@ def _make_folders(path: Path) -> None:
         (path / folder).mkdir(parents=True, exist_ok=True)
 
 
-def _unreachable(root: str, done: str, error: OSError) -> ExperimentError:
-    reason = error.strerror or " ".join(str(error).split())
-    return ExperimentError(f"experiments_dir: {root} cannot be {done} ({reason}); name another")
+@contextmanager
+def _reaching(root: str, done: str) -> Iterator[None]:
+    """An OSError inside is the root's, which cannot be `done`: read or written."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise ExperimentError(f"experiments_dir: {root} cannot be {done} ({reason}); name another") from None
+
+
+@contextmanager
+def log_file(path: Path) -> Iterator[None]:
+    """M2D's messages inside the `with` block, kept in this file too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("m2d").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("m2d").removeHandler(handler)
+        handler.close()
+
+
+# No setting holds a key: m2d.files.paths refuses URIs with credentials. So what is left is the code.
+# What hosts of code scan pushes for: keys that show by their form, and texts that stand behind a name of a secret.
+_KEYS = re.compile(
+    r"""\b(?:AKIA|ASIA)[0-9A-Z]{16}\b
+    | \bgh[pousr]_[A-Za-z0-9]{30,} | \bgithub_pat_\w{30,} | \bglpat-[\w-]{20,}
+    | \bhf_[A-Za-z0-9]{30,} | \bwandb_v\d_\w{30,} | \bsk-[\w-]{32,} | \bxox[abeprs]-[\w-]{20,} | \bAIza[\w-]{35}
+    | \beyJ[\w-]{16,}\.eyJ[\w-]{16,}
+    | ://[^/@\s:'"]*:[^/@\s'"{}]{4,}@
+    | (?i:api_?key|access_?key|secret|token|passw(?:or)?d)\w*["']?\]?\s*(?::\s*\w+\s*)?[:=,]\s*   # a name and a sign
+      ["'](?=[^"']*\d)[^\s"'{}]{12,}["']
+    | (?i:key)["']?\]?\s*[:=]\s*["'][0-9a-f]{40}["']""",
+    re.VERBOSE,
+)
+_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+BLANKED_LINE = "# M2D left this line out of the copy, for it looks as if it held a key"
+
+
+def back_up_code(target: Path) -> dict[str, Any]:
+    """Copy the package's sources; returns the commit and whether the tree had changes (None without git).
+
+    Lines that look as if they held a key are left out, which is said.
+    """
+    package, script = Path(__file__).parent, Path(sys.argv[0])
+    shutil.copytree(package, target / "m2d", ignore=shutil.ignore_patterns("__pycache__"))
+    if script.suffix == ".py" and script.is_file() and script.parent.name != "m2d":
+        shutil.copy2(script, target / script.name)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=package, capture_output=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.decode(errors="replace")
+
+    commit, changes = git("rev-parse", "HEAD"), git("diff", "HEAD", "--", ".")
+    if changes:
+        (target / "uncommitted.patch").write_text(changes, encoding="utf-8")
+    left_out = []
+    for path in sorted(target.rglob("*")):
+        if path.suffix in (".py", ".patch", ".yaml", ".yml") and not path.is_symlink():
+            code, numbers = code_without_keys(path.read_bytes().decode("utf-8", "surrogateescape"))
+            if numbers:
+                path.write_bytes(code.encode("utf-8", "surrogateescape"))
+                left_out += [f"{path.relative_to(target)}:{number}" for number in numbers]
+    if left_out:
+        where = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
+        logger.warning(
+            "code_backup: lines that look like keys are left out of the copy (%s); give keys by the environment", where
+        )
+    return {"commit": commit.strip() if commit else None, "uncommitted_changes": bool(changes) if commit else None}
+
+
+def code_without_keys(text: str) -> tuple[str, list[int]]:
+    """Source code or a patch without the lines that look as if they held a key, and the numbers of those lines.
+
+    As many lines as before, so that a patch's line counts hold. Long random words behind a name such as `api_key` or
+    `password`, access keys and tokens of known form, private keys, and URIs with a password are found; others are not.
+    """
+    lines = text.split("\n")
+    suspects = {number for number, line in enumerate(lines) if _KEYS.search(line)}
+    for found in _PRIVATE_KEY.finditer(text):
+        first = text.count("\n", 0, found.start())
+        suspects |= set(range(first, first + found[0].count("\n") + 1))
+    for number in suspects:
+        mark = re.match(r"(?:\+|-(?!----))?\s*", lines[number])  # of a patch, and the indentation
+        lines[number] = f"{mark[0] if mark else ''}{BLANKED_LINE}"
+    return "\n".join(lines), [number + 1 for number in sorted(suspects)]

@@ -1,7 +1,6 @@
 """A stand-in for the ISIC archive on the loopback: the API's pages, and image files over connections that misbehave."""
 
 import base64
-import hashlib
 import io
 import json
 import threading
@@ -34,8 +33,6 @@ class Archive:
         self.files: dict[str, bytes] = {}
         self.collections: dict[int, str] = {212: "HAM10000", 66: "Challenge 2018: Task 3: Training"}
         self.page_size = 2
-        self.ranges = True  # whether a part of a file can be asked for
-        self.etags = True
         self.server_header = "test"
         self.extra_headers: dict[str, str] = {}  # of files
         self.mishaps: dict[str, list[Any]] = {}  # path's last part -> what happens to the next requests
@@ -43,7 +40,7 @@ class Archive:
         self.next_url: str | None = None  # in place of the true next page
         self.delay_s = 0.0  # before each file
         self.asked: list[str] = []  # path and query of each request, in order
-        self.range_headers: list[tuple[str, str | None]] = []  # (id, Range) of each request for a file
+        self.file_ids: list[str] = []  # of each request for a file
         self.lock = threading.Lock()
 
     def add(self, number: int, **clinical: str) -> str:
@@ -74,11 +71,11 @@ class Archive:
 
     def fetched(self) -> list[str]:
         """Ids of the files that were asked for, sorted, with repetitions."""
-        return sorted(isic_id for isic_id, _ in self.range_headers)
+        return sorted(self.file_ids)
 
     def reset(self) -> None:
         self.asked.clear()
-        self.range_headers.clear()
+        self.file_ids.clear()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -97,11 +94,9 @@ class _Handler(BaseHTTPRequestHandler):
         with archive.lock:
             archive.asked.append(self.path)
             if parts.path.startswith("/images/"):
-                archive.range_headers.append((name.removesuffix(".jpg"), self.headers.get("Range")))
+                archive.file_ids.append(name.removesuffix(".jpg"))
             waiting = archive.mishaps.get(name, [])
             mishap = waiting.pop(0) if waiting else None
-            if isinstance(mishap, bytes):  # from now on the file is another one
-                archive.files[name.removesuffix(".jpg")] = mishap
         if isinstance(mishap, dict):
             self._send(mishap["status"], b"{}", {key: value for key, value in mishap.items() if key != "status"})
         elif parts.path.startswith("/api/v2/"):
@@ -140,17 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
         archive = self.archive
         time.sleep(archive.delay_s)
         headers = {"Content-Type": "image/jpeg"} | archive.extra_headers
-        etag = f'"{hashlib.md5(content).hexdigest()}"'
-        if archive.etags:
-            headers.setdefault("ETag", etag)
-        status, body = 200, content
-        asked = self.headers.get("Range")
-        if asked and archive.ranges and self.headers.get("If-Range") in (None, headers.get("ETag")):
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-            status, body = 206, content[start:]
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        cut = mishap if isinstance(mishap, int) else None
-        self._send(status, body, headers, cut)
+        self._send(200, content, headers, mishap if isinstance(mishap, int) else None)
 
     def _json(self, content: Any) -> None:
         self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})

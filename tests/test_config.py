@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from m2d.arguments import preset_names, preset_path, setting_types
+from m2d.arguments import preset_files, preset_names, setting_types
 from m2d.cli import parse
 from m2d.errors import ConfigError
 from m2d.models.autoencoder import build_autoencoder
@@ -73,14 +73,14 @@ def test_a_presets_networks_fit_one_another(name: str) -> None:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_a_preset_opens_by_saying_what_it_is_for(name: str) -> None:
-    text = preset_path(name).read_text()
+    text = preset_files(name)[-1].read_text()
     assert text.startswith("# ")
     assert yaml.safe_load(text)["name"] == name
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=f"choose from {' '.join(preset_names())}"):
-        preset_path("ham-65")
+        preset_files("ham-65")
 
 
 def refusal_of(make: type, **settings: object) -> str:

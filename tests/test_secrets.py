@@ -14,8 +14,8 @@ from tiny_run import TINY, write_images
 import m2d
 from m2d.cli import main
 from m2d.errors import ConfigError
+from m2d.experiment import BLANKED_LINE, back_up_code, code_without_keys
 from m2d.files.paths import refuse_credentials
-from m2d.records import BLANKED_LINE, back_up_code, code_without_keys
 from m2d.training.telemetry import find_wandb_key
 
 SECRET = "sw0rdfish"

@@ -1,5 +1,7 @@
 """The smallest networks of the real kinds, for tests that count or compare: 16 px images, 8 x 8 latents, 8 features."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,8 +11,9 @@ from m2d.models.perceptual import FeatureDistance, PatchDiscriminator
 from m2d.models.settings import AutoencoderConfig, ConditioningConfig, ProjectorConfig, UNetConfig
 from m2d.models.unet import AlignmentProjector, build_denoiser, tap_channels
 from m2d.training.batch import Draws, ImageBatch, draw
-from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig
-from m2d.training.step import JointStep, Networks, StepConfig
+from m2d.training.networks import Networks
+from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig, TrainConfig
+from m2d.training.step import StepConfig, build_step
 
 IMAGE_SIZE = 16
 LATENT_SHAPE = (4, 8, 8)
@@ -56,17 +59,23 @@ def tiny_networks(discriminator: bool = False, tap: str = "middle", projector: P
     )
 
 
-def tiny_step(networks: Networks, *, distributed: bool = False, weights: LossWeights | None = None, **settings: object):
-    """A JointStep with plain settings."""
+def tiny_step(
+    networks: Networks,
+    stage: str = "joint",
+    *,
+    distributed: bool = False,
+    weights: LossWeights | None = None,
+    rate: float = 1e-3,
+    **settings: Any,
+) -> Any:
+    """A stage's step with plain settings."""
     config = StepConfig(
         weights=weights or LossWeights(kl=1e-3),
-        optimizer=OptimizerConfig(lr_autoencoder=1e-3, lr_denoiser=1e-3, warmup_steps=0, clip_norm=1e6),
+        optimizer=OptimizerConfig(lr_autoencoder=rate, lr_denoiser=rate, warmup_steps=0, clip_norm=1e6),
         schedule=ScheduleConfig(ema_decay=0.9, max_skipped_in_row=3),
-        precision="no",
-        total_steps=100,
-        **settings,
+        **({"precision": "no", "total_steps": 100} | settings),
     )
-    return JointStep(networks, FeatureDistance(networks.extractor), config, CPU, distributed)
+    return build_step(stage, networks, FeatureDistance(networks.extractor), config, CPU, distributed)
 
 
 def tiny_batch(size: int = 4, seed: int = 0) -> tuple[ImageBatch, Draws]:
@@ -75,6 +84,15 @@ def tiny_batch(size: int = 4, seed: int = 0) -> tuple[ImageBatch, Draws]:
     images = torch.randint(0, 256, (size, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8, generator=generator)
     labels = torch.randint(0, 7, (size,), generator=generator)
     return ImageBatch(images, labels), draw(seed, torch.arange(size), LATENT_SHAPE, FEATURE_DIM, CONDITIONING)
+
+
+def random_batch(config: TrainConfig, networks: Networks, seed: int, size: int) -> tuple[ImageBatch, Draws]:
+    """The same of a run's own shapes."""
+    side, generator = config.data.image_size, torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (size, side, side, 3), dtype=torch.uint8, generator=generator)
+    shape = networks.denoiser.latent_shape(side, networks.autoencoder.downsampling)
+    draws = draw(0, torch.arange(size * seed, size * (seed + 1)), shape, networks.feature_dim, config.conditioning)
+    return ImageBatch(images, 4 + torch.arange(size) % 3), draws
 
 
 def part(batch: tuple[ImageBatch, Draws], start: int, stop: int) -> tuple[ImageBatch, Draws]:
@@ -86,3 +104,14 @@ def part(batch: tuple[ImageBatch, Draws], start: int, stop: int) -> tuple[ImageB
 def draws_part(draws: Draws, start: int, stop: int) -> Draws:
     """The draws of samples start..stop."""
     return Draws(**{name: values[start:stop] for name, values in vars(draws).items()})
+
+
+def state_of(networks: Networks) -> dict[str, dict[str, Tensor]]:
+    """A copy of every trained network's tensors, by network and name."""
+    return {name: {k: v.clone() for k, v in part.state_dict().items()} for name, part in networks.trained().items()}
+
+
+def moved(networks: Networks, before: dict[str, dict[str, Tensor]]) -> dict[str, set[str]]:
+    """Of every network the names of the tensors that are not what they were."""
+    after = state_of(networks)
+    return {name: {k for k, v in part.items() if not torch.equal(v, before[name][k])} for name, part in after.items()}

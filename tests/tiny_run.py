@@ -1,11 +1,14 @@
 """A training run of seconds: its flags, and the images it trains on."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from m2d.classes import CLASSES
+from m2d.cli import parse
 
 TINY = [
     "--data.image_size", "16", "--perceptual.kind", "features", "--feature_extractor.input_size", "32",
@@ -27,3 +30,16 @@ def write_images(root: Path) -> Path:
             pixels = torch.randint(0, 120, (24, 32, 3), generator=generator) + 15 * index
             Image.fromarray(pixels.to(torch.uint8).numpy()).save(root / code / f"{code}_{number}.png")
     return root
+
+
+def tiny_config(data_root: Path, root: Path, *more: str) -> Any:
+    """A run's settings, by default in the calling process."""
+    places = ["--data_root", str(data_root), "--experiments_dir", str(root), "--cache_dir", str(root / "cache")]
+    return parse("train", [*places, "--name", "run", "--num_workers", "0", *TINY, *more])
+
+
+def records(experiment: Path, name: str = "train") -> list[dict[str, Any]]:
+    """Of metrics/NAME.jsonl, but for a line that is being written."""
+    path = experiment / "metrics" / f"{name}.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]

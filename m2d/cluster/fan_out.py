@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import pyarrow as pa
 
@@ -123,75 +123,47 @@ class JobResult:
     failures: list[str] = field(default_factory=list)  # `path: reason` of each image that it could not make
 
 
-class Extraction(Protocol):
-    """Numbered jobs that share a network. It is pickled."""
+def run_jobs(work: Any, *, actors: int, device: str, threads: int, bars: bool = False) -> Iterator[JobResult]:
+    """The results of all jobs on actors, each of which reserves a GPU, or one CPU and so never waits.
 
-    def load(self, device: str, threads: int) -> Any:
-        """The network on the device. threads: of torch in this process, for a CPU."""
-
-    def run(self, job: int, network: Any, device: str) -> JobResult:
-        """Do one job, and keep what it makes."""
-
-
-def run_jobs(
-    work: Extraction, count: int, *, actors: int, device: str, threads: int, bars: bool = False
-) -> Iterator[JobResult]:
-    """The results of jobs 0 .. count - 1 on actors, each of which reserves a GPU, or one CPU and so never waits."""
+    work: m2d.data.features.ExtractionJobs, or what has its `jobs`, `load` and `run`; it is pickled. threads: of torch
+    in an actor on a CPU.
+    """
     gpus = 0.0 if device == "cpu" else 1.0
     stage = on_actors(
         partial(work.load, device, threads), partial(_run_job, work, device), most=actors, cpus=1 - gpus, gpus=gpus
     )
-    for row in fan_out(numbered(count), stage, bars=bars):
-        yield JobResult(**row)
+    return (JobResult(**row) for row in fan_out(numbered(len(work.jobs)), stage, bars=bars))
 
 
-def _run_job(work: Extraction, device: str, network: Any, block: pa.Table) -> pa.Table:
+def _run_job(work: Any, device: str, network: Any, block: pa.Table) -> pa.Table:
     return as_block(work.run(block["job"][0].as_py(), network, device))
 
 
 def as_block(result: JobResult) -> pa.Table:
     """One row, from which JobResult(**row) is the result again."""
-    return pa.Table.from_pylist([dataclasses.asdict(result)], schema=_RESULT)
-
-
-_RESULT = pa.schema([("images", pa.int64()), ("failures", pa.list_(pa.string()))])
+    schema = pa.schema([("images", pa.int64()), ("failures", pa.list_(pa.string()))])
+    return pa.Table.from_pylist([dataclasses.asdict(result)], schema=schema)
 
 
 def raise_user_error(error: "ray.exceptions.RayError") -> NoReturn:
-    """Raise the M2DError that a task raised, out of Ray's wrappings; the error itself where it is another one."""
-    cause = _user_error(error)
-    if cause is None:
-        raise error
-    raise cause from error
+    """Raise the M2DError that a task raised, out of Ray's wrappings; the error itself where it is another one.
 
-
-def _user_error(error: BaseException) -> M2DError | None:
-    """The wrappings lose their tracebacks, which hold Ray Data's executor, and so actors with their CPUs.
-
-    While the exception is referenced, as in a notebook, the next run would hang.
+    The wrappings lose their tracebacks, which hold Ray Data's executor, and so actors with their CPUs: while the
+    exception is referenced, as in a notebook, the next run would hang.
     """
     import ray.exceptions
 
-    one: BaseException | None = error
-    seen = set[int]()
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
-        if isinstance(one, M2DError) and not isinstance(one, ray.exceptions.RayError):
-            for wrapping in _chained(error):
-                wrapping.__traceback__ = None
-            gc.collect()  # the executor is part of a cycle
-            return type(one)(str(one).splitlines()[0])  # Ray appends advice on its own settings
-        one = getattr(one, "cause", None) or one.__cause__
-    return None
-
-
-def _chained(error: BaseException) -> list[BaseException]:
-    """The error, what it came from, and what was being handled meanwhile."""
-    found: dict[int, BaseException] = {}
-    left: list[BaseException | None] = [error]
-    while left:
-        one = left.pop()
-        if one is not None and id(one) not in found:
-            found[id(one)] = one
-            left += [getattr(one, "cause", None), one.__cause__, one.__context__]
-    return list(found.values())
+    causes: list[BaseException] = [error]
+    chained: list[BaseException] = [error]
+    for found, links in ((causes, ("cause", "__cause__")), (chained, ("cause", "__cause__", "__context__"))):
+        for one in found:  # it grows meanwhile
+            others = (getattr(one, link, None) for link in links)
+            found += [other for other in others if other is not None and not any(other is known for known in found)]
+    users = [one for one in causes if isinstance(one, M2DError) and not isinstance(one, ray.exceptions.RayError)]
+    if not users:
+        raise error
+    for wrapping in chained:
+        wrapping.__traceback__ = None
+    gc.collect()  # the executor is part of a cycle
+    raise type(users[0])(str(users[0]).splitlines()[0]) from error  # Ray appends advice on its own settings

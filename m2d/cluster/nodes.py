@@ -6,8 +6,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor
 from pathlib import Path
@@ -46,19 +45,30 @@ def require_shared(*, written: Mapping[str, str], read: Mapping[str, str]) -> No
     }
     if not others:
         return
-    for setting, place in written.items():
-        if "://" in place:
-            raise ConfigError(
-                f"{setting}: {place} is a URI, whose files are staged on one machine, and the cluster "
-                f"has {len(others)} other running node(s); {FIX}"
-            )
     looks: list[Look] = []
     for setting, path in read.items():
         if "://" not in path and os.path.isdir(path):  # hidden entries may be gone in a moment
             looks.append((setting, path, sorted(name for name in os.listdir(path) if name[0] != ".")[:ENTRIES]))
-    with ExitStack() as markers:
-        looks += [(setting, path, [markers.enter_context(_marker(setting, path))]) for setting, path in written.items()]
+    markers = []
+    try:
+        for setting, path in written.items():
+            if "://" in path:
+                raise ConfigError(
+                    f"{setting}: {path} is a URI, whose files are staged on one machine, and the cluster has "
+                    f"{len(others)} other running node(s); {FIX}"
+                )
+            markers.append(Path(path) / f".m2d-seen-by-{uuid.uuid4().hex}")
+            looks.append((setting, path, [markers[-1].name]))
+            try:
+                markers[-1].parent.mkdir(parents=True, exist_ok=True)
+                markers[-1].touch()
+            except OSError as error:
+                markers.pop()
+                raise ConfigError(f"{setting}: {path} cannot be written ({error.strerror}); name another") from None
         unseen = _unseen(others, looks)
+    finally:
+        for marker in markers:
+            marker.unlink(missing_ok=True)
     for setting, path, _ in looks:
         addresses = sorted({others[node] for node, settings in unseen.items() if setting in settings})
         if addresses:
@@ -67,6 +77,48 @@ def require_shared(*, written: Mapping[str, str], read: Mapping[str, str]) -> No
                 f"{setting}: {path} of this machine is not seen by the node {addresses[0]}{more}, which has another "
                 f"folder or none there; {FIX}"
             )
+
+
+def _unseen(others: Mapping[str, str], looks: list[Look]) -> dict[str, list[str]]:
+    """Node id -> the settings whose paths it does not see."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    task = ray.remote(num_cpus=0, max_retries=0)(not_seen)
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(looks): node
+        for node in others
+    }
+    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+    unseen = {}
+    for answer in answered:
+        node = asked[answer]
+        try:
+            unseen[node] = ray.get(answer)
+        except ray.exceptions.RayTaskError as error:
+            raise _cannot_run(f"the node {others[node]}", error) from None
+        except ray.exceptions.RayError:  # it went away meanwhile; what else runs there notices by itself
+            logger.warning("the node %s went away before it reported which paths it sees", others[node])
+    for answer in silent:
+        ray.cancel(answer, force=True)
+        logger.warning(
+            "the node %s did not report within %g s which paths it sees; continuing", others[asked[answer]], ANSWER_S
+        )
+    return unseen
+
+
+def not_seen(looks: list[Look]) -> list[str]:
+    """The settings whose paths the machine where this runs does not see as they should be."""
+    deadline = time.monotonic() + APPEAR_S
+    while True:
+        unseen = [
+            setting
+            for setting, path, entries in looks
+            if not (os.path.isdir(path) and all(os.path.lexists(os.path.join(path, entry)) for entry in entries))
+        ]
+        if not unseen or time.monotonic() > deadline:
+            return unseen
+        time.sleep(0.2)
 
 
 def wait_for_nodes(bundles: Sequence[Mapping[str, float]], wait_s: float, say: Callable[[str], None]) -> bool:
@@ -79,10 +131,7 @@ def wait_for_nodes(bundles: Sequence[Mapping[str, float]], wait_s: float, say: C
     import ray
     from ray.autoscaler.sdk import request_resources
 
-    needed: dict[str, float] = {}
-    for bundle in bundles:
-        for name, amount in bundle.items():
-            needed[name] = needed.get(name, 0) + amount
+    needed = {name: sum(one.get(name, 0) for one in bundles) for bundle in bundles for name in bundle}
     deadline, said, asked = time.monotonic() + wait_s, "", False
     try:
         while True:
@@ -157,34 +206,28 @@ def gpu_facts() -> GpuFacts:
     from m2d.models.precision import pick_precision
 
     sees = torch.cuda.is_available()
+    driver = driver_cuda = None
+    try:
+        # `535.183.01` of `NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  ...`, which has several forms.
+        found = re.search(r"NVRM version:.*?\s(\d+\.\d[\d.]*)", DRIVER.read_text(encoding="utf-8"))
+        driver = found[1] if found else "of an unknown version"
+    except OSError:
+        pass
+    try:
+        # `12.2`, as the driver's own library says; torch asks it too, and is silent where the answer is too low.
+        version = ctypes.c_int()
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) == 0:
+            driver_cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    except (OSError, AttributeError):
+        pass
     return GpuFacts(
         name=torch.cuda.get_device_name() if sees else None,
         precision=pick_precision(None, torch.device("cuda" if sees else "cpu")),
         torch=torch.__version__,
         cuda=torch.version.cuda,
-        driver=_driver(),
-        driver_cuda=_driver_cuda(),
+        driver=driver,
+        driver_cuda=driver_cuda,
     )
-
-
-def _driver() -> str | None:
-    """`535.183.01` of `NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  ...`, which has several forms."""
-    try:
-        found = re.search(r"NVRM version:.*?\s(\d+\.\d[\d.]*)", DRIVER.read_text(encoding="utf-8"))
-    except OSError:
-        return None
-    return found[1] if found else "of an unknown version"
-
-
-def _driver_cuda() -> str | None:
-    """`12.2`, as the driver's own library says; torch asks it too, and is silent where the answer is too low."""
-    version = ctypes.c_int()
-    try:
-        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
-            return None
-    except (OSError, AttributeError):
-        return None
-    return f"{version.value // 1000}.{version.value % 1000 // 10}"
 
 
 def cluster_gpu() -> GpuFacts:
@@ -217,59 +260,3 @@ def _cannot_run(node: str, error: Exception) -> ConfigError:
         f"{node} cannot run M2D ({str(error).strip().splitlines()[-1]}); install it there, or submit the job with "
         "--working-dir ."
     )
-
-
-def _unseen(others: Mapping[str, str], looks: list[Look]) -> dict[str, list[str]]:
-    """Node id -> the settings whose paths it does not see."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    task = ray.remote(num_cpus=0, max_retries=0)(not_seen)
-    asked = {
-        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(looks): node
-        for node in others
-    }
-    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
-    unseen = {}
-    for answer in answered:
-        node = asked[answer]
-        try:
-            unseen[node] = ray.get(answer)
-        except ray.exceptions.RayTaskError as error:
-            raise _cannot_run(f"the node {others[node]}", error) from None
-        except ray.exceptions.RayError:  # it went away meanwhile; what else runs there notices by itself
-            logger.warning("the node %s went away before it reported which paths it sees", others[node])
-    for answer in silent:
-        ray.cancel(answer, force=True)
-        logger.warning(
-            "the node %s did not report within %g s which paths it sees; continuing", others[asked[answer]], ANSWER_S
-        )
-    return unseen
-
-
-def not_seen(looks: list[Look]) -> list[str]:
-    """The settings whose paths the machine where this runs does not see as they should be."""
-    unseen = []
-    for setting, path, entries in looks:
-        deadline = time.monotonic() + APPEAR_S
-        while not (os.path.isdir(path) and all(os.path.lexists(os.path.join(path, entry)) for entry in entries)):
-            if time.monotonic() > deadline:
-                unseen.append(setting)
-                break
-            time.sleep(0.2)
-    return unseen
-
-
-@contextmanager
-def _marker(setting: str, folder: str) -> Iterator[str]:
-    """A hidden empty file, there for the time of the block; its name."""
-    path = Path(folder) / f".m2d-seen-by-{uuid.uuid4().hex}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise ConfigError(f"{setting}: {folder} cannot be written ({error.strerror}); name another") from None
-    try:
-        yield path.name
-    finally:
-        path.unlink(missing_ok=True)

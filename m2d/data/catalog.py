@@ -8,7 +8,7 @@ import json
 import math
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from m2d.classes import ISIC7, ClassSet
 from m2d.data.decode import ImageRejected, decode_measured
@@ -27,8 +26,8 @@ from m2d.data.layouts import FACTS, Entry, read_layout, sources
 from m2d.data.settings import DataConfig
 from m2d.data.views import apply_view
 from m2d.errors import DataError
-from m2d.files.atomic import write_whole
-from m2d.files.storage import one_line, open_storage
+from m2d.files.atomic import cache_file
+from m2d.files.storage import Storage, one_line, open_storage, read_file
 
 CATALOG_SCHEMA = pa.schema(
     [
@@ -60,7 +59,15 @@ class Scan:
 
     catalog: pa.Table  # CATALOG_SCHEMA, ordered by class and path
     rejected: pa.Table  # path, reason
-    duplicates: pa.Table  # path, kept: the same bytes stand in the catalog as `kept`
+    duplicates: pa.Table  # path, kept: the same bytes are in the catalog as `kept`
+
+
+class _Facts(NamedTuple):
+    width: int
+    height: int
+    bytes: int
+    sha256: str
+    cells: np.ndarray  # mean colours of an 8 x 8 grid, float32 [8, 8, 3]: what near-duplicates are found by
 
 
 def scan_dataset(
@@ -73,43 +80,54 @@ def scan_dataset(
 
     data_root: local path or URI. classes: see `read_layout`. progress(done, total) is called from the caller's thread,
     once per file. A broken file is listed with its reason and the scan goes on. Rows and their order depend on the
-    content alone.
-    Raises DataError where data_root, its folders, its tables or its labels cannot be used as they are.
+    content alone. Raises DataError where data_root, its folders, tables or labels cannot be used as they are.
     """
-    filesystem, root = open_storage(data_root)
-    layout = read_layout(filesystem, root, data_root, config, classes)
-    rejected = list(layout.rejected)
-    entries = {entry.path: entry for entry in layout.entries}
-    candidates = [(entry.path, str(entry.label)) for entry in layout.entries]
-    images: list[_Image] = []
-    for (path, _), found in zip(
-        candidates, _probe_all(filesystem, root, candidates, config.max_pixels, progress), strict=True
-    ):
-        if isinstance(found, str):
-            rejected.append((path, found))
+    # 1. Which files are images, of which class and lesion.
+    storage = open_storage(data_root)
+    layout = read_layout(*storage, data_root, config, classes)
+    found, rejected, said = layout.entries, list(layout.rejected), list(layout.said)
+
+    # 2. Those that can be read.
+    images: list[tuple[Entry, str]] = []  # with the sha256
+    facts_of: dict[str, _Facts] = {}
+    for image, facts in zip(found, _check_all(storage, found, config.max_pixels, progress), strict=True):
+        if isinstance(facts, str):
+            rejected.append((image.path, facts))
         else:
-            images.append(found)
+            images.append((image, facts.sha256))
+            facts_of[facts.sha256] = facts
     if not images:
         first = f"; the first of {len(rejected)} rejected: {rejected[0][0]}: {rejected[0][1]}" if rejected else ""
         raise DataError(f"data_root: {data_root} holds no usable image{first}")
 
-    kept, duplicates = _drop_duplicates(images, data_root)
-    said = list(layout.said)
-    pairs = _near_duplicates(kept)
-    identities = _group_lesions(images, kept, entries, pairs if config.group_near_duplicates else [])
+    # 3. Each content once.
+    kept = {sha256: image for image, sha256 in reversed(images)}  # the first of each
+    conflicts = [(kept[sha256].path, image.path) for image, sha256 in images if kept[sha256].label != image.label]
+    if conflicts:
+        raise DataError(
+            f"data_root: {data_root} has one image under two labels, {len(conflicts)} times: {conflicts[0][0]} and "
+            f"{conflicts[0][1]}; remove the wrong one"
+        )
+    copies = sorted((image.path, kept[sha256].path) for image, sha256 in images if kept[sha256] is not image)
+
+    # 4. Lesions, and the split by them.
+    stems = Counter(_stem(image.path) for image in kept.values())
+    ids = {sha256: image.path if stems[_stem(image.path)] > 1 else _stem(image.path) for sha256, image in kept.items()}
+    chosen = [(image, sha256) for image, sha256 in images if kept[sha256] is image]
+    alike = _near_duplicates([facts_of[sha256].cells for _, sha256 in chosen])
+    same = [(chosen[a][1], chosen[b][1]) for a, b in alike] if config.group_near_duplicates else []
+    lesions = _join_lesions([(sha256, image.lesions) for image, sha256 in images], ids, same)
     rows = [
-        (name, *image[:2], lesion, *image[2:-1], "", *_facts(entries[image.path]))
-        for image, (name, lesion) in zip(kept, identities, strict=True)
+        {"image_id": ids[sha256], "path": image.path, "label": image.label, "lesion_id": lesions[sha256], "split": ""}
+        | {name: value for name, value in facts_of[sha256]._asdict().items() if name != "cells"}
+        | image.facts
+        | {"age": _years(image.facts.get("age", ""))}
+        for image, sha256 in chosen
     ]
-    catalog = _split(_table(CATALOG_SCHEMA, rows), [entries[image.path].split for image in kept], config, said)
-    said += _tell_near_duplicates(catalog, pairs)
+    catalog = _split(pa.Table.from_pylist(rows, CATALOG_SCHEMA), [image.split for image, _ in chosen], config, said)
+    said += _tell_near_duplicates(catalog, alike)
     catalog = catalog.replace_schema_metadata({_SAID: json.dumps(said), _CLASSES: json.dumps(layout.classes.as_dict())})
-    return Scan(catalog, _table(REJECTED_SCHEMA, sorted(rejected)), _table(DUPLICATES_SCHEMA, duplicates))
-
-
-def said_of(catalog: pa.Table) -> list[str]:
-    """What its scan took labels, lesions and splits from and what it left out, one fact a line, for the first lines."""
-    return list(json.loads((catalog.schema.metadata or {}).get(_SAID, b"[]")))
+    return Scan(catalog, _pairs(REJECTED_SCHEMA, sorted(rejected)), _pairs(DUPLICATES_SCHEMA, copies))
 
 
 def dataset_fingerprint(data_root: str, config: DataConfig) -> str:
@@ -118,8 +136,13 @@ def dataset_fingerprint(data_root: str, config: DataConfig) -> str:
     Raises DataError where data_root cannot be listed.
     """
     files = sources(*open_storage(data_root), data_root, config)
-    lines = (f"{file.path}\0{file.size}\0{file.mtime_ns}" for file in files)
-    return hashlib.sha256("\0\0".join(sorted(lines)).encode(errors="surrogateescape")).hexdigest()
+    lines = sorted(f"{file.path}\0{file.size}\0{file.mtime_ns}" for file in files)
+    return hashlib.sha256("\0\0".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def said_of(catalog: pa.Table) -> list[str]:
+    """What its scan took labels, lesions and splits from and what it left out, one fact a line, for the first lines."""
+    return list(json.loads((catalog.schema.metadata or {}).get(_SAID, b"[]")))
 
 
 def classes_of(catalog: pa.Table) -> ClassSet:
@@ -131,17 +154,15 @@ def classes_of(catalog: pa.Table) -> ClassSet:
         raise DataError(f"catalog: its set of classes cannot be read ({one_line(error)}); scan again") from error
 
 
-def write_catalog(catalog: pa.Table, path: str) -> None:
-    """Write a catalog as Parquet to a local path or URI; a reader never meets half a file. Makes missing folders."""
-    encoded = pa.BufferOutputStream()
-    pq.write_table(_in_schema(catalog), encoded)
-    _write_whole(path, encoded.getvalue())
+def write_catalog(catalog: pa.Table, path: str | Path) -> None:
+    """Write a catalog as Parquet; a reader never meets half a file. Makes missing folders. Raises DataError."""
+    with cache_file(Path(path)) as partial:
+        pq.write_table(_in_schema(catalog), partial)
 
 
 def read_catalog(path: str) -> pa.Table:
-    """Read what write_catalog wrote. Raises DataError where it is missing, broken or not a catalog."""
+    """Read what write_catalog wrote, from a local path or URI. Raises DataError where it is missing or no catalog."""
     filesystem, inner = open_storage(path)
-    shown = path
     try:
         with filesystem.open_input_file(inner) as stream:
             catalog = pq.read_table(stream)
@@ -150,28 +171,23 @@ def read_catalog(path: str) -> pa.Table:
                 catalog = catalog.append_column(name, pa.nulls(len(catalog), CATALOG_SCHEMA.field(name).type))
         missing = [name for name in CATALOG_SCHEMA.names if name not in catalog.column_names]
         if missing:
-            raise DataError(f"catalog: {shown} lacks the columns {' '.join(missing)}; scan the dataset again")
+            raise DataError(f"catalog: {path} lacks the columns {' '.join(missing)}; scan the dataset again")
         return _in_schema(catalog)
-    except FileNotFoundError:
-        raise DataError(f"catalog: {shown} does not exist; scan the dataset first") from None
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"catalog: {shown} cannot be read ({one_line(error)}); scan the dataset again") from error
+        raise DataError(f"catalog: {path} cannot be read ({one_line(error)}); scan the dataset again") from error
 
 
-def write_csv(table: pa.Table, path: str) -> None:
-    """Write the rejected files or the duplicates of a scan as CSV to a local path or URI."""
-    encoded = pa.BufferOutputStream()
-    pa_csv.write_csv(table, encoded)
-    _write_whole(path, encoded.getvalue())
+def write_csv(table: pa.Table, path: str | Path) -> None:
+    """Write the rejected files or the duplicates of a scan as CSV."""
+    with cache_file(Path(path)) as partial:
+        pa_csv.write_csv(table, partial)
 
 
 def class_counts(catalog: pa.Table, split: str | None = None) -> dict[str, int]:
     """Images per class code, all of the set in its order, 0 where none; of one split or of the whole catalog."""
-    labels = catalog["label"]
-    if split is not None:
-        labels = labels.filter(pc.equal(catalog["split"], split))
-    counts = {entry["values"]: entry["counts"] for entry in labels.value_counts().to_pylist()}
-    return {code: counts.get(code, 0) for code in classes_of(catalog).codes}
+    labels = catalog["label"] if split is None else catalog["label"].filter(pc.equal(catalog["split"], split))
+    counts = Counter(labels.to_pylist())
+    return {code: counts[code] for code in classes_of(catalog).codes}
 
 
 def catalog_hash(catalog: pa.Table) -> str:
@@ -186,74 +202,49 @@ def _in_schema(catalog: pa.Table) -> pa.Table:
     return catalog.select(CATALOG_SCHEMA.names).cast(CATALOG_SCHEMA.with_metadata(catalog.schema.metadata))
 
 
-class _Image(NamedTuple):
-    path: str
-    label: str
-    width: int
-    height: int
-    bytes: int
-    sha256: str
-    cells: np.ndarray  # mean colours of an 8 x 8 grid: float32 [8, 8, 3]
+def _stem(path: str) -> str:
+    return posixpath.splitext(posixpath.basename(path))[0]
 
 
-def _probe_all(
-    filesystem: fs.FileSystem,
-    root: str,
-    candidates: list[tuple[str, str]],
-    max_pixels: int,
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[_Image | str]:
-    """What each file (path, label) holds, or in one line why it cannot be used."""
+def _years(age: str) -> float | None:
+    try:
+        return float(age) if math.isfinite(float(age)) else None
+    except ValueError:
+        return None
 
-    def probe(candidate: tuple[str, str]) -> _Image | str:
+
+def _check_all(
+    storage: Storage, found: list[Entry], max_pixels: int, progress: Callable[[int, int], None] | None
+) -> Iterator[_Facts | str]:
+    """The facts of each file, or in one line why it cannot be used."""
+
+    def check(image: Entry) -> _Facts | str:
+        encoded = read_file(storage, image.path)
+        if isinstance(encoded, str):
+            return encoded
         try:
-            with filesystem.open_input_stream(posixpath.join(root, candidate[0]), compression=None) as stream:
-                encoded = stream.read()
             pixels, width, height = decode_measured(encoded, 64, max_pixels=max_pixels)
         except ImageRejected as rejection:
             return rejection.reason
-        except (pa.ArrowException, OSError) as error:
-            return f"cannot be read: {one_line(error)}"
         cells = pixels.reshape(8, 8, 8, 8, 3).mean((1, 3), dtype=np.float32)
-        return _Image(*candidate, width, height, len(encoded), hashlib.sha256(encoded).hexdigest(), cells)
+        return _Facts(width, height, len(encoded), hashlib.sha256(encoded).hexdigest(), cells)
 
     pool = ThreadPoolExecutor(_SCAN_THREADS, thread_name_prefix="m2d-scan")
     try:
-        for done, result in enumerate(pool.map(probe, candidates), 1):
+        for done, result in enumerate(pool.map(check, found), 1):
             yield result
             if progress is not None:
-                progress(done, len(candidates))
+                progress(done, len(found))
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C ends the scan now, not thousands of files later
 
 
-def _drop_duplicates(images: list[_Image], shown: str) -> tuple[list[_Image], list[tuple[str, str]]]:
-    """The first image of each content, and (path, kept path) of the others; two labels on one content are an error."""
-    first: dict[str, _Image] = {}
-    duplicates: list[tuple[str, str]] = []
-    conflicts: list[tuple[str, str]] = []
-    for image in images:
-        kept = first.setdefault(image.sha256, image)
-        if kept.label != image.label:
-            conflicts.append((kept.path, image.path))
-        elif kept.path != image.path:
-            duplicates.append((image.path, kept.path))
-    if conflicts:
-        more = f" (and {len(conflicts) - 1} more such pairs)" if len(conflicts) > 1 else ""
-        raise DataError(
-            f"data_root: {shown} has one image under two labels: {conflicts[0][0]} and {conflicts[0][1]}{more}; "
-            "remove the wrong one"
-        )
-    return list(first.values()), sorted(duplicates)
-
-
-def _near_duplicates(images: list[_Image]) -> list[tuple[int, int]]:
+def _near_duplicates(cells: Sequence[np.ndarray]) -> list[tuple[int, int]]:
     """Pairs of rows that look the same in one of the eight views."""
     from m2d.metrics.neighbours import near_duplicates, unit_thumbnails  # torch, which those who import this may lack
 
-    cells = np.stack([image.cells for image in images])
     views = (unit_thumbnails(np.stack([apply_view(one, view) for one in cells])) for view in range(8))
-    return near_duplicates(views, unit_thumbnails(cells))
+    return near_duplicates(views, unit_thumbnails(np.stack(cells)))
 
 
 def _tell_near_duplicates(catalog: pa.Table, pairs: list[tuple[int, int]]) -> list[str]:
@@ -266,25 +257,20 @@ def _tell_near_duplicates(catalog: pa.Table, pairs: list[tuple[int, int]]) -> li
     ):
         apart = [(names[a], names[b]) for a, b in pairs if column[a] != column[b]]
         if apart:
-            said.append(
-                f"WARNING: {len(apart):,} pairs of near-duplicates {what}, {' and '.join(apart[0])} for one; {advice}"
-            )
+            example = " and ".join(apart[0])
+            said.append(f"WARNING: {len(apart):,} pairs of near-duplicates {what}, {example} for one; {advice}")
     return said
 
 
-def _group_lesions(
-    images: list[_Image], kept: list[_Image], entries: dict[str, Entry], alike: list[tuple[int, int]]
-) -> list[tuple[str, str]]:
-    """(image_id, lesion_id) of each kept image.
+def _join_lesions(
+    recorded: list[tuple[str, set[str]]], image_ids: dict[str, str], same: list[tuple[str, str]]
+) -> dict[str, str]:
+    """The lesion of each content (sha256): as recorded, or the image itself.
 
-    Two lesions that share an image, an exact duplicate or one of the pairs `alike` of kept images are one: apart they
-    could be on both sides of a split.
+    recorded: sha256 and names of the lesion, of every file. Lesions that share an image, an exact duplicate or a pair
+    of contents in `same` are one: apart they could be on both sides of a split.
     """
-    stems = Counter(_stem(image.path) for image in kept)
-    image_id_of = {image.path: _stem(image.path) if stems[_stem(image.path)] == 1 else image.path for image in kept}
-    lesion_of_content = {
-        image.sha256: min(entries[image.path].lesions, default=image_id_of[image.path]) for image in kept
-    }
+    of_kept = {sha256: min(names, default=image_ids[sha256]) for sha256, names in reversed(recorded)}
     joined: dict[str, str] = {}  # lesion -> another name of the same lesion, a forest
 
     def representative(lesion: str) -> str:
@@ -292,48 +278,16 @@ def _group_lesions(
             lesion = joined[lesion]
         return lesion
 
-    links = [(lesion, lesion_of_content[image.sha256]) for image in images for lesion in entries[image.path].lesions]
-    links += [(lesion_of_content[kept[a].sha256], lesion_of_content[kept[b].sha256]) for a, b in alike]
-    for one, other in links:
-        a, b = representative(one), representative(other)
+    links = [(lesion, of_kept[sha256]) for sha256, names in recorded for lesion in names]
+    for one, other in [*links, *((of_kept[a], of_kept[b]) for a, b in same)]:
+        a, b = sorted((representative(one), representative(other)))
         if a != b:
-            joined[max(a, b)] = min(a, b)
-    return [(image_id_of[image.path], representative(lesion_of_content[image.sha256])) for image in kept]
+            joined[b] = a
+    return {sha256: representative(lesion) for sha256, lesion in of_kept.items()}
 
 
-def _facts(entry: Entry) -> tuple[object, ...]:
-    try:
-        age: float | None = float(entry.facts.get("age", ""))
-    except ValueError:
-        age = None
-    return (age if age is None or math.isfinite(age) else None, *(entry.facts.get(name) for name in FACTS[1:]))
-
-
-def _table(schema: pa.Schema, rows: Iterable[tuple[object, ...]]) -> pa.Table:
-    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
-    return pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema
-    )
-
-
-def _write_whole(path: str, encoded: pa.Buffer) -> None:
-    """All or nothing, which object stores do of themselves."""
-    filesystem, inner = open_storage(path)
-    try:
-        filesystem.create_dir(posixpath.dirname(inner), recursive=True)
-        if isinstance(filesystem, fs.LocalFileSystem):
-            write_whole(Path(inner), encoded.to_pybytes())
-        else:
-            with filesystem.open_output_stream(inner, compression=None) as stream:
-                stream.write(encoded)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{path} cannot be written ({one_line(error)}); check the path, its rights and free space"
-        ) from error
-
-
-def _stem(path: str) -> str:
-    return posixpath.splitext(posixpath.basename(path))[0]
+def _pairs(schema: pa.Schema, rows: list[tuple[str, str]]) -> pa.Table:
+    return pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema)
 
 
 # --- the split --------------------------------------------------------------------------------------------------------
@@ -371,8 +325,6 @@ def assign_splits(catalog: pa.Table, *, val_fraction: float, test_fraction: floa
             free = free[count:]
         split_of.update(dict.fromkeys(free, "train"))
     splits = pa.array([split_of[lesion] for lesion in lesion_ids], pa.string())
-    if "split" not in catalog.column_names:
-        return catalog.append_column("split", splits)
     return catalog.set_column(catalog.column_names.index("split"), "split", splits)
 
 

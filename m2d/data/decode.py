@@ -4,8 +4,7 @@ Knows nothing of files, labels or Ray. Safe in many threads at once: it neither 
 """
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile
@@ -36,11 +35,8 @@ def decode_image(encoded: bytes, *, max_pixels: int) -> np.ndarray:
     max_pixels: larger images are refused from their header, before any pixel is decoded.
     Raises ImageRejected for bytes that are no whole JPEG, PNG, BMP, TIFF or WEBP image.
     """
-    image = _open(encoded, max_pixels)
-    with _readable(image.format):
-        image.load()
-        upright = _upright(_opaque(image), _orientation(image))
-        return np.array(upright.convert("RGB"))
+    loaded = _load(encoded, max_pixels)
+    return np.array(_upright(loaded.image, loaded.orientation).convert("RGB"))
 
 
 def decode_resized(encoded: bytes, size: int, *, max_pixels: int) -> np.ndarray:
@@ -55,23 +51,15 @@ def decode_resized(encoded: bytes, size: int, *, max_pixels: int) -> np.ndarray:
 
 def decode_measured(encoded: bytes, size: int, *, max_pixels: int) -> tuple[np.ndarray, int, int]:
     """decode_resized's square, and the width and height of the whole picture in pixels, upright."""
-    image = _open(encoded, max_pixels)
-    full_width, full_height = image.size
-    with _readable(image.format):
-        draft = image.draft(None, (size, size)) if isinstance(image, JpegImageFile) else None
-        image.load()
-        opaque = _opaque(image)
-        # A draft of 300 rows at 1/8 has 38, but the picture covers 37.5 of them: the draft's box keeps the fraction.
-        width, height = draft[1][2:] if draft else opaque.size
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        # A centred square stays centred when turned, so the turn comes last, on the few pixels that are left.
-        square = opaque.resize(
-            (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=2.0
-        )
-        orientation = _orientation(image)
-        measures = (full_height, full_width) if orientation in _QUARTER_TURNED else (full_width, full_height)
-        return np.array(_upright(square, orientation).convert("RGB")), *measures
+    image, orientation, full, (width, height) = _load(encoded, max_pixels, draft=size)
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    # A centred square stays centred when turned, so the turn comes last, on the few pixels that are left.
+    square = image.resize(
+        (size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=2.0
+    )
+    across, down = full if orientation < 5 else full[::-1]  # from 5 on, a quarter turn
+    return np.array(_upright(square, orientation).convert("RGB")), across, down
 
 
 def probe_image(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
@@ -79,38 +67,28 @@ def probe_image(encoded: bytes, *, max_pixels: int) -> tuple[int, int]:
 
     Raises ImageRejected exactly where decode_image would.
     """
-    image = _open(encoded, max_pixels)
-    width, height = image.size
-    with _readable(image.format):
-        if isinstance(image, JpegImageFile):
-            image.draft(None, (1, 1))  # entropy decoding still reads all of the file; only the inverse DCT gets cheaper
-        image.load()
-        _opaque(image)
-        return (height, width) if _orientation(image) in _QUARTER_TURNED else (width, height)
+    # A JPEG's entropy decoding still reads all of the file at the smallest draft; only the inverse DCT gets cheaper.
+    _, orientation, (width, height), _ = _load(encoded, max_pixels, draft=1)
+    return (height, width) if orientation >= 5 else (width, height)  # a quarter turn
 
 
-_SIGNATURES: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
-    (b"\xff\xd8\xff", JpegImageFile),  # also MPO: its first picture is an ordinary JPEG
-    (b"\x89PNG\r\n\x1a\n", PngImageFile),
-    (b"BM", BmpImageFile),
-    (b"II*\0", TiffImageFile),
-    (b"MM\0*", TiffImageFile),
-    (b"II+\0", TiffImageFile),
-    (b"MM\0+", TiffImageFile),
-    (b"RIFF", WebPImageFile),  # reserves two canvases as it opens, but touches no page of them before it decodes
-)
-# (offset, signature, name): only so that the reason can name what the file is.
-_REFUSED_SIGNATURES = (
+_PLUGINS: dict[bytes, type[ImageFile.ImageFile]] = {
+    b"\xff\xd8\xff": JpegImageFile,  # also MPO: its first picture is an ordinary JPEG
+    b"\x89PNG\r\n\x1a\n": PngImageFile,
+    b"BM": BmpImageFile,
+    **dict.fromkeys((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), TiffImageFile),
+    b"RIFF": WebPImageFile,  # reserves two canvases as it opens, but touches no page of them before it decodes
+}
+_REFUSED = (  # (offset, signature, name): only so that the reason can name what the file is
     (0, b"GIF8", "GIF"),
-    (4, b"ftypheic", "HEIC"),
-    (4, b"ftypheix", "HEIC"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"%PDF", "PDF"),
+    (0, b"PK\x03\x04", "ZIP"),
+    (4, b"ftyphei", "HEIC"),
     (4, b"ftypmif1", "HEIF"),
     (4, b"ftypavif", "AVIF"),
     (4, b"jP  ", "JPEG 2000"),
     (128, b"DICM", "DICOM"),
-    (0, b"8BPS", "Photoshop"),
-    (0, b"%PDF", "PDF"),
-    (0, b"PK\x03\x04", "ZIP"),
 )
 _TURNS = {  # EXIF orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -121,32 +99,51 @@ _TURNS = {  # EXIF orientation -> what makes it upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_END_OF_JPEG = b"\xff\xd9"
-_QUARTER_TURNED = (5, 6, 7, 8)
 
 
-def _open(encoded: bytes, max_pixels: int) -> ImageFile.ImageFile:
-    """Read the header alone. The plugin is called directly: Image.open applies Pillow's process-wide size guard."""
+class _Loaded(NamedTuple):
+    image: Image.Image  # 8-bit L or RGB
+    orientation: int  # of EXIF, 1 to 8, still to be applied
+    full_size: tuple[int, int]
+    size: tuple[float, float]  # of the picture in `image`
+
+
+def _load(encoded: bytes, max_pixels: int, *, draft: int | None = None) -> _Loaded:
+    """draft: a JPEG's shorter side may be decoded at as little. Whatever Pillow raises becomes ImageRejected.
+
+    The plugin is called directly: Image.open applies Pillow's process-wide size guard.
+    """
     if not encoded:
         raise ImageRejected("the file is empty")
-    plugin = next((plugin for signature, plugin in _SIGNATURES if encoded.startswith(signature)), None)
+    plugin = next((plugin for signature, plugin in _PLUGINS.items() if encoded.startswith(signature)), None)
     if plugin is None:
-        names = [name for offset, signature, name in _REFUSED_SIGNATURES if encoded.startswith(signature, offset)]
+        names = [name for offset, signature, name in _REFUSED if encoded.startswith(signature, offset)]
         content = f"the real format is {names[0]}" if names else "the content is no image"
         raise ImageRejected(f"{content}, not one of {' '.join(FORMATS)}")
-    with _readable(plugin.format):
+    try:
         image = plugin(io.BytesIO(encoded))
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ImageRejected(f"{width} x {height} is more than max_pixels = {max_pixels}")
-    if min(width, height) < MIN_SIDE:
-        raise ImageRejected(f"{width} x {height} is too small; each side must have at least {MIN_SIDE} pixels")
-    if isinstance(image, TiffImageFile):  # with memory of its own, Pillow's process-wide size guard is not asked
-        image.im = Image.new(image.mode, (image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH])).im
-    if plugin is JpegImageFile and encoded.endswith(bytes(64)) and not encoded.rstrip(b"\0").endswith(_END_OF_JPEG):
-        # A download that broke off in a preallocated file. libjpeg takes the zeros for codes and paints a grey tail.
-        raise ImageRejected("truncated JPEG: zeros in place of its tail")
-    return image
+        full_size = width, height = image.size
+        if width * height > max_pixels:
+            raise ImageRejected(f"{width} x {height} is more than max_pixels = {max_pixels}")
+        if min(width, height) < MIN_SIDE:
+            raise ImageRejected(f"{width} x {height} is too small; each side must have at least {MIN_SIDE} pixels")
+        if isinstance(image, TiffImageFile):  # with memory of its own, Pillow's process-wide size guard is not asked
+            image.im = Image.new(image.mode, (image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH])).im
+        drafted = None
+        if isinstance(image, JpegImageFile):
+            if encoded.endswith(bytes(64)) and not encoded.rstrip(b"\0").endswith(b"\xff\xd9"):
+                # A download that broke off in a preallocated file. libjpeg takes the zeros for codes: a grey tail.
+                raise ImageRejected("truncated JPEG: zeros in place of its tail")
+            drafted = image.draft(None, (draft, draft)) if draft else None
+        image.load()
+        opaque = _opaque(image)
+        # A draft of 300 rows at 1/8 has 38, but the picture covers 37.5 of them: the draft's box keeps the fraction.
+        return _Loaded(opaque, _orientation(image), full_size, drafted[1][2:] if drafted else opaque.size)
+    except ImageRejected:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ImageRejected(f"unreadable {plugin.format}: {text}") from error
 
 
 def _opaque(image: Image.Image) -> Image.Image:
@@ -202,10 +199,7 @@ def _eight_bit(image: Image.Image) -> np.ndarray:
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
-    """EXIF orientation, 1 to 8, still to be applied. Ask after load().
-
-    A PNG may keep its EXIF behind the pixels, and Pillow turns a TIFF itself while it loads.
-    """
+    """EXIF orientation, 1 to 8, still to be applied. Ask after load(): Pillow turns a TIFF itself while it loads."""
     try:
         return int(image.getexif().get(ExifTag.Orientation, 1))
     except Exception:  # broken EXIF in a sound picture: every viewer shows it unturned
@@ -213,17 +207,4 @@ def _orientation(image: ImageFile.ImageFile) -> int:
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    turn = _TURNS.get(orientation)
-    return image if turn is None else image.transpose(turn)
-
-
-@contextmanager
-def _readable(image_format: str | None) -> Iterator[None]:
-    """Whatever Pillow raises becomes ImageRejected."""
-    try:
-        yield
-    except ImageRejected:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ImageRejected(f"unreadable {image_format}: {text}") from error
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from m2d.cluster.fan_out import JobResult
-from m2d.data.store import DIGEST_BYTES, PreparedRows, ShardIndex, cache_file, content_name, digests
+from m2d.data.store import DIGEST_BYTES, PreparedRows, ShardIndex, content_name, digests, pieces
 from m2d.data.views import apply_view
 from m2d.errors import CheckpointError, ConfigError, DataError
+from m2d.files.atomic import cache_file
 from m2d.files.storage import one_line
 from m2d.models.extractors import FeatureExtractor, Features, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
@@ -70,7 +71,7 @@ class ExtractionJobs:
         return extractor.to(device).to(memory_format=torch.channels_last)
 
     def run(self, job: int, extractor: FeatureExtractor, device: str) -> JobResult:
-        """Extract and keep the features of job j; images that cannot be had are told.
+        """Extract and keep the features of job j; images that cannot be had are reported.
 
         Raises ConfigError for a batch that does not fit the device, and what `read` and `keep` raise.
         """
@@ -80,23 +81,23 @@ class ExtractionJobs:
         failures: list[str] = []
         kept: list[int] = []
         parts: list[Features] = []
-        for first in range(0, len(rows), size):
-            batch = [(int(row), next(images)) for row in rows[first : first + size]]
-            failures += [image for _, image in batch if isinstance(image, str)]
-            good = [(row, image) for row, image in batch if isinstance(image, np.ndarray)]
+        for batch in pieces(rows, size):
+            read = dict(zip(batch.tolist(), images))  # no more than the batch takes
+            failures += [image for image in read.values() if isinstance(image, str)]
+            good = {row: image for row, image in read.items() if isinstance(image, np.ndarray)}
             if good:
-                kept += [row for row, _ in good]
                 try:
-                    features = extract_view(extractor, np.stack([image for _, image in good]), view, device)
+                    features = extract_view(extractor, np.stack([*good.values()]), view, device)
                 except torch.OutOfMemoryError:
                     raise ConfigError(
                         f"{self.batch_setting} {size} does not fit the memory of {device}; try --{self.batch_setting} "
                         f"{max(1, size // 2)} (the result stays the same)"
                     ) from None
+                kept += good
                 parts.append(features if self.patches else Features(features.cls, features.patches[:, :0].clone()))
-            if parts and (self.keep_batches or first + size >= len(rows)):
-                together = Features(torch.cat([one.cls for one in parts]), torch.cat([one.patches for one in parts]))
-                self.keep(view, np.array(kept), together)
+            if parts and (self.keep_batches or batch[-1] == rows[-1]):
+                together = (torch.cat([getattr(part, column) for part in parts]) for column in COLUMNS)
+                self.keep(view, np.array(kept), Features(*together))
                 kept, parts = [], []
         return JobResult(len(rows) - len(failures), failures)
 
@@ -136,9 +137,8 @@ def write_cls(folder: Path, extractor: str, sha256: Sequence[str], cls: np.ndarr
             f"feature extractor {extractor} gives features that are not finite; its weights are broken, get the file "
             "again"
         )
-    keys = digests(sha256)
-    ids = np.frombuffer(keys.tobytes(), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
-    with cache_file(folder / f"cls_{content_name(keys)}.safetensors") as partial:
+    ids = np.frombuffer(digests(sha256), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+    with cache_file(folder / f"cls_{content_name(sha256)}.safetensors") as partial:
         partial.write_bytes(arrays_as_bytes({"sha256": ids, "cls": cls}))
 
 
@@ -163,15 +163,6 @@ def read_cls(folder: Path, sha256: Iterable[str]) -> dict[str, np.ndarray]:
 # --- cls and patches of every view, of setup_data ---------------------------------------------------------------------
 
 
-def keep_features(
-    folder: Path, key: str, image_size: int, sha256: Sequence[str], paths: Sequence[str], view: int, rows: np.ndarray,
-    features: Features,
-) -> None:  # fmt: skip
-    """What ExtractionJobs.keep takes, bound to a dataset's folder."""
-    names = [paths[row] for row in rows]
-    write_features(folder, key, image_size, view, [sha256[row] for row in rows], features, names=names)
-
-
 def feature_bytes(dim: int, num_patches: int) -> int:
     """What one image in one view takes on the disk."""
     return 2 * dim * (1 + num_patches) + DIGEST_BYTES + 8 * len(COLUMNS)
@@ -193,24 +184,21 @@ def write_features(
     by default their sha256. Raises DataError for a value that is not finite or beyond fp16.
     """
     cls, patches = (
-        column.detach().to(device="cpu", dtype=torch.float16).contiguous()
-        for column in (features.cls, features.patches)
+        column.detach().to("cpu", torch.float16).contiguous() for column in (features.cls, features.patches)
     )
     fits = cls.isfinite().all(dim=1) & patches.isfinite().flatten(1).all(dim=1)
     if not fits.all():
-        row = int((~fits).nonzero()[0])
         raise DataError(
-            f"features of {(names or sha256)[row]}, view {view}, hold a value that is not finite or beyond fp16's "
-            f"{LARGEST_HALF:g}; is this the right weights file for {extractor_key}?"
+            f"features of {(names or sha256)[int(fits.long().argmin())]}, view {view}, hold a value that is not finite "
+            f"or beyond fp16's {LARGEST_HALF:g}; is this the right weights file for {extractor_key}?"
         )
-    keys = digests(sha256)
     columns = {
         "cls": cls,
         "patches": patches,
-        "sha256": torch.from_numpy(np.frombuffer(keys.tobytes(), dtype=np.uint8).reshape(-1, DIGEST_BYTES).copy()),
+        "sha256": torch.tensor(list(digests(sha256)), dtype=torch.uint8).view(-1, DIGEST_BYTES),
         "crc32": torch.tensor([[_checksum(row) for row in pair] for pair in zip(cls, patches, strict=True)]),
     }
-    path = _view_folder(folder, extractor_key, image_size, view) / f"shard_{content_name(keys)}.safetensors"
+    path = _view_folder(folder, extractor_key, image_size, view) / f"shard_{content_name(sha256)}.safetensors"
     with cache_file(path) as partial:
         try:
             save_file(columns, partial, metadata=_notes(extractor_key, image_size, view))
@@ -220,53 +208,43 @@ def write_features(
 
 
 class FeatureStore:
-    """All cached features of one extractor from images of one size."""
+    """All cached features of one extractor from images of one size; empty where nothing is there.
+
+    Only the images' sums are read, of a view when it is asked for. unreadable: see ShardIndex.
+    """
 
     def __init__(self, folder: Path, extractor_key: str, image_size: int) -> None:
-        self.extractor_key = extractor_key
-        self.unreadable: dict[Path, str] = {}  # file -> reason; what stands in them counts as missing
-        self._folder = folder
-        self._image_size = image_size
+        self.unreadable: dict[Path, str] = {}
+        self._folder, self._key, self._image_size = folder, extractor_key, image_size
         self._views: dict[int, ShardIndex] = {}
-
-    @classmethod
-    def open(cls, folder: Path, extractor_key: str, image_size: int) -> Self:
-        """An empty one where nothing is there. Only the images' sums are read, of a view when it is asked for."""
-        return cls(folder, extractor_key, image_size)
 
     def missing(self, sha256: Sequence[str], views: int) -> np.ndarray:
         """Which features are not there: bool [n, views], of views 0 .. views - 1."""
-        keys = digests(sha256)
-        absent = [self._index(view).locate(keys)[0] < 0 for view in range(views)]
-        return np.stack(absent, axis=1)
+        return np.stack([self._index(view).locate(sha256)[0] < 0 for view in range(views)], axis=1)
 
-    def files(self, view: int) -> tuple[Path, ...]:
+    def files(self, view: int) -> list[Path]:
         """All readable shards of a view."""
         return self._index(view).files
 
     def table(self, sha256: Sequence[str], views: int) -> "FeatureTable":
         """The features of these images, in this order, in views 0 .. views - 1. Raises DataError if one is missing."""
-        keys = digests(sha256)
-        files: list[Path] = []
-        file_numbers, rows = [], []
-        for view in range(views):
-            index = self._index(view)
-            file, row = index.locate(keys)
-            file_numbers.append(np.where(file < 0, -1, file + len(files)).astype(np.int32))
-            rows.append(row)
-            files += index.files
-        file_of, row_of = np.stack(file_numbers, axis=1), np.stack(rows, axis=1)
-        absent = int((file_of < 0).sum())
-        if absent:
+        absent = self.missing(sha256, views)
+        if absent.any():
             raise DataError(
-                f"the feature cache of {self.extractor_key} in {self._folder} lacks {absent:,} of {file_of.size:,} "
+                f"the feature cache of {self._key} in {self._folder} lacks {absent.sum():,} of {absent.size:,} "
                 "image views; complete it with setup_data --features"
             )
-        return FeatureTable(files, file_of, row_of)
+        files: list[Path] = []
+        places = []
+        for view in range(views):
+            file, row = self._index(view).locate(sha256)
+            places.append((file + np.int32(len(files)), row))
+            files += self.files(view)
+        return FeatureTable(files, *np.stack(places, axis=-1))
 
     def _index(self, view: int) -> ShardIndex:
         if view not in self._views:
-            wanted = _notes(self.extractor_key, self._image_size, view)
+            wanted = _notes(self._key, self._image_size, view)
 
             def digests_of(path: Path) -> bytes:
                 with safe_open(path, framework="np") as shard:
@@ -277,11 +255,9 @@ class FeatureStore:
                         raise ValueError("holds more or fewer features than names")
                 return sums.tobytes()
 
-            folder = _view_folder(self._folder, self.extractor_key, self._image_size, view)
-            index = self._views[view] = ShardIndex.read(folder, ".safetensors", digests_of)
-            for path, reason in index.unreadable.items():
-                self.unreadable[path] = reason
-                logger.warning("features: %s cannot be read (%s); setup_data --features makes it again", path, reason)
+            folder = _view_folder(self._folder, self._key, self._image_size, view)
+            self._views[view] = ShardIndex(folder, ".safetensors", digests_of)
+            self.unreadable |= self._views[view].unreadable
         return self._views[view]
 
 
@@ -293,9 +269,7 @@ class FeatureTable:
 
     def __init__(self, files: Sequence[Path], file: np.ndarray, row: np.ndarray) -> None:
         """file, row: int32 [n, views], the file and the row in it of each image and view."""
-        self._files = tuple(files)
-        self._file = file
-        self._row = row
+        self._files, self._file, self._row = files, file, row
         self._mapped: dict[int, dict[str, Tensor]] = {}
         self._checked: dict[int, np.ndarray] = {}  # bool [rows, columns]: whose sum this process has found right
         self.num_patches, self.dim = (0, 0) if not file.size else self._open(int(file.flat[0]))["patches"].shape[1:]
@@ -308,7 +282,7 @@ class FeatureTable:
 
         Raises DataError for a file that has changed since it was written.
         """
-        return Features(cls=self._column("cls", rows, views), patches=self._column("patches", rows, views))
+        return Features(self.cls(rows, views), self._column("patches", rows, views))
 
     def cls(self, rows: np.ndarray, views: np.ndarray) -> Tensor:
         """The cls features alone, fp16 [B, D]; the patches are not read."""

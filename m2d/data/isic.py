@@ -1,10 +1,18 @@
 """Fetch a collection of the ISIC archive into class folders that m2d.data.catalog reads like any other dataset.
 
 setup_data calls it before the scan. Run again, it fetches what is missing or has changed; its state is in
-data_root/.m2d-download, which the scan ignores. What the API says, and how that is known: m2d.data.isic_archive.
+data_root/.m2d-download, which the scan ignores. What the API (v2) says, not seen live but taken from the published
+sources of the archive (the server ImageMarkup/isic, the clients isic-cli and isic-metadata 4.12):
+
+- `collections/ID/` describes a collection; an unknown one is a 404.
+- `images/search/?collections=ID&limit=100` is a page {results, next, previous, count}; `next` is a whole URL with a
+  cursor, null on the last page; 100 is the most a page holds.
+- `images/ISIC_ID/` is one record. URLs of files may be signed, and then expire within a week.
+- `files.full.size` was counted before the archive wrote licence and attribution into the file's IPTC and XMP fields
+  (server: accession.blob_size and embed_iptc_metadata), so a whole file may well have another size.
+- A diagnosis is `metadata.clinical.diagnosis_1` .. `diagnosis_5`, general to specific; before 2024 one `diagnosis`.
 """
 
-import base64
 import csv
 import hashlib
 import io
@@ -14,15 +22,15 @@ import random
 import re
 import shutil
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -31,57 +39,60 @@ from urllib3 import exceptions as urllib3_errors
 from urllib3.util import Retry
 
 from m2d import __version__
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.data.decode import ImageRejected, probe_image
-from m2d.data.isic_archive import ArchiveImage, class_of, collection_number, read_record
 from m2d.data.layouts import IMAGE_SUFFIXES, is_debris, without_image_suffix
-from m2d.data.settings import DownloadConfig
+from m2d.data.settings import SKIP, DownloadConfig, collection_number, is_web_address
 from m2d.errors import DataError
 from m2d.files.atomic import try_lock, write_whole
-from m2d.files.progress import PLAIN_LINE_EVERY_S, progress
-from m2d.files.storage import open_storage
+from m2d.files.progress import progress
+from m2d.files.storage import one_line, open_storage
 
 STATE_FOLDER = ".m2d-download"
-PAGE_SIZE = 100  # the most that the API gives
 LONGEST_WAIT_S = 60.0  # between two attempts
 LONGEST_PAUSE_S = 600.0  # a server that asks (Retry-After) for more is not waited for
 
-_MAX_PAGE_BYTES = 64 * 2**20
-_MAX_FILE_BYTES = 256 * 2**20  # a dermoscopic image has a few MB; an endless answer would fill the memory
+_MAX_BYTES = 256 * 2**20  # a dermoscopic image has a few MB; an endless answer would fill the memory
 _MAX_PIXELS = 250_000_000  # of one image, against decompression bombs
 _LIKELY_BYTES = 300_000  # of an image whose record has no size
 _SUFFIX_OF = {b"\xff\xd8\xff": ".jpg", b"\x89PNG\r\n\x1a\n": ".png", b"II*\0": ".tif", b"MM\0*": ".tif"}
-_NEVER_CONNECTED = (
-    urllib3_errors.NewConnectionError,
-    urllib3_errors.ConnectTimeoutError,
-    urllib3_errors.ProxyError,
-)
 _LICENSES = {
     "CC-0": "https://creativecommons.org/publicdomain/zero/1.0/",
     "CC-BY": "https://creativecommons.org/licenses/by/4.0/",
     "CC-BY-NC": "https://creativecommons.org/licenses/by-nc/4.0/",
 }
-_HAM10000_PAPER = (
-    "Tschandl, Rosendahl, Kittler: The HAM10000 dataset, a large collection of multi-source dermatoscopic images of "
-    "common pigmented skin lesions. Scientific Data 5:180161 (2018)."
-)
+_DETAILS = ("patient_id", "diagnosis_confirm_type", "sex", "age_approx", "anatom_site_general")
+_CREDITS = {"license": "copyright_license", "attribution": "attribution"}  # column -> the record's own name
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ArchiveImage:
+    """One image record, checked: its id is fit for a file's name, its URL is http or https."""
+
+    isic_id: str
+    url: str
+    size: int | None  # bytes, by the record; the file's own may differ (see above)
+    pixels: tuple[int, int] | None  # width, height by the record
+    diagnosis: tuple[str, ...]  # general to specific, () where there is none
+    image_type: str  # dermoscopic, clinical: close-up, ...; "" where there is none
+    row: Mapping[str, str]  # of metadata.csv, all but the class
+
 
 Wanted = list[tuple[ArchiveImage, str]]  # with the class code
-T = TypeVar("T")
 
 
 def download_isic(config: DownloadConfig, data_root: str, *, first_wait_s: float = 1.0) -> None:
     """Fetch what `data_root` lacks of the collection, as CLASS/ISIC_0024306.jpg, metadata.csv and DOWNLOAD.md.
 
-    Does nothing unless config.enabled. A file gets its name once its length, the checksums that the server sends and
-    its pixels are verified; its sha256 is noted, and a file that no longer has it is fetched again. Files that did not
-    come from here are never touched. An image whose diagnosis is none of the seven classes is left out and counted by
+    A file gets its name once its length, the MD5 of a file on S3 and its pixels are verified; its sha256 is noted, and
+    a file that no longer has it is fetched again. Files that did not come from here are never touched. An image whose
+    diagnosis is none of the seven classes is left out and counted by
     name. first_wait_s: before the second attempt, doubled with each further one.
     Raises DataError in one line: no network, no such collection, an unexpected answer, no space, images that could not
     be fetched after all attempts (the others are kept; run again to resume).
     """
-    if not config.enabled:
-        return
     filesystem, inner = open_storage(data_root)
     if not isinstance(filesystem, fs.LocalFileSystem):
         raise DataError(f"download: data_root is {data_root}; download into a local folder, then copy it there")
@@ -100,8 +111,8 @@ def download_isic(config: DownloadConfig, data_root: str, *, first_wait_s: float
 
 
 def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
-    number, host = archive.collection, urlsplit(config.api).hostname
-    print(f"collection {config.collection} (number {number}) of {host}", flush=True)
+    number = archive.collection
+    print(f"collection {config.collection} (number {number}) of {urlsplit(config.api).hostname}", flush=True)
 
     # 1. Of the collection, the dermoscopic images of the seven classes.
     wanted: Wanted = []
@@ -121,7 +132,7 @@ def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
             wanted.append((entry, code))
             if len(wanted) == config.limit:
                 break
-    names = _some([f"{name} ({count:,})" for name, count in skipped.most_common()], 12)
+    names = ", ".join(f"{name} ({count:,})" for name, count in skipped.most_common(12))
     if not wanted:
         raise DataError(
             f"download: collection {config.collection} has no image of the seven classes ({names or 'it is empty'}); "
@@ -130,7 +141,7 @@ def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
 
     # 2. The notes come first, so that an interrupted run has the lesions too.
     _write_metadata(root / "metadata.csv", wanted)
-    licence = _write_provenance(root / "DOWNLOAD.md", wanted, config.api, number)
+    _write_provenance(root / "DOWNLOAD.md", wanted, config.api, number)
 
     # 3. What is in place already, moved where a diagnosis is mapped differently than the last time.
     ledger = _Ledger(root)
@@ -141,7 +152,7 @@ def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
             ledger.move(image.isic_id, code)
     good = ledger.unchanged({image.isic_id for image, _ in wanted})
     found = (path.relative_to(root) for path in root.glob("*/**/*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    others = {path.stem for path in found if not any(is_debris(part) for part in path.parts)} - ledger.files.keys()
+    others = {path.stem for path in found if not any(map(is_debris, path.parts))} - ledger.files.keys()
     absent = [(image, code) for image, code in wanted if image.isic_id not in good]
     missing = [(image, code) for image, code in absent if image.isic_id not in others]
 
@@ -155,100 +166,72 @@ def _download(config: DownloadConfig, root: Path, archive: "_Archive") -> None:
     if missing:
         print(f"fetching {len(missing):,} images, {needed / 1e6:,.0f} MB, into {root}", flush=True)
 
-    def fetch(image: ArchiveImage, code: str) -> bool:
-        """Put one image in place; returns whether its length differs from its record."""
+    def fetch(image: ArchiveImage, code: str) -> None:
         content, suffix = archive.get_image(image)
         part, path = root / STATE_FOLDER / f"{image.isic_id}.part", f"{code}/{image.isic_id}{suffix}"
         part.write_bytes(content)
-        ledger.add(image.isic_id, _File(path, len(content), hashlib.sha256(content).hexdigest()))
+        ledger.add(image.isic_id, path, _fingerprint(content))
         (root / code).mkdir(exist_ok=True)
         os.replace(part, root / path)
-        return image.size not in (None, len(content))
 
+    fetched = in_a_row = 0
     failures: dict[str, str] = {}
-    other_length = in_a_row = 0
     pool = ThreadPoolExecutor(config.connections, thread_name_prefix="m2d-download")
     try:
         with progress("fetching", len(missing), stderr=False) as shown:
             futures = {pool.submit(fetch, image, code): image.isic_id for image, code in missing}
-            for done, future in enumerate(as_completed(futures), 1):
+            for future in as_completed(futures):
                 try:
-                    other_length += future.result()
-                    in_a_row = 0
+                    future.result()
+                    fetched, in_a_row = fetched + 1, 0
                 except _Failure as failure:
                     failures[futures[future]] = str(failure)
                     in_a_row += 1
-                    if in_a_row == 2 * config.connections + 6:  # the network is gone: do not try every image
-                        there = len(wanted) - len(missing) + done - len(failures)
-                        raise DataError(
-                            f"download: {in_a_row} images in a row could not be fetched ({failure}); {there:,} of "
-                            f"{len(wanted):,} are in {root}. Run the same command again to resume."
-                        ) from None
                 shown.advance(1)
+                if in_a_row == 2 * config.connections + 6:  # the network is gone: do not try every image
+                    break
     finally:
         archive.stop.set()
         pool.shutdown(cancel_futures=True)
 
-    # 5. What came of it.
-    counts = Counter(code for image, code in wanted if image.isic_id not in failures)
-    print("class   images")
-    for code in CLASSES:
-        print(f"{code:6} {counts[code]:7,}")
+    # 5. The result.
+    if lost := len(missing) - fetched:
+        why = ", ".join([f"{name} ({reason})" for name, reason in sorted(failures.items())][:5])
+        raise DataError(
+            f"download: {lost:,} of {len(wanted):,} images could not be fetched: {why}; the others are in {root}. Run "
+            "the same command again to resume, or continue without them by leaving --download.enabled out."
+        )
+    counts = Counter(code for _, code in wanted)
+    print("class   images", *(f"{code:6} {counts[code]:7,}" for code in ISIC7.codes), sep="\n")
     if skipped:
         print(f"skipped {skipped.total():,} records: {names}")
     if by_hand := len(absent) - len(missing):
         print(f"{by_hand:,} images were there before, not from this command: left as they are")
-    if no_lesion := sum(not image.lesion_id for image, _ in wanted):
+    if no_lesion := sum(not image.row["lesion_id"] for image, _ in wanted):
         print(f"{no_lesion:,} images have no lesion_id in the archive: each counts as a lesion of its own")
-    if other_length:
-        print(
-            f"{other_length:,} files have another length than their record says, as the archive adds licence fields to "
-            "a file after measuring it; what the server sent with them was checked instead"
-        )
-    print(licence)
-    if failures:
-        raise DataError(
-            f"download: {len(failures):,} of {len(wanted):,} images could not be fetched: "
-            f"{_some([f'{name} ({reason})' for name, reason in sorted(failures.items())], 5)}; the others are in "
-            f"{root}. Run the same command again, or continue without them by leaving --download.enabled out."
-        )
-
-
-def _some(entries: list[str], most: int) -> str:
-    more = f" and {len(entries) - most} more" if len(entries) > most else ""
-    return ", ".join(entries[:most]) + more
+    print(f"licences and whom to credit: {root / 'DOWNLOAD.md'}")
 
 
 # --- the archive, over connections that break -------------------------------------------------------------------------
 
 
 class _Failure(Exception):
-    """It did not work, in one line without the address."""
+    """It did not work, in one line without the address. again: another attempt may succeed (after pause_s)."""
 
-    def __init__(self, reason: str, status: int | None = None) -> None:
+    def __init__(self, reason: str, *, status: int = 0, again: bool = False, pause_s: float | None = None) -> None:
         super().__init__(reason)
-        self.status = status
-
-
-class _Transient(_Failure):
-    """Another attempt may succeed, after the pause that the server asked for (None: after our own)."""
-
-    def __init__(self, reason: str, pause_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.pause_s = pause_s
+        self.status, self.again, self.pause_s = status, again, pause_s
 
 
 class _Archive:
     """One collection, for several threads. Set `stop` to end every request and wait soon."""
 
     def __init__(self, config: DownloadConfig, state: Path, first_wait_s: float) -> None:
-        number = collection_number(config.collection)
-        assert number is not None, "checked by DownloadConfig"
-        self.collection = number
+        self.collection = collection_number(config.collection) or 0  # checked by DownloadConfig
         self.stop = threading.Event()
         self._config = config
         self._api = config.api.rstrip("/")
-        self._state = state
+        self._listing = state / "listing"
         self._first_wait_s = first_wait_s
         self._reached = False  # some server has answered
         self._of_thread = threading.local()
@@ -256,57 +239,47 @@ class _Archive:
     def entries(self) -> Iterator[ArchiveImage | str]:
         """Every record once, in the archive's order: the image, or in a few words why it is of no use."""
         self._ask(f"{self._api}/collections/{self.collection}/", self._check_collection)
-        seen: set[str] = set()
-        records, shown = 0, time.monotonic()
-        url: str | None = f"{self._api}/images/search/?collections={self.collection}&limit={PAGE_SIZE}"
+        url: str | None = f"{self._api}/images/search/?collections={self.collection}&limit=100"
+        asked, seen = set[str](), set[str]()
         while url is not None:
-            page = self._ask(url, self._check_page)
-            url, fresh = page["next"], 0
-            for entry in map(read_record, page["results"]):
-                if isinstance(entry, ArchiveImage):
-                    if entry.isic_id in seen:
-                        continue
-                    seen.add(entry.isic_id)
-                fresh += 1
-                yield entry
-            if not fresh and url is not None:
+            if url in asked:
                 raise DataError(f"download: {self._api} repeats its pages; try again with --download.fresh_listing")
-            records += len(page["results"])
-            if time.monotonic() - shown >= PLAIN_LINE_EVERY_S:
-                shown = time.monotonic()
-                print(f"listing: {records:,} records", flush=True)
+            asked.add(url)
+            page = self._ask(url, self._check_page)
+            for entry in map(read_record, page["results"]):
+                if isinstance(entry, str) or entry.isic_id not in seen:
+                    yield entry
+                if isinstance(entry, ArchiveImage):
+                    seen.add(entry.isic_id)
+            url = page["next"]
 
     def get_image(self, image: ArchiveImage) -> tuple[bytes, str]:
         """The whole, verified file, and the suffix that its bytes call for. Raises _Failure."""
         verify = partial(_with_suffix, image)
         try:
-            return self._get(image.url, verify, _MAX_FILE_BYTES)
+            return self._get(image.url, verify)
         except _Failure as failure:
             if failure.status not in (401, 403, 404, 410):
                 raise
             with suppress(_Failure):  # a signed URL expires, so ask for the record as of now
-                renewed = read_record(self._get(f"{self._api}/images/{image.isic_id}/", _read_json, _MAX_PAGE_BYTES))
+                renewed = read_record(self._get(f"{self._api}/images/{image.isic_id}/", _read_json))
                 if isinstance(renewed, ArchiveImage) and renewed.isic_id == image.isic_id and renewed.url != image.url:
-                    return self._get(renewed.url, verify, _MAX_FILE_BYTES)
+                    return self._get(renewed.url, verify)
             raise
 
     def _ask(self, url: str, check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         """What the API says at `url`, kept on disk once it is checked: a killed or repeated run asks nothing twice."""
-        kept = self._state / "listing" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.json"
+        kept = self._listing / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.json"
         with suppress(FileNotFoundError, _Failure):
             if not self._config.fresh_listing:
                 return _read_json(kept.read_bytes())
         try:
-            found = self._get(url, _read_json, _MAX_PAGE_BYTES, same_host=True)
+            found = self._get(url, _read_json)
         except _Failure as failure:
-            if failure.status == 404 and "/collections/" in url:
-                raise DataError(
-                    f"download.collection: {self._api} has no public collection {self._config.collection} "
-                    f"(HTTP 404 for number {self.collection}); look its number up in the archive"
-                ) from failure
             raise DataError(
-                f"download: {self._api} did not list the images: {failure}; check the network and --download.api and "
-                "run again to resume, or put the images into class folders by hand"
+                f"download: {self._api} did not list collection {self._config.collection}, number {self.collection} "
+                f"there: {failure}; check the network, --download.collection and --download.api and run again to "
+                "resume, or put the images into class folders by hand"
             ) from failure
         check(found)
         write_whole(kept, json.dumps(found))
@@ -322,94 +295,76 @@ class _Archive:
             )
 
     def _check_page(self, page: dict[str, Any]) -> None:
-        following = page.get("next")
-        if not isinstance(page.get("results"), list) or not isinstance(following, str | None) or "next" not in page:
+        following = page.get("next", 0)
+        if not isinstance(page.get("results"), list) or not isinstance(following, str | None):
             raise DataError(
                 f"download: {self._api} answered with JSON that is no page of images; is --download.api right?"
             )
         if following is not None and _origin(following) != _origin(self._api):
             raise DataError(f"download: the next page of {self._api} is on another host; refused")
 
-    def _get(self, url: str, use: Callable[[bytes], T], most: int, *, same_host: bool = False) -> T:
-        """use(the verified body at `url`), which raises _Transient to have it fetched again.
+    def _get(self, url: str, use: Callable[[bytes], T]) -> T:
+        """use(the verified body at `url`), asked for again where a failure may pass.
 
-        A body that breaks off is continued where the server allows it: HTTP Range with If-Range, so that the rest is of
-        the same file. urllib3's Retry ends where a body begins, hence this loop; an attempt that brings new bytes does
-        not count as one. most: bytes, more are refused.
+        urllib3's own Retry ends where a body begins, and cannot be stopped while it waits.
         """
-        body, validator, failures, longest = bytearray(), None, 0, 0
-        while True:
-            headers = {"Accept-Encoding": "identity"}
-            if body and validator:
-                headers |= {"Range": f"bytes={len(body)}-", "If-Range": validator}
+        for attempt in range(self._config.retries + 1):
             try:
-                with self._response(url, headers, same_host) as response:
-                    whole = _start(response, body)
-                    if response.status_code == 200:
-                        etag = response.headers.get("ETag", "")  # If-Range takes a strong one, or a date
-                        validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")
-                    # What the socket has; iter_content would lose what it holds of a piece when the rest fails.
-                    while piece := response.raw.read1(256 * 1024, decode_content=True):
-                        body += piece
-                        if self.stop.is_set():
-                            raise _Failure("stopped")
-                        if len(body) > most:
-                            raise _Failure("its answer is too long to be what was asked for")
-                try:
-                    _verify(body, whole, response)
-                    return use(bytes(body))
-                except _Transient:
-                    body.clear()
-                    raise
-            except (_Transient, urllib3_errors.HTTPError) as error:
-                failure = error if isinstance(error, _Transient) else _Transient("the connection broke off")
-                if len(body) > longest:
-                    failures, longest = 0, len(body)
-                if failures >= self._config.retries:
-                    raise _Failure(str(failure) + (f", {failures + 1} times" if failures else "")) from failure
-                pause = failure.pause_s
-                if pause is None:  # spread, so that the threads do not come back together
-                    pause = min(self._first_wait_s * 2**failures, LONGEST_WAIT_S) * random.uniform(0.75, 1.25)
-                if pause > LONGEST_PAUSE_S:
-                    raise _Failure(f"{failure}, and the server asks to wait {pause / 60:.0f} minutes") from failure
-                self.stop.wait(pause)
-                failures += 1
+                return use(self._body(url))
+            except _Failure as error:
+                failure = error
+            except requests.RequestException as error:
+                failure = self._lost(error)
+            if not failure.again or attempt == self._config.retries:
+                break
+            own_pause = min(self._first_wait_s * 2**attempt, LONGEST_WAIT_S) * random.uniform(0.75, 1.25)  # spread
+            pause = own_pause if failure.pause_s is None else failure.pause_s
+            if pause > LONGEST_PAUSE_S:
+                raise _Failure(f"{failure}, and the server asks to wait {pause / 60:.0f} minutes")
+            self.stop.wait(pause)
+        raise _Failure(f"{failure}, {attempt + 1} times" if attempt else str(failure), status=failure.status)
 
-    @contextmanager
-    def _response(self, url: str, headers: dict[str, str], same_host: bool) -> Iterator[requests.Response]:
-        if self.stop.is_set():
-            raise _Failure("stopped")
-        timeout = self._config.timeout_s
+    def _body(self, url: str) -> bytes:
         if not hasattr(self._of_thread, "session"):  # a Session is not documented to be safe in several threads
             self._of_thread.session = requests.Session()
-            self._of_thread.session.headers["User-Agent"] = f"m2d/{__version__}"
+            self._of_thread.session.headers.update({"User-Agent": f"m2d/{__version__}", "Accept-Encoding": "identity"})
             self._of_thread.session.max_redirects = 5
-        try:
-            response = self._of_thread.session.get(
-                url,
-                headers=headers,
-                stream=True,
-                timeout=(min(timeout, 10.0), timeout),
-                hooks={"response": partial(_check_redirect, same_host)},
-            )
-        except requests.RequestException as error:
-            lost = isinstance(error, requests.ConnectionError | requests.Timeout)
-            reason = getattr(error.args[0], "reason", None) if error.args else None
-            no_network = not self._reached and isinstance(reason, _NEVER_CONNECTED)  # say so at once
-            if not lost or no_network or isinstance(error, requests.exceptions.SSLError):
-                raise _Failure(_cause(error)) from None
-            raise _Transient(_cause(error)) from None
-        self._reached = True
-        with response:
-            status = response.status_code
+        timeout, body = (min(self._config.timeout_s, 10.0), self._config.timeout_s), bytearray()
+        hooks = {"response": partial(_check_redirect, url.startswith(self._api))}
+        with self._of_thread.session.get(url, stream=True, timeout=timeout, hooks=hooks) as response:
+            self._reached = True
+            status, headers = response.status_code, response.headers
             if status in (408, 429) or status >= 500:
                 pause = None
                 with suppress(urllib3_errors.InvalidHeader):
-                    pause = Retry().parse_retry_after(response.headers.get("Retry-After", ""))
-                raise _Transient(f"HTTP {status}", pause)
-            if status not in (200, 206, 416):
-                raise _Failure(f"HTTP {status}", status)
-            yield response
+                    pause = Retry().get_retry_after(response.raw)
+                raise _Failure(f"HTTP {status}", again=True, pause_s=pause)
+            if status != 200:
+                raise _Failure(f"HTTP {status}", status=status)
+            for piece in response.iter_content(256 * 1024):  # raises where it ends before its Content-Length
+                body += piece
+                if self.stop.is_set() or len(body) > _MAX_BYTES:
+                    raise _Failure("stopped, or its answer is too long to be what was asked for")
+        # S3's ETag is the MD5 of an object uploaded in one piece, not encrypted with a key of its own (AWS, "Common
+        # response headers"); of one uploaded in parts it ends in "-NUMBER".
+        etag = re.fullmatch(r'"([0-9a-f]{32})"', headers.get("ETag", ""))
+        plain = (
+            headers.get("x-amz-server-side-encryption", "AES256") == "AES256" and headers.get("Server") == "AmazonS3"
+        )
+        if etag and plain and hashlib.md5(body, usedforsecurity=False).hexdigest() != etag[1]:
+            raise _Failure("its md5 is not the one that the server announced", again=True)
+        return bytes(body)
+
+    def _lost(self, error: requests.RequestException) -> _Failure:
+        """What the operating system said, without the class names and addresses around it."""
+        if isinstance(error, requests.exceptions.ChunkedEncodingError):
+            return _Failure("the connection broke off", again=True)
+        reason = getattr(error.args[0], "reason", None) if error.args else None
+        never = (urllib3_errors.NewConnectionError, urllib3_errors.ConnectTimeoutError, urllib3_errors.ProxyError)
+        no_network = not self._reached and isinstance(reason, never)  # say so at once
+        passes = isinstance(error, requests.ConnectionError | requests.Timeout) and not no_network
+        cause = "no answer in time" if isinstance(error, requests.Timeout) else one_line(reason or error)
+        return _Failure(cause.rpartition(": ")[2], again=passes and not isinstance(error, requests.exceptions.SSLError))
 
 
 def _check_redirect(same_host: bool, response: requests.Response, **_: Any) -> None:
@@ -418,52 +373,13 @@ def _check_redirect(same_host: bool, response: requests.Response, **_: Any) -> N
         here, there = _origin(response.url), _origin(urljoin(response.url, response.headers["Location"]))
         if same_host and here != there:
             raise _Failure("it redirects to another host")
-        if here[0] == "https" != there[0]:
+        if here.startswith("https:") and not there.startswith("https:"):
             raise _Failure("it redirects from https to http")
 
 
-def _origin(url: str) -> tuple[str, str | None, int | None]:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme, parts.hostname, parts.port
-    except ValueError:
-        return "", None, None
-
-
-def _start(response: requests.Response, body: bytearray) -> int | None:
-    """Length of the whole file, None where the server does not say. Empties `body` where the file starts over."""
-    if response.status_code == 200:
-        body.clear()
-        length = response.headers.get("Content-Length", "")
-        return int(length) if length.isdecimal() and "Content-Encoding" not in response.headers else None
-    span = re.fullmatch(rf"bytes {len(body)}-[0-9]+/([0-9]+)", response.headers.get("Content-Range", ""))
-    if response.status_code != 206 or span is None:
-        body.clear()
-        raise _Transient("the server refused to continue where the last attempt stopped", 0.0)
-    return int(span[1])
-
-
-def _verify(body: bytearray, whole: int | None, response: requests.Response) -> None:
-    """Length and checksums, as far as the server's headers give them.
-
-    An ETag is an MD5 only on S3, for an object that was uploaded in one piece and is not encrypted with a key of its
-    own (AWS, "Common response headers"). Digests of S3's multipart uploads end in "-NUMBER" and are not of the file.
-    """
-    if whole is not None and len(body) != whole:
-        raise _Transient(f"{len(body):,} bytes arrived where the server announced {whole:,}")
-    headers = response.headers
-    announced = {name: headers.get(f"x-amz-checksum-{name}", "") for name in ("sha1", "sha256")}
-    if response.status_code == 200:  # of a 206 it may be the part's
-        announced["md5"] = headers.get("Content-MD5", "")
-    etag = re.fullmatch(r'"([0-9a-f]{32})"', headers.get("ETag", ""))
-    plain = headers.get("x-amz-server-side-encryption", "AES256") == "AES256"
-    own_key = "x-amz-server-side-encryption-customer-algorithm" in headers
-    if etag and headers.get("Server") == "AmazonS3" and plain and not own_key:
-        announced["md5"] = base64.b64encode(bytes.fromhex(etag[1])).decode()
-    for name, digest in announced.items():
-        found = base64.b64encode(hashlib.new(name, body, usedforsecurity=False).digest()).decode()
-        if len(digest) == len(found) and digest != found:
-            raise _Transient(f"its {name} is not the one that the server announced")
+def _origin(url: str) -> str:
+    """Scheme, host and port."""
+    return "/".join(url.split("/", 3)[:3])
 
 
 def _read_json(body: bytes) -> dict[str, Any]:
@@ -478,37 +394,87 @@ def _read_json(body: bytes) -> dict[str, Any]:
 
 
 def _with_suffix(image: ArchiveImage, content: bytes) -> tuple[bytes, str]:
-    """The bytes and the suffix by their signature; _Transient where they are not the whole image of the record."""
+    """The bytes and the suffix by their signature; _Failure where they are not the whole image of the record."""
     suffix = next((suffix for signature, suffix in _SUFFIX_OF.items() if content.startswith(signature)), None)
     if suffix is None:
-        raise _Transient("what came is " + ("a web page" if content.lstrip()[:1] == b"<" else "no image"))
+        raise _Failure("what came is " + ("a web page" if content.lstrip()[:1] == b"<" else "no image"), again=True)
     try:
         pixels = probe_image(content, max_pixels=_MAX_PIXELS)
     except ImageRejected as rejection:
-        raise _Transient(f"what came is no whole image: {rejection.reason}") from None
+        raise _Failure(f"what came is no whole image: {rejection.reason}", again=True) from None
     if image.pixels is not None and sorted(pixels) != sorted(image.pixels):
-        raise _Transient(f"what came has {pixels[0]} x {pixels[1]} pixels, the record {image.pixels}")
+        raise _Failure(f"what came has {pixels[0]} x {pixels[1]} pixels, the record {image.pixels}", again=True)
     return content, suffix
 
 
-def _cause(error: requests.RequestException) -> str:
-    """What the operating system said, without the class names and addresses around it."""
-    if isinstance(error, requests.Timeout):
-        return "no answer in time"
-    text = " ".join(str(error).split())
-    plain = re.search(
-        r"\[Errno -?\d+\] ([^'\")]+)|(Remote end closed connection|certificate verify failed[^(')]*)", text
+# --- records and their classes ----------------------------------------------------------------------------------------
+
+
+def read_record(record: Any) -> ArchiveImage | str:
+    """One entry of a page's results; or, in a few words, why it is of no use. Never raises, whatever the API sent."""
+    isic_id = _at(record, "isic_id")
+    if not isinstance(isic_id, str) or not re.fullmatch(r"ISIC_[0-9]{1,12}", isic_id):  # it becomes a file name
+        return "record whose id is not ISIC_ and a number"
+    size, url = _at(record, "files", "full", "size"), _at(record, "files", "full", "url")
+    if not isinstance(url, str) or not is_web_address(url):
+        return "record without an http(s) address of its file"
+    width, height = (_at(record, "metadata", "acquisition", f"pixels_{axis}") for axis in "xy")
+    clinical = partial(_text, record, "metadata", "clinical")
+    levels = [clinical(f"diagnosis_{level}") for level in range(1, 6)]
+    if not any(levels):
+        levels = [part.strip() for part in clinical("diagnosis").split(":")]
+    row = {
+        "image_id": isic_id,
+        "lesion_id": clinical("lesion_id"),
+        "class": "",
+        "diagnosis": ": ".join(filter(None, levels)),
+    }
+    row |= {name: clinical(name) for name in _DETAILS}
+    row |= {name: _text(record, key) or "not stated" for name, key in _CREDITS.items()}
+    return ArchiveImage(
+        isic_id=isic_id,
+        url=url,
+        size=size if isinstance(size, int) and size > 0 else None,
+        pixels=(width, height) if isinstance(width, int) and isinstance(height, int) else None,
+        diagnosis=tuple(filter(None, levels)),
+        image_type=_text(record, "metadata", "acquisition", "image_type"),
+        row=row,
     )
-    return (plain[1] or plain[2]).strip() if plain else (text[:160] or type(error).__name__)
+
+
+def _at(record: Any, *keys: str) -> Any:
+    """What is under these keys of nested objects; None where it is not."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def _text(record: Any, *keys: str) -> str:
+    """A scalar as one line; lists, objects, null and booleans' absence as nothing."""
+    value = _at(record, *keys)
+    return " ".join(str(value).split())[:500] if isinstance(value, (str, int, float)) else ""
+
+
+# The archive files HAM10000's intraepithelial carcinomas (Bowen's disease) under squamous cell carcinoma: in collection
+# 212, 149 solar or actinic keratoses and 229 carcinomas make the 378 AKIEC of task 3 (327 training, 8 validation, 43
+# test). Elsewhere the same words mean an invasive carcinoma, which is none of the seven classes.
+_TASK_3_COLLECTIONS = {66, 67, 73, 212}
+_TASK_3_BRANCHES = {"squamous cell carcinoma": "AKIEC", "squamous cell carcinoma, nos": "AKIEC"}
+
+
+def class_of(diagnosis: tuple[str, ...], collection: int, own_classes: Mapping[str, str]) -> str | None:
+    """The class code of a diagnosis (general to specific), None where the tables name none: it is never guessed.
+
+    collection: its number, because HAM10000 uses one term in a way of its own. own_classes: the user's diagnosis name
+    -> class code or SKIP, any letter case; covers what is below it and goes before the tables.
+    The most specific term that is known decides.
+    """
+    task_3 = _TASK_3_BRANCHES if collection in _TASK_3_COLLECTIONS else {}
+    code = ISIC7.find(*diagnosis, own={**task_3, **own_classes})
+    return None if code == SKIP else code
 
 
 # --- notes beside the images ------------------------------------------------------------------------------------------
-
-
-class _File(NamedTuple):
-    path: str  # relative to data_root
-    bytes: int
-    sha256: str
 
 
 class _Ledger:
@@ -518,8 +484,8 @@ class _Ledger:
     """
 
     _LINE = re.compile(
-        rf"(ISIC_[0-9]+),((?:{'|'.join(CLASSES)}|{re.escape(STATE_FOLDER)}/unmapped)/\1\.[a-z]+),"
-        r"([0-9]+),([0-9a-f]{64})"
+        rf"(ISIC_[0-9]+),((?:{'|'.join(ISIC7.codes)}|{re.escape(STATE_FOLDER)}/unmapped)/\1\.[a-z]+),"
+        r"([0-9]+,[0-9a-f]{64})"
     )
 
     def __init__(self, root: Path) -> None:
@@ -528,42 +494,48 @@ class _Ledger:
         self._lock = threading.Lock()
         text = self._path.read_text(errors="replace") if self._path.exists() else ""
         lines = filter(None, map(self._LINE.fullmatch, text.splitlines()))  # a torn line does not match
-        self.files = {line[1]: _File(line[2], int(line[3]), line[4]) for line in lines}
+        self.files = {line[1]: (line[2], line[3]) for line in lines}  # image_id -> path in data_root, fingerprint
         if not text.endswith("\n"):
             self._append("\n" if text else "image_id,path,bytes,sha256\n")
 
-    def add(self, image_id: str, file: _File) -> None:
+    def add(self, image_id: str, path: str, fingerprint: str) -> None:
         """Write one line, at once. Safe in several threads."""
         with self._lock:
-            self.files[image_id] = file
-            self._append(f"{image_id},{file.path},{file.bytes},{file.sha256}\n")
+            self.files[image_id] = path, fingerprint
+            self._append(f"{image_id},{path},{fingerprint}\n")
 
     def move(self, image_id: str, folder: str) -> None:
         """Put an image into another folder, unless it is there already or not where its line says."""
-        file = self.files[image_id]
-        moved = file._replace(path=f"{folder}/{file.path.rpartition('/')[2]}")
-        source, target = self._root / file.path, self._root / moved.path
+        path, fingerprint = self.files[image_id]
+        moved = f"{folder}/{path.rpartition('/')[2]}"
+        source, target = self._root / path, self._root / moved
         if source != target and source.is_file() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(source, target)  # before its line: killed in between, at worst it is fetched again
-            self.add(image_id, moved)
+            self.add(image_id, moved, fingerprint)
 
     def unchanged(self, image_ids: set[str]) -> set[str]:
         """Those whose file still has its sha256."""
-        noted = [image_id for image_id in self.files if image_id in image_ids]
-        if noted:
-            print(f"checking {len(noted):,} files of earlier runs", flush=True)
 
         def is_good(image_id: str) -> bool:
-            path = self._root / self.files[image_id].path
-            return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == self.files[image_id].sha256
+            path, fingerprint = self.files[image_id]
+            file = self._root / path
+            return file.is_file() and _fingerprint(file.read_bytes()) == fingerprint
 
+        noted = sorted(self.files.keys() & image_ids)
+        if noted:
+            print(f"checking {len(noted):,} files of earlier runs", flush=True)
         with ThreadPoolExecutor(4) as pool:
             return {image_id for image_id, good in zip(noted, pool.map(is_good, noted), strict=True) if good}
 
     def _append(self, text: str) -> None:
         with self._path.open("a") as stream:
             stream.write(text)
+
+
+def _fingerprint(content: bytes) -> str:
+    """As in a line of the ledger: length and sha256."""
+    return f"{len(content)},{hashlib.sha256(content).hexdigest()}"
 
 
 def _write_metadata(path: Path, wanted: Wanted) -> None:
@@ -587,15 +559,7 @@ def _write_metadata(path: Path, wanted: Wanted) -> None:
                 f"{path} is no CSV file in UTF-8 with a column image_id; move it away, then run again"
             ) from None
     for image, code in wanted:
-        known = {
-            "image_id": image.isic_id,
-            "lesion_id": image.lesion_id,
-            "class": code,
-            "diagnosis": ": ".join(image.diagnosis),
-            **image.details,
-            "license": image.license,
-            "attribution": image.attribution,
-        }
+        known = {**image.row, "class": code}
         old = rows.get(image.isic_id, {})
         rows[image.isic_id] = old | {name: value for name, value in known.items() if value or name not in old}
         columns += [name for name in known if name not in columns]
@@ -606,35 +570,26 @@ def _write_metadata(path: Path, wanted: Wanted) -> None:
     _write_changed(path, table.getvalue())
 
 
-def _write_provenance(path: Path, wanted: Wanted, source: str, collection: int) -> str:
-    """DOWNLOAD.md: where the images come from, under which licences, whom to credit. Returns it as one line."""
-    licenses = Counter(image.license for image, _ in wanted).most_common()
-    attributions = Counter(image.attribution for image, _ in wanted).most_common()
-
-    def cell(text: str) -> str:
-        return text.replace("|", "/").replace("<", "(").replace(">", ")")
-
-    lines = [
-        "# Where these images come from",
-        "",
-        f"Fetched by `m2d` from the ISIC archive, collection {collection} of <{source}>, "
-        f"on {datetime.now(UTC):%Y-%m-%d}. `metadata.csv` names licence and attribution of each image.",
-        "",
-        "| licence | images | text |",
-        "|---|---|---|",
-        *(f"| {cell(name)} | {count:,} | {_LICENSES.get(name, '')} |" for name, count in licenses),
-        "",
-        "Attribution, which the licences ask for:",
-        "",
-        *(f"- {cell(name)} ({count:,} images)" for name, count in attributions),
-        "",
-        "CC-BY-NC allows no commercial use.",
+def _write_provenance(path: Path, wanted: Wanted, source: str, collection: int) -> None:
+    """DOWNLOAD.md: where the images come from, under which licences, whom to credit."""
+    plain = str.maketrans("|<>", "/()")
+    licenses, owners = (Counter(image.row[column] for image, _ in wanted).most_common() for column in _CREDITS)
+    text = [
+        "# Where these images come from\n",
+        f"Fetched by `m2d` from the ISIC archive, collection {collection} of <{source}>, on "
+        f"{datetime.now(UTC):%Y-%m-%d}. `metadata.csv` names licence and attribution of each image.\n",
+        "| licence | images | text |\n|---|---|---|",
+        *(f"| {name.translate(plain)} | {count:,} | {_LICENSES.get(name, '')} |" for name, count in licenses),
+        "\nAttribution, which the licences ask for:\n",
+        *(f"- {name.translate(plain)} ({count:,} images)" for name, count in owners),
+        "\nCC-BY-NC allows no commercial use.",
     ]
     if collection in (66, 212):
-        lines += ["", f"Cite: {_HAM10000_PAPER}"]
-    _write_changed(path, "\n".join(lines) + "\n")
-    counts = ", ".join(f"{name} ({count:,} images)" for name, count in licenses[:4])
-    return f"licence: {counts}; attribution: {_some([name for name, _ in attributions], 3)}; all of it in {path}"
+        text.append(
+            "\nCite: Tschandl, Rosendahl, Kittler: The HAM10000 dataset, a large collection of multi-source "
+            "dermatoscopic images of common pigmented skin lesions. Scientific Data 5:180161 (2018)."
+        )
+    _write_changed(path, "\n".join(text) + "\n")
 
 
 def _write_changed(path: Path, text: str) -> None:

@@ -26,10 +26,7 @@ class StreamOrder:
         if len(labels) == 0:
             raise DataError("the training split has no image; lower data.val_fraction and data.test_fraction")
         self.rows_per_epoch = len(labels)
-        self._labels = np.asarray(labels, dtype=np.int64)
-        self._balance: Balance = balance
-        self._views = views
-        self._seed = seed
+        self._labels, self._balance, self._views, self._seed = labels, balance, views, seed
         self._epochs: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def lookup(self, stream_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -51,15 +48,13 @@ class StreamOrder:
         return np.asarray(per_row[inverse], dtype=np.float64)
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        if epoch in self._epochs:
-            self._epochs.move_to_end(epoch)
-            return self._epochs[epoch]
-        picked = np.arange(self.rows_per_epoch) if self._balance == "natural" else self._pick(epoch)
-        rows: np.ndarray = picked[_permutation(self.rows_per_epoch, self._seed, ORDER_STREAM, epoch)]
-        self._epochs[epoch] = rows
-        while len(self._epochs) > CACHED_EPOCHS:
-            self._epochs.popitem(last=False)
-        return rows
+        if epoch not in self._epochs:
+            picked = np.arange(self.rows_per_epoch) if self._balance == "natural" else self._pick(epoch)
+            self._epochs[epoch] = picked[_permutation(self.rows_per_epoch, self._seed, ORDER_STREAM, epoch)]
+            while len(self._epochs) > CACHED_EPOCHS:
+                self._epochs.popitem(last=False)
+        self._epochs.move_to_end(epoch)
+        return self._epochs[epoch]
 
     def _pick(self, epoch: int) -> np.ndarray:
         """N catalog rows by systematic resampling (Kitagawa 1996), int64 [N], grouped by class.

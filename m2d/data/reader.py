@@ -1,46 +1,39 @@
-"""From catalog rows to pixels: reads, decodes (or takes what setup_data decoded), crops and turns.
+"""From catalog rows to pixels: reads, decodes (or takes what setup_data decoded), crops and turns. Without Ray.
 
-Knows nothing of the order or of Ray.
+`iterate_local` is the training stream in one process: the batches of m2d.data.stream, for tests and notebooks.
 """
 
 import hashlib
 import logging
-import posixpath
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import fs
 
 from m2d.data.catalog import classes_of
 from m2d.data.decode import ImageRejected, decode_resized
+from m2d.data.order import StreamOrder, worker_rows
 from m2d.data.store import PreparedImages, PreparedRows
 from m2d.data.views import apply_view
 from m2d.errors import DataError
-from m2d.files.storage import one_line, open_storage
+from m2d.files.storage import Storage, open_storage, read_file
+
+if TYPE_CHECKING:  # every decoding process imports this file, and needs no torch: seconds and 200 MB each
+    import torch
 
 logger = logging.getLogger(__name__)
 
 READ_THREADS = 16  # they wait for storage, not for the CPU
 MAX_SUBSTITUTES = 32  # so many bad files of one class in a row are a lost storage, not a few broken files
-
-
-def read_file(storage: tuple[fs.FileSystem, str], path: str) -> bytes | str:
-    """A file's bytes, or in one line why there are none. storage: as open_storage gives it; path: below it."""
-    filesystem, root = storage
-    try:
-        with filesystem.open_input_file(posixpath.join(root, path)) as file:
-            return bytes(file.read())
-    except FileNotFoundError:
-        return "is not there"
-    except (pa.ArrowException, OSError) as error:
-        return f"cannot be read ({one_line(error)})"
+PREFETCHED_BATCHES = 2
 
 
 def decode_unchanged(
-    storage: tuple[fs.FileSystem, str], path: str, sha256: str, decode: Callable[[bytes], np.ndarray]
+    storage: Storage, path: str, sha256: str, decode: Callable[[bytes], np.ndarray]
 ) -> np.ndarray | str:
     """What `decode` makes of a file; or in one line why there is nothing, also where it has changed since the scan."""
     encoded = read_file(storage, path)
@@ -75,24 +68,22 @@ class ImageReader:
 
         prepared: images decoded at this size, found by `sha256`; rows that it lacks are decoded from their files.
         """
-        self.data_root = data_root
-        self.image_size = image_size
-        self.max_pixels = max_pixels
-        codes = catalog.column("label").combine_chunks().dictionary_encode()
+        self.data_root, self.image_size, self.max_pixels = data_root, image_size, max_pixels
         self._codes = classes_of(catalog).codes
-        index_of_code = np.array([self._codes.index(code) for code in codes.dictionary.to_pylist()], dtype=np.int64)
-        self.labels: np.ndarray = index_of_code[codes.indices.to_numpy(zero_copy_only=False)]
-        self.sizes: np.ndarray = catalog.column("bytes").to_numpy().astype(np.int64)
-        self._paths = catalog.column("path").combine_chunks()
+        self.labels = np.array([self._codes.index(code) for code in catalog["label"].to_pylist()], dtype=np.int64)
+        self.sizes: np.ndarray = catalog["bytes"].to_numpy().astype(np.int64)
+        self._paths = catalog["path"].combine_chunks()
         self._prepared: PreparedRows | None = None
+        self._is_raw = np.zeros(len(catalog), dtype=bool)
         if prepared is not None:
             if prepared.image_size != image_size:
                 raise ValueError(f"images prepared at {prepared.image_size} px for a reader of {image_size} px")
-            self._prepared = prepared.rows(catalog.column("sha256").to_pylist())
-            self.sizes = np.where(self._prepared.present, 3 * image_size**2, self.sizes)
+            self._prepared = prepared.rows(catalog["sha256"].to_pylist())
+            self._is_raw = self._prepared.present
+            self.sizes = np.where(self._is_raw, 3 * image_size**2, self.sizes)
         self._bad: dict[int, str] = {}  # catalog row -> reason
         self._encoded: pa.ChunkedArray | None = None
-        self._storage: tuple[fs.FileSystem, str] | None = None
+        self._storage: Storage | None = None
         self._threads: ThreadPoolExecutor | None = None
 
     def __len__(self) -> int:
@@ -113,7 +104,7 @@ class ImageReader:
         blobs: list[bytes | None] = []
         for row, fetched in zip(rows.tolist(), self._fetch(rows), strict=True):
             # A damaged shard gives a file's bytes where raw pixels are expected.
-            found = self._decode(row, fetched) if self._is_raw(row) else fetched
+            found = self._decode(row, fetched) if self._is_raw[row] else fetched
             if isinstance(found, np.ndarray):
                 found = found.tobytes()
             blobs.append(found if isinstance(found, bytes) else None)
@@ -148,11 +139,33 @@ class ImageReader:
             "substituted": shown_rows != catalog_rows,
         }
 
-    def _decode(self, row: int, encoded: np.ndarray | bytes | str) -> np.ndarray | None:
-        """uint8 [S, S, 3], or None and a note in `_bad` for a bad file.
+    def _fetch(self, rows: np.ndarray) -> "list[np.ndarray | bytes | str]":
+        """Of each row its pixels where they are prepared, otherwise its file's bytes, or why there are none."""
+        if self._encoded is not None:
+            return [self._fetch_attached(self._encoded, int(row)) for row in rows]
+        if self._threads is None or self._storage is None:
+            self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="m2d-read")
+            self._storage = open_storage(self.data_root)
+        storage = self._storage
+        prepared = [None] * len(rows) if self._prepared is None else self._prepared.read(rows)
+        files = [int(row) for row, pixels in zip(rows, prepared, strict=True) if pixels is None]
+        from_files = self._threads.map(
+            lambda row: self._bad.get(row) or read_file(storage, self._paths[row].as_py()), files
+        )
+        return [next(from_files) if pixels is None else pixels for pixels in prepared]
 
-        encoded: its pixels, its bytes, or why there are none.
-        """
+    def _fetch_attached(self, encoded: pa.ChunkedArray, row: int) -> np.ndarray | bytes | str:
+        if row in self._bad:
+            return self._bad[row]
+        if not encoded[row].is_valid:
+            return "could not be read when the run began"
+        content = encoded[row].as_buffer()
+        if self._is_raw[row]:
+            return np.frombuffer(content, dtype=np.uint8).reshape(self.image_size, self.image_size, 3)
+        return bytes(content)
+
+    def _decode(self, row: int, encoded: np.ndarray | bytes | str) -> np.ndarray | None:
+        """uint8 [S, S, 3], or None and a note in `_bad` for a bad file. encoded: as _fetch gives it."""
         if isinstance(encoded, np.ndarray):
             return encoded
         if isinstance(encoded, bytes):
@@ -169,8 +182,6 @@ class ImageReader:
         classmates = np.flatnonzero(self.labels == self.labels[row])
         after = np.roll(classmates, -1 - int(np.searchsorted(classmates, row)))[:-1]  # behind it first
         for candidate in map(int, after[:MAX_SUBSTITUTES]):
-            if candidate in self._bad:
-                continue
             decoded = self._decode(candidate, self._fetch(np.array([candidate]))[0])
             if decoded is not None:
                 return candidate, decoded
@@ -180,36 +191,43 @@ class ImageReader:
             "Check that data_root can be reached, then scan it again."
         )
 
-    def _fetch(self, rows: np.ndarray) -> "list[np.ndarray | bytes | str]":
-        """Of each row its pixels where they are prepared, otherwise its file's bytes, or why there are none."""
-        if self._encoded is not None:
-            return [self._fetch_attached(self._encoded, int(row)) for row in rows]
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="m2d-read")
-        prepared = [None] * len(rows) if self._prepared is None else self._prepared.read(rows)
-        files = [int(row) for row, pixels in zip(rows, prepared, strict=True) if pixels is None]
-        from_files = self._threads.map(self._fetch_file, files)
-        return [next(from_files) if pixels is None else pixels for pixels in prepared]
-
-    def _fetch_attached(self, encoded: pa.ChunkedArray, row: int) -> np.ndarray | bytes | str:
-        if row in self._bad:
-            return self._bad[row]
-        if not encoded[row].is_valid:
-            return "could not be read when the run began"
-        content = encoded[row].as_buffer()
-        if self._is_raw(row):
-            return np.frombuffer(content, dtype=np.uint8).reshape(self.image_size, self.image_size, 3)
-        return bytes(content)
-
-    def _is_raw(self, row: int) -> bool:
-        return self._prepared is not None and bool(self._prepared.present[row])
-
-    def _fetch_file(self, row: int) -> bytes | str:
-        if row in self._bad:
-            return self._bad[row]
-        if self._storage is None:
-            self._storage = open_storage(self.data_root)
-        return read_file(self._storage, self._paths[row].as_py())
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_encoded": None, "_storage": None, "_threads": None}
+
+
+def iterate_local(
+    reader: ImageReader,
+    order: StreamOrder,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    start_micro_batch: int,
+    num_micro_batches: int,
+    step_micro_batches: int | None = None,
+) -> "Iterator[dict[str, torch.Tensor]]":
+    """Micro-batches start_micro_batch .. start_micro_batch + num_micro_batches - 1 of worker `rank`, each full.
+
+    Yields images uint8 [B, S, S, 3], labels, catalog_rows, stream_rows int64 [B], views int8 [B], substituted bool [B];
+    the consumer owns them. A thread decodes ahead; what it raises is raised here, and leaving the loop ends it.
+    """
+    import torch
+
+    rows_of = partial(
+        worker_rows, batch_size=batch_size, rank=rank, world_size=world_size, step_micro_batches=step_micro_batches
+    )
+
+    def read(micro_batch: int) -> dict[str, np.ndarray]:
+        rows = rows_of(micro_batch)
+        return reader.read(*order.lookup(rows)) | {"stream_rows": rows}
+
+    thread = ThreadPoolExecutor(1, thread_name_prefix="m2d-local-stream")
+    ahead: deque[Future[dict[str, np.ndarray]]] = deque()
+    try:
+        for place in range(num_micro_batches + PREFETCHED_BATCHES):
+            if place < num_micro_batches:
+                ahead.append(thread.submit(read, start_micro_batch + place))
+            if place >= PREFETCHED_BATCHES:
+                yield {name: torch.from_numpy(column) for name, column in ahead.popleft().result().items()}
+    finally:
+        thread.shutdown(cancel_futures=True)

@@ -1,14 +1,37 @@
 """Settings of the data room. Light on purpose: the command line reads them before anything heavy is imported."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from m2d.classes import CLASSES, NAMED, named_class_set
-from m2d.data.isic_archive import COLLECTIONS, PUBLIC_API, SKIP, collection_number, is_web_address
 from m2d.errors import ConfigError
 from m2d.models.settings import FeatureExtractorConfig
 
 Balance = Literal["natural", "sqrt", "balanced"]
+
+PUBLIC_API = "https://api.isic-archive.com/api/v2"
+COLLECTIONS = {  # numbers as `isic collection list` prints them
+    "ham10000": 212,  # 11,720 images: training, validation and test images of ISIC 2018 task 3 together
+    "isic2018-task3": 66,  # its 10,015 training images, which are what the HAM10000 paper counts
+}
+SKIP = "skip"  # in place of a class code: leave such images out
+
+
+def collection_number(collection: int | str) -> int | None:
+    """The collection's number in the archive: of a known name, or the number itself; None for anything else."""
+    number = COLLECTIONS.get(str(collection), collection)
+    return int(number) if re.fullmatch(r"[0-9]{1,9}", str(number)) else None
+
+
+def is_web_address(url: str) -> bool:
+    """Whether this is an http or https URL with a host and without a name or password in it."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and "@" not in parts.netloc
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +45,7 @@ class DataConfig:
     test_fraction: float = 0.1  # of lesions; never trained on, kept for evaluation
     split_seed: int = 0  # another seed, other lesions in each split
     classes: str | None = (
-        None  # isic7, isic8, milk11, binary, folders or FILE.yaml; null: the first that holds all labels
+        None  # isic7, isic8, milk11, binary, folders or FILE.yaml; null: the first that has all labels
     )
     class_map: dict[str, str] = field(default_factory=dict)  # folder name or diagnosis -> class code
     table: str | None = None  # CSV file of labels, lesions or splits; null: those found below data_root
@@ -38,32 +61,24 @@ class DataConfig:
     read_cpus: float = 1.0  # logical CPUs a decoding task asks of Ray
 
     def __post_init__(self) -> None:
-        if self.image_size < 16 or self.image_size % 8:
-            raise ConfigError(f"data.image_size is {self.image_size}; it must be a multiple of 8, at least 16")
-        for name in ("val_fraction", "test_fraction"):
-            fraction = getattr(self, name)
-            if not 0 <= fraction < 1:
-                raise ConfigError(f"data.{name} is {fraction}; it must be at least 0 and below 1")
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ConfigError("data.val_fraction + data.test_fraction leave nothing to train on; lower one of them")
+        fractions = (self.val_fraction, self.test_fraction)
         sets = [] if self.classes == "folders" else [named_class_set(self.classes)] if self.classes else NAMED.values()
-        for folder, code in self.class_map.items():
-            if sets and not any(code in one.codes for one in sets):
-                known = " ".join(dict.fromkeys(code for one in sets for code in one.codes))
-                raise ConfigError(f"data.class_map maps {folder} to {code}; known classes: {known}")
-        for role in self.columns:
-            if role not in ("image", "label", "lesion", "split"):
-                raise ConfigError(f"data.columns has {role}; it must be one of image, label, lesion, split")
-        if self.columns and self.table is None:
-            raise ConfigError(
-                "data.columns names columns of data.table, which is not set; name the file by --data.table"
-            )
-        if self.max_pixels < 1:
-            raise ConfigError(f"data.max_pixels is {self.max_pixels}; it must be at least 1")
-        if not 0 < self.object_store_share <= 0.8:
-            raise ConfigError(f"data.object_store_share is {self.object_store_share}; it must be in (0, 0.8]")
-        if self.read_cpus <= 0:
-            raise ConfigError(f"data.read_cpus is {self.read_cpus}; it must be above 0")
+        codes = list(dict.fromkeys(code for one in sets for code in one.codes))
+        roles = ("image", "label", "lesion", "split")
+        for name, sound, wanted in (
+            ("image_size", self.image_size >= 16 and self.image_size % 8 == 0, "a multiple of 8, at least 16"),
+            ("val_fraction", 0 <= self.val_fraction < 1, "at least 0 and below 1"),
+            ("test_fraction", 0 <= self.test_fraction < 1, "at least 0 and below 1"),
+            ("val_fraction", sum(fractions) < 1, "so small that with data.test_fraction it leaves some to train on"),
+            ("class_map", not codes or {*self.class_map.values()} <= {*codes}, f"a map to some of {' '.join(codes)}"),
+            ("columns", {*self.columns} <= {*roles}, f"a map of some of {' '.join(roles)}"),
+            ("columns", not self.columns or self.table is not None, "empty, for data.table is not set"),
+            ("max_pixels", self.max_pixels >= 1, "at least 1"),
+            ("object_store_share", 0 < self.object_store_share <= 0.8, "in (0, 0.8]"),
+            ("read_cpus", self.read_cpus > 0, "above 0"),
+        ):
+            if not sound:
+                raise ConfigError(f"data.{name} is {getattr(self, name)}; it must be {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,24 +96,18 @@ class DownloadConfig:
     api: str = PUBLIC_API  # address of the API; another one for a mirror
 
     def __post_init__(self) -> None:
-        if collection_number(self.collection) is None:
-            raise ConfigError(
-                f"download.collection is {self.collection}; it must be one of {' '.join(COLLECTIONS)} or a number"
-            )
-        if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"download.limit is {self.limit}; it must be at least 1, or null for all")
-        for name, code in self.diagnoses.items():
-            if code not in (*CLASSES, SKIP):
-                raise ConfigError(
-                    f"download.diagnoses maps {name} to {code}; known classes: {' '.join(CLASSES)}, or {SKIP}"
-                )
-        for name, least, most in (("connections", 1, 64), ("retries", 0, 100)):
-            if not least <= getattr(self, name) <= most:
-                raise ConfigError(f"download.{name} is {getattr(self, name)}; it must be from {least} to {most}")
-        if not 0 < self.timeout_s <= 3600:
-            raise ConfigError(f"download.timeout_s is {self.timeout_s}; it must be above 0 and at most 3600")
-        if not is_web_address(self.api) or "?" in self.api:
-            raise ConfigError(f"download.api is {self.api}; it must be a plain http or https address")
+        known = collection_number(self.collection) is not None
+        for name, sound, wanted in (
+            ("collection", known, f"one of {' '.join(COLLECTIONS)} or a number"),
+            ("limit", self.limit is None or self.limit >= 1, "at least 1, or null for all"),
+            ("diagnoses", set(self.diagnoses.values()) <= {*CLASSES, SKIP}, f"a map to {' '.join(CLASSES)} or {SKIP}"),
+            ("connections", 1 <= self.connections <= 64, "from 1 to 64"),
+            ("retries", 0 <= self.retries <= 100, "from 0 to 100"),
+            ("timeout_s", 0 < self.timeout_s <= 3600, "above 0 and at most 3600"),
+            ("api", is_web_address(self.api) and "?" not in self.api, "a plain http or https address"),
+        ):
+            if not sound:
+                raise ConfigError(f"download.{name} is {getattr(self, name)}; it must be {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +130,6 @@ class SetupConfig:
     download: DownloadConfig = field(default_factory=DownloadConfig)
 
     def __post_init__(self) -> None:
-        if "://" in self.cache_dir:
-            raise ConfigError("cache_dir is a URI; it must be a path on a disk that every node sees")
         for name, least in (("num_actors", 0), ("extract_batch_size", 1), ("shard_images", 1)):
             value = getattr(self, name)
             if value is not None and value < least:

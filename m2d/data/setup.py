@@ -11,14 +11,15 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from rich import filesize
 
 from m2d.cluster.fan_out import JobResult, as_block, fan_out, numbered, on_tasks, run_jobs
 from m2d.cluster.nodes import cluster_total, node_resources, require_shared
@@ -26,7 +27,7 @@ from m2d.cluster.start import ray_cluster
 from m2d.data.catalog import class_counts, dataset_fingerprint, said_of, scan_dataset
 from m2d.data.decode import decode_resized
 from m2d.data.reader import READ_THREADS, decode_unchanged
-from m2d.data.settings import SetupConfig
+from m2d.data.settings import DataConfig, SetupConfig
 from m2d.data.store import CATALOG, PreparedImages, pieces, prepared_folder, reusable_catalog, write_images, write_scan
 from m2d.errors import ConfigError, DataError
 from m2d.files.atomic import clear_leftovers, try_lock
@@ -35,7 +36,8 @@ from m2d.files.progress import progress
 from m2d.files.storage import open_storage
 
 if TYPE_CHECKING:  # image tasks import this file and need no torch: seconds and 200 MB each
-    from m2d.data.features import ExtractionJobs, FeatureStore
+    from m2d.data.features import ExtractionJobs
+    from m2d.models.extractors import Features
 
 ACTORS_PER_CPU_NODE = 8  # each holds the network; more cores than that become threads of the actors
 SHOWN_FAILURES = 10
@@ -60,11 +62,21 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
     Raises an M2DError for what a user can fix; whatever was finished stays.
     """
     stages = config.stages
-    config = _absolute(config)
-    data_root = config.data_root
+    # Ray's processes may start in another directory, so local paths become absolute here.
+    makes_data_root = config.download.enabled or config.import_from is not None
+    place = result_path if makes_data_root else input_path
+    data_root = absolute(place("data_root", config.data_root))
+    extractor = config.feature_extractor
+    weights = absolute(input_path("feature_extractor.weights", extractor.weights))
+    config = dataclasses.replace(
+        config,
+        data_root=data_root,
+        cache_dir=absolute(result_path("cache_dir", config.cache_dir)),
+        feature_extractor=dataclasses.replace(extractor, weights=weights),
+    )
     if data_root is None:
         raise ConfigError("data_root is not set; name the folder that holds the images by --data_root")
-    if "://" not in data_root and not Path(data_root).is_dir() and not makes_data_root(config):
+    if "://" not in data_root and not Path(data_root).is_dir() and not makes_data_root:
         raise ConfigError(f"data_root: {data_root} is not a folder; name the one that holds the images")
     folder = prepared_folder(config.cache_dir, data_root)
     if config.download.enabled:
@@ -79,10 +91,21 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
         return []
     say(f"cache: {folder}")
     reports: list[StageReport] = []
-    with _alone(folder), ExitStack() as cluster:
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = try_lock(folder / "setup.lock")
+        except OSError as error:
+            raise ConfigError(f"cache_dir: {folder} cannot be made ({error.strerror}); choose another one") from None
+        if lock is None:
+            raise ConfigError(f"cache_dir: another setup_data is running in {folder}; wait for it to end")
+        held.enter_context(lock)
+        leftovers = clear_leftovers(folder)
+        if leftovers:
+            say(f"removed {leftovers} half-written files of a run that was killed")
 
         def need_ray() -> None:
-            cluster.enter_context(ray_cluster(verbose=config.verbose, min_cpus=max(1.0, config.data.read_cpus)))
+            held.enter_context(ray_cluster(verbose=config.verbose, min_cpus=max(1.0, config.data.read_cpus)))
             require_shared(written={"cache_dir": config.cache_dir}, read={"data_root": data_root})
 
         catalog = reusable_catalog(folder, data_root, config.data)
@@ -103,7 +126,7 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
         seconds = "" if report.seconds is None else f"{report.seconds:.1f}"
         say(
             f"{report.name:16} {report.found:9,} {report.made:9,} {report.failed:9,} {report.files:6,} "
-            f"{_size_text(report.bytes):>10} {seconds:>8}"
+            f"{filesize.decimal(report.bytes):>10} {seconds:>8}"
         )
     return reports
 
@@ -111,43 +134,6 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
 def say(line: str) -> None:
     """One fact, one line; seen at once where the output is a file."""
     print(line, flush=True)
-
-
-def makes_data_root(config: SetupConfig) -> bool:
-    """Whether data_root is filled first, so that it need not exist."""
-    return config.download.enabled or config.import_from is not None
-
-
-def _absolute(config: SetupConfig) -> SetupConfig:
-    """Ray's processes may start in another directory, so local paths become absolute here."""
-    extractor = config.feature_extractor
-    weights = input_path("feature_extractor.weights", extractor.weights)
-    place = result_path if makes_data_root(config) else input_path
-    return dataclasses.replace(
-        config,
-        data_root=absolute(place("data_root", config.data_root)),
-        cache_dir=absolute(result_path("cache_dir", config.cache_dir)),
-        feature_extractor=dataclasses.replace(extractor, weights=absolute(weights)),
-    )
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps a second run out of the folder, then removes what a killed one left. A killed process loses the lock."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = try_lock(folder / "setup.lock")
-    except OSError as error:
-        raise ConfigError(
-            f"cache_dir: {folder} cannot be made ({error.strerror}); choose another --cache_dir"
-        ) from None
-    if lock is None:
-        raise ConfigError(f"cache_dir: another setup_data is running in {folder}; wait for it to end")
-    with lock:
-        leftovers = clear_leftovers(folder)
-        if leftovers:
-            say(f"removed {leftovers} half-written files of a run that was killed")
-        yield
 
 
 def _scan(config: SetupConfig, data_root: str, folder: Path, catalog: pa.Table | None) -> tuple[pa.Table, StageReport]:
@@ -166,41 +152,30 @@ def _scan(config: SetupConfig, data_root: str, folder: Path, catalog: pa.Table |
         say(f"scan: {line}")
     counts = " ".join(f"{code} {count}" for code, count in class_counts(scan.catalog).items())
     say(f"scan: {len(scan.catalog):,} images ({counts}), {len(scan.duplicates):,} exact duplicates left out")
-    seconds = time.monotonic() - began
-    size = _size(folder / CATALOG)
+    seconds, size = time.monotonic() - began, _size(folder / CATALOG)
     return scan.catalog, StageReport("catalog", 0, len(scan.catalog), len(scan.rejected), 1, size, seconds)
 
 
-@dataclass(frozen=True)
-class ImageJobs:
-    """Job j: decode the images `rows[j]` and write them as one file. Cheap to pickle; runs without torch."""
-
-    data_root: str
-    image_size: int
-    max_pixels: int
-    folder: Path  # of the dataset, in the cache
-    paths: Sequence[str]  # of all rows
-    sha256: Sequence[str]
-    rows: Sequence[np.ndarray]
-
-    def run(self, job: int) -> JobResult:
-        """Write the file of job j, without the images that cannot be had."""
-        rows, storage = self.rows[job].tolist(), open_storage(self.data_root)
-        decode = partial(decode_resized, size=self.image_size, max_pixels=self.max_pixels)
-        with ThreadPoolExecutor(READ_THREADS) as pool:
-            read = lambda row: decode_unchanged(storage, self.paths[row], self.sha256[row], decode)  # noqa: E731
-            found = dict(zip(rows, pool.map(read, rows), strict=True))
-        good = {row: pixels for row, pixels in found.items() if isinstance(pixels, np.ndarray)}
-        if good:
-            write_images(self.folder, self.image_size, [self.sha256[row] for row in good], np.stack([*good.values()]))
-        return JobResult(len(good), [f"{self.paths[row]}: {found[row]}" for row in rows if row not in good])
+def prepare_images(data: DataConfig, data_root: str, folder: Path, images: Sequence[tuple[str, str]]) -> JobResult:
+    """Decode images (path, sha256) and write them as one file, without those that cannot be had. Without torch."""
+    storage = open_storage(data_root)
+    decode = partial(decode_resized, size=data.image_size, max_pixels=data.max_pixels)
+    paths, sums = [path for path, _ in images], [sha256 for _, sha256 in images]
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        found = list(pool.map(partial(decode_unchanged, storage, decode=decode), paths, sums))
+    good = {sha256: pixels for sha256, pixels in zip(sums, found, strict=True) if isinstance(pixels, np.ndarray)}
+    if good:
+        write_images(folder, data.image_size, list(good), np.stack([*good.values()]))
+    return JobResult(
+        len(good), [f"{path}: {why}" for path, why in zip(paths, found, strict=True) if isinstance(why, str)]
+    )
 
 
 def _images(
     config: SetupConfig, data_root: str, folder: Path, catalog: pa.Table, need_ray: Callable[[], None]
 ) -> StageReport:
     began = time.monotonic()
-    size, sha256 = config.data.image_size, catalog["sha256"].to_pylist()
+    size, sha256, paths = config.data.image_size, catalog["sha256"].to_pylist(), catalog["path"].to_pylist()
     before = PreparedImages(folder, size)
     _remove_unreadable("images", before.unreadable)
     missing = np.flatnonzero(before.missing(sha256))
@@ -210,49 +185,47 @@ def _images(
     made = 0
     if len(missing):
         _require_space("images", folder, len(missing) * (3 * size**2 + 256))
-        rows = pieces(missing, config.shard_images)
-        paths = catalog["path"].to_pylist()
-        jobs = ImageJobs(data_root, size, config.data.max_pixels, folder, paths, sha256, rows)
-        results: Iterator[JobResult]
-        if config.num_actors == 0:
-            results = map(jobs.run, range(len(rows)))
-        else:  # as tasks, of which as many run as the cluster has CPUs
+        files = [[(paths[row], sha256[row]) for row in rows] for rows in pieces(missing, config.shard_images)]
+        prepare = partial(prepare_images, config.data, data_root, folder)
+        results: Iterator[JobResult] = map(prepare, files)
+        if config.num_actors != 0:  # as tasks, of which as many run as the cluster has CPUs
             need_ray()
-            tasks = on_tasks(jobs, _decode, cpus=config.data.read_cpus)
-            results = (JobResult(**row) for row in fan_out(numbered(len(rows)), tasks))
+            tasks = on_tasks((prepare, files), _prepare_block, cpus=config.data.read_cpus)
+            results = (JobResult(**row) for row in fan_out(numbered(len(files)), tasks))
         with progress("images", stderr=False) as shown:
             for result in results:
                 made += result.images
                 failures += result.failures
                 shown.show(made + len(failures), len(missing))
     _say_failures("images", failures)
-    files = PreparedImages(folder, size).files
-    return StageReport(
-        f"images {size}px", found, made, len(failures), len(files), _size(*files), time.monotonic() - began
-    )
+    shards = PreparedImages(folder, size).files
+    seconds = time.monotonic() - began
+    return StageReport(f"images {size}px", found, made, len(failures), len(shards), _size(*shards), seconds)
 
 
-def _decode(jobs: ImageJobs, block: pa.Table) -> pa.Table:
-    return as_block(jobs.run(block["job"][0].as_py()))
+def _prepare_block(held: Any, block: pa.Table) -> pa.Table:
+    prepare, files = held
+    return as_block(prepare(files[block["job"][0].as_py()]))
 
 
 def _features(config: SetupConfig, folder: Path, catalog: pa.Table, need_ray: Callable[[], None]) -> list[StageReport]:
-    from m2d.data.features import ExtractionJobs, FeatureStore, feature_bytes, keep_features, read_prepared
+    """A report of each view, then their sum."""
+    from m2d.data.features import ExtractionJobs, FeatureStore, feature_bytes, read_prepared, write_features
     from m2d.models.extractors import extractor_key, load_feature_extractor
 
     began = time.monotonic()
     size, views, settings = config.data.image_size, config.data.views, config.feature_extractor
     key = extractor_key(settings)
-    images = PreparedImages.open(folder, size)
-    if images is None:
+    images = PreparedImages(folder, size)
+    if not images.files:
         raise ConfigError(f"features are made from prepared images, and {folder} has none of {size} px; add --images")
     unprepared = images.missing(catalog["sha256"].to_pylist())
     if unprepared.any():
         count = unprepared.sum()
         say(f"features: WARNING: {count:,} images are not prepared at {size} px and left out; --images says why")
         catalog = catalog.filter(pa.array(~unprepared))
-    sha256 = catalog["sha256"].to_pylist()
-    before = FeatureStore.open(folder, key, size)
+    sha256, paths = catalog["sha256"].to_pylist(), catalog["path"].to_pylist()
+    before = FeatureStore(folder, key, size)
     missing = before.missing(sha256, views)
     _remove_unreadable("features", before.unreadable)
     total, left = missing.size, int(missing.sum())
@@ -262,19 +235,21 @@ def _features(config: SetupConfig, folder: Path, catalog: pa.Table, need_ray: Ca
         extractor = load_feature_extractor(settings.name, settings.weights, settings.input_size, settings.crop)
         needed = left * feature_bytes(extractor.dim, extractor.num_patches)
         shape = f"cls {extractor.dim}, patches {extractor.num_patches} x {extractor.dim}"
-        say(f"features: {shape} in fp16; {_size_text(needed)} to write")
+        say(f"features: {shape} in fp16; {filesize.decimal(needed)} to write")
         _require_space("features", folder, needed)
         del extractor  # it was loaded to learn its shape and that its weights are good; the actors load their own
+
+        def keep(view: int, rows: np.ndarray, features: "Features") -> None:
+            sums, names = ([column[row] for row in rows] for column in (sha256, paths))
+            write_features(folder, key, size, view, sums, features, names=names)
+
+        of_view = [pieces(np.flatnonzero(missing[:, view]), config.shard_images) for view in range(views)]
         jobs = ExtractionJobs(
             settings,
             key,
             read=partial(read_prepared, images.rows(sha256)),
-            keep=partial(keep_features, folder, key, size, sha256, catalog["path"].to_pylist()),
-            jobs=[
-                (view, rows)
-                for view in range(views)
-                for rows in pieces(np.flatnonzero(missing[:, view]), config.shard_images)
-            ],
+            keep=keep,
+            jobs=[(view, rows) for view in range(views) for rows in of_view[view]],
             batch_size=config.extract_batch_size,
             batch_setting="extract_batch_size",
         )
@@ -283,7 +258,17 @@ def _features(config: SetupConfig, folder: Path, catalog: pa.Table, need_ray: Ca
             for result in _extracted(config, jobs, need_ray):
                 made += result.images
                 shown.show(made, left)
-    return _feature_reports(FeatureStore.open(folder, key, size), sha256, missing, time.monotonic() - began)
+    now = FeatureStore(folder, key, size)
+    absent = now.missing(sha256, views)
+    reports = []
+    for view in range(views):
+        were, are, files = ~missing[:, view], ~absent[:, view], now.files(view)
+        counts = int(were.sum()), int((are & ~were).sum()), int((~are).sum()), len(files), _size(*files)
+        reports.append(StageReport(f"features view {view}", *counts))
+    found, made, failed, file_count, size = (
+        sum(column) for column in zip(*(dataclasses.astuple(report)[1:-1] for report in reports), strict=True)
+    )
+    return [*reports, StageReport("features", found, made, failed, file_count, size, time.monotonic() - began)]
 
 
 def _extracted(config: SetupConfig, jobs: "ExtractionJobs", need_ray: Callable[[], None]) -> Iterator[JobResult]:
@@ -306,7 +291,7 @@ def _extracted(config: SetupConfig, jobs: "ExtractionJobs", need_ray: Callable[[
     threads = max(1, node_cpus // math.ceil(actors / max(1, cpus // node_cpus)))
     where = f"{actors} GPU{'s' if actors > 1 else ''}" if gpus else f"{actors} x {threads} CPU threads"
     say(f"features: {len(jobs.jobs):,} files to make, on {where}")
-    return run_jobs(jobs, len(jobs.jobs), actors=actors, device="cuda" if gpus else "cpu", threads=threads)
+    return run_jobs(jobs, actors=actors, device="cuda" if gpus else "cpu", threads=threads)
 
 
 def _remove_unreadable(stage: str, unreadable: dict[Path, str]) -> None:
@@ -318,26 +303,11 @@ def _remove_unreadable(stage: str, unreadable: dict[Path, str]) -> None:
 def _require_space(stage: str, folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
+        there, wanted = filesize.decimal(free), filesize.decimal(needed)
         raise DataError(
-            f"{stage}: {_size_text(needed)} are to be written to {folder}, where {_size_text(free)} are free; free "
-            "some space, or choose another --cache_dir"
+            f"{stage}: {wanted} are to be written to {folder}, where {there} are free; free some space, or choose "
+            "another --cache_dir"
         )
-
-
-def _feature_reports(
-    store: "FeatureStore", sha256: list[str], missing_before: np.ndarray, seconds: float
-) -> list[StageReport]:
-    """One of each view, then their sum."""
-    missing_now = store.missing(sha256, missing_before.shape[1])
-    reports = []
-    for view in range(missing_before.shape[1]):
-        before, now, files = missing_before[:, view], missing_now[:, view], store.files(view)
-        counts = int((~before).sum()), int((before & ~now).sum()), int(now.sum()), len(files), _size(*files)
-        reports.append(StageReport(f"features view {view}", *counts))
-    found, made, failed, file_count, size = (
-        sum(column) for column in zip(*(dataclasses.astuple(report)[1:-1] for report in reports), strict=True)
-    )
-    return [*reports, StageReport("features", found, made, failed, file_count, size, seconds)]
 
 
 def _say_failures(stage: str, failures: list[str]) -> None:
@@ -349,11 +319,3 @@ def _say_failures(stage: str, failures: list[str]) -> None:
 
 def _size(*files: Path) -> int:
     return sum(path.stat().st_size for path in files)
-
-
-def _size_text(count: int) -> str:
-    """Bytes in a readable unit: 1.48 GB."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count / 1e3:.1f} kB"

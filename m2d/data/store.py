@@ -3,7 +3,7 @@
     CACHE/<name>-<8 hex>/dataset.json  catalog.parquet  rejected.csv  duplicates.csv
     CACHE/<name>-<8 hex>/images/64px/shard_*.parquet     sha256, pixels (raw uint8 RGB, row by row)
 Everything is found by the sha256 of the image files, so another split or more images make nothing here invalid.
-Features lie beside them (m2d.data.features), in shards of the same kind.
+Features are beside them (m2d.data.features), in shards of the same kind.
 """
 
 import hashlib
@@ -13,113 +13,33 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 from safetensors import SafetensorError
 
-from m2d.data.catalog import (
-    Scan,
-    class_counts,
-    dataset_fingerprint,
-    read_catalog,
-    write_catalog,
-    write_csv,
-)
+from m2d.data.catalog import Scan, class_counts, dataset_fingerprint, read_catalog, write_catalog, write_csv
 from m2d.data.settings import DataConfig
-from m2d.errors import ConfigError, DataError
-from m2d.files.atomic import whole_file
+from m2d.errors import ConfigError
+from m2d.files.atomic import cache_file
 from m2d.files.storage import one_line, open_storage
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of the whole folder; raised when what is in it can no longer be read as before
 DATASET, CATALOG = "dataset.json", "catalog.parquet"
-SCAN_SETTINGS = ("val_fraction", "test_fraction", "split_seed", "class_map", "max_pixels")
-# Recorded where they are set, so that the catalogs of an earlier M2D stay good.
+SCAN_SETTINGS = ("val_fraction", "test_fraction", "split_seed", "class_map", "max_pixels")  # that shape a catalog
+# They do too, and are recorded where they are set: so the catalogs of an earlier M2D stay good.
 LAYOUT_SETTINGS = ("classes", "table", "columns", "drop", "clinical", "group_near_duplicates", "split")
 ROW_GROUP_BYTES = 64 * 2**10  # of pixels: what is read for one image. Smaller ones make opening a file slow
 OPEN_FILES = 64  # of a reader; an open one costs a parsed footer
 DIGEST_BYTES = 32
-
-
-def digests(sha256: Sequence[str]) -> np.ndarray:
-    """Hex sha256 sums as sortable bytes, S32 [n]. Raises ValueError for anything else."""
-    if any(len(text) != 2 * DIGEST_BYTES for text in sha256):
-        raise ValueError("a sha256 of an image is not 64 hex digits; is this catalog from a scan?")
-    return np.frombuffer(bytes.fromhex("".join(sha256)), dtype=f"S{DIGEST_BYTES}")
-
-
-def content_name(keys: np.ndarray) -> str:
-    """16 hex digits that depend on the images alone (digests S32 [n]), so that two runs write one file, not two."""
-    return hashlib.sha256(keys.tobytes()).hexdigest()[:16]
-
-
-@contextmanager
-def cache_file(path: Path) -> Iterator[Path]:
-    """As m2d.files.atomic.whole_file, durable, its folder made. Raises DataError where the disk refuses."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path, durable=True) as partial:
-            yield partial
-    except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise DataError(
-            f"cache: {path} cannot be written ({reason}); check its disk, then run again to resume"
-        ) from error
-
-
-def pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """The rows in order, so many a file."""
-    return [rows[first : first + size] for first in range(0, len(rows), size)]
-
-
-class ShardIndex:
-    """Where each image is: in which file, and in which row of it.
-
-    unreadable: file -> reason; the images in them count as missing.
-    """
-
-    def __init__(
-        self, files: Sequence[Path], keys: Sequence[np.ndarray], unreadable: dict[Path, str] | None = None
-    ) -> None:
-        """keys: for each file the digests of its rows, S32 [n]."""
-        self.files = tuple(files)
-        self.unreadable = unreadable or {}
-        lengths = [len(of_file) for of_file in keys]
-        together = np.concatenate([*keys, np.empty(0, dtype=f"S{DIGEST_BYTES}")])
-        order = np.argsort(together, kind="stable")
-        self._keys = together[order]
-        self._file = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)[order]
-        starts = np.cumsum([0, *lengths])[:-1]
-        self._row = (np.arange(len(together)) - np.repeat(starts, lengths))[order].astype(np.int32)
-
-    @classmethod
-    def read(cls, folder: Path, suffix: str, digests_of: Callable[[Path], bytes]) -> Self:
-        """Of the folder's shards. digests_of: all digests of a file; raises for one that cannot be used."""
-        keys: dict[Path, np.ndarray] = {}
-        unreadable: dict[Path, str] = {}
-        for path in sorted(folder.glob(f"shard_*{suffix}")):
-            try:
-                keys[path] = np.frombuffer(digests_of(path), dtype=f"S{DIGEST_BYTES}")
-            except (pa.ArrowException, SafetensorError, OSError, ValueError, KeyError) as error:
-                unreadable[path] = one_line(error)
-        return cls(list(keys), list(keys.values()), unreadable)
-
-    def locate(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """File number and row of each digest, int32 [n]; file -1 where no file holds it. Of two copies either one."""
-        if not len(self._keys):
-            return np.full(len(keys), -1, dtype=np.int32), np.zeros(len(keys), dtype=np.int32)
-        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        found = self._keys[place] == keys
-        return np.where(found, self._file[place], -1).astype(np.int32), self._row[place]
 
 
 def prepared_folder(cache_dir: str, data_root: str) -> Path:
@@ -138,9 +58,9 @@ def prepared_folder(cache_dir: str, data_root: str) -> Path:
 
 def write_scan(folder: Path, scan: Scan, data_root: str, config: DataConfig, fingerprint: str) -> None:
     """Keep a scan. fingerprint: dataset_fingerprint from before the scan, so that a change since then is noticed."""
-    write_catalog(scan.catalog, str(folder / CATALOG))
-    write_csv(scan.rejected, str(folder / "rejected.csv"))
-    write_csv(scan.duplicates, str(folder / "duplicates.csv"))
+    write_catalog(scan.catalog, folder / CATALOG)
+    write_csv(scan.rejected, folder / "rejected.csv")
+    write_csv(scan.duplicates, folder / "duplicates.csv")
     record = {
         "format": FORMAT,
         "data_root": data_root,
@@ -163,23 +83,70 @@ def reusable_catalog(folder: Path, data_root: str, config: DataConfig) -> pa.Tab
     """
     try:
         record = json.loads((folder / DATASET).read_text(encoding="utf-8"))
-        same_scan = record["format"] == FORMAT and record["scan"] == _scan_settings(config)
-        if not same_scan or record["catalog"] != _hash((folder / CATALOG).read_bytes()):
+        wanted = (FORMAT, _scan_settings(config), _hash((folder / CATALOG).read_bytes()))
+        if (record["format"], record["scan"], record["catalog"]) != wanted:
             return None
         fingerprint = record["files"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if fingerprint != dataset_fingerprint(data_root, config):
-        return None
-    try:
-        return read_catalog(str(folder / CATALOG))
-    except DataError:
-        return None
+    return read_catalog(str(folder / CATALOG)) if fingerprint == dataset_fingerprint(data_root, config) else None
 
 
-def images_folder(folder: Path, image_size: int) -> Path:
-    """Where the images of one size lie in a dataset's folder."""
-    return folder / "images" / f"{image_size}px"
+def _scan_settings(config: DataConfig) -> dict[str, Any]:
+    default = DataConfig()
+    layout = {
+        name: getattr(config, name) for name in LAYOUT_SETTINGS if getattr(config, name) != getattr(default, name)
+    }
+    return {name: getattr(config, name) for name in SCAN_SETTINGS} | layout
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def digests(sha256: Sequence[str]) -> bytes:
+    """Hex sha256 sums as bytes, one after the other. Raises ValueError for anything else."""
+    if any(len(text) != 2 * DIGEST_BYTES for text in sha256):
+        raise ValueError("a sha256 of an image is not 64 hex digits; is this catalog from a scan?")
+    return bytes.fromhex("".join(sha256))
+
+
+def content_name(sha256: Sequence[str]) -> str:
+    """16 hex digits that depend on the images alone, so that two runs write one file, not two."""
+    return _hash(digests(sha256))[:16]
+
+
+def pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """The rows in order, so many a file."""
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+class ShardIndex:
+    """Where each image is: in which shard of a folder, and in which row of it.
+
+    files: the readable shards. unreadable: file -> reason; it is warned of, and its images count as missing.
+    """
+
+    def __init__(self, folder: Path, suffix: str, digests_of: Callable[[Path], bytes]) -> None:
+        """digests_of: all digests of a file; raises for one that cannot be used."""
+        self.files: list[Path] = []
+        self.unreadable: dict[Path, str] = {}
+        keys: list[bytes] = []
+        for path in sorted(folder.glob(f"shard_*{suffix}")):
+            try:
+                keys.append(digests_of(path))
+                self.files.append(path)
+            except (pa.ArrowException, SafetensorError, OSError, ValueError, KeyError) as error:
+                self.unreadable[path] = one_line(error)
+                logger.warning("%s cannot be read (%s); setup_data makes it again", path, self.unreadable[path])
+        lengths = [len(key) // DIGEST_BYTES for key in keys]
+        self._keys = _digest_array(b"".join(keys))
+        self._file = np.append(np.repeat(np.arange(len(lengths)), lengths), -1).astype(np.int32)
+        self._row = np.concatenate([*map(np.arange, lengths), [0]]).astype(np.int32)
+
+    def locate(self, sha256: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """File number and row of each image, int32 [n]; file -1 where no file holds it. Of two copies either one."""
+        place = pc.index_in(_digest_array(digests(sha256)), value_set=self._keys).fill_null(-1).to_numpy()
+        return self._file[place], self._row[place]
 
 
 def write_images(folder: Path, image_size: int, sha256: Sequence[str], pixels: np.ndarray) -> Path:
@@ -187,15 +154,14 @@ def write_images(folder: Path, image_size: int, sha256: Sequence[str], pixels: n
 
     Uncompressed: zstd saves 10 to 30 %, and reading a row then takes two to six times as long.
     """
-    keys = digests(sha256)
     row_bytes = 3 * image_size**2
     column = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(row_bytes), len(sha256), [None, pa.py_buffer(np.ascontiguousarray(pixels))]
     )
     table = pa.table({"sha256": pa.array(sha256, type=pa.string()), "pixels": column})
-    # The sums stand in the footer too: reading the column costs as many seeks as there are row groups.
+    # The sums are in the footer too: reading the column costs as many seeks as there are row groups.
     notes = {"m2d.format": str(FORMAT), "m2d.image_size": str(image_size), "m2d.sha256": "".join(sha256)}
-    path = images_folder(folder, image_size) / f"shard_{content_name(keys)}.parquet"
+    path = _images_folder(folder, image_size) / f"shard_{content_name(sha256)}.parquet"
     settings = {"use_dictionary": False, "write_statistics": False, "write_page_checksum": True, "store_schema": False}
     with cache_file(path) as partial, pq.ParquetWriter(partial, table.schema, compression="none", **settings) as writer:
         writer.write_table(table, row_group_size=max(1, ROW_GROUP_BYTES // row_bytes))
@@ -204,7 +170,7 @@ def write_images(folder: Path, image_size: int, sha256: Sequence[str], pixels: n
 
 
 class PreparedImages:
-    """Decoded images of one size in a dataset's folder. files: all readable shards; unreadable: see ShardIndex."""
+    """Decoded images of one size in a dataset's folder. files, unreadable: see ShardIndex."""
 
     def __init__(self, folder: Path, image_size: int) -> None:
         """Reads which images are there, not the images. Empty where nothing is there."""
@@ -220,29 +186,17 @@ class PreparedImages:
             return found
 
         self.image_size = image_size
-        self._index = ShardIndex.read(images_folder(folder, image_size), ".parquet", digests_of)
+        self._index = ShardIndex(_images_folder(folder, image_size), ".parquet", digests_of)
         self.files, self.unreadable = self._index.files, self._index.unreadable
-
-    @classmethod
-    def open(cls, folder: Path, image_size: int) -> Self | None:
-        """The same with a warning for each broken file; None where nothing can be read."""
-        found = cls(folder, image_size)
-        for path, reason in found.unreadable.items():
-            logger.warning("prepared images: %s cannot be read (%s); setup_data --images makes it again", path, reason)
-        return found if found.files else None
 
     def missing(self, sha256: Sequence[str]) -> np.ndarray:
         """Which of these images are not there, bool [n]."""
-        absent: np.ndarray = self._index.locate(digests(sha256))[0] < 0
+        absent: np.ndarray = self._index.locate(sha256)[0] < 0
         return absent
-
-    def covers(self, sha256: Sequence[str]) -> bool:
-        """Whether all of these images are there."""
-        return not self.missing(sha256).any()
 
     def rows(self, sha256: Sequence[str]) -> "PreparedRows":
         """These images, in this order."""
-        return PreparedRows(self.image_size, self.files, *self._index.locate(digests(sha256)))
+        return PreparedRows(self.image_size, self.files, *self._index.locate(sha256))
 
 
 class PreparedRows:
@@ -251,35 +205,30 @@ class PreparedRows:
     present: bool [N], which rows are there.
     """
 
-    def __init__(self, image_size: int, files: tuple[Path, ...], file: np.ndarray, row: np.ndarray) -> None:
+    def __init__(self, image_size: int, files: Sequence[Path], file: np.ndarray, row: np.ndarray) -> None:
         """file, row: int32 [N], as ShardIndex.locate gives them."""
         self.image_size = image_size
         self.present: np.ndarray = file >= 0
-        self._files = files
-        self._file = file
-        self._row = row
+        self._files, self._file, self._row = files, file, row
         self._damaged: set[int] = set()
-        self._opened: OrderedDict[int, pq.ParquetFile] = OrderedDict()
-        self._lock = threading.Lock()  # Arrow's reader is one thread's
+        self.__setstate__({})
 
     def read(self, rows: np.ndarray) -> list[np.ndarray | None]:
         """Pixels of rows int64 [B], uint8 [S, S, 3] each, read-only; None for one that is not there or damaged."""
         pixels: list[np.ndarray | None] = [None] * len(rows)
         with self._lock:
             group: tuple[int, int] | None = None
-            column = None
+            column: Any = None
             for place in np.lexsort((self._row[rows], self._file[rows])):  # rows of one group after one another
                 file, row = int(self._file[rows[place]]), int(self._row[rows[place]])
                 if file < 0 or file in self._damaged:
                     continue
                 try:
-                    number, offset = divmod(row, self._open(file).metadata.row_group(0).num_rows)
+                    shard = self._open(file)
+                    number, offset = divmod(row, shard.metadata.row_group(0).num_rows)
                     if group != (file, number):
-                        column = self._open(file).read_row_group(number, columns=["pixels"], use_threads=False)[
-                            "pixels"
-                        ]
+                        column = shard.read_row_group(number, columns=["pixels"], use_threads=False)["pixels"]
                         group = (file, number)
-                    assert column is not None
                     values = np.frombuffer(column[offset].as_buffer(), dtype=np.uint8)
                     pixels[int(place)] = values.reshape(self.image_size, self.image_size, 3)
                 except (pa.ArrowException, OSError, ValueError, IndexError) as error:
@@ -308,17 +257,18 @@ class PreparedRows:
         return {**self.__dict__, "_opened": None, "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _opened=OrderedDict(), _lock=threading.Lock())
+        self.__dict__.update(state)
+        self._opened: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._lock = threading.Lock()  # Arrow's reader is one thread's
 
 
-def _scan_settings(config: DataConfig) -> dict[str, Any]:
-    """The settings that shape a catalog."""
-    defaults = asdict(DataConfig())
-    return {
-        name: value
-        for name, value in asdict(config).items()
-        if name in SCAN_SETTINGS or (name in LAYOUT_SETTINGS and value != defaults[name])
-    }
+def _images_folder(folder: Path, image_size: int) -> Path:
+    return folder / "images" / f"{image_size}px"
+
+
+def _digest_array(content: bytes) -> pa.Array:
+    of_32 = pa.binary(DIGEST_BYTES)
+    return pa.FixedSizeBinaryArray.from_buffers(of_32, len(content) // DIGEST_BYTES, [None, pa.py_buffer(content)])
 
 
 def _hash(content: bytes) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -58,14 +58,15 @@ class BlockPlan:
         """The stream rows of a block, int64 [micro-batches * batch_size]."""
         turn, rank = divmod(block, self.num_workers)
         first = turn * self.block_micro_batches
-        stop = min(first + self.block_micro_batches, self.num_micro_batches)
-        each = {"batch_size": self.batch_size, "rank": rank, "world_size": self.num_workers}
-        return np.concatenate(
-            [
-                worker_rows(self.start_micro_batch + turn, **each, step_micro_batches=self.step_micro_batches)
-                for turn in range(first, stop)
-            ]
+        rows_of = partial(
+            worker_rows,
+            batch_size=self.batch_size,
+            rank=rank,
+            world_size=self.num_workers,
+            step_micro_batches=self.step_micro_batches,
         )
+        numbers = range(first, min(first + self.block_micro_batches, self.num_micro_batches))
+        return np.concatenate([rows_of(self.start_micro_batch + number) for number in numbers])
 
 
 def build_stream(
@@ -140,48 +141,38 @@ def iterate_stream(
     Raises TrainingError when Ray delivers other rows than the arithmetic assigns to this worker, and the M2DError that
     a decoding task raised.
     """
-    blocks = iter(
-        shard.iter_torch_batches(
-            batch_size=1,
-            prefetch_batches=PREFETCHED_BLOCKS,
-            collate_fn=_OwnedTensors(),
-            device="cpu",
-            pin_memory=pin_memory,
-        )
+    rows_of = partial(
+        worker_rows, batch_size=batch_size, rank=rank, world_size=world_size, step_micro_batches=step_micro_batches
     )
-    batches = (
+    collated: dict[str, Any] = {"collate_fn": _OwnedTensors(), "device": "cpu", "pin_memory": pin_memory}
+    blocks: Any = iter(shard.iter_torch_batches(batch_size=1, prefetch_batches=PREFETCHED_BLOCKS, **collated))
+    batches: Iterator[dict[str, torch.Tensor]] = (
         {name: column[first : first + batch_size] for name, column in block.items()}
-        for block in cast("Iterator[dict[str, torch.Tensor]]", blocks)
+        for block in blocks
         for first in range(0, len(block["stream_rows"]), batch_size)
     )
+    where = f"data stream: worker {rank} of {world_size} got"
     try:
         for micro_batch in range(start_micro_batch, start_micro_batch + num_micro_batches):
             batch = next(batches, None)
             if batch is None:
                 raise TrainingError(
-                    f"data stream: worker {rank} of {world_size} got no rows for micro-batch {micro_batch}: the stream "
-                    "ends earlier. Build it with the numbers that iterate_stream is given."
+                    f"{where} no rows for micro-batch {micro_batch}: the stream ends earlier. Build it with the "
+                    "numbers that iterate_stream is given."
                 )
-            found = batch["stream_rows"].numpy()
-            expected = worker_rows(
-                micro_batch,
-                batch_size=batch_size,
-                rank=rank,
-                world_size=world_size,
-                step_micro_batches=step_micro_batches,
-            )
+            found, expected = batch["stream_rows"].numpy(), rows_of(micro_batch)
             if not np.array_equal(found, expected):
                 raise TrainingError(
-                    f"data stream: worker {rank} of {world_size} got rows {found[0]}..{found[-1]} for micro-batch "
-                    f"{micro_batch} in place of {expected[0]}..{expected[-1]}: Ray Data did not deal the blocks out in "
-                    "turn. Give the trainer's DataConfig stream_options(), and build the stream for as many "
-                    "workers as it starts and for the micro-batch at which they start."
+                    f"{where} rows {found[0]}..{found[-1]} for micro-batch {micro_batch} in place of "
+                    f"{expected[0]}..{expected[-1]}: Ray Data did not deal the blocks out in turn. Give the trainer's "
+                    "DataConfig stream_options(), and build the stream for as many workers as it starts and for the "
+                    "micro-batch at which they start."
                 )
             yield batch
     except ray.exceptions.RayError as error:
         raise_user_error(error)
     finally:
-        cast(Any, blocks).close()  # lets Ray stop decoding ahead
+        blocks.close()  # lets Ray stop decoding ahead
 
 
 @dataclass(frozen=True)
@@ -219,10 +210,8 @@ class _BlockNumbers(Datasource):
         tasks = []
         for start in range(0, self._count, BLOCKS_PER_TASK):
             blocks = range(start, min(start + BLOCKS_PER_TASK, self._count))
-            metadata = BlockMetadata(
-                num_rows=len(blocks), size_bytes=8 * len(blocks), input_files=None, exec_stats=None
-            )
-            tasks.append(ReadTask(partial(_number_blocks, blocks), metadata))
+            facts = BlockMetadata(num_rows=len(blocks), size_bytes=8 * len(blocks), input_files=None, exec_stats=None)
+            tasks.append(ReadTask(partial(_number_blocks, blocks), facts))
         return tasks
 
 

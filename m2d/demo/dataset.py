@@ -3,10 +3,8 @@
 Called by `make demo` and by tests. These images exercise the pipeline; they teach nothing about skin.
 """
 
-import csv
 import io
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,32 +22,22 @@ DRAWING = 1  # raise it when render_lesion draws differently: a folder never mix
 _MARKER = ".m2d-demo.json"
 
 
-@dataclass(frozen=True)
-class _DemoImage:
-    image_id: str
-    label: str
-    lesion_id: str
-    seed: int
-    view: int
-
-
 def demo_counts(total: int) -> dict[str, int]:
-    """Images a class, `total` together: HAM10000's proportions (largest remainder), no class below MIN_PER_CLASS.
+    """Images per class, `total` together: HAM10000's proportions (largest remainder), no class below MIN_PER_CLASS.
 
     Raises ConfigError where `total` is too small for that.
     """
     if total < MIN_PER_CLASS * len(CLASSES):
         raise ConfigError(f"total is {total}; a demo set needs at least {MIN_PER_CLASS * len(CLASSES)} images")
-    raised: set[str] = set()  # classes held at the minimum; the others share what is left
+    shares: dict[str, float] = dict(HAM10000_COUNTS)  # of the classes above the minimum
     while True:
-        others = {label: count for label, count in HAM10000_COUNTS.items() if label not in raised}
-        left = total - MIN_PER_CLASS * len(raised)
-        shares = {label: left * count / sum(others.values()) for label, count in others.items()}
-        too_small = {label for label, share in shares.items() if share < MIN_PER_CLASS}
-        if not too_small:
+        left = total - MIN_PER_CLASS * (len(CLASSES) - len(shares))
+        of_them = sum(HAM10000_COUNTS[label] for label in shares)
+        shares = {label: left * HAM10000_COUNTS[label] / of_them for label in shares}
+        if min(shares.values()) >= MIN_PER_CLASS:
             break
-        raised |= too_small
-    counts = {label: MIN_PER_CLASS if label in raised else int(shares[label]) for label in CLASSES}
+        shares = {label: share for label, share in shares.items() if share >= MIN_PER_CLASS}
+    counts = {label: int(shares.get(label, MIN_PER_CLASS)) for label in CLASSES}
     by_remainder = sorted(shares, key=lambda label: int(shares[label]) - shares[label])
     for label in by_remainder[: total - sum(counts.values())]:
         counts[label] += 1
@@ -69,56 +57,41 @@ def write_demo_dataset(root: str | Path, *, total: int = 600, seed: int = 0) -> 
     counts = demo_counts(total)
     root = Path(root)
     _claim(root, {"drawing": DRAWING, "seed": seed, "total": total})
-    images = _plan(counts, seed)
-    for image in images:
-        path = root / image.label / f"{image.image_id}.jpg"
-        if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            encoded = io.BytesIO()
-            Image.fromarray(render_lesion(image.label, image.seed, view=image.view)).save(encoded, "JPEG", quality=92)
-            write_whole(path, encoded.getvalue())
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    writer.writerow(["image_id", "lesion_id"])
-    writer.writerows([image.image_id, image.lesion_id] for image in images)
-    metadata = root / "metadata.csv"
-    if not metadata.exists() or metadata.read_text() != table.getvalue():
-        write_whole(metadata, table.getvalue())
+    rng = np.random.default_rng(seed)
+    rows = ["image_id,lesion_id"]
+    lesion = 0
+    for label, count in counts.items():
+        (root / label).mkdir(exist_ok=True)
+        last = len(rows) + count
+        while len(rows) < last:
+            lesion += 1
+            views = min(last - len(rows), 1 + int(rng.choice(len(VIEWS_PER_LESION), p=VIEWS_PER_LESION)))
+            for view in range(views):
+                path = root / label / f"DEMO_{len(rows):07d}.jpg"
+                rows.append(f"{path.stem},DEMO_L{lesion:07d}")
+                if not path.exists():
+                    encoded = io.BytesIO()
+                    pixels = render_lesion(label, seed * 10_000_000 + lesion, view=view)
+                    Image.fromarray(pixels).save(encoded, "JPEG", quality=92)
+                    write_whole(path, encoded.getvalue())
+    metadata, table = root / "metadata.csv", "\n".join(rows) + "\n"
+    if not metadata.exists() or metadata.read_text() != table:
+        write_whole(metadata, table)
     return counts
 
 
-def _plan(counts: dict[str, int], seed: int) -> list[_DemoImage]:
-    """One entry an image, classes in order, siblings side by side."""
-    rng = np.random.default_rng(seed)
-    images: list[_DemoImage] = []
-    lesion = 0
-    for label, count in counts.items():
-        last = len(images) + count
-        while len(images) < last:
-            lesion += 1
-            views = min(last - len(images), 1 + int(rng.choice(len(VIEWS_PER_LESION), p=VIEWS_PER_LESION)))
-            for view in range(views):
-                image_id, lesion_id = f"DEMO_{len(images) + 1:07d}", f"DEMO_L{lesion:07d}"
-                images.append(_DemoImage(image_id, label, lesion_id, seed * 10_000_000 + lesion, view))
-    return images
-
-
 def _claim(root: Path, arguments: dict[str, int]) -> None:
-    """Make `root` the home of this set, or raise DataError where it is the home of another one."""
+    """Make `root` the home of this set. Raises DataError where it is the home of another one or of something else."""
     marker = root / _MARKER
+    content = json.dumps({"arguments": arguments})
     if marker.exists():
-        try:
-            found = json.loads(marker.read_text())["arguments"]
-        except (ValueError, KeyError, TypeError):
-            found = "an unreadable marker"
-        if found != arguments:
+        if marker.read_text() != content:
             raise DataError(
-                f"root: {root} holds a demo set made with {found}, not {arguments}; delete it or name another folder"
+                f"root: {root} holds a demo set made with {marker.read_text()}, not {content}; delete it or name "
+                "another folder"
             )
         return
-    if root.exists() and not root.is_dir():
-        raise DataError(f"root: {root} is a file; name a folder")
-    if root.exists() and any(not entry.name.startswith(".") for entry in root.iterdir()):
+    if root.exists() and (root.is_file() or any(not entry.name.startswith(".") for entry in root.iterdir())):
         raise DataError(f"root: {root} is not empty and holds no demo set; name an empty or new folder")
     root.mkdir(parents=True, exist_ok=True)
-    write_whole(marker, json.dumps({"arguments": arguments}))
+    write_whole(marker, content)

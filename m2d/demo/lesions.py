@@ -3,14 +3,14 @@
 Skin and lesion are optical densities of melanin and blood (Beer-Lambert) under painted layers (veil, scar, keratin), so
 tones mix as in skin. The structures of each class follow Kittler et al., J Am Acad Dermatol 74:1093 (2016); the tones
 were matched by eye to HAM10000 (Tschandl et al., Scientific Data 5:180161, 2018). No real image is copied.
-Textures are built once per process (about 0.3 s) and looked up at continuous coordinates, so a drawing has no pixel
-grid of its own: the same lesion can be photographed at another size, angle or distance.
+Textures are looked up at continuous coordinates, so a drawing has no pixel grid of its own: the same lesion can be
+photographed at another size, angle or distance.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,6 @@ Colour = tuple[float, float, float]
 MELANIN: Colour = (0.37, 0.88, 1.04)  # optical density per channel of one unit; red passes best
 BLOOD: Colour = (0.10, 1.00, 0.62)
 SKIN_TONES: tuple[Colour, ...] = ((226, 158, 168), (208, 176, 182), (224, 172, 150), (210, 184, 206), (232, 148, 142))
-
-
 _TEXELS = 512  # side of a texture; a power of two, so that wrapping is a bit mask
 _CYCLES_PER_TILE = 16  # of the longest wavelength in the cloud texture
 _CELLS_PER_TILE = 32
@@ -36,23 +34,21 @@ _CELLS_PER_TILE = 32
 
 @dataclass
 class Tissue:
-    """What light meets. melanin, blood: densities [H, W]; layers: (cover [H, W] in 0..1, RGB in 0..255), lowest first.
-
-    vessels: points [N, 2] and thickness, in radii of the lesion.
-    """
+    """What light meets. melanin, blood: densities [H, W]."""
 
     melanin: Array
     blood: Array
-    layers: list[tuple[Array, Colour]] = field(default_factory=list)
-    vessels: list[Curve] = field(default_factory=list)
+    layers: list[tuple[Array, Colour]] = field(
+        default_factory=list
+    )  # cover [H, W] in 0..1, RGB in 0..255; lowest first
+    vessels: list[Curve] = field(default_factory=list)  # points [N, 2] and thickness, in radii of the lesion
 
     def paint(self, cover: Array, colour: Colour) -> None:
-        """Lay `colour` over everything painted so far, as densely as `cover` says."""
+        """Lay `colour` over what was painted so far."""
         self.layers.append((cover, colour))
 
 
-@dataclass(frozen=True)
-class Cells:
+class Cells(NamedTuple):
     """Voronoi cells around jittered points, in units of the cell spacing. Each array is [H, W]."""
 
     distance: Array  # to the nearest point: 0 at a cell's heart
@@ -74,27 +70,27 @@ class Fields:
 
     def noise(self, wavelength: float, *, stretch: float = 1.0) -> Array:
         """Cloudy noise [H, W] of mean 0 and deviation 1: `wavelength` and finer; streaks along v if `stretch` > 1."""
-        return _bilinear((_clouds(1.9),), *self._place(wavelength * _CYCLES_PER_TILE, stretch))[0]
+        return self._look_up((_clouds(1.9),), wavelength * _CYCLES_PER_TILE, stretch)[0]
 
     def swell(self, wavelength: float) -> Array:
         """Smooth noise [H, W] of mean 0 and deviation 1 with hardly anything finer than `wavelength`."""
-        return _bilinear((_clouds(4.0),), *self._place(wavelength * _CYCLES_PER_TILE, 1.0))[0]
+        return self._look_up((_clouds(4.0),), wavelength * _CYCLES_PER_TILE)[0]
 
     def cells(self, spacing: float, *, warp: float = 0.12, stretch: float = 1.0) -> Cells:
         """Cells about `spacing` apart, their walls bent by `warp` spacings."""
         bend = warp * spacing * self.swell(spacing * 3)
         bent = Fields(self.u + bend, self.v - bend, self.rng)
-        return Cells(*_bilinear(_voronoi(), *bent._place(spacing * _CELLS_PER_TILE, stretch)))
+        return Cells(*bent._look_up(_voronoi(), spacing * _CELLS_PER_TILE, stretch))
 
-    def _place(self, tile: float, stretch: float) -> tuple[Array, Array]:
-        """Rows and columns [H, W] in texels of a texture `tile` units wide, laid at a random place and angle."""
+    def _look_up(self, textures: tuple[Array, ...], tile: float, stretch: float = 1.0) -> list[Array]:
+        """The textures, `tile` units wide and laid at a random place and angle, at every pixel."""
         angle, row, column = self.rng.uniform(0, 1, 3)
         if stretch != 1.0:  # "along v" holds only for a texture that is not turned
             angle = 0.0
         along = np.float32(np.cos(2 * np.pi * angle) * _TEXELS / tile)
         across = np.float32(np.sin(2 * np.pi * angle) * _TEXELS / tile)
         rows = self.u * across + self.v * (along / np.float32(stretch)) + np.float32(row * _TEXELS)
-        return rows, self.u * along - self.v * across + np.float32(column * _TEXELS)
+        return _bilinear(textures, rows, self.u * along - self.v * across + np.float32(column * _TEXELS))
 
 
 def render_lesion(label: str, seed: int, *, width: int = 200, height: int = 150, view: int = 0) -> NDArray[np.uint8]:
@@ -122,19 +118,23 @@ def render_lesion(label: str, seed: int, *, width: int = 200, height: int = 150,
 
     tissue = draw(Fields(skin_u / np.float32(radius), skin_v / np.float32(radius), lesion_rng))
     tone = _add_skin(tissue, Fields(skin_u, skin_v, lesion_rng), sun_damage)
-
-    def to_pixels(points: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Lesion coordinates [N, 2] to pixel coordinates: the inverse of the pose above."""
-        a, b = (points * radius * zoom).T
-        across = a * np.cos(turn) - b * np.sin(turn) + centre_x
-        down = a * np.sin(turn) + b * np.cos(turn) + centre_y
-        return np.stack([across, down], 1) * (height / 2) + (width / 2, height / 2)
-
     if tissue.vessels:
-        scale = radius * zoom * height / 2
-        paths = [(to_pixels(points), thickness * scale) for points, thickness in tissue.vessels]
+        paths = []
+        for points, thickness in tissue.vessels:  # from the lesion to pixels: the inverse of the pose above
+            a, b = (points * radius * zoom).T
+            across = a * np.cos(turn) - b * np.sin(turn) + centre_x
+            down = a * np.sin(turn) + b * np.cos(turn) + centre_y
+            pixels = np.stack([across, down], 1) * (height / 2) + (width / 2, height / 2)
+            paths.append((pixels, thickness * (radius * zoom * height / 2)))
         tissue.blood = tissue.blood + 0.75 * strokes(paths, width=width, height=height)
-    return _photograph(_reflect(tissue, tone), x, y, lesion_rng, view_rng)
+
+    # Light that comes back, in 0..255.
+    density = np.maximum(tissue.melanin, -0.1)[..., None] * np.array(MELANIN, np.float32)
+    density += np.maximum(tissue.blood, -0.1)[..., None] * np.array(BLOOD, np.float32)
+    light: Array = tone * np.exp(-density)
+    for cover, colour in tissue.layers:
+        light += cover[..., None] * (np.array(colour, np.float32) - light)
+    return _photograph(light, x, y, lesion_rng, view_rng)
 
 
 # --- the lesions: each takes Fields in units of the lesion's radius and returns its Tissue ---
@@ -169,8 +169,7 @@ def _draw_naevus(fields: Fields) -> Tissue:
     elif pattern == "globules":
         cells = fields.cells(rng.uniform(0.14, 0.22))
         melanin = melanin * (0.7 + 0.85 * ramp(cells.distance, 0.5, 0.25) * (0.5 + 0.5 * cells.value))
-    blood = inside * rng.uniform(0.0, 0.28)
-    return Tissue(melanin, blood)
+    return Tissue(melanin, inside * rng.uniform(0.0, 0.28))
 
 
 def _draw_melanoma(fields: Fields) -> Tissue:
@@ -357,16 +356,6 @@ def _add_skin(tissue: Tissue, fields: Fields, sun_damage: float) -> NDArray[np.f
         meshes = bump(fields.swell(0.3), 0.16) * ramp(fields.noise(0.9), 0.0, 1.2)
         tissue.blood = tissue.blood + rng.uniform(0.08, 0.4) * meshes
     return tone.astype(np.float32)
-
-
-def _reflect(tissue: Tissue, tone: NDArray[np.float32]) -> Array:
-    """Light that comes back, float32 [H, W, 3] in 0..255."""
-    density = np.maximum(tissue.melanin, -0.1)[..., None] * np.array(MELANIN, np.float32)
-    density += np.maximum(tissue.blood, -0.1)[..., None] * np.array(BLOOD, np.float32)
-    light: Array = tone * np.exp(-density)
-    for cover, colour in tissue.layers:
-        light += cover[..., None] * (np.array(colour, np.float32) - light)
-    return light
 
 
 def _photograph(

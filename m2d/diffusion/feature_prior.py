@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from m2d.classes import ISIC7, ClassSet
-from m2d.errors import ConfigError, DataError
+from m2d.errors import DataError
 
 WEAK_BELOW = 30
 """A class of fewer images is weak: its mean alone is off by more than 1 / sqrt(30), 18 % of the class's own spread,
@@ -52,15 +52,12 @@ class FeaturePrior:
 
         Features are divided by their deviation over all images, so that shrinking treats dimensions alike. The
         covariance of a class with n_c >= 10 images is Ledoit and Wolf's (JMVA 88, 2004), as scikit-learn computes it:
-        (1 - delta) S + delta mu I with S = X^T X / n_c of the centred rows X and mu = tr S / D.
-
-        S has at most n_c - 1 eigenvalues l_1 >= l_2 >= ... above 0. The r <= max_rank largest are kept, and the D - r
-        others become their mean l = (tr S - l_1 - ... - l_r) / (D - r):
+        (1 - delta) S + delta mu I with S = X^T X / n_c of the centred rows X and mu = tr S / D. Of S's eigenvalues the
+        r <= max_rank largest l_i are kept, and the D - r others become their mean l:
 
             factors row i = sqrt((1 - delta) (l_i - l)) v_i^T,    isotropic^2 = delta mu + (1 - delta) l.
 
-        So the trace and the r leading eigenvalues stay what they were; it is the likeliest covariance of that form
-        (Tipping and Bishop, JRSS B 61, 1999), and the Ledoit-Wolf one itself where S has no more than max_rank.
+        This is the likeliest covariance of that form (Tipping and Bishop, JRSS B 61, 1999), with S's trace.
 
         A class of fewer than ten images, or of equal ones, gets its mean and the isotropic variance that the classes
         have within themselves: the sum of squared distances from class means over (n - classes) D. A class without
@@ -68,8 +65,6 @@ class FeaturePrior:
 
         Raises DataError where shapes do not fit, a feature is not finite, or no two images of a class differ.
         """
-        if max_rank < 1:
-            raise ConfigError(f"feature prior: max_rank is {max_rank}; it must be at least 1")
         rows, label = _checked(features, labels, len(classes))
         centre, deviation = rows.mean(axis=0), rows.std(axis=0)
         alive = deviation > _DEAD * np.maximum(np.abs(centre), 1)
@@ -98,10 +93,9 @@ class FeaturePrior:
         factors = np.zeros((len(classes), max(map(len, kept.values()), default=0), rows.shape[1]))
         for index, part in kept.items():
             factors[index, : len(part), alive] = part.T  # an index array between slices: numpy puts its axis first
-        mean, scale, factors, isotropic = (
-            torch.from_numpy(array).float() for array in (mean, np.where(alive, deviation, 0), factors, isotropic)
-        )
-        return cls(torch.from_numpy(counts), mean, scale, factors, isotropic, classes)
+        arrays = {"mean": mean, "scale": np.where(alive, deviation, 0), "factors": factors, "isotropic": isotropic}
+        tensors = {name: torch.from_numpy(array).float() for name, array in arrays.items()}
+        return cls(counts=torch.from_numpy(counts), classes=classes, **tensors)
 
     @property
     def dim(self) -> int:
@@ -137,9 +131,9 @@ class FeaturePrior:
     def sample(self, labels: Tensor, noise: Tensor) -> Tensor:
         """Features float32 [B, D] of labels int64 [B]: mean_c + scale (noise[:R] factors_c + isotropic_c noise[R:]).
 
-        noise: standard normal [B, R + D]; the result lies on its device and depends on nothing else. Scaled noise
-        draws nearer to the class mean or farther from it. Computed in float64, so that a sample rounds to the same
-        float32 in a batch of any size. Raises DataError for a class without images, and names it.
+        noise: standard normal [B, R + D], or scaled; the result is on its device and depends on nothing else. Computed
+        in float64, so that a sample rounds to the same float32 in a batch of any size. Raises DataError for a class
+        without images, and names it.
         """
         if noise.shape != (len(labels), self.noise_dim):
             raise ValueError(f"noise is {list(noise.shape)}; it must be [{len(labels)}, {self.noise_dim}]")
@@ -166,14 +160,8 @@ class FeaturePrior:
         if tensors.keys() != names:
             raise ValueError(f"lacks {sorted(names - tensors.keys())} and has unknown {sorted(tensors.keys() - names)}")
         rank, dim = tensors["factors"].shape[-2:]
-        size = len(classes)
-        shapes = {
-            "counts": [size],
-            "mean": [size, dim],
-            "scale": [dim],
-            "factors": [size, rank, dim],
-            "isotropic": [size],
-        }
+        k = len(classes)
+        shapes = {"counts": [k], "mean": [k, dim], "scale": [dim], "factors": [k, rank, dim], "isotropic": [k]}
         for name, shape in shapes.items():
             tensor, dtype = tensors[name], torch.int64 if name == "counts" else torch.float32
             if list(tensor.shape) != shape or tensor.dtype != dtype:

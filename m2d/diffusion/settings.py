@@ -26,7 +26,6 @@ class SamplingSettings:
             raise ConfigError(f"steps is {self.steps}; it must be at least 1")
         if not (isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise ConfigError(f"guidance_scale is {self.guidance_scale}; it must be a number of at least 0 (1: off)")
-        if len(self.guidance_interval) != 2 or not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] <= 1:
-            raise ConfigError(
-                f"guidance_interval is {list(self.guidance_interval)}; it must be [low, high], 0 <= low <= high <= 1"
-            )
+        interval = list(self.guidance_interval)
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise ConfigError(f"guidance_interval is {interval}; it must be [low, high], 0 <= low <= high <= 1")

@@ -1,46 +1,48 @@
 """The whole evaluation: read and extract once, answer each question that is asked, write the report.
 
-What `python jobs/evaluate.py` does. Run again after a kill it resumes: pixels, features and finished trainings are in
-the cache folder.
+Run again after a kill it resumes: pixels, features and finished trainings are in the cache folder.
 """
 
 import json
-import os
-import sys
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
-import torch
 
 from m2d import __version__
 from m2d.cluster.nodes import device_of_actor
 from m2d.cluster.start import ray_cluster
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
-from m2d.evaluation.autoencoder_floor import drawn_like, psnr_db, reconstructions
-from m2d.evaluation.classifiers.compare import Trials
+from m2d.evaluation.classifiers.compare import DownstreamResult, Trials
 from m2d.evaluation.classifiers.finetune import measure_finetuned
-from m2d.evaluation.classifiers.probe import chosen_c, measure_downstream
-from m2d.evaluation.consistency import measure_consistency
-from m2d.evaluation.features import RAY_PAYS_FROM, Extraction
+from m2d.evaluation.classifiers.logistic import chosen_c, measure_consistency, measure_downstream
+from m2d.evaluation.features import Extraction, ray_pays
 from m2d.evaluation.fidelity import measure_fidelity
-from m2d.evaluation.images import FeatureSet, ImageSet, ImageSets, read_image_sets
-from m2d.evaluation.memorization import measure_memorization
-from m2d.evaluation.report.page import print_evaluation, typicality, write_report
-from m2d.evaluation.report.tables import Evaluation, ImageCounts
+from m2d.evaluation.images import (
+    FeatureSet,
+    ImageSet,
+    ImageSets,
+    drawn_like,
+    lesion_counts,
+    psnr_db,
+    read_image_sets,
+    reconstructions,
+)
+from m2d.evaluation.memorization import VIEWS, measure_memorization
+from m2d.evaluation.report.page import Evaluation, print_evaluation, typicality, write_report
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.paths import result_path
+from m2d.files.progress import say
 from m2d.generation.generator import pick_device
 from m2d.generation.output import RECORD_NAME
 from m2d.models.checkpoint import Checkpoint, checkpoint_sha256, load_checkpoint, read_info
 from m2d.models.extractors import extractor_identity
 from m2d.models.settings import FeatureExtractorConfig
 
-VIEWS = 8  # of m2d.data.views: flips and quarter turns
 KEPT = "evaluation_v1/trainings"  # in the cache folder: what finished trainings answered
 
 
@@ -57,19 +59,18 @@ def evaluate(config: EvaluateConfig) -> Path:
     output = Path(result_path("output", config.output or beside)).expanduser()
     place, notes = find_checkpoint(generated, config.checkpoint)
     checkpoint = load_checkpoint(place, "cpu") if place else None
-    sets = read_image_sets(config, (place, checkpoint.info) if place and checkpoint else None)
+    sets = read_image_sets(config, checkpoint)
     notes += sets.notes
     guide = _guide(config, checkpoint, notes)
     for name, side in (("training", sets.train), ("unseen", sets.test), ("generated", sets.generated)):
         counts = " ".join(f"{code} {count}" for code, count in side.counts.items())
-        print(f"{name} images: {counts} ({side.source})", file=sys.stderr)
-    print(f"evaluating at {sets.generated.image_size} px on {device}", file=sys.stderr, flush=True)
-    with ExitStack() as cluster:
-        on_ray = _uses_ray(config, device, sets)
-        if on_ray:
-            cluster.enter_context(ray_cluster(verbose=config.verbose))
+        say(f"{name} images: {counts} ({side.source})")
+    say(f"evaluating at {sets.generated.image_size} px on {device}")
+    # One connection for all parts. Small sets on one machine are done before Ray has started.
+    on_ray = ray_pays(config.num_actors, device, len(sets.train) + len(sets.generated))
+    with ray_cluster(verbose=config.verbose) if on_ray else nullcontext():
         result, redrawn, typical = _answer(config, sets, checkpoint, guide, notes, device=device, on_ray=on_ray)
-        result = replace(result, checkpoint=place, seconds=round(time.monotonic() - began, 1))
+        result = replace(result, seconds=round(time.monotonic() - began, 1))
         write_report(result, output, sets, redrawn, typical)
     print_evaluation(result)
     print(f"evaluation.html, evaluation.json and CSV tables in {output} ({result.seconds:.0f} s)")
@@ -91,7 +92,7 @@ def _answer(
     A part that cannot be computed leaves its reason in the notes, and the others are computed all the same.
     """
     train, test, generated = sets.train, sets.test, sets.generated
-    independent, parts = config.independent_extractor, config.part_names
+    parts = config.part_names
     extraction = Extraction(
         cache_dir=config.cache_dir,
         device=device,
@@ -99,49 +100,45 @@ def _answer(
         num_actors=config.num_actors if on_ray else 0,
         verbose=config.verbose,
     )
-    known: dict[tuple[int, FeatureExtractorConfig], FeatureSet] = {}  # by id() of the images, which the value holds
+    sides = {"train": train, "test": test, "generated": generated}
 
-    def features(images: ImageSet, extractor: FeatureExtractorConfig = independent) -> FeatureSet:
-        name = (id(images), extractor)
-        if name not in known:
-            cls = extraction.features(images, extractor)[0]
-            known[name] = FeatureSet(images, extractor_identity(extractor)[0], cls)
-        return known[name]
+    def of_sides(extractor: FeatureExtractorConfig) -> dict[str, FeatureSet]:
+        return {name: extraction.of(images, extractor) for name, images in sides.items()}
 
-    autoencoder = checkpoint
-    if checkpoint is not None and checkpoint.image_size != test.image_size:
-        autoencoder = None
+    redraw = None
+    if checkpoint is not None and checkpoint.image_size == test.image_size:
+        redraw = partial(
+            reconstructions,
+            checkpoint=checkpoint,
+            device=device,
+            cache_dir=config.cache_dir,
+            batch_size=config.batch_size,
+        )
+    elif checkpoint is not None:
         notes.append(
             f"no autoencoder floor: the checkpoint is of {checkpoint.image_size} px, the evaluation of "
             f"{test.image_size} px"
         )
 
-    def redraw(images: ImageSet, checkpoint: Checkpoint) -> ImageSet:
-        cache_dir, batch_size = config.cache_dir, config.batch_size
-        return reconstructions(images, checkpoint, device=device, cache_dir=cache_dir, batch_size=batch_size)
-
     fidelity, redrawn = [], None
     if "fidelity" in parts:
-        redrawn = redraw(test, autoencoder) if autoencoder else None
+        redrawn = redraw(test) if redraw else None
         fidelity = [
             measure_fidelity(
-                train=features(train, extractor),
-                test=features(test, extractor),
-                generated=features(generated, extractor),
-                reconstructions=features(redrawn, extractor) if redrawn else None,
-                # A model's own extractor judges it kindly: it was trained towards that space.
+                **of_sides(extractor),
+                reconstructions=extraction.of(redrawn, extractor) if redrawn else None,
                 circular=extractor.name == checkpoint.info.feature_extractor if checkpoint else None,
                 seed=config.seed,
             )
-            for extractor in (independent, guide)
+            for extractor in (config.independent_extractor, guide)
         ]
 
     memorization = None
     if "memorization" in parts:
         try:  # in the guide's features: where a model would copy from is the space that it was shown
             memorization = measure_memorization(
-                train=features(train, guide),
-                test=features(test, guide),
+                train=extraction.of(train, guide),
+                test=extraction.of(test, guide),
                 generated_views=extraction.features(generated, guide, views=range(VIEWS)),
                 generated=generated,
                 seed=config.seed,
@@ -150,8 +147,10 @@ def _answer(
             notes.append(f"memorisation was not measured: {error}")
 
     # In features that did not guide the model: those it was trained towards would take its side.
-    downstream, through_autoencoder = [], None
-    c = config.c  # chosen by the first part that needs it, which takes minutes
+    independent = of_sides(config.independent_extractor)
+    downstream: list[DownstreamResult] = []
+    through_autoencoder = None
+    c = config.c
     classifiers = config.classifier_names(gpu=device != "cpu") if "downstream" in parts else ()
     trials = Trials(
         seeds=range(config.seed, config.seed + config.seeds),
@@ -162,48 +161,38 @@ def _answer(
         on_ray=on_ray,
     )
     if "logistic" in classifiers:
-        downstream.append(
-            measure_downstream(
-                train=features(train),
-                test=features(test),
-                generated=features(generated),
-                c=c,
-                trials=replace(trials, what="logistic regressions"),
-            )
-        )
-        c = cast(float, downstream[0].settings["c"])
+        downstream.append(measure_downstream(**independent, c=c, trials=replace(trials, what="logistic regressions")))
+        c = float(downstream[0].settings["c"] or 0)  # choosing it takes minutes
     if "finetune" in classifiers:
         own = config.finetune
         if on_ray and own.device is not None:  # each task has its own share of a GPU
             own = replace(own, device=device_of_actor(own.device))
-        trials_of_pixels = replace(trials, what="networks fine-tuned")
-        downstream.append(
-            measure_finetuned(train=train, test=test, generated=generated, config=own, trials=trials_of_pixels)
-        )
-    if "logistic" in classifiers and autoencoder is not None:
+        of_pixels = replace(trials, what="networks fine-tuned")
+        downstream.append(measure_finetuned(**sides, config=own, trials=of_pixels))
+    if "logistic" in classifiers and redraw is not None:
+        again = redraw(drawn_like(train, generated, config.seed))
+        once = replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions")
         through_autoencoder = measure_downstream(
-            train=features(train),
-            test=features(test),
-            generated=features(redraw(drawn_like(train, generated, config.seed), autoencoder)),
-            c=c,
-            trials=replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions"),
+            **independent | {"generated": extraction.of(again, config.independent_extractor)}, c=c, trials=once
         )
 
     consistency = None
     if "consistency" in parts:
-        consistency = measure_consistency(
-            train=features(train),
-            test=features(test),
-            generated=features(generated),
-            c=c if c is not None else chosen_c(features(train), seed=config.seed)[0],
-            resamples=config.bootstrap,
-            seed=config.seed,
-        )
+        c = c if c is not None else chosen_c(independent["train"], seed=config.seed)[0]
+        consistency = measure_consistency(**independent, c=c, resamples=config.bootstrap, seed=config.seed)
     result = Evaluation(
-        checkpoint=None,
+        checkpoint=checkpoint.path if checkpoint else None,
         image_size=generated.image_size,
         device=device,
-        images=[ImageCounts.of(side) for side in (train, test, generated)],
+        images=[
+            {
+                "name": side.name,
+                "source": side.source,
+                "images": side.counts,
+                "lesions": lesion_counts(side.labels, side.groups),
+            }
+            for side in sides.values()
+        ],
         reconstruction_psnr_db=psnr_db(test, redrawn) if redrawn else None,
         fidelity=fidelity,
         memorization=memorization,
@@ -216,16 +205,7 @@ def _answer(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         version=__version__,
     )
-    return result, redrawn, typicality(features(train), features(generated))
-
-
-def _uses_ray(config: EvaluateConfig, device: str, sets: ImageSets) -> bool:
-    """One connection for all parts. Small sets on one machine are done before Ray has started."""
-    if config.num_actors is not None:
-        return config.num_actors > 0
-    if os.environ.get("RAY_ADDRESS") or (device != "cpu" and torch.cuda.device_count() > 1):
-        return True
-    return device == "cpu" and len(sets.train) + len(sets.generated) >= RAY_PAYS_FROM
+    return result, redrawn, typicality(independent["train"], independent["generated"])
 
 
 def _guide(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[str]) -> FeatureExtractorConfig:
@@ -276,12 +256,10 @@ def find_checkpoint(generated: str, asked: str | None) -> tuple[str | None, list
         ]
     around = (Path(generated).resolve().parent.parent / "checkpoints").glob("*/")
     for directory in sorted(around, key=lambda path: (path.name != "best", path.name)):
-        try:
+        with suppress(CheckpointError, OSError):  # one that is being written, or is of another version
             read_info(directory)
             if checkpoint_sha256(directory) == recorded:
                 return str(directory), []
-        except (CheckpointError, OSError):  # one that is being written, or is of another version
-            continue
     return None, [
         f"checkpoint {recorded[:12]}, which made the images, was not found around them: no autoencoder floor; name it "
         "by --checkpoint"

@@ -6,11 +6,12 @@ kept: m2d.data.features. Knows nothing of labels or scores.
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from m2d.data.features import ExtractionJobs, read_cls, write_cls
 from m2d.data.reader import decode_unchanged
 from m2d.data.store import pieces
 from m2d.errors import DataError
-from m2d.evaluation.images import ImageSet
+from m2d.evaluation.images import FeatureSet, ImageSet, Listed
 from m2d.files.progress import progress
 from m2d.files.storage import open_storage
 from m2d.models.extractors import FeatureExtractor, Features, extractor_identity
@@ -37,6 +38,15 @@ RAY_PAYS_FROM = 2048  # images on a CPU; starting Ray and its actors costs about
 DECODE_THREADS = min(16, os.cpu_count() or 1)
 
 
+def ray_pays(num_actors: int | None, device: str, images: int) -> bool:
+    """Whether to work on Ray. num_actors: as the settings have it."""
+    if num_actors is not None:
+        return num_actors > 0
+    if os.environ.get("RAY_ADDRESS"):
+        return True
+    return images >= RAY_PAYS_FROM if device == "cpu" else torch.cuda.device_count() > 1
+
+
 @dataclass(frozen=True)
 class Extraction:
     """How features are made, the same for all sets."""
@@ -46,123 +56,112 @@ class Extraction:
     batch_size: int | None = None  # None: as the device likes it
     num_actors: int | None = None  # 0: in this process; None: as many as pay
     verbose: bool = False
+    _known: dict[tuple[int, FeatureExtractorConfig], FeatureSet] = field(default_factory=dict)  # by id() of the images
+
+    def of(self, images: ImageSet, config: FeatureExtractorConfig) -> FeatureSet:
+        """Their features as they are, see `features`. Held on to, for several parts ask for the same."""
+        name = (id(images), config)
+        if name not in self._known:
+            key, _ = extractor_identity(config)
+            self._known[name] = FeatureSet(images, key, self.features(images, config)[0])
+        return self._known[name]
 
     def features(
         self, images: ImageSet, config: FeatureExtractorConfig, views: Sequence[int] = (0,)
     ) -> list[np.ndarray]:
         """`cls` of every image in each view (m2d.data.views): float32 [N, D] a view.
 
-        Raises CheckpointError for weights that cannot be loaded or features that are not finite, ConfigError for a
-        batch that does not fit the device, DataError where the cache cannot be written.
+        images: mapped from a file, for actors read them there. Raises CheckpointError for weights that cannot be loaded
+        or features that are not finite, ConfigError for a batch that does not fit the device, DataError where the cache
+        cannot be written.
         """
         key, _ = extractor_identity(config)
         cache = Path(self.cache_dir).expanduser().absolute() / FOLDER
         folders = {view: cache / f"{key}-{images.image_size}px-view{view}" for view in views}
-        found = {view: read_cls(folder, images.sha256) for view, folder in folders.items()}
-        first_row = {digest: row for row, digest in reversed(list(enumerate(images.sha256)))}
-        missing = {
-            view: np.array(sorted(row for digest, row in first_row.items() if digest not in there), dtype=np.int64)
-            for view, there in found.items()
-        }
-        jobs = ExtractionJobs(
-            config,
-            key,
-            read=partial(_read_pixels, _file_of(images.pixels)),
-            keep=partial(_keep, folders, config.name, images.sha256),
-            jobs=[(view, rows) for view, all_rows in missing.items() for rows in pieces(all_rows, SHARD_IMAGES)],
+        jobs = _missing(
+            folders,
+            images.sha256,
+            SHARD_IMAGES,
+            config=config,
+            key=key,
+            read=partial(_read_pixels, str(cast(np.memmap, images.pixels).filename)),
             batch_size=self.batch_size,
-            patches=False,
         )
-        if jobs.jobs:
-            total = sum(len(rows) for rows in missing.values())
+        total = sum(len(rows) for _, rows in jobs.jobs)
+        if total:
+            on_ray = ray_pays(self.num_actors, self.device, total)
             with progress(f"features of {images.name}, {config.name}", total) as shown:
-                for result in self._on_ray(jobs) if self._pays(total) else jobs.here(self.device):
+                for result in self._on_ray(jobs) if on_ray else jobs.here(self.device):
                     shown.advance(result.images)
-            found = {view: read_cls(folder, images.sha256) for view, folder in folders.items()}
+        found = {view: read_cls(folder, images.sha256) for view, folder in folders.items()}
         return [np.stack([found[view][digest] for digest in images.sha256]) for view in views]
-
-    def _pays(self, images: int) -> bool:
-        if self.num_actors is not None:
-            return self.num_actors > 0
-        if self.device == "cpu":
-            return bool(os.environ.get("RAY_ADDRESS")) or (images >= RAY_PAYS_FROM and (os.cpu_count() or 1) > 1)
-        return torch.cuda.device_count() > 1
 
     def _on_ray(self, jobs: ExtractionJobs) -> Iterator[JobResult]:
         with ray_cluster(verbose=self.verbose):
-            gpus, cpus = int(cluster_total("GPU")), int(cluster_total("CPU")) or 1
-            use_gpu = gpus > 0 and self.device != "cpu"
             # Of a machine started here its cores, however many logical CPUs it was given.
-            limit = gpus if use_gpu else max(1, min(cpus, len(node_resources()) * (os.cpu_count() or 1)))
+            cores = min(int(cluster_total("CPU")), len(node_resources()) * (os.cpu_count() or 1))
+            gpus = 0 if self.device == "cpu" else int(cluster_total("GPU"))
+            limit = gpus or max(1, cores)
             actors = min(self.num_actors or limit, limit, len(jobs.jobs))
-            yield from run_jobs(
-                jobs,
-                len(jobs.jobs),
-                actors=actors,
-                device="cuda" if use_gpu else "cpu",
-                threads=max(1, limit // actors),
-                bars=self.verbose,
-            )
+            device, threads = "cuda" if gpus else "cpu", max(1, limit // actors)
+            yield from run_jobs(jobs, actors=actors, device=device, threads=threads, bars=self.verbose)
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """One image: where it is, and what it held when it was catalogued."""
-
-    data_root: str
-    path: str  # relative to data_root
-    sha256: str
-
-
-@dataclass(frozen=True)
-class ClsFeatures:
+class ClsFeatures(NamedTuple):
     """The vectors of the images asked for, as far as they can be read."""
 
     of_image: dict[str, np.ndarray]  # sha256 -> float32 [D]
-    unreadable: dict[str, str]  # sha256 -> `path: reason`
+    unreadable: list[str]  # `path: reason`
     extracted: int  # images that were not in the cache
 
 
 def cls_features(
-    images: Iterable[ImageFile],
+    sides: Sequence[Listed],
     config: FeatureExtractorConfig,
     *,
     key: str,
     cache_dir: str,
-    device: torch.device,
+    device: str,
     batch_size: int,
     max_pixels: int,
 ) -> ClsFeatures:
     """`cls` of every readable image file at full size, by the extractor's official transform, for judging weights.
 
     key: of the extractor. Each batch is kept as it is done. A file that is gone, broken or changed is reported with its
-    reason. Raises DataError where the cache cannot be written, CheckpointError for features that are not finite,
-    ConfigError for a batch that does not fit the device.
+    reason. Raises as Extraction.features does.
     """
     folder = Path(cache_dir).expanduser() / PROBE_FOLDER / key
-    wanted = {image.sha256: image for image in images}
-    found = read_cls(folder, wanted)
-    missing = [image for digest, image in wanted.items() if digest not in found]
+    files = [(side.root, path, sha256) for side in sides for path, sha256 in zip(side["path"], side["sha256"])]
+    sha256 = [digest for *_, digest in files]
+    jobs = _missing(
+        {0: folder},
+        sha256,
+        batch_size * max(1, (32 if device == "cpu" else SHARD_IMAGES) // batch_size),
+        config=config,
+        key=key,
+        read=partial(_read_squares, files, max_pixels),
+        batch_size=batch_size,
+        keep_batches=True,
+    )
     failures: list[str] = []
-    if missing:
-        job_images = batch_size * max(1, (32 if device.type == "cpu" else SHARD_IMAGES) // batch_size)
-        jobs = ExtractionJobs(
-            config,
-            key,
-            read=partial(_read_squares, missing, max_pixels),
-            keep=partial(_keep, {0: folder}, config.name, [image.sha256 for image in missing]),
-            jobs=[(0, rows) for rows in pieces(np.arange(len(missing)), job_images)],
-            batch_size=batch_size,
-            patches=False,
-            keep_batches=True,
-        )
-        with progress("extracting features", len(missing)) as shown:
-            for result in jobs.here(str(device)):
-                failures += result.failures
-                shown.advance(result.images + len(result.failures))
-        found = read_cls(folder, wanted)
-    unreadable = dict(zip((image.sha256 for image in missing if image.sha256 not in found), failures, strict=True))
-    return ClsFeatures(found, unreadable, extracted=len(missing) - len(unreadable))
+    extracted = 0
+    with progress("extracting features", sum(len(rows) for _, rows in jobs.jobs)) as shown:
+        for result in jobs.here(device) if jobs.jobs else ():
+            failures += result.failures
+            extracted += result.images
+            shown.advance(result.images + len(result.failures))
+    return ClsFeatures(read_cls(folder, sha256), sorted(failures), extracted)
+
+
+def _missing(folders: dict[int, Path], sha256: Sequence[str], job_images: int, **how: Any) -> ExtractionJobs:
+    """Jobs of the images whose vectors are not in the folder of their view; of repeated ones the first."""
+    _, firsts = np.unique(sha256, return_index=True)
+    jobs = []
+    for view, folder in folders.items():
+        there = read_cls(folder, sha256)
+        rows = np.array(sorted(row for row in firsts if sha256[row] not in there), dtype=np.int64)
+        jobs += [(view, some) for some in pieces(rows, job_images)]
+    return ExtractionJobs(keep=partial(_keep, folders, sha256), jobs=jobs, patches=False, **how)
 
 
 def official_square(image: np.ndarray, extractor: FeatureExtractor) -> np.ndarray:
@@ -183,22 +182,20 @@ def official_square(image: np.ndarray, extractor: FeatureExtractor) -> np.ndarra
 
 
 def _read_squares(
-    images: Sequence[ImageFile], max_pixels: int, rows: np.ndarray, extractor: FeatureExtractor
+    images: Sequence[tuple[str, str, str]], max_pixels: int, rows: np.ndarray, extractor: FeatureExtractor
 ) -> Iterator[np.ndarray | str]:
-    """Decoded by threads ahead of the extractor."""
-
-    def read(image: ImageFile) -> np.ndarray | str:
-        decode = lambda encoded: official_square(decode_image(encoded, max_pixels=max_pixels), extractor)  # noqa: E731
-        found = decode_unchanged(storages[image.data_root], image.path, image.sha256, decode)
-        return f"{image.path}: {found}" if isinstance(found, str) else found
-
+    """Decoded by threads ahead of the extractor. images: root, path in it and sha256 of each."""
     chosen = [images[row] for row in rows]
-    storages = {root: open_storage(root) for root in {image.data_root for image in chosen}}
-    pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="m2d-probe")
-    try:
+    storages = {root: open_storage(root) for root in {root for root, *_ in chosen}}
+
+    def read(image: tuple[str, str, str]) -> np.ndarray | str:
+        root, path, sha256 = image
+        decode = lambda encoded: official_square(decode_image(encoded, max_pixels=max_pixels), extractor)  # noqa: E731
+        found = decode_unchanged(storages[root], path, sha256, decode)
+        return f"{path}: {found}" if isinstance(found, str) else found
+
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
         yield from pool.map(read, chosen)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _read_pixels(file: str, rows: np.ndarray, _: FeatureExtractor) -> Iterator[np.ndarray]:
@@ -209,13 +206,5 @@ def _read_pixels(file: str, rows: np.ndarray, _: FeatureExtractor) -> Iterator[n
     return (np.array(pixels[row]) for row in rows)
 
 
-def _keep(
-    folders: dict[int, Path], extractor: str, sha256: Sequence[str], view: int, rows: np.ndarray, features: Features
-) -> None:
-    write_cls(folders[view], extractor, [sha256[row] for row in rows], features.cls.numpy())
-
-
-def _file_of(pixels: np.ndarray) -> str:
-    if not isinstance(pixels, np.memmap):
-        raise TypeError("pixels must be mapped from a file (m2d.evaluation.images), for actors read them there")
-    return str(pixels.filename)
+def _keep(folders: dict[int, Path], sha256: Sequence[str], view: int, rows: np.ndarray, features: Features) -> None:
+    write_cls(folders[view], folders[view].name, [sha256[row] for row in rows], features.cls.numpy())

@@ -4,24 +4,22 @@ Called by the evaluation, once for each extractor. Knows features and labels, no
 """
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from m2d.classes import CLASSES
-from m2d.errors import DataError
 from m2d.evaluation.images import FeatureSet
 from m2d.metrics.distances import (
-    LEAST_DEVIATION,
     LEAST_GROUPS,
     NEIGHBOURS,
     KernelDistance,
-    Scale,
     frechet_distance,
     kernel_distance,
     neighbour_scores,
     vendi_score,
 )
+from m2d.metrics.neighbours import LEAST_DEVIATION, Standardizer, at_least_part_of_median
 
 GENERATED, FLOOR, UNSEEN, AUTOENCODER = "generated", "floor", "unseen", "autoencoder"
 _WHAT = {
@@ -30,6 +28,12 @@ _WHAT = {
     UNSEEN: "test images, of lesions that are not in training, with training images",
     AUTOENCODER: "reconstructions of the test images by the model's autoencoder with training images: no sample can be "
     "better than its decoder",
+}
+_CIRCULARITY = {
+    None: "Whether {} guided the training of the model is not known; if so, its distances say too little.",
+    True: "{} guided the training of the model, so its distances flatter the generated images: read those of an "
+    "extractor that did not beside them.",
+    False: "{} had no part in the training of the model.",
 }
 METHOD = (
     "Every feature is standardised by its mean and deviation over the training images, the deviation taken as no less "
@@ -101,39 +105,25 @@ def measure_fidelity(
     """Compare the generated images with the training images, and real ones and reconstructions for scale.
 
     All sets by one extractor. reconstructions: of the test images, by the model's autoencoder. Each comparison is made
-    for the classes of the generated set, and overall.
-
-    Features are standardised by the training images because the dimensions of an extractor differ by orders of
-    magnitude, and a few large ones would else be the whole of every distance; so would a few that hardly ever fire, see
-    metrics.distances.LEAST_DEVIATION. So the Fréchet distance is no FID that could be set beside a published one; nor
-    could any of another extractor or another N.
-    Overall, the kernel distance is the mean over the classes: independent of the class mix, and it sees a model that
-    ignores its class. The other metrics pool as many images of each class from either side, in every comparison alike:
-    the class's smallest number in any of them.
-
-    Raises DataError for a class that the training images lack, an empty set or features that are not finite.
+    for the classes of the generated set, and overall: the kernel distance as the mean over the classes, so that it sees
+    a model that ignores its class; the others on as many images of each class from either side, in every comparison
+    alike. Standardised features: otherwise the few large dimensions of an extractor would be the whole of a distance.
+    So the Fréchet distance is no FID that could be set beside a published one.
     """
-    for given in (train, test, generated, reconstructions):
-        if given is not None:
-            _check(given)
-    labels = np.unique(generated.labels).tolist()
-    unknown = [CLASSES[label] for label in labels if not len(train.rows(label))]
-    if unknown:
-        raise DataError(
-            f"generated: images of {' '.join(unknown)} in {generated.images.source}, but {train.images.source} has "
-            f"only {' '.join(train.images.counts)} to compare them with; add training images or leave the class out"
-        )
-    scale = Scale.of(train.cls)
-    reference = _Side(train, np.arange(len(train)), scale)
-    halves = [_Side(train, rows, scale) for rows in lesion_disjoint_halves(train.labels, train.groups, seed=seed)]
+    standard = Standardizer.of(train.cls, at_least_part_of_median)
+    halves = lesion_disjoint_halves(train.labels, train.groups, seed=seed)
+    others = {GENERATED: generated, FLOOR: train, UNSEEN: test, AUTOENCODER: reconstructions}
     comparisons = [
-        _Comparison(GENERATED, reference, _Side(generated, np.arange(len(generated)), scale)),
-        _Comparison(FLOOR, *halves),
+        _Comparison(
+            name,
+            standard,
+            (train, other),
+            halves if name == FLOOR else (np.arange(len(train)), np.arange(len(other))),
+        )
+        for name, other in others.items()
+        if other is not None
     ]
-    for name, others in ((UNSEEN, test), (AUTOENCODER, reconstructions)):
-        if others is not None:
-            comparisons.append(_Comparison(name, reference, _Side(others, np.arange(len(others)), scale)))
-
+    labels = np.unique(generated.labels).tolist()
     counts, matched, notes = {}, {}, []
     for label in labels:
         of_class = [one.of_class(label) for one in comparisons]
@@ -152,11 +142,11 @@ def measure_fidelity(
 
     rows = []
     for one in comparisons:
+        place = list(others).index(one.name)
         # A generator for each row: a set more or a class less does not change what the others draw.
-        place = list(_WHAT).index(one.name)
+        generators = {label: np.random.default_rng([seed, place, label]) for label in (*labels, len(CLASSES))}
         of_label = {
-            label: _class_row(one.of_class(label), label, matched[label], np.random.default_rng([seed, place, label]))
-            for label in labels
+            label: _class_row(one.of_class(label), label, matched[label], generators[label]) for label in labels
         }
         counted = [of_label[label] for label in counts]
         values = [row.kernel_distance for row in counted if row.kernel_distance is not None]
@@ -165,12 +155,11 @@ def measure_fidelity(
         if values:
             kernel = KernelDistance(float(np.mean(values)), float(np.linalg.norm(errors)) / len(errors))
         sizes = sum(row.n_reference for row in counted), sum(row.n_other for row in counted)
-        generator = np.random.default_rng([seed, place, len(CLASSES)])
-        rows += [_row(one, None, sizes, kernel, counts, generator), *of_label.values()]
+        rows += [_row(one, None, sizes, kernel, counts, generators[len(CLASSES)]), *of_label.values()]
     return FidelityResult(
         extractor=train.extractor,
         circular=circular,
-        circularity=_circularity(train.extractor, circular),
+        circularity=_CIRCULARITY[circular].format(train.extractor),
         method=METHOD,
         comparisons={one.name: _WHAT[one.name] for one in comparisons},
         overall_counts={CLASSES[label]: count for label, count in counts.items()},
@@ -178,30 +167,6 @@ def measure_fidelity(
         notes=notes,
         seed=seed,
     )
-
-
-def _check(one: FeatureSet) -> None:
-    if not len(one):
-        raise DataError(f"{one.images.name}: no images in {one.images.source}; fidelity needs some of every set")
-    broken = np.flatnonzero(~np.isfinite(one.cls).all(axis=1))
-    if len(broken):
-        raise DataError(
-            f"{one.images.name}: {one.extractor} gives {len(broken):,} of {len(one):,} images features that are "
-            f"not finite, first {one.images.paths[broken[0]]}; check that image, and the extractor's weights"
-        )
-
-
-def _circularity(extractor: str, circular: bool | None) -> str:
-    if circular is None:
-        return (
-            f"Whether {extractor} guided the training of the model is not known; if so, its distances say too little."
-        )
-    if circular:
-        return (
-            f"{extractor} guided the training of the model, so its distances flatter the generated images: read those "
-            "of an extractor that did not beside them."
-        )
-    return f"{extractor} had no part in the training of the model."
 
 
 def lesion_disjoint_halves(labels: np.ndarray, groups: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -224,66 +189,50 @@ def lesion_disjoint_halves(labels: np.ndarray, groups: np.ndarray, *, seed: int)
 
 
 @dataclass(frozen=True)
-class _Side:
-    """Some rows of a feature set. Features are standardised when they are asked for, so that no copy is kept."""
-
-    features: FeatureSet
-    rows: np.ndarray  # int64 [n]
-    scale: Scale
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def of_class(self, label: int) -> "_Side":
-        return _Side(self.features, self.rows[self.features.labels[self.rows] == label], self.scale)
-
-    def draw(self, counts: dict[int, int], generator: np.random.Generator) -> np.ndarray:
-        """Standardised features of as many rows of each class as counts says, without replacement."""
-        drawn = [generator.choice(self.of_class(label).rows, count, replace=False) for label, count in counts.items()]
-        return _Side(self.features, np.concatenate(drawn), self.scale).standardised
-
-    @property
-    def groups(self) -> np.ndarray:
-        return np.asarray(self.features.groups[self.rows])
-
-    @property
-    def standardised(self) -> np.ndarray:
-        """float64 [n, D]."""
-        return np.asarray((self.features.cls[self.rows] - self.scale.mean) / self.scale.deviation)
-
-
-@dataclass(frozen=True)
 class _Comparison:
-    """Another side against a reference side."""
+    """Some rows of another set against some rows of a reference."""
 
     name: str
-    reference: _Side
-    other: _Side
+    standard: Standardizer
+    sets: tuple[FeatureSet, FeatureSet]  # reference, other
+    rows: tuple[np.ndarray, np.ndarray]  # int64 [N], [M]
 
     def of_class(self, label: int) -> "_Comparison":
-        return _Comparison(self.name, self.reference.of_class(label), self.other.of_class(label))
+        reference, other = (rows[one.labels[rows] == label] for one, rows in zip(self.sets, self.rows))
+        return replace(self, rows=(reference, other))
 
     @property
     def smaller(self) -> int:
         """Images of the smaller side."""
-        return min(len(self.reference), len(self.other))
+        return min(map(len, self.rows))
 
     @property
     def lesions(self) -> int:
         """Lesions of the side that has fewer."""
-        return min(len(set(side.groups.tolist())) for side in (self.reference, self.other))
+        return min(len(set(one.groups[rows].tolist())) for one, rows in zip(self.sets, self.rows))
+
+    def standardised(self) -> list[np.ndarray]:
+        """Features of both sides, float64 [N, D] and [M, D]; made when asked for, so that no copy is kept."""
+        return [self.standard(one.cls[rows]) for one, rows in zip(self.sets, self.rows)]
+
+    def drawn(self, counts: dict[int, int], generator: np.random.Generator) -> "_Comparison":
+        """As many rows of each class as counts says, of either side, without replacement."""
+        of_class = {label: self.of_class(label) for label in counts}
+        reference, other = (
+            np.concatenate([generator.choice(of_class[k].rows[side], n, replace=False) for k, n in counts.items()])
+            for side in (0, 1)
+        )
+        return replace(self, rows=(reference, other))
 
 
 def _class_row(comparison: _Comparison, label: int, matched: int, generator: np.random.Generator) -> FidelityRow:
     """comparison: of that class's rows alone."""
-    one, other = comparison.reference, comparison.other
-    kernel: KernelDistance | str
+    kernel: KernelDistance | str = f"{comparison.lesions} lesions on the side that has fewer; {LEAST_GROUPS} are needed"
     if comparison.lesions >= LEAST_GROUPS:
-        kernel = kernel_distance(one.standardised, other.standardised, groups_a=one.groups, groups_b=other.groups)
-    else:
-        kernel = f"{comparison.lesions} lesions on the side that has fewer; {LEAST_GROUPS} are needed"
-    counts = {label: min(matched, comparison.smaller)}
-    return _row(comparison, CLASSES[label], (len(one), len(other)), kernel, counts, generator)
+        groups = [one.groups[rows] for one, rows in zip(comparison.sets, comparison.rows)]
+        kernel = kernel_distance(*comparison.standardised(), groups_a=groups[0], groups_b=groups[1])
+    sizes = len(comparison.rows[0]), len(comparison.rows[1])
+    return _row(comparison, CLASSES[label], sizes, kernel, {label: min(matched, comparison.smaller)}, generator)
 
 
 def _row(
@@ -297,31 +246,30 @@ def _row(
     """kernel: a distance, or why there is none. counts: label -> images of it, of either side, for all else."""
     matched = sum(counts.values())
     draws = int(np.clip(_DRAWN // matched, 1, _MOST_DRAWS)) if matched >= LEAST_MATCHED else 0
-    drawn = []
+    measured = []
     for _ in range(draws):
-        reference, other = (side.draw(counts, generator) for side in (comparison.reference, comparison.other))
-        measured = {
-            **vars(neighbour_scores(reference, other)),
-            "vendi_reference": vendi_score(reference),
-            "vendi_other": vendi_score(other),
-        }
+        reference, other = comparison.drawn(counts, generator).standardised()
+        one = neighbour_scores(reference, other)
+        one |= {"vendi_reference": vendi_score(reference), "vendi_other": vendi_score(other)}
         if matched >= LEAST_FRECHET:
-            measured["frechet_distance"] = frechet_distance(reference, other)
-        drawn.append(measured)
-    means = {name: float(np.mean([one[name] for one in drawn])) for name in (drawn[0] if drawn else {})}
+            one["frechet_distance"] = frechet_distance(reference, other)
+        measured.append(one)
+    means = {name: float(np.mean([one[name] for one in measured])) for name in (measured[0] if measured else {})}
     needed = LEAST_FRECHET if draws else LEAST_MATCHED
-    reason = f"{matched} images a side can be compared at equal N; {needed} are needed"
-    left_out = {} if isinstance(kernel, KernelDistance) else dict.fromkeys(_KERNEL, kernel)
+    left_out = dict.fromkeys(_KERNEL, kernel) if isinstance(kernel, str) else {}
+    for name in _AT_EQUAL_N:
+        if name not in means:
+            left_out[name] = f"{matched} images a side can be compared at equal N; {needed} are needed"
     return FidelityRow(
-        extractor=comparison.reference.features.extractor,
+        extractor=comparison.sets[0].extractor,
         comparison=comparison.name,
         label=label,
         n_reference=sizes[0],
         n_other=sizes[1],
         n_matched=matched if draws else 0,
         draws=draws,
-        kernel_distance=kernel.value if isinstance(kernel, KernelDistance) else None,
-        kernel_distance_se=kernel.standard_error if isinstance(kernel, KernelDistance) else None,
-        left_out=left_out | {name: reason for name in _AT_EQUAL_N if name not in means},
+        kernel_distance=None if isinstance(kernel, str) else kernel.value,
+        kernel_distance_se=None if isinstance(kernel, str) else kernel.standard_error,
+        left_out=left_out,
         **{name: means.get(name) for name in _AT_EQUAL_N},
     )

@@ -15,25 +15,29 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
-from m2d.classes import CLASSES
+from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.data.catalog import read_catalog, scan_dataset
 from m2d.data.decode import decode_resized, probe_image
 from m2d.data.reader import decode_unchanged
 from m2d.data.settings import DataConfig
-from m2d.data.store import cache_file, prepared_folder, reusable_catalog
+from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation.settings import EvaluateConfig
+from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
 from m2d.files.storage import inside, open_storage
 from m2d.generation.output import experiment_of
 from m2d.generation.plan import data_config_of
 from m2d.generation.references import read_references
-from m2d.models.checkpoint import CheckpointInfo
+from m2d.models.autoencoder import coded_at_once
+from m2d.models.checkpoint import Checkpoint
 
 NAMED = 3  # of shared lesions or unreadable files
 PIXELS = "evaluation_v1/pixels"  # in the cache folder; the number goes up when the way from a file to pixels changes
 CONTACT_SHEET = "contact_sheet.png"  # lies beside the class folders of m2d's own runs
+RECONSTRUCTED_AT_ONCE = 32
 _THREADS = 16
 
 
@@ -60,8 +64,7 @@ class ImageSet:
     @property
     def counts(self) -> dict[str, int]:
         """Images of each class that has some, in the order of CLASSES."""
-        counted = np.bincount(self.labels, minlength=len(CLASSES))
-        return {code: int(n) for code, n in zip(CLASSES, counted, strict=True) if n}
+        return class_counts(self.labels)
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,6 @@ class FeatureSet:
     images: ImageSet
     extractor: str  # m2d.models.extractors.base.FeatureExtractor.key
     cls: np.ndarray  # float32 [N, D], as the extractor gives them: not standardised
-
-    def __post_init__(self) -> None:
-        if self.cls.ndim != 2 or len(self.cls) != len(self.images):
-            raise ValueError(f"features of shape {self.cls.shape} for {len(self.images)} images")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -94,23 +93,17 @@ class FeatureSet:
         return np.flatnonzero(self.labels == label)
 
 
-def shared_classes(sets: Sequence[ImageSet | FeatureSet]) -> list[int]:
-    """Class indices that have an image in every set, ascending."""
-    present = [set(np.unique(one.labels).tolist()) for one in sets]
-    return sorted(set.intersection(*present)) if present else []
-
-
 @dataclass(frozen=True)
 class Listed:
-    """Images that are known and not yet decoded. N of them."""
+    """Images that are known and not yet decoded."""
 
     name: str
     source: str
     root: str  # of the paths: a folder or a URI
-    paths: list[str]  # N, relative to root
-    sha256: list[str]  # N
-    labels: list[str]  # N, class codes
-    groups: list[str]  # N, lesion ids
+    rows: pa.Table  # a row each: path (relative to root), sha256, label (class code), lesion_id; perhaps more
+
+    def __getitem__(self, column: str) -> list[str]:
+        return self.rows[column].to_pylist()
 
 
 @dataclass(frozen=True)
@@ -123,55 +116,97 @@ class ImageSets:
     notes: list[str]  # for the report, one line each
 
 
-def read_image_sets(config: EvaluateConfig, checkpoint: tuple[str, CheckpointInfo] | None) -> ImageSets:
-    """List, check and decode. checkpoint: the one that made the images, and its place, where it is known.
+def class_counts(labels: np.ndarray) -> dict[str, int]:
+    """Images of each class that has some, from class indices int64 [N]."""
+    counted = np.bincount(labels, minlength=NUM_CLASSES)
+    return {code: int(n) for code, n in zip(CLASSES, counted, strict=True) if n}
+
+
+def lesion_counts(labels: np.ndarray, groups: np.ndarray) -> dict[str, int]:
+    """Lesions of each class that has images."""
+    return {code: len(set(groups[labels == CLASSES.index(code)].tolist())) for code in class_counts(labels)}
+
+
+# --- listing --------------------------------------------------------------------------------------------------------
+
+
+def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None) -> ImageSets:
+    """List, check and decode. checkpoint: the one that made the images, where it is known.
 
     Raises ConfigError or DataError in one line: a folder that cannot be used, classes that no real image has, lesions
     or images on both sides.
     """
     real, generated_root = class_folder(config.real, "real"), class_folder(config.generated, "generated")
-    data = config.data or (data_config_of(checkpoint[1]) if checkpoint else DataConfig())
+    data = config.data or (data_config_of(checkpoint.info) if checkpoint else DataConfig())
     notes: list[str] = []
     train, test = _real_sides(config, real, data, checkpoint, notes)
     check_apart(train, test, "real")
     generated = _generated(generated_root, data, notes)
-    unknown = sorted(set(generated.labels) - set(train.labels), key=CLASSES.index)
-    if unknown:
+    known, made = (sorted(side.rows["label"].unique().to_pylist()) for side in (train, generated))  # as CLASSES are
+    if unknown := [code for code in made if code not in known]:
         raise DataError(
             f"generated: {generated.source} holds images of {' '.join(unknown)}, the real training images are of "
-            f"{' '.join(code for code in CLASSES if code in set(train.labels))}; leave those folders out, or name real "
-            "images of all classes"
+            f"{' '.join(known)}; leave those folders out, or name real images of all classes"
         )
-    lacking = [code for code in CLASSES if code in set(train.labels) and code not in set(generated.labels)]
-    if lacking:
+    if lacking := [code for code in known if code not in made]:
         notes.append(f"no generated image of {' '.join(lacking)}: these classes keep their real images alone")
-    size = config.image_size or _size_of(generated, data.max_pixels)
-    decoded = [_decode(side, size, config.cache_dir, data.max_pixels, notes) for side in (train, test, generated)]
-    return ImageSets(decoded[0], decoded[1], decoded[2], notes)
+    size = config.image_size
+    if size is None:  # the shorter side of the first image; a generator makes all of one size
+        filesystem, root = open_storage(generated.root)
+        with filesystem.open_input_file(posixpath.join(root, generated["path"][0])) as file:
+            size = min(probe_image(file.read(), max_pixels=data.max_pixels))
+    sides = (_decode(side, size, config.cache_dir, data.max_pixels, notes) for side in (train, test, generated))
+    return ImageSets(next(sides), next(sides), next(sides), notes)
 
 
-def with_pixels(like: ImageSet, *, name: str, source: str, pixels: np.ndarray, cache_dir: str) -> ImageSet:
-    """The images of another set, redrawn: pixels uint8 [N, S, S, 3] take the place of its own, kept as a file."""
-    sha256 = tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
-    stored = _stored(cache_dir, sha256, int(pixels.shape[1]), lambda out: out.__setitem__(slice(None), pixels))
-    return replace(like, name=name, source=source, sha256=sha256, pixels=stored)
+def class_folder(folder: str | None, setting: str) -> str:
+    """A place of class folders that a setting names. Raises ConfigError for none, or for a path that is no folder."""
+    if folder is None:
+        raise ConfigError(f"{setting} is not set; name the folder that holds the class folders by --{setting}")
+    if "://" not in folder and not Path(folder).expanduser().is_dir():
+        raise ConfigError(f"{setting}: {folder} is not a folder; name the one that holds the class folders")
+    return os.path.expanduser(folder)
+
+
+def catalog_of(root: str, data: DataConfig, cache_dir: str, notes: list[str]) -> pa.Table:
+    """That of setup_data where it is still right, otherwise of a new scan; what was left out goes to the notes."""
+    prepared = reusable_catalog(prepared_folder(cache_dir, root), root, data)
+    if prepared is not None:
+        return prepared
+    with progress(f"scanning {root}") as shown:
+        scan = scan_dataset(root, data, shown.show)
+    notes += _left_out([(row["path"], row["reason"]) for row in scan.rejected.to_pylist()], f"files of {root}")
+    return scan.catalog
+
+
+def check_apart(train: Listed, test: Listed, setting: str) -> None:
+    """A lesion seen in training is recognised, not diagnosed: a score on it says nothing about new patients."""
+    for what, column in (("lesion", "lesion_id"), ("image", "sha256")):
+        shared = sorted(set(train[column]) & set(test[column]))
+        if shared:
+            names = ", ".join(text[:16] for text in shared[:NAMED]) + (", ..." if len(shared) > NAMED else "")
+            many = len(shared) > 1
+            raise DataError(
+                f"{setting}: {len(shared):,} {what}{'s' if many else ''} of the test images ({test.source}) "
+                f"{'are' if many else 'is'} among the training images ({train.source}) too: {names}; leave them out of "
+                "one"
+            )
 
 
 def _real_sides(
-    config: EvaluateConfig,
-    real: str,
-    data: DataConfig,
-    checkpoint: tuple[str, CheckpointInfo] | None,
-    notes: list[str],
-) -> tuple[Listed, Listed]:
+    config: EvaluateConfig, real: str, data: DataConfig, checkpoint: Checkpoint | None, notes: list[str]
+) -> list[Listed]:
+    """Two folders, or the splits of one: as the checkpoint's own run split it, where that is known."""
     if config.train is not None:
-        train_root = class_folder(config.train, "train")
-        train = listed("train", train_root, catalog_of(train_root, data, config.cache_dir, notes), "all of")
-        return train, listed("test", real, catalog_of(real, data, config.cache_dir, notes), "all of")
-    own = Path(experiment_of(checkpoint[0]), "cache", "catalog.parquet") if checkpoint else None
-    recorded = checkpoint[1].config.get("data_root") if checkpoint else None
-    same = bool(recorded) and _same_place(str(recorded), real)  # records hold no key of a URI
-    if config.data is None and own is not None and own.is_file() and same:
+        places = {"train": class_folder(config.train, "train"), "test": real}.items()
+        return [
+            Listed(name, f"all of {root}", root, catalog_of(root, data, config.cache_dir, notes))
+            for name, root in places
+        ]
+    own = Path(experiment_of(checkpoint.path), "cache", "catalog.parquet") if checkpoint else Path()
+    recorded = str(checkpoint.info.config.get("data_root") or "") if checkpoint else ""
+    same = recorded == real or ("://" not in recorded + real and os.path.realpath(recorded) == os.path.realpath(real))
+    if config.data is None and recorded and same and own.is_file():
         catalog = read_catalog(str(own))
         notes.append("split of the real images: the checkpoint's own")
     else:
@@ -186,117 +221,77 @@ def _real_sides(
         rows = catalog.filter(pc.equal(catalog["split"], split))
         if not len(rows):
             raise DataError(f"real: {real} has no image in its {split} split; set the fractions of --data")
-        sides.append(listed(split, real, rows, f"{split} split of"))
-    return sides[0], sides[1]
-
-
-def catalog_of(root: str, data: DataConfig, cache_dir: str, notes: list[str]) -> pa.Table:
-    """That of setup_data where it is still right, otherwise of a new scan; what was left out goes to the notes."""
-    prepared = reusable_catalog(prepared_folder(cache_dir, root), root, data)
-    if prepared is not None:
-        return prepared
-    with progress(f"scanning {root}") as shown:
-        scan = scan_dataset(root, data, shown.show)
-    notes += [f"left out {row['path']}: {row['reason']}" for row in scan.rejected.slice(0, NAMED).to_pylist()]
-    if scan.rejected.num_rows > NAMED:
-        notes.append(f"left out {scan.rejected.num_rows:,} unusable files of {root} in all")
-    return scan.catalog
-
-
-def listed(name: str, root: str, rows: pa.Table, which: str) -> Listed:
-    """The images of a catalog's rows; which: `train split of`, as in words before the root."""
-    columns = [rows[column].to_pylist() for column in ("path", "sha256", "label", "lesion_id")]
-    return Listed(name, f"{which} {root}", root, *columns)
+        sides.append(Listed(split, f"{split} split of {real}", real, rows))
+    return sides
 
 
 def _generated(root: str, data: DataConfig, notes: list[str]) -> Listed:
     """Every image counts, copies too: a generator that repeats itself must be seen to."""
-    if "://" not in root and not any(_is_class(path, data) for path in Path(root).iterdir()):
-        other = sorted(path.name for path in Path(root).iterdir())[:NAMED]
+    remote = "://" in root
+    inner = [] if remote else sorted(path.name for path in Path(root).iterdir())
+    if not remote and not any(name.upper() in CLASSES for name in inner):
         raise DataError(
-            f"generated: {root} has no class folder (found: {', '.join(other) or 'nothing'}); only --format folder can "
-            "be evaluated"
+            f"generated: {root} has no class folder (found: {', '.join(inner[:NAMED]) or 'nothing'}); only --format "
+            "folder can be evaluated"
         )
     references = read_references(root, setting="generated", max_pixels=data.max_pixels)
-    rejected = [(path, reason) for path, reason in references.rejected if path != CONTACT_SHEET]
-    notes += [f"left out {path}: {reason}" for path, reason in rejected[:NAMED]]
-    if len(rejected) > NAMED:
-        notes.append(f"left out {len(rejected):,} unusable generated files in all")
+    notes += _left_out([one for one in references.rejected if one[0] != CONTACT_SHEET], "generated files")
     images = [image for code in CLASSES for image in references.by_class.get(code, ())]
     repeated = len(images) - len({image.sha256 for image in images})
     if repeated:
         notes.append(f"{repeated:,} generated images are exact repeats of other generated ones; all are counted")
-    base = root if "://" in root else os.path.abspath(root)
-    relative = [image.path if "://" in base else os.path.relpath(image.path, base) for image in images]
-    groups = [f"generated {number}" for number in range(len(images))]
-    return Listed(
-        "generated", f"all of {root}", base, relative, [image.sha256 for image in images],
-        [image.label for image in images], groups,
-    )  # fmt: skip
+    base = root if remote else os.path.abspath(root)
+    columns = {
+        "path": [image.path if remote else os.path.relpath(image.path, base) for image in images],
+        "sha256": [image.sha256 for image in images],
+        "label": [image.label for image in images],
+        "lesion_id": [f"generated {number}" for number in range(len(images))],
+    }
+    return Listed("generated", f"all of {root}", base, pa.table(columns))
 
 
-def _is_class(path: Path, data: DataConfig) -> bool:
-    return path.is_dir() and (path.name.upper() in CLASSES or path.name in data.class_map)
+def _left_out(rejected: Sequence[tuple[str, str]], what: str) -> list[str]:
+    notes = [f"left out {path}: {reason}" for path, reason in rejected[:NAMED]]
+    return [*notes, f"left out {len(rejected):,} unusable {what} in all"] if len(rejected) > NAMED else notes
 
 
-def check_apart(train: Listed, test: Listed, setting: str) -> None:
-    """A lesion seen in training is recognised, not diagnosed: a score on it says nothing about new patients."""
-    for what, ours, theirs in (("lesion", train.groups, test.groups), ("image", train.sha256, test.sha256)):
-        shared = sorted(set(ours) & set(theirs))
-        if shared:
-            names = ", ".join(text[:16] for text in shared[:NAMED]) + (", ..." if len(shared) > NAMED else "")
-            raise DataError(
-                f"{setting}: {len(shared):,} {what}{'s' if len(shared) > 1 else ''} of the test images ({test.source}) "
-                f"{'are' if len(shared) > 1 else 'is'} among the training images ({train.source}) too: {names}; leave "
-                "them out of one"
-            )
-
-
-def _size_of(generated: Listed, max_pixels: int) -> int:
-    """The shorter side of the first image; a generator makes all of one size."""
-    filesystem, root = open_storage(generated.root)
-    with filesystem.open_input_file(posixpath.join(root, generated.paths[0])) as file:
-        return min(probe_image(bytes(file.read()), max_pixels=max_pixels))
+# --- pixels ---------------------------------------------------------------------------------------------------------
 
 
 def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: list[str]) -> ImageSet:
     """The images at size x size. What cannot be read any more is left out with the reason."""
+    paths, sha256 = side["path"], side["sha256"]
     failures: dict[int, str] = {}
 
-    def decode_all(out: np.ndarray) -> None:
-        storage = open_storage(side.root)
-
-        def decode(row: int) -> None:
-            found = decode_unchanged(
-                storage, side.paths[row], side.sha256[row], partial(decode_resized, size=size, max_pixels=max_pixels)
-            )
-            if isinstance(found, str):
-                failures[row] = found
-            else:
-                out[row] = found
-
+    def fill(out: np.ndarray) -> None:
+        storage, to_pixels = open_storage(side.root), partial(decode_resized, size=size, max_pixels=max_pixels)
         with progress(f"reading {side.name} images", len(out)) as shown, ThreadPoolExecutor(_THREADS) as pool:
-            for _ in pool.map(decode, range(len(out))):
+            found = pool.map(lambda path, digest: decode_unchanged(storage, path, digest, to_pixels), paths, sha256)
+            for row, image in enumerate(found):
+                if isinstance(image, str):
+                    failures[row] = f"{paths[row]}: {image}"
+                else:
+                    out[row] = image
                 shown.advance(1)
         if failures:
             raise _Unreadable
 
     try:
-        pixels = _stored(cache_dir, side.sha256, size, decode_all)
+        pixels = _stored(cache_dir, sha256, size, fill)
     except _Unreadable:
-        kept = [row for row in range(len(side.paths)) if row not in failures]
-        first = f"{side.paths[min(failures)]}: {failures[min(failures)]}"
-        if not kept:
+        first = failures[min(failures)]
+        if len(failures) == len(paths):
             raise DataError(f"{side.name}: no image of {side.source} can be read; the first: {first}") from None
         notes.append(f"{len(failures):,} {side.name} images cannot be read, the first: {first}")
-        return _decode(taken(side, kept), size, cache_dir, max_pixels, notes)
+        kept = side.rows.take([row for row in range(len(paths)) if row not in failures])
+        return _decode(replace(side, rows=kept), size, cache_dir, max_pixels, notes)
     return ImageSet(
         name=side.name,
         source=side.source,
-        sha256=tuple(side.sha256),
-        paths=tuple(inside(side.root, path) for path in side.paths),
-        labels=np.array([CLASSES.index(code) for code in side.labels], dtype=np.int64),
-        groups=np.array(side.groups, dtype=object),
+        sha256=tuple(sha256),
+        paths=tuple(inside(side.root, path) for path in paths),
+        labels=np.array([CLASSES.index(code) for code in side["label"]], dtype=np.int64),
+        groups=np.array(side["lesion_id"], dtype=object),
         pixels=pixels,
     )
 
@@ -305,10 +300,11 @@ class _Unreadable(Exception):
     """Some images could not be decoded; the rest is tried again."""
 
 
-def taken(side: Listed, rows: Sequence[int]) -> Listed:
-    """Some rows of a side."""
-    columns = [[column[row] for row in rows] for column in (side.paths, side.sha256, side.labels, side.groups)]
-    return Listed(side.name, side.source, side.root, *columns)
+def with_pixels(like: ImageSet, *, name: str, source: str, pixels: np.ndarray, cache_dir: str) -> ImageSet:
+    """The images of another set, redrawn: pixels uint8 [N, S, S, 3] take the place of its own, kept as a file."""
+    sha256 = tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
+    stored = _stored(cache_dir, sha256, pixels.shape[1], lambda out: out.__setitem__(slice(None), pixels))
+    return replace(like, name=name, source=source, sha256=sha256, pixels=stored)
 
 
 def _stored(cache_dir: str, sha256: Sequence[str], size: int, fill: Callable[[np.ndarray], None]) -> np.ndarray:
@@ -317,29 +313,69 @@ def _stored(cache_dir: str, sha256: Sequence[str], size: int, fill: Callable[[np
     path = Path(cache_dir).expanduser().absolute() / PIXELS / f"{size}px_{digest}.npy"
     shape = (len(sha256), size, size, 3)
     if not path.is_file():
-        with cache_file(path) as partial:
-            out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+        with cache_file(path) as unfinished:
+            out = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
             fill(out)
             out.flush()
-            del out
-    pixels: np.ndarray = np.load(path, mmap_mode="r")
+    pixels = np.load(path, mmap_mode="r")
     if pixels.shape != shape or pixels.dtype != np.uint8:
         raise DataError(f"cache: {path} is not what its name says; delete it, then run again")
     return pixels
 
 
-def _same_place(one: str, other: str) -> bool:
-    return one == other or (
-        "://" not in one and "://" not in other and os.path.realpath(one) == os.path.realpath(other)
+# --- reconstructions: no sample can be better than its decoder ------------------------------------------------------
+
+
+@torch.inference_mode()
+def reconstructions(
+    images: ImageSet, checkpoint: Checkpoint, *, device: str, cache_dir: str, batch_size: int | None = None
+) -> ImageSet:
+    """Real images after encoding (the posterior's mean) and decoding, as uint8 of the same size.
+
+    images: at the checkpoint's image size. batch_size: at most so many at once; None: 32. Of large images it is fewer.
+    Raises ConfigError for a batch that does not fit the device.
+    """
+    autoencoder = checkpoint.autoencoder.to(device)
+    size = min(batch_size or RECONSTRUCTED_AT_ONCE, coded_at_once(images.image_size))
+    pixels = np.empty(images.pixels.shape, dtype=np.uint8)
+    with progress(f"reconstructing {images.name}", len(images)) as shown:
+        for first in range(0, len(images), size):
+            part = slice(first, first + size)
+            x = torch.from_numpy(np.array(images.pixels[part])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            try:
+                y = autoencoder.decode(autoencoder.encode(x).mode()).clamp(-1, 1)
+            except torch.OutOfMemoryError:
+                raise ConfigError(
+                    f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} (the "
+                    "result stays the same)"
+                ) from None
+            pixels[part] = ((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+            shown.advance(len(x))
+    return with_pixels(
+        images,
+        name="reconstructions",
+        source=f"reconstructions of {images.source} by checkpoint {checkpoint.sha256[:12]}",
+        pixels=pixels,
+        cache_dir=cache_dir,
     )
 
 
-def class_folder(folder: str | None, setting: str) -> str:
-    """A place of class folders that a setting names. Raises ConfigError for none, or for a path that is no folder."""
-    if folder is None:
-        raise ConfigError(f"{setting} is not set; name the folder that holds the class folders by --{setting}")
-    if "://" in folder:
-        return folder
-    if not Path(folder).expanduser().is_dir():
-        raise ConfigError(f"{setting}: {folder} is not a folder; name the one that holds the class folders")
-    return os.path.expanduser(folder)
+def drawn_like(train: ImageSet, generated: ImageSet, seed: int) -> ImageSet:
+    """Training images, drawn without repeats: as many of each class as were generated, or all where there are fewer.
+
+    Each is a group of its own, as a generated image is.
+    """
+    generator = np.random.default_rng(seed)
+    labels, counts = np.unique(generated.labels, return_counts=True)
+    drawn = [generator.permutation(np.flatnonzero(train.labels == k))[:n] for k, n in zip(labels, counts)]
+    rows = np.concatenate(drawn)
+    groups = np.array([f"reconstruction {row}" for row in rows], dtype=object)
+    source = f"{len(rows):,} images of {train.source}"
+    return ImageSet("training images", source, (), (), train.labels[rows], groups, train.pixels[rows])
+
+
+def psnr_db(images: ImageSet, redrawn: ImageSet) -> float:
+    """Mean over the images of the peak signal-to-noise ratio, in decibels."""
+    difference = images.pixels.astype(np.float32) - redrawn.pixels.astype(np.float32)
+    squared = np.square(difference).mean(axis=(1, 2, 3), dtype=np.float64)
+    return float(np.mean(10 * np.log10(255.0**2 / np.maximum(squared, 1e-8))))

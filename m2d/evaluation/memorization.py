@@ -6,17 +6,17 @@ features: at 64 px the VAE moves a copy's features further than the step to anot
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import floor, sqrt
-from typing import Self
+from math import floor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from m2d.classes import CLASSES
+from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.errors import DataError
-from m2d.evaluation.images import FeatureSet, ImageSet, shared_classes
+from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.generation.gates import unit_view
+from m2d.metrics.bootstrap import Estimate
 from m2d.metrics.neighbours import (
     COPY_FLOOR,
     Standardizer,
@@ -26,10 +26,9 @@ from m2d.metrics.neighbours import (
     thumbnails,
 )
 
-VIEWS = 8  # flips and quarter turns
+VIEWS = 8  # of m2d.data.views: flips and quarter turns
 EITHER = "either"  # of the two spaces
 FEWEST = 10  # training images: the nearest of fewer is no rare distance
-_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 _IMAGES_AT_ONCE = 256
 
 # Images as unit vectors, one function for each view in which they are known: rows -> float32 [len(rows), D].
@@ -37,13 +36,10 @@ Views = Sequence[Callable[[slice | np.ndarray], Tensor]]
 _ALL = slice(None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Share:
+@dataclass(frozen=True)
+class Share(Estimate):
     """A share of near-copies with its 95 % Wilson interval."""
 
-    value: float
-    low: float
-    high: float
     images: int
 
 
@@ -126,38 +122,44 @@ def measure_memorization(
     generated_views: cls float32 [N, D] of the generated images in each view of m2d.data.views, by train's extractor.
     test: unseen lesions. seed: draws the calibration images where there are many. worst: pairs to list.
 
-    Calibration: n distances of training images to the nearest one of another lesion, their `quantile` is the limit. A
-    near-copy is an image at or under it in either space. Unseen images, told by the same limit, show how often that is
-    chance.
+    A near-copy is at or under the limit in either space: the `quantile` of the distances of training images to the
+    nearest one of another lesion. Unseen images, told by the same limit, show how often that is chance.
 
-    Views: thumbnails of real and of generated images are all tried in eight. Features of real images are known in one
-    view, and the least of eight tries is smaller than one try. So the share counts each generated image in each view
-    for an eighth, as if it were shown in a view by chance, as real photographs are: an honest image then counts as
-    often as an unseen one. A copy by features alone may count for an eighth only, so the share errs towards honesty.
-    `near_copies` and `worst` take the best view instead, and a strict limit: the quantile / 8 of the calibration
-    distances, for eight tries succeed at most eight times as often as one (union bound).
+    Features of real images are known in one view, and the least of eight tries is smaller than one try. So the share
+    counts a generated image in each view for an eighth, as if it were shown in a view by chance, as photographs are: an
+    honest image then counts as often as an unseen one, and the share errs towards honesty. `near_copies` and `worst`
+    take the best view instead, and a strict limit: the quantile / 8, for eight tries succeed at most eight times as
+    often as one (union bound). Thumbnails of real images are tried in eight views as well.
 
     Flagged: the 95 % Wilson interval of the generated images' share lies wholly above that of the unseen images', over
     all classes or in one. Over all classes, unseen images weigh as the generated ones' mix of classes has it, for
     nevi have more doubles than other classes; their number in Wilson's formula is Kish's effective one, of lesions.
-    Raises DataError for no images, one lesion, fewer than 10 training images, features that are not finite, a lesion
-    both in train and test, or no class that both test and generated have.
+    Raises DataError for fewer than 10 training images, one lesion, or no class that both test and generated have.
     """
-    _require_usable(train, test, generated_views, generated)
-    numbers = torch.from_numpy(np.unique(train.groups, return_inverse=True)[1].astype(np.int64))
-    scale = Standardizer.of(train.cls, at_least_median)
-    spaces = {
-        "features": _Space(*(_in_features(scale, views) for views in ([train.cls], [test.cls], generated_views))),
-        "thumbnails": _Space(*(_in_thumbnails(images) for images in (train.images, test.images, generated))),
-    }
-    found = {name: _Distances.of(space, numbers, seed, quantile, calibration_images) for name, space in spaces.items()}
-    strictness = np.stack([one.generated.min(axis=1) / one.limits.any_try for one in found.values()], axis=1)
+    lesions = np.unique(train.groups, return_inverse=True)[1]
+    shared = np.intersect1d(generated.labels, test.labels).tolist()
+    if len(train) < FEWEST or lesions.max() == 0:
+        raise DataError(
+            f"memorization: train ({train.images.source}) has {len(train)} images of {lesions.max() + 1} lesions, too "
+            f"few to tell which distance between lesions is small; give at least {FEWEST} images of two lesions"
+        )
+    if not shared:
+        raise DataError(
+            f"memorization: generated has {' '.join(generated.counts)}, test has {' '.join(test.images.counts)}; "
+            "give unseen images of a generated class"
+        )
+    standard = Standardizer.of(train.cls, at_least_median)
+    calibrate = torch.from_numpy(lesions.astype(np.int64)), calibration_images, seed, quantile
+    in_features = [_in_features(standard, views) for views in ([train.cls], [test.cls], generated_views)]
+    in_thumbnails = [_in_thumbnails(images) for images in (train.images, test.images, generated)]
+    spaces = {"features": _Space(in_features, *calibrate), "thumbnails": _Space(in_thumbnails, *calibrate)}
+    strictness = np.stack([one.generated.min(axis=1) / one.limits.any_try for one in spaces.values()], axis=1)
 
     # How far an image counts as a near-copy: [N] in [0, 1], the mean over its tries.
-    below = {name: one.tries <= one.limits.one_try for name, one in found.items()}
+    below = {name: one.tries <= one.limits.one_try for name, one in spaces.items()}
     below[EITHER] = np.any(np.broadcast_arrays(*below.values()), axis=0)
     copies = {name: one.mean(axis=1) for name, one in below.items()}
-    by_chance = {name: one.test <= one.limits.one_try for name, one in found.items()}
+    by_chance = {name: one.test <= one.limits.one_try for name, one in spaces.items()}
     by_chance[EITHER] = np.any(list(by_chance.values()), axis=0)
 
     def compare(labels: Sequence[int]) -> Comparison:
@@ -167,11 +169,11 @@ def measure_memorization(
         shares = {name: _share(share[mine], ones, np.arange(len(mine))) for name, share in copies.items()}
         if not len(theirs):
             return Comparison(generated=shares, test=None, flagged=False, nearness={})
-        wanted, had = (np.bincount(images.labels, minlength=len(CLASSES)) for images in (generated, test))
+        wanted, had = (np.bincount(images.labels, minlength=NUM_CLASSES) for images in (generated, test))
         weights = wanted[test.labels[theirs]] / had[test.labels[theirs]]
         chance = {name: _share(copy[theirs], weights, test.groups[theirs]) for name, copy in by_chance.items()}
         nearness = {}
-        for name, one in found.items():  # both in as many views: what real images lack, generated ones must not use
+        for name, one in spaces.items():  # both in as many views: what real images lack, generated ones must not use
             honest = {label: max(float(np.median(one.test[test.labels == label])), 1e-12) for label in labels}
             ratios = [one.tries[generated.labels == label, 0] / honest[label] for label in labels]
             nearness[name] = float(np.median(np.concatenate(ratios)))
@@ -181,7 +183,7 @@ def measure_memorization(
     def pair(row: int) -> Pair:
         """A generated image and its nearest training image."""
         place = int(strictness[row].argmin())
-        name, one = list(found.items())[place]
+        name, one = list(spaces.items())[place]
         view = int(one.generated[row].argmin())
         other = int(one.generated_rows[row, view])
         return Pair(
@@ -198,7 +200,7 @@ def measure_memorization(
         )
 
     classes = {CLASSES[label]: compare([label]) for label in np.unique(generated.labels).tolist()}
-    overall = compare(shared_classes([generated, test]))
+    overall = compare(shared)
     flagged = [code for code, one in classes.items() if one.flagged]
     omitted = {code: "no unseen image to compare with" for code, one in classes.items() if one.test is None}
     omitted |= {code: "no generated image" for code in train.images.counts if code not in classes}
@@ -209,18 +211,11 @@ def measure_memorization(
         verdict=_verdict(overall, flagged),
         overall=overall,
         classes=classes,
-        spaces={name: one.summary(train.labels, test.labels, generated.labels) for name, one in found.items()},
+        spaces={name: one.summary(train.labels, test.labels, generated.labels) for name, one in spaces.items()},
         near_copies=np.flatnonzero(strictness.min(axis=1) <= 1).tolist(),
         worst=[pair(int(row)) for row in np.argsort(strictness.min(axis=1), kind="stable")[:worst]],
         omitted=omitted,
     )
-
-
-def wilson_interval(share: float, count: float) -> tuple[float, float]:
-    """The 95 % interval of a share seen in `count` trials, not necessarily a whole number (Wilson 1927)."""
-    centre = (share + _Z**2 / (2 * count)) / (1 + _Z**2 / count)
-    half = _Z * sqrt(share * (1 - share) / count + _Z**2 / (4 * count**2)) / (1 + _Z**2 / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @dataclass(frozen=True)
@@ -237,63 +232,41 @@ class Limits:
 
         A new distance of the same kind is at most the k-th smallest of n with probability k / (n + 1).
         """
-        ascending = np.sort(calibration)
-        count = len(ascending)
+        ascending, count = np.sort(calibration), len(calibration)
         once, each = (max(1, floor(quantile * count / of + 1e-9)) for of in (1, tries))
         one_try, any_try = (max(float(ascending[place - 1]), COPY_FLOOR) for place in (once, each))
         return cls(one_try, any_try, once / (count + 1))
 
 
-@dataclass(frozen=True)
 class _Space:
-    """The three sets of images in one space. train and test are known in as many views, generated in at least these."""
+    """Distances to the nearest training image in one space, float64. N generated images, V views; M unseen ones."""
 
-    train: Views
-    test: Views
-    generated: Views
+    def __init__(
+        self, views: Sequence[Views], lesions: Tensor, calibration_images: int, seed: int, quantile: float
+    ) -> None:
+        """views: of train and test, as many of both, and of generated, at least these. lesions: of train, int64."""
+        train, test, generated = views
+        self._train, self._generated = train, generated
+        bank = train[0](_ALL)
+        self.calibration = calibration_distances(
+            lambda rows: (view(rows) for view in train), bank, lesions, most=calibration_images, seed=seed
+        )
+        in_views, rows = (part.numpy() for part in nearest_in_views((view(_ALL) for view in test), bank))
+        self.test = in_views.min(axis=1)  # [M], in the best view
+        self.test_rows = rows[np.arange(len(rows)), in_views.argmin(axis=1)]
+        self.generated, self.generated_rows = (  # [N, V]
+            part.numpy() for part in nearest_in_views((view(_ALL) for view in generated), bank)
+        )
+        # [N, tries]; each the least of as many views as a real image has.
+        self.tries = self.generated.reshape(len(self.generated), -1, len(test)).min(axis=2)
+        self.limits = Limits.of(self.calibration, quantile, self.tries.shape[1])
 
     def gap(self, row: int, train_row: int, view: int) -> float:
         """Distance of a generated image in that view to a training image as it is."""
-        one, other = self.generated[view](np.array([row])).double(), self.train[0](np.array([train_row])).double()
-        return float((one - other).square().sum()) / 2
-
-
-def _in_features(scale: Standardizer, views: Sequence[np.ndarray]) -> Views:
-    """Standardised by the training images, as the gates do: docs/results/gates.md measures it."""
-    return [lambda rows, cls=cls: scale.unit(cls[rows]) for cls in views]  # type: ignore[misc]
-
-
-def _in_thumbnails(images: ImageSet) -> Views:
-    """In eight views, for a turned image has the turned thumbnail. Few images at once: pixels may be in a file."""
-    parts = range(0, len(images), _IMAGES_AT_ONCE)
-    cells = np.concatenate([thumbnails(images.pixels[one : one + _IMAGES_AT_ONCE]) for one in parts])
-    return [lambda rows, view=view: unit_view(cells[rows], view) for view in range(VIEWS)]  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class _Distances:
-    """To the nearest training image in one space, float64; rows int64. N generated images, V views."""
-
-    calibration: np.ndarray  # [n]; of training images, to the nearest of another lesion
-    test: np.ndarray  # [M], in the best view
-    test_rows: np.ndarray  # [M]
-    generated: np.ndarray  # [N, V]
-    generated_rows: np.ndarray  # [N, V]
-    tries: np.ndarray  # [N, T]; each the least of as many views as a real image has
-    limits: Limits
-
-    @classmethod
-    def of(cls, space: _Space, lesions: Tensor, seed: int, quantile: float, calibration_images: int) -> Self:
-        bank = space.train[0](_ALL)
-        calibration = calibration_distances(
-            lambda rows: (view(rows) for view in space.train), bank, lesions, most=calibration_images, seed=seed
+        one, other = (
+            of(np.array([place])) for of, place in ((self._generated[view], row), (self._train[0], train_row))
         )
-        test, test_rows = (part.numpy() for part in nearest_in_views((view(_ALL) for view in space.test), bank))
-        own, own_rows = (part.numpy() for part in nearest_in_views((view(_ALL) for view in space.generated), bank))
-        tries = own.reshape(len(own), -1, test.shape[1]).min(axis=2)
-        best = test_rows[np.arange(len(test)), test.argmin(axis=1)]
-        limits = Limits.of(calibration, quantile, tries.shape[1])
-        return cls(calibration, test.min(axis=1), best, own, own_rows, tries, limits)
+        return float((one.double() - other.double()).square().sum()) / 2
 
     def summary(self, train: np.ndarray, test: np.ndarray, generated: np.ndarray) -> SpaceSummary:
         """train, test, generated: labels."""
@@ -311,6 +284,18 @@ class _Distances:
         )
 
 
+def _in_features(standard: Standardizer, views: Sequence[np.ndarray]) -> Views:
+    """Standardised by the training images, as the gates do: docs/results/gates.md measures it."""
+    return [lambda rows, cls=cls: standard.unit(cls[rows]) for cls in views]  # type: ignore[misc]
+
+
+def _in_thumbnails(images: ImageSet) -> Views:
+    """In eight views, for a turned image has the turned thumbnail. Few images at once: pixels may be in a file."""
+    parts = range(0, len(images), _IMAGES_AT_ONCE)
+    cells = np.concatenate([thumbnails(images.pixels[one : one + _IMAGES_AT_ONCE]) for one in parts])
+    return [lambda rows, view=view: unit_view(cells[rows], view) for view in range(VIEWS)]  # type: ignore[misc]
+
+
 def _share(near_copies: np.ndarray, weights: np.ndarray, groups: np.ndarray) -> Share:
     """near_copies: [N] in [0, 1]. groups: [N]; equal values count as one trial, however many images they have.
 
@@ -318,56 +303,17 @@ def _share(near_copies: np.ndarray, weights: np.ndarray, groups: np.ndarray) -> 
     """
     by_group = np.bincount(np.unique(groups, return_inverse=True)[1], weights=weights)
     effective = float(by_group.sum() ** 2 / np.square(by_group).sum())  # Kish, "Survey Sampling", 1965, section 11.7
-    value = float(weights @ near_copies / weights.sum())
-    low, high = wilson_interval(value, effective)
-    return Share(value=value, low=low, high=high, images=len(near_copies))
+    share = Estimate.of_share(float(weights @ near_copies / weights.sum()), effective)
+    return Share(**vars(share), images=len(near_copies))
 
 
 def _verdict(overall: Comparison, flagged: Sequence[str]) -> str:
     """One sentence."""
-    assert overall.test is not None, "_require_usable has seen to a shared class"
     mine, chance = (
         f"{100 * part.value:.1f} % ({100 * part.low:.1f} to {100 * part.high:.1f})"
-        for part in (overall.generated[EITHER], overall.test[EITHER])
+        for part in (overall.generated[EITHER], (overall.test or {})[EITHER])
     )
     found = "memorisation found" if overall.flagged else "no memorisation shown"
-    if flagged:
-        found = f"{found} overall, found in {' '.join(flagged)}" if not overall.flagged else found
+    if flagged and not overall.flagged:
+        found += f" overall, found in {' '.join(flagged)}"
     return f"{found}: {mine} of generated images are near-copies of training images, {chance} of unseen lesions' are"
-
-
-def _require_usable(
-    train: FeatureSet, test: FeatureSet, generated_views: Sequence[np.ndarray], generated: ImageSet
-) -> None:
-    shape = (len(generated), train.cls.shape[1])
-    if len(generated_views) != VIEWS or any(view.shape != shape for view in generated_views):
-        raise ValueError(f"generated_views must be {VIEWS} arrays of shape {shape}")
-    if train.extractor != test.extractor or test.cls.shape[1] != shape[1]:
-        raise ValueError(f"features of {train.extractor} beside those of {test.extractor}")
-    for name, images in (("train", train.images), ("test", test.images), ("generated", generated)):
-        if not len(images):
-            raise DataError(f"memorization: {name} ({images.source}) has no images; give a folder with some")
-    for name, cls in (("train", train.cls), ("test", test.cls), *(("generated", view) for view in generated_views)):
-        if not np.isfinite(cls).all():
-            raise DataError(f"memorization: features of {name} hold NaN or infinite values; compute them anew")
-    if len(np.unique(train.groups)) < 2:
-        raise DataError(
-            f"memorization: all {len(train)} images of train ({train.images.source}) are of one lesion, so no distance "
-            "between lesions is known; give at least two lesions"
-        )
-    if len(train) < FEWEST:
-        raise DataError(
-            f"memorization: train ({train.images.source}) has {len(train)} images, too few to tell which distance is "
-            f"small; give at least {FEWEST}"
-        )
-    both = set(train.groups.tolist()) & set(test.groups.tolist())
-    if both:
-        raise DataError(
-            f"memorization: {len(both)} lesions are both in train and in test, such as {min(map(str, both))}; "
-            "split by lesion"
-        )
-    if not shared_classes([generated, test]):
-        raise DataError(
-            f"memorization: generated has {' '.join(generated.counts)}, test has {' '.join(test.images.counts)}; "
-            "give unseen images of a generated class"
-        )

@@ -1,19 +1,13 @@
 """Settings of the evaluation room. Light on purpose: the command line reads them before anything heavy is imported."""
 
 from dataclasses import dataclass, field, replace
-from math import isfinite
-from typing import Any
+from math import inf
+from typing import Any, ClassVar, Self
 
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
 from m2d.files.paths import input_path, result_path
-from m2d.models.settings import (
-    PANDERM_PREFIX,
-    TIMM_PREFIX,
-    FeatureExtractorConfig,
-    Precision,
-    require_extractor,
-)
+from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorConfig, Precision, require_extractor
 
 FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three lowest resamples: noise
 PARTS = ("fidelity", "memorization", "downstream", "consistency")
@@ -45,22 +39,56 @@ class FinetuneConfig:
                 f"finetune.pretrained is false with model {self.model} and weights {self.weights}; from random weights "
                 f"there is {TIMM_PREFIX}MODEL alone, without a file"
             )
-        for name in ("epochs", "learning_rate"):
-            value = getattr(self, name)
-            if not (isfinite(value) and value > 0):
-                raise ConfigError(f"finetune.{name} is {value}; it must be a number above 0")
-        if not (isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ConfigError(f"finetune.weight_decay is {self.weight_decay}; it must be a number of at least 0")
-        if not 0 <= self.warmup < 1:
-            raise ConfigError(f"finetune.warmup is {self.warmup}; it is a share of the steps, below 1")
-        if self.batch_size < 2:
-            raise ConfigError(f"finetune.batch_size is {self.batch_size}; batch norms need 2 at least")
+        for name, must, ok in (
+            ("epochs", "be a number above 0", 0 < self.epochs < inf),
+            ("learning_rate", "be a number above 0", 0 < self.learning_rate < inf),
+            ("weight_decay", "be a number of at least 0", 0 <= self.weight_decay < inf),
+            ("warmup", "be a share of the steps, below 1", 0 <= self.warmup < 1),
+            ("batch_size", "be at least 2, for batch norms", self.batch_size >= 2),
+        ):
+            if not ok:
+                raise ConfigError(f"finetune.{name} is {getattr(self, name)}; it must {must}")
+
+
+class _Command:
+    """What both commands ask of their folders and numbers."""
+
+    INPUTS: ClassVar[tuple[str, ...]]  # settings that name files or folders to read
+    c: float | None
+    cache_dir: str
+    output: str | None
+
+    def in_this_place(self) -> Self:
+        """The same with the paths of a job of Ray where they are found and outlive it: see m2d.files.paths.
+
+        Raises ConfigError.
+        """
+        changed: dict[str, Any] = {name: input_path(name, getattr(self, name)) for name in self.INPUTS}
+        changed |= {name: result_path(name, getattr(self, name)) for name in ("cache_dir", "output")}
+        for name in ("feature_extractor", "independent_extractor", "finetune"):
+            own = getattr(self, name, None)
+            if own is not None:
+                changed[name] = replace(own, weights=input_path(f"{name}.weights", own.weights))
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def _check(self, **least: int) -> None:
+        for name, value in least.items():
+            given = getattr(self, name)
+            if given is not None and given < value:
+                raise ConfigError(f"{name} is {given}; it must be at least {value}")
+        if self.c is not None and not 0 < self.c < inf:
+            raise ConfigError(f"c is {self.c}; it must be a number above 0")
+        for name in ("cache_dir", "output"):
+            folder = getattr(self, name)
+            if folder is not None and (not folder or "://" in folder):
+                raise ConfigError(f"{name} is {folder or 'empty'}; it must be a folder of this machine")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(_Command):
     """Is a synthetic set real enough, diverse enough, private enough, and does it help? Against which real images."""
 
+    INPUTS = ("real", "generated", "train", "checkpoint")
     real: str | None = None  # class folders of real images: a path or a URI; its test split is unseen
     generated: str | None = None  # class folders of generated images; a run of `generate`, or any other
     train: str | None = None  # the real training images, where they lie apart; all of `real` is then unseen
@@ -91,25 +119,9 @@ class EvaluateConfig:
             asked = _words(getattr(self, name))
             if asked == () or any(word not in known for word in asked or ()):
                 raise ConfigError(f"{name} is {getattr(self, name) or 'empty'}; choose some of {' '.join(known)}")
-        _check(self, seeds=1, bootstrap=FEWEST_RESAMPLES, seed=0, num_actors=0, batch_size=1, image_size=16)
+        self._check(seeds=1, bootstrap=FEWEST_RESAMPLES, seed=0, num_actors=0, batch_size=1, image_size=16)
         if any(not 0 < ratio <= 1000 for ratio in self.ratio_list):
             raise ConfigError(f"ratios is {self.ratios}; each must be above 0 and at most 1000")
-
-    def in_this_place(self) -> "EvaluateConfig":
-        """The same with the paths of a job of Ray where they are found and outlive it: see m2d.files.paths.
-
-        Raises ConfigError.
-        """
-        guide = self.feature_extractor
-        return replace(
-            self,
-            **{name: input_path(name, getattr(self, name)) for name in ("real", "generated", "train", "checkpoint")},
-            cache_dir=result_path("cache_dir", self.cache_dir),
-            output=result_path("output", self.output),
-            feature_extractor=guide and _placed("feature_extractor", guide),
-            independent_extractor=_placed("independent_extractor", self.independent_extractor),
-            finetune=_placed("finetune", self.finetune),
-        )
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -134,9 +146,10 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(_Command):
     """A linear probe: which features, which images to fit on, which to test on."""
 
+    INPUTS = ("data_root", "train_catalog", "test_catalog", "test_data_root")
     data_root: str | None = None  # a folder of class folders: a path or a URI (s3://, gs://)
     train_catalog: str | None = None  # catalog.parquet to fit on; None: scan data_root, take its train and test split
     test_catalog: str | None = None  # another to test on, all rows of both; None: train and test split of train_catalog
@@ -158,38 +171,7 @@ class ProbeConfig:
             raise ConfigError("test_catalog is given without train_catalog; name the one to fit on by --train_catalog")
         if self.test_data_root is not None and self.test_catalog is None:
             raise ConfigError("test_data_root is given without test_catalog; name the test images by --test_catalog")
-        _check(self, bootstrap=FEWEST_RESAMPLES, batch_size=1, seed=0)
-
-    def in_this_place(self) -> "ProbeConfig":
-        """The same with the paths of a job of Ray where they are found and outlive it: see m2d.files.paths.
-
-        Raises ConfigError.
-        """
-        inputs = ("data_root", "train_catalog", "test_catalog", "test_data_root")
-        return replace(
-            self,
-            **{name: input_path(name, getattr(self, name)) for name in inputs},
-            cache_dir=result_path("cache_dir", self.cache_dir),
-            feature_extractor=_placed("feature_extractor", self.feature_extractor),
-        )
-
-
-def _check(config: EvaluateConfig | ProbeConfig, **least: int) -> None:
-    """What both commands ask of c, the folders and the numbers that have a smallest value."""
-    for name, value in least.items():
-        given = getattr(config, name)
-        if given is not None and given < value:
-            raise ConfigError(f"{name} is {given}; it must be at least {value}")
-    if config.c is not None and not 0 < config.c < float("inf"):
-        raise ConfigError(f"c is {config.c}; it must be a number above 0")
-    for name in ("cache_dir", "output"):
-        folder = getattr(config, name)
-        if folder is not None and (not folder or "://" in folder):
-            raise ConfigError(f"{name} is {folder or 'empty'}; it must be a folder of this machine")
-
-
-def _placed(name: str, config: Any) -> Any:
-    return replace(config, weights=input_path(f"{name}.weights", config.weights))
+        self._check(bootstrap=FEWEST_RESAMPLES, batch_size=1, seed=0)
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

@@ -1,37 +1,35 @@
-"""What is known of one experiment as plain values, for `--json`, the terminal and the page; and what to do next."""
+"""What is known of one experiment as plain values, for `--json`, the terminal and the page; what to do next; words."""
 
 import shlex
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
+
+from rich.text import Text
 
 from m2d.experiment import step_of
 from m2d.experiments.record import FINISHED, Record, is_finite
-from m2d.experiments.wording import duration_text, one_line
 from m2d.files.paths import copy_around
 
-# A name that is not here has no direction that is known: kl and the two sides of a discriminator's game among them.
-DIRECTIONS: dict[str, Literal["lower", "higher"]] = {
-    "val/psnr_db": "higher",
-    "val/perceptual": "lower",
-    "val/velocity_mse": "lower",
-    "loss/diffusion": "lower",
-    "loss/reconstruction": "lower",
-    "loss/perceptual": "lower",
-    "loss/alignment": "lower",  # minus a cosine
-    "loss/alignment_vae": "lower",
-    "loss/manifold": "lower",
-    "images_per_s": "higher",
-}
+# Which of a measure's values is the best. A name that is not here has no direction that is known: kl and the two sides
+# of a discriminator's game among them.
+BEST_OF: dict[str, Any] = dict.fromkeys(("val/psnr_db", "images_per_s"), max) | dict.fromkeys(
+    (
+        "val/perceptual", "val/velocity_mse", "loss/diffusion", "loss/reconstruction", "loss/perceptual",
+        "loss/alignment", "loss/alignment_vae", "loss/manifold",
+    ),
+    min,
+)  # fmt: skip
 CURVE_POINTS = 200  # of a curve in --json; metrics/train.jsonl holds them all
+NOTHING = "–"
 
 Records = Sequence[Mapping[str, Any]]
 
 
 def summary(record: Record) -> dict[str, Any]:
     """A row of the list, for machines. started: ISO 8601. bytes: of all its files, links left out."""
-    best = record.best
     return {
         "name": record.name,
         "state": record.state,
@@ -39,7 +37,7 @@ def summary(record: Record) -> dict[str, Any]:
         "started": record.started.isoformat(timespec="seconds"),
         "steps_done": record.steps_done,
         "total_steps": record.total_steps,
-        "best": None if best is None else dict(zip(("checkpoint", "measure", "value"), best)),
+        "best": record.best and dict(zip(("checkpoint", "measure", "value"), record.best)),
         "bytes": record.files.size(),
         "path": record.location,
     }
@@ -90,12 +88,12 @@ def details(record: Record, all_records: Sequence[Record]) -> dict[str, Any]:
 
 def next_step(record: Record, all_records: Sequence[Record]) -> tuple[str, str | None]:
     """(what to do in one sentence, the command for it or None). all_records: of the same root, oldest first."""
-    generate = generate_command(record)
+    generate, command = generate_command(record), resume_command(record)
     if record.state == "running":
         left = record.seconds_left
         return "it is training" + (f"; about {duration_text(left)} left" if left is not None else ""), None
     if record.state == "unknown":
-        return "its record says running; if it is not, its command continues it", resume_command(record)
+        return "its record says running; if it is not, its command continues it", command
     if record.state == "broken":
         use = "it cannot be resumed, its checkpoint still generates"
         return f"{record.problem}; {use if generate else 'nothing can be done with it, and clean removes it'}", generate
@@ -109,13 +107,12 @@ def next_step(record: Record, all_records: Sequence[Record]) -> tuple[str, str |
         use = "this one's checkpoint still generates" if generate else "this one holds no checkpoint"
         newest = f"its command would continue {rivals[-1].name}, the newest unfinished one of this name"
         return f"{newest}; {use}", generate
-    command = resume_command(record)
     if command is None:
         return "its command was not recorded; repeat it to continue", None
     where = " (in the folder it was started in)" if record.info.get("cwd") is None else ""
     if record.state == "failed":
         return f"no checkpoint yet: its command begins at step 0 again{where}", command
-    return f"its command continues at step {record.checkpoint_step:,}{where}", command
+    return f"its command continues at step {step_of(record.checkpoints[-1]):,}{where}", command
 
 
 def resume_command(record: Record) -> str | None:
@@ -123,18 +120,17 @@ def resume_command(record: Record) -> str | None:
 
     For a job that ran in a copy it is to be given in the directory that was submitted.
     """
-    recorded = record.info.get("command")
-    if not isinstance(recorded, str) or not recorded.strip():
+    words = shlex.split(str(record.info.get("command") or ""))
+    if not words:
         return None
-    try:
-        words = _without_fresh(shlex.split(recorded))
-    except ValueError:
-        return recorded
+    while fresh := [place for place, word in enumerate(words) if word.partition("=")[0] == "--fresh"]:
+        value = words[fresh[0] + 1 : fresh[0] + 2] if words[fresh[0]] == "--fresh" else []
+        del words[fresh[0] : fresh[0] + (2 if value and not value[0].startswith("-") else 1)]
     script = Path(words[0])
     start = ["python", words[0]] if script.suffix == ".py" else [script.name]
     start = ["python", "-m", script.parent.name] if script.name == "__main__.py" else start
     command, folder = shlex.join([*start, *words[1:]]), record.info.get("cwd")
-    if not isinstance(folder, str):
+    if folder is None:
         return command
     if copy_around(Path(folder)) is not None:  # Ray has deleted it; the submitted directory is not on record
         return f"ray job submit --working-dir . -- {command}"
@@ -157,20 +153,6 @@ def report_command(record: Record) -> str:
     return shlex.join(["python", "-m", "m2d", "experiments", "report", record.name, "--experiments_dir", root])
 
 
-def _without_fresh(words: list[str]) -> list[str]:
-    """--fresh would start over instead of continuing."""
-    kept: list[str] = []
-    skip = False
-    for word, following in zip(words, [*words[1:], ""]):
-        if skip:
-            skip = False
-        elif word.partition("=")[0] == "--fresh":
-            skip = "=" not in word and bool(following) and not following.startswith("-")
-        else:
-            kept.append(word)
-    return kept
-
-
 def measure_names(records: Records, prefix: str = "") -> list[str]:
     """Names of the numbers that the records hold, in the order they come up; without step and time."""
     names = dict.fromkeys(name for record in records for name in record if name.startswith(prefix))
@@ -179,15 +161,13 @@ def measure_names(records: Records, prefix: str = "") -> list[str]:
 
 def last_value(records: Records, name: str) -> float | None:
     """The last finite value of a measure; None where there is none."""
-    return next((record[name] for record in reversed(records) if is_finite(record.get(name))), None)
+    return next((value for _, value in reversed(_points(records, name))), None)
 
 
 def best_value(records: Records, name: str) -> tuple[int, float] | None:
     """(step, value) of the best value; None where none is finite or which way is better is not known."""
-    known, direction = _points(records, name), DIRECTIONS.get(name)
-    if not known or direction is None:
-        return None
-    return (min if direction == "lower" else max)(known, key=lambda point: point[1])
+    known = _points(records, name)
+    return BEST_OF[name](known, key=lambda point: point[1]) if known and name in BEST_OF else None
 
 
 def curve(records: Records, name: str, points: int = CURVE_POINTS) -> dict[str, list[Any]] | None:
@@ -203,12 +183,57 @@ def curve(records: Records, name: str, points: int = CURVE_POINTS) -> dict[str, 
     for index, (step, value) in enumerate(known):
         place = index if len(known) <= points else min((step - first) * points // span, points - 1)
         stretches.setdefault(place, []).append((step, value))
-    groups = list(stretches.values())
+    steps = [stretch[-1][0] for stretch in stretches.values()]
     return {
-        "steps": [first, *(group[-1][0] for group in groups[1:])],
-        "values": [median(value for _, value in group) for group in groups],
+        "steps": [first, *steps[1:]],
+        "values": [median(value for _, value in stretch) for stretch in stretches.values()],
     }
 
 
-def _points(records: Records, name: str) -> list[tuple[int, float]]:
-    return [(record["step"], float(record[name])) for record in records if is_finite(record.get(name))]
+def _points(records: Records, name: str) -> list[tuple[int, Any]]:
+    return [(record["step"], record[name]) for record in records if is_finite(record.get(name))]
+
+
+def size_text(size: float) -> str:
+    """Bytes as 512 B, 281 MiB, 2.0 GiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if size >= 10 or unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:,.1f} TiB"
+
+
+def duration_text(seconds: float | None) -> str:
+    """Seconds as 48 s, 4 min 48 s, 2 h 10 min, 3 d 4 h; – for none."""
+    if seconds is None:
+        return NOTHING
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if hours:
+        return f"{days} d {hour} h" if days else f"{hours} h {minute} min"
+    return f"{minutes} min {second} s" if minutes else f"{second} s"
+
+
+def number_text(value: Any) -> str:
+    """Four digits of a measure; a whole number whole; – for none."""
+    if not isinstance(value, (int, float)):
+        return NOTHING if value is None else str(value)
+    return f"{value:,.0f}" if isinstance(value, int) or 1000 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def one_line(text: str, longest: int = 300) -> str:
+    """A message's first line, without a terminal's colour codes."""
+    line = next((line.strip() for line in Text.from_ansi(text).plain.splitlines() if line.strip()), "")
+    return line if len(line) <= longest else f"{line[:longest]}…"
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: no infinity, no NaN."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    return value if isinstance(value, (str, int, type(None))) else str(value)

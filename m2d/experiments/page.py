@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -21,30 +21,27 @@ from PIL import Image
 from pyarrow import fs
 
 from m2d import __version__
-from m2d.classes import CLASSES, DIAGNOSES
+from m2d.classes import DIAGNOSES
 from m2d.errors import ConfigError, ExperimentError
 from m2d.experiment import Experiment
-from m2d.experiments.details import details, generate_command, report_command, resume_command
-from m2d.experiments.record import ExperimentFiles, Record, find_records, flat, read_record, resolve, within
+from m2d.experiments.details import (
+    details,
+    duration_text,
+    generate_command,
+    measure_names,
+    number_text,
+    plain,
+    report_command,
+    resume_command,
+)
+from m2d.experiments.record import ExperimentFiles, Record, find_records, flat, read_record, resolve
 from m2d.experiments.settings import ReportConfig
-from m2d.experiments.wording import duration_text, number_text, plain
 from m2d.files.atomic import write_whole
 from m2d.generation.settings import parse_target
 from m2d.training.settings import TrainConfig, as_dict
 
 REPORT = "report.html"
-KEPT_CURVES = frozenset({"training_curves", "validation_curves"})  # as PNG too
 PICTURES = ("reconstructions", "patch_features", "alignment", "feature_projection", "class_similarity")
-STAGES = {
-    "joint": "VAE and U-Net trained together",
-    "latent": "U-Net trained alone (on the latents of a frozen VAE)",
-    "decoder": "Decoder of the VAE trained alone (encoder and U-Net kept)",
-}
-MEASURES = {
-    "val/psnr_db": "reconstruction PSNR (dB, more is better)",
-    "val/perceptual": "perceptual distance of reconstructions (less is better)",
-    "val/velocity_mse": "velocity error of the averaged U-Net (less is better)",
-}
 UNCOUNTED = frozenset({"name", "fresh", "verbose"})  # settings that say nothing of the result
 PAGE_BYTES = 3_000_000  # of all pictures of a page; as base64 they take a third more, 4 MB
 RUNS, SHEET = "generated_images", "contact_sheet.png"
@@ -87,7 +84,7 @@ def write_report(experiment: Experiment, samples: Path | None = None, *, held: b
     """
     record = read_record(experiment, held=held)
     curves = _curves(record)
-    written = {f"visualizations/{name}.png": curves[name].data for name in sorted(KEPT_CURVES & curves.keys())}
+    written = {f"visualizations/{name}.png": curves[name].data for name in curves if not name.endswith("_narrow")}
     written[REPORT] = _page(record, find_samples(record.files, samples), curves).encode()
     path = experiment.path / REPORT
     try:
@@ -108,25 +105,27 @@ def _page(record: Record, samples: Picture | None, curves: Mapping[str, Picture]
     if record.state in ("resumable", "failed"):  # which run of the name its command continues matters to these alone
         siblings = find_records(record.location.rpartition("/")[0], record.family)
     known = details(record, siblings)
-    dataset = known["dataset"] if isinstance(known["dataset"], dict) else {}
-    pictures = {kind: newest_picture(record.files, kind) for kind in PICTURES} | {"samples": samples}
-    found = {kind: picture for kind, picture in pictures.items() if picture is not None}
+    dataset = known["dataset"] or {}
+    counts = {split: Counter(of_class) for split, of_class in (dataset.get("counts") or {}).items()}
+    pictures: dict[str, Picture | None] = {kind: newest_picture(record.files, kind) for kind in PICTURES}
+    pictures |= {"samples": samples, **curves}
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("m2d.experiments", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("m2d.experiments", "."),
+        undefined=jinja2.ChainableUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    environment.filters["number"] = number_text
+    environment.filters |= {"number": number_text, "duration": duration_text}
     return environment.get_template("report.html.jinja").render(
         known=known,
-        lead=_lead(record, known),
-        pictures=fitted({**found, **curves}),
+        pictures=fitted({kind: picture for kind, picture in pictures.items() if picture is not None}),
         samples=samples,
         generate_command=generate_command(record),
-        psnr=_psnr_text(known),
-        measures=_validation_measures(known),
+        measured_names=measure_names(known["validation"], "val/"),
         diagnoses={diagnosis.code: diagnosis for diagnosis in DIAGNOSES},
-        dataset={key: number_text(value) for key, value in dataset.items()},
-        counts=_dataset_table(dataset.get("counts")),
-        balances=_balance_runs(record.files, dataset),
+        counts={**counts, "all": sum(counts.values(), Counter())} if counts else None,
+        balances=_balance_runs(record.files, dataset.get("sha256"), counts),
         settings=_other_settings(record.config),
         command=resume_command(record),
         report_command=report_command(record),
@@ -146,58 +145,6 @@ def _curves(record: Record) -> dict[str, Picture]:
     return found
 
 
-def _lead(record: Record, known: Mapping[str, Any]) -> str:
-    """What was trained on what, in one sentence."""
-    config = record.config
-    lead = STAGES.get(str(config.get("stage")), "Training")
-    train, size = within(record.info.get("dataset"), "counts", "train"), within(config, "data", "image_size")
-    if isinstance(train, dict) and all(isinstance(number, int) for number in train.values()):
-        each = ", ".join(f"{code} {train[code]:,}" for code in CLASSES if code in train)
-        pixels = f" at {size} × {size} px" if isinstance(size, int) else ""
-        lead += f" on {sum(train.values()):,} training images{pixels} ({each})"
-    if extractor := within(config, "feature_extractor", "name"):
-        kind, _, size = str(extractor).partition("-")
-        if kind == "panderm":
-            extractor = f"PanDerm-{size.capitalize()}"
-        elif kind == "efficientnet":
-            extractor = f"ImageNet {extractor.replace('efficientnet-lite', 'EfficientNet-Lite')}"
-        lead += f", with {extractor} as feature extractor"
-    if config.get("init_checkpoint"):
-        lead += f", starting from {config['init_checkpoint']}"
-    if device := ", ".join(str(known[key]) for key in ("device", "precision") if known.get(key)):
-        lead += f", on {device}"
-    of_total = "" if record.total_steps is None else f" of {record.total_steps:,}"
-    if not record.steps_done:
-        return f"{lead}: no step recorded{of_total}."
-    time = "" if record.wall_seconds is None else f" in {duration_text(record.wall_seconds)}"
-    return f"{lead}: {record.steps_done:,}{of_total} steps{time}."
-
-
-def _validation_measures(known: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(name, best, its step, last) of every validation measure, known ones first."""
-    records: Sequence[Mapping[str, Any]] = known["validation"]
-    there = dict.fromkeys(name for entry in records for name in entry if name.startswith("val/"))
-    rows = []
-    for name in dict.fromkeys([*(name for name in MEASURES if name in there), *there]):
-        best = known["best_measures"].get(name, {})
-        last = next((entry[name] for entry in reversed(records) if name in entry), None)
-        numbers = [number_text(value) for value in (best.get("value"), best.get("step"), last)]
-        rows.append((MEASURES.get(name, name), numbers[0], numbers[1], numbers[2]))
-    return rows
-
-
-def _psnr_text(known: Mapping[str, Any]) -> str | None:
-    """The PSNR that validation last measured, and the best one; None where it measured none."""
-    measured = [entry for entry in known["validation"] if isinstance(entry.get("val/psnr_db"), (int, float))]
-    if not measured:
-        return None
-    last, best = measured[-1], known["best_measures"].get("val/psnr_db")
-    text = f"PSNR over the validation images: {last['val/psnr_db']:.2f} dB at step {last['step']:,}"
-    if best is None or best["step"] == last["step"]:
-        return f"{text}."
-    return f"{text}; the best was {best['value']:.2f} dB at step {best['step']:,}."
-
-
 def _other_settings(config: dict[str, Any]) -> list[tuple[str, str, str]] | None:
     """(dotted name, value, default) of every setting that is not the default; None where none can be read."""
     defaults = flat(as_dict(TrainConfig()))
@@ -214,69 +161,43 @@ def _other_settings(config: dict[str, Any]) -> list[tuple[str, str, str]] | None
     return rows if config else None
 
 
-def _count_table(columns: Mapping[str, Counts | None], bars: Sequence[str]) -> dict[str, Any]:
-    """A table by class. columns: name to images by class code, None where not known. bars: the columns drawn."""
-    lengths = {code: [(columns[name] or Counter())[code] for name in bars] for code in CLASSES}
-    percent = 100 / (max(map(sum, lengths.values())) or 1)  # of the longest row
-    numbers = {code: [None if one is None else one[code] for one in columns.values()] for code in CLASSES}
-    return {
-        "columns": list(columns),
-        "rows": [(code, numbers[code], [percent * length for length in lengths[code]]) for code in CLASSES],
-        "sums": [None if one is None else one.total() for one in columns.values()],
-    }
+def _balance_runs(files: ExperimentFiles, sha256: str | None, counts: Mapping[str, Counts]) -> list[dict[str, Any]]:
+    """The experiment's generation runs that filled up classes, the latest first.
 
-
-def _dataset_table(counts: Any) -> dict[str, Any] | None:
-    """Of `dataset.counts` in an experiment's record: split to class code to images. None where it has none."""
-    splits = {str(split): _known(one) for split, one in counts.items()} if isinstance(counts, dict) else {}
-    return _count_table({**splits, "all": sum(splits.values(), Counter())}, ["all"]) if splits else None
-
-
-def _balance_runs(files: ExperimentFiles, dataset: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The experiment's generation runs that filled up classes, the latest first. dataset: of its record."""
+    sha256, counts: of the dataset that the experiment knows; a run that counted another one has no `before`.
+    """
     found = []
     for name in files.names(RUNS):
         folder = f"{RUNS}/{name}"
-        balance = files.json(f"{folder}/generation.json").get("balance")
+        balance = files.mapping(f"{folder}/generation.json")[0].get("balance")
         made = _by_class(files.content(f"{folder}/manifest.parquet"))
-        if not isinstance(balance, dict) or made is None:
+        if not balance or made is None:
             continue
-        split = str(balance.get("split", "all"))
-        asked = _by_class(files.content(f"{folder}/plan.parquet")) or made
-        before = _real_images(dataset, str(balance.get("catalog")), split)
-        lacking = asked - made
-        missing = lacking.total()
+        lacking = (_by_class(files.content(f"{folder}/plan.parquet")) or made) - made
+        split, before = balance.get("split", "all"), None
+        if balance.get("catalog") and (sha256 or "").startswith(balance["catalog"]):
+            wanted = counts.values() if split == "all" else [counts.get(split, Counter())]
+            before = sum(wanted, Counter())
         columns: dict[str, Counts | None] = {"real (before)": before, "synthetic": made}
-        columns |= {"missing": lacking} if missing else {}
+        columns |= {"missing": lacking} if lacking else {}
         columns["together (after)"] = None if before is None else before + made
         run = {
             "folder": folder,
             "target": _target_text(str(balance.get("to", ""))),
             "split": split,
-            "before": before,
-            "missing": missing,
-            "table": _count_table(columns, ["real (before)", "synthetic"]),
+            "columns": columns,
+            "missing": lacking.total(),
         }
         found.append((files.modified(f"{folder}/manifest.parquet"), run))
     return [run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
-def _real_images(dataset: Mapping[str, Any], catalog: str, split: str) -> Counts | None:
-    """Of the splits that were counted, if the generation run counted the dataset that the experiment knows."""
-    splits = dataset.get("counts")
-    if not catalog or not str(dataset.get("sha256", "")).startswith(catalog) or not isinstance(splits, dict):
-        return None
-    wanted = splits.values() if split == "all" else [splits.get(split)]
-    return sum(map(_known, wanted), Counter())
-
-
 def _by_class(content: bytes | None) -> Counts | None:
     """Images by class of a manifest or a plan; None where it cannot be read."""
     try:
-        labels = pq.read_table(io.BytesIO(content or b""), columns=["class"])["class"].to_pylist()
+        return Counter(pq.read_table(io.BytesIO(content or b""), columns=["class"])["class"].to_pylist())
     except (OSError, KeyError, pa.ArrowException):
         return None
-    return Counter(labels)
 
 
 def _target_text(to: str) -> str:
@@ -284,14 +205,40 @@ def _target_text(to: str) -> str:
         target = parse_target(to)
     except ConfigError:
         return to
-    if target.images is not None:
-        return f"{target.images:,} images of each class"
-    return "as many as the largest class has" if target.share == 1 else f"{target.share:g} of the largest class"
+    if isinstance(target, int):
+        return f"{target:,} images of each class"
+    return "as many as the largest class has" if target == 1 else f"{target:g} of the largest class"
 
 
-def _known(of_class: Any) -> Counts:
-    known = of_class.items() if isinstance(of_class, dict) else ()
-    return Counter({code: number for code, number in known if code in CLASSES and isinstance(number, int)})
+def find_samples(files: ExperimentFiles, given: Path | None) -> Picture | None:
+    """A grid of generated images with its caption.
+
+    given: the folder of a generation run. Otherwise the latest picture of training, or a contact sheet.
+    """
+    if given is not None:
+        outside = ExperimentFiles(fs.LocalFileSystem(), str(given.absolute().parent))
+        if (found := _contact_sheet(outside, given.absolute().name)) is not None:
+            return found
+    picture = newest_picture(files, "samples")
+    if picture is not None:
+        text = f"Drawn by the averaged U-Net after {picture.step:,} steps, from the same seeds each time."
+        return replace(picture, caption=text)
+    # A run that asked for every class shows more than one that filled up some.
+    folders = [f"{RUNS}/{name}" for name in files.names(RUNS)]
+    whole = {folder: files.mapping(f"{folder}/generation.json")[0].get("mode") == "standard" for folder in folders}
+    folders.sort(key=lambda folder: (whole[folder], files.modified(f"{folder}/{SHEET}"), folder), reverse=True)
+    sheets = (_contact_sheet(files, folder) for folder in folders)
+    return next((sheet for sheet in sheets if sheet is not None), None)
+
+
+def _contact_sheet(files: ExperimentFiles, folder: str) -> Picture | None:
+    picture = png_picture(files.content(f"{folder}/{SHEET}"))
+    if picture is None:
+        return None
+    known = files.mapping(f"{folder}/generation.json")[0]
+    forms = {"solver": "{}", "steps": "{:,} steps", "guidance_scale": "guidance {:.4g}", "seed": "seed {}"}
+    parts = [form.format(known[key]) for key, form in forms.items() if known.get(key) is not None]
+    return replace(picture, caption=f"Contact sheet of {folder}{': ' if parts else ''}{', '.join(parts)}.")
 
 
 def newest_picture(files: ExperimentFiles, kind: str) -> Picture | None:
@@ -315,28 +262,6 @@ def png_picture(data: bytes | None) -> Picture | None:
         return None
 
 
-def find_samples(files: ExperimentFiles, given: Path | None) -> Picture | None:
-    """A grid of generated images with its caption.
-
-    given: the folder of a generation run. Otherwise the latest picture of training, or a contact sheet.
-    """
-    if given is not None:
-        folder = given.absolute()
-        found = _contact_sheet(ExperimentFiles(fs.LocalFileSystem(), str(folder.parent)), folder.name)
-        if found is not None:
-            return found
-    picture = newest_picture(files, "samples")
-    if picture is not None:
-        text = f"Drawn by the averaged U-Net after {picture.step:,} steps, from the same seeds each time."
-        return replace(picture, caption=text)
-    # A run that asked for every class shows more than one that filled up some.
-    folders = [f"{RUNS}/{name}" for name in files.names(RUNS)]
-    whole = {folder: files.json(f"{folder}/generation.json").get("mode") == "standard" for folder in folders}
-    folders.sort(key=lambda folder: (whole[folder], files.modified(f"{folder}/{SHEET}"), folder), reverse=True)
-    sheets = (_contact_sheet(files, folder) for folder in folders)
-    return next((sheet for sheet in sheets if sheet is not None), None)
-
-
 def fitted(pictures: Mapping[str, Picture], most: int = PAGE_BYTES) -> dict[str, Picture]:
     """The pictures in at most about `most` bytes: as they are where they fit, otherwise the largest made lighter first.
 
@@ -347,29 +272,12 @@ def fitted(pictures: Mapping[str, Picture], most: int = PAGE_BYTES) -> dict[str,
         for name in sorted(fitting, key=lambda name: -len(fitting[name].data)):
             if sum(len(picture.data) for picture in fitting.values()) <= most:
                 return fitting
-            fitting[name] = _lighter(fitting[name], pictures[name], widest, quality)
+            with Image.open(io.BytesIO(pictures[name].data), formats=["PNG"]) as opened:
+                image = opened.convert("RGB")
+            image.thumbnail((widest or image.width, image.height), Image.Resampling.LANCZOS, reducing_gap=None)
+            buffer = io.BytesIO()
+            image.save(buffer, format="WEBP", lossless=quality is None, quality=quality or 50, method=3)
+            if buffer.tell() < len(fitting[name].data):
+                lighter = replace(pictures[name], data=buffer.getvalue(), width=image.width, height=image.height)
+                fitting[name] = replace(lighter, format="webp")
     return fitting
-
-
-def _contact_sheet(files: ExperimentFiles, folder: str) -> Picture | None:
-    picture = png_picture(files.content(f"{folder}/{SHEET}"))
-    if picture is None:
-        return None
-    known = files.json(f"{folder}/generation.json")
-    parts = [str(known["solver"])] if known.get("solver") else []
-    parts += [f"{number_text(known['steps'])} steps"] if known.get("steps") else []
-    parts += [f"guidance {number_text(known['guidance_scale'])}"] if known.get("guidance_scale") else []
-    parts += [f"seed {known['seed']}"] if known.get("seed") is not None else []
-    return replace(picture, caption=f"Contact sheet of {folder}{': ' if parts else ''}{', '.join(parts)}.")
-
-
-def _lighter(now: Picture, original: Picture, widest: int | None, quality: int | None) -> Picture:
-    """The original as WebP, where that is lighter than what there is now."""
-    with Image.open(io.BytesIO(original.data), formats=["PNG"]) as opened:
-        image = opened.convert("RGB")
-    if widest is not None and image.width > widest:
-        image = image.resize((widest, round(image.height * widest / image.width)), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="WEBP", lossless=quality is None, quality=quality or 50, method=3)
-    made = replace(original, data=buffer.getvalue(), width=image.width, height=image.height, format="webp")
-    return made if len(made.data) < len(now.data) else now

@@ -7,11 +7,12 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from math import isfinite, prod
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -26,11 +27,8 @@ from m2d.files.storage import open_storage
 
 State = Literal["running", "done", "resumable", "failed", "superseded", "broken", "unknown"]
 FINISHED: tuple[State, ...] = ("done", "superseded")  # no command continues them
-DIRECTORY = re.compile(r"(.+)_(\d{8}_\d{6})")
+DIRECTORY = re.compile(r"(?!\.).+_\d{8}_\d{6}")
 TRAIN, VALIDATION = "metrics/train.jsonl", "metrics/validation.jsonl"
-# What m2d.training.validation.score minimises, by stage; that module loads torch.
-SCORES = {"latent": "val/velocity_mse"}
-SCORE = "val/perceptual"
 END_BYTES = 2**16  # a hundred records of metrics and more
 LATEST = "latest"
 NAMED = 8  # so many experiments are named in one message
@@ -43,13 +41,6 @@ class ExperimentFiles:
     filesystem: fs.FileSystem
     root: str
 
-    @classmethod
-    def of(cls, experiment: Experiment) -> "ExperimentFiles":
-        """Where the experiment's files are whole. Raises DataError for a URI that cannot be reached."""
-        if experiment.remote is None or experiment.is_running:
-            return cls(fs.LocalFileSystem(), str(experiment.path))
-        return cls(*open_storage(experiment.remote))
-
     def content(self, name: str, end_bytes: int = 0) -> bytes | None:
         """A file's content, or its last `end_bytes` (0: all)."""
         try:
@@ -59,57 +50,58 @@ class ExperimentFiles:
         except (OSError, pa.ArrowException):
             return None
 
-    def text(self, name: str) -> str | None:
-        """A file's text."""
+    def mapping(self, name: str) -> tuple[dict[str, Any], str | None]:
+        """(what a JSON or YAML file holds, what is wrong with it)."""
         content = self.content(name)
-        return None if content is None else content.decode("utf-8", errors="replace")
-
-    def json(self, name: str) -> dict[str, Any]:
-        """What a JSON file holds."""
+        if content is None or not content.strip():
+            return {}, f"{name} is {'missing' if content is None else 'empty'}"
+        text, kind = content.decode("utf-8", errors="replace"), "JSON" if name.endswith(".json") else "YAML"
         try:
-            found = json.loads(self.text(name) or "")
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+            if kind == "JSON":
+                found = json.loads(text)
+            else:
+                found = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # a list has many to read
+        except (ValueError, yaml.YAMLError) as error:
+            return {}, f"{name} is not {kind} ({str(error).splitlines()[0]})"
+        return (found, None) if isinstance(found, dict) else ({}, f"{name} holds no {kind} mapping")
 
     def records(self, name: str, end_bytes: int = 0) -> list[dict[str, Any]]:
         """The whole records of a metrics file, such as metrics/train.jsonl, or of its last `end_bytes` (0: all)."""
         records = []
         for line in (self.content(name, end_bytes) or b"").decode("utf-8", errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:  # the first or the last line may be cut
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
-                records.append(record)
-        return records
+            with suppress(ValueError):  # the first or the last line may be cut
+                records.append(json.loads(line))
+        return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
     def names(self, folder: str) -> list[str]:
         """Names of what a folder holds."""
-        try:
+        with suppress(OSError, pa.ArrowException):
             found = self.filesystem.get_file_info(fs.FileSelector(f"{self.root}/{folder}", allow_not_found=True))
-        except (OSError, pa.ArrowException):
-            return []
-        return sorted(info.base_name for info in found)
+            return sorted(info.base_name for info in found)
+        return []
 
     def modified(self, name: str) -> int:
         """When a file was written, ns; 0 where that is not known."""
         return self.filesystem.get_file_info(f"{self.root}/{name}").mtime_ns or 0
 
-    def checkpoints(self) -> tuple[str, ...]:
-        """Names of the complete checkpoints, oldest first."""
-        try:
-            return tuple(checkpoint_names(self.filesystem, f"{self.root}/checkpoints"))
-        except OSError:
-            return ()
-
     def size(self, name: str = "") -> int:
         """Bytes of all files in a folder (default: all); links count for nothing."""
-        root = f"{self.root}/{name}" if name else self.root
+        root = f"{self.root}/{name}".rstrip("/")
         if isinstance(self.filesystem, fs.LocalFileSystem):
             return folder_bytes(root)
         found = self.filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
         return sum(info.size or 0 for info in found if info.type == fs.FileType.File)
+
+
+def folder_bytes(folder: str) -> int:
+    """Bytes of all files below a folder of this machine; links count for nothing."""
+    total = 0
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # a run deletes its old checkpoints meanwhile
+                found = os.lstat(os.path.join(directory, name))
+                total += 0 if stat.S_ISLNK(found.st_mode) else found.st_size
+    return total
 
 
 @dataclass(frozen=True)
@@ -118,35 +110,22 @@ class Record:
 
     experiment: Experiment
     files: ExperimentFiles
+    name: str  # NAME_YYYYMMDD_HHMMSS
+    family: str  # NAME, which a command's --name gave
+    location: str  # its path, or its URI
     state: State
     info: dict[str, Any]  # experiment_info.json; {} where it cannot be read
     config: dict[str, Any]  # the resolved configuration; {} where it cannot be read
     problem: str | None  # what cannot be read
     checkpoints: tuple[str, ...]  # complete ones, oldest first
-
-    @property
-    def name(self) -> str:
-        """NAME_YYYYMMDD_HHMMSS."""
-        return self.experiment.name
-
-    @property
-    def family(self) -> str:
-        """NAME, which a command's --name gave."""
-        return self.name[: -len("_YYYYMMDD_HHMMSS")]
-
-    @property
-    def location(self) -> str:
-        """Its path, or its URI."""
-        return self.experiment.remote or str(self.experiment.path)
+    total_steps: int | None  # optimiser steps of the whole run; None where it never came to know
 
     @cached_property
     def started(self) -> datetime:
         """When it was made, in this machine's time zone; by its directory's name where the record does not say."""
-        for text, form in ((str(self.info.get("created")), None), (self.name[-15:], "%Y%m%d_%H%M%S")):
-            try:
-                return (datetime.strptime(text, form) if form else datetime.fromisoformat(text)).astimezone()
-            except ValueError:  # digits that are no time
-                continue
+        for text in (str(self.info.get("created")), self.name[-15:].replace("_", "T")):
+            with suppress(ValueError):  # digits that are no time
+                return datetime.fromisoformat(text).astimezone()
         return datetime.fromtimestamp(0).astimezone()
 
     @cached_property
@@ -165,37 +144,26 @@ class Record:
         return next(reversed(self.files.records(TRAIN, END_BYTES)), {})
 
     @property
-    def checkpoint_step(self) -> int:
-        """The step that resuming continues from; 0 without a checkpoint."""
-        return step_of(self.checkpoints[-1]) if self.checkpoints else 0
-
-    @property
     def steps_done(self) -> int:
         """Optimiser steps so far, those after the last checkpoint included."""
-        return max(self.checkpoint_step, int(self.last.get("step", 0)))
-
-    @property
-    def total_steps(self) -> int | None:
-        """Optimiser steps of the whole run; None where it never came to know."""
-        total = self.info.get("total_steps")
-        return total if isinstance(total, int) else None
+        return max(self.last.get("step", 0), *map(step_of, self.checkpoints), 0)
 
     @cached_property
     def best(self) -> tuple[str, str, float] | None:
         """(checkpoint, measure, value) of the best checkpoint; None where none was judged."""
-        found = self.files.json("checkpoints/best.json")
-        try:
-            name, value = str(found["checkpoint"]), float(found["score"])
-        except (ValueError, KeyError, TypeError):
+        found = self.files.mapping("checkpoints/best.json")[0]
+        if not is_finite(found.get("score")):
             return None
-        return (name, SCORES.get(self.config.get("stage", ""), SCORE), value) if isfinite(value) else None
+        # What m2d.training.validation.score minimises, by stage; that module loads torch.
+        measure = "val/velocity_mse" if self.config.get("stage") == "latent" else "val/perceptual"
+        return str(found.get("checkpoint")), measure, float(found["score"])
 
     @property
     def images_a_step(self) -> int | None:
         """Images of one optimiser step, all workers together; None where the record does not say."""
         batch, micro = self.config.get("batch_size"), self.config.get("gradient_accumulation_steps")
-        factors = [factor for factor in (batch, micro, self.info.get("world_size")) if isinstance(factor, int)]
-        return prod(factors) if len(factors) == 3 else None
+        workers = self.info.get("world_size")
+        return batch * micro * workers if batch and micro and workers else None
 
     @property
     def training_seconds(self) -> float | None:
@@ -213,10 +181,9 @@ class Record:
     @property
     def wall_seconds(self) -> float | None:
         """Seconds from its making to its end, or to its last record of training, pauses between two tries included."""
-        try:
-            ended: Any = datetime.fromisoformat(str(self.info["finished"])).timestamp()
-        except (KeyError, ValueError):
-            ended = self.last.get("time")
+        ended = self.last.get("time")
+        with suppress(ValueError):
+            ended = datetime.fromisoformat(str(self.info.get("finished"))).timestamp()
         return max(ended - self.started.timestamp(), 0.0) if is_finite(ended) else None
 
     @property
@@ -233,13 +200,19 @@ def read_record(experiment: Experiment, *, held: bool = False) -> Record:
 
     Raises DataError for a remote one that cannot be reached.
     """
-    files = ExperimentFiles.of(experiment)
-    info, problem = _parsed(files, INFO, "JSON", json.loads)
-    config, no_config = _parsed(files, CONFIG, "YAML", _load_yaml)
-    checkpoints = files.checkpoints()
-    recorded, problem = info.get("state"), problem or no_config
+    is_running = experiment.is_running
+    if experiment.remote is None or is_running:
+        files = ExperimentFiles(fs.LocalFileSystem(), str(experiment.path))
+    else:
+        files = ExperimentFiles(*open_storage(experiment.remote))
+    info, no_info = files.mapping(INFO)
+    config, no_config = files.mapping(CONFIG)
+    checkpoints: tuple[str, ...] = ()
+    with suppress(OSError):
+        checkpoints = tuple(checkpoint_names(files.filesystem, f"{files.root}/checkpoints"))
+    recorded, problem = info.get("state"), no_info or no_config
     state: State = "resumable" if checkpoints else "failed"
-    if not held and experiment.is_running:
+    if is_running and not held:
         state = "running"
     elif problem:
         state = "broken"
@@ -247,46 +220,19 @@ def read_record(experiment: Experiment, *, held: bool = False) -> Record:
         state = recorded
     elif recorded == "running" and experiment.remote is not None:
         state = "unknown"  # its lock, if any, is on another machine
-    return Record(experiment, files, state, info, config, problem, checkpoints)
-
-
-def _load_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # a long list has many to read
-
-
-def is_finite(value: Any) -> TypeGuard[float]:
-    """Whether a record's value is a number."""
-    return isinstance(value, (int, float)) and isfinite(value)
-
-
-def within(settings: Any, group: str, name: str) -> Any:
-    """settings[group][name]; None where there is no such thing."""
-    inside = settings.get(group) if isinstance(settings, dict) else None
-    return inside.get(name) if isinstance(inside, dict) else None
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names to values; a mapping without entries is a value."""
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return values
-
-
-def _parsed(
-    files: ExperimentFiles, name: str, kind: str, load: Callable[[str], Any]
-) -> tuple[dict[str, Any], str | None]:
-    """(what the file holds, what is wrong with it)."""
-    text = files.text(name)
-    if text is None:
-        return {}, f"{name} is missing"
-    if not text.strip():
-        return {}, f"{name} is empty"
-    try:
-        found = load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        return {}, f"{name} is not {kind} ({str(error).splitlines()[0]})"
-    return (found, None) if isinstance(found, dict) else ({}, f"{name} holds no {kind} mapping")
+    return Record(
+        experiment,
+        files,
+        name=experiment.name,
+        family=experiment.name[: -len("_YYYYMMDD_HHMMSS")],
+        location=experiment.remote or str(experiment.path),
+        state=state,
+        info=info,
+        config=config,
+        problem=problem,
+        checkpoints=checkpoints,
+        total_steps=info.get("total_steps"),
+    )
 
 
 def find_records(root: str, name: str | None = None) -> list[Record]:
@@ -296,9 +242,21 @@ def find_records(root: str, name: str | None = None) -> list[Record]:
     there or cannot be read, ConfigError for one in a job's copy, which holds none.
     """
     root = result_path("experiments_dir", root)
-    records = [read_record(found) for found in (_remote(root) if "://" in root else _local(root))]
-    wanted = [record for record in records if name in (None, record.family)]
-    return sorted(wanted, key=lambda record: (record.name[-15:], record.name))
+    if "://" in root:
+        found = list_experiments(root)
+    else:
+        folder = Path(root).expanduser().absolute()
+        try:
+            paths = [path for path in folder.iterdir() if DIRECTORY.fullmatch(path.name) and path.is_dir()]
+        except OSError as error:
+            known = {FileNotFoundError: "not there", NotADirectoryError: "not a folder"}
+            why = known.get(type(error), f"not readable ({error.strerror})")
+            raise ExperimentError(
+                f"experiments_dir: {root} is {why}; name the folder that holds the experiments"
+            ) from None
+        found = [Experiment(path) for path in paths]
+    records = [record for record in map(read_record, found) if name in (None, record.family)]
+    return sorted(records, key=lambda record: (record.name[-15:], record.name))
 
 
 def resolve(records: Sequence[Record], wanted: str, root: str) -> Record:
@@ -314,47 +272,24 @@ def resolve(records: Sequence[Record], wanted: str, root: str) -> Record:
     word = wanted.rstrip("/").rpartition("/")[2]  # a shell completes names to paths
     whole = [record for record in records if record.name == word]
     found = whole or [record for record in records if word and record.name.startswith(word)]
-    if not found:
-        raise ExperimentError(f"experiment {wanted} is not in {where}; there: {_names(records)}, or say {LATEST}")
-    if len(found) > 1:
-        raise ExperimentError(f"experiment {wanted} may be {_names(found)}; give more of its name")
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    candidates = found or records
+    more = len(candidates) - NAMED
+    names = ", ".join(record.name for record in candidates[-NAMED:]) + (f" ({more} more)" if more > 0 else "")
+    if found:
+        raise ExperimentError(f"experiment {wanted} may be {names}; give more of its name")
+    raise ExperimentError(f"experiment {wanted} is not in {where}; there: {names}, or say {LATEST}")
 
 
-def _local(root: str) -> list[Experiment]:
-    folder = Path(root).expanduser()
-    if not folder.is_dir():
-        found = "not a folder" if folder.exists() else "not there"
-        raise ExperimentError(f"experiments_dir: {root} is {found}; name the folder that holds the experiments")
-    try:
-        paths = [path for path in folder.iterdir() if DIRECTORY.fullmatch(path.name) and path.is_dir()]
-    except OSError as error:
-        raise ExperimentError(f"experiments_dir: {root} cannot be read ({error.strerror}); name another") from None
-    return [Experiment(path.absolute()) for path in paths if not path.name.startswith(".")]
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Whether a record's value is a number."""
+    return isinstance(value, (int, float)) and isfinite(value)
 
 
-def _remote(root: str) -> list[Experiment]:
-    try:
-        return list_experiments(root)
-    except ValueError as error:  # of json
-        raise ExperimentError(
-            f"experiments_dir: a record in {root} is not JSON ({error}); fix or remove it there"
-        ) from None
-
-
-def _names(records: Sequence[Record]) -> str:
-    more = len(records) - NAMED
-    return ", ".join(record.name for record in records[-NAMED:]) + (f" ({more} more)" if more > 0 else "")
-
-
-def folder_bytes(folder: str) -> int:
-    """Bytes of all files below a folder of this machine; links count for nothing."""
-    total = 0
-    for directory, _, names in os.walk(folder):  # skips what is gone meanwhile, as a run deletes its old checkpoints
-        for name in names:
-            try:
-                found = os.lstat(os.path.join(directory, name))
-            except OSError:
-                continue
-            total += found.st_size if not stat.S_ISLNK(found.st_mode) else 0
-    return total
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names to values; a mapping without entries is a value."""
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return values

@@ -30,6 +30,20 @@ class ShowConfig(ReportConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Which experiments are compared."""
+
+    experiments: list[str]  # two or more, named as for show
+    experiments_dir: str = "./experiments"  # path or URI that holds the experiment directories
+    json: bool = False  # for machines
+
+    def __post_init__(self) -> None:
+        if len(self.experiments) < 2:
+            found = " ".join(self.experiments) or "none"
+            raise ConfigError(f"experiments: {found}; compare needs two or more, such as: compare NAME_A NAME_B")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CleanConfig:
     """What is removed, and whether it asks first."""
 
@@ -47,17 +61,3 @@ class CleanConfig:
             raise ConfigError(f"keep is {self.keep}; it must be at least 0")
         if self.json and not (self.yes or self.dry_run):
             raise ConfigError("json is set and clean asks first, which a machine cannot answer; add --yes or --dry_run")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareConfig:
-    """Which experiments are compared."""
-
-    experiments: list[str]  # two or more, named as for show
-    experiments_dir: str = "./experiments"  # path or URI that holds the experiment directories
-    json: bool = False  # for machines
-
-    def __post_init__(self) -> None:
-        if len(self.experiments) < 2:
-            found = " ".join(self.experiments) or "none"
-            raise ConfigError(f"experiments: {found}; compare needs two or more, such as: compare NAME_A NAME_B")

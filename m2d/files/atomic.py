@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from m2d.errors import DataError
+
 PARTIAL = ".partial"  # ends the hidden name of a file that is being written
 
 
@@ -32,6 +34,18 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextmanager
+def cache_file(path: Path) -> Iterator[Path]:
+    """As whole_file, durable, its folder made. Raises DataError where the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path, durable=True) as partial:
+            yield partial
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(f"{path} cannot be written ({reason}); check its disk, then run again to resume") from error
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file of this text (UTF-8) or these bytes as `whole_file` does."""
     with whole_file(path) as partial:
@@ -47,7 +61,7 @@ def clear_leftovers(folder: Path) -> int:
 
 
 def try_lock(path: Path) -> IO[str] | None:
-    """The file at `path`, made where need be, locked until it is closed; None while another process holds it.
+    """The file at `path`, made if need be, locked until it is closed; None while another process holds it.
 
     A killed process loses its lock. Raises OSError where the file cannot be opened or its disk knows no locks.
     """

@@ -10,9 +10,8 @@ import os
 import re
 import stat
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from m2d.errors import ConfigError
 
@@ -29,9 +28,8 @@ def result_path(setting: str, location: Location) -> Location:
     setting: its name, for the message. location: a path, a URI, or None; outside a job it comes back as it is. In a job
     a relative path begins in M2D_STORAGE where that is set. Raises ConfigError for a place in the job's copy.
     """
-    refuse_credentials(setting, location or "")
-    job = _Job.of_this_process()
-    if location is None or "://" in location or job is None:
+    job = _job_of(setting, location)
+    if location is None or job is None:
         return location
     given = Path(location).expanduser()
     if job.storage is not None and not given.is_absolute():
@@ -53,9 +51,8 @@ def input_path(setting: str, location: Location, *, required: bool = True) -> Lo
     A relative path is looked for in the job's working directory, then in M2D_STORAGE. One that is in neither comes back
     as it is, for the caller to refuse, or in a job's copy, if required, raises ConfigError that says why it is absent.
     """
-    refuse_credentials(setting, location or "")
-    job = _Job.of_this_process()
-    if location is None or "://" in location or job is None:
+    job = _job_of(setting, location)
+    if location is None or job is None:
         return location
     given = Path(location).expanduser()
     if given.is_absolute():
@@ -72,25 +69,42 @@ def input_path(setting: str, location: Location, *, required: bool = True) -> Lo
     )
 
 
+class _Job(NamedTuple):
+    copy: Path | None  # the directory that Ray deletes; None where the job works in a lasting one
+    storage: Path | None  # M2D_STORAGE
+
+
+def _job_of(setting: str, location: str | None) -> _Job | None:
+    """The job that this process runs for; None where none began it, and for a URI. Refuses credentials in it."""
+    refuse_credentials(setting, location or "")
+    config = os.environ.get(_JOB_CONFIG)
+    if config is None or "://" in (location or ""):
+        return None
+    storage = os.environ.get(STORAGE) or None
+    if storage is not None and not Path(storage).is_absolute():
+        raise ConfigError(f"{STORAGE} is {storage}; it must be an absolute path that every node sees")
+    submitted = (json.loads(config).get("runtime_env") or {}).get("working_dir")
+    copy = copy_around(Path.cwd().resolve()) if submitted else None  # the command may have gone elsewhere
+    return _Job(copy, None if storage is None else Path(os.path.normpath(storage)))
+
+
 def refuse_credentials(setting: str, location: str) -> None:
     """Raise ConfigError for a URI with credentials in it, which records, logs and the list of processes would show.
 
     A container's or a user's mere name may be there, and options that say where and how a store is reached.
     """
-    found = _URI.fullmatch(location)
-    if found is None:
-        return
-    scheme, server, query = found.groups()
+    scheme, mark, rest = location.partition("://")
+    server, _, query = rest.partition("?")
     user, at, _ = server.partition("/")[0].rpartition("@")
     is_name = user == "anonymous" or (scheme.lower() in ("abfs", "abfss", "hdfs", "viewfs") and ":" not in user)
-    if (at and not is_name) or _PASSWORD.match(server) or not all(map(_OPTION.fullmatch, (query or "").split("&"))):
+    sound = (not at or is_name) and not _PASSWORD.match(server) and all(map(_OPTION.fullmatch, query.split("&")))
+    if mark and re.fullmatch(r"[\w+.-]+", scheme) and not sound:
         raise ConfigError(
             f"{setting} is a URI with credentials, or an option that may be one; give them by the environment "
             "(AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS) or an instance role"
         )
 
 
-_URI = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://([^?]*)(?:\?(.*))?", re.DOTALL)
 _PASSWORD = re.compile(r"[^/@]*:(?!\d+(?:/|$))")  # a secret key may hold a slash that should have been quoted
 _OPTION = re.compile(  # of pyarrow's URIs; anything else in a query may be a token or a signature
     r"|(?:allow_bucket_creation|allow_bucket_deletion|allow_delayed_open|anonymous|background_writes|(?:blob|dfs)_storage_"
@@ -121,24 +135,3 @@ def private_folder(purpose: str) -> Path:
         raise PermissionError(errno.EPERM, "it is a link or another user's", str(folder))
     folder.chmod(0o700)
     return folder
-
-
-@dataclass(frozen=True)
-class _Job:
-    """The job that this process runs for."""
-
-    copy: Path | None  # the directory that Ray deletes; None where the job works in a lasting one
-    storage: Path | None  # M2D_STORAGE
-
-    @staticmethod
-    def of_this_process() -> "_Job | None":
-        """None in a process that no job began. Raises ConfigError for a relative M2D_STORAGE."""
-        config = os.environ.get(_JOB_CONFIG)
-        if config is None:
-            return None
-        storage = os.environ.get(STORAGE) or None
-        if storage is not None and not Path(storage).is_absolute():
-            raise ConfigError(f"{STORAGE} is {storage}; it must be an absolute path that every node sees")
-        submitted = (json.loads(config).get("runtime_env") or {}).get("working_dir")
-        copy = copy_around(Path.cwd().resolve()) if submitted else None  # the command may have gone elsewhere
-        return _Job(copy, None if storage is None else Path(os.path.normpath(storage)))

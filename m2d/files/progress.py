@@ -14,11 +14,10 @@ PLAIN_LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """What `progress` yields."""
+    """What `progress` yields. Here the plain lines."""
 
-    def __init__(self, what: str, total: int | None, unit: str, bar: Bar | None, *, stderr: bool) -> None:
-        self._what, self._unit, self._stderr = what, unit, stderr
-        self._bar, self._task = bar, None if bar is None else bar.add_task(what, total=total)
+    def __init__(self, what: str, total: int | None, unit: str, *, stderr: bool) -> None:
+        self._what, self._unit, self._file = what, unit, sys.stderr if stderr else sys.stdout
         self._done, self._total = 0, total or 0
         self._first: tuple[float, int] | None = None  # of the first report: starting up and what was kept are not speed
         self._shown = 0.0
@@ -30,9 +29,6 @@ class Progress:
     def show(self, done: int, total: int) -> None:
         """So many are done, of so many."""
         self._done, self._total = done, total
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total)
-            return
         now = time.monotonic()
         if self._first is None:
             self._first, self._shown = (now, done), now
@@ -43,11 +39,18 @@ class Progress:
         per_second = (done - at_first) / (now - began)
         left = (total - done) / per_second
         text = f"{left:.0f} s left" if left < 100 else f"{left / 60:.1f} min left"
-        print(
-            f"{self._what}: {done:,} of {total:,} {self._unit}, {per_second:.1f} {self._unit}/s, {text}",
-            file=sys.stderr if self._stderr else sys.stdout,
-            flush=True,
-        )
+        speed = f"{per_second:.1f} {self._unit}/s"
+        print(f"{self._what}: {done:,} of {total:,} {self._unit}, {speed}, {text}", file=self._file, flush=True)
+
+
+class _OnBar(Progress):
+    def __init__(self, bar: Bar, what: str, total: int | None) -> None:
+        super().__init__(what, total, "", stderr=False)
+        self._bar, self._task = bar, bar.add_task(what, total=total)
+
+    def show(self, done: int, total: int) -> None:
+        self._done, self._total = done, total
+        self._bar.update(self._task, completed=done, total=total)
 
 
 @contextmanager
@@ -59,22 +62,11 @@ def progress(what: str, total: int | None = None, *, unit: str = "images", stder
     """
     console = Console(stderr=stderr)
     if total == 0 or not console.is_terminal:
-        yield Progress(what, total, unit, None, stderr=stderr)
+        yield Progress(what, total, unit, stderr=stderr)
         return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Speed(unit),
-        TimeRemainingColumn(),
-    )
-    with Bar(*columns, console=console) as bar:
-        yield Progress(what, total, unit, bar, stderr=stderr)
-
-
-def say(line: str) -> None:
-    """One line on stderr: what a person may want to know, apart from the result on stdout."""
-    print(line, file=sys.stderr, flush=True)
+    text = TextColumn("{task.description}", markup=False)
+    with Bar(text, BarColumn(), MofNCompleteColumn(), _Speed(unit), TimeRemainingColumn(), console=console) as bar:
+        yield _OnBar(bar, what, total)
 
 
 class _Speed(ProgressColumn):
@@ -85,3 +77,8 @@ class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Of the last half minute."""
         return Text(f"{task.speed:.1f} {self._unit}/s" if task.speed else "")
+
+
+def say(line: str) -> None:
+    """One line on stderr: what a person may want to know, apart from the result on stdout."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """One way to reach files: a local path or a URI becomes a pyarrow filesystem and a path in it."""
 
 import os
+import posixpath
 import re
 from collections.abc import Callable
 
@@ -10,10 +11,11 @@ from pyarrow import fs
 from m2d.errors import DataError
 from m2d.files.paths import refuse_credentials
 
+Storage = tuple[fs.FileSystem, str]  # what holds a location, and the location's path in it
 _URI = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
-def open_storage(location: str) -> tuple[fs.FileSystem, str]:
+def open_storage(location: str) -> Storage:
     """The filesystem that holds `location`, and the path of `location` in it, without a trailing slash.
 
     location: a local path (made absolute, `~` expanded) or a URI (file://, s3://, gs://, abfs://, hdfs://).
@@ -33,6 +35,18 @@ def open_storage(location: str) -> tuple[fs.FileSystem, str]:
             "give a local path or a URI of file://, s3://, gs://, abfs:// or hdfs://"
         ) from error
     return filesystem, path
+
+
+def read_file(storage: Storage, path: str) -> bytes | str:
+    """The bytes of the file at `path` below the storage's own, or in one line why there are none."""
+    filesystem, root = storage
+    try:
+        with filesystem.open_input_file(posixpath.join(root, path)) as file:
+            return bytes(file.read())
+    except FileNotFoundError:
+        return "is not there"
+    except (pa.ArrowException, OSError) as error:
+        return f"cannot be read ({one_line(error)})"
 
 
 def inside(location: str, name: str) -> str:

@@ -1,27 +1,31 @@
-"""A contact sheet: one row a class, so that a person sees at a glance what a model draws. And strips of a walk."""
+"""What a person looks at first: the contact sheet with a row for each class, strips of walks, and a table of counts."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import pyarrow as pa
+from PIL import Image
+from rich.table import Column, Table
 
-from m2d.classes import DIAGNOSES
+from m2d.classes import ISIC7, ClassSet
+from m2d.generation.output import OutputFolder, read_images, whole_output
+from m2d.plots.style import FAINT
+from m2d.plots.tiles import GAP, HEAD, MARGIN, TEXT_SIZE, class_stripe, font, titled_page
 
+_COLUMNS = 8  # images of a class, at most
 _TILE = 112  # pixels a side that small images are enlarged to, at least
-_GAP = 6
-_MARGIN = 20
-_STRIPE = 8
-_LABEL_WIDTH = 200
-_INK, _FAINT = "#1A1A1A", "#5F5F5F"
+_CODE_WIDTH = 60
 
 
 def contact_sheet(
     images_by_class: Mapping[str, np.ndarray],
     *,
-    title: str | None = None,
-    caption: str | None = None,
+    title: str,
+    caption: str = "",
     totals: Mapping[str, int] | None = None,
     scale: int | None = None,
+    classes: ClassSet = ISIC7,
 ) -> Image.Image:
     """Draw one row for each class code, in the mapping's order.
 
@@ -29,72 +33,78 @@ def contact_sheet(
     all, where the sheet shows the first few of them. scale: whole factor by which the images are enlarged; None picks
     one. Every pixel becomes a square of equal pixels: smoothing would show detail that the model did not draw.
     """
-    if not images_by_class:
-        raise ValueError("a contact sheet needs at least one class")
     height, width = next(iter(images_by_class.values())).shape[1:3]
     scale = scale or max(1, -(-_TILE // max(height, width)))
-    tile_w, tile_h = width * scale, height * scale
-    row_h = max(tile_h, 76)
-    columns = max(max(len(images) for images in images_by_class.values()), 1)
-    sheet_w = max(2 * _MARGIN + _LABEL_WIDTH + columns * (tile_w + _GAP) - _GAP, 640)
-
-    title_lines = _wrap(title, font(22), sheet_w - 2 * _MARGIN)
-    caption_lines = _wrap(caption, font(13), sheet_w - 2 * _MARGIN)
-    top = _MARGIN + 30 * len(title_lines) + (10 if title_lines else 0)
-    bottom = top + len(images_by_class) * (row_h + _GAP) - _GAP
-    foot = 12 + 20 * len(caption_lines) if caption_lines else 0
-    sheet = Image.new("RGB", (sheet_w, bottom + foot + _MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-
-    for number, line in enumerate(title_lines):
-        draw.text((_MARGIN, _MARGIN + 30 * number), line, fill=_INK, font=font(22))
-    for number, line in enumerate(caption_lines):
-        draw.text((_MARGIN, bottom + 12 + 20 * number), line, fill=_FAINT, font=font(13))
+    step, row_height = width * scale + GAP, HEAD + height * scale + 2 * GAP
+    body = max(step * max(map(len, images_by_class.values())) - GAP, 480)
+    page, draw, top = titled_page(body, row_height * len(images_by_class) - 2 * GAP, title, caption)
     for row, (code, images) in enumerate(images_by_class.items()):
-        y = top + row * (row_h + _GAP)
-        _draw_label(draw, code, y, row_h, shown=len(images), total=(totals or {}).get(code, len(images)))
+        y = top + row * row_height
+        diagnosis = classes.diagnoses[classes.index(code)]
+        class_stripe(draw, diagnosis, MARGIN, y, body, room=_CODE_WIDTH - 4)
+        total = (totals or {}).get(code, len(images))
+        count = f"{total:,}" if total == len(images) else f"{len(images)} of {total:,}"
+        text = f"{diagnosis.name}, {count} image{'' if total == 1 else 's'}"
+        draw.text((MARGIN + _CODE_WIDTH, y), text, fill=FAINT, font=font(TEXT_SIZE))
         for column, image in enumerate(images):
-            x = _MARGIN + _LABEL_WIDTH + column * (tile_w + _GAP)
-            sheet.paste(_enlarged(image, scale), (x, y + (row_h - tile_h) // 2))
-    return sheet
+            enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
+            page.paste(Image.fromarray(enlarged), (MARGIN + column * step, y + HEAD))
+    return page
 
 
-def strip(images: Sequence[np.ndarray]) -> Image.Image:
-    """Images uint8 [H, W, 3] of one size side by side, first to last, each pixel a square of equal pixels."""
-    height, width = images[0].shape[:2]
-    scale = max(1, -(-_TILE // max(height, width)))
-    sheet = Image.new("RGB", (len(images) * (width * scale + _GAP) - _GAP, height * scale), "white")
-    for column, image in enumerate(images):
-        sheet.paste(_enlarged(image, scale), (column * (width * scale + _GAP), 0))
-    return sheet
+def write_pictures(folder: OutputFolder, plan: pa.Table, *, title: str, caption: str) -> int:
+    """contact_sheet.png: the first images of each class of the plan, read back from disk, as a user has them.
+
+    And strip_<group>.png for each walk that is complete: its images from one end to the other. Returns how many.
+    """
+    paths = folder.paths
+    of_class: dict[str, list[str]] = {}
+    walks: dict[str, list[tuple[float, str]]] = {}
+    for image_id, label, group, position in zip(
+        *(plan[column].to_pylist() for column in ("id", "class", "group", "position")), strict=True
+    ):
+        if image_id in paths:
+            of_class.setdefault(label, []).append(image_id)
+        if group is not None and position is not None:
+            walks.setdefault(group, []).append((position, image_id))
+    if of_class:
+        first = {label: ids[:_COLUMNS] for label, ids in of_class.items()}
+        images = read_images(folder.root, {one: paths[one] for ids in first.values() for one in ids})
+        sheet = contact_sheet(
+            {label: np.stack([images[image_id] for image_id in ids]) for label, ids in first.items()},
+            title=title,
+            caption=caption,
+            totals={label: len(ids) for label, ids in of_class.items()},
+        )
+        with whole_output(folder.root / "contact_sheet.png") as partial:
+            sheet.save(partial, format="PNG")
+    complete = {group: sorted(walk) for group, walk in walks.items() if all(image_id in paths for _, image_id in walk)}
+    for group, walk in complete.items():
+        images = read_images(folder.root, {image_id: paths[image_id] for _, image_id in walk})
+        shown = np.stack([images[image_id] for _, image_id in walk])
+        scale = max(1, -(-_TILE // max(shown.shape[1:3])))
+        enlarged = shown.repeat(scale, axis=1).repeat(scale, axis=2)
+        strip = np.concatenate(np.pad(enlarged, ((0, 0), (0, 0), (0, GAP), (0, 0)), constant_values=255), axis=1)
+        with whole_output(folder.root / f"strip_{group}.png") as partial:
+            Image.fromarray(strip[:, :-GAP]).save(partial, format="PNG")
+    return len(complete)
 
 
-def _enlarged(image: np.ndarray, scale: int) -> Image.Image:
-    return Image.fromarray(image.repeat(scale, axis=0).repeat(scale, axis=1))
-
-
-def _draw_label(draw: ImageDraw.ImageDraw, code: str, y: int, row_h: int, *, shown: int, total: int) -> None:
-    diagnosis = next(diagnosis for diagnosis in DIAGNOSES if diagnosis.code == code)
-    draw.rectangle((_MARGIN, y, _MARGIN + _STRIPE - 1, y + row_h - 1), fill=diagnosis.colour)
-    x, middle = _MARGIN + _STRIPE + 12, y + row_h // 2
-    noun = "image" if total == 1 else "images"
-    count = f"{total:,} {noun}" if total == shown else f"{shown} of {total:,} {noun}"
-    draw.text((x, middle - 22), code, fill=_INK, font=font(20), anchor="lm")
-    draw.text((x, middle + 2), diagnosis.name, fill=_INK, font=font(15), anchor="lm")
-    draw.text((x, middle + 24), count, fill=_FAINT, font=font(13), anchor="lm")
-
-
-def _wrap(text: str | None, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines of whole words that fit `width` pixels."""
-    lines: list[str] = []
-    for word in (text or "").split():
-        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(word)
-    return lines
-
-
-def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Pillow's own, so that a sheet looks the same everywhere."""
-    return ImageFont.load_default(size=size)
+def counts_and_rejections(
+    before: Mapping[str, int] | None, made: Counter[str], rejections: Counter[tuple[str, str]], missing: Counter[str]
+) -> Table:
+    """One row per class and one for all. before: real images, in mode balance. missing: asked for and given up."""
+    columns = {} if before is None else {"real": Counter(before)}
+    columns["synthetic"] = made
+    for wanted in sorted({reason for _, reason in rejections}):
+        columns[f"rejected: {wanted}"] = Counter({code: n for (code, why), n in rejections.items() if why == wanted})
+    if missing:
+        columns["missing"] = missing
+    if before is not None:
+        columns["together"] = made + Counter(before)
+    table = Table("class", *(Column(name, justify="right") for name in columns))
+    shown = [code for code in ISIC7.codes if any(column[code] for column in columns.values())]
+    for code in shown:
+        table.add_row(code, *(f"{column[code]:,}" for column in columns.values()), end_section=code == shown[-1])
+    table.add_row("all", *(f"{column.total():,}" for column in columns.values()))
+    return table

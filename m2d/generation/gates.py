@@ -16,7 +16,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from m2d.classes import CLASSES, NUM_CLASSES, class_index
 from m2d.data.catalog import catalog_hash, read_catalog
-from m2d.data.features import FeatureStore, FeatureTable
+from m2d.data.features import FeatureStore, FeatureTable, extract_view
 from m2d.data.reader import ImageReader
 from m2d.data.store import prepared_folder
 from m2d.data.views import apply_view
@@ -41,19 +43,8 @@ from m2d.generation.output import experiment_of, whole_output
 from m2d.generation.plan import data_config_of, dataset_catalog
 from m2d.generation.references import load_reference_extractor
 from m2d.generation.settings import GateConfig, GenerateConfig
-from m2d.metrics.neighbours import (
-    COPY_FLOOR,
-    THUMBNAIL,
-    Standardizer,
-    at_least_median,
-    calibration_distances,
-    drawn_rows,
-    nearest,
-    nearest_in_views,
-    thumbnails,
-    unit_rows,
-    unit_thumbnails,
-)
+from m2d.metrics import neighbours
+from m2d.metrics.neighbours import nearest, unit_thumbnails
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.extractors import FeatureExtractor
 
@@ -65,7 +56,6 @@ FIXED_LIMITS = {"min_contrast": 3.0, "max_saturated_share": 0.5, "max_roughness"
 _CALIBRATION_IMAGES = 2048  # drawn for each threshold where there are more
 _METADATA_KEY = "m2d_gate_reference"
 _TENSORS = ("features", "thumbnails", "labels", "mean", "scale")
-_NOT_IN_RECIPE = ("max_attempts",)  # how long to go on trying shapes no image that is kept
 
 
 # --- what runs ------------------------------------------------------------------------------------------------------
@@ -89,10 +79,8 @@ class GatesAtWork:
     @property
     def record(self) -> dict[str, Any] | None:
         """For the recipe: what decides which attempt is kept."""
-        if not self.names:
-            return None
         key = None if self.reference is None else self.reference.stem
-        return {**_lasting(self.config), "at_work": list(self.names), "reference": key}
+        return {**_lasting(self.config), "at_work": list(self.names), "reference": key} if self.names else None
 
 
 def prepare_gates(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Table | None, device: str) -> GatesAtWork:
@@ -125,15 +113,8 @@ def prepare_gates(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Ta
     made_from = [lines, None if extractor is None else extractor.key, checkpoint.image_size, _lasting(gates)]
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     path = experiment_of(str(checkpoint.path)) / "gate_reference" / f"{key}{GateReference.SUFFIX}"
-
-    def build() -> None:
-        try:
-            GateReference.load(path)
-        except M2DError:  # not made yet, or damaged
-            _built(images, data_root, checkpoint, extractor, gates, device).save(path)
-
-    names = active_gates(gates, features=extractor is not None, pixels=True)
-    return GatesAtWork(gates, names, path, extractor, build)
+    build = partial(_build, path, images, data_root, checkpoint, extractor, gates, device)
+    return GatesAtWork(gates, active_gates(gates, features=extractor is not None, pixels=True), path, extractor, build)
 
 
 def active_gates(config: GateConfig, *, features: bool, pixels: bool) -> tuple[str, ...]:
@@ -141,31 +122,64 @@ def active_gates(config: GateConfig, *, features: bool, pixels: bool) -> tuple[s
 
     features: those of the new images and of the training images are known. pixels: the training images' thumbnails are.
     """
-    wanted = (
-        ("blank", config.blank),
-        ("near_copy:features", config.near_copy and features),
-        ("near_copy:pixels", config.near_copy and pixels),
-        ("class_consistency", config.class_consistency and features),
+    wanted = {
+        "blank": config.blank,
+        "near_copy:features": config.near_copy and features,
+        "near_copy:pixels": config.near_copy and pixels,
+        "class_consistency": config.class_consistency and features,
+    }
+    return tuple(name for name, active in wanted.items() if active and config.enabled)
+
+
+def _lasting(gates: GateConfig) -> dict[str, Any]:
+    """The settings that shape the images that are kept: how long to try is none of them."""
+    return {name: value for name, value in asdict(gates).items() if name != "max_attempts"}
+
+
+def _training_images(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Table | None) -> tuple[pa.Table, str]:
+    """Catalog rows and root of what the checkpoint was trained on: its experiment's catalog, or data_root's split."""
+    own = experiment_of(str(checkpoint.path)) / "cache/catalog.parquet"
+    places: list[Any] = [config.data_root]
+    if own.is_file():
+        rows = read_catalog(str(own))
+        places.append(checkpoint.info.config.get("data_root"))
+    else:
+        rows = catalog if catalog is not None else dataset_catalog(config, checkpoint.info)
+        if rows is None:
+            raise DataError(f"no catalog is at {own}; name the training images by --data_root")
+    rows = rows.filter(pc.equal(rows["split"], "train"))
+    if not len(rows):
+        raise DataError("the catalog has no training image")
+    places = [place for place in places if place and "***" not in place]  # a recorded URI lacks the key that it had
+    for place in places:
+        if "://" in place or (Path(place) / rows["path"][0].as_py()).is_file():
+            return rows, str(place)
+    raise DataError(
+        f"the training images are not in {' or '.join(map(str, places)) or 'any known place'}; "
+        "name their folder by --data_root"
     )
-    return tuple(name for name, active in wanted if active and config.enabled)
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """What the gates found on one image. An unknown number is NaN."""
 
-    accepted: bool
     reason: str | None  # blank, saturated, noise, near_copy, outside_class: the first, in this order; None: accepted
-    nearest_distance: float  # to the nearest training image of any class, 1 - cosine of standardised features
-    class_distance: float  # mean of the same to the nearest training images of its class
-    nearest_id: str | None  # the training image nearest by features, or the one that it copies by pixels
-    saturated_share: float  # of its pixels, black or white
-    contrast: float  # deviation of luma, grey levels
-    pixel_distance: float = math.nan  # to the nearest training image, 1 - cosine of thumbnails, any flip or turn
+    nearest_id: str | None = None  # the training image nearest by features, or the one that it copies by pixels
+    nearest_distance: float = math.nan  # to the nearest training image of any class, by features
+    class_distance: float = math.nan  # mean of the same to the nearest training images of its class
+    pixel_distance: float = math.nan  # to the nearest training image by thumbnails, any flip or turn
+    saturated_share: float = math.nan  # of its pixels, black or white
+    contrast: float = math.nan  # deviation of luma, grey levels
     roughness: float = math.nan  # mean difference of luma between neighbouring pixels, grey levels
+
+    @property
+    def accepted(self) -> bool:
+        """No gate refuses it."""
+        return self.reason is None
 
 
 def check(
@@ -174,112 +188,90 @@ def check(
     labels: Sequence[str],
     reference: GateReference | None,
     config: GateConfig,
-    *,
-    device: str | torch.device = "cpu",
 ) -> list[Verdict]:
-    """One verdict per image, in order, each independent of the others.
+    """One verdict per image, in order, each independent of the others; measurements also for disabled gates.
 
     images: uint8 [N, H, W, 3]. features: their cls float32 [N, D], of the reference's extractor at its image size, or
-    None. labels: class codes. Measurements are reported even for disabled gates. Without a reference or features the
-    gates that need them refuse nothing, see `active_gates`. An image with features that are not finite is outside its
-    class. Raises ValueError where the shapes do not fit.
+    None. labels: class codes. An image with features that are not finite is outside its class.
     """
-    if len(images) != len(labels) or (features is not None and len(features) != len(images)):
-        raise ValueError(f"{len(images)} images, {len(labels)} labels, {None if features is None else len(features)}")
-    if not len(images):
-        return []
     facts = ImageFacts.of(images)
-    near, near_rows, in_class = _feature_distances(features, labels, reference, device)
-    pixel, pixel_rows = np.full(len(images), np.nan), np.full(len(images), -1)
-    if reference is not None and reference.has_thumbnails:
-        by_view, rows = nearest_in_views(_turned(facts.thumbnails, device), reference.thumbnails.to(device))
-        best = by_view.argmin(dim=1, keepdim=True)
-        pixel, pixel_rows = (part.gather(1, best)[:, 0].cpu().numpy() for part in (by_view, rows))
-    active = active_gates(
-        config,
-        features=features is not None and reference is not None and reference.has_features,
-        pixels=reference is not None and reference.has_thumbnails,
-    )
-    known = FIXED_LIMITS if reference is None else vars(reference)
-    limits = {name: known[name] if getattr(config, name) is None else getattr(config, name) for name in FIXED_LIMITS}
-    verdicts = []
-    for row, label in enumerate(labels):
-        reason, culprit = None, int(near_rows[row])
-        limit = None if reference is None else reference.class_thresholds[class_index(label)]
-        if "blank" in active and facts.contrast[row] < limits["min_contrast"]:
-            reason = "blank"
-        elif "blank" in active and facts.saturated[row] > limits["max_saturated_share"]:
-            reason = "saturated"
-        elif "blank" in active and facts.roughness[row] > limits["max_roughness"]:
-            reason = "noise"
-        elif reference is not None and "near_copy:pixels" in active and pixel[row] <= reference.pixel_threshold:
-            reason, culprit = "near_copy", int(pixel_rows[row])
-        elif reference is not None and "near_copy:features" in active and near[row] <= reference.copy_threshold:
-            reason = "near_copy"
-        elif "class_consistency" in active and limit is not None and not in_class[row] <= limit:  # NaN is outside
-            reason = "outside_class"
-        verdicts.append(
-            Verdict(
-                accepted=reason is None,
-                reason=reason,
-                nearest_distance=float(near[row]),
-                class_distance=float(in_class[row]),
-                nearest_id=None if reference is None or culprit < 0 else reference.ids[culprit],
-                saturated_share=float(facts.saturated[row]),
-                contrast=float(facts.contrast[row]),
-                pixel_distance=float(pixel[row]),
-                roughness=float(facts.roughness[row]),
-            )
-        )
-    return verdicts
+    near, in_class, class_limits, pixel = (np.full(len(images), np.nan) for _ in range(4))
+    near_rows, pixel_rows = (np.full(len(images), -1) for _ in range(2))
+    copy_threshold = pixel_threshold = -math.inf
+    limits, by_features, by_pixels = FIXED_LIMITS, False, False
+    if reference is not None:
+        copy_threshold, pixel_threshold = reference.copy_threshold, reference.pixel_threshold
+        limits = {name: getattr(reference, name) for name in FIXED_LIMITS}
+        by_features, by_pixels = reference.features.shape[1] > 0, reference.thumbnails.shape[1] > 0
+        if by_features and features is not None:
+            near, near_rows, in_class, class_limits = _feature_distances(features, labels, reference)
+        if by_pixels:
+            by_view, rows = neighbours.nearest_in_views(_turned(facts.thumbnails), reference.thumbnails)
+            best = by_view.argmin(dim=1, keepdim=True)
+            pixel, pixel_rows = (part.gather(1, best)[:, 0].numpy() for part in (by_view, rows))
+    limits = _set_or(config, limits)
+    active = active_gates(config, features=by_features and features is not None, pixels=by_pixels)
+    reasons: list[str | None] = [None] * len(images)
+    for gate, reason, refused in (  # of the numbers that are unknown only that of the class refuses
+        ("blank", "blank", facts.contrast < limits["min_contrast"]),
+        ("blank", "saturated", facts.saturated_share > limits["max_saturated_share"]),
+        ("blank", "noise", facts.roughness > limits["max_roughness"]),
+        ("near_copy:pixels", "near_copy", pixel <= pixel_threshold),
+        ("near_copy:features", "near_copy", near <= copy_threshold),
+        ("class_consistency", "outside_class", ~np.isnan(class_limits) & ~(in_class <= class_limits)),
+    ):
+        for row in np.flatnonzero(refused) if gate in active else ():
+            if reasons[row] is None:
+                reasons[row] = reason
+                near_rows[row] = pixel_rows[row] if gate == "near_copy:pixels" else near_rows[row]
+    measured = {"nearest_distance": near, "class_distance": in_class, "pixel_distance": pixel, **vars(facts)}
+    del measured["thumbnails"]
+    ids = [None if reference is None or row < 0 else reference.ids[row] for row in near_rows]
+    numbers = ({name: float(values[row]) for name, values in measured.items()} for row in range(len(images)))
+    return [Verdict(reason=reason, nearest_id=one, **of) for reason, one, of in zip(reasons, ids, numbers, strict=True)]
 
 
 def _feature_distances(
-    features: np.ndarray | None, labels: Sequence[str], reference: GateReference | None, device: str | torch.device
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distance to the nearest training image, its row, mean distance in the class; NaN, -1, NaN where unknown."""
-    count = len(labels)
-    near, rows, in_class = np.full(count, np.nan), np.full(count, -1), np.full(count, np.nan)
-    if features is None or reference is None or not reference.has_features:
-        return near, rows, in_class
-    if features.shape[1] != len(reference.mean):
-        raise ValueError(f"features of {features.shape[1]} dimensions, the reference's have {len(reference.mean)}")
+    features: np.ndarray, labels: Sequence[str], reference: GateReference
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Distance to the nearest training image, its row, mean distance in the class, and what that may be; [N] each.
+
+    NaN, -1, NaN where features are not finite; the last two are NaN where the reference has no image of the class.
+    """
+    near, in_class, limits = (np.full(len(labels), np.nan) for _ in range(3))
+    rows = np.full(len(labels), -1)
     usable = np.flatnonzero(np.isfinite(features).all(axis=1))
-    standardised = (torch.from_numpy(features[usable].astype(np.float32)) - reference.mean) / reference.scale
-    queries, bank = unit_rows(standardised).to(device), reference.features.to(device)
-    distances, found = nearest(queries, bank)
-    near[usable], rows[usable] = distances[:, 0].cpu().numpy(), found[:, 0].cpu().numpy()
-    classes = torch.tensor([class_index(labels[int(row)]) for row in usable], dtype=torch.int64)
-    for index in range(NUM_CLASSES):
-        mine = (classes == index).nonzero()[:, 0]
-        if len(mine) and reference.class_thresholds[index] is not None:
+    queries = _unit_features(features[usable], reference.mean, reference.scale)
+    distances, found = nearest(queries, reference.features)
+    near[usable], rows[usable] = distances[:, 0].numpy(), found[:, 0].numpy()
+    classes = np.array([class_index(label) for label in labels], dtype=np.int64)
+    for index, threshold in enumerate(reference.class_thresholds):
+        if threshold is not None:
+            limits[classes == index] = threshold
+            mine = np.flatnonzero(classes[usable] == index)
             first, last = torch.searchsorted(reference.labels, torch.tensor([index, index + 1])).tolist()
-            means = _mean_distance(nearest(queries[mine.to(device)], bank[first:last], reference.neighbours)[0])
-            in_class[usable[mine.numpy()]] = means.cpu().numpy()
-    return near, rows, in_class
+            bank = reference.features[first:last]  # a slice, not a copy
+            in_class[usable[mine]] = _mean_distance(nearest(queries[mine], bank, reference.neighbours)[0]).numpy()
+    return near, rows, in_class, limits
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What the gates read off pixels. thumbnails float32 [n, 8, 8, 3]; the others float32 [n]."""
+    """What the gates read off pixels, see Verdict. thumbnails float32 [n, 8, 8, 3]; the others float32 [n]."""
 
-    thumbnails: np.ndarray  # see m2d.metrics.neighbours
-    contrast: np.ndarray  # standard deviation of luma, grey levels
-    saturated: np.ndarray  # share of pixels whose channels are all <= 5 or all >= 250
-    roughness: np.ndarray  # mean difference of luma between neighbouring pixels, grey levels
+    thumbnails: np.ndarray
+    contrast: np.ndarray
+    saturated_share: np.ndarray
+    roughness: np.ndarray
 
     @classmethod
     def of(cls, images: np.ndarray) -> Self:
         """images: uint8 [n, H, W, 3]."""
         luma = images.astype(np.float32) @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
         extreme = (images <= DARK).all(axis=-1) | (images >= BRIGHT).all(axis=-1)
-        steps = [np.abs(np.diff(luma, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2)]
-        return cls(
-            thumbnails=thumbnails(images),
-            contrast=luma.std(axis=(1, 2)),
-            saturated=extreme.mean(axis=(1, 2), dtype=np.float32),
-            roughness=(steps[0] + steps[1]) / 2,
-        )
+        down, right = (np.abs(np.diff(luma, axis=axis)).mean(axis=(1, 2)) for axis in (1, 2))
+        saturated_share = extreme.mean(axis=(1, 2), dtype=np.float32)
+        return cls(neighbours.thumbnails(images), luma.std(axis=(1, 2)), saturated_share, (down + right) / 2)
 
 
 def unit_view(cells: np.ndarray, view: int) -> Tensor:
@@ -287,8 +279,23 @@ def unit_view(cells: np.ndarray, view: int) -> Tensor:
     return unit_thumbnails(np.moveaxis(apply_view(np.moveaxis(cells, 0, -1), view), -1, 0))
 
 
-def _turned(cells: np.ndarray, device: str | torch.device) -> Iterator[Tensor]:
-    return (unit_view(cells, view).to(device) for view in range(8))
+def _turned(cells: np.ndarray) -> Iterator[Tensor]:
+    return (unit_view(cells, view) for view in range(8))
+
+
+def _unit_features(features: np.ndarray, mean: Tensor, scale: Tensor) -> Tensor:
+    return neighbours.unit_rows((torch.from_numpy(features.astype(np.float32)) - mean) / scale)
+
+
+def _set_or(config: GateConfig, limits: dict[str, float]) -> dict[str, float]:
+    return {name: limit if getattr(config, name) is None else getattr(config, name) for name, limit in limits.items()}
+
+
+def _mean_distance(distances: Tensor) -> Tensor:
+    """Mean of the finite ones of each row, [B, k] to [B]; inf where there is none."""
+    finite = distances.isfinite()
+    mean = distances.masked_fill(~finite, 0).sum(dim=1) / finite.sum(dim=1)
+    return mean.nan_to_num(nan=torch.inf)
 
 
 # --- the reference --------------------------------------------------------------------------------------------------
@@ -310,11 +317,11 @@ class GateReference:
     labels: Tensor
     mean: Tensor  # [D]
     scale: Tensor  # [D]
-    ids: tuple[str, ...]  # of the images
+    ids: list[str]  # of the images
     copy_threshold: float  # a feature distance up to this is a near-copy
     pixel_threshold: float  # the same of thumbnails
-    class_thresholds: tuple[float | None, ...]  # a mean distance above is outside the class; None: no image of it
-    weak: tuple[str, ...]  # classes with too few images for a threshold of their own
+    class_thresholds: list[float | None]  # a mean distance above is outside the class; None: no image of it
+    weak: list[str]  # classes with too few images for a threshold of their own
     neighbours: int
     min_contrast: float
     max_saturated_share: float
@@ -335,80 +342,78 @@ class GateReference:
         facts: ImageFacts | None = None,
         extractor: str = "",
         catalog: str = "",
-        device: str | torch.device = "cpu",
         weak_below: int = WEAK_BELOW,
         calibration_images: int = _CALIBRATION_IMAGES,
     ) -> Self:
         """Calibrate on training images; distances between images of one lesion are left out everywhere.
 
-        features: cls float32 [n, D]; None turns the gates that read them off. labels: int64 [n]. lesions: [n]. facts:
-        of the same images; None turns the comparison of thumbnails off. Near-copies: the quantile of each image's
-        distance to the nearest image of another lesion. Class: the quantile, for each class, of the mean distance to
-        the k nearest images of the class. A class of fewer than weak_below such distances is weak: it gets the widest
-        threshold of all classes, or its own largest distance if that is wider. Raises DataError where the parts do not
-        fit one another or hold what is not finite.
+        features: cls float32 [n, D], or None. labels: int64 [n]. lesions: [n]. facts: of the same images, or None.
+        Near-copies: the quantile of each image's distance to the nearest image of another lesion. Class: the quantile,
+        for each class, of the mean distance to the k nearest images of the class. A class of fewer than weak_below such
+        distances is weak: it gets the widest threshold of all classes, or its own largest distance if that is wider.
+        Raises DataError where the parts do not fit one another or hold what is not finite.
         """
         count = len(labels)
         raw = np.zeros((count, 0), np.float32) if features is None else np.asarray(features, dtype=np.float32)
         ids = [str(row) for row in range(count)] if ids is None else ids
         lengths = [len(raw), len(lesions), len(ids), count if facts is None else len(facts.thumbnails)]
-        if set(lengths) != {count} or count == 0:
-            raise DataError(f"gate reference: {count} labels beside {lengths} features, lesions, ids and thumbnails")
-        if not np.isfinite(raw).all():
-            raise DataError("gate reference: features of the training images are not finite; compute them again")
-        # Class by class, so that the images of one are a slice, not a copy.
+        if set(lengths) != {count} or not np.isfinite(raw).all():
+            raise DataError(
+                f"gate reference: {count} labels beside {lengths} features, lesions, ids and thumbnails, or features "
+                "that are not finite; compute them again"
+            )
         order = np.argsort(labels, kind="stable")
-        raw, classes = raw[order], torch.from_numpy(labels[order].astype(np.int64)).to(device)
+        raw, classes = raw[order], torch.from_numpy(labels[order].astype(np.int64))
         groups = torch.from_numpy(np.unique(np.asarray(lesions)[order], return_inverse=True)[1].astype(np.int64))
-        groups = groups.to(device)
-        standard = Standardizer.of(raw, at_least_median)
+        standard = neighbours.Standardizer.of(raw, neighbours.at_least_median)
         mean, scale = (torch.from_numpy(part.astype(np.float32)) for part in (standard.mean, standard.scale))
-        vectors = unit_rows((torch.from_numpy(raw) - mean) / scale).to(device)
-        cells = np.zeros((count, 0)) if facts is None else facts.thumbnails[order]
-        shown = torch.zeros(count, 0) if facts is None else unit_thumbnails(cells)
+        vectors = _unit_features(raw, mean, scale)
+        cells, shown, limits = np.zeros((count, 0)), torch.zeros(count, 0), dict(FIXED_LIMITS)
+        if facts is not None:
+            cells, shown = facts.thumbnails[order], unit_thumbnails(facts.thumbnails[order])
+            limits = {  # well beyond the training images' own
+                "min_contrast": float(np.quantile(facts.contrast, 0.001)) / 2,
+                # Halfway to all of the image; never below the fixed share, then.
+                "max_saturated_share": (1 + float(np.quantile(facts.saturated_share, 0.999))) / 2,
+                "max_roughness": 2 * float(np.quantile(facts.roughness, 0.999)),
+            }
 
         def copies(bank: Tensor, views: Callable[[np.ndarray], Any]) -> float:
             if not bank.shape[1]:
                 return 0.0
-            distances = calibration_distances(views, bank, groups, most=calibration_images)
+            distances = neighbours.calibration_distances(views, bank, groups, most=calibration_images)
             known = distances[np.isfinite(distances)]
-            return max(COPY_FLOOR, float(np.quantile(known, config.near_copy_quantile))) if len(known) else COPY_FLOOR
+            return (
+                max(neighbours.COPY_FLOOR, float(np.quantile(known, config.near_copy_quantile)))
+                if len(known)
+                else neighbours.COPY_FLOOR
+            )
 
         thresholds, weak = _class_thresholds(vectors, classes, groups, config, weak_below, calibration_images)
         return cls(
-            features=vectors.cpu(),
+            features=vectors,
             thumbnails=shown,
-            labels=classes.cpu(),
+            labels=classes,
             mean=mean,
             scale=scale,
-            ids=tuple(str(ids[row]) for row in order),
-            copy_threshold=copies(vectors, lambda rows: [vectors[torch.from_numpy(rows).to(device)]]),
-            pixel_threshold=copies(shown.to(device), lambda rows: _turned(cells[rows], device)),
+            ids=[str(ids[row]) for row in order],
+            copy_threshold=copies(vectors, lambda rows: [vectors[rows]]),
+            pixel_threshold=copies(shown, lambda rows: _turned(cells[rows])),
             class_thresholds=thresholds,
             weak=weak,
             neighbours=config.neighbours,
-            **_blank_limits(config, facts),
+            **_set_or(config, limits),
             extractor=extractor,
             catalog=catalog,
             settings=asdict(config),
         )
 
-    @property
-    def has_features(self) -> bool:
-        """Whether features of new images can be compared."""
-        return self.features.shape[1] > 0
-
-    @property
-    def has_thumbnails(self) -> bool:
-        """Whether pixels of new images can be compared."""
-        return self.thumbnails.shape[1] > 0
-
     def save(self, path: Path) -> None:
         """One file, whole or not at all. Raises ConfigError where it cannot be written."""
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         notes = {"format": FORMAT, **{name: value for name, value in vars(self).items() if name not in _TENSORS}}
-        with whole_output(path) as partial:
-            partial.write_bytes(save(tensors, metadata={_METADATA_KEY: json.dumps(notes)}))
+        with whole_output(path) as unfinished:
+            unfinished.write_bytes(save(tensors, metadata={_METADATA_KEY: json.dumps(notes)}))
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -416,193 +421,108 @@ class GateReference:
         try:
             with safe_open(path, framework="pt") as file:
                 notes = dict(json.loads((file.metadata() or {})[_METADATA_KEY]))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no dict
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
             if notes.pop("format") != FORMAT:
                 raise ValueError("made by another version of M2D")
-            for name in ("ids", "class_thresholds", "weak"):
-                notes[name] = tuple(notes[name])
             reference = cls(**tensors, **notes)
-            reference._check()
+            count, dim = len(reference.ids), len(reference.mean)
+            shapes = [(count, dim), (count, reference.thumbnails.shape[-1]), (count,), (dim,), (dim,)]
+            for (name, tensor), shape in zip(tensors.items(), shapes, strict=True):
+                if tensor.shape != shape or not torch.isfinite(tensor).all():
+                    raise ValueError(f"{name} is {list(tensor.shape)}, or not finite")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"gate reference: {path} cannot be used ({one_line(error)}); delete it and run again"
             ) from None
         return reference
 
-    def _check(self) -> None:
-        count, dim, cells = len(self.ids), len(self.mean), self.thumbnails.shape[-1]
-        shapes = {"features": (count, dim), "thumbnails": (count, cells), "labels": (count,), "mean": (dim,)}
-        for name, shape in (shapes | {"scale": (dim,)}).items():
-            tensor, dtype = getattr(self, name), torch.int64 if name == "labels" else torch.float32
-            if tensor.shape != shape or tensor.dtype != dtype or not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, or not finite")
-        if count == 0 or (self.labels.diff() < 0).any():
-            raise ValueError("labels are not ascending")
-        if cells not in (0, 3 * THUMBNAIL**2) or len(self.class_thresholds) != NUM_CLASSES:
-            raise ValueError("its parts have other sizes than this M2D's")
-
-
-def build_gate_reference(
-    catalog: pa.Table,
-    reader: ImageReader,
-    source: FeatureExtractor | FeatureTable | None,
-    config: GateConfig,
-    *,
-    extractor: str = "",
-    device: str | torch.device = "cpu",
-    batch_size: int = 32,
-    progress: Callable[[int, int], None] | None = None,
-) -> GateReference:
-    """The reference of a training split: read its images, extract or look up their features, calibrate.
-
-    catalog: rows of the training split; reader: of the same rows, at the checkpoint's image size. source: the extractor
-    that new images will be given to, on `device`; or its cached features, in the catalog's order; None: thumbnails
-    alone. extractor: the key of cached features. progress(done, total): images. A file that went bad is left out.
-    Raises DataError where none is left.
-    """
-    parts: list[tuple[np.ndarray, ...]] = []  # rows, the facts, features
-    for first in range(0, len(reader), batch_size):
-        wanted = np.arange(first, min(first + batch_size, len(reader)))
-        as_they_are = np.zeros(len(wanted), dtype=np.int8)
-        batch = reader.read(wanted, as_they_are)
-        good = ~batch["substituted"]
-        if good.any():
-            images = batch["images"][good]
-            cls = np.zeros((len(images), 0), np.float32)
-            if isinstance(source, FeatureTable):
-                cls = source.cls(wanted[good], as_they_are[good]).float().numpy()
-            elif source is not None:
-                with torch.inference_mode():
-                    pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)
-                    cls = source(source.preprocess(pixels)).cls.float().cpu().numpy()
-            parts.append((wanted[good], *vars(ImageFacts.of(images)).values(), cls))
-        if progress is not None:
-            progress(int(wanted[-1]) + 1, len(reader))
-    if not parts:
-        raise DataError("gate reference: no training image can be read; check data_root, or turn the gates off")
-    kept, *facts, features = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return GateReference.build(
-        None if source is None else features,
-        reader.labels[kept],
-        catalog["lesion_id"].take(kept).to_pylist(),
-        config,
-        ids=catalog["image_id"].take(kept).to_pylist(),
-        facts=ImageFacts(*facts),
-        extractor=source.key if isinstance(source, FeatureExtractor) else extractor,
-        catalog=catalog_hash(catalog),
-        device=device,
-    )
-
 
 def _class_thresholds(
     vectors: Tensor, labels: Tensor, groups: Tensor, config: GateConfig, weak_below: int, calibration_images: int
-) -> tuple[tuple[float | None, ...], tuple[str, ...]]:
+) -> tuple[list[float | None], list[str]]:
     """One for each class, None where it has no image or features are unknown; and the weak classes."""
     known: dict[int, np.ndarray] = {}
     for label in labels.unique().tolist() if vectors.shape[1] else ():
         rows = (labels == label).nonzero()[:, 0]
-        drawn = rows[torch.from_numpy(drawn_rows(len(rows), calibration_images)).to(rows.device)]
+        drawn = rows[neighbours.drawn_rows(len(rows), calibration_images)]
         distances, _ = nearest(
-            vectors[drawn],
-            vectors[rows],
-            config.neighbours,
-            query_groups=groups[drawn],
-            bank_groups=groups[rows],
+            vectors[drawn], vectors[rows], config.neighbours, query_groups=groups[drawn], bank_groups=groups[rows]
         )
         means = _mean_distance(distances)
-        known[label] = means[means.isfinite()].cpu().numpy()
+        known[label] = means[means.isfinite()].numpy()
     strong = {label: float(np.quantile(d, config.class_quantile)) for label, d in known.items() if len(d) >= weak_below}
     everything = np.concatenate([*known.values(), np.zeros(0)])
     # Where every class is weak, what any image of any class reaches; without a single distance, what is opposite.
     widest = max(strong.values(), default=float(everything.max()) if len(everything) else 2.0)
     thresholds = {label: strong.get(label, max([widest, *distances.tolist()])) for label, distances in known.items()}
-    weak = tuple(CLASSES[label] for label in known if label not in strong)
-    return tuple(thresholds.get(label) for label in range(NUM_CLASSES)), weak
+    weak = [CLASSES[label] for label in known if label not in strong]
+    return [thresholds.get(label) for label in range(NUM_CLASSES)], weak
 
 
-def _mean_distance(distances: Tensor) -> Tensor:
-    """Mean of the finite ones of each row, [B, k] to [B]; inf where there is none."""
-    finite = distances.isfinite()
-    mean = distances.masked_fill(~finite, 0).sum(dim=1) / finite.sum(dim=1)
-    return mean.nan_to_num(nan=torch.inf)
-
-
-def _blank_limits(config: GateConfig, facts: ImageFacts | None) -> dict[str, float]:
-    """As set, else well beyond the training images' own, else fixed."""
-    limits = dict(FIXED_LIMITS)
-    if facts is not None:
-        limits = {
-            "min_contrast": float(np.quantile(facts.contrast, 0.001)) / 2,
-            # Halfway to all of the image; never below the fixed share, then.
-            "max_saturated_share": (1 + float(np.quantile(facts.saturated, 0.999))) / 2,
-            "max_roughness": 2 * float(np.quantile(facts.roughness, 0.999)),
-        }
-    return {name: value if getattr(config, name) is None else getattr(config, name) for name, value in limits.items()}
-
-
-# --- the training images --------------------------------------------------------------------------------------------
-
-
-def _training_images(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Table | None) -> tuple[pa.Table, str]:
-    """Catalog rows and root of the images that the checkpoint was trained on, by its experiment's catalog; otherwise
-    of the training split of data_root.
-    """
-    own = experiment_of(str(checkpoint.path)) / "cache/catalog.parquet"
-    if own.is_file():
-        rows = read_catalog(str(own))
-        given = (config.data_root, checkpoint.info.config.get("data_root"))  # a recorded URI lacks the key that it had
-        places = [place for place in given if place and "***" not in place]
-    else:
-        rows = catalog if catalog is not None else dataset_catalog(config, checkpoint.info)
-        if rows is None:
-            raise DataError(f"no catalog is at {own}; name the training images by --data_root")
-        places = [config.data_root] if config.data_root else []
-    rows = rows.filter(pc.equal(rows["split"], "train"))
-    if not len(rows):
-        raise DataError("the catalog has no training image")
-    for place in places:
-        if "://" in place or (Path(place) / rows["path"][0].as_py()).is_file():
-            return rows, str(place)
-    raise DataError(
-        f"the training images are not in {' or '.join(map(str, places)) or 'any known place'}; "
-        "name their folder by --data_root"
-    )
-
-
-def _built(
+def _build(
+    path: Path,
     images: pa.Table,
     data_root: str,
     checkpoint: Checkpoint,
     extractor: FeatureExtractor | None,
     gates: GateConfig,
     device: str,
-) -> GateReference:
-    """With the features that setup_data cached, if it has them all; otherwise they are extracted here."""
-    here = device if device == "cpu" or torch.cuda.is_available() else "cpu"
-    size, cache_dir = checkpoint.image_size, checkpoint.info.config.get("cache_dir")
-    source: FeatureTable | FeatureExtractor | None = None
-    if extractor is not None:
-        source = extractor.to(here)
-        if cache_dir is not None and Path(cache_dir).is_dir():
-            sha256 = images["sha256"].to_pylist()
-            store = FeatureStore.open(prepared_folder(cache_dir, data_root), extractor.key, size)
-            if not store.missing(sha256, 1).any():
-                source = store.table(sha256, 1)
-    max_pixels = data_config_of(checkpoint.info).max_pixels
-    reader = ImageReader(images, data_root, image_size=size, max_pixels=max_pixels)
+) -> None:
+    """Write the reference where it is not made yet, or damaged: with the features that setup_data cached, if any."""
+    with suppress(M2DError):
+        GateReference.load(path)
+        return
+    size, cache_dir, cached = checkpoint.image_size, checkpoint.info.config.get("cache_dir"), None
+    if extractor is not None and cache_dir is not None and Path(cache_dir).is_dir():
+        sha256 = images["sha256"].to_pylist()
+        store = FeatureStore(prepared_folder(cache_dir, data_root), extractor.key, size)
+        cached = None if store.missing(sha256, 1).any() else store.table(sha256, 1)
+    reader = ImageReader(images, data_root, image_size=size, max_pixels=data_config_of(checkpoint.info).max_pixels)
+    here = device if torch.cuda.is_available() else "cpu"
     say(f"gates: looking at {len(images):,} training images, once for this checkpoint and these settings")
-    with progress("gates", len(images)) as shown:
-        return build_gate_reference(
-            images,
-            reader,
-            source,
-            gates,
-            extractor="" if extractor is None else extractor.key,
-            device=here,
-            progress=shown.show,
-        )
+    build_gate_reference(images, reader, extractor, gates, cached=cached, device=here).save(path)
 
 
-def _lasting(gates: GateConfig) -> dict[str, Any]:
-    """The settings that shape the images that are kept."""
-    return {name: value for name, value in asdict(gates).items() if name not in _NOT_IN_RECIPE}
+def build_gate_reference(
+    catalog: pa.Table,
+    reader: ImageReader,
+    extractor: FeatureExtractor | None,
+    config: GateConfig,
+    *,
+    cached: FeatureTable | None = None,
+    device: str = "cpu",
+    batch_size: int = 32,
+) -> GateReference:
+    """The reference of a training split: read its images, extract or look up their features, calibrate.
+
+    catalog: rows of the training split; reader: of the same rows, at the checkpoint's image size. extractor: that of
+    new images, moved to `device`; None: thumbnails alone. cached: its features, in the catalog's order. A file that
+    went bad is left out. Raises DataError where none is left.
+    """
+    extractor = None if extractor is None else extractor.to(device)
+    parts: list[tuple[np.ndarray, ...]] = []  # rows, the facts, features
+    with progress("gates", len(reader)) as shown:
+        for wanted in np.split(np.arange(len(reader)), range(batch_size, len(reader), batch_size)):
+            batch = reader.read(wanted, np.zeros(len(wanted), dtype=np.int8))
+            rows, images = wanted[~batch["substituted"]], batch["images"][~batch["substituted"]]
+            if len(rows):
+                cls = np.zeros((len(rows), 0), np.float32)
+                if cached is not None:
+                    cls = cached.cls(rows, np.zeros(len(rows), dtype=np.int8)).float().numpy()
+                elif extractor is not None:
+                    cls = extract_view(extractor, images, 0, device).cls.numpy()
+                parts.append((rows, *vars(ImageFacts.of(images)).values(), cls))
+            shown.advance(len(wanted))
+    if not parts:
+        raise DataError("gate reference: no training image can be read; check data_root, or turn the gates off")
+    kept, *facts, features = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return GateReference.build(
+        None if extractor is None else features,
+        reader.labels[kept],
+        catalog["lesion_id"].take(kept).to_pylist(),
+        config,
+        ids=catalog["image_id"].take(kept).to_pylist(),
+        facts=ImageFacts(*facts),
+        extractor="" if extractor is None else extractor.key,
+        catalog=catalog_hash(catalog),
+    )

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from m2d.classes import NUM_CLASSES, class_index
-from m2d.diffusion.settings import Solver
 from m2d.diffusion.solver import GuidedVelocity, solve
 from m2d.errors import CheckpointError, ConfigError
-from m2d.generation.plan import GuidingFeature, PlanRow
+from m2d.generation.plan import PlanRow, seed_of
 from m2d.generation.references import read_reference, require_dim
-from m2d.generation.seeds import feature_seed, noise_for, slerp
-from m2d.generation.settings import CompileMode
+from m2d.generation.settings import CompileMode, Feature
 from m2d.models.autoencoder import coded_at_once, from_uint8, to_uint8
 from m2d.models.precision import DTYPES, pick_precision
 from m2d.models.unet import Denoiser
 
 if TYPE_CHECKING:
+    from m2d.diffusion.feature_prior import FeaturePrior
     from m2d.models.checkpoint import Checkpoint
     from m2d.models.extractors import FeatureExtractor
     from m2d.models.settings import Precision
@@ -69,8 +68,8 @@ class Generator:
         self._compiled = compile
         if compile:
             self.denoiser.unet.compile(mode=compile_mode, dynamic=False)  # two shapes: guided, which is twice, and not
-        self._latents: OrderedDict[str, Tensor] = OrderedDict()
-        self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self._latents: dict[str, Tensor] = {}
+        self._features: dict[str, Tensor] = {}
 
     def generate(self, rows: Sequence[PlanRow]) -> np.ndarray:
         """Images of the rows, uint8 [N, H, W, 3] RGB, in their order.
@@ -107,22 +106,23 @@ class Generator:
         row, wanted = rows[0], len(rows)
         start_time, steps = start_of(row)
         if start_time == 0:
-            return self._start(rows, start_time)
+            return self.encode([str(row.reference) for row in rows])
         if self._compiled:
             rows = [*rows, *[rows[-1]] * (self.batch_size - wanted)]
-        latents = self._start(rows, start_time)
+        # x_t at t = start_time: (1 - t) z + t eps, with z the reference's latents.
+        latents = torch.stack([_noise_of(row, self.checkpoint.latent_shape) for row in rows]).to(self.device)
+        if start_time < 1:
+            clean = self.encode([str(row.reference) for row in rows])
+            latents = (1 - start_time) * clean + start_time * latents
         labels = torch.tensor([class_index(row.label) for row in rows])
-        features = self._guiding_features(rows, labels)
-        labels = labels.to(self.device)
         velocity = GuidedVelocity(
             self,
-            self._context(labels, features).to(self._dtype),
-            self.denoiser.context(torch.full_like(labels, NUM_CLASSES)).to(self._dtype),
+            self._context(rows, labels).to(self._dtype),
+            self.denoiser.context(torch.full_like(labels, NUM_CLASSES, device=self.device)).to(self._dtype),
             scale=row.guidance_scale,
             interval=(row.guidance_low, row.guidance_high),
         )
-        end = solve(velocity, latents, steps=steps, solver=cast(Solver, row.solver), start_time=start_time)
-        return end[:wanted]
+        return solve(velocity, latents, steps=steps, solver=row.solver, start_time=start_time)[:wanted]
 
     def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """d x_t / d t, [B, C, h, w] in x_t's type, by the U-Net in its own. context: [B, L, Dc], in the U-Net's type.
@@ -170,106 +170,95 @@ class Generator:
     @torch.inference_mode()
     def features(self, images: np.ndarray) -> np.ndarray:
         """The extractor's cls features, float32 [N, D], of images uint8 [N, H, W, 3], in batches of `batch_size`."""
-        extractor = self._required_extractor()
-        parts = [
-            self._cls(torch.from_numpy(images[first : first + self.batch_size]).to(self.device).permute(0, 3, 1, 2))
-            for first in range(0, len(images), self.batch_size)
-        ]
-        return torch.cat(parts).cpu().numpy() if parts else np.empty((0, extractor.dim), np.float32)
+        found = [np.empty((0, self.checkpoint.info.feature_dim), np.float32)]
+        for first in range(0, len(images), self.batch_size):
+            pixels = torch.from_numpy(images[first : first + self.batch_size]).to(self.device).permute(0, 3, 1, 2)
+            found.append(self._cls(pixels).cpu().numpy())
+        return np.concatenate(found)
 
-    def _start(self, rows: Sequence[PlanRow], start_time: float) -> Tensor:
-        """x_t at t = start_time: (1 - t) z + t eps, with z the reference's latents."""
-        noise = torch.empty(0)
-        if start_time > 0:
-            shape, each = self.checkpoint.latent_shape, []
-            for row in rows:
-                each.append(noise_for(row.seed, shape))
-                if row.seed_b is not None and row.position is not None:  # mode interpolate
-                    each[-1] = slerp(each[-1], noise_for(row.seed_b, shape), row.position)
-            noise = torch.stack(each).to(self.device)
-        if start_time == 1:
-            return noise
-        clean = self.encode([_reference(row) for row in rows])
-        return clean if start_time == 0 else (1 - start_time) * clean + start_time * noise
-
-    def _context(self, labels: Tensor, features: Sequence[Tensor | None]) -> Tensor:
-        """Context tokens [B, L, Dc]; a sample without a feature gets the null tokens in its place."""
-        with_feature = [feature is not None for feature in features]
-        cls = torch.stack([feature for feature in features if feature is not None]) if any(with_feature) else None
-        if cls is None or all(with_feature):
-            return self.denoiser.context(labels, cls)
-        chosen = torch.tensor(with_feature, device=self.device)
-        guided, alone = self.denoiser.context(labels[chosen], cls), self.denoiser.context(labels[~chosen])
-        context = guided.new_empty(len(labels), *guided.shape[1:])
-        context[chosen], context[~chosen] = guided, alone
-        return context
-
-    def _guiding_features(self, rows: Sequence[PlanRow], labels: Tensor) -> list[Tensor | None]:
-        """One feature [D] an image on the device, None where the class alone guides. labels: on the CPU."""
-        features: list[Tensor | None] = [None] * len(rows)
-        drawn = [place for place, row in enumerate(rows) if row.feature == "prior"]
+    def _context(self, rows: Sequence[PlanRow], labels: Tensor) -> Tensor:
+        """Context tokens [B, L, Dc]; the class alone guides a row without a feature. labels: on the CPU."""
+        of_kind = {kind: [n for n, row in enumerate(rows) if row.feature == kind] for kind in ("prior", "reference")}
+        drawn, own = of_kind["prior"], of_kind["reference"]
+        if not drawn and not own:
+            return self.denoiser.context(labels.to(self.device))
+        cls = torch.zeros(len(rows), self.checkpoint.info.feature_dim, device=self.device)
         if drawn:
-            prior = self.checkpoint.prior
-            if prior is None:
-                raise ConfigError(_no_prior(self.checkpoint))
+            prior = require_prior(self.checkpoint)
             # On the CPU, so that every device gets the same.
-            noise = torch.stack([noise_for(feature_seed(rows[place].seed), (prior.noise_dim,)) for place in drawn])
-            warmth = [rows[place].feature_temperature for place in drawn]
+            noise = torch.stack([noise_for(seed_of(f"{rows[n].seed}/feature"), (prior.noise_dim,)) for n in drawn])
+            warmth = [rows[n].feature_temperature for n in drawn]
             temperature = torch.tensor([1.0 if one is None else one for one in warmth])
-            cls = prior.sample(labels[drawn], temperature[:, None] * noise).to(self.device)
-            for place, feature in zip(drawn, cls, strict=True):
-                features[place] = feature
-        own = [place for place, row in enumerate(rows) if row.feature == "reference"]
+            cls[drawn] = prior.sample(labels[drawn], temperature[:, None] * noise).to(self.device)
         if own:
-            paths = [_reference(rows[place]) for place in own]
-            others = [rows[place].reference_b or path for place, path in zip(own, paths, strict=True)]
-            of_path = self._of_each([*paths, *others], self._features, self._cls)
-            for place, a, b in zip(own, of_path[: len(own)], of_path[len(own) :], strict=True):
-                position = rows[place].position
-                features[place] = a if position is None else slerp(a, b, position)
-        return features
+            starts = [str(rows[n].reference) for n in own]
+            ends = [rows[n].reference_b or str(rows[n].reference) for n in own]
+            a, b = self._of_each([*starts, *ends], self._features, self._cls).split(len(own))
+            cls[own] = torch.stack([slerp(a[k], b[k], rows[n].position or 0) for k, n in enumerate(own)])
+        alone = torch.tensor([row.feature == "none" for row in rows], device=self.device)
+        return self.denoiser.conditioning(labels.to(self.device), cls, drop_feature=alone)
 
     def _cls(self, pixels: Tensor) -> Tensor:
         """float32 [B, D] of uint8 [B, 3, H, W], in full precision, as training extracts them."""
         # Matrix products stay in true float32 here, in setup_data and in evaluation, though TF32 is a few times faster
         # on a GPU: thresholds, stored features and results were measured so. cuDNN's convolutions are TF32 by default.
-        extractor = self._required_extractor()
-        cls: Tensor = extractor(extractor.preprocess(pixels)).cls
-        return cls.float()
-
-    def _required_extractor(self) -> FeatureExtractor:
         if self.extractor is None:
             raise ConfigError(
                 "features of images are asked for, but the generator was given no extractor; see "
                 "m2d.generation.references.load_reference_extractor"
             )
-        return self.extractor
+        return self.extractor(self.extractor.preprocess(pixels)).cls.float()
 
-    def _of_each(
-        self, paths: Sequence[str], kept: OrderedDict[str, Tensor], compute: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def _of_each(self, paths: Sequence[str], kept: dict[str, Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
         """compute(uint8 [n, 3, H, W]) -> [n, ...] for the image at each path, each computed once while it is kept."""
-        found = {path: kept[path] for path in paths if path in kept}
-        missing = list(dict.fromkeys(path for path in paths if path not in found))
+        missing = [path for path in dict.fromkeys(paths) if path not in kept]
         for first in range(0, len(missing), self.batch_size):
             part = missing[first : first + self.batch_size]
             pixels = np.stack([read_reference(path, self.checkpoint.image_size) for path in part])
-            values = compute(torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2))
-            found.update(zip(part, values, strict=True))
-        for path, value in found.items():
-            kept[path] = value
-            kept.move_to_end(path)
-        while len(kept) > _REFERENCES_KEPT:
-            kept.popitem(last=False)
-        return torch.stack([found[path] for path in paths])
+            kept.update(zip(part, compute(torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)), strict=True))
+        values = torch.stack([kept[path] for path in paths])
+        for path in dict.fromkeys(paths):
+            kept[path] = kept.pop(path)  # those used last are at the end
+        for path in list(kept)[:-_REFERENCES_KEPT]:
+            del kept[path]
+        return values
 
 
 def start_of(row: PlanRow) -> tuple[float, int]:
     """(t where a row's path begins, steps from there). Halves round to the even number of steps."""
     if row.mode != "image2image":
         return 1.0, row.steps
-    strength = cast(float, row.strength)  # a checked plan has it
+    strength = row.strength or 0.0
     return strength, max(1, round(strength * row.steps))
+
+
+def noise_for(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise, float32 [*shape] on the CPU.
+
+    From NumPy's Mersenne Twister, not torch's: torch's CPU generator looks at the low 32 bits of a seed alone, so
+    among 65,000 images some two would likely be the same one. RandomState's stream is frozen for good (NEP 19).
+    """
+    stream = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(seed)))
+    return torch.from_numpy(stream.standard_normal(shape).astype(np.float32))
+
+
+def slerp(a: Tensor, b: Tensor, position: float) -> Tensor:
+    """Spherical interpolation from a (position 0) to b (position 1), any equal shape, as one long vector; float32.
+
+    sin((1 - p) w) / sin(w) a + sin(p w) / sin(w) b with w the angle between a and b. Noise stays noise: two independent
+    draws are at nearly right angles, so the weights' squares sum to 1. Both ends are returned as they are, to the bit;
+    where a and b are parallel, so that sin(w) is 0, the weights are 1 - p and p. Source: Shoemake, SIGGRAPH 1985.
+    """
+    if position in (0, 1):
+        return a if position == 0 else b
+    wide_a, wide_b = a.double(), b.double()
+    lengths = (wide_a.norm() * wide_b.norm()).item()
+    cosine = (wide_a * wide_b).sum().item() / lengths if lengths > 0 else 1.0
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    weights = (1 - position, position)
+    if math.sin(angle) > 1e-6:
+        weights = (math.sin((1 - position) * angle) / math.sin(angle), math.sin(position * angle) / math.sin(angle))
+    return (weights[0] * wide_a + weights[1] * wide_b).float()
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -279,27 +268,33 @@ def pick_device(device: str | None) -> torch.device:
     try:
         picked = torch.device(device)
         torch.empty(1, device=picked)
+        return picked
     # Without CUDA support compiled in, torch raises an AssertionError.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device is {device}, which cannot be used here ({reason}); try cpu") from None
-    return picked
 
 
-def pick_feature(feature: GuidingFeature | None, checkpoint: Checkpoint) -> GuidingFeature:
+def pick_feature(feature: Feature | None, checkpoint: Checkpoint) -> Feature:
     """None: prior where the checkpoint has one, otherwise none. Raises ConfigError for a prior that is not there."""
-    if feature == "prior" and checkpoint.prior is None:
-        raise ConfigError(_no_prior(checkpoint))
-    if feature is not None:
-        return feature
-    return "none" if checkpoint.prior is None else "prior"
+    if feature == "prior":
+        require_prior(checkpoint)
+    return feature or ("none" if checkpoint.prior is None else "prior")
 
 
-def _no_prior(checkpoint: Checkpoint) -> str:
-    return (
-        f"feature is prior, but the checkpoint {checkpoint.path} holds no feature prior; leave --feature out, or "
-        "take a checkpoint that was trained with this M2D"
-    )
+def require_prior(checkpoint: Checkpoint) -> FeaturePrior:
+    """The checkpoint's. Raises ConfigError where it has none."""
+    if checkpoint.prior is None:
+        raise ConfigError(
+            f"feature is prior, but the checkpoint {checkpoint.path} holds no feature prior; leave --feature out, or "
+            "take a checkpoint that was trained with this M2D"
+        )
+    return checkpoint.prior
+
+
+def _noise_of(row: PlanRow, shape: tuple[int, int, int]) -> Tensor:
+    noise = noise_for(row.seed, shape)
+    return noise if row.seed_b is None else slerp(noise, noise_for(row.seed_b, shape), row.position or 0)
 
 
 def _with_unet_in(dtype: torch.dtype, denoiser: Denoiser, device: torch.device) -> Denoiser:
@@ -326,7 +321,3 @@ def _placed(network: NetworkT, device: torch.device) -> NetworkT:
         anything: Any = network  # torch's stubs know this form of `to` for tensors alone
         anything.to(memory_format=torch.channels_last)
     return network
-
-
-def _reference(row: PlanRow) -> str:
-    return cast(str, row.reference)  # a checked plan has it

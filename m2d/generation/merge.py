@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from m2d.classes import CLASSES
 from m2d.errors import DataError
 from m2d.files.storage import one_line
 from m2d.generation.output import whole_output
@@ -38,33 +36,21 @@ INDEX_SCHEMA = pa.schema(
         ("sha256", pa.string()),  # of the file; in a shard, of the image within
     ]
 )
-_NEEDED = ("id", "path", "class", "sha256")
-_REFERENCES = ("reference", "reference_b")  # columns of a manifest that name input images
 
 
-@dataclass(frozen=True)
-class MergedIndex:
-    """What was written. left_out: ids of synthetic images made from a val or test image: to train on them is a leak."""
-
-    parquet: Path
-    csv: Path
-    real: dict[str, int]  # by class, of all splits
-    synthetic: dict[str, int]
-    left_out: tuple[str, ...]
-
-
-def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: Path) -> MergedIndex:
-    """Write `path` (Parquet) and the same as CSV beside it, each whole or not at all.
+def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: Path) -> list[str]:
+    """Write `path` (Parquet) and the same as CSV beside it, each whole or not at all, and say what is in them.
 
     data_root, catalog: the real images (m2d.data.catalog.CATALOG_SCHEMA), all of them, each in its split. manifest: of
-    a generation run; its rows become train, but for those whose reference is a val or test image of the catalog (found
-    by path or by content): they are left out. Raises DataError for a manifest that is not one or for an id that stands
-    twice, ConfigError where the index cannot be written.
+    a generation run; its rows become train, but for those made from a val or test image of the catalog (found by path
+    or by content), as to train on them is a leak: their ids are returned. Raises DataError for a manifest that is not
+    one or that holds an id twice, ConfigError where the index cannot be written.
     """
     root = data_root if "://" in data_root else os.path.abspath(data_root)
-    rows = catalog.select(("image_id", "path", "label", "split", "lesion_id", "sha256")).to_pylist()
-    for row in rows:
-        row |= {"class": row.pop("label"), "root": root, "source": "real"}
+    rows = [
+        {**row, "class": row["label"], "root": root, "source": "real"}
+        for row in catalog.select(("image_id", "path", "label", "split", "lesion_id", "sha256")).to_pylist()
+    ]
     by_path = {} if "://" in data_root else {os.path.join(root, row["path"]): row for row in rows}
     by_sha256 = {row["sha256"]: row for row in rows}
 
@@ -77,50 +63,34 @@ def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: 
                     return by_sha256.get(hashlib.file_digest(file, "sha256").hexdigest())
         return by_path.get(os.path.abspath(reference))
 
-    left_out: list[str] = []
-    real, synthetic = Counter(row["class"] for row in rows), Counter[str]()
-    home = os.path.abspath(manifest.parent)
-    for entry in _read_manifest(manifest):
-        sources = [source for name in _REFERENCES if entry.get(name) and (source := origin(entry[name])) is not None]
+    real, left_out = len(rows), []
+    for made in _read_manifest(manifest):
+        references = [made[name] for name in ("reference", "reference_b") if made[name]]
+        sources = [source for reference in references if (source := origin(reference)) is not None]
         if any(source["split"] != "train" for source in sources):
-            left_out.append(entry["id"])
+            left_out.append(made["id"])
             continue
-        synthetic[entry["class"]] += 1
-        rows.append(
-            {
-                **{name: entry[name] for name in ("path", "class", "sha256")},
-                "image_id": entry["id"],
-                "root": home,
-                "split": "train",
-                "lesion_id": sources[0]["lesion_id"] if sources else f"synthetic/{entry['id']}",
-                "source": "synthetic",
-            }
-        )
+        lesion = sources[0]["lesion_id"] if sources else f"synthetic/{made['id']}"
+        shared = {"image_id": made["id"], "root": os.path.abspath(manifest.parent), "split": "train"}
+        rows.append({**made, **shared, "lesion_id": lesion, "source": "synthetic"})
     table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
-    csv_path = path.with_suffix(".csv")
-    with whole_output(csv_path) as partial:
+    with whole_output(path.with_suffix(".csv")) as partial:
         pa_csv.write_csv(table, partial)
     with whole_output(path) as partial:
         pq.write_table(table, partial, compression="zstd")
-    of_real, of_synthetic = ({code: count[code] for code in CLASSES} for count in (real, synthetic))
-    return MergedIndex(path, csv_path, of_real, of_synthetic, tuple(left_out))
+    without = f", {len(left_out)} made from val or test images left out" if left_out else ""
+    print(f"{real:,} real and {len(rows) - real:,} synthetic images{without} in {path}")
+    return left_out
 
 
 def _read_manifest(path: Path) -> list[dict[str, Any]]:
     try:
-        names = pq.read_schema(path).names
-        missing = [name for name in _NEEDED if name not in names]
-        if missing:
-            raise DataError(f"manifest: {path} lacks the columns {' '.join(missing)}; name one that generate wrote")
-        wanted = [*_NEEDED, *(name for name in _REFERENCES if name in names)]
-        rows: list[dict[str, Any]] = pq.read_table(path, columns=wanted).to_pylist()
-    except FileNotFoundError:
-        raise DataError(f"manifest: {path} does not exist; generate the images first") from None
+        table = pq.read_table(path, columns=["id", "path", "class", "sha256", "reference", "reference_b"])
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"manifest: {path} cannot be read ({one_line(error)}); run generate again, which rebuilds it"
         ) from None
-    twice = [image_id for image_id, count in Counter(row["id"] for row in rows).items() if count > 1]
+    twice = [image_id for image_id, count in Counter(table["id"].to_pylist()).items() if count > 1]
     if twice:
         raise DataError(f"manifest: {path} holds {twice[0]} twice; run generate again, which rebuilds it")
-    return rows
+    return table.to_pylist()

@@ -7,12 +7,11 @@ has edited it. Knows neither networks nor pixels; writing tasks import it, so it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -21,21 +20,19 @@ from m2d.classes import CLASSES
 from m2d.data.catalog import catalog_hash, class_counts, read_catalog, scan_dataset
 from m2d.data.settings import DataConfig
 from m2d.data.store import prepared_folder, reusable_catalog
-from m2d.diffusion.settings import SOLVERS, SamplingSettings
+from m2d.diffusion.settings import SOLVERS, SamplingSettings, Solver
 from m2d.errors import ConfigError, DataError
 from m2d.files.progress import progress, say
 from m2d.files.storage import one_line
 from m2d.generation.references import Reference, read_references, read_sha256
-from m2d.generation.seeds import next_attempt_seed, reference_seed, sample_seed
-from m2d.generation.settings import GenerateConfig, parse_target
+from m2d.generation.settings import Feature, GenerateConfig, parse_target
 
 if TYPE_CHECKING:
     from m2d.models.checkpoint import CheckpointInfo
 
 Mode = Literal["standard", "image2image", "interpolate"]
-GuidingFeature = Literal["prior", "none", "reference"]
 _SHOWN_REJECTED = 10
-_SAFE_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+_FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +43,7 @@ class PlanRow:
     label: str  # class code; the column is called `class`
     index: int  # number within the class
     attempt: int = 0  # rejected images that came before this one
-    seed: int  # of the latent noise; a drawn feature has seeds.feature_seed(seed)
+    seed: int  # of the latent noise
     seed_b: int | None = None  # interpolate: noise of the second reference
     mode: Mode = "standard"
     reference: str | None = None  # absolute path or URI of the input image
@@ -54,9 +51,9 @@ class PlanRow:
     position: float | None = None  # interpolate: 0 at reference, 1 at reference_b
     strength: float | None = None  # image2image: 0 is the reconstruction, 1 is all noise
     group: str | None = None  # interpolate: the strip that the image is part of, MEL_pair000
-    feature: GuidingFeature = "none"  # drawn from the prior, none, or the reference's own
+    feature: Feature = "none"  # drawn from the prior, none, or the reference's own
     feature_temperature: float | None = None  # with prior
-    solver: str
+    solver: Solver
     steps: int  # from all noise; image2image takes round(strength * steps) of them, at least one
     guidance_scale: float
     guidance_low: float
@@ -79,11 +76,28 @@ def rows_of(table: pa.Table) -> list[PlanRow]:
     return [PlanRow(**dict(zip(_COLUMN_OF, values, strict=True))) for values in zip(*columns, strict=True)]
 
 
-def table_of(rows: Iterable[PlanRow]) -> pa.Table:
+def table_of(rows: Sequence[PlanRow]) -> pa.Table:
     """The inverse of `rows_of`: PLAN_SCHEMA."""
-    listed = list(rows)
-    columns = {column: [getattr(row, name) for row in listed] for name, column in _COLUMN_OF.items()}
+    columns = {column: [getattr(row, name) for row in rows] for name, column in _COLUMN_OF.items()}
     return pa.table(columns, schema=PLAN_SCHEMA)
+
+
+def seed_of(text: str) -> int:
+    """The first 63 bits of the SHA-256 of a text: the same on every machine, batch size and Python version.
+
+    RUN/CLASS/INDEX is an image's. RUN/CLASS/reference/SHA256 is that of an input image's own sample: neither its
+    number, as another file would shift it, nor its name, as two folders often use the same. SEED/attempt/K replaces a
+    rejected one. SEED/feature draws the feature: with numbers in common, latents and feature would be correlated as no
+    model has seen them.
+    """
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def retried(row: PlanRow) -> PlanRow:
+    """The row that replaces a rejected one: the same id, the next attempt, other noise."""
+    attempt = row.attempt + 1
+    seed_b = None if row.seed_b is None else seed_of(f"{row.seed_b}/attempt/{attempt}")
+    return replace(row, attempt=attempt, seed=seed_of(f"{row.seed}/attempt/{attempt}"), seed_b=seed_b)
 
 
 @dataclass(frozen=True)
@@ -98,7 +112,7 @@ class Planned:
     @property
     def classes(self) -> list[str]:
         """Codes of the classes that have rows, in the order of the plan."""
-        return list(dict.fromkeys(self.table["class"].to_pylist()))
+        return self.table["class"].unique().to_pylist()
 
     @property
     def features(self) -> set[str]:
@@ -106,7 +120,7 @@ class Planned:
         return set(self.table["feature"].unique().to_pylist())
 
 
-def make_plan(config: GenerateConfig, feature: GuidingFeature, catalog: pa.Table | None) -> Planned:
+def make_plan(config: GenerateConfig, feature: Feature, catalog: pa.Table | None) -> Planned:
     """The run's plan. feature: decided, never None. catalog: of the dataset that mode balance counts.
 
     Raises ConfigError or DataError, in one line, where there is nothing to make one from.
@@ -116,44 +130,45 @@ def make_plan(config: GenerateConfig, feature: GuidingFeature, catalog: pa.Table
         paths = {path for name in ("reference", "reference_b") for path in table[name].to_pylist() if path is not None}
         return Planned(table, _digest(table, read_sha256(paths)))
     classes = config.class_codes if config.classes is not None else None
+    sums: dict[str, str] = {}
 
     def references(setting: str) -> dict[str, tuple[Reference, ...]]:
         found = read_references(getattr(config, setting), classes=classes, setting=setting)
-        _say_rejected(setting, found.rejected[:_SHOWN_REJECTED], len(found.rejected))
+        _say_rejected(setting, found.rejected)
         sums.update({image.path: image.sha256 for images in found.by_class.values() for image in images})
         return found.by_class
 
-    sums: dict[str, str] = {}
     shared: dict[str, Any] = {"run_seed": config.seed, "sampling": config}
     drawn: dict[str, Any] = {**shared, "feature": feature, "feature_temperature": config.feature_temperature}
+    before = counted = None
     if config.mode == "image2image":
         chosen = references("init_images")
         table = image2image_plan(chosen, num_samples=config.num_samples, strength=config.strength, **drawn)
-        return Planned(table, _digest(table, sums))
-    if config.mode == "interpolate":
+    elif config.mode == "interpolate":
         a, b = references("reference_images"), references("reference_images_b")
         table = interpolation_plan(a, b, steps_between=config.steps_between, **shared)
-        return Planned(table, _digest(table, sums))
-    if config.mode == "balance":
+    elif config.mode == "balance":
         before = class_counts(catalog, None if config.balance_split == "all" else config.balance_split)
         counted = {"to": config.to, "split": config.balance_split, "catalog": catalog_hash(catalog)[:12]}
         table = standard_plan(targets(before, config.to, classes), **drawn)
-        return Planned(table, balance=counted, before=before)
-    return Planned(standard_plan(dict.fromkeys(config.class_codes, config.num_samples), **drawn))
+    else:
+        table = standard_plan(dict.fromkeys(config.class_codes, config.num_samples), **drawn)
+    return Planned(table, _digest(table, sums) if sums else None, counted, before)
 
 
 def targets(counts: Mapping[str, int], to: str, classes: Iterable[str] | None = None) -> dict[str, int]:
     """Images to make of each class, in the order of CLASSES; 0 where it has enough, for no class is made smaller.
 
-    counts: real images by class code. to: see `parse_target`; the largest class is one of all, asked for or not.
-    classes: those to fill up, the others are left out of the answer; None takes the classes that have a real image
-    (nothing can be learnt of one that has none, but it can be named).
-    Raises ConfigError for a wrong `to`, DataError where there is no image at all.
+    counts: real images by class code. to: see `parse_target`; the largest class is one of all, asked for or not, and a
+    share of it is rounded to the nearest image. classes: those to fill up; None: those that have a real image (nothing
+    can be learnt of one that has none, but it can be named). Raises ConfigError for a wrong `to`, DataError where there
+    is no image at all.
     """
     if not any(counts.values()):
         raise DataError("balance: the dataset holds no image of any class, so there is nothing to balance")
-    asked = {code for code, count in counts.items() if count > 0} if classes is None else set(classes)
-    wanted = parse_target(to).resolve(max(counts.values()))
+    asked = [code for code, count in counts.items() if count > 0] if classes is None else classes
+    target = parse_target(to)
+    wanted = target if isinstance(target, int) else int(target * max(counts.values()) + 0.5)
     return {code: max(0, wanted - counts.get(code, 0)) for code in CLASSES if code in asked}
 
 
@@ -173,8 +188,7 @@ def dataset_catalog(config: GenerateConfig, info: CheckpointInfo) -> pa.Table | 
             return kept
     with progress("scan") as report:
         scan = scan_dataset(config.data_root, data_config, report.show)
-    shown = [(row["path"], row["reason"]) for row in scan.rejected.slice(0, _SHOWN_REJECTED).to_pylist()]
-    _say_rejected("data_root", shown, len(scan.rejected))
+    _say_rejected("data_root", [(row["path"], row["reason"]) for row in scan.rejected.to_pylist()])
     return scan.catalog
 
 
@@ -192,16 +206,34 @@ def standard_plan(
     *,
     run_seed: int,
     sampling: SamplingSettings,
-    feature: GuidingFeature,
+    feature: Feature,
     feature_temperature: float = 1.0,
 ) -> pa.Table:
     """counts[code] images of each class.
 
-    Image i of class c has sample_seed(run_seed, c, i), so a longer plan begins with the images of a shorter one.
+    An image's seed is that of its run, class and index, so a longer plan begins with the images of a shorter one.
     Classes take turns while they last, so that an interrupted run has as many of each.
     """
-    shared = _shared("standard", sampling, feature, feature_temperature)
-    return _by_class(counts, run_seed, shared, lambda label, index: None)
+    if feature != "prior" and feature_temperature != 1:
+        raise ConfigError(
+            f"feature_temperature is {feature_temperature}, but no feature is drawn (feature {feature}); leave it out"
+        )
+    turns = _turns(counts)
+    shared = {
+        **_shared(sampling),
+        "mode": "standard",
+        "feature": feature,
+        "feature_temperature": float(feature_temperature) if feature == "prior" else None,
+        "attempt": 0,
+    }
+    columns = {
+        **{name: [shared.get(name)] * len(turns) for name in PLAN_SCHEMA.names},
+        "id": [f"{code}_{index:06d}" for code, index in turns],
+        "class": [code for code, _ in turns],
+        "index": [index for _, index in turns],
+        "seed": [seed_of(f"{run_seed}/{code}/{index}") for code, index in turns],
+    }
+    return pa.table(columns, schema=PLAN_SCHEMA)
 
 
 def image2image_plan(
@@ -209,21 +241,23 @@ def image2image_plan(
     *,
     num_samples: int,
     strength: float,
-    run_seed: int,
-    sampling: SamplingSettings,
-    feature: GuidingFeature = "reference",
-    feature_temperature: float = 1.0,
+    feature: Feature = "reference",
+    **drawn: Any,
 ) -> pa.Table:
     """num_samples images for each class of `references` (see References.by_class), at one strength in [0, 1].
 
     Image i of a class starts from its reference i mod n, so beyond n the same references come again, with other noise.
-    The seeds are those of standard_plan: at strength 1 with feature prior or none, the images are its images.
+    Seeds and the arguments `drawn` are standard_plan's: at strength 1 with feature prior or none, so are the images.
     """
-    shared = {**_shared("image2image", sampling, feature, feature_temperature), "strength": float(strength)}
-    counts = dict.fromkeys(references, num_samples)
-    return _by_class(
-        counts, run_seed, shared, lambda label, index: references[label][index % len(references[label])].path
-    )
+    plan = standard_plan(dict.fromkeys(references, num_samples), feature=feature, **drawn)
+    places = zip(plan["class"].to_pylist(), plan["index"].to_pylist(), strict=True)
+    columns = {
+        **dict(zip(plan.column_names, plan.columns, strict=True)),
+        "mode": ["image2image"] * len(plan),
+        "reference": [references[code][index % len(references[code])].path for code, index in places],
+        "strength": [float(strength)] * len(plan),
+    }
+    return pa.table(columns, schema=PLAN_SCHEMA)
 
 
 def interpolation_plan(
@@ -238,53 +272,52 @@ def interpolation_plan(
 
     Pair i is reference i of one folder with reference i of the other, each folder in the order of its file names; of
     two unequal numbers the smaller starts again, so one image may be paired with many. Ids are CLASS_pairIII_PP, PP
-    from 00 (reference) to steps_between + 1 (reference_b), and `group` is CLASS_pairIII. Noise is that of
-    seeds.reference_seed, so that a reference's own sample is the same in every pair. Whole pairs take turns over the
-    classes. Raises ConfigError where a class has references in one folder alone.
+    from 00 (reference) to steps_between + 1 (reference_b), and `group` is CLASS_pairIII. A reference's own sample is
+    the same in every pair. Whole pairs take turns over the classes. Raises ConfigError where a class has references in
+    one folder alone.
     """
-    lonely = [code for code in CLASSES if bool(references.get(code)) != bool(references_b.get(code))]
-    if lonely:
-        lacking = "reference_images_b" if references.get(lonely[0]) else "reference_images"
-        raise ConfigError(
-            f"{lacking} holds no usable image of {lonely[0]}, the other folder does; both ends of a pair are of one "
-            "class, so add some, or leave the class out with --classes"
-        )
-    pairs = {code: max(len(found), len(references_b[code])) for code, found in references.items()}
-    shared = _shared("interpolate", sampling, "reference")
+    for code in CLASSES:
+        if bool(references.get(code)) != bool(references_b.get(code)):
+            raise ConfigError(
+                f"{'reference_images_b' if references.get(code) else 'reference_images'} holds no usable image of "
+                f"{code}, the other folder does; both ends of a pair are of one class, so add some, or leave the class "
+                "out with --classes"
+            )
     rows: list[dict[str, Any]] = []
-    for label, pair in _turns(pairs):
+    for label, pair in _turns({code: max(len(found), len(references_b[code])) for code, found in references.items()}):
         a, b = (found[label][pair % len(found[label])] for found in (references, references_b))
-        strip = {
-            **shared,
+        walk = {
+            **_shared(sampling),
             "class": label,
             "attempt": 0,
-            "seed": reference_seed(run_seed, label, a.sha256),
-            "seed_b": reference_seed(run_seed, label, b.sha256),
+            "seed": seed_of(f"{run_seed}/{label}/reference/{a.sha256}"),
+            "seed_b": seed_of(f"{run_seed}/{label}/reference/{b.sha256}"),
+            "mode": "interpolate",
             "reference": a.path,
             "reference_b": b.path,
             "group": f"{label}_pair{pair:03d}",
+            "feature": "reference",
         }
-        rows += (
-            {
-                **strip,
-                "id": f"{strip['group']}_{number:02d}",
-                "index": pair * (steps_between + 2) + number,
-                "position": number / (steps_between + 1),
-            }
-            for number in range(steps_between + 2)
-        )
+        for number in range(steps_between + 2):
+            index, position = pair * (steps_between + 2) + number, number / (steps_between + 1)
+            rows.append({**walk, "id": f"{walk['group']}_{number:02d}", "index": index, "position": position})
     return pa.Table.from_pylist(rows, PLAN_SCHEMA)
 
 
-def retried(row: PlanRow) -> PlanRow:
-    """The row that replaces a rejected one: the same id, the next attempt, other noise.
+def _shared(sampling: SamplingSettings) -> dict[str, Any]:
+    """The columns of the solver."""
+    return {
+        "solver": sampling.solver,
+        "steps": sampling.steps,
+        "guidance_scale": float(sampling.guidance_scale),
+        "guidance_low": float(sampling.guidance_interval[0]),
+        "guidance_high": float(sampling.guidance_interval[1]),
+    }
 
-    Each seed follows from the one before (seeds.next_attempt_seed), so attempt k follows from the plan's seed and k.
-    image2image at strength 0 has no noise and stays what it is.
-    """
-    attempt = row.attempt + 1
-    seed_b = None if row.seed_b is None else next_attempt_seed(row.seed_b, attempt)
-    return replace(row, attempt=attempt, seed=next_attempt_seed(row.seed, attempt), seed_b=seed_b)
+
+def _turns(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    """(class, number), the classes in turns while they last."""
+    return [(code, turn) for turn in range(max(counts.values(), default=0)) for code in counts if turn < counts[code]]
 
 
 def read_plan(path: str | Path) -> pa.Table:
@@ -299,126 +332,17 @@ def read_plan(path: str | Path) -> pa.Table:
         raise ConfigError(f"plan: {path} does not exist; write one with --plan_only") from None
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"plan: {path} is no Parquet file ({one_line(error)}); write one with --plan_only") from None
-    names = [name for name in table.column_names if not name.startswith("__index_level_")]
-    missing = [name for name in PLAN_SCHEMA.names if name not in names]
-    unknown = [name for name in names if name not in PLAN_SCHEMA.names]
-    doubled = [name for name in PLAN_SCHEMA.names if names.count(name) > 1]
-    for what, listed in (("lacks", missing), ("has unknown", unknown), ("has two or more of the", doubled)):
+    names, known = [name for name in table.column_names if not name.startswith("__index_level_")], PLAN_SCHEMA.names
+    for what, listed in (
+        ("lacks", [name for name in known if name not in names]),
+        ("has unknown", [name for name in names if name not in known]),
+        ("has two or more of the", [name for name in known if names.count(name) > 1]),
+    ):
         if listed:
-            raise ConfigError(
-                f"plan: {path} {what} columns {' '.join(listed)}; a plan has {' '.join(PLAN_SCHEMA.names)}"
-            )
-    columns = [_typed(table[field.name].combine_chunks(), field, path) for field in PLAN_SCHEMA]
-    plan = pa.table(columns, schema=PLAN_SCHEMA)
+            raise ConfigError(f"plan: {path} {what} columns {' '.join(listed)}; a plan has {' '.join(known)}")
+    plan = pa.table([_typed(table[field.name].combine_chunks(), field, path) for field in PLAN_SCHEMA], PLAN_SCHEMA)
     check_plan(plan, f"plan: {path}")
     return plan
-
-
-def check_plan(plan: pa.Table, where: str = "plan") -> None:
-    """Raise ConfigError, in one line, for a plan without rows or the first row with a value that cannot work."""
-    if plan.num_rows == 0:
-        raise ConfigError(f"{where} has no rows; there is nothing to generate")
-    columns = {name: plan[name].combine_chunks() for name in PLAN_SCHEMA.names}
-
-    def require(column: str, ok: pa.Array, must: str) -> None:
-        row = pc.index(pc.fill_null(ok, False), False).as_py()
-        if row >= 0:
-            value = columns[column][row].as_py()
-            image = columns["id"][row].as_py()
-            found = "nothing" if value is None else str(value)[:100]
-            raise ConfigError(f"{where}: row {row} ({image}) has {column} {found!r}; it must {must}")
-
-    def one_of(column: str, known: Sequence[str]) -> None:
-        require(column, pc.is_in(columns[column], pa.array(known)), f"be one of {' '.join(known)}")
-
-    def between(column: str, low: float, high: float) -> pa.Array:  # NaN is not
-        return pc.and_(pc.greater_equal(columns[column], low), pc.less_equal(columns[column], high))
-
-    def only_with(column: str, wanted: pa.Array, ok: pa.Array, must: str, where_wanted: str) -> None:
-        """`ok` in the rows that take the column, nothing in the others."""
-        require(column, pc.if_else(wanted, pc.fill_null(ok, False), True), f"{must} {where_wanted}")
-        require(column, pc.or_(wanted, pc.is_null(columns[column])), f"be empty but {where_wanted}")
-
-    file_name = "be a file name of letters, digits and . _ -"
-    require("id", pc.match_substring_regex(columns["id"], _SAFE_ID), file_name)
-    one_of("class", CLASSES)
-    one_of("mode", get_args(Mode))
-    one_of("feature", get_args(GuidingFeature))
-    one_of("solver", SOLVERS)
-    for name, least in {"index": 0, "attempt": 0, "seed": 0, "steps": 1}.items():
-        require(name, pc.greater_equal(columns[name], least), f"be a whole number of at least {least}")
-    image2image, interpolate = (pc.equal(columns["mode"], mode) for mode in ("image2image", "interpolate"))
-    by_reference, by_prior = (pc.equal(columns["feature"], feature) for feature in ("reference", "prior"))
-    require("feature", pc.or_(pc.invert(interpolate), by_reference), "be reference with mode interpolate")
-    located = r"^(/|[a-zA-Z][a-zA-Z0-9+.-]+://)."
-    path_a, path_b = (pc.match_substring_regex(columns[name], located) for name in ("reference", "reference_b"))
-    with_input = pc.or_(pc.or_(image2image, interpolate), by_reference)
-    only_with("reference", with_input, path_a, "be an absolute path", "with an input image (mode or feature)")
-    only_with("reference_b", interpolate, path_b, "be an absolute path", "with mode interpolate")
-    only_with("seed_b", interpolate, pc.greater_equal(columns["seed_b"], 0), "be at least 0", "with mode interpolate")
-    only_with("position", interpolate, between("position", 0, 1), "be in [0, 1]", "with mode interpolate")
-    only_with("strength", image2image, between("strength", 0, 1), "be in [0, 1]", "with mode image2image")
-    finite = float(np.finfo(np.float64).max)
-    warm = between("feature_temperature", 0, finite)
-    only_with("feature_temperature", by_prior, warm, "be a number of at least 0", "with feature prior")
-    require("guidance_scale", between("guidance_scale", 0, finite), "be a number of at least 0 (1: off)")
-    require("guidance_low", between("guidance_low", 0, 1), "be in [0, 1]")
-    require("guidance_high", between("guidance_high", 0, 1), "be in [0, 1]")
-    ordered = pc.less_equal(columns["guidance_low"], columns["guidance_high"])
-    require("guidance_low", ordered, "be at most guidance_high")
-    group = columns["group"]
-    safe = pc.or_(pc.is_null(group), pc.fill_null(pc.match_substring_regex(group, _SAFE_ID), False))
-    require("group", safe, f"{file_name}, or be empty")
-    if pc.count_distinct(columns["id"]).as_py() < plan.num_rows:
-        counted = pc.value_counts(columns["id"])
-        twice = counted.filter(pc.greater(counted.field("counts"), 1))[0].as_py()
-        raise ConfigError(f"{where} has {twice['counts']} rows with id {twice['values']}; every id must be its own")
-
-
-def _shared(
-    mode: Mode, sampling: SamplingSettings, feature: GuidingFeature, feature_temperature: float = 1.0
-) -> dict[str, Any]:
-    """The columns that are the same in every row."""
-    if feature != "prior" and feature_temperature != 1:
-        raise ConfigError(
-            f"feature_temperature is {feature_temperature}, but no feature is drawn (feature {feature}); leave it out"
-        )
-    low, high = sampling.guidance_interval
-    return {
-        "mode": mode,
-        "feature": feature,
-        "feature_temperature": float(feature_temperature) if feature == "prior" else None,
-        "solver": sampling.solver,
-        "steps": sampling.steps,
-        "guidance_scale": float(sampling.guidance_scale),
-        "guidance_low": float(low),
-        "guidance_high": float(high),
-    }
-
-
-def _by_class(
-    counts: Mapping[str, int],
-    run_seed: int,
-    shared: Mapping[str, Any],
-    reference: Callable[[str, int], str | None],
-) -> pa.Table:
-    """counts[code] rows of each class, in turns."""
-    turns = _turns(counts)
-    columns = {
-        **{name: [shared.get(name)] * len(turns) for name in PLAN_SCHEMA.names},
-        "id": [f"{code}_{index:06d}" for code, index in turns],
-        "class": [code for code, _ in turns],
-        "index": [index for _, index in turns],
-        "attempt": [0] * len(turns),
-        "seed": [sample_seed(run_seed, code, index) for code, index in turns],
-        "reference": [reference(code, index) for code, index in turns],
-    }
-    return pa.table(columns, schema=PLAN_SCHEMA)
-
-
-def _turns(counts: Mapping[str, int]) -> list[tuple[str, int]]:
-    """(class, number), the classes in turns while they last."""
-    return [(code, turn) for turn in range(max(counts.values(), default=0)) for code in counts if turn < counts[code]]
 
 
 def _typed(column: pa.Array, field: pa.Field, path: str | Path) -> pa.Array:
@@ -429,32 +353,88 @@ def _typed(column: pa.Array, field: pa.Field, path: str | Path) -> pa.Array:
             f"plan: {path} has {field.name} as {kind}, which has rounded the seeds; keep whole numbers (in pandas: "
             'read_parquet(..., dtype_backend="pyarrow"))'
         )
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
-    fits = text or pa.types.is_dictionary(kind) if pa.types.is_string(field.type) else number
     try:
-        if not fits and not pa.types.is_null(kind):
-            raise ConfigError(f"plan: {path} has {field.name} as {kind}; it must be {field.type}")
+        if not pa.types.is_null(kind) and number == pa.types.is_string(field.type):  # a cast would parse, or print
+            raise pa.ArrowInvalid("numbers and text do not stand for each other")
         return column.cast(field.type)
     except pa.ArrowException as error:
         reason = one_line(error, 100)
         raise ConfigError(f"plan: {path} has {field.name} as {kind}; it must be {field.type} ({reason})") from None
 
 
-def _say_rejected(setting: str, shown: Iterable[tuple[str, str]], count: int) -> None:
-    for path, reason in shown:
+def check_plan(plan: pa.Table, where: str = "plan") -> None:
+    """Raise ConfigError, in one line, for a plan without rows or the first row with a value that cannot work."""
+    if plan.num_rows == 0:
+        raise ConfigError(f"{where} has no rows; there is nothing to generate")
+    columns = {name: plan[name].combine_chunks() for name in PLAN_SCHEMA.names}
+
+    def at_least(name: str, least: int) -> pa.Array:
+        return pc.and_(pc.greater_equal(columns[name], least), pc.is_finite(columns[name]))
+
+    def from_0_to_1(name: str) -> pa.Array:
+        return pc.and_(pc.greater_equal(columns[name], 0), pc.less_equal(columns[name], 1))
+
+    def matches(name: str, pattern: str) -> pa.Array:
+        return pc.match_substring_regex(columns[name], pattern)
+
+    image2image, walks = (pc.equal(columns["mode"], mode) for mode in ("image2image", "interpolate"))
+    by_reference, by_prior = (pc.equal(columns["feature"], feature) for feature in ("reference", "prior"))
+    known = {"class": CLASSES, "mode": get_args(Mode), "feature": get_args(Feature), "solver": SOLVERS}
+    ordered = pc.less_equal(columns["guidance_low"], columns["guidance_high"])
+    safe_or_null = pc.or_kleene(matches("group", _FILE_NAME), pc.is_null(columns["group"]))
+    rules: list[tuple[str, pa.Array, str]] = [
+        ("id", matches("id", _FILE_NAME), "be a file name of letters, digits and . _ -"),
+        ("group", safe_or_null, "be a file name of letters, digits and . _ -, or be empty"),
+        *(
+            (name, pc.is_in(columns[name], pa.array(ones)), f"be one of {' '.join(ones)}")
+            for name, ones in known.items()
+        ),
+        *((name, at_least(name, 0), "be a whole number of at least 0") for name in ("index", "attempt", "seed")),
+        ("steps", at_least("steps", 1), "be a whole number of at least 1"),
+        ("feature", pc.or_(pc.invert(walks), by_reference), "be reference with mode interpolate"),
+        ("guidance_scale", at_least("guidance_scale", 0), "be a number of at least 0 (1: off)"),
+        *((name, from_0_to_1(name), "be in [0, 1]") for name in ("guidance_low", "guidance_high")),
+        ("guidance_low", ordered, "be at most guidance_high"),
+    ]
+    walk, place = (walks, "with mode interpolate"), r"^(/|[a-zA-Z][a-zA-Z0-9+.-]+://)."
+    image = (pc.or_(pc.or_(image2image, walks), by_reference), "with an input image (mode or feature)")
+    prior = (by_prior, "with feature prior")
+    for name, ok, must, (wanted, when) in (
+        ("reference", matches("reference", place), "be an absolute path", image),
+        ("reference_b", matches("reference_b", place), "be an absolute path", walk),
+        ("seed_b", at_least("seed_b", 0), "be at least 0", walk),
+        ("position", from_0_to_1("position"), "be in [0, 1]", walk),
+        ("strength", from_0_to_1("strength"), "be in [0, 1]", (image2image, "with mode image2image")),
+        ("feature_temperature", at_least("feature_temperature", 0), "be a number of at least 0", prior),
+    ):
+        rules.append((name, pc.or_(pc.fill_null(ok, False), pc.invert(wanted)), f"{must} {when}"))
+        rules.append((name, pc.or_(wanted, pc.is_null(columns[name])), f"be empty but {when}"))
+    for name, ok, must in rules:
+        row = pc.index(pc.fill_null(ok, False), False).as_py()
+        if row >= 0:
+            value, image = columns[name][row].as_py(), columns["id"][row].as_py()
+            found = "nothing" if value is None else str(value)[:100]
+            raise ConfigError(f"{where}: row {row} ({image}) has {name} {found!r}; it must {must}")
+    counted = pc.value_counts(columns["id"])
+    twice = counted.filter(pc.greater(counted.field("counts"), 1))
+    if len(twice):
+        raise ConfigError(
+            f"{where} has {twice[0]['counts']} rows with id {twice[0]['values']}; every id must be its own"
+        )
+
+
+def _say_rejected(setting: str, rejected: Sequence[tuple[str, str]]) -> None:
+    for path, reason in rejected[:_SHOWN_REJECTED]:
         say(f"{setting}: left out {path}: {reason}")
-    if count > _SHOWN_REJECTED:
-        say(f"{setting}: left out {count:,} files in all")
+    if len(rejected) > _SHOWN_REJECTED:
+        say(f"{setting}: left out {len(rejected):,} files in all")
 
 
 def _digest(table: pa.Table, sums: Mapping[str, str]) -> str:
     """SHA-256 over all rows, in any order, input images by their content and not by their place."""
-    columns = [
-        [None if value is None else sums[value] for value in table[name].to_pylist()]
-        if name in ("reference", "reference_b")
-        else table[name].to_pylist()
-        for name in PLAN_SCHEMA.names
-    ]
-    lines = sorted(repr(row) for row in zip(*columns, strict=True))
+    columns = {name: table[name].to_pylist() for name in PLAN_SCHEMA.names}
+    for name in ("reference", "reference_b"):
+        columns[name] = [None if place is None else sums[place] for place in columns[name]]
+    lines = sorted(repr(row) for row in zip(*columns.values(), strict=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

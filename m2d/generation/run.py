@@ -7,8 +7,8 @@ import time
 from collections import Counter
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,35 +21,13 @@ from m2d.diffusion.feature_prior import WEAK_BELOW
 from m2d.errors import ConfigError, M2DError
 from m2d.files.paths import input_path, result_path
 from m2d.files.progress import progress, say
-from m2d.generation.formats import FORMATS
+from m2d.generation import output, workers
 from m2d.generation.gates import GatesAtWork, prepare_gates
-from m2d.generation.generator import Generator, pick_device, pick_feature
+from m2d.generation.generator import Generator, pick_device, pick_feature, require_prior
 from m2d.generation.merge import write_merged_index
-from m2d.generation.output import (
-    JOURNAL_NAME,
-    MANIFEST_NAME,
-    PARTS,
-    PLAN_NAME,
-    OutputFolder,
-    Recipe,
-    attempts_left,
-    counts_and_rejections,
-    default_output,
-    write_pictures,
-    write_rows,
-)
+from m2d.generation.output import MANIFEST_NAME, PLAN_NAME, OutputFolder, Recipe
 from m2d.generation.plan import Planned, dataset_catalog, make_plan, read_plan
 from m2d.generation.settings import GenerateConfig
-from m2d.generation.workers import (
-    WRITER_CPUS,
-    GeneratorSettings,
-    GroupResult,
-    GroupWriter,
-    PlanGroups,
-    make_here,
-    make_on_ray,
-    pick_pool,
-)
 from m2d.models.checkpoint import Checkpoint, load_checkpoint
 from m2d.models.precision import pick_precision
 from m2d.models.settings import Precision
@@ -75,10 +53,8 @@ def generate(config: GenerateConfig) -> Path:
         catalog = dataset_catalog(config, checkpoint.info) if needs_catalog else None
         planned = make_plan(config, feature, catalog)
         gates = prepare_gates(config, checkpoint, catalog, device)
-        if "prior" in planned.features:
-            pick_feature("prior", checkpoint)  # a plan may ask for what the checkpoint lacks
-            if checkpoint.prior is not None:
-                checkpoint.prior.require(planned.classes)
+        if "prior" in planned.features:  # a plan may ask for what the checkpoint lacks
+            require_prior(checkpoint).require(planned.classes)
         recipe = Recipe.of(
             config,
             checkpoint=checkpoint.sha256,
@@ -88,21 +64,17 @@ def generate(config: GenerateConfig) -> Path:
             balance=planned.balance,
             plan=planned.digest,
         )
-        root = Path(config.output or result_path("output", str(default_output(str(checkpoint.path), recipe))))
+        default = output.experiment_of(str(checkpoint.path)) / "generated_images" / recipe.hash
+        root = Path(config.output or result_path("output", str(default)))
         if config.plan_only:
             _write_plan(root, planned.table)
             print(f"a plan of {planned.table.num_rows:,} images; run it with --plan {root / PLAN_NAME}")
             return root
-        with OutputFolder.open(root, recipe) as folder:
+        with OutputFolder(root, recipe) as folder:
             _write_plan(root, planned.table)
             _Run(config, checkpoint, planned, gates, folder, device, precision, cluster).finish()
             if config.merge and config.data_root is not None:
-                merged = write_merged_index(config.data_root, catalog, root / MANIFEST_NAME, root / MERGED_NAME)
-                left_out = f", {len(merged.left_out)} made from val or test images left out" if merged.left_out else ""
-                print(
-                    f"{sum(merged.real.values()):,} real and {sum(merged.synthetic.values()):,} synthetic images"
-                    f"{left_out} in {merged.parquet}"
-                )
+                write_merged_index(config.data_root, catalog, root / MANIFEST_NAME, root / MERGED_NAME)
     return root
 
 
@@ -121,12 +93,11 @@ class _Run:
     generator: Generator | None = None
 
     def finish(self) -> None:
-        """Make what is missing and tell what is there."""
+        """Make what is missing and report what is there."""
         folder, plan = self.folder, self.planned.table
         for line in folder.mended[:10]:
             say(f"output: {line}; it is made again")
-        max_attempts = self.config.gates.max_attempts if self.gates.names else 1
-        rounds = attempts_left(plan, folder.journal, max_attempts)
+        rounds = output.attempts_left(plan, folder.journal, self.config.gates.max_attempts if self.gates.names else 1)
         missing = sum(table.num_rows for table in rounds)
         say(
             f"generating {missing:,} of {plan.num_rows:,} images on {self.device} (precision {self.precision}, feature "
@@ -148,9 +119,8 @@ class _Run:
             with suppress(M2DError):  # a disk that is full is full for the manifest too; what is done is in the journal
                 folder.settle()
             raise
-        speed = f", {kept / (time.monotonic() - began):.1f} images/s" if kept else ""
         folder.settle()
-        self._report(f"{kept:,} new{speed}", weak)
+        self._report(f"{kept:,} new" + (f", {kept / (time.monotonic() - began):.1f} images/s" if kept else ""), weak)
 
     def _make(self, rounds: list[pa.Table], missing: int) -> int:
         """Round k makes attempt k of all rows that need it; returns how many images were kept."""
@@ -162,52 +132,38 @@ class _Run:
                     ids = pa.array(rejected.union(waiting["id"].to_pylist()), pa.string())
                     table = self.planned.table.filter(pc.is_in(self.planned.table["id"], ids))
                 rejected = set()
-                if not table.num_rows:
-                    continue
-                with closing(self._results(PlanGroups(table, attempts, self._group_size()))) as results:
+                with closing(self._results(table, attempts)) as results:
                     for result in results:
                         kept += result.kept
                         rejected.update(result.rejected)
                         shown.advance(result.kept)
         return kept
 
-    def _results(self, groups: PlanGroups) -> collections.abc.Generator[GroupResult, None, None]:
-        writer = GroupWriter(
+    def _results(self, table: pa.Table, attempts: int) -> collections.abc.Generator[workers.GroupResult, None, None]:
+        size, features = self._group_size(), self.gates.need_features
+        groups = [table.slice(first, size) for first in range(0, table.num_rows, size)]
+        writer = workers.GroupWriter(
             root=self.folder.root.absolute(),
-            format=self.config.format,
-            settings=self.folder.recipe.to_json(),
-            checkpoint=self.checkpoint.sha256,
-            precision=self.precision,
+            recipe=self.folder.recipe,
             gates=self.gates.config,
             gate_reference=self.gates.reference,
             weak_classes=frozenset(self.checkpoint.prior.weak if self.checkpoint.prior else ()),
         )
-        settings = GeneratorSettings(
-            checkpoint=self.checkpoint.path,
-            sha256=self.checkpoint.sha256,
-            batch_size=self.config.batch_size,
-            mixed_precision=self.precision,
-            compile=self.config.compile,
-            compile_mode=self.config.compile_mode,
-            with_extractor=self.gates.need_features or "reference" in self.planned.features,
-            extractor_weights=self.config.extractor_weights,
-        )
+        with_extractor = features or "reference" in self.planned.features
+        load = partial(workers.load_generator, self.config, self.checkpoint.sha256, self.precision, with_extractor)
+        if not groups:
+            return
         if not self._on_ray():
-            if self.generator is None:
-                self.generator = settings.load(self.device, self.checkpoint, self.gates.extractor)
-            yield from make_here(self.generator, groups, writer, features=self.gates.need_features)
+            self.generator = self.generator or load(self.device, self.checkpoint, self.gates.extractor)
+            yield from workers.make_here(self.generator, groups, attempts, writer, features=features)
             return
         _connect(self.cluster, self.config)
         read = {"checkpoint": str(self.checkpoint.path), "data_root": self.config.data_root or ""}
         require_shared(written={"output": str(self.folder.root)}, read=read)
-        pool = pick_pool(
-            num_actors=self.config.num_actors,
-            gpus_per_actor=self.config.gpus_per_actor,
-            device=self.device,
-            groups=len(groups.tables()),
-        )
-        say(f"attempt {groups.attempts + 1}: images left {groups.plan.num_rows:,}, {pool.text}")
-        yield from make_on_ray(settings, pool, groups, writer, features=self.gates.need_features)
+        pool = workers.pick_pool(self.config.num_actors, self.config.gpus_per_actor, self.device, len(groups))
+        each = f"{pool.gpus:g} GPU" if pool.gpus else f"{pool.threads} CPU threads"
+        say(f"attempt {attempts + 1}: images left {table.num_rows:,}, up to {pool.most} actors on Ray, {each} each")
+        yield from workers.make_on_ray(load, pool, groups, attempts, writer, features=features)
 
     def _on_ray(self) -> bool:
         """Whether actors make the images. The same for a run that goes on as for one that begins: by the whole plan."""
@@ -227,40 +183,40 @@ class _Run:
     def _group_size(self) -> int:
         """Images a group: those of a batch, or of a shard."""
         batch = self.config.batch_size
-        if not FORMATS[self.config.format].sharded:
+        if self.config.format == "folder":
             return batch
         in_memory = _GROUP_BYTES // (3 * self.checkpoint.image_size**2)
         return max(batch, min(self.config.shard_images, in_memory) // batch * batch)
 
     def _report(self, new: str, weak: list[str]) -> None:
+        from m2d.generation.contact_sheet import counts_and_rejections, write_pictures  # matplotlib costs a second
+
         folder, plan = self.folder, self.planned.table
-        made = Counter(folder.accepted["class"].to_pylist())
         rejections = folder.rejections()
         lost = plan.filter(pc.invert(pc.is_in(plan["id"], pa.array(folder.paths, pa.string()))))
         missing = Counter(lost["class"].to_pylist())
         strips = write_pictures(folder, plan, title="M2D synthetic dermoscopy", caption=self._caption(weak))
+        made = Counter(folder.accepted["class"].to_pylist())
         Console(file=sys.stdout).print(counts_and_rejections(self.planned.before, made, rejections, missing))
         if missing:
             reasons = {
-                code: ", ".join(f"{reason} {count}" for (of, reason), count in sorted(rejections.items()) if of == code)
-                for code in CLASSES
+                code: [f"{why} {n}" for (of, why), n in sorted(rejections.items()) if of == code] for code in missing
             }
+            counts = [f"{code} {missing[code]} ({', '.join(reasons[code])})" for code in CLASSES if missing[code]]
             say(
                 f"warning: {lost.num_rows:,} of {plan.num_rows:,} images are missing, rejected "
-                f"{self.config.gates.max_attempts} times each: "
-                f"{', '.join(f'{code} {missing[code]} ({reasons[code]})' for code in CLASSES if missing[code])}; raise "
-                "--gates.max_attempts, or look at the gates' settings"
+                f"{self.config.gates.max_attempts} times each: {', '.join(counts)}; raise --gates.max_attempts, or "
+                "look at the gates' settings"
             )
-        more = f", {strips} strips" if strips else ""
         print(
             f"{plan.num_rows - lost.num_rows:,} images ({new}), {MANIFEST_NAME} and contact_sheet.png"
-            f"{more} in {folder.root}",
+            f"{f', {strips} strips' if strips else ''} in {folder.root}",
             flush=True,
         )
 
     def _caption(self, weak: list[str]) -> str:
         checkpoint, recipe = self.checkpoint, self.folder.recipe
-        guidance = {
+        guided = {
             "none": "the class alone, no feature",
             "reference": "features of the reference images",
             "prior": f"features drawn from the class prior at temperature {recipe.feature_temperature or 0:g}"
@@ -269,7 +225,7 @@ class _Run:
         low, high = recipe.guidance_interval
         how = (
             f"{recipe.solver}, {recipe.steps} steps; guidance {recipe.guidance_scale:g} at t in [{low:g}, {high:g}]; "
-            f"{guidance[recipe.feature]}; seed {recipe.seed}"
+            f"{guided[recipe.feature]}; seed {recipe.seed}"
         )
         return (
             f"Synthetic images, not patients. Checkpoint {checkpoint.sha256[:12]}, step {checkpoint.step:,}; "
@@ -280,14 +236,10 @@ class _Run:
 def _absolute(config: GenerateConfig) -> GenerateConfig:
     """Ray's processes may start in another directory, so local paths become absolute here."""
     names = ("checkpoint", "init_images", "reference_images", "reference_images_b", "data_root", "catalog", "plan")
-    given = {name: input_path(name, getattr(config, name)) for name in (*names, "extractor_weights")}
-    given["output"] = result_path("output", config.output)
-    places: dict[str, Any] = {
-        name: os.path.abspath(os.path.expanduser(place))
-        for name, place in given.items()
-        if place is not None and "://" not in place
-    }
-    return replace(config, **places)
+    places = {name: input_path(name, getattr(config, name)) for name in (*names, "extractor_weights")}
+    places["output"] = result_path("output", config.output)
+    local = {name: place for name, place in places.items() if place is not None and "://" not in place}
+    return replace(config, **{name: os.path.abspath(os.path.expanduser(place)) for name, place in local.items()})
 
 
 def _device(config: GenerateConfig, cluster: ExitStack) -> tuple[str, Precision]:
@@ -308,20 +260,20 @@ def _connect(cluster: ExitStack, config: GenerateConfig) -> None:
     joined = bool(os.environ.get("RAY_ADDRESS"))
     actors = config.num_actors or os.cpu_count() or 1
     # A cluster of our own gets room for a writer beside the actors; a given one is taken as it is.
-    cluster.enter_context(ray_cluster(verbose=config.verbose, min_cpus=1.0 if joined else actors + WRITER_CPUS))
+    cluster.enter_context(ray_cluster(verbose=config.verbose, min_cpus=1.0 if joined else actors + workers.WRITER_CPUS))
 
 
 def _write_plan(root: Path, plan: pa.Table) -> None:
     """plan.parquet, for a person to read. One that was edited and not run yet is not thrown away."""
     path = root / PLAN_NAME
-    if path.exists() and not (root / PARTS).exists() and not (root / JOURNAL_NAME).exists():
-        try:
+    begun = any((root / name).exists() for name in (output.PARTS, output.JOURNAL_NAME))
+    edited = False
+    if path.exists() and not begun:
+        with suppress(ConfigError):
             edited = not read_plan(path).equals(plan)
-        except ConfigError:
-            edited = False
-        if edited:
-            raise ConfigError(
-                f"output: {path} is not the plan of these settings (was it edited?); run it with --plan {path}, "
-                "delete it, or name another --output"
-            )
-    write_rows(path, plan)
+    if edited:
+        raise ConfigError(
+            f"output: {path} is not the plan of these settings (was it edited?); run it with --plan {path}, delete it, "
+            "or name another --output"
+        )
+    output.write_rows(path, plan)

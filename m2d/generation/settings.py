@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Literal, get_args
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from m2d.classes import CLASSES
 from m2d.diffusion.settings import SamplingSettings
@@ -15,14 +15,6 @@ Mode = Literal["standard", "image2image", "interpolate", "balance"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 OutputFormat = Literal["folder", "webdataset", "parquet"]
 BalanceSplit = Literal["all", "train"]
-_CHOICES = {
-    "mode": Mode,
-    "format": OutputFormat,
-    "compile_mode": CompileMode,
-    "balance_split": BalanceSplit,
-    "mixed_precision": Precision,
-    "feature": Feature,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +34,14 @@ class GateConfig:
     max_attempts: int = 10  # seeds tried for one image before it is given up
 
     def __post_init__(self) -> None:
-        for name in ("near_copy_quantile", "class_quantile"):
-            quantile = getattr(self, name)
-            if not (isfinite(quantile) and 0 <= quantile <= 1):
-                raise ConfigError(f"gates.{name} is {quantile}; it must be from 0 to 1")
+        highest = {"near_copy_quantile": 1, "class_quantile": 1, "max_saturated_share": 1}
+        for name, high in (highest | {"min_contrast": 127.5, "max_roughness": 255}).items():
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= high:
+                raise ConfigError(f"gates.{name} is {value}; it must be from 0 to {high}")
         for name in ("neighbours", "max_attempts"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"gates.{name} is {getattr(self, name)}; it must be at least 1")
-        contrast, share = self.min_contrast, self.max_saturated_share
-        if contrast is not None and not 0 <= contrast <= 127.5:
-            raise ConfigError(f"gates.min_contrast is {contrast}; it must be from 0 to 127.5 grey levels")
-        if self.max_roughness is not None and not 0 <= self.max_roughness <= 255:
-            raise ConfigError(f"gates.max_roughness is {self.max_roughness}; it must be from 0 to 255 grey levels")
-        if share is not None and not 0 <= share <= 1:
-            raise ConfigError(f"gates.max_saturated_share is {share}; it must be from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,58 +85,47 @@ class GenerateConfig(SamplingSettings):
         super().__post_init__()
         if not self.checkpoint:
             raise ConfigError("checkpoint is empty; name a checkpoint directory")
-        for name in ("num_samples", "batch_size", "shard_images"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("seed", "steps_between", "num_actors"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        for name, kind in _CHOICES.items():
-            optional = name in ("mixed_precision", "feature")
-            if getattr(self, name) not in (*get_args(kind), *([None] if optional else [])):
-                raise ConfigError(f"{name} is {getattr(self, name)}; known: {' '.join(get_args(kind))}")
+        least = {"num_samples": 1, "batch_size": 1, "shard_images": 1, "seed": 0, "steps_between": 0, "num_actors": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < minimum:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        for name, hint in get_type_hints(type(self)).items():
+            known = next((get_args(kind) for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal), None)
+            if known is not None and getattr(self, name) not in (None, *known):
+                raise ConfigError(f"{name} is {getattr(self, name)}; known: {' '.join(known)}")
         if self.compile_mode != "default" and not self.compile:
             raise ConfigError(f"compile_mode is {self.compile_mode}, but nothing is compiled; add --compile true")
-        if not (isfinite(self.feature_temperature) and self.feature_temperature >= 0):
-            raise ConfigError(
-                f"feature_temperature is {self.feature_temperature}; it must be a number of at least 0 "
-                "(1: spread as the training features)"
-            )
+        for name in ("feature_temperature", "gpus_per_actor"):
+            value = getattr(self, name)
+            if value is not None and not (isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} is {value}; it must be a number of at least 0")
         if not 0 <= self.strength <= 1:
             raise ConfigError(
-                f"strength is {self.strength}; it must be from 0 (the image itself) to 1 (nothing of it is left)"
+                f"strength is {self.strength}; it must be from 0 (the image itself) to 1 (no trace of it)"
             )
-        if self.gpus_per_actor is not None and not (isfinite(self.gpus_per_actor) and self.gpus_per_actor >= 0):
-            raise ConfigError(f"gpus_per_actor is {self.gpus_per_actor}; it must be a number of at least 0")
         if self.gpus_per_actor is not None and self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
             raise ConfigError(f"gpus_per_actor is {self.gpus_per_actor}; above 1 it must be a whole number")
         parse_target(self.to)
-        if self.plan is None:
-            self._check_mode()
-        elif self.plan_only:
-            raise ConfigError("plan_only would write the plan that --plan names; leave one of them out")
+        _ = self.class_codes  # a wrong class is reported before anything is loaded
         if self.merge and self.data_root is None:
             raise ConfigError("merge needs the real images; name their folder by --data_root")
-        _ = self.class_codes  # a wrong class is reported before anything is loaded
-
-    def _check_mode(self) -> None:
-        """What a mode needs is there, and nothing is given that it would leave unused."""
-        needs = {"image2image": ("init_images",), "interpolate": ("reference_images", "reference_images_b")}
-        for name in needs.get(self.mode, ()):
-            if not getattr(self, name):
-                raise ConfigError(f"mode {self.mode} needs --{name}, a folder of images")
-        for mode, names in needs.items():
-            for name in names:
-                if mode != self.mode and getattr(self, name) is not None:
-                    raise ConfigError(f"{name} is for mode {mode}, and the mode is {self.mode}; add --mode {mode}")
+        if self.plan is not None:  # which decides what is made, and how
+            if self.plan_only:
+                raise ConfigError("plan_only would write the plan that --plan names; leave one of them out")
+            return
+        needs = {"init_images": "image2image", "reference_images": "interpolate", "reference_images_b": "interpolate"}
+        for name, mode in needs.items():
+            if mode == self.mode and not getattr(self, name):
+                raise ConfigError(f"mode {mode} needs --{name}, a folder of images")
+            if mode != self.mode and getattr(self, name) is not None:
+                raise ConfigError(f"{name} is for mode {mode}, and the mode is {self.mode}; add --mode {mode}")
         if self.mode == "balance" and self.data_root is None and self.catalog is None:
             raise ConfigError("mode balance needs what is to be balanced; name it by --data_root or --catalog")
         if self.feature == "reference" and self.mode in ("standard", "balance"):
             raise ConfigError(f"feature reference needs an image to take it from, and mode {self.mode} has none")
         if self.mode == "interpolate" and self.feature not in (None, "reference"):
             raise ConfigError(
-                f"feature is {self.feature}; mode interpolate walks between the features of its references, so it is "
-                "reference"
+                f"feature is {self.feature}; mode interpolate walks between the features of its references"
             )
 
     @property
@@ -167,38 +142,22 @@ class GenerateConfig(SamplingSettings):
         return tuple(code for code in CLASSES if code in asked)
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a class is filled up to: `images`, or `share` of the largest class; exactly one of them is set."""
+def parse_target(to: str) -> int | float:
+    """What each class is filled up to: images (int), or a share of the largest class's (float in (0, 1]).
 
-    images: int | None = None
-    share: float | None = None
-
-    def resolve(self, largest: int) -> int:
-        """Images that each class shall have where the largest one has `largest`; a share is rounded to the nearest."""
-        return self.images if self.share is None else int(self.share * largest + 0.5)  # type: ignore[return-value]
-
-
-def parse_target(to: str) -> Target:
-    """`max`, a whole number of images, or a share of the largest class in (0, 1], such as `0.5`, with a point.
-
-    The share is what imbalanced-learn calls a float `sampling_strategy`: images of the class over images of the largest
-    one, afterwards. `x0.5` and `ratio 0.5` are other spellings of it; a whole number behind them is a share too, so
+    to: `max`, a whole number of images, or a share with a point, such as `0.5`: what imbalanced-learn calls a float
+    `sampling_strategy`. `x0.5` and `ratio 0.5` are other spellings of it; a whole number behind them is a share too, so
     `x1` is `max`. Raises ConfigError for anything else.
     """
     text = to.strip().lower()
     if text == "max":
-        return Target(share=1.0)
+        return 1.0
     if re.fullmatch(r"[0-9]+", text) and int(text) > 0:
-        return Target(images=int(text))
+        return int(text)
     share = re.fullmatch(r"(?:(?:ratio|x)\s*)?([0-9]+\.[0-9]*|\.[0-9]+)|(?:ratio|x)\s*([0-9]+)", text)
-    if share is None:
+    if share is None or not 0 < float(share[1] or share[2]) <= 1:
         raise ConfigError(
             f"to is {to or '(empty)'}; it must be max (as many as the largest class), a whole number of images such as "
-            "300, or a share of the largest class such as 0.5"
+            "300, or a share of the largest class, above 0 and at most 1, such as 0.5"
         )
-    if not 0 < float(share[1] or share[2]) <= 1:
-        raise ConfigError(
-            f"to is {to}; a ratio is a share of the largest class, above 0 and at most 1 (0.5: half as many as it has)"
-        )
-    return Target(share=float(share[1] or share[2]))
+    return float(share[1] or share[2])

@@ -9,10 +9,9 @@ same bytes. Writing tasks import this file, so torch (400 MB and many seconds ea
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,10 +24,9 @@ import pyarrow as pa
 
 from m2d.cluster.nodes import cluster_total, device_of_actor, node_resources
 from m2d.errors import CheckpointError, ConfigError
-from m2d.generation.formats import FORMATS, EncodedImage, encode_png
-from m2d.generation.output import JOURNAL_SCHEMA, PARTS, cannot_write, group_name, write_rows
+from m2d.generation import output
 from m2d.generation.plan import PLAN_SCHEMA, PlanRow, retried, rows_of, table_of
-from m2d.generation.settings import CompileMode, GateConfig
+from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.models.settings import Precision
 
 if TYPE_CHECKING:
@@ -42,84 +40,59 @@ _WRITERS = 2  # threads; encoding releases the GIL, and more than the device kee
 _AHEAD = 4  # groups made and not yet written, of this process: what memory they may take
 
 
-@dataclass(frozen=True)
-class PlanGroups:
-    """The rows of one round, in groups."""
+def load_generator(
+    config: GenerateConfig,
+    sha256: str,
+    precision: Precision,
+    with_extractor: bool,
+    device: str,
+    checkpoint: Checkpoint | None = None,
+    extractor: FeatureExtractor | None = None,
+) -> Generator:
+    """The run's generator, anywhere. sha256: of the checkpoint that the driver has. checkpoint, extractor: if loaded.
 
-    plan: pa.Table
-    attempts: int  # how many of each row's attempts were rejected before
-    size: int  # rows of a group
+    with_extractor: gates or references ask for features. Raises an M2DError, in one line, where this machine lacks
+    something that the driver has.
+    """
+    from m2d.generation.generator import Generator
+    from m2d.generation.references import load_reference_extractor
+    from m2d.models.checkpoint import load_checkpoint
 
-    def tables(self) -> list[pa.Table]:
-        """The plan's rows, group by group."""
-        return [self.plan.slice(first, self.size) for first in range(0, self.plan.num_rows, self.size)]
-
-
-def planned_rows(table: pa.Table, attempts: int) -> list[PlanRow]:
-    """A plan's rows after so many rejected attempts of each."""
-    rows = rows_of(table)
-    for _ in range(attempts):
-        rows = [retried(row) for row in rows]
-    return rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class GeneratorSettings:
-    """What it takes to load the run's generator, anywhere. Paths are absolute."""
-
-    checkpoint: str
-    sha256: str  # of the checkpoint that the driver has
-    batch_size: int
-    mixed_precision: Precision
-    compile: bool
-    compile_mode: CompileMode = "default"
-    with_extractor: bool  # gates or references ask for features
-    extractor_weights: str | None
-
-    def load(
-        self, device: str, checkpoint: Checkpoint | None = None, extractor: FeatureExtractor | None = None
-    ) -> Generator:
-        """checkpoint, extractor: where they are loaded already.
-
-        Raises an M2DError, in one line, where this machine lacks something that the driver has.
-        """
-        from m2d.generation.generator import Generator
-        from m2d.generation.references import load_reference_extractor
-        from m2d.models.checkpoint import load_checkpoint
-
-        checkpoint = checkpoint or load_checkpoint(self.checkpoint)
-        if checkpoint.sha256 != self.sha256:
-            raise CheckpointError(
-                f"checkpoint: {self.checkpoint} is another one on a node than on the driver; every node needs the same"
-            )
-        if self.with_extractor and extractor is None:
-            extractor = load_reference_extractor(checkpoint, self.extractor_weights)
-        return Generator(
-            checkpoint,
-            batch_size=self.batch_size,
-            device=device,
-            mixed_precision=self.mixed_precision,
-            extractor=extractor if self.with_extractor else None,
-            compile=self.compile,
-            compile_mode=self.compile_mode,
+    checkpoint = checkpoint or load_checkpoint(config.checkpoint)
+    if checkpoint.sha256 != sha256:
+        raise CheckpointError(
+            f"checkpoint: {config.checkpoint} is another one on a node than on the driver; every node needs the same"
         )
+    if with_extractor and extractor is None:
+        extractor = load_reference_extractor(checkpoint, config.extractor_weights)
+    return Generator(
+        checkpoint,
+        batch_size=config.batch_size,
+        device=device,
+        mixed_precision=precision,
+        extractor=extractor if with_extractor else None,
+        compile=config.compile,
+        compile_mode=config.compile_mode,
+    )
 
 
-@dataclass(frozen=True)
-class MadeGroup:
-    """Images uint8 [N, H, W, 3] of rows, and their features float32 [N, D] where the gates want them."""
-
-    images: np.ndarray
-    features: np.ndarray | None
+Made = tuple[list[PlanRow], np.ndarray, np.ndarray | None]
+"""Rows, their images uint8 [N, H, W, 3], and features float32 [N, D] of these where the gates want them."""
 
 
-def make_group(generator: Generator, rows: Sequence[PlanRow], *, with_features: bool) -> MadeGroup:
-    """Raises ConfigError for a batch that does not fit the device, and what Generator.generate raises."""
+def make_group(generator: Generator, plan: pa.Table, attempts: int, features: bool) -> Made:
+    """The images of some rows of a plan, after so many rejected attempts of each. features: compute them, for gates.
+
+    Raises ConfigError for a batch that does not fit the device, and what Generator.generate raises.
+    """
     import torch
 
+    rows = rows_of(plan)
+    for _ in range(attempts):
+        rows = [retried(row) for row in rows]
     try:
         images = generator.generate(rows)
-        return MadeGroup(images, generator.features(images) if with_features else None)
+        return rows, images, generator.features(images) if features else None
     except torch.OutOfMemoryError:
         raise ConfigError(
             f"batch_size {generator.batch_size} does not fit the memory of {generator.device}; "
@@ -140,67 +113,55 @@ class GroupWriter:
     """Looks at a group's images, writes those that pass, then lists all of them as done. Cheap to pickle."""
 
     root: Path
-    format: str
-    settings: str  # the recipe as JSON, for the text chunks
-    checkpoint: str  # sha256
-    precision: str
+    recipe: output.Recipe
     gates: GateConfig  # those at work
     gate_reference: Path | None = None  # file of the training features that images are held against
     weak_classes: frozenset[str] = frozenset()
 
-    def write(self, rows: Sequence[PlanRow], made: MadeGroup) -> GroupResult:
-        """Raises ConfigError where the disk refuses; then nothing of the group counts, whatever was written of it."""
-        name = group_name(rows)
-        verdicts = self._verdicts(rows, made)
+    def write(self, rows: Sequence[PlanRow], images: np.ndarray, features: np.ndarray | None) -> GroupResult:
+        """Of `Made`. Raises ConfigError where the disk refuses; then nothing of the group counts."""
+        verdicts: Sequence[Verdict | None] = [None] * len(rows)
+        if self.gates.enabled:
+            from m2d.generation.gates import check
+
+            reference = None if self.gate_reference is None else _loaded_reference(self.gate_reference)
+            verdicts = check(images, features, [row.label for row in rows], reference, self.gates)
         # What cannot be replaced is kept: a walk has its ends, and without noise the next attempt is the same image.
-        kept = [verdict is None or verdict.accepted or not _replaceable(row) for row, verdict in zip(rows, verdicts)]
-        encoded = [
-            EncodedImage(row, encode_png(image, row, checkpoint=self.checkpoint, settings=self.settings))
-            for row, image, keep in zip(rows, made.images, kept, strict=True)
-            if keep
-        ]
+        fixed = [row.mode == "interpolate" or (row.mode == "image2image" and row.strength == 0) for row in rows]
+        kept = [verdict is None or verdict.accepted or stays for verdict, stays in zip(verdicts, fixed, strict=True)]
+        pairs = [pair for pair, keep in zip(zip(rows, images, strict=True), kept, strict=True) if keep]
+        encoded = [(row, output.encode_png(image, row, self.recipe)) for row, image in pairs]
+        name = output.group_name(rows)
         try:
-            paths = FORMATS[self.format].write(self.root, name, encoded) if encoded else []
+            paths = output.write_images(self.root, self.recipe.format, name, encoded) if encoded else []
         except OSError as error:
-            raise cannot_write(self.root, error) from None
-        files = {one.row.id: (path, hashlib.sha256(one.png).hexdigest()) for one, path in zip(encoded, paths)}
-        shared = {
-            "height": made.images.shape[1],
-            "width": made.images.shape[2],
-            "precision": self.precision,
-            "checkpoint": self.checkpoint,
-            "created": datetime.now(UTC).replace(microsecond=0),
-        }
-        entries: list[dict[str, Any]] = []
-        for planned, row, verdict, keep in zip(table_of(rows).to_pylist(), rows, verdicts, kept, strict=True):
-            found = {} if verdict is None else {name: value for name, value in vars(verdict).items() if _known(value)}
+            raise output.cannot_write(self.root, error) from None
+        files = {row.id: (path, hashlib.sha256(png).hexdigest()) for (row, png), path in zip(encoded, paths)}
+        created = datetime.now(UTC).replace(microsecond=0)
+        entries: list[dict[str, Any]] = []  # the journal has columns for most of it
+        for row, verdict, keep, stays in zip(rows, verdicts, kept, fixed, strict=True):
+            found = {} if verdict is None else vars(verdict)
             path, sha256 = files.get(row.id, (None, None))
-            own = {
-                "accepted": keep,
-                "gates": "off" if verdict is None else "on" if _replaceable(row) else "recorded",
-                "path": path,
-                "sha256": sha256,
-                "feature_weak": row.feature == "prior" and row.label in self.weak_classes,
-            }
-            entries.append(found | planned | shared | own)  # the journal has columns for most of it
-        write_rows(self.root / PARTS / f"{name}.parquet", pa.Table.from_pylist(entries, JOURNAL_SCHEMA))
-        return GroupResult(sum(kept), [row.id for row, keep in zip(rows, kept) if not keep])
-
-    def _verdicts(self, rows: Sequence[PlanRow], made: MadeGroup) -> Sequence[Verdict | None]:
-        if not self.gates.enabled:
-            return [None] * len(rows)
-        from m2d.generation import gates
-
-        reference = _loaded_reference(self.gate_reference) if self.gate_reference is not None else None
-        return gates.check(made.images, made.features, [row.label for row in rows], reference, self.gates)
-
-
-def _replaceable(row: PlanRow) -> bool:
-    return row.mode != "interpolate" and not (row.mode == "image2image" and row.strength == 0)
-
-
-def _known(value: Any) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+            entries.append(
+                {name: None if value != value else value for name, value in found.items()}  # NaN
+                | vars(row)
+                | {
+                    "class": row.label,
+                    "accepted": keep,
+                    "gates": "off" if verdict is None else "recorded" if stays else "on",
+                    "path": path,
+                    "sha256": sha256,
+                    "height": images.shape[1],
+                    "width": images.shape[2],
+                    "feature_weak": row.feature == "prior" and row.label in self.weak_classes,
+                    "precision": self.recipe.precision,
+                    "checkpoint": self.recipe.checkpoint,
+                    "created": created,
+                }
+            )
+        table = pa.Table.from_pylist(entries, output.JOURNAL_SCHEMA)
+        output.write_rows(self.root / output.PARTS / f"{name}.parquet", table)
+        return GroupResult(sum(kept), [row.id for row, keep in zip(rows, kept, strict=True) if not keep])
 
 
 @lru_cache(maxsize=2)
@@ -211,22 +172,24 @@ def _loaded_reference(path: Path) -> GateReference:
 
 
 def make_here(
-    generator: Generator, groups: PlanGroups, writer: GroupWriter, *, features: bool
+    generator: Generator, groups: Sequence[pa.Table], attempts: int, writer: GroupWriter, *, features: bool
 ) -> Iterator[GroupResult]:
-    """The results of all groups, as they are written. features: compute them, for the gates.
+    """The results of all groups of a plan's rows, as they are written; see make_group.
 
     On an error, and when the caller stops, what was made is still written before this ends. Raises what make_group and
     GroupWriter.write raise.
     """
     waiting: deque[Future[GroupResult]] = deque()
     with ThreadPoolExecutor(_WRITERS, thread_name_prefix="m2d-writer") as pool:
-        for table in groups.tables():
-            rows = planned_rows(table, groups.attempts)
-            waiting.append(pool.submit(writer.write, rows, make_group(generator, rows, with_features=features)))
+        for group in groups:
+            waiting.append(pool.submit(writer.write, *make_group(generator, group, attempts, features)))
             while waiting and (len(waiting) >= _AHEAD or waiting[0].done()):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+# --- on Ray -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,15 +201,8 @@ class ActorPool:
     gpus: float  # an actor; 0 computes on the CPU, or uses a GPU that Ray does not know of
     threads: int  # of torch in an actor, on a CPU
 
-    @property
-    def text(self) -> str:
-        """`4 actors, a GPU each`."""
-        actors = f"{self.most} actor{'s' if self.most > 1 else ''}"
-        share = f"{self.gpus:g} GPU{'s' if self.gpus > 1 else ''}" if self.gpus else f"{self.threads} CPU threads"
-        return f"up to {actors} on Ray, {share} each"
 
-
-def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: str, groups: int) -> ActorPool:
+def pick_pool(num_actors: int | None, gpus_per_actor: float | None, device: str, groups: int) -> ActorPool:
     """A generator a GPU, or a fraction of one; on CPUs as many as there are, with one kept free for the writers.
 
     num_actors: at most so many; None: as many as the cluster has room for. groups: there is no use for more.
@@ -271,28 +227,34 @@ def pick_pool(*, num_actors: int | None, gpus_per_actor: float | None, device: s
 
 
 def make_on_ray(
-    settings: GeneratorSettings, pool: ActorPool, groups: PlanGroups, writer: GroupWriter, *, features: bool
+    load: Callable[[str], Generator],
+    pool: ActorPool,
+    groups: Sequence[pa.Table],
+    attempts: int,
+    writer: GroupWriter,
+    *,
+    features: bool,
 ) -> Iterator[GroupResult]:
-    """The results of all groups, as they are written. features: compute them, for the gates.
+    """As make_here. load: on a device, see load_generator.
 
     Raises the M2DError that an actor or a task raised. Closing the iterator ends the work.
     """
     from m2d.cluster.fan_out import fan_out, on_actors, on_tasks
 
     make = on_actors(
-        partial(_load, settings, pool.device, pool.threads),
-        partial(_make, groups.attempts, features),
+        partial(_load, load, pool.device, pool.threads),
+        partial(_make, attempts, features),
         most=pool.most,
         least=1,  # after the loss of a node the others go on
         cpus=0 if pool.gpus else pool.threads,
         gpus=pool.gpus,
-        block_rows=groups.size,
+        block_rows=max(map(len, groups), default=1),
     )
-    for row in fan_out(groups.tables(), make, on_tasks(writer, _write, cpus=WRITER_CPUS)):
+    for row in fan_out(groups, make, on_tasks(writer, _write, cpus=WRITER_CPUS)):
         yield GroupResult(**row)
 
 
-def _load(settings: GeneratorSettings, device: str, threads: int) -> Generator:
+def _load(load: Callable[[str], Generator], device: str, threads: int) -> Generator:
     if device == "cpu":
         import torch
 
@@ -300,20 +262,7 @@ def _load(settings: GeneratorSettings, device: str, threads: int) -> Generator:
         # from the actor's CPUs.
         limit = int(os.environ.get("OMP_NUM_THREADS") or threads)
         torch.set_num_threads(max(1, min(threads, limit, os.cpu_count() or 1)))
-    return settings.load(device)
-
-
-def _make(attempts: int, features: bool, generator: Generator, block: pa.Table) -> pa.Table:
-    """The plan's rows of one group in, its images out, in one row, so that no block boundary can divide it."""
-    rows = planned_rows(block, attempts)
-    made = make_group(generator, rows, with_features=features)
-    packed = {
-        "rows": table_of(rows).to_pylist(),
-        "shape": list(made.images.shape),
-        "images": made.images.tobytes(),
-        "features": None if made.features is None else made.features.tobytes(),
-    }
-    return pa.Table.from_pylist([packed], _PACKED)
+    return load(device)
 
 
 _PACKED = pa.schema(
@@ -327,6 +276,18 @@ _PACKED = pa.schema(
 _RESULT = pa.schema([("kept", pa.int64()), ("rejected", pa.list_(pa.string()))])
 
 
+def _make(attempts: int, features: bool, generator: Generator, block: pa.Table) -> pa.Table:
+    """The plan's rows of one group in, its images out, in one row, so that no block boundary can divide it."""
+    rows, images, found = make_group(generator, block, attempts, features)
+    packed = {
+        "rows": table_of(rows).to_pylist(),
+        "shape": list(images.shape),
+        "images": images.tobytes(),
+        "features": None if found is None else found.tobytes(),
+    }
+    return pa.Table.from_pylist([packed], _PACKED)
+
+
 def _write(writer: GroupWriter, block: pa.Table) -> pa.Table:
     """Groups' images in, what became of them out."""
     results = []
@@ -336,5 +297,5 @@ def _write(writer: GroupWriter, block: pa.Table) -> pa.Table:
         packed = block["features"][number]
         features = np.frombuffer(packed.as_buffer(), np.float32).reshape(shape[0], -1) if packed.is_valid else None
         rows = rows_of(pa.Table.from_pylist(block["rows"][number].as_py(), PLAN_SCHEMA))
-        results.append(vars(writer.write(rows, MadeGroup(images, features))))
+        results.append(vars(writer.write(rows, images, features)))
     return pa.Table.from_pylist(results, _RESULT)

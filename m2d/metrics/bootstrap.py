@@ -1,11 +1,12 @@
-"""Bootstrap intervals of a classifier's scores over test lesions."""
+"""95 % intervals of a classifier's scores: Wilson's for a share, a bootstrap over test lesions for all else."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from math import sqrt
+from typing import Self
 
 import numpy as np
 
-_CELLS_AT_ONCE = 20_000_000  # resampled lesion counts in memory: 160 MB
+Z = 1.959963984540054  # the 97.5 % quantile of the standard normal distribution
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,18 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, value: float | np.ndarray, resampled: np.ndarray) -> "Estimate":
+    def of(cls, value: float | np.ndarray, resampled: np.ndarray) -> Self:
         """A score with the percentile interval of its resamples [R]."""
         low, high = np.percentile(resampled, [2.5, 97.5])
         return cls(float(value), float(low), float(high))
+
+    @classmethod
+    def of_share(cls, share: float, trials: float) -> Self:
+        """A share of `trials`, not necessarily a whole number, with its score interval (Wilson, JASA 22, 1927)."""
+        spread = Z**2 / trials
+        centre = (share + spread / 2) / (1 + spread)
+        half = Z * sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
+        return cls(share, max(0.0, centre - half), min(1.0, centre + half))
 
     @property
     def above(self) -> bool:
@@ -41,52 +50,38 @@ class Estimate:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def resampled_confusions(
-    truth: np.ndarray, predicted: np.ndarray, lesions: np.ndarray, *, num_classes: int, resamples: int, seed: int
-) -> np.ndarray:
-    """Confusion matrices int64 [resamples, K, K] of bootstrap samples of the test set.
+def resampled_weights(truth: np.ndarray, lesions: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
+    """How often each of N test images is in each bootstrap sample, int32 [resamples, N].
 
-    truth, predicted: int64 [N], classes 0 .. K - 1. lesions: [N], equal values are one lesion.
+    truth: int64 [N], classes. lesions: [N], equal values are one lesion.
     Drawn with replacement are whole lesions, for the photographs of one lesion succeed or fail together: drawing images
     would count them as independent and give too narrow an interval (a cluster bootstrap: Davison and Hinkley,
     "Bootstrap Methods and their Application", 1997, section 3.8). They are drawn within each class, as many as it
     has, so that a rare class never vanishes from a resample: the interval is one for test sets with this mix of
     classes. The classifier stays as it is, so what another training set would change is not in the interval.
     """
-    confusions = np.zeros((resamples, num_classes, num_classes), dtype=np.int64)
-    for part, rows, lesion, drawn in _draws(truth, lesions, resamples, seed):
-        calls = np.zeros((drawn.shape[1], num_classes), dtype=np.int64)  # of each lesion's images
-        np.add.at(calls, (lesion, predicted[rows]), 1)
-        confusions[part, truth[rows[0]]] = drawn @ calls
-    return confusions
-
-
-def resampled_weights(truth: np.ndarray, lesions: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
-    """How often each test image is in each bootstrap sample, int32 [resamples, N], for scores of probabilities.
-
-    The same draws as resampled_confusions: whole lesions with replacement, as many of each class as it has.
-    """
+    generator = np.random.default_rng(seed)
     weights = np.zeros((resamples, len(truth)), dtype=np.int32)
-    for part, rows, lesion, drawn in _draws(truth, lesions, resamples, seed):
-        weights[part, rows] = drawn[:, lesion]
+    for label in np.unique(truth):
+        rows = np.flatnonzero(truth == label)
+        names, lesion = np.unique(lesions[rows], return_inverse=True)
+        # How often each lesion was drawn is all that matters; the multinomial draws just that.
+        drawn = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
+        weights[:, rows] = drawn[:, lesion]
     return weights
 
 
-def _draws(
-    truth: np.ndarray, lesions: np.ndarray, resamples: int, seed: int
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
-    """Some resamples of one class: which, its rows [n], their lesions [n], how often each lesion is drawn [R, L]."""
-    generator = np.random.default_rng(seed)
-    for label in np.unique(truth):
-        rows = np.flatnonzero(truth == label)
-        _, lesion = np.unique(lesions[rows], return_inverse=True)
-        count = int(lesion.max()) + 1
-        # How often each lesion was drawn is all that matters; the multinomial draws just that.
-        step = max(1, _CELLS_AT_ONCE // count)
-        for first in range(0, resamples, step):
-            size = min(step, resamples - first)
-            drawn = generator.multinomial(count, np.full(count, 1 / count), size=size)
-            yield slice(first, first + size), rows, lesion, drawn
+def resampled_confusions(
+    truth: np.ndarray, predicted: np.ndarray, lesions: np.ndarray, *, num_classes: int, resamples: int, seed: int
+) -> np.ndarray:
+    """Confusion matrices int64 [resamples, K, K] of the bootstrap samples of `resampled_weights`.
+
+    truth, predicted: int64 [N], classes 0 .. K - 1.
+    """
+    cells = truth * num_classes + predicted
+    drawn = resampled_weights(truth, lesions, resamples=resamples, seed=seed)
+    counts = np.stack([np.bincount(cells, row, minlength=num_classes**2) for row in drawn])
+    return counts.astype(np.int64).reshape(-1, num_classes, num_classes)
 
 
 def resampled_seeds(seeds: int, *, resamples: int, seed: int) -> np.ndarray:

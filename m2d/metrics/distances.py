@@ -8,46 +8,24 @@ import scipy.linalg
 
 NEIGHBOURS = 5  # k of precision, recall, density, coverage: Naeem et al. and the prdc package
 LEAST_GROUPS = 3  # on a side of a kernel distance: with one left out, a pair must be left
-# Of the median feature's deviation: what a feature is divided by at least. By plain standardisation the features that
-# hardly ever fire in training (a tenth of EfficientNet-Lite0's deviate by less than a sixth of the median) are nearly
-# all of the cubic kernel wherever one does fire: the prototype's samples were at 16 to 82 in their six classes, with an
-# error of a quarter to a half of that. With this they are at 3.1 to 5.1, with an error of a tenth; real ones stay at 0.
-LEAST_DEVIATION = 0.3
 _BLOCK_VALUES = 2**22  # of a kernel or a distance at once: 32 MiB
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What standardises features before a distance: (x - mean) / deviation."""
-
-    mean: np.ndarray  # [D]
-    deviation: np.ndarray  # [D]
-
-    @classmethod
-    def of(cls, reference: np.ndarray) -> "Scale":
-        """Mean and deviation of [N, D], the latter at least LEAST_DEVIATION of the median feature's."""
-        mean, std = reference.mean(axis=0, dtype=np.float64), reference.std(axis=0, dtype=np.float64)
-        alive = std > 1e-6 * std.max()  # what else there is, is rounding
-        least = LEAST_DEVIATION * float(np.median(std[alive])) if alive.any() else 1.0
-        return cls(mean, np.maximum(std, least))
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """|m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of two Gaussians fitted to a [N, D] and b [M, D] (N, M > 1).
 
-    The squared distance, as is usual (Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", eq. 6).
-    With S = F^T F the trace of the root is the sum of the singular values of F_a F_b^T, so that no matrix is rooted and
-    no small number added to its diagonal: the value is exact also where N <= D leaves the covariances singular.
-    It is biased upwards, the more the smaller N and M, and below D images most directions were never seen. Compare only
-    values at equal N and M, and with what two real samples of that size give.
+    The squared distance (Heusel et al. 2017, "GANs Trained by a Two Time-Scale Update Rule", eq. 6), exact also where
+    N <= D leaves covariances singular: with S = F^T F the trace of the root is the sum of the singular values of
+    F_a F_b^T. Biased upwards, the more the smaller N and M: compare only values at equal ones, and with what two real
+    samples of that size give.
     """
     if min(len(a), len(b)) < 2:
         raise ValueError(f"a covariance of {min(len(a), len(b))} vectors")
-    mean_a, mean_b = a.mean(axis=0, dtype=np.float64), b.mean(axis=0, dtype=np.float64)
-    factor_a, factor_b = _covariance_factor(a, mean_a), _covariance_factor(b, mean_b)
-    root = scipy.linalg.svdvals(factor_a @ factor_b.T).sum()
-    traces = np.square(factor_a).sum() + np.square(factor_b).sum()
-    return max(0.0, float(np.square(mean_a - mean_b).sum() + traces - 2 * root))
+    means = [side.mean(axis=0, dtype=np.float64) for side in (a, b)]
+    factors = [_covariance_factor(side - mean) for side, mean in zip((a, b), means)]
+    root = scipy.linalg.svdvals(factors[0] @ factors[1].T).sum()
+    traces = sum(np.square(factor).sum() for factor in factors)
+    return max(0.0, float(np.square(means[0] - means[1]).sum() + traces - 2 * root))
 
 
 @dataclass(frozen=True)
@@ -66,14 +44,11 @@ def kernel_distance(
     Binkowski et al. 2018, "Demystifying MMD GANs", section 4; N and M may differ. groups_a [N], groups_b [M]: equal
     values are one lesion; without them each vector is its own. Raises ValueError for less than three on a side.
 
-    Value: all pairs within a, within b and between them, but for the pairs of one lesion: they are not independent, and
-    with the few lesions of a rare class they would push the distance up. KID's usual mean over random subsets has the
-    same expectation and more variance, so with 96 images it would only throw some away.
-    Standard error: over the subsets that each leave out one lesion, of either side (two-sample jackknife). KID's
-    deviation over subsets is that of the small subset, and its mean's error falls to 0 with the number of subsets,
-    though they overlap. The jackknife needs no subset size, counts lesions, and errs on the large side in expectation
-    (Efron and Stein 1981, "The jackknife estimate of variance"): by up to a root of 2 where both sides are of one
-    distribution.
+    Value: all pairs but those of one lesion, which are not independent, and with the few lesions of a rare class would
+    push the distance up. KID's usual mean over random subsets has the same expectation and more variance.
+    Standard error: two-sample jackknife over lesions. KID's deviation over subsets falls to 0 with their number, though
+    they overlap. The jackknife errs on the large side in expectation (Efron and Stein 1981, "The jackknife estimate of
+    variance"): by up to a root of 2 where both sides are of one distribution.
     """
     codes_a, codes_b = (
         np.arange(len(side)) if groups is None else np.unique(groups, return_inverse=True)[1]
@@ -94,21 +69,14 @@ def kernel_distance(
     return KernelDistance(float(value), float(np.sqrt(variance)))
 
 
-@dataclass(frozen=True)
-class NeighbourScores:
-    """How the balls around the images of one set, each reaching to its k-th neighbour, hold the images of the other."""
+def neighbour_scores(reference: np.ndarray, other: np.ndarray, *, k: int = NEIGHBOURS) -> dict[str, float]:
+    """How the balls around the images of one set, each reaching to its k-th neighbour, hold the images of the other.
 
-    precision: float  # share of the other set's images in a ball of the reference
-    recall: float  # share of the reference's images in a ball of the other set
-    density: float  # balls of the reference that hold an image of the other set, on average, over k; may exceed 1
-    coverage: float  # share of the reference's balls that hold an image of the other set
-
-
-def neighbour_scores(reference: np.ndarray, other: np.ndarray, *, k: int = NEIGHBOURS) -> NeighbourScores:
-    """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020), Euclidean distance.
-
-    reference [N, D], other [M, D]; raises ValueError unless both hold more than k. All four depend on N and M: compare
-    at equal ones.
+    reference [N, D], other [M, D], Euclidean distance. Raises ValueError unless both hold more than k. Precision: share
+    of the other set in a ball of the reference. Recall: share of the reference in a ball of the other set
+    (Kynkaanniemi et al. 2019). Density: balls of the reference that hold an image of the other set, on average, over k;
+    may exceed 1. Coverage: share of the reference's balls that hold one (Naeem et al. 2020). All four depend on N and
+    M: compare at equal ones.
     """
     if min(len(reference), len(other)) <= k:
         raise ValueError(f"{min(len(reference), len(other))} vectors have no {k}-th neighbour each")
@@ -121,12 +89,12 @@ def neighbour_scores(reference: np.ndarray, other: np.ndarray, *, k: int = NEIGH
         holders += inside.sum(axis=0)
         covered += int(inside.any(axis=1).sum())
         recalled += int((squared < reach_of_other).any(axis=1).sum())
-    return NeighbourScores(
-        precision=float((holders > 0).mean()),
-        recall=recalled / len(reference),
-        density=float(holders.mean() / k),
-        coverage=covered / len(reference),
-    )
+    return {
+        "precision": float((holders > 0).mean()),
+        "recall": recalled / len(reference),
+        "density": float(holders.mean() / k),
+        "coverage": covered / len(reference),
+    }
 
 
 def vendi_score(features: np.ndarray) -> float:
@@ -146,17 +114,12 @@ def vendi_score(features: np.ndarray) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
-def _covariance_factor(features: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    """F [at most D, D] with F^T F the covariance: triangles of QR, for a product would lose half of the digits."""
-    dimensions = features.shape[1]
-    factor: np.ndarray = np.empty((0, dimensions))
-    step = max(dimensions, 1024)
-    for first in range(0, len(features), step):
-        factor = np.vstack([factor, features[first : first + step] - mean])
-        if len(factor) > dimensions:
-            factor = scipy.linalg.qr(factor, mode="r", overwrite_a=True, check_finite=False)[0][:dimensions]
-    factor /= np.sqrt(len(features) - 1)
-    return factor
+def _covariance_factor(centred: np.ndarray) -> np.ndarray:
+    """F [at most D, D] with F^T F the covariance: the triangle of QR, for a product would lose half of the digits."""
+    count, dimensions = centred.shape
+    if count > dimensions:
+        centred = scipy.linalg.qr(centred, mode="r", check_finite=False)[0][:dimensions]
+    return centred / np.sqrt(count - 1)
 
 
 def _within(features: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, float, np.ndarray]:
@@ -179,10 +142,8 @@ def _within(features: np.ndarray, codes: np.ndarray) -> tuple[np.ndarray, float,
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """float64 [N, M]."""
     base = a.astype(np.float64, copy=False) @ b.astype(np.float64, copy=False).T / a.shape[1] + 1
-    cube: np.ndarray = base * base * base  # base**3 is ten times slower
-    return cube
+    return base * base * base  # base**3 is ten times slower
 
 
 def _squared_reach(features: np.ndarray, k: int) -> np.ndarray:
@@ -195,14 +156,12 @@ def _squared_reach(features: np.ndarray, k: int) -> np.ndarray:
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """float64 [N, M]."""
     a, b = a.astype(np.float64, copy=False), b.astype(np.float64, copy=False)
-    squared: np.ndarray = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1) - 2 * (a @ b.T)
+    squared = np.square(a).sum(axis=1)[:, None] + np.square(b).sum(axis=1) - 2 * (a @ b.T)
     return squared.clip(min=0, out=squared)
 
 
 def _blocks(rows: int, columns: int) -> Iterator[slice]:
     """Slices of the rows, so many that a block of all columns stays small."""
     step = max(1, _BLOCK_VALUES // columns)
-    for first in range(0, rows, step):
-        yield slice(first, first + step)
+    return (slice(first, first + step) for first in range(0, rows, step))

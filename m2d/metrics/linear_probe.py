@@ -8,6 +8,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
+from m2d.metrics.neighbours import Standardizer, one_where_constant
 from m2d.metrics.scores import confusion_matrix, scores
 
 MAX_ITERATIONS = 2000  # of L-BFGS
@@ -18,11 +19,10 @@ TOLERANCE, TOLERANCE_OF_CHOICE = 1e-4, 1e-3  # of the gradient; the looser one h
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A fitted probe; standardises what it is given by the training images' mean and deviation."""
+    """A fitted probe; standardises what it is given as it did the training images."""
 
     classifier: LogisticRegression
-    mean: np.ndarray  # [D]
-    std: np.ndarray  # [D]
+    standardizer: Standardizer
     converged: bool
     iterations: int
 
@@ -46,27 +46,23 @@ class LinearProbe:
         and deviation are taken in place of those of `features`.
         """
         reference = features if standardised_by is None else standardised_by
-        mean, std = reference.mean(axis=0, dtype=np.float64), reference.std(axis=0, dtype=np.float64)
-        # A feature that never changes (rounding aside) is 0 in training, whatever it is divided by, and gets no weight.
-        std = np.where(std > 1e-6 * std.max(), std, 1)
-        mean, std = mean.astype(features.dtype), std.astype(features.dtype)
+        standardizer = Standardizer.of(reference, one_where_constant, dtype=features.dtype)
         class_weight = "balanced" if weights is None else None
         classifier = LogisticRegression(C=c, class_weight=class_weight, max_iter=MAX_ITERATIONS, tol=tolerance)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            classifier.fit((features - mean) / std, labels, sample_weight=weights)
+            classifier.fit(standardizer(features), labels, sample_weight=weights)
         converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-        return cls(classifier, mean, std, converged, int(classifier.n_iter_.max()))
+        return cls(classifier, standardizer, converged, int(classifier.n_iter_.max()))
 
     def predict(self, features: np.ndarray) -> np.ndarray:
         """The class of each of [N, D], int64 [N]."""
-        labels: np.ndarray = self.classifier.predict((features - self.mean) / self.std)
-        return labels
+        return np.asarray(self.classifier.predict(self.standardizer(features)))
 
     def probabilities(self, features: np.ndarray, num_classes: int) -> np.ndarray:
         """Of each of [N, D], float64 [N, num_classes]; 0 for a class that the probe was not fitted on."""
         spread = np.zeros((len(features), num_classes))
-        spread[:, self.classifier.classes_] = self.classifier.predict_proba((features - self.mean) / self.std)
+        spread[:, self.classifier.classes_] = self.classifier.predict_proba(self.standardizer(features))
         return spread
 
 
@@ -86,14 +82,12 @@ def choose_c(
         folds = list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(features, labels, lesions))
     if any(len(np.unique(labels[fitted])) < 2 or not len(held_out) for fitted, held_out in folds):
         return None, {}
-    predicted = {c: np.empty_like(labels) for c in C_GRID}
-    for fitted, held_out in folds:
-        for c in C_GRID:
+    tried = {}
+    for c in C_GRID:
+        predicted = np.empty_like(labels)
+        for fitted, held_out in folds:
             probe = LinearProbe.fit(features[fitted], labels[fitted], c=c, tolerance=TOLERANCE_OF_CHOICE)
-            predicted[c][held_out] = probe.predict(features[held_out])
-    tried = {
-        c: float(scores(confusion_matrix(labels, calls, num_classes)).balanced_accuracy)
-        for c, calls in predicted.items()
-    }
+            predicted[held_out] = probe.predict(features[held_out])
+        tried[c] = float(scores(confusion_matrix(labels, predicted, num_classes)).balanced_accuracy)
     best = [c for c, score in tried.items() if score == max(tried.values())]
     return best[len(best) // 2], tried

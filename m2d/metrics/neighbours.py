@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from scipy.spatial import cKDTree
 from torch import Tensor
 
 THUMBNAIL = 8  # pixels a side
+LEAST_DEVIATION = 0.3
 COPY_FLOOR = 1e-4  # of every limit of near-copies, so that an exact copy is one even where training images repeat
 NEAR_DUPLICATE = 3e-3  # of thumbnails; in HAM10000 no two lesions are nearer than 7e-3, copies and small crops are
 _BLOCK_VALUES = 2**22  # similarities at once: 16 MiB
@@ -22,29 +24,44 @@ _QUERIES = 256
 
 @dataclass(frozen=True)
 class Standardizer:
-    """Features less a mean, over a scale; float64 [D] each, both of the training images."""
+    """Features less a mean, over a scale; [D] each, both of the training images."""
 
     mean: np.ndarray
     scale: np.ndarray
 
     @classmethod
-    def of(cls, features: np.ndarray, scale: Callable[[np.ndarray], np.ndarray]) -> Self:
-        """features [n, D]. scale: what to divide by, from the deviations: `at_least_median` or `one_where_constant`."""
-        return cls(features.mean(axis=0, dtype=np.float64), scale(features.std(axis=0, dtype=np.float64)))
+    def of(
+        cls, features: np.ndarray, scale: Callable[[np.ndarray], np.ndarray], dtype: npt.DTypeLike = np.float64
+    ) -> Self:
+        """features [n, D]. scale: what to divide by, from the deviations: one of the three functions below."""
+        mean, deviation = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
+        return cls(mean.astype(dtype), scale(deviation).astype(dtype))
+
+    def __call__(self, features: np.ndarray) -> np.ndarray:
+        """Standardised, [n, D]."""
+        return np.asarray((features - self.mean) / self.scale)
 
     def unit(self, features: np.ndarray) -> Tensor:
-        """Standardised in float64, then at length 1: float32 [n, D]."""
-        return unit_rows(torch.from_numpy(((features - self.mean) / self.scale).astype(np.float32)))
+        """Standardised, then at length 1: float32 [n, D]."""
+        return unit_rows(torch.from_numpy(self(features).astype(np.float32)))
 
 
 def at_least_median(deviation: np.ndarray) -> np.ndarray:
     """Features that few training images show would make every new image a stranger: they count less, not more."""
-    least = max(float(np.median(deviation)) if deviation.size else 0.0, 1e-6)
-    return deviation.clip(min=least)
+    return deviation.clip(min=max(float(np.median(deviation)), 1e-6))
+
+
+def at_least_part_of_median(deviation: np.ndarray) -> np.ndarray:
+    """At least LEAST_DEVIATION of the median of the features that change at all.
+
+    Otherwise features that hardly ever fire in training are nearly all of a cubic kernel wherever one does fire.
+    """
+    alive = deviation > 1e-6 * deviation.max()  # what else there is, is rounding
+    return np.maximum(deviation, LEAST_DEVIATION * float(np.median(deviation[alive])) if alive.any() else 1.0)
 
 
 def one_where_constant(deviation: np.ndarray) -> np.ndarray:
-    """A feature that never changes, rounding aside, is divided by 1."""
+    """A feature that never changes, rounding aside, is divided by 1: in training it is 0 whatever it is divided by."""
     return np.where(deviation > 1e-6 * deviation.max(), deviation, 1)
 
 
@@ -63,8 +80,7 @@ def unit_thumbnails(cells: np.ndarray) -> Tensor:
 def unit_rows(vectors: Tensor) -> Tensor:
     """Rows at length 1, float32 [n, D]; a row of zeros stays one."""
     lengths = torch.linalg.vector_norm(vectors.float(), dim=1, keepdim=True)
-    unit: Tensor = vectors.float() / lengths.clamp(min=1e-12)
-    return unit
+    return vectors.float() / lengths.clamp(min=1e-12)
 
 
 def nearest(
@@ -84,14 +100,22 @@ def nearest(
     """
     distances = torch.full((len(queries), k), torch.inf, dtype=torch.float64, device=queries.device)
     rows = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
-    for first in range(0, len(queries), _QUERIES):
-        part = slice(first, first + _QUERIES)
-        groups = None if query_groups is None else query_groups[part]
-        rows[part] = _nearest_rows(queries[part], bank, k, groups, bank_groups, max(1, block_values // _QUERIES))
-        for place in range(k if len(bank) else 0):
-            found = rows[part, place]
-            gap = queries[part].double() - bank[found.clamp(min=0)].double()
-            distances[part, place] = (gap.square().sum(dim=1) / 2).masked_fill(found < 0, torch.inf)
+    block = max(1, block_values // _QUERIES)
+    for first in range(0, len(queries) if len(bank) else 0, _QUERIES):
+        some = slice(first, first + _QUERIES)
+        best, found = torch.full_like(rows[some], -torch.inf, dtype=torch.float32), rows[some]
+        for start in range(0, len(bank), block):
+            part = bank[start : start + block]
+            similar = queries[some] @ part.T
+            if query_groups is not None and bank_groups is not None:
+                similar.masked_fill_(query_groups[some, None] == bank_groups[None, start : start + block], -torch.inf)
+            numbers = torch.arange(start, start + len(part), device=rows.device).expand(len(similar), -1)
+            best, chosen = torch.cat([best, similar], dim=1).topk(k, dim=1)
+            found = torch.cat([found, numbers], dim=1).gather(1, chosen)
+        rows[some] = found.masked_fill(best == -torch.inf, -1)
+        for place, of_place in enumerate(rows[some].T):
+            gap = queries[some].double() - bank[of_place.clamp(min=0)].double()
+            distances[some, place] = (gap.square().sum(dim=1) / 2).masked_fill(of_place < 0, torch.inf)
     order = distances.argsort(dim=1, stable=True)
     return distances.gather(1, order), rows.gather(1, order)
 
@@ -152,20 +176,3 @@ def drawn_rows(count: int, most: int, seed: int = 0) -> np.ndarray:
     if count <= most:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
-
-
-def _nearest_rows(
-    queries: Tensor, bank: Tensor, k: int, query_groups: Tensor | None, bank_groups: Tensor | None, block: int
-) -> Tensor:
-    """int64 [B, k], -1 where there are fewer."""
-    best = torch.full((len(queries), k), -torch.inf, device=queries.device)
-    rows = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
-    for first in range(0, len(bank), block):
-        part = bank[first : first + block]
-        similar = queries @ part.T
-        if query_groups is not None and bank_groups is not None:
-            similar.masked_fill_(query_groups[:, None] == bank_groups[None, first : first + block], -torch.inf)
-        numbers = torch.arange(first, first + len(part), device=queries.device).expand(len(queries), -1)
-        best, chosen = torch.cat([best, similar], dim=1).topk(k, dim=1)
-        rows = torch.cat([rows, numbers], dim=1).gather(1, chosen)
-    return rows.masked_fill(best == -torch.inf, -1)

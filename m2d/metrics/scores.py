@@ -67,11 +67,24 @@ def weighted_scores(probabilities: np.ndarray, truth: np.ndarray, weights: np.nd
     expected_calibration_error: see `calibration_error`.
     """
     step = max(1, _CELLS_AT_ONCE // len(truth))
-    parts = [
-        _scores_of(probabilities, truth, weights[first : first + step].astype(np.float64, order="F"))
-        for first in range(0, len(weights), step)
-    ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if len(weights) > step:
+        parts = [
+            weighted_scores(probabilities, truth, weights[one : one + step]) for one in range(0, len(weights), step)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    weights = weights.astype(np.float64, order="F")
+    present, classes = np.unique(truth), probabilities.shape[1]
+    cell = truth * classes + probabilities.argmax(axis=1)  # of the confusion matrix
+    called = scores((weights @ np.eye(classes**2)[cell]).reshape(-1, classes, classes))
+    areas = {int(k): average_precision(probabilities[:, k], truth == k, weights) for k in present}
+    return {
+        "balanced_accuracy": called.balanced_accuracy,
+        "macro_f1": called.macro_f1,
+        "macro_auprc": np.mean(list(areas.values()), axis=0),
+        **({"melanoma_auprc": areas[MELANOMA]} if MELANOMA in areas else {}),
+        "expected_calibration_error": calibration_error(probabilities, truth, weights),
+        **{f"recall_{CLASSES[k]}": recall for k, recall in zip(present, called.recall.T)},
+    }
 
 
 def average_precision(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -88,8 +101,7 @@ def average_precision(score: np.ndarray, positive: np.ndarray, weights: np.ndarr
     hits = np.cumsum(ordered, axis=0)[last]
     precision = np.divide(hits, called, out=np.zeros_like(hits), where=called > 0)
     gained = np.diff(hits, axis=0, prepend=0)
-    area: np.ndarray = (gained * precision).sum(axis=0) / hits[-1]
-    return area
+    return np.asarray((gained * precision).sum(axis=0) / hits[-1])
 
 
 def calibration_error(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -104,24 +116,4 @@ def calibration_error(probabilities: np.ndarray, truth: np.ndarray, weights: np.
     edges = np.linspace(0, 1, BINS + 1)[1:-1]
     in_bin = np.eye(BINS)[np.searchsorted(edges, confidence, side="right")]  # [N, BINS]
     gaps = weights @ (in_bin * (right - confidence)[:, None])
-    error: np.ndarray = np.abs(gaps).sum(axis=1) / weights.sum(axis=1)
-    return error
-
-
-def _scores_of(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """weighted_scores of a few weightings, float64 [R, N]."""
-    present = np.unique(truth)
-    classes = probabilities.shape[1]
-    cell = truth * classes + probabilities.argmax(axis=1)  # of the confusion matrix
-    confusion = (weights @ np.eye(classes**2)[cell]).reshape(-1, classes, classes)
-    called = scores(confusion)
-    areas = {int(k): average_precision(probabilities[:, k], truth == k, weights) for k in present}
-    melanoma = {"melanoma_auprc": areas[MELANOMA]} if MELANOMA in areas else {}
-    return {
-        "balanced_accuracy": called.balanced_accuracy,
-        "macro_f1": called.macro_f1,
-        "macro_auprc": np.mean(list(areas.values()), axis=0),
-        **melanoma,
-        "expected_calibration_error": calibration_error(probabilities, truth, weights),
-        **{f"recall_{CLASSES[k]}": recall for k, recall in zip(present, called.recall.T)},
-    }
+    return np.asarray(np.abs(gaps).sum(axis=1) / weights.sum(axis=1))

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 
-from m2d.classes import ISIC7, ClassSet
+from m2d.classes import ISIC7, ClassSet, Diagnosis
 from m2d.plots.charts import principal_components
 from m2d.plots.style import FAINT, GRID, INK, edge_colour, percent, require_labels
 
@@ -203,17 +203,9 @@ def _page(
     columns = max(1, -(-count // rows))  # rows filled alike: 9 cells of 8 to a row go 5 and 4
     left = MARGIN + (_NAMES_WIDTH if row_names else 0)
     body = max(left - MARGIN + columns * step_x - gaps[0], NARROWEST)
-    heading, text = font(TITLE_SIZE, bold=True), font(TEXT_SIZE)
-    lines = [(line, INK, heading, TITLE_LINE) for line in wrapped(title, heading, body)]
-    lines += [(line, FAINT, text, LINE) for line in wrapped(caption, text, body)]
-    top = MARGIN + sum(line[-1] for line in lines) + 18
-    page_height = top + (header.height if header else 0) + max(rows * step_y - gaps[1] if count else 0, LINE) + MARGIN
-    page = Image.new("RGB", (body + 2 * MARGIN, page_height), "white")
-    draw = ImageDraw.Draw(page)
-    y = MARGIN
-    for line, colour, face, advance in lines:
-        draw.text((MARGIN, y + (4 if face is text else 0)), line, fill=colour, font=face)
-        y += advance
+    height_below = (header.height if header else 0) + max(rows * step_y - gaps[1] if count else 0, LINE)
+    page, draw, top = titled_page(body, height_below, title, caption)
+    text = font(TEXT_SIZE)
     if header:
         page.paste(header, (MARGIN - 1, top - 1))
         top += header.height
@@ -221,12 +213,8 @@ def _page(
         draw.text((MARGIN, top), "no images", fill=FAINT, font=text)
     for number, (cell, label) in enumerate(zip(cells, labels, strict=True)):
         row, column = divmod(number, columns)
-        x, y, diagnosis = left + column * step_x, top + row * step_y, classes.diagnoses[label]
-        # A name is a cue that needs no colour.
-        face = font(TEXT_SIZE, bold=True)
-        draw.text((x, y), shortened(diagnosis.code, face, min([width, *(above or {})]) - 4), fill=INK, font=face)
-        stripe = (x, y + LINE, x + width - 1, y + LINE + STRIPE - 1)
-        draw.rectangle(stripe, fill=diagnosis.colour, outline=edge_colour(diagnosis.colour))
+        x, y = left + column * step_x, top + row * step_y
+        class_stripe(draw, classes.diagnoses[label], x, y, width, room=min([width, *(above or {})]) - 4)
         for dx, notes in (above or {}).items():
             draw.text((x + dx, y), notes[number] if notes else "", fill=INK, font=text)
         y += HEAD
@@ -236,6 +224,32 @@ def _page(
         for dy, name in (row_names or {}).items() if column == 0 else ():
             draw.text((MARGIN, y + dy), name, fill=INK, font=text)
     return page
+
+
+def titled_page(body: int, height: int, title: str, caption: str) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
+    """A white page with a title, a caption, room of `body` x `height` pixels below: from MARGIN and this y."""
+    heading, text = font(TITLE_SIZE, bold=True), font(TEXT_SIZE)
+    lines = [(line, INK, heading, TITLE_LINE) for line in wrapped(title, heading, body)]
+    lines += [(line, FAINT, text, LINE) for line in wrapped(caption, text, body)]
+    top = MARGIN + sum(line[-1] for line in lines) + 18
+    page = Image.new("RGB", (body + 2 * MARGIN, top + height + MARGIN), "white")
+    draw = ImageDraw.Draw(page)
+    y = MARGIN
+    for line, colour, face, advance in lines:
+        draw.text((MARGIN, y + (4 if face is text else 0)), line, fill=colour, font=face)
+        y += advance
+    return page, draw, top
+
+
+def class_stripe(draw: ImageDraw.ImageDraw, one: Diagnosis, x: int, y: int, width: int, *, room: int) -> None:
+    """The class's colour as a bar, and its code above it: a name is a cue that needs no colour. HEAD pixels high.
+
+    room: pixels that the code may take.
+    """
+    face = font(TEXT_SIZE, bold=True)
+    draw.text((x, y), shortened(one.code, face, room), fill=INK, font=face)
+    stripe = (x, y + LINE, x + width - 1, y + LINE + STRIPE - 1)
+    draw.rectangle(stripe, fill=one.colour, outline=edge_colour(one.colour))
 
 
 def _side_by_side(parts: Sequence[np.ndarray], axis: int) -> np.ndarray:

@@ -15,22 +15,17 @@ from torch import Tensor
 from m2d.data.order import micro_batch_number, worker_rows
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.experiment import BEST, complete_checkpoints
-from m2d.models.autoencoder import coded_at_once
 from m2d.models.checkpoint import CheckpointInfo, read_prior
 from m2d.models.perceptual import build_perceptual
-from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
-from m2d.training.features import FeatureSource, fit_features
-from m2d.training.latents import LatentTable, cache_latents
+from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw, pinned
+from m2d.training.features import FeatureSource, LatentTable, cache_latents, fit_features
 from m2d.training.measure import Throughput, peak_memory_gib
-from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
-from m2d.training.run_plan import RunPlan
+from m2d.training.networks import Networks, all_reduce_sum, build_networks, idle_modules
+from m2d.training.run import RunPlan, Wish, stop_is_wanted
 from m2d.training.saving import CheckpointKeeper, load_training_state, take_snapshot
-from m2d.training.step import Networks
-from m2d.training.stopping import Wish, stop_is_wanted
-from m2d.training.telemetry import open_telemetry
-from m2d.training.update import all_reduce_sum, barrier
-from m2d.training.validation import RunState, SampleQuality, score, validate
-from m2d.training.visuals import Visuals, show_gradients
+from m2d.training.step import build_step, step_config_of
+from m2d.training.telemetry import Telemetry
+from m2d.training.validation import RunView, score, show_gradients
 
 AHEAD = 2  # batches that are read while the device computes
 
@@ -52,12 +47,23 @@ class WorkerLink(Protocol):
         """Whether a node of the group is about to be taken away, reported once; all workers call it equally often."""
 
 
+def train_worker(plan: RunPlan, link: WorkerLink) -> None:
+    """Train from the newest checkpoint, or from the start, to the plan's last step."""
+    if link.device.type == "cpu":
+        threads = max(1, (os.cpu_count() or 1) // max(1, link.world_size))
+        torch.set_num_threads(plan.config.ray.threads_per_worker or threads)
+    else:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    _Run(plan, link).train()
+
+
 def read_ahead(batches: Iterator[ImageBatch | LatentBatch], *, pin_memory: bool) -> Iterator[ImageBatch | LatentBatch]:
     """The batches, read and (for a GPU) put into pinned memory by a thread that is AHEAD of them."""
 
     def read() -> ImageBatch | LatentBatch | None:
         batch = next(batches, None)
-        return batch.pinned() if batch is not None and pin_memory else batch
+        return pinned(batch) if batch is not None and pin_memory else batch
 
     thread = ThreadPoolExecutor(1, thread_name_prefix="m2d-read")
     try:
@@ -69,97 +75,55 @@ def read_ahead(batches: Iterator[ImageBatch | LatentBatch], *, pin_memory: bool)
         thread.shutdown(wait=False, cancel_futures=True)
 
 
-def train_worker(plan: RunPlan, link: WorkerLink) -> None:
-    """Train from the newest checkpoint, or from the start, to the plan's last step."""
-    config, device = plan.config, link.device
-    if device.type == "cpu":
-        threads = max(1, (os.cpu_count() or 1) // max(1, link.world_size))
-        torch.set_num_threads(config.ray.threads_per_worker or threads)
-    else:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-    features = plan.feature_table("train")
-    networks = build_networks(config, device, None if features is None else features.dim)
-    source = FeatureSource(device, networks.extractor, features)
-    checkpoints = complete_checkpoints(plan.experiment.checkpoints)
-    prior = read_prior(checkpoints[-1]) if checkpoints else None
-    if prior is None and config.stage == "decoder":
-        prior = read_prior(Path(config.init_checkpoint or ""))  # as it belongs to the U-Net, which stays
-    if prior is None:
-        prior = _fit_features(plan, networks, source, link, set_statistics=not checkpoints)
-    table: LatentTable | None = None
-    if config.stage == "latent":
-
-        def progress(done: int, total: int) -> None:
-            if link.rank == 0:
-                print(f"caching latents: {done} of {total} image views", flush=True)
-
-        table = cache_latents(
-            networks, plan.reader("train"), source, plan.experiment.path / "cache" / "latents",
-            views=config.data.views, batch_size=coded_at_once(config.data.image_size), rank=link.rank,
-            world_size=link.world_size, progress=progress,
-        )  # fmt: skip
-        if not checkpoints:
-            mean, variance = table.moments()
-            networks.denoiser.latent_norm.running_mean.copy_(mean)
-            networks.denoiser.latent_norm.running_var.copy_(variance)
-    _Run(plan, link, networks, source, prior, table).train()
-
-
 def _fit_features(
     plan: RunPlan, networks: Networks, source: FeatureSource, link: WorkerLink, *, set_statistics: bool
 ) -> FeaturePrior:
     """The prior of the training split's features; a new denoiser also learns their mean and deviation."""
-    config = plan.config
-    fit = fit_features(
-        source, plan.reader("train"), dim=networks.feature_dim, images=config.feature_extractor.statistics_images,
-        batch_size=config.batch_size, seed=config.seed, rank=link.rank, world_size=link.world_size,
-    )  # fmt: skip
+    prior, mean, std = fit_features(source, plan.reader("train"), plan.config, link.rank, link.world_size)
     if set_statistics and networks.denoiser_is_new:
-        networks.denoiser.conditioning.set_statistics(fit.mean, fit.std)
-    return fit.prior
+        networks.denoiser.conditioning.set_statistics(mean, std)
+    return prior
 
 
 class _Run:
-    """State of the loop."""
+    """A run in one worker: what it is made of, and the loop."""
 
-    def __init__(
-        self,
-        plan: RunPlan,
-        link: WorkerLink,
-        networks: Networks,
-        source: FeatureSource,
-        prior: FeaturePrior,
-        table: LatentTable | None,
-    ) -> None:
-        config = plan.config
-        self.plan, self.link, self.networks, self.source, self.prior = plan, link, networks, source, prior
-        self.table = table
+    def __init__(self, plan: RunPlan, link: WorkerLink) -> None:
+        config, device = plan.config, link.device
+        self.plan, self.link, self.leads = plan, link, link.rank == 0
+        self.accumulation = plan.accumulation(link.world_size)
+        self.place = {"rank": link.rank, "world_size": link.world_size, "step_micro_batches": plan.step_micro_batches}
+
+        # 1. Networks, and what features tell of the training split.
+        features = plan.feature_table("train")
+        self.networks = networks = build_networks(config, device, None if features is None else features.dim)
         self.latent_shape = networks.denoiser.latent_shape(config.data.image_size, networks.autoencoder.downsampling)
+        self.source = source = FeatureSource(device, networks.extractor, features)
+        self.checkpoints = complete_checkpoints(plan.experiment.checkpoints)
+        prior = read_prior(self.checkpoints[-1]) if self.checkpoints else None
+        if prior is None and config.stage == "decoder":
+            prior = read_prior(Path(config.init_checkpoint or ""))  # as it belongs to the U-Net, which stays
+        self.prior = prior or _fit_features(plan, networks, source, link, set_statistics=not self.checkpoints)
+        self.table = self._latents() if config.stage == "latent" else None
+
+        # 2. The step, and what is not on the device while it is taken.
         self.perceptual = build_perceptual(plan.perceptual, networks.extractor, config.perceptual.lpips_net)
-        self.perceptual.to(link.device)
-        step_config = step_config_of(
-            config, precision=plan.precision, total_steps=plan.total_steps, vae_warmup_steps=plan.vae_warmup_steps
-        )
+        self.perceptual.to(device)
+        step_config = step_config_of(config, plan.precision, plan.total_steps, plan.vae_warmup_steps)
         self.step = build_step(
-            config.stage, networks, self.perceptual, step_config, link.device, distributed=link.world_size > 1
+            config.stage, networks, self.perceptual, step_config, device, distributed=link.world_size > 1
         )
         averaged = self.step.ema.module
         self.aside = idle_modules(config, networks, averaged, [networks.extractor, self.perceptual])
-        self.leads = link.rank == 0
-        self.accumulation = plan.accumulation(link.world_size)
-        self.keeper = CheckpointKeeper(plan.experiment.checkpoints, config.saving.keep_last) if self.leads else None
-        self.telemetry = open_telemetry(plan.config, plan.experiment) if self.leads else None
-        self.validation_reader = plan.reader("val") if len(plan.catalog("val")) else None
-        self.validation_source = dataclasses.replace(source, table=plan.feature_table("val"))
-        self.visuals: Visuals | None = None
-        self.quality: SampleQuality | None = None
-        state = RunState(plan, networks, averaged, prior, link.device)
-        reader, of_validation = self.validation_reader, self.validation_source
-        if self.leads and config.telemetry.pictures:
-            self.visuals = Visuals(state, None if reader is None else (reader, of_validation))
-        if self.leads and config.saving.validation_samples and reader is not None:
-            self.quality = SampleQuality(state, reader, of_validation, config.saving.validation_samples)
+
+        # 3. What looks at the run and keeps it; the first worker's business, but for validation.
+        reader = plan.reader("val") if len(plan.catalog("val")) else None
+        of_validation = dataclasses.replace(source, table=plan.feature_table("val"))
+        self.view = RunView(plan, networks, averaged, self.prior, self.perceptual, reader, of_validation)
+        self.telemetry: Telemetry | None = None
+        if self.leads:
+            self.telemetry = Telemetry.of(config, plan.experiment)
+            self.keeper = CheckpointKeeper(plan.experiment.checkpoints, config.saving.keep_last)
         self.reported: dict[str, float] = {}
 
     def train(self) -> None:
@@ -194,18 +158,18 @@ class _Run:
             if done % config.schedule.log_every_steps == 0 or last:
                 self._log_scalars(done, meter.read(done))
             wish = self._wish(done)
-            save = done % plan.save_every == 0 or last or wish != Wish.GO_ON
+            save = done % (config.saving.every_steps or plan.steps_per_epoch) == 0 or last or wish != Wish.GO_ON
             due = plan.pictures_due(done)
             if save or due:
                 with self._all_on_device():
                     if save:
                         self._save(done)
-                    if due and self.visuals is not None and telemetry is not None:
-                        self.visuals.show(telemetry, self._info(done), due)
+                    if due and telemetry is not None:
+                        self.view.show(telemetry, self._info(done), due)
                 meter.restart(done)
             if wish == Wish.STOP:
                 break
-        self._report(self.keeper.wait() if self.keeper is not None else None)
+        self._report(self.keeper.wait() if self.leads else None)
         if telemetry is not None:
             best = plan.experiment.checkpoints / BEST
             upload = config.telemetry.upload_best and done == plan.total_steps and best.exists()
@@ -213,16 +177,29 @@ class _Run:
             plan.experiment.publish()
         all_reduce_sum(torch.zeros(1, device=device))  # no worker leaves before the last checkpoint is whole
 
+    def _latents(self) -> LatentTable:
+        """The latent stage's cache; a new run takes its latents' mean and deviation."""
+        plan, link, networks = self.plan, self.link, self.networks
+        folder, views = plan.experiment.path / "cache" / "latents", plan.config.data.views
+        table = cache_latents(
+            networks.autoencoder, plan.reader("train"), self.source, folder, views, link.rank, link.world_size
+        )
+        if not self.checkpoints:
+            mean, variance = table.moments()
+            networks.denoiser.latent_norm.running_mean.copy_(mean)
+            networks.denoiser.latent_norm.running_var.copy_(variance)
+        return table
+
     def _resume(self) -> int:
-        checkpoints = complete_checkpoints(self.plan.experiment.checkpoints)
+        """The step to begin with."""
         start = 0
-        if checkpoints:
-            state, document = load_training_state(checkpoints[-1], self.step.state_dict())
+        if self.checkpoints:
+            state, document = load_training_state(self.checkpoints[-1], self.step.state_dict())
             self.step.load_state_dict(state)
             start = int(document["position"]["step"])
         if self.telemetry is not None:
             self.telemetry.resume_at(start)
-        barrier()
+        all_reduce_sum(torch.zeros(1, device=self.link.device))  # all have read what the first step may change
         return start
 
     def _wish(self, done: int) -> Wish:
@@ -250,20 +227,14 @@ class _Run:
             return
         order = plan.order(plan.reader("train"))
         for micro_batch in range(first, first + count):
-            rows = worker_rows(
-                micro_batch, batch_size=plan.config.batch_size, rank=link.rank, world_size=link.world_size,
-                step_micro_batches=plan.step_micro_batches,
-            )  # fmt: skip
+            rows = worker_rows(micro_batch, batch_size=plan.config.batch_size, **self.place)
             yield self.table.batch(*order.lookup(rows))
 
     def _draws(self, micro_batch: int) -> Draws:
         """Those of the worker's micro-batch: the same whichever worker takes it, of however many."""
-        config, link = self.plan.config, self.link
-        number = micro_batch_number(
-            micro_batch, rank=link.rank, world_size=link.world_size, step_micro_batches=self.plan.step_micro_batches
-        )
-        first = number * config.batch_size
-        rows = torch.arange(first, first + config.batch_size, device=link.device)
+        config = self.plan.config
+        first = micro_batch_number(micro_batch, **self.place) * config.batch_size
+        rows = torch.arange(first, first + config.batch_size, device=self.link.device)
         return draw(config.seed, rows, self.latent_shape, self.networks.feature_dim, config.conditioning)
 
     @contextmanager
@@ -278,36 +249,30 @@ class _Run:
                 module.to("cpu")
 
     def _log_scalars(self, step: int, speed: dict[str, float]) -> None:
-        scalars = self.step.read_scalars()
+        plan, scalars = self.plan, self.step.read_scalars()
         names = sorted(scalars)
         mean = all_reduce_sum(torch.tensor([scalars[name] for name in names], device=self.link.device))
+        if self.telemetry is None:
+            return
         values = dict(zip(names, (mean / self.link.world_size).tolist(), strict=True)) | speed
-        for name, network in self.step.optimized.items():
-            if name == "denoiser" and self.table is None and step <= self.plan.vae_warmup_steps:
-                continue  # it does not learn yet
-            values[f"learning_rate/{name}"] = float(network.optimizer.param_groups[0]["lr"])
-        fewest, most = self.plan.config.workers
+        for name, optimizer in self.step.optimizers.items():
+            if name != "denoiser" or self.table is not None or step > plan.vae_warmup_steps:  # else it does not learn
+                values[f"learning_rate/{name}"] = float(optimizer.param_groups[0]["lr"])
+        fewest, most = plan.config.workers
         if fewest < most:
             values["workers"] = float(self.link.world_size)
-        values["epoch"] = step * self.plan.global_batch / self.plan.train_images
+        values["epoch"] = step * plan.global_batch / plan.train_images
         values["peak_memory_gib"] = peak_memory_gib(self.link.device)
-        if self.telemetry is not None:
-            self.telemetry.scalars("train", step, values)
+        self.telemetry.scalars("train", step, values)
 
     def _save(self, done: int) -> None:
         """Validate, snapshot, write in the background; report the checkpoint before this one, which is whole by now."""
         plan, link = self.plan, self.link
-        measures: dict[str, float] = {}
-        if self.validation_reader is not None:
-            measures = validate(
-                self.networks, self.step.ema.module, self.perceptual, self.validation_reader, self.validation_source,
-                images=plan.config.saving.validation_images, batch_size=plan.config.batch_size,
-                rank=link.rank, world_size=link.world_size, device=link.device,
-            )  # fmt: skip
-        if self.quality is not None:
-            measures |= self.quality.measure(self._info(done))
+        measures = self.view.validate(link.rank, link.world_size)
+        if self.leads and plan.config.saving.validation_samples:
+            measures |= self.view.sample_quality(self._info(done))
         previous = None
-        if self.keeper is not None and self.telemetry is not None:
+        if self.telemetry is not None:
             previous = self.keeper.wait()  # first: two snapshots are twice the host memory
             state = self.step.state_dict()
             state["position"] = {"step": done, "stream_row": done * plan.global_batch, "seed": plan.config.seed}
@@ -333,7 +298,7 @@ class _Run:
             image_size=config.data.image_size,
             feature_extractor=config.feature_extractor.name,
             feature_dim=self.networks.feature_dim,
-            num_patches=self.source.num_patches,
+            num_patches=self.source.source.num_patches,
             conditioning=vars(config.conditioning),
             config=self.plan.experiment.config(),
             extractor_key=self.plan.extractor_key,

@@ -1,8 +1,26 @@
-"""The losses, each a function of tensors to one number. Weights and sums are the step's business."""
+"""The losses, each a function of tensors to one number, and the two halves of the joint step that compute them.
+
+`AutoencoderPhase` owns the VAE, `DenoiserPhase` the U-Net, its conditioning and the projector. Each is a module that
+DistributedDataParallel may wrap and is called once per micro-batch; neither holds the other's parameters. The weights
+are applied by the step.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from m2d.classes import NUM_CLASSES
+from m2d.diffusion.interpolant import interpolate, velocity_target
+from m2d.models.autoencoder import Autoencoder
+from m2d.models.extractors import Features
+from m2d.models.settings import MIDDLE
+from m2d.models.unet import AlignmentProjector, Denoiser
+from m2d.training.batch import Draws
 
 
 def diffusion_loss(velocity: Tensor, target: Tensor) -> Tensor:
@@ -61,3 +79,104 @@ def psnr(reconstructed: Tensor, images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, one an image, [B, 3, H, W] in [-1, 1] each (a range of 2, clamped)."""
     error = (reconstructed.float().clamp(-1, 1) - images.float()) / 2
     return -10.0 * torch.log10(error.square().flatten(1).mean(dim=1).clamp(min=1e-12))
+
+
+@dataclass(frozen=True)
+class Autoencoded:
+    """A pass through the VAE, its graph cut at the latents: decoder and encoder take their backward passes apart."""
+
+    kl: Tensor  # 0-dim
+    latents: Tensor  # [B, C, h, w], the encoder's
+    decoder_input: Tensor  # the same numbers, a leaf: gathers the gradient that the latents get from all of their uses
+    reconstructed: Tensor  # float32 [B, 3, H, W]
+
+
+class AutoencoderPhase(nn.Module):
+    """Encode, sample, decode."""
+
+    def __init__(self, autoencoder: Autoencoder) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, images: Tensor, posterior_noise: Tensor) -> Autoencoded:
+        """images: float [B, 3, H, W] in [-1, 1]. posterior_noise: standard normal [B, C, h, w]."""
+        posterior = self.autoencoder.encode(images)
+        latents = sample(posterior, posterior_noise)
+        decoder_input = latents.detach().requires_grad_()
+        return Autoencoded(
+            kl=kl_loss(posterior.mean, posterior.logvar),
+            latents=latents,
+            decoder_input=decoder_input,
+            reconstructed=self.autoencoder.decode(decoder_input).float(),
+        )
+
+
+def sample(posterior: DiagonalGaussianDistribution, noise: Tensor) -> Tensor:
+    """Latents of a posterior, float32 [B, C, h, w]; noise: standard normal, the same shape."""
+    latents: Tensor = posterior.mean.float() + posterior.std.float() * noise
+    return latents
+
+
+class DenoiserPhase(nn.Module):
+    """Velocity and alignment on latents that carry no gradient."""
+
+    def __init__(
+        self, denoiser: Denoiser, projector: AlignmentProjector, tap: str = MIDDLE, spatial_norm: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.projector = projector
+        self.tap = tap
+        self.spatial_norm = spatial_norm
+
+    def forward(self, clean: Tensor, labels: Tensor, features: Features, draws: Draws) -> dict[str, Tensor]:
+        """Unweighted losses by name. clean: normalised latents [B, C, h, w], without a gradient; labels int64 [B]."""
+        denoiser = self.denoiser
+        context = denoiser.conditioning(
+            torch.where(draws.drop_class, NUM_CLASSES, labels),
+            features.cls,
+            drop_feature=draws.drop_feature,
+            noise=draws.feature_noise,
+            noise_level=draws.feature_noise_level,
+        )
+        x_t = interpolate(clean, draws.noise, draws.t)
+        velocity, tapped = denoiser.velocity_and_tap(x_t, draws.t, context, self.tap)
+        target = self._target(features)
+        predicted = self.projector(tapped, target.shape[1])
+        return {
+            "diffusion": diffusion_loss(velocity, velocity_target(clean, draws.noise)),
+            "alignment": alignment_loss(predicted, target),
+            "manifold": manifold_loss(predicted, target),
+        }
+
+    def align_autoencoder(self, latents: Tensor, labels: Tensor, features: Features, draws: Draws) -> Tensor:
+        """Alignment loss as the VAE sees it: through the U-Net, by running statistics, conditions undropped.
+
+        Call it on the bare module, not through DDP, and within `frozen`, forward and backward: under gradient
+        checkpointing the backward pass computes the blocks again, and would meet other parameters after a thaw.
+        """
+        denoiser = self.denoiser
+        clean = denoiser.normalize(latents)
+        x_t = interpolate(clean, draws.noise, draws.t)
+        tapped = denoiser.tapped(x_t, draws.t, denoiser.context(labels, features.cls), self.tap)
+        target = self._target(features)
+        return alignment_loss(self.projector(tapped, target.shape[1]), target)
+
+    def _target(self, features: Features) -> Tensor:
+        return spatially_normalized(features.patches, self.spatial_norm) if self.spatial_norm else features.patches
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Parameters that require a gradient stop doing so inside; only those do again afterwards.
+
+    Turning every parameter on again would thaw what was frozen for good (REPA-E's code thaws its position table so).
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -43,14 +43,9 @@ def count_flops(compute: Callable[[], object]) -> int:
 
 def flop_formulas() -> dict[Any, Any]:
     """torch's own registry, by operation, completed by attention on a CPU, which torch 2.11 does not count."""
-    aten = torch.ops.aten
-    flop_registry.setdefault(
-        aten._scaled_dot_product_flash_attention_for_cpu, flop_registry[aten._scaled_dot_product_flash_attention]
-    )
-    flop_registry.setdefault(
-        aten._scaled_dot_product_flash_attention_for_cpu_backward,
-        flop_registry[aten._scaled_dot_product_flash_attention_backward],
-    )
+    for backward in ("", "_backward"):
+        gpu, cpu = (f"_scaled_dot_product_flash_attention{place}{backward}" for place in ("", "_for_cpu"))
+        flop_registry.setdefault(getattr(torch.ops.aten, cpu), flop_registry[getattr(torch.ops.aten, gpu)])
     return flop_registry
 
 
@@ -73,11 +68,6 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return measured_peak(device, dtype), "matrix product measured at the start"
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
     """FLOP/s of a size x size matrix product in dtype, the best of as many as fit in `seconds`."""
     size = size if device.type == "cpu" else 4 * size
@@ -93,6 +83,11 @@ def measured_peak(device: torch.device, dtype: torch.dtype, size: int = 1024, se
     return 2 * size**3 / best
 
 
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 class Throughput:
     """Images a second, the share of time that waits for data, and model FLOP utilisation, between two readings.
 
@@ -100,10 +95,7 @@ class Throughput:
     """
 
     def __init__(self, device: torch.device, precision: Precision | None, start: int, images_per_step: int) -> None:
-        """precision: None where nothing is counted, because the step is compiled. start: steps taken already.
-
-        images_per_step: of all workers.
-        """
+        """precision: None where no FLOPs are counted. start: steps taken already. images_per_step: of all workers."""
         self.device, self.images_per_step = device, images_per_step
         self.peak = None if precision is None else peak_flops(device, DTYPES[precision])[0]  # FLOP/s
         self._flops: dict[Hashable, int] = {}
@@ -155,7 +147,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 LOWEST, HIGHEST, BINS = -12.0, 4.0, 64  # of log10 |g|: what lies outside is counted in the outermost bins
-_INDEXED = ("down_blocks", "up_blocks")  # lists of blocks: each block is a part of its own
+EDGES = [LOWEST + (HIGHEST - LOWEST) * k / BINS for k in range(BINS + 1)]
 
 
 @dataclass(frozen=True)
@@ -163,13 +155,8 @@ class GradientStatistics:
     """Of one step, before clipping."""
 
     norms: dict[str, float]  # `denoiser.unet.mid_block` and so on -> the L2 norm of its gradient
-    histograms: dict[str, list[int]]  # network -> how many elements have log10 |g| in each of the BINS
+    histograms: dict[str, list[int]]  # network -> how many elements have log10 |g| in each bin between EDGES
     zeros: dict[str, float]  # network -> share of elements that are exactly 0, which no bin counts
-
-    @property
-    def edges(self) -> list[float]:
-        """Of the bins, BINS + 1 values of log10 |g|."""
-        return [LOWEST + (HIGHEST - LOWEST) * k / BINS for k in range(BINS + 1)]
 
 
 @torch.no_grad()
@@ -184,11 +171,10 @@ def gradient_statistics(networks: Mapping[str, nn.Module]) -> GradientStatistics
             if parameter.grad is None:
                 continue
             gradient = parameter.grad.detach().float()
-            part = f"{network}.{part_of(name)}" if part_of(name) else network
-            _add(squares, part, gradient.square().sum())
+            add_up(squares, ".".join(filter(None, (network, part_of(name)))), gradient.square().sum())
             size = gradient[gradient != 0].abs().log10()
-            _add(counts, network, torch.histc(size.clamp(LOWEST, HIGHEST), bins=BINS, min=LOWEST, max=HIGHEST))
-            _add(zeros, network, (gradient == 0).sum())
+            add_up(counts, network, torch.histc(size.clamp(LOWEST, HIGHEST), bins=BINS, min=LOWEST, max=HIGHEST))
+            add_up(zeros, network, (gradient == 0).sum())
             sizes[network] = sizes.get(network, 0) + gradient.numel()
     return GradientStatistics(
         norms={part: total.sqrt().item() for part, total in squares.items()},
@@ -206,9 +192,10 @@ def part_of(parameter: str) -> str:
     words = parameter.split(".")[:-1]  # without `weight` or `bias`
     depth = 1
     if words[:1] in (["unet"], ["vae"]):
-        depth = 3 if len(words) > 1 and words[1] in _INDEXED else 2
+        depth = 3 if words[1:2] in (["down_blocks"], ["up_blocks"]) else 2
     return ".".join(words[:depth])
 
 
-def _add(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
+def add_up(totals: dict[str, Tensor], key: str, value: Tensor) -> None:
+    """Add a value to its total, not in place."""
     totals[key] = totals[key] + value if key in totals else value

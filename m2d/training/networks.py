@@ -1,21 +1,57 @@
-"""Builds what a run trains, from its configuration or from an earlier checkpoint."""
+"""What a run trains, from its configuration or an earlier checkpoint; the averaged weights; sums over its workers."""
 
+import copy
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from m2d.errors import CheckpointError
-from m2d.models.autoencoder import build_autoencoder
+from m2d.models.autoencoder import Autoencoder, build_autoencoder
 from m2d.models.checkpoint import load_checkpoint
 from m2d.models.extractors import FeatureExtractor, load_feature_extractor
 from m2d.models.perceptual import PatchDiscriminator
-from m2d.models.settings import FeatureExtractorConfig, Precision
-from m2d.models.unet import AlignmentProjector, build_denoiser, tap_channels
+from m2d.models.settings import FeatureExtractorConfig
+from m2d.models.unet import AlignmentProjector, Denoiser, build_denoiser, tap_channels
 from m2d.training.settings import TrainConfig
-from m2d.training.step import DecoderStep, JointStep, LatentStep, Networks, StepConfig
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+CHUNK = 2**24  # numbers that are averaged at once, 64 MiB
+
+
+def distributed() -> bool:
+    """Whether more than one worker trains."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum over all workers, in place."""
+    if distributed():
+        dist.all_reduce(values)
+    return values
+
+
+@dataclass
+class Networks:
+    """What is trained, and what is frozen beside it."""
+
+    autoencoder: Autoencoder
+    denoiser: Denoiser
+    projector: AlignmentProjector
+    extractor: FeatureExtractor | None  # None where every feature comes from the cache
+    feature_dim: int  # D
+    discriminator: PatchDiscriminator | None = None
+    denoiser_is_new: bool = True  # not taken from a checkpoint, so its feature statistics are yet to be fitted
+
+    def trained(self) -> dict[str, nn.Module]:
+        """Name to module, of those that a checkpoint holds."""
+        modules = {"autoencoder": self.autoencoder, "denoiser": self.denoiser, "projector": self.projector}
+        return modules if self.discriminator is None else modules | {"discriminator": self.discriminator}
 
 
 def build_networks(config: TrainConfig, device: torch.device, cached_dim: int | None = None) -> Networks:
@@ -36,13 +72,8 @@ def build_networks(config: TrainConfig, device: torch.device, cached_dim: int | 
         latent_size=size // autoencoder.downsampling,
         feature_dim=feature_dim,
     )
-    networks = Networks(
-        autoencoder=autoencoder,
-        denoiser=denoiser,
-        projector=AlignmentProjector(tap_channels(denoiser, config.alignment.tap), config.projector, feature_dim),
-        extractor=extractor,
-        feature_dim=feature_dim,
-    )
+    projector = AlignmentProjector(tap_channels(denoiser, config.alignment.tap), config.projector, feature_dim)
+    networks = Networks(autoencoder, denoiser, projector, extractor, feature_dim)
     if config.discriminator.enabled and config.stage != "latent":
         networks.discriminator = PatchDiscriminator(config.discriminator.channels, config.discriminator.layers)
     if config.init_checkpoint is not None:
@@ -59,52 +90,6 @@ def build_networks(config: TrainConfig, device: torch.device, cached_dim: int | 
             if config.channels_last:
                 module.to(memory_format=torch.channels_last)
     return networks
-
-
-def step_config_of(
-    config: TrainConfig, *, precision: Precision, total_steps: int, vae_warmup_steps: int = 0
-) -> StepConfig:
-    """What a run's step needs to know of it."""
-    return StepConfig(
-        weights=config.loss_weights,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        precision=precision,
-        total_steps=total_steps,
-        vae_warmup_steps=vae_warmup_steps,
-        discriminator_start=config.discriminator.start_step,
-        alignment=config.alignment,
-        compile={"mode": config.compile_mode} if config.compile else None,
-    )
-
-
-def build_step(
-    stage: str,
-    networks: Networks,
-    perceptual: nn.Module,
-    config: StepConfig,
-    device: torch.device,
-    distributed: bool = False,
-) -> JointStep | LatentStep | DecoderStep:
-    """The step of a stage."""
-    if stage == "latent":
-        return LatentStep(networks, config, device, distributed)
-    kind = DecoderStep if stage == "decoder" else JointStep
-    return kind(networks, perceptual, config, device, distributed)
-
-
-def idle_modules(
-    config: TrainConfig, networks: Networks, averaged: nn.Module, frozen: Iterable[nn.Module | None] = ()
-) -> list[nn.Module]:
-    """What is not on the GPU while the loop runs: averages kept in host memory, and what cached latents do without.
-
-    frozen: extractor and perceptual network.
-    """
-    apart = config.schedule.ema_on_cpu and averaged is not networks.denoiser  # a frozen one is its own average
-    idle: list[nn.Module | None] = [averaged] if apart else []
-    if config.stage == "latent":
-        idle += [networks.autoencoder, *frozen]
-    return [module for module in idle if module is not None]
 
 
 def build_extractor(config: FeatureExtractorConfig) -> FeatureExtractor:
@@ -132,12 +117,88 @@ def _start_from(path: str, networks: Networks, extractor: str) -> bool:
         return False
     networks.denoiser.load_state_dict(theirs)
     projector = Path(path) / "training" / "projector.safetensors"
-    if projector.is_file():
-        state = load_file(projector)
-        if _fits(state, networks.projector):
-            networks.projector.load_state_dict(state)
+    if projector.is_file() and _fits(state := load_file(projector), networks.projector):
+        networks.projector.load_state_dict(state)
     return True
 
 
 def _fits(state: dict[str, Tensor], module: nn.Module) -> bool:
     return {name: t.shape for name, t in state.items()} == {name: t.shape for name, t in module.state_dict().items()}
+
+
+def idle_modules(
+    config: TrainConfig, networks: Networks, averaged: nn.Module, frozen: Iterable[nn.Module | None] = ()
+) -> list[nn.Module]:
+    """What is not on the GPU while the loop runs: averages kept in host memory, and what cached latents do without.
+
+    frozen: extractor and perceptual network.
+    """
+    apart = config.schedule.ema_on_cpu and averaged is not networks.denoiser  # a frozen one is its own average
+    idle: list[nn.Module | None] = [averaged] if apart else []
+    if config.stage == "latent":
+        idle += [networks.autoencoder, *frozen]
+    return [module for module in idle if module is not None]
+
+
+class Ema(Generic[NetworkT]):
+    """Keeps `module`, a frozen copy that follows the trained one.
+
+    Decay at update n is min(decay, (1 + n) / (warmup + n)), so that early averages forget the random start. Buffers are
+    averaged too: the latent batch norm's statistics must suit the averaged weights (REPA-E).
+    """
+
+    def __init__(self, source: NetworkT, decay: float, warmup: float, device: torch.device | None) -> None:
+        """device: where the averages are kept; None: beside the source. A source that learns nothing is its average."""
+        learns = any(parameter.requires_grad for parameter in source.parameters())
+        self.module: NetworkT = copy.deepcopy(source) if learns else source
+        self.module.eval().requires_grad_(False)
+        if device is not None and learns:
+            self.module.to(device)
+        self.decay = decay
+        self.warmup = warmup
+        self.updates = torch.zeros((), device=next(self.module.parameters()).device)
+
+    @torch.no_grad()
+    def update(self, source: nn.Module, accepted: Tensor) -> None:
+        """Follow `source`. accepted: a 0-dim bool on its device; False leaves everything as it was.
+
+        Waits for the source's device where the averages are on another.
+        """
+        device = self.updates.device
+        step_taken = accepted.to(self.updates)
+        decay = torch.clamp((1 + self.updates) / (self.warmup + self.updates), max=self.decay)
+        weight = (1 - decay) * step_taken
+        averages, sources = _float_tensors(self.module), _float_tensors(source)
+        start = size = 0
+        for end, tensor in enumerate(averages, start=1):  # in chunks: what is computed of one is freed before the next
+            size += tensor.numel()
+            if size >= CHUNK or end == len(averages):
+                difference = torch._foreach_sub(_on(device, sources[start:end]), averages[start:end])
+                torch._foreach_mul_(difference, weight)
+                torch._foreach_add_(averages[start:end], difference)
+                del difference
+                start, size = end, 0
+        self.updates += step_taken
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged tensors and the number of updates."""
+        return {**self.module.state_dict(), "ema_updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`; strict."""
+        self.updates.copy_(state["ema_updates"])
+        self.module.load_state_dict({name: tensor for name, tensor in state.items() if name != "ema_updates"})
+
+
+def _float_tensors(module: nn.Module) -> list[Tensor]:
+    tensors = [*module.parameters(), *module.buffers()]
+    return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
+
+
+def _on(device: torch.device, tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors on a device, in one copy where they are not there."""
+    if tensors[0].device == device:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: snapshot on the device's time, write in the background, keep the last few and the best.
+"""Checkpoints of a run: a snapshot in memory, written in the background; the last few and the best are kept.
 
 A checkpoint appears whole or not at all: it is written under a temporary name, listed in complete.json, then renamed.
 """
@@ -22,24 +22,19 @@ from m2d.experiment import BEST, complete_checkpoints
 from m2d.files.atomic import write_whole
 from m2d.models.checkpoint import CheckpointInfo, mark_complete, save_tensors, write_inference_files
 from m2d.models.settings import COMPLETE
-from m2d.training.step import Networks
+from m2d.training.networks import Networks
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything of a moment, copied to the CPU, so that training continues while it is written."""
+    """A run's state at one step, copied to the CPU so that training continues while it is written."""
 
     info: CheckpointInfo
     networks: Networks  # for their configurations only
     state: dict[str, Any]  # of the step, tensors on the CPU
     random_state: Tensor
     metrics: dict[str, float]
-    prior: FeaturePrior | None = None
-
-    @property
-    def name(self) -> str:
-        """Directory name; sorts by step."""
-        return f"step_{self.info.step:08d}"
+    prior: FeaturePrior | None
 
 
 def take_snapshot(
@@ -69,10 +64,9 @@ def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write_files(snapshot, partial)
-        for path in partial.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:  # older checkpoints are deleted next, and the power may fail then
-                    os.fsync(file.fileno())
+        for path in filter(Path.is_file, partial.rglob("*")):
+            with path.open("rb") as file:  # older checkpoints are deleted next, and the power may fail then
+                os.fsync(file.fileno())
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)  # so that a full disk has room for the record of the failure
         raise
@@ -81,29 +75,26 @@ def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
 
 
 def _write_files(snapshot: Snapshot, partial: Path) -> None:
-    training = partial / "training"
+    training, state, networks = partial / "training", snapshot.state, snapshot.networks
     training.mkdir(parents=True)
-    state = snapshot.state
     averaged = {name: tensor for name, tensor in state["ema"].items() if name != "ema_updates"}
     vae = {name.removeprefix("vae."): tensor for name, tensor in state["networks"]["autoencoder"].items()}
+    inference = {"vae": vae, "denoiser": averaged}
     write_inference_files(
-        partial, snapshot.info, snapshot.networks.autoencoder, snapshot.networks.denoiser.unet,
-        {"vae": vae, "denoiser": averaged}, snapshot.prior,
-    )  # fmt: skip
-    for name, tensors in state["networks"].items():
-        if name != "autoencoder":  # vae/ holds it
-            save_tensors(tensors, training / f"{name}.safetensors")
+        partial, snapshot.info, networks.autoencoder, networks.denoiser.unet, inference, snapshot.prior
+    )
+    files = {name: tensors for name, tensors in state["networks"].items() if name != "autoencoder"}  # vae/ holds it
     for name, optimizer in state["optimizers"].items():
-        moments = {
+        files[f"optimizer_{name}"] = {
             f"{index}.{key}": tensor for index, entry in optimizer["state"].items() for key, tensor in entry.items()
         }
-        save_tensors(moments, training / f"optimizer_{name}.safetensors")
-    counters = {
+    files["counters"] = {
         "ema_updates": state["ema"]["ema_updates"],
         "skipped": state["skipped"],
         "random_state": snapshot.random_state,
     }
-    save_tensors(counters, training / "counters.safetensors")
+    for name, tensors in files.items():
+        save_tensors(tensors, training / f"{name}.safetensors")
     document = {"metrics": snapshot.metrics, "scaler": state["scaler"], "position": state.get("position", {})}
     (training / "state.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     mark_complete(partial)
@@ -120,14 +111,12 @@ def load_training_state(directory: Path, state: dict[str, Any]) -> tuple[dict[st
     document = json.loads((training / "state.json").read_text(encoding="utf-8"))
     counters = load_file(training / "counters.safetensors")
     averaged = load_file(directory / "conditioning.safetensors")
-    averaged |= {
-        f"unet.{k}": v for k, v in load_file(directory / "unet" / "diffusion_pytorch_model.safetensors").items()
+    unet, vae = (load_file(directory / name / "diffusion_pytorch_model.safetensors") for name in ("unet", "vae"))
+    averaged |= {f"unet.{name}": tensor for name, tensor in unet.items()}
+    networks = {
+        name: load_file(training / f"{name}.safetensors") for name in state["networks"] if name != "autoencoder"
     }
-    vae = load_file(directory / "vae" / "diffusion_pytorch_model.safetensors")
-    networks = {"autoencoder": {f"vae.{name}": tensor for name, tensor in vae.items()}}
-    for name in state["networks"]:
-        if name != "autoencoder":
-            networks[name] = load_file(training / f"{name}.safetensors")
+    networks["autoencoder"] = {f"vae.{name}": tensor for name, tensor in vae.items()}
     optimizers = {}
     for name, fresh in state["optimizers"].items():
         entries: dict[int, dict[str, Tensor]] = {}
@@ -162,20 +151,17 @@ class CheckpointKeeper:
 
     def wait(self) -> Path | None:
         """The last checkpoint once it is whole. Raises TrainingError where it could not be written."""
-        if self._pending is None:
-            return None
+        pending, self._pending = self._pending, None
         try:
-            return self._pending.result()
+            return None if pending is None else pending.result()
         except OSError as error:
             raise TrainingError(
                 f"a checkpoint could not be written to {self.directory}: {error}; those before it are intact, "
                 "make room and run the same command again"
             ) from None
-        finally:
-            self._pending = None
 
     def _write(self, snapshot: Snapshot, score: float) -> Path:
-        path = self.directory / snapshot.name
+        path = self.directory / f"step_{snapshot.info.step:08d}"
         write_snapshot(snapshot, path)
         best = read_best(self.directory)
         if best is None or score <= best[1]:

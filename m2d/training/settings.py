@@ -39,9 +39,9 @@ def require_range(
         shown = f"in [{low:g}, {high:g}{')' if below else ']'}"
     for name in names:
         value = getattr(config, name)
-        fits = value is None or (math.isfinite(value) and low <= value <= high)
-        fits = fits and not (above and value == low) and not (below and value == high)
-        require(fits, f"{room}{name} is {value}; it must be {shown}")
+        inside = value is None or (low <= value <= high and value != math.inf)  # and not nan
+        excluded = [low] * above + [high] * below
+        require(inside and value not in excluded, f"{room}{name} is {value}; it must be {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_range(self, "optimizer.", 0, "lr_autoencoder", "lr_denoiser", "lr_discriminator", above=True)
-        require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be above 0")
+        require(self.clip_norm > 0, f"optimizer.clip_norm is {self.clip_norm}; it must be above 0")  # may be infinite
         require_range(self, "optimizer.", 0, "warmup_steps")
         require_range(self, "optimizer.", 0, "final_fraction", high=1)
         require(len(self.betas) == 2, f"optimizer.betas is {self.betas}; give two numbers")
@@ -149,12 +149,7 @@ class TelemetryConfig:
     finish_timeout_s: float = 120.0  # how long the end of a run waits for wandb to send what is left
 
     def __post_init__(self) -> None:
-        every = (
-            "reconstructions_every_epochs",
-            "samples_every_epochs",
-            "features_every_epochs",
-            "gradients_every_steps",
-        )
+        every = [name for name in vars(self) if "_every_" in name]
         require_range(self, "telemetry.", 0, *every)
         require_range(self, "telemetry.", 1, "images", "samples_per_class", "sample_steps")
         require_range(self, "telemetry.", 0, "guidance_scale", "finish_timeout_s", above=True)
@@ -172,8 +167,7 @@ class RayConfig:
     resize_check_s: float = 600.0  # elastic runs: how often to look for room for more workers; growing costs a restart
 
     def __post_init__(self) -> None:
-        names = ("collective_timeout_s", "resize_check_s", "cpus_per_worker")
-        require_range(self, "ray.", 0, *names, above=True)
+        require_range(self, "ray.", 0, "collective_timeout_s", "resize_check_s", "cpus_per_worker", above=True)
         require_range(self, "ray.", 0, "wait_for_nodes_s")
         require_range(self, "ray.", -1, "max_failures")  # -1: without limit
 
@@ -229,17 +223,17 @@ class TrainConfig:
             re.fullmatch(r"[\w.-]+", self.name, flags=re.ASCII) is not None,
             f"name is {self.name!r}; use letters, digits, '.', '_' and '-'",
         )
-        begins = self.init_checkpoint is not None or self.dry_run
-        require(
-            begins or self.stage != "latent" or self.autoencoder.pretrained is not None,
-            "stage latent trains on a frozen VAE; name an earlier run's checkpoint by --init_checkpoint, or a "
-            "published VAE by --autoencoder.pretrained",
-        )
-        require(
-            begins or self.stage != "decoder",
-            "stage decoder keeps encoder and U-Net as they are; name an earlier run's checkpoint by --init_checkpoint",
-        )
-        levels, size = len(self.unet.block_channels), self.data.image_size
+        if self.init_checkpoint is None and not self.dry_run:
+            require(
+                self.stage != "latent" or self.autoencoder.pretrained is not None,
+                "stage latent trains on a frozen VAE; name an earlier run's checkpoint by --init_checkpoint, or a "
+                "published VAE by --autoencoder.pretrained",
+            )
+            require(
+                self.stage != "decoder",
+                "stage decoder keeps encoder and U-Net; name an earlier run's checkpoint by --init_checkpoint",
+            )
+        levels, size, discriminator = len(self.unet.block_channels), self.data.image_size, self.discriminator
         if self.autoencoder.pretrained is None:
             down, halvings = self.autoencoder.downsampling, 2 ** (levels - 1)
             latent = size // down
@@ -252,10 +246,10 @@ class TrainConfig:
             parse_tap(self.alignment.tap)[1] < levels,
             f"alignment.tap is {self.alignment.tap}; the U-Net has {levels} blocks each way, numbered from 0",
         )
-        smallest = 3 * 2**self.discriminator.layers
+        smallest = 3 * 2**discriminator.layers
         require(
-            not self.discriminator.enabled or size >= smallest,
-            f"data.image_size {size} is too small for discriminator.layers {self.discriminator.layers}, which need "
+            not discriminator.enabled or size >= smallest,
+            f"data.image_size {size} is too small for discriminator.layers {discriminator.layers}, which need "
             f"{smallest} pixels; use fewer layers",
         )
 
@@ -277,13 +271,11 @@ class TrainConfig:
 def parse_num_workers(value: int | str) -> tuple[int, int]:
     """(fewest, most) workers of `4`, or of the elastic `2-8`. Raises ConfigError for anything else."""
     matched = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", str(value))
-    if matched is None:
+    if matched is not None and matched[2] is None:
+        return int(matched[1]), int(matched[1])
+    if matched is None or not 1 <= int(matched[1]) <= int(matched[2]):
         raise ConfigError(f"num_workers is {value}; it must be a number (0: this process) or a range such as 2-8")
-    fewest = int(matched[1])
-    most = fewest if matched[2] is None else int(matched[2])
-    if matched[2] is not None and not 1 <= fewest <= most:
-        raise ConfigError(f"num_workers is {value}; a range begins at 1 or more and ends where it began or above")
-    return fewest, most
+    return int(matched[1]), int(matched[2])
 
 
 TrainConfigT = TypeVar("TrainConfigT", bound=TrainConfig)  # a sweep's settings are a run's and more
@@ -317,10 +309,7 @@ def with_absolute_paths(config: TrainConfigT) -> TrainConfigT:
     )
 
 
-def as_dict(config: Any) -> dict[str, Any]:
-    """A config as plain values, for YAML."""
-    values: dict[str, Any] = dataclasses.asdict(config)
-    return values
+as_dict = dataclasses.asdict  # a config as plain values, for YAML
 
 
 def differences(
@@ -336,21 +325,17 @@ def differences(
     if not prefix and _global_batch({**defaults, **old}) == _global_batch({**defaults, **new}):
         ignored = ignored | DIVISION  # the same steps, of the same images, with the same noise
     for key in sorted(old.keys() | new.keys()):
-        if prefix + key in ignored:
+        before, after, default = old.get(key, defaults.get(key)), new.get(key), defaults.get(key)
+        if prefix + key in ignored or before == after:
             continue
-        before, after = old.get(key, defaults.get(key)), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            within = defaults.get(key)
-            changed += differences(before, after, f"{prefix}{key}.", within if isinstance(within, dict) else {})
-        elif before != after:
+            changed += differences(before, after, f"{prefix}{key}.", default if isinstance(default, dict) else {})
+        else:
             changed.append(f"{prefix}{key}: {before} -> {after}")
     return changed
 
 
-def _global_batch(settings: dict[str, Any]) -> Any:
-    """Images an optimiser step; None where the settings are none that a run could have."""
-    try:
-        most = parse_num_workers(settings["num_workers"])[1]
-    except ConfigError:
-        return None
-    return settings["batch_size"] * settings["gradient_accumulation_steps"] * max(most, 1)
+def _global_batch(settings: dict[str, Any]) -> int:
+    """Images an optimiser step."""
+    most = parse_num_workers(settings["num_workers"])[1]
+    return int(settings["batch_size"] * settings["gradient_accumulation_steps"] * max(most, 1))

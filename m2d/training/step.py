@@ -7,55 +7,37 @@ activations are kept at the same time.
 """
 
 import inspect
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from m2d.errors import TrainingError
-from m2d.models.autoencoder import Autoencoder, from_uint8
-from m2d.models.extractors import FeatureExtractor, Features
-from m2d.models.perceptual import PatchDiscriminator
+from m2d.models.extractors import Features
 from m2d.models.precision import DTYPES
 from m2d.models.settings import Precision
-from m2d.models.unet import AlignmentProjector, Denoiser
-from m2d.training.batch import Draws, ImageBatch, LatentBatch
-from m2d.training.losses import adversarial_loss, discriminator_loss, reconstruction_loss
-from m2d.training.measure import GradientStatistics, count_flops, gradient_statistics
-from m2d.training.phases import AutoencoderPhase, DenoiserLosses, DenoiserPhase, frozen, sample
-from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig
-from m2d.training.update import Ema, Optimized, guarded_update, learning_rate
+from m2d.training.batch import Draws, ImageBatch, LatentBatch, extract, model_images, on_device
+from m2d.training.losses import (
+    AutoencoderPhase,
+    DenoiserPhase,
+    adversarial_loss,
+    discriminator_loss,
+    frozen,
+    reconstruction_loss,
+    sample,
+)
+from m2d.training.measure import GradientStatistics, add_up, count_flops, gradient_statistics
+from m2d.training.networks import Ema, Networks, distributed
+from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig, TrainConfig
 
 BatchT = TypeVar("BatchT", ImageBatch, LatentBatch)
 MicroBatchT = TypeVar("MicroBatchT")
-
-
-@dataclass
-class Networks:
-    """What is trained, and what is frozen beside it."""
-
-    autoencoder: Autoencoder
-    denoiser: Denoiser
-    projector: AlignmentProjector
-    extractor: FeatureExtractor | None  # None where every feature comes from the cache
-    feature_dim: int  # D
-    discriminator: PatchDiscriminator | None = None
-    denoiser_is_new: bool = True  # not taken from a checkpoint, so its feature statistics are yet to be fitted
-
-    def trained(self) -> dict[str, nn.Module]:
-        """Name to module, of those that a checkpoint holds."""
-        modules: dict[str, nn.Module] = {
-            "autoencoder": self.autoencoder,
-            "denoiser": self.denoiser,
-            "projector": self.projector,
-        }
-        if self.discriminator is not None:
-            modules["discriminator"] = self.discriminator
-        return modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,26 +64,130 @@ class StepConfig:
         return step < round(self.alignment.stop_fraction * self.total_steps)
 
 
-class BaseStep(Generic[BatchT]):
-    """The parts that the stages share: precision, DDP, the discriminator, the guarded update, EMA and the scalars."""
+def step_config_of(
+    config: TrainConfig, precision: Precision, total_steps: int, vae_warmup_steps: int = 0
+) -> StepConfig:
+    """What a run's step needs to know of it."""
+    return StepConfig(
+        weights=config.loss_weights,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        precision=precision,
+        total_steps=total_steps,
+        vae_warmup_steps=vae_warmup_steps,
+        discriminator_start=config.discriminator.start_step,
+        alignment=config.alignment,
+        compile={"mode": config.compile_mode} if config.compile else None,
+    )
 
-    def __init__(self, networks: Networks, config: StepConfig, device: torch.device, distributed: bool) -> None:
-        self.networks = networks
-        self.config = config
-        self.device = device
-        alignment = config.alignment
+
+def learning_rate(config: OptimizerConfig, peak: float, step: int, first_step: int, total_steps: int) -> float:
+    """Rate at `step` for a network that learns from `first_step` on: linear warm-up, then constant or cosine."""
+    local, span = step - first_step, max(total_steps - first_step, 1)
+    warm = min(1.0, (local + 1) / max(config.warmup_steps, 1))
+    if config.schedule == "constant":
+        return peak * warm
+    cosine = 0.5 * (1 + math.cos(math.pi * min(max(local / span, 0.0), 1.0)))
+    return peak * warm * (config.final_fraction + (1 - config.final_fraction) * cosine)
+
+
+def adamw(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """The optimiser of what of a network is not frozen. Its fused kernel skips the update where found_inf is 1."""
+    learns = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    betas = (config.betas[0], config.betas[1])
+    return torch.optim.AdamW(learns, betas=betas, weight_decay=config.weight_decay, fused=True)
+
+
+def load_moments(optimizer: torch.optim.AdamW, state: dict[str, Any]) -> None:
+    """The optimiser's state, its moments laid out in memory as their parameters are.
+
+    The fused kernel walks parameter and moments side by side through memory: a channels_last parameter beside
+    contiguous moments, as they come from a file, would be updated with other elements' moments.
+    """
+    optimizer.load_state_dict(state)
+    for parameter, entry in optimizer.state.items():
+        for name, moment in entry.items():
+            if moment.shape == parameter.shape:
+                entry[name] = torch.empty_like(parameter).copy_(moment)
+
+
+def guarded_update(
+    optimizers: Sequence[Any], losses: Tensor, scaler: torch.amp.GradScaler, clip_norm: float, look: Callable[[], None]
+) -> tuple[Tensor, list[Tensor]]:
+    """Step every optimiser, or none where a loss or a gradient is not finite on any worker; the host never waits.
+
+    losses: 1-D, every loss of the step. look: called once the gradients are on their true scale and not yet clipped.
+    Returns (accepted: 0-dim bool, gradient norms before clipping, one a network). Every parameter and optimiser state
+    is left as it was where accepted is False.
+    """
+    norms = []
+    finite = torch.isfinite(losses.detach()).all()
+    if scaler.is_enabled():
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+    look()
+    for optimizer in optimizers:
+        norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip_norm)
+        norms.append(norm)
+        finite = finite & torch.isfinite(norm)
+    rejected = (~finite).float()
+    if distributed():
+        dist.all_reduce(rejected, op=dist.ReduceOp.MAX)  # a loss can be non-finite on one worker alone
+    for optimizer in optimizers:
+        optimizer.grad_scale, optimizer.found_inf = None, rejected.reshape(())
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if scaler.is_enabled():
+        scaler.update()
+    return rejected.reshape(()) == 0, norms
+
+
+class BaseStep(Generic[BatchT]):
+    """What the stages share: precision, DDP, the losses of the decoder, the guarded update, EMA and the scalars."""
+
+    trains: ClassVar[tuple[str, ...]]  # `denoiser`, `autoencoder` or both
+
+    def __init__(
+        self,
+        networks: Networks,
+        perceptual: nn.Module,
+        config: StepConfig,
+        device: torch.device,
+        distributed: bool = False,
+    ) -> None:
+        self.networks, self.perceptual, self.config, self.device = networks, perceptual, config, device
+        optimizer, schedule, discriminator = config.optimizer, config.schedule, networks.discriminator
+        if "autoencoder" not in self.trains:
+            networks.autoencoder.requires_grad_(False)
+        if "denoiser" not in self.trains:
+            vae = networks.autoencoder.vae
+            for module in (vae.encoder, vae.quant_conv, networks.denoiser, networks.projector):
+                if module is not None:
+                    module.requires_grad_(False)
+        self.optimizers: dict[str, torch.optim.AdamW] = {}
         self.denoiser_phase = DenoiserPhase(
-            networks.denoiser, networks.projector, alignment.tap, alignment.spatial_norm
+            networks.denoiser, networks.projector, config.alignment.tap, config.alignment.spatial_norm
         )
+        # The phases as they are called: DDP may wrap them.
+        self._denoiser: nn.Module = self.denoiser_phase
+        self._autoencoder: nn.Module = AutoencoderPhase(networks.autoencoder)
+        self._discriminator: nn.Module | None = discriminator
         if config.compile is not None:
             self.denoiser_phase.compile(**config.compile)
-        schedule = config.schedule
+        if "denoiser" in self.trains:
+            self.optimizers["denoiser"] = adamw(self.denoiser_phase, optimizer)
+            self._denoiser = parallel(self._denoiser, device) if distributed else self._denoiser
+        if "autoencoder" in self.trains:
+            if config.compile is not None:  # not the whole phase: its graph is cut in the middle
+                networks.autoencoder.vae.encoder.compile(**config.compile)
+                networks.autoencoder.vae.decoder.compile(**config.compile)
+            self.optimizers["autoencoder"] = adamw(networks.autoencoder, optimizer)
+            self._autoencoder = parallel(self._autoencoder, device) if distributed else self._autoencoder
+            if discriminator is not None:
+                self.optimizers["discriminator"] = adamw(discriminator, optimizer)
+                self._discriminator = parallel(discriminator, device) if distributed else discriminator
         ema_device = torch.device("cpu") if schedule.ema_on_cpu else None
         self.ema = Ema(networks.denoiser, schedule.ema_decay, schedule.ema_warmup, ema_device)
-        self.optimized: dict[str, Optimized] = {}
-        self._discriminator: nn.Module | None = networks.discriminator
-        if networks.discriminator is not None and distributed:
-            self._discriminator = parallel(networks.discriminator, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}  # a loss may join in the middle of an interval
@@ -112,23 +198,22 @@ class BaseStep(Generic[BatchT]):
 
     def __call__(self, micro_batches: Sequence[tuple[BatchT, Draws]], step: int) -> None:
         """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
-        norm_before = self._norm_buffers()
+        norm_before = self._norm_state()
         losses = self.forward_backward(micro_batches, step)
         starts, config = self._learning(step), self.config
-        active = {name: self.optimized[name] for name in starts}
-        for name, network in active.items():
-            rate = learning_rate(config.optimizer, network.peak_rate, step, starts[name], config.total_steps)
-            for group in network.optimizer.param_groups:
-                group["lr"] = rate
+        active = {name: self.optimizers[name] for name in starts}
+        for name, optimizer in active.items():
+            peak: float = getattr(config.optimizer, f"lr_{name}")
+            rate = learning_rate(config.optimizer, peak, step, starts[name], config.total_steps)
+            optimizer.param_groups[0]["lr"] = rate
 
         def look_at_gradients() -> None:
             if self.watch_gradients:
                 self.gradients = gradient_statistics(self.networks.trained())
                 self.watch_gradients = False
 
-        accepted, norms = guarded_update(
-            list(active.values()), torch.stack(list(losses.values())), self.scaler, look_at_gradients
-        )
+        every_loss, clip_norm = torch.stack(list(losses.values())), config.optimizer.clip_norm
+        accepted, norms = guarded_update(list(active.values()), every_loss, self.scaler, clip_norm, look_at_gradients)
         self._restore_norm(norm_before, accepted)
         if "denoiser" in active:
             self.ema.update(self.networks.denoiser, accepted)
@@ -137,13 +222,20 @@ class BaseStep(Generic[BatchT]):
         scalars = {f"loss/{name}": loss for name, loss in losses.items()}
         scalars |= {f"gradient_norm/{name}": norm for name, norm in zip(active, norms, strict=True)}
         for name, scalar in scalars.items():
-            scalar = scalar.detach().float()
-            self._sums[name] = self._sums[name] + scalar if name in self._sums else scalar
+            add_up(self._sums, name, scalar.detach().float())
             self._counts[name] = self._counts.get(name, 0) + 1
+
+    def forward_backward(self, micro_batches: Sequence[tuple[BatchT, Draws]], step: int) -> dict[str, Tensor]:
+        """Forward and backward passes of a step's micro-batches. Returns the unweighted losses, means over them."""
+        raise NotImplementedError
 
     def _learning(self, step: int) -> dict[str, int]:
         """The networks that learn at a step, and the step from which on each does."""
-        return dict.fromkeys(self.optimized, 0)
+        return dict.fromkeys(self.optimizers, 0)
+
+    def kind(self, step: int) -> Hashable:
+        """Steps of one kind do the same work."""
+        return ()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The forward pass's precision."""
@@ -161,7 +253,7 @@ class BaseStep(Generic[BatchT]):
         scalars: dict[str, float] = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
         in_row = int(scalars.pop("in_row"))
         if in_row >= self.config.schedule.max_skipped_in_row:
-            bad = [name for name, value in scalars.items() if not torch.isfinite(torch.tensor(value))]
+            bad = [name for name, value in scalars.items() if not math.isfinite(value)]
             raise TrainingError(
                 f"{in_row} steps in a row had a loss or gradient that is not finite ({', '.join(bad) or 'gradients'}); "
                 "lower the learning rates or use --mixed_precision no, and run again to resume from the last checkpoint"
@@ -174,7 +266,7 @@ class BaseStep(Generic[BatchT]):
         return {
             "networks": {name: module.state_dict() for name, module in self.networks.trained().items()},
             "ema": self.ema.state_dict(),
-            "optimizers": {name: network.optimizer.state_dict() for name, network in self.optimized.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped.clone(),
         }
@@ -184,20 +276,10 @@ class BaseStep(Generic[BatchT]):
         for name, module in self.networks.trained().items():
             module.load_state_dict(state["networks"][name])
         self.ema.load_state_dict(state["ema"])
-        for name, network in self.optimized.items():
-            network.load_state_dict(state["optimizers"][name])
+        for name, optimizer in self.optimizers.items():
+            load_moments(optimizer, state["optimizers"][name])
         self.scaler.load_state_dict(state["scaler"])
         self.skipped.copy_(state["skipped"])
-
-    def _denoiser_total(self, flow: DenoiserLosses, step: int) -> Tensor:
-        """The weighted sum. A stopped alignment weighs nothing, but stays in it: DDP waits for every gradient."""
-        weights = self.config.weights
-        alignment = weights.alignment if self.config.aligns(step) else 0.0
-        return weights.diffusion * flow.diffusion + alignment * (flow.alignment + weights.manifold * flow.manifold)
-
-    def kind(self, step: int) -> Hashable:
-        """Steps of one kind do the same work."""
-        return ()
 
     def flops(self, batch: BatchT, draws: Draws, step: int) -> int:
         """What forward and backward of a micro-batch take at `step`, by computing them once for nothing.
@@ -205,16 +287,12 @@ class BaseStep(Generic[BatchT]):
         On real tensors, because counting decomposes some operations and so rounds otherwise; what it leaves behind in
         gradients and statistics is taken back.
         """
-        norm_before = self._norm_buffers()
+        norm_before = self._norm_state()
         counted = count_flops(lambda: self.forward_backward([(batch, draws)], step))
         for module in self.networks.trained().values():
             module.zero_grad(set_to_none=True)
         self._restore_norm(norm_before, torch.zeros((), dtype=torch.bool, device=self.device))
         return counted
-
-    def forward_backward(self, micro_batches: Sequence[tuple[BatchT, Draws]], step: int) -> dict[str, Tensor]:
-        """Forward and backward passes of a step's micro-batches. Returns the unweighted losses, means over them."""
-        raise NotImplementedError
 
     def _in_turn(self, micro_batches: Sequence[MicroBatchT], *phases: nn.Module | None) -> Iterator[MicroBatchT]:
         """The micro-batches. Gradients are added up here and reduced over workers once, in the last one.
@@ -228,18 +306,18 @@ class BaseStep(Generic[BatchT]):
                         stack.enter_context(phase.no_sync())
                 yield micro_batch
 
-    def _with_autoencoder(self, perceptual: nn.Module, distributed: bool) -> nn.Module:
-        """The VAE's phase, as a stage that trains it calls it, and optimisers of what of it is not frozen."""
-        networks, optimizer = self.networks, self.config.optimizer
-        self.perceptual = perceptual
-        phase = AutoencoderPhase(networks.autoencoder)
-        if self.config.compile is not None:  # not the whole phase: its graph is cut in the middle
-            networks.autoencoder.vae.encoder.compile(**self.config.compile)
-            networks.autoencoder.vae.decoder.compile(**self.config.compile)
-        self.optimized["autoencoder"] = Optimized(networks.autoencoder, optimizer, optimizer.lr_autoencoder)
-        if networks.discriminator is not None:
-            self.optimized["discriminator"] = Optimized(networks.discriminator, optimizer, optimizer.lr_discriminator)
-        return parallel(phase, self.device) if distributed else phase
+    def _denoiser_half(
+        self, clean: Tensor, labels: Tensor, features: Features, draws: Draws, step: int, losses: "_Means"
+    ) -> None:
+        """The U-Net's losses on normalised latents, and their backward pass."""
+        weights = self.config.weights
+        with self.autocast():
+            flow = self._denoiser(clean, labels.to(self.device, non_blocking=True), features, draws)
+        losses.add(flow)
+        # A stopped alignment weighs nothing, but stays in the sum: DDP waits for every gradient.
+        alignment = weights.alignment if self.config.aligns(step) else 0.0
+        aligned = alignment * (flow["alignment"] + weights.manifold * flow["manifold"])
+        self._backward(weights.diffusion * flow["diffusion"] + aligned, losses.parts)
 
     def _decoder_backward(
         self, images: Tensor, reconstructed: Tensor, step: int, micro_batches: int
@@ -274,32 +352,35 @@ class BaseStep(Generic[BatchT]):
     def _backward(self, loss: Tensor, micro_batches: int) -> None:
         self.scaler.scale(loss / micro_batches).backward()
 
-    def _restore_norm(self, before: list[Tensor], accepted: Tensor) -> None:
-        """Statistics of the latent norm as they were, where `accepted` (0-dim bool on the device) is False."""
-        latent_norm = self.networks.denoiser.latent_norm
-        for buffer, value in zip((latent_norm.running_mean, latent_norm.running_var), before, strict=True):
-            buffer.copy_(torch.where(accepted, buffer, value))
+    def _pixels(self, batch: ImageBatch) -> Tensor:
+        return batch.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
 
-    def _norm_buffers(self) -> list[Tensor]:
-        latent_norm = self.networks.denoiser.latent_norm
-        return [latent_norm.running_mean.clone(), latent_norm.running_var.clone()]
+    def _norm_state(self) -> dict[str, Tensor]:
+        return {name: buffer.clone() for name, buffer in self.networks.denoiser.latent_norm.named_buffers()}
+
+    def _restore_norm(self, before: dict[str, Tensor], accepted: Tensor) -> None:
+        """Statistics of the latent norm as they were, where `accepted` (0-dim bool on the device) is False."""
+        for name, buffer in self.networks.denoiser.latent_norm.named_buffers():
+            buffer.copy_(torch.where(accepted, buffer, before[name]))
+
+
+class _Means:
+    """Losses, each the mean over the micro-batches of a step."""
+
+    def __init__(self, parts: int) -> None:
+        self.parts = parts
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Those of one micro-batch."""
+        for name, loss in losses.items():
+            add_up(self.values, name, loss.detach() / self.parts)
 
 
 class JointStep(BaseStep[ImageBatch]):
     """VAE and U-Net together. The diffusion loss never reaches the VAE; the alignment loss does."""
 
-    def __init__(
-        self,
-        networks: Networks,
-        perceptual: nn.Module,
-        config: StepConfig,
-        device: torch.device,
-        distributed: bool = False,
-    ) -> None:
-        super().__init__(networks, config, device, distributed)
-        self.optimized["denoiser"] = Optimized(self.denoiser_phase, config.optimizer, config.optimizer.lr_denoiser)
-        self._autoencoder = self._with_autoencoder(perceptual, distributed)
-        self._denoiser = parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
+    trains = ("denoiser", "autoencoder")
 
     def kind(self, step: int) -> Hashable:
         """See BaseStep: whether the U-Net joins, and whether the VAE learns."""
@@ -314,7 +395,7 @@ class JointStep(BaseStep[ImageBatch]):
 
     def forward_backward(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> dict[str, Tensor]:
         """See BaseStep. The U-Net's half waits for the latents of all micro-batches, whose statistics it takes."""
-        losses = Means(len(micro_batches))
+        losses = _Means(len(micro_batches))
         encoded = [
             self._autoencoder_half(*micro_batch, step, losses)
             for micro_batch in self._in_turn(micro_batches, self._autoencoder, self._discriminator)
@@ -324,24 +405,19 @@ class JointStep(BaseStep[ImageBatch]):
         if step < self.config.vae_warmup_steps:
             return losses.values  # the norm's statistics are ready when the U-Net joins
         shares = clean.split([len(latents) for latents, _ in encoded])
-        halves = [
-            (*micro_batch, share, features) for micro_batch, share, (_, features) in zip(micro_batches, shares, encoded)
-        ]
-        for batch, draws, share, features in self._in_turn(halves, self._denoiser):
+        halves = list(zip(micro_batches, shares, encoded, strict=True))
+        for (batch, draws), share, (_, features) in self._in_turn(halves, self._denoiser):
             assert features is not None
-            labels = batch.labels.to(self.device, non_blocking=True)
-            with self.autocast():
-                flow = self._denoiser(share, labels, features, draws)
-            losses.add(vars(flow))
-            self._backward(self._denoiser_total(flow, step), len(micro_batches))
+            self._denoiser_half(share, batch.labels, features, draws, step, losses)
         return losses.values
 
     def _autoencoder_half(
-        self, batch: ImageBatch, draws: Draws, step: int, losses: "Means"
+        self, batch: ImageBatch, draws: Draws, step: int, losses: _Means
     ) -> tuple[Tensor, Features | None]:
         """Steps 1 to 3 of the VAE's half, with its backward passes. Returns detached latents [B, C, h, w], features."""
         config, weights, parts = self.config, self.config.weights, losses.parts
-        pixels, images = model_images(batch, self.device)
+        pixels = self._pixels(batch)
+        images = model_images(pixels)
         features = None if step < config.vae_warmup_steps else self._features(batch, pixels)
         if not config.trains_autoencoder(step):
             with torch.no_grad(), self.autocast():
@@ -370,78 +446,16 @@ class JointStep(BaseStep[ImageBatch]):
 class LatentStep(BaseStep[LatentBatch]):
     """The U-Net alone, on cached posteriors of a frozen VAE; the latent batch norm's statistics stay as they are."""
 
-    def __init__(self, networks: Networks, config: StepConfig, device: torch.device, distributed: bool = False) -> None:
-        super().__init__(networks, config, device, distributed)
-        networks.autoencoder.requires_grad_(False)
-        self.optimized["denoiser"] = Optimized(self.denoiser_phase, config.optimizer, config.optimizer.lr_denoiser)
-        self._denoiser = parallel(self.denoiser_phase, device) if distributed else self.denoiser_phase
+    trains = ("denoiser",)
 
     def forward_backward(self, micro_batches: Sequence[tuple[LatentBatch, Draws]], step: int) -> dict[str, Tensor]:
         """See BaseStep."""
-        losses = Means(len(micro_batches))
+        losses = _Means(len(micro_batches))
         for batch, draws in self._in_turn(micro_batches, self._denoiser):
-            mean, std, labels = (
-                tensor.to(self.device, non_blocking=True) for tensor in (batch.mean, batch.std, batch.labels)
-            )
-            features = on_device(batch.features, self.device)
-            clean = self.networks.denoiser.normalize(mean.float() + std.float() * draws.posterior)
-            with self.autocast():
-                flow = self._denoiser(clean, labels, features, draws)
-            losses.add(vars(flow))
-            self._backward(self._denoiser_total(flow, step), len(micro_batches))
+            mean, std = (tensor.to(self.device, non_blocking=True).float() for tensor in (batch.mean, batch.std))
+            clean = self.networks.denoiser.normalize(mean + std * draws.posterior)
+            self._denoiser_half(clean, batch.labels, on_device(batch.features, self.device), draws, step, losses)
         return losses.values
-
-
-class Means:
-    """Losses, each the mean over the micro-batches of a step."""
-
-    def __init__(self, parts: int) -> None:
-        self.parts = parts
-        self.values: dict[str, Tensor] = {}
-
-    def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Those of one micro-batch."""
-        for name, loss in losses.items():
-            share = loss.detach() / self.parts
-            self.values[name] = self.values[name] + share if name in self.values else share
-
-
-@torch.no_grad()
-def extract(extractor: FeatureExtractor, pixels: Tensor) -> Features:
-    """Features of uint8 images [B, 3, H, W], computed in float32: as statistics, prior and caches have them.
-
-    In bf16 EfficientNet-Lite0's are another network's: 9 % off, rms.
-    """
-    with torch.autocast(pixels.device.type, enabled=False):
-        features: Features = extractor(extractor.preprocess(pixels))
-    return Features(cls=features.cls.float(), patches=features.patches.float())
-
-
-def model_images(batch: ImageBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch's images on the device, [B, 3, H, W]: uint8 as they are, and float32 in [-1, 1]."""
-    pixels = batch.images.to(device, non_blocking=True).permute(0, 3, 1, 2)
-    return pixels, from_uint8(pixels)
-
-
-def on_device(features: Features, device: torch.device) -> Features:
-    """Features, cached ones in fp16 among them, as float32 on a device."""
-    return Features(
-        cls=features.cls.to(device, non_blocking=True).float(),
-        patches=features.patches.to(device, non_blocking=True).float(),
-    )
-
-
-def parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """The module as DDP wants it here: one forward a backward, no buffers sent around."""
-    parameters = inspect.signature(DistributedDataParallel.__init__).parameters
-    before_2_15 = "forward_sync_buffers" not in parameters
-    settings: dict[str, Any] = {
-        # The only buffers that move are the latent norm's, already equal on every worker.
-        "broadcast_buffers" if before_2_15 else "forward_sync_buffers": False,
-        "device_ids": [device] if device.type == "cuda" else None,
-        "gradient_as_bucket_view": True,
-    }
-    return DistributedDataParallel(module, **settings)
 
 
 class DecoderStep(BaseStep[ImageBatch]):
@@ -451,27 +465,40 @@ class DecoderStep(BaseStep[ImageBatch]):
     were tuned for Stable Diffusion's latents were made.
     """
 
-    def __init__(
-        self,
-        networks: Networks,
-        perceptual: nn.Module,
-        config: StepConfig,
-        device: torch.device,
-        distributed: bool = False,
-    ) -> None:
-        vae = networks.autoencoder.vae
-        for module in (vae.encoder, vae.quant_conv, networks.denoiser, networks.projector):
-            if module is not None:
-                module.requires_grad_(False)
-        super().__init__(networks, config, device, distributed)
-        self._autoencoder = self._with_autoencoder(perceptual, distributed)
+    trains = ("autoencoder",)
 
     def forward_backward(self, micro_batches: Sequence[tuple[ImageBatch, Draws]], step: int) -> dict[str, Tensor]:
         """See BaseStep."""
-        losses = Means(len(micro_batches))
+        losses = _Means(len(micro_batches))
         for batch, draws in self._in_turn(micro_batches, self._autoencoder, self._discriminator):
-            _, images = model_images(batch, self.device)
+            images = model_images(self._pixels(batch))
             with self.autocast():
                 reconstructed = self._autoencoder(images, draws.posterior).reconstructed
-            losses.add(self._decoder_backward(images, reconstructed, step, len(micro_batches)))
+            losses.add(self._decoder_backward(images, reconstructed, step, losses.parts))
         return losses.values
+
+
+def build_step(
+    stage: str,
+    networks: Networks,
+    perceptual: nn.Module,
+    config: StepConfig,
+    device: torch.device,
+    distributed: bool = False,
+) -> JointStep | LatentStep | DecoderStep:
+    """The step of a stage."""
+    kinds: dict[str, Any] = {"joint": JointStep, "latent": LatentStep, "decoder": DecoderStep}
+    step: JointStep | LatentStep | DecoderStep = kinds[stage](networks, perceptual, config, device, distributed)
+    return step
+
+
+def parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The module as DDP wants it here: one forward a backward, no buffers sent around."""
+    before_2_15 = "forward_sync_buffers" not in inspect.signature(DistributedDataParallel.__init__).parameters
+    settings: dict[str, Any] = {
+        # The only buffers that move are the latent norm's, already equal on every worker.
+        "broadcast_buffers" if before_2_15 else "forward_sync_buffers": False,
+        "device_ids": [device] if device.type == "cuda" else None,
+        "gradient_as_bucket_view": True,
+    }
+    return DistributedDataParallel(module, **settings)

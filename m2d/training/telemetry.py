@@ -1,7 +1,7 @@
-"""What a run says of itself: JSON lines, CSV and PNG always, wandb and TensorBoard where asked.
+"""What a run reports: JSON lines, CSV and PNG always, wandb and TensorBoard where asked, lines on the driver's console.
 
-The first worker holds one `Telemetry` and tells it everything; the report and the console read what it wrote. The only
-module that knows wandb.
+The first worker holds one `Telemetry` and tells it everything; the report and the `Console` read what it wrote. The
+only module that knows wandb.
 """
 
 import csv
@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from m2d.errors import first_line
 from m2d.experiment import Experiment
@@ -31,6 +33,10 @@ Mode = Literal["online", "offline", "disabled"]
 # wandb's own process writes blocks of 32 KiB and dies with ours, so an offline file lacks what came last; a record
 # takes about 1 KiB. Online it has been sent.
 OFFLINE_FORGETS = 100
+PLAIN_SECONDS = 15.0  # between two plain lines of progress
+SHOWN = {f"loss/{name}": name for name in ("diffusion", "reconstruction", "alignment", "perceptual")} | {
+    "images_per_s": "images/s"
+}
 
 
 class MetricsLog:
@@ -75,24 +81,6 @@ class MetricsLog:
             writer.writerows(records)
 
 
-def open_telemetry(config: TrainConfig, experiment: Experiment) -> "Telemetry":
-    """What a run asked for: records and pictures, and wandb and TensorBoard as its settings say."""
-    sinks: list[Wandb | TensorBoard] = []
-    if config.use_wandb:
-        info = experiment.info()
-        known = {name: info.get(name) for name in ("dataset", "feature_extractor", "versions", "git", "degraded")}
-        sinks.append(
-            Wandb(
-                experiment.path, config.wandb_project, experiment.name, config.wandb_mode,
-                {**as_dict(config), **known}, finish_timeout_s=config.telemetry.finish_timeout_s,
-                group=config.wandb_group,
-            )
-        )  # fmt: skip
-    if config.telemetry.tensorboard:
-        sinks.append(TensorBoard(experiment.path))
-    return Telemetry(experiment.path, sinks)
-
-
 class Telemetry:
     """One voice of a run: records in metrics/, pictures in visualizations/, and the same to every sink.
 
@@ -104,10 +92,30 @@ class Telemetry:
         """folder: the experiment's."""
         self.folder = folder
         self.sinks = list(sinks)
-        self.logs: dict[str, MetricsLog] = {}
-        for name in ("train", "validation", "gradients", "features"):
-            self.logs[name] = MetricsLog(folder / "metrics", name)
+        names = ("train", "validation", "gradients", "features")
+        self.logs = {name: MetricsLog(folder / "metrics", name) for name in names}
         self.histograms = MetricsLog(folder / "metrics", "histograms")
+
+    @classmethod
+    def of(cls, config: TrainConfig, experiment: Experiment) -> "Telemetry":
+        """What a run asked for: records and pictures, and wandb and TensorBoard as its settings say."""
+        sinks: list[Wandb | TensorBoard] = []
+        if config.use_wandb:
+            info = experiment.info()
+            known = {name: info.get(name) for name in ("dataset", "feature_extractor", "versions", "git", "degraded")}
+            wandb = Wandb(
+                experiment.path,
+                config.wandb_project,
+                experiment.name,
+                config.wandb_mode,
+                {**as_dict(config), **known},
+                finish_timeout_s=config.telemetry.finish_timeout_s,
+                group=config.wandb_group,
+            )
+            sinks.append(wandb)
+        if config.telemetry.tensorboard:
+            sinks.append(TensorBoard(experiment.path))
+        return cls(experiment.path, sinks)
 
     def resume_at(self, step: int) -> None:
         """Drop records of steps that will be taken again (after `step`); repeat the last ones to sinks that forget."""
@@ -136,16 +144,14 @@ class Telemetry:
 
     def picture(self, step: int, name: str, image: Image.Image | bytes, caption: str = "") -> Path:
         """Keep a picture as visualizations/NAME/step_00000042.png. image: a Pillow image, or a PNG's bytes."""
-        if isinstance(image, bytes):
-            png = image
-        else:
+        if isinstance(image, Image.Image):
             image.save(buffer := io.BytesIO(), format="PNG")
-            png = buffer.getvalue()
+            image = buffer.getvalue()
         path = self.folder / "visualizations" / name / f"step_{step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, png)
+        write_whole(path, image)
         for sink in self.sinks:
-            sink.picture(step, name, png, caption)
+            sink.picture(step, name, image, caption)
         return path
 
     def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
@@ -155,7 +161,7 @@ class Telemetry:
             sink.histogram(step, name, counts, edges)
 
     def flush(self) -> None:
-        """Before a checkpoint is kept."""
+        """Before a checkpoint is kept, whose steps are not taken again."""
         for sink in self.sinks:
             sink.flush()
 
@@ -205,7 +211,7 @@ def find_wandb_key(warn: Callable[[str], None]) -> WandbKey | None:
 
 
 class Wandb:
-    """A wandb run that never stops training: what fails is said once and then left.
+    """A wandb run that never stops training: a failure is reported once, and wandb is off from then on.
 
     The run's id is the experiment's name, so a resumed experiment continues the same run. Its horizontal axis is
     `step`, ours: wandb's own counter refuses steps that are taken again after a restart.
@@ -222,7 +228,7 @@ class Wandb:
         connect_timeout_s: float = 30.0,
         group: str | None = None,
     ) -> None:
-        """folder: the experiment's; wandb's files lie in its wandb/. An online run that cannot connect goes offline."""
+        """folder: the experiment's, which gets a wandb/. An online run that cannot connect goes offline."""
         self._run: Any = None
         self._name = name
         self.forgets = OFFLINE_FORGETS if mode == "offline" else 0
@@ -234,11 +240,13 @@ class Wandb:
 
             # Ray has the worker's console in its own logs.
             settings = wandb.Settings(init_timeout=connect_timeout_s, console="off")
-            with _for_nobody_at_a_terminal():
-                return wandb.init(
-                    project=project, name=name, id=name, group=group, resume="allow", mode=mode, dir=str(folder),
-                    config=config, settings=settings,
-                )  # fmt: skip
+            identity: dict[str, Any] = {"project": project, "name": name, "id": name, "group": group, "resume": "allow"}
+            terminal = sys.stdin
+            with open(os.devnull) as sys.stdin:  # wandb asks a terminal for a key that it lacks, and waits
+                try:
+                    return wandb.init(**identity, mode=mode, dir=str(folder), config=config, settings=settings)
+                finally:
+                    sys.stdin = terminal
 
         try:
             self._run = start(mode)
@@ -254,38 +262,25 @@ class Wandb:
                 self.forgets = OFFLINE_FORGETS
                 logger.warning(
                     "wandb cannot be used online, so this run is kept offline (%s); send it later with: wandb sync %s",
-                    reason, folder / "wandb" / "offline-run-*",
-                )  # fmt: skip
+                    *(reason, folder / "wandb" / "offline-run-*"),
+                )
             except Exception:
                 logger.warning("wandb is off for this run: %s", reason)
         self._try("set up", lambda run: (run.define_metric("step"), run.define_metric("*", step_metric="step")))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers by name."""
-        self._try(f"log step {step}", lambda run: run.log({"step": step, **values}))
+        self._log(step, lambda wandb: values)
 
     def picture(self, step: int, name: str, png: bytes, caption: str) -> None:
         """A PNG."""
-
-        def send(run: Any) -> None:
-            import wandb
-
-            with Image.open(io.BytesIO(png)) as image:
-                run.log({"step": step, f"pictures/{name}": wandb.Image(image, caption=caption or None)})
-
-        self._try(f"log the picture {name}", send)
+        image = Image.open(io.BytesIO(png))
+        self._log(step, lambda wandb: {f"pictures/{name}": wandb.Image(image, caption=caption or None)})
 
     def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
         """Counts [n] between edges [n + 1]."""
-
-        def send(run: Any) -> None:
-            import numpy as np
-            import wandb
-
-            histogram = wandb.Histogram(np_histogram=(np.asarray(counts), np.asarray(edges)))
-            run.log({"step": step, name: histogram})
-
-        self._try(f"log the histogram {name}", send)
+        binned = (np.asarray(counts), np.asarray(edges))
+        self._log(step, lambda wandb: {name: wandb.Histogram(np_histogram=binned)})
 
     def flush(self) -> None:
         """Does nothing: wandb's own process holds what it was told."""
@@ -311,7 +306,15 @@ class Wandb:
             logger.warning("wandb was still sending after %g s; `wandb sync` sends the rest", self._timeout_s)
         self._run = None
 
-    def _try(self, what: str, call: Any) -> None:
+    def _log(self, step: int, make: Callable[[Any], Mapping[str, Any]]) -> None:
+        def send(run: Any) -> None:
+            import wandb
+
+            run.log({"step": step, **make(wandb)})
+
+        self._try(f"log step {step}", send)
+
+    def _try(self, what: str, call: Callable[[Any], object]) -> None:
         if self._run is None:
             return
         try:
@@ -319,21 +322,6 @@ class Wandb:
         except Exception as error:
             logger.warning("wandb could not %s and is off from here on: %s", what, error)
             self._run = None
-
-
-@contextmanager
-def _for_nobody_at_a_terminal() -> Iterator[None]:
-    """wandb asks at the terminal for a key that it lacks, and notes the command line: it finds neither here.
-
-    The command line is there, but without the secrets of URIs.
-    """
-    command, terminal = sys.argv, sys.stdin
-    with open(os.devnull) as nobody:
-        sys.argv, sys.stdin = command, nobody
-        try:
-            yield
-        finally:
-            sys.argv, sys.stdin = command, terminal
 
 
 class TensorBoard:
@@ -346,6 +334,7 @@ class TensorBoard:
         from tensorboardX import SummaryWriter
 
         self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self.flush = self._writer.flush
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers by name."""
@@ -360,18 +349,75 @@ class TensorBoard:
     def histogram(self, step: int, name: str, counts: Sequence[int], edges: Sequence[float]) -> None:
         """Each bin stands as its middle: TensorBoard's summary wants sums that counts do not hold."""
         middles = (np.asarray(edges[:-1]) + np.asarray(edges[1:])) / 2
-        total = int(sum(counts))
-        if total:
+        if total := int(sum(counts)):
+            first, second = float((middles * counts).sum()), float((middles**2 * counts).sum())
             self._writer.add_histogram_raw(
-                name, min=float(edges[0]), max=float(edges[-1]), num=total, sum=float((middles * counts).sum()),
-                sum_squares=float((middles**2 * counts).sum()), bucket_limits=list(edges[1:]),
-                bucket_counts=list(counts), global_step=step,
-            )  # fmt: skip
-
-    def flush(self) -> None:
-        """A checkpoint is about to be kept, whose steps are not taken again: what was said so far must last."""
-        self._writer.flush()
+                name, float(edges[0]), float(edges[-1]), total, first, second, list(edges[1:]), list(counts), step
+            )
 
     def finish(self, best: Path | None) -> None:
-        """The run has ended. best: a checkpoint to keep there."""
+        """The run has ended."""
         self._writer.close()
+
+
+class Console:
+    """What the driver prints: facts, warnings, and a bar on a terminal or plain lines of progress anywhere else."""
+
+    def __init__(self) -> None:
+        self.rich = RichConsole(stderr=False, highlight=False, soft_wrap=True)
+        self.interactive = sys.stdout.isatty()
+
+    def say(self, line: str) -> None:
+        """One fact, one line."""
+        self.rich.print(line, markup=False)
+
+    def warn(self, line: str) -> None:
+        """A degraded path, reported once at the start."""
+        self.rich.print(f"WARNING: {line}", style="yellow", markup=False)
+
+    @contextmanager
+    def progress(self, metrics: Path, total_steps: int, steps_per_epoch: int, start: int) -> Iterator[None]:
+        """Follow a run's metrics file until the block ends."""
+        stop, since = threading.Event(), time.time() - 0.001  # now: the thread may start after the first record
+        arguments = (MetricsLog(metrics.parent, metrics.stem), total_steps, steps_per_epoch, start, since, stop)
+        thread = threading.Thread(target=self._follow, args=arguments, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(timeout=5)
+
+    def _follow(
+        self, log: MetricsLog, total: int, steps_per_epoch: int, start: int, since: float, stop: threading.Event
+    ) -> None:
+        epochs, shown, at, ended = -(-total // steps_per_epoch), start, 0.0, False
+        first: dict[str, Any] | None = None
+        columns = (TextColumn("epoch {task.fields[epoch]}"), TextColumn("step"), MofNCompleteColumn(), BarColumn())
+        words = (TextColumn("{task.fields[left]}"), TextColumn("{task.description}"))
+        with Progress(*columns, *words, console=self.rich, disable=not self.interactive) as bar:
+            task = bar.add_task("starting workers", total=total, completed=start, epoch=f"-/{epochs}", left="")
+            while not ended:
+                ended = stop.wait(1.0)
+                records = log.read()
+                if not records or records[-1]["time"] < since:  # of an earlier run, whose steps are taken again
+                    continue
+                record = records[-1]
+                first = record if first is None else first
+                step, left = record["step"], time_left(first, record, total)
+                losses = "  ".join(f"{label} {record[name]:.3g}" for name, label in SHOWN.items() if name in record)
+                if self.interactive:
+                    epoch = f"{min(int(record['epoch']) + 1, epochs)}/{epochs}"
+                    bar.update(task, completed=step, epoch=epoch, description=losses, left=left)
+                elif step > shown and (ended or time.monotonic() - at >= PLAIN_SECONDS):
+                    shown, at = step, time.monotonic()
+                    self.say(f"epoch {record['epoch']:.2f}/{epochs}  step {step}/{total}  {losses}  {left}")
+
+
+def time_left(first: Mapping[str, Any], record: Mapping[str, Any], total: int) -> str:
+    """`12 min left`, by the steps since the first record: starting the workers says nothing of it; "" without any."""
+    steps, seconds = record["step"] - first["step"], record["time"] - first["time"]
+    if steps <= 0:
+        return ""
+    remaining = (total - record["step"]) * seconds / steps
+    return f"{remaining / 3600:.1f} h left" if remaining >= 5400 else f"{remaining / 60:.1f} min left"

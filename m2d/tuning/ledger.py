@@ -43,27 +43,20 @@ class Ledger:
 
     def __init__(self, folder: Path) -> None:
         """Raises ExperimentError where trials.json is damaged."""
-        self.folder = folder
-        self.path = folder / "trials.json"
-        self.records: dict[int, TrialRecord] = {}
-        if self.path.is_file():
-            try:
-                found = [TrialRecord(**entry) for entry in json.loads(self.path.read_text(encoding="utf-8"))]
-            except (ValueError, TypeError) as error:
-                raise ExperimentError(
-                    f"{self.path} is damaged ({error}); put it back, or start over with --fresh"
-                ) from None
-            self.records = {record.number: record for record in found}
+        self.folder, self.path = folder, folder / "trials.json"
+        try:
+            entries = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else []
+            self.records = {entry["number"]: TrialRecord(**entry) for entry in entries}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ExperimentError(f"{self.path} is damaged ({error}); restore it, or start over with --fresh") from None
 
     def take_up(self) -> None:
         """At the start of a driver: what the last one knew as running or failed is open, unless it came to its end."""
-        for record in self.records.values():
-            experiment, state = self.experiment(record), record.state
-            if state == "failed" or (state == "open" and experiment is not None):
-                state = "done" if experiment is not None and experiment.info().get("state") == "done" else "open"
-            self.records[record.number] = replace(
-                record, state=state, error=None if state == "open" else record.error, tune_id=""
-            )
+        for number, record in self.records.items():
+            if record.state in ("open", "failed"):
+                state: State = "done" if self.info(record).get("state") == "done" else "open"
+                record = replace(record, state=state, error=None)
+            self.records[number] = replace(record, tune_id="")
         self._write()
 
     def begin(self, tune_id: str, chosen: Mapping[str, float], number: int | None) -> TrialRecord:
@@ -78,10 +71,9 @@ class Ledger:
             number = known[0].number
         elif number is None:
             number = max(self.records, default=-1) + 1
-        record = TrialRecord(number=number, chosen=dict(chosen), tune_id=tune_id)
-        self.records[number] = record
+        self.records[number] = TrialRecord(number=number, chosen=dict(chosen), tune_id=tune_id)
         self._write()
-        return record
+        return self.records[number]
 
     def end(self, tune_id: str, state: State, *, step: int | None = None, error: str | None = None) -> None:
         """Record how a trial ended."""
@@ -90,40 +82,30 @@ class Ledger:
         self._write()
 
     def of(self, tune_id: str) -> TrialRecord:
-        """The record of a trial that Ray Tune runs now. KeyError where there is none."""
-        for record in self.records.values():
-            if record.tune_id == tune_id:
-                return record
-        raise KeyError(tune_id)
+        """The record of a trial that Ray Tune runs now."""
+        return {record.tune_id: record for record in self.records.values()}[tune_id]
 
     def in_state(self, *states: State) -> list[TrialRecord]:
         """Records in these states, by number."""
-        return [self.records[number] for number in sorted(self.records) if self.records[number].state in states]
+        return [record for _, record in sorted(self.records.items()) if record.state in states]
 
     def experiment(self, record: TrialRecord) -> Experiment | None:
-        """The trial's run; None where it had none yet."""
-        return trial_experiment(self.folder, record.name)
+        """The newest run of the trial; None where it had none yet."""
+        return next(reversed(list_experiments(str(self.folder / TRIALS), record.name)), None)
+
+    def info(self, record: TrialRecord) -> dict[str, Any]:
+        """What the trial's run says of itself."""
+        experiment = self.experiment(record)
+        return {} if experiment is None else experiment.info()
 
     def rows(self, record: TrialRecord) -> list[dict[str, Any]]:
         """The trial's validations that count, in order: `step` and every measure."""
         experiment = self.experiment(record)
-        found = [] if experiment is None else validations(experiment)
+        found = [] if experiment is None else MetricsLog(experiment.path / "metrics", "validation").read()
         return [row for row in found if record.step is None or row["step"] <= record.step]
 
     def _write(self) -> None:
-        entries = [asdict(self.records[number]) for number in sorted(self.records)]
-        write_whole(self.path, json.dumps(entries, indent=1))
-
-
-def trial_experiment(folder: Path, name: str) -> Experiment | None:
-    """The newest run of a trial of the sweep in `folder`."""
-    found = list_experiments(str(folder / TRIALS), name)
-    return found[-1] if found else None
-
-
-def validations(experiment: Experiment) -> list[dict[str, Any]]:
-    """A run's validations so far, in order."""
-    return MetricsLog(experiment.path / "metrics", "validation").read()
+        write_whole(self.path, json.dumps([asdict(record) for _, record in sorted(self.records.items())], indent=1))
 
 
 def objective(measures: Mapping[str, float], reconstruction_weight: float) -> float:

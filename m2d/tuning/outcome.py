@@ -6,18 +6,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import yaml
-from rich.console import Console as RichConsole
+from rich.console import Console
 from rich.table import Table
 
 from m2d.errors import TrainingError
-from m2d.plots.sweeps import best_trial, importance_chart, parallel_coordinates
+from m2d.plots.sweeps import importance_chart, parallel_coordinates
 from m2d.training.settings import as_dict
 from m2d.tuning.ledger import WORST, Ledger, objective
-from m2d.tuning.settings import SweepConfig
-from m2d.tuning.space import parse_distribution
+from m2d.tuning.settings import Distribution, SweepConfig
 
 LEAST_TRIALS = 4  # below, a variance has nothing to be shared out from
 MEASURES = ("val/kernel_distance", "val/psnr_db", "val/perceptual", "val/velocity_mse")
@@ -41,23 +39,13 @@ class TrialOutcome:
         return self.objectives[-1] if self.objectives and self.objectives[-1] < WORST else None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """All trials of a sweep, the best one first."""
-
-    trials: list[TrialOutcome]
-
-    @property
-    def best(self) -> TrialOutcome | None:
-        """The lowest last objective among the trials that took all their steps; among all where none did."""
-        judged = [trial for trial in self.trials if trial.objective is not None]
-        if not judged:
-            return None
-        return judged[best_trial([t.objective or 0.0 for t in judged], [t.finished for t in judged])]
+def best_first(trials: Sequence[TrialOutcome]) -> list[TrialOutcome]:
+    """By the last objective; trials that took all their steps come first, those without an objective last of each."""
+    return sorted(trials, key=lambda t: (not t.finished, t.objective is None, t.objective or 0.0))
 
 
-def read_outcome(config: SweepConfig, ledger: Ledger) -> Outcome:
-    """From the sweep's ledger and its trials' runs."""
+def read_outcome(config: SweepConfig, ledger: Ledger) -> list[TrialOutcome]:
+    """From the sweep's ledger and its trials' runs, the best one first."""
     trials = []
     for record in ledger.in_state("open", "done", "stopped", "failed"):
         rows = ledger.rows(record)
@@ -73,60 +61,55 @@ def read_outcome(config: SweepConfig, ledger: Ledger) -> Outcome:
                 error=record.error,
             )
         )
-    # Whole trials first, those without an objective last.
-    return Outcome(sorted(trials, key=lambda t: (not t.finished, t.objective is None, t.objective or 0.0)))
+    return best_first(trials)
 
 
-def write_outcome(outcome: Outcome, config: SweepConfig, folder: Path, console: RichConsole) -> None:
+def write_outcome(trials: Sequence[TrialOutcome], config: SweepConfig, folder: Path, console: Console) -> None:
     """results.json, results.csv, best.yaml, two pictures, and the table on the console.
 
-    Raises TrainingError where no trial could be judged.
+    trials: the best one first. Raises TrainingError where no trial could be judged.
     """
-    settings = list(config.sweep.space)
-    (folder / "results.json").write_text(
-        json.dumps([{**asdict(trial), "objective": trial.objective} for trial in outcome.trials], indent=1),
-        encoding="utf-8",
-    )
+    space = config.distributions
+    results = [{**asdict(trial), "objective": trial.objective} for trial in trials]
+    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    columns = ["trial", "objective", "reports", "step", "finished", *space, *MEASURES, "error"]
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["trial", "objective", "reports", "step", "finished", *settings, *MEASURES, "error"])
-        for trial in outcome.trials:
-            chosen = [trial.chosen.get(setting) for setting in settings]
-            measured = [trial.measures.get(name) for name in MEASURES]
-            writer.writerow(
-                [trial.trial, trial.objective, len(trial.objectives), trial.step, trial.finished, *chosen, *measured,
-                 trial.error]
-            )  # fmt: skip
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        for trial, result in zip(trials, results):
+            writer.writerow({**result, **trial.chosen, **trial.measures, "reports": len(trial.objectives)})
     # Into a file the table goes whole: there is no width to fit.
-    wide = console if console.is_terminal else RichConsole(file=console.file, width=240)
-    wide.print(_table(outcome, settings))
-    best = outcome.best
-    if best is None:
-        reasons = "; ".join(sorted({trial.error for trial in outcome.trials if trial.error})) or "no trial gave samples"
+    wide = console if console.is_terminal else Console(file=console.file, width=240)
+    wide.print(_table(trials, list(space)))
+    judged = [trial for trial in trials if trial.objective is not None]
+    if not judged:
+        reasons = "; ".join(sorted({trial.error for trial in trials if trial.error})) or "no trial gave samples"
         raise TrainingError(f"no trial of the sweep {folder} could be judged ({reasons}); see results.csv there")
-    settings_text = yaml.safe_dump(as_dict(config.training(best.chosen)), sort_keys=False)
-    head = f"# The best of {len(outcome.trials)} trials of the sweep {config.name}: objective {best.objective:.4g}.\n"
-    (folder / "best.yaml").write_text(head + settings_text, encoding="utf-8")
-    judged = [trial for trial in outcome.trials if trial.objective is not None]
-    logarithmic = {name: parse_distribution(name, text).is_logarithmic for name, text in config.sweep.space.items()}
+    best = judged[0]
+    settings = yaml.safe_dump(as_dict(config.training(best.chosen)), sort_keys=False)
+    head = f"# The best of {len(trials)} trials of the sweep {config.name}: objective {best.objective:.4g}.\n"
+    (folder / "best.yaml").write_text(head + settings, encoding="utf-8")
     (folder / "parallel_coordinates.png").write_bytes(
         parallel_coordinates(
-            [t.chosen for t in judged], [t.objective or 0.0 for t in judged], [t.finished for t in judged], logarithmic
+            [trial.chosen for trial in judged],
+            [trial.objectives[-1] for trial in judged],
+            [trial.finished for trial in judged],
+            {setting: one.is_logarithmic for setting, one in space.items()},
         )
     )
-    shares, report = importances(judged, config.sweep.space, config.sweep.seed)
+    shares, report = importances(judged, space, config.sweep.seed)
     (folder / "importance.png").write_bytes(importance_chart(shares, trials=len(judged), report=report))
     command = f"python jobs/train.py --config {folder / 'best.yaml'}"
     console.print(f"best: {best.trial}; train it with: {command}", markup=False)
 
 
-def _table(outcome: Outcome, settings: list[str]) -> Table:
+def _table(trials: Sequence[TrialOutcome], settings: list[str]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("trial", no_wrap=True)
     for name in ("objective", "step", *(setting.rpartition(".")[2] for setting in settings)):
         table.add_column(name, justify="right")
     table.add_column("ended")
-    for trial in outcome.trials:
+    for trial in trials:
         ended = "failed: " + trial.error if trial.error else "whole" if trial.finished else "stopped early"
         objective = "-" if trial.objective is None else f"{trial.objective:.4g}"
         chosen = [f"{trial.chosen[setting]:.3g}" if setting in trial.chosen else "-" for setting in settings]
@@ -134,11 +117,9 @@ def _table(outcome: Outcome, settings: list[str]) -> Table:
     return table
 
 
-if TYPE_CHECKING:
-    from m2d.tuning.outcome import TrialOutcome
-
-
-def importances(trials: Sequence[TrialOutcome], space: Mapping[str, str], seed: int) -> tuple[dict[str, float], int]:
+def importances(
+    trials: Sequence[TrialOutcome], space: Mapping[str, Distribution], seed: int
+) -> tuple[dict[str, float], int]:
     """(setting -> share of the objective's variance that it explains, largest first; the report that was compared).
 
     fANOVA (Hutter et al., ICML 2014) as Optuna has it. All trials are compared at the latest report that every one of
@@ -152,9 +133,8 @@ def importances(trials: Sequence[TrialOutcome], space: Mapping[str, str], seed: 
 
     report = min((len(trial.objectives) for trial in trials), default=0)
     ranges: dict[str, BaseDistribution] = {}
-    for name, text in space.items():
+    for name, one in space.items():
         if len({trial.chosen.get(name) for trial in trials}) > 1:
-            one = parse_distribution(name, text)
             ranges[name] = FloatDistribution(min(one.numbers), max(one.numbers), log=one.is_logarithmic)
     if len(trials) < LEAST_TRIALS or not ranges:
         return {}, report

@@ -1,13 +1,13 @@
-"""Settings of a sweep. Light on purpose: the command line reads them before torch is imported."""
+"""Settings of a sweep, and what it may choose them from. Light: the command line reads them before anything else."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from m2d.arguments import setting_types
 from m2d.training.settings import TrainConfig, require, require_range
-from m2d.tuning.space import Distribution, parse_distribution
 
 ConfigT = TypeVar("ConfigT")
 DEFAULT_SPACE = {
@@ -18,6 +18,49 @@ DEFAULT_SPACE = {
     "optimizer.lr_autoencoder": "loguniform(1e-4, 5e-3)",
     "optimizer.lr_denoiser": "loguniform(5e-5, 2e-3)",
 }
+_FORM = re.compile(r"\s*(\w+)\s*\(([^()]*)\)\s*")
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Where a setting's values come from. numbers: low and high of a range, or the values themselves."""
+
+    kind: str  # loguniform, uniform, choice or fixed
+    numbers: tuple[float, ...]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether a grid can hold every value."""
+        return self.kind in ("choice", "fixed")
+
+    @property
+    def is_logarithmic(self) -> bool:
+        """Whether a plot's axis should be: equal ratios are equally likely, or the choice spans more than a decade."""
+        low, high = min(self.numbers), max(self.numbers)
+        return self.kind == "loguniform" or (self.kind == "choice" and 0 < 10 * low < high)
+
+
+def parse_distribution(setting: str, text: str) -> Distribution:
+    """The distribution that `text` describes. Raises ConfigError, which names the setting, for anything else."""
+    matched = _FORM.fullmatch(str(text))
+    kind, inside = (matched[1].lower(), matched[2]) if matched else ("", "")
+    try:
+        numbers = tuple(float(word) for word in inside.split(",") if word.strip())
+    except ValueError:
+        numbers = ()
+    is_range = len(numbers) == 2 and numbers[0] < numbers[1]
+    fits = {
+        "loguniform": is_range and numbers[0] > 0,
+        "uniform": is_range,
+        "choice": len(numbers) > 0,
+        "fixed": len(numbers) == 1,
+    }
+    require(
+        fits.get(kind, False) and all(map(math.isfinite, numbers)),
+        f"sweep.space: {setting} is {text}; it must be loguniform(low, high) with 0 < low < high, uniform(low, high) "
+        "with low < high, choice(a, b, ...) or fixed(a), of finite numbers",
+    )
+    return Distribution(kind, numbers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,23 +134,22 @@ class SweepConfig(TrainConfig):
     def training(self, chosen: Mapping[str, float]) -> TrainConfig:
         """The training settings alone, with the chosen values of dotted settings in their places."""
         config = TrainConfig(**{f.name: getattr(self, f.name) for f in fields(TrainConfig)})
-        whole = {setting for setting, kind in setting_types(TrainConfig) if kind is int}
+        kinds = dict(setting_types(TrainConfig))
         for setting, value in chosen.items():
-            config = _with_setting(config, setting, round(value) if setting in whole else value)
+            config = _with_setting(config, setting, round(value) if kinds[setting] is int else value)
         return config
 
     def trial(self, chosen: Mapping[str, float], *, name: str, folder: str) -> TrainConfig:
         """A trial's run: judged `sweep.reports` times, in the sweep's own folder, without pictures."""
         config = self.training(chosen)
+        every, samples = self.judged_every, self.sweep.samples
         return replace(
             config,
             name=name,
             experiments_dir=folder,
             fresh=False,
             wandb_group=self.name,
-            saving=replace(
-                config.saving, every_steps=self.judged_every, keep_last=1, validation_samples=self.sweep.samples
-            ),
+            saving=replace(config.saving, every_steps=every, keep_last=1, validation_samples=samples),
             telemetry=replace(config.telemetry, pictures=False),
         )
 
@@ -118,13 +160,13 @@ class SweepConfig(TrainConfig):
         A run's own checkpoints are too few to stop a trial by, so they count only where max_steps does not say how long
         a trial is.
         """
-        return self.saving.every_steps if self.max_steps is None else -(-self.max_steps // self.sweep.reports)
+        return self.saving.every_steps if self.max_steps is None else math.ceil(self.max_steps / self.sweep.reports)
 
     @property
     def reports(self) -> int:
         """Judgements of a whole trial, at most."""
-        if self.max_steps is not None:
-            return -(-self.max_steps // (self.judged_every or 1))
+        if self.max_steps is not None and self.judged_every is not None:
+            return math.ceil(self.max_steps / self.judged_every)
         return self.epochs if self.saving.every_steps is None else self.sweep.reports
 
 

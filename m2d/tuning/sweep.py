@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -23,12 +23,11 @@ from m2d.cluster.nodes import node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
 from m2d.errors import ConfigError, ExperimentError
 from m2d.files.atomic import try_lock, write_whole
-from m2d.training.console import Console
 from m2d.training.settings import as_dict, differences, with_absolute_paths
+from m2d.training.telemetry import Console
 from m2d.tuning.ledger import Ledger, TrialRecord, objective
-from m2d.tuning.outcome import Outcome, read_outcome, write_outcome
-from m2d.tuning.settings import SweepConfig
-from m2d.tuning.space import Distribution
+from m2d.tuning.outcome import TrialOutcome, read_outcome, write_outcome
+from m2d.tuning.settings import Distribution, SweepConfig
 from m2d.tuning.trial import NUMBER, OBJECTIVE, REPORT, FollowTrials, run_trial
 
 SETTINGS = "sweep.yaml"
@@ -36,7 +35,7 @@ STOPPING_S = 60.0  # in which a stopped trial's processes end
 DRIVER_CPUS = 0.1  # of a trial's own process, which waits for its workers
 
 
-def sweep(config: SweepConfig) -> Outcome:
+def sweep(config: SweepConfig) -> list[TrialOutcome]:
     """Search to the end, starting or resuming. Returns what came out, which is also in the sweep's folder.
 
     Raises an M2DError for what a user can fix. Finished trials stay whatever happens; the same command resumes.
@@ -52,13 +51,12 @@ def sweep(config: SweepConfig) -> Outcome:
         with held(folder):  # not from under a sweep that runs
             began = datetime.fromtimestamp((folder / SETTINGS).stat().st_mtime)
             folder.rename(folder.with_name(f"{folder.name}_until_{began:%Y%m%d_%H%M%S}"))
-        known = False
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
         ledger = Ledger(folder)
-        if known:
-            require_same(folder, config, ledger)
         begun = max(ledger.records, default=-1) + 1
+        if begun:  # one that was refused before its first trial is repeated with what was wrong put right
+            require_same(folder, config)
         if config.search != "grid" and config.num_trials < begun:
             raise ConfigError(
                 f"num_trials is {config.num_trials}, and the sweep {folder} has begun {begun} trials already; give at "
@@ -66,9 +64,8 @@ def sweep(config: SweepConfig) -> Outcome:
             )
         write_settings(folder, config)
         ledger.take_up()
-        left = config.count - len(ledger.in_state("done", "stopped"))
-        if left:
-            _run(config, folder, ledger, left, console)
+        if len(ledger.in_state("done", "stopped")) < config.count:
+            _run(config, folder, ledger, console)
         _leave_stopped(ledger)
         if len(ledger.in_state("done", "stopped", "failed")) < config.count:
             raise KeyboardInterrupt  # Tune takes it for a wish to end, and returns as if the sweep were over
@@ -92,63 +89,83 @@ def write_settings(folder: Path, config: SweepConfig) -> None:
     write_whole(folder / SETTINGS, yaml.safe_dump(as_dict(config), sort_keys=False))
 
 
-def require_same(folder: Path, config: SweepConfig, ledger: Ledger) -> None:
+def require_same(folder: Path, config: SweepConfig) -> None:
     """Raises ExperimentError, with the difference, where a sweep's trials were begun with other settings."""
-    if not ledger.records:
-        return  # it was refused before its first trial, and is repeated with what was wrong put right
-
-    def binding(written: str) -> dict[str, Any]:
-        settings: dict[str, Any] = yaml.safe_load(written)
+    old, new = (
+        yaml.safe_load(text) for text in ((folder / SETTINGS).read_text("utf-8"), yaml.safe_dump(as_dict(config)))
+    )
+    for settings in (old, new):
         del settings["resume"], settings["num_trials"], settings["sweep"]["max_concurrent"]
-        return settings
-
-    new = yaml.safe_dump(as_dict(config))
-    changed = differences(binding((folder / SETTINGS).read_text(encoding="utf-8")), binding(new))
-    if changed:
+    if changed := differences(old, new):
         raise ExperimentError(
             f"the sweep {folder} was begun with other settings ({'; '.join(changed)}); repeat its command to resume, "
             "or start over with --fresh or another --name"
         )
 
 
-def _run(config: SweepConfig, folder: Path, ledger: Ledger, left: int, console: Console) -> None:
-    """Run the trials that are left."""
+def _run(config: SweepConfig, folder: Path, ledger: Ledger, console: Console) -> None:
+    """Run Ray Tune over the trials that are left, informed of what the others were worth.
+
+    Tune could restore its own state instead, but that is up to ten seconds old, knows nothing of the scheduler's, and
+    is bound to the number of trials that it was begun with.
+    """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's boxes and advice; its old output heeds verbose=0
     if not config.verbose:
         logging.getLogger("ray.tune.utils.util").setLevel(logging.ERROR)  # it counts steps above 0.5 s
+    weight = config.sweep.reconstruction_weight
+    ended = ledger.in_state("done", "stopped")
+    worth = [(record, [objective(row, weight) for row in ledger.rows(record)]) for record in ended]
     with ray_cluster(verbose=config.verbose, min_cpus=trial_cpus(config) + DRIVER_CPUS):
         require_shared(
             written={"experiments_dir": config.experiments_dir},
             read={"data_root": config.checked_data_root, "cache_dir": config.cache_dir},
         )
-        at_once = min(concurrent_trials(config, node_resources()), left)
-        whole = config.count
-        ended = f", {whole - left} of them ended before" if left < whole else ""
+        at_once = min(concurrent_trials(config, node_resources()), config.count - len(ended))
+        before = f", {len(ended)} of them ended before" if ended else ""
         console.say(
-            f"sweep {config.name}: {whole} trials by {config.search} search{ended}, scheduler "
+            f"sweep {config.name}: {config.count} trials by {config.search} search{before}, scheduler "
             f"{config.sweep.scheduler}, {at_once} at a time, in {folder}"
         )
-        with _own_words(console.say):
-            _tuner(config, folder, ledger, at_once).fit()
+        space: dict[str, Any] = {}
+        search: SearchAlgorithm | Searcher
+        chosen, samples = None, 1
+        if config.search == "optuna":
+            samples, left = config.count - len(ended), ledger.in_state("open")
+            search = _optuna(config, [(record, found[-1]) for record, found in worth if found], left, at_once)
+        else:
+            chosen = planned(config)
+            numbers = sorted(set(range(len(chosen))) - {record.number for record in ended})
+            space, search = {NUMBER: tune.grid_search(numbers)}, BasicVariantGenerator(max_concurrent=at_once)
+        trial = tune.with_parameters(run_trial, config=config, folder=str(folder))
+        tuner = Tuner(
+            tune.with_resources(trial, {"CPU": DRIVER_CPUS}),
+            param_space=space,
+            tune_config=tune.TuneConfig(
+                num_samples=samples,
+                search_alg=search,  # it holds the limit of trials at a time: Tune ignores its own where there is one
+                scheduler=_scheduler(config, {record.name: objectives for record, objectives in worth}),
+                trial_dirname_creator=lambda trial: str(trial.trial_id),  # the default has every value in its name
+            ),
+            run_config=RunConfig(
+                name=f"{datetime.now():%Y%m%d_%H%M%S}",
+                storage_path=str(folder / "tune"),  # what Tune keeps of each time that the sweep ran
+                verbose=0,
+                callbacks=[FollowTrials(ledger, config.count, chosen)],
+                failure_config=FailureConfig(max_failures=1),
+                checkpoint_config=CheckpointConfig(num_to_keep=None),
+            ),
+        )
+        logging.getLogger("ray.tune.tune").addFilter(_in_own_words)
+        tuner.fit()
 
 
-@contextmanager
-def _own_words(say: Callable[[str], None]) -> Iterator[None]:
-    """What an interruption means here, in place of Tune's advice to restore a state that this sweep does without."""
-
-    def reword(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        if message.startswith("Stop signal received"):
-            say("ending the trials that run; Ctrl-C again ends at once")
-            return False
-        return "has been interrupted" not in message
-
-    logger = logging.getLogger("ray.tune.tune")
-    logger.addFilter(reword)
-    try:
-        yield
-    finally:
-        logger.removeFilter(reword)
+def _in_own_words(record: logging.LogRecord) -> bool:
+    """A filter of Tune's messages: what an interruption means here, not how to restore a state that we do without."""
+    message = record.getMessage()
+    if message.startswith("Stop signal received"):
+        Console().say("ending the trials that run; Ctrl-C again ends at once")
+        return False
+    return "has been interrupted" not in message
 
 
 def trial_cpus(config: SweepConfig) -> float:
@@ -175,16 +192,15 @@ def concurrent_trials(config: SweepConfig, nodes: Sequence[Mapping[str, float]])
     while fit > 0 and places_left(fit) < fit * config.workers[1]:
         fit -= 1
     if fit < 1:
-        gpu = " and a GPU" if gpus else ""
         raise ConfigError(
-            f"a trial needs {needed:g} CPUs, {per_worker:g} of them{gpu} on one node for each of {config.num_workers} "
-            f"worker(s); the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node(s); lower --num_workers "
-            "or --ray.cpus_per_worker, or add a node"
+            f"a trial needs {needed:g} CPUs, {per_worker:g} of them{' and a GPU' if gpus else ''} on one node for each "
+            f"of {config.num_workers} worker(s); the cluster has {cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} "
+            "node(s); lower --num_workers or --ray.cpus_per_worker, or add a node"
         )
-    wanted = config.sweep.max_concurrent
-    if wanted is not None and wanted > fit:
+    wanted = config.sweep.max_concurrent or min(fit, config.count)
+    if wanted > fit:
         raise ConfigError(f"sweep.max_concurrent is {wanted}, and the cluster can hold {fit} trials at once; lower it")
-    return min(wanted or fit, config.count)
+    return min(wanted, config.count)
 
 
 def planned(config: SweepConfig) -> list[dict[str, float]]:
@@ -195,57 +211,17 @@ def planned(config: SweepConfig) -> list[dict[str, float]]:
     space = config.distributions
     if config.search == "grid":
         return [dict(zip(space, values)) for values in itertools.product(*(one.numbers for one in space.values()))]
+
+    def draw(one: Distribution, generator: np.random.Generator) -> float:
+        if one.is_finite:
+            return float(generator.choice(one.numbers))
+        low, high = one.numbers
+        if one.kind == "uniform":
+            return float(generator.uniform(low, high))
+        return float(np.exp(generator.uniform(np.log(low), np.log(high))))
+
     generators = [np.random.default_rng((config.sweep.seed, number)) for number in range(config.num_trials)]
-    return [{setting: _draw(one, generator) for setting, one in space.items()} for generator in generators]
-
-
-def _draw(one: Distribution, generator: np.random.Generator) -> float:
-    if one.is_finite:
-        return float(generator.choice(one.numbers))
-    low, high = one.numbers
-    if one.kind == "uniform":
-        return float(generator.uniform(low, high))
-    return float(np.exp(generator.uniform(np.log(low), np.log(high))))
-
-
-def _tuner(config: SweepConfig, folder: Path, ledger: Ledger, at_once: int) -> Tuner:
-    """Ray Tune over the trials that are left, informed of what the others were worth.
-
-    Tune could restore its own state instead, but that is up to ten seconds old, knows nothing of the scheduler's, and
-    is bound to the number of trials that it was begun with.
-    """
-    ended, left = ledger.in_state("done", "stopped"), ledger.in_state("open")
-    worth = [
-        (record, [objective(r, config.sweep.reconstruction_weight) for r in ledger.rows(record)]) for record in ended
-    ]
-    space: dict[str, Any] = {}
-    search: SearchAlgorithm | Searcher
-    chosen, samples = None, 1
-    if config.search == "optuna":
-        samples = config.count - len(ended)
-        search = _optuna(config, [(record, found[-1]) for record, found in worth if found], left, at_once)
-    else:
-        chosen = planned(config)
-        numbers = sorted(set(range(len(chosen))) - {record.number for record in ended})
-        space, search = {NUMBER: tune.grid_search(numbers)}, BasicVariantGenerator(max_concurrent=at_once)
-    return Tuner(
-        tune.with_resources(tune.with_parameters(run_trial, config=config, folder=str(folder)), {"CPU": DRIVER_CPUS}),
-        param_space=space,
-        tune_config=tune.TuneConfig(
-            num_samples=samples,
-            search_alg=search,  # it holds the limit of trials at a time: Tune ignores its own where there is one
-            scheduler=_scheduler(config, {record.name: objectives for record, objectives in worth}),
-            trial_dirname_creator=lambda trial: str(trial.trial_id),  # the default has every value in its name
-        ),
-        run_config=RunConfig(
-            name=f"{datetime.now():%Y%m%d_%H%M%S}",
-            storage_path=str(folder / "tune"),  # what Tune keeps of each time that the sweep ran
-            verbose=0,
-            callbacks=[FollowTrials(ledger, config.count, chosen)],
-            failure_config=FailureConfig(max_failures=1),
-            checkpoint_config=CheckpointConfig(num_to_keep=None),
-        ),
-    )
+    return [{setting: draw(one, generator) for setting, one in space.items()} for generator in generators]
 
 
 def _optuna(
@@ -257,16 +233,17 @@ def _optuna(
     from optuna.samplers import TPESampler
     from ray.tune.search.optuna import OptunaSearch
 
-    def of(one: Distribution) -> BaseDistribution:
-        if one.is_finite:
-            return CategoricalDistribution(one.numbers)
-        return FloatDistribution(one.numbers[0], one.numbers[1], log=one.kind == "loguniform")
-
     optuna_logging.set_verbosity(optuna_logging.WARNING)
+    space: dict[str, BaseDistribution] = {
+        setting: CategoricalDistribution(one.numbers)
+        if one.is_finite
+        else FloatDistribution(one.numbers[0], one.numbers[1], log=one.kind == "loguniform")
+        for setting, one in config.distributions.items()
+    }
     # Started over with its old seed, the sampler would propose again what it proposed first.
     seed = int(np.random.default_rng((config.sweep.seed, len(ended))).integers(2**31))
     search = OptunaSearch(
-        {setting: of(one) for setting, one in config.distributions.items()},
+        space,
         metric=OBJECTIVE,
         mode="min",
         sampler=TPESampler(seed=seed),

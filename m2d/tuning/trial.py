@@ -1,6 +1,6 @@
 """A trial of a sweep on both sides of Ray Tune: a run that Tune sees judged, and what the driver makes of it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from m2d.experiment import newest_step
-from m2d.training.console import Console
 from m2d.training.settings import TrainConfig
-from m2d.tuning.ledger import TRIALS, Ledger, State, objective, trial_experiment, validations
+from m2d.training.telemetry import Console
+from m2d.tuning.ledger import TRIALS, Ledger, State, TrialRecord, objective
 from m2d.tuning.settings import SweepConfig
 
 OBJECTIVE = "objective"
@@ -25,15 +25,13 @@ REPORT = "report"  # how often a trial has been judged; Tune's own count starts 
 class ReportObjective(TuneReportCallback):
     """Adds the objective, and the number of the report, to what a worker reports; hands both to Tune."""
 
-    def __init__(self, reconstruction_weight: float, folder: Path, name: str) -> None:
+    def __init__(self, reconstruction_weight: float, ledger: Ledger, record: TrialRecord) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.reconstruction_weight, self.folder, self.name = reconstruction_weight, folder, name
+        self.reconstruction_weight, self.ledger, self.record = reconstruction_weight, ledger, record
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Checkpoint | None) -> None:
         """See TuneReportCallback; the first worker's metrics count."""
-        experiment = trial_experiment(self.folder, self.name)
-        rows = [] if experiment is None else validations(experiment)
-        report = sum(row["step"] <= metrics[0]["step"] for row in rows)
+        report = sum(row["step"] <= metrics[0]["step"] for row in self.ledger.rows(self.record))
         super().after_report(run_context, [judged(metrics[0], report, self.reconstruction_weight)], checkpoint)
 
 
@@ -48,38 +46,33 @@ def run_trial(proposed: Mapping[str, float], *, config: SweepConfig, folder: str
     proposed: what Tune's search gave; the driver has written the values, and the trial's name, into the ledger.
     folder: the sweep's.
     """
-    record = Ledger(Path(folder)).of(str(tune.get_context().get_trial_id()))
-    weight = config.sweep.reconstruction_weight
-    experiment = trial_experiment(Path(folder), record.name)
+    ledger, weight = Ledger(Path(folder)), config.sweep.reconstruction_weight
+    record = ledger.of(str(tune.get_context().get_trial_id()))
+    experiment = ledger.experiment(record)
     if experiment is not None:
         reached = newest_step(experiment.checkpoints)
-        rows = [row for row in validations(experiment) if row["step"] <= reached]
+        rows = [row for row in ledger.rows(record) if row["step"] <= reached]
         if rows:  # how far it came, which a restarted Tune does not know
             tune.report(judged(rows[-1], len(rows), weight))
+    # When a trial is stopped, a detached actor of Ray Train's gives back what its workers held. It asks the State API
+    # whether the trial still lives, and that looks for the machine's only cluster: where a second one runs on the
+    # machine, the actor fails, and the trial's CPUs are lost. So the run is a task beside this process that knows by
+    # RAY_ADDRESS, which its children inherit, which cluster it is in.
+    context = ray.get_runtime_context()
+    task = ray.remote(_train).options(
+        num_cpus=0,
+        max_retries=0,
+        runtime_env={"env_vars": {"RAY_ADDRESS": context.gcs_address}},
+        scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False),
+    )
     run = config.trial(record.chosen, name=record.name, folder=str(Path(folder) / TRIALS))
-    ray.get(_in_known_cluster(_train).remote(run, ReportObjective(weight, Path(folder), record.name)))
+    ray.get(task.remote(run, ReportObjective(weight, ledger, record)))
 
 
 def _train(run: TrainConfig, callback: ReportObjective) -> None:
     from m2d.training.trainer import train  # here, so that only this process loads torch
 
     train(run, callbacks=[callback], stoppable=False)
-
-
-def _in_known_cluster(function: Callable[..., None]) -> Any:
-    """The function as a task beside this process, which and whose children know by name which cluster they are in.
-
-    When a trial is stopped, a detached actor of Ray Train's gives back what its workers held. It asks the State API
-    whether the trial still lives, and that looks for the machine's only cluster: where a second one runs on the
-    machine, the actor fails, and the trial's CPUs are lost. RAY_ADDRESS, which children inherit, tells it.
-    """
-    context = ray.get_runtime_context()
-    return ray.remote(function).options(
-        num_cpus=0,
-        max_retries=0,
-        runtime_env={"env_vars": {"RAY_ADDRESS": context.gcs_address}},
-        scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False),
-    )
 
 
 class FollowTrials(Callback):
@@ -93,11 +86,9 @@ class FollowTrials(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial's process is there and has not begun: it finds its name and its values in the ledger."""
-        if self.chosen is None:
-            record = self.ledger.begin(trial.trial_id, trial.config, None)
-        else:
-            number = int(trial.config[NUMBER])
-            record = self.ledger.begin(trial.trial_id, self.chosen[number], number)
+        number = None if self.chosen is None else int(trial.config[NUMBER])
+        chosen = trial.config if self.chosen is None or number is None else self.chosen[number]
+        record = self.ledger.begin(trial.trial_id, chosen, number)
         settings = "  ".join(f"{name.rpartition('.')[2]} {value:.3g}" for name, value in record.chosen.items())
         Console().say(f"{record.name}  {settings}")
 
@@ -113,19 +104,15 @@ class FollowTrials(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial took all its steps, or was stopped."""
-        record = self.ledger.of(trial.trial_id)
-        experiment = self.ledger.experiment(record)
-        facts = {} if experiment is None else experiment.info()
+        facts = self.ledger.info(self.ledger.of(trial.trial_id))
         step = int((trial.last_result or {}).get("step", 0))
         whole = facts.get("state") == "done" or 0 < step == facts.get("total_steps")
         self._end(trial, "done" if whole else "stopped", step=None if whole else step)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial failed for good."""
-        experiment = self.ledger.experiment(self.ledger.of(trial.trial_id))
-        error = None if experiment is None else experiment.info().get("error")
-        lines = str(error or "its process ended").strip().splitlines()
-        self._end(trial, "failed", error=lines[0][:300])
+        error = self.ledger.info(self.ledger.of(trial.trial_id)).get("error") or "its process ended"
+        self._end(trial, "failed", error=str(error).strip().splitlines()[0][:300])
 
     def _end(self, trial: Any, state: State, *, step: int | None = None, error: str | None = None) -> None:
         self.ledger.end(trial.trial_id, state, step=step, error=error)

@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ PAGES = [FOLDER / "README.md", ROOT / "docs" / "security.md"]
 DOCKERFILE = FOLDER / "Dockerfile"
 VERSIONED = [*LAUNCHER_FILES, *MANIFESTS, DOCKERFILE, FOLDER / "README.md"]
 
+SHELLCHECK = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
 IMAGE = re.compile(r"\b(?:rayproject/ray:|m2d:ray)([\w.]+)-py(\d+)(-gpu|-cpu)?(?![\w-])")
 RAY_VERSION = re.compile(r"rayVersion: \"([\w.]+)\"")
 
@@ -101,3 +105,17 @@ def _to_the_end(words: list[str]) -> list[str]:
     """The words of one command, without what the shell does next."""
     ends = [index for index, word in enumerate(words) if word in ("&&", "||", "|", "&", ";", ">", "...")]
     return words[: ends[0]] if ends else words
+
+
+def syntax_errors(text: str) -> list[str]:
+    """Of a shell text, by `bash -n`: nothing of it runs. None for a good text."""
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, timeout=20)
+    return done.stderr.strip().splitlines() if done.returncode else []
+
+
+def lint(text: str) -> list[str]:
+    """What shellcheck finds, its notes on style included. It has to be there: see SHELLCHECK."""
+    assert SHELLCHECK is not None
+    command = [SHELLCHECK, "--shell=bash", "--format=gcc", "-"]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    return done.stdout.strip().splitlines() + done.stderr.strip().splitlines()

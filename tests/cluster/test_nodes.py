@@ -43,19 +43,15 @@ class PretendedNodes:
         return {node: not_seen(elsewhere) for node in others}
 
 
-def test_on_one_node_nothing_is_asked_and_nothing_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretended = PretendedNodes(monkeypatch, HERE)
+@pytest.mark.parametrize("others", [[], [{**THERE, "Alive": False}], [{**THERE, "Resources": {}}]])
+def test_where_no_other_node_works_nothing_is_asked_and_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: Any
+) -> None:
+    pretended = PretendedNodes(monkeypatch, HERE, *others)
     require_shared(written={"experiments_dir": str(tmp_path / "runs")}, read={})
     require_shared(written={"experiments_dir": "s3://bucket/runs"}, read={})
     assert pretended.asked == []
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("change", [{"Alive": False}, {"Resources": {}}], ids=["dead", "without CPUs"])
-def test_a_node_that_does_no_work_need_not_see_anything(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
-    pretended = PretendedNodes(monkeypatch, HERE, {**THERE, **change})
-    require_shared(written={"experiments_dir": "s3://bucket/runs"}, read={})
-    assert pretended.asked == []
 
 
 def test_paths_that_all_nodes_see_pass_and_nothing_is_left_there(
@@ -94,19 +90,17 @@ def test_a_folder_to_write_that_another_node_has_by_the_same_name_only_is_refuse
     assert list(folder.iterdir()) == []
 
 
-def test_a_uri_to_write_is_refused_where_others_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    PretendedNodes(monkeypatch, HERE, THERE)
-    with pytest.raises(ConfigError, match=r"^experiments_dir: s3://bucket/runs is a URI.*every node mounts"):
-        require_shared(written={"experiments_dir": "s3://bucket/runs"}, read={})
-
-
-def test_a_folder_that_cannot_be_written_is_refused_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("place", "why"), [("s3://bucket/runs", "is a URI.*every node mounts"), ("file/runs", r"cannot be written \(")]
+)
+def test_a_place_to_write_that_nodes_cannot_share_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, why: str
 ) -> None:
     PretendedNodes(monkeypatch, HERE, THERE)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"^experiments_dir: .* cannot be written \([^\n]*$"):
-        require_shared(written={"experiments_dir": str(tmp_path / "file" / "runs")}, read={})
+    with pytest.raises(ConfigError, match=rf"^experiments_dir: {place} {why}[^\n]*$"):
+        require_shared(written={"experiments_dir": place}, read={})
 
 
 class GrowingCluster:
@@ -127,18 +121,14 @@ class GrowingCluster:
 BUNDLES = [{"CPU": 1.5, "GPU": 1.0}, {"CPU": 1.5, "GPU": 1.0}]
 
 
-def test_what_is_up_already_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    growing = GrowingCluster(monkeypatch, {"CPU": 3.0, "GPU": 2.0})
-    assert nodes.wait_for_nodes(BUNDLES, 60, growing.said.append)
-    assert (growing.asked, growing.said) == ([], [])
-
-
 def test_nodes_are_asked_for_waited_for_and_then_left_to_the_autoscaler(monkeypatch: pytest.MonkeyPatch) -> None:
-    some = {"CPU": 4.0, "GPU": 1.0}
-    growing = GrowingCluster(monkeypatch, {"CPU": 0.0}, some, some, {"CPU": 8.0, "GPU": 2.0})
+    some, enough = {"CPU": 4.0, "GPU": 1.0}, {"CPU": 3.0, "GPU": 2.0}
+    growing = GrowingCluster(monkeypatch, {"CPU": 0.0}, some, some, enough)
     assert nodes.wait_for_nodes(BUNDLES, 60, growing.said.append)
     assert growing.asked == [[{"CPU": 2, "GPU": 1}, {"CPU": 2, "GPU": 1}], []]
     assert [line.partition("has ")[2] for line in growing.said] == ["0 of 3 CPU, 0 of 2 GPU", "1 of 2 GPU"]
+    assert nodes.wait_for_nodes(BUNDLES, 60, pytest.fail)  # what is up already is not asked for
+    assert len(growing.asked) == 2
 
 
 def test_nodes_that_do_not_come_are_waited_for_no_longer_than_said(monkeypatch: pytest.MonkeyPatch) -> None:

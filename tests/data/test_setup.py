@@ -27,9 +27,9 @@ from m2d.cli import parse
 from m2d.data import setup
 from m2d.data.catalog import read_catalog, scan_dataset
 from m2d.data.decode import decode_resized
-from m2d.data.features import ExtractionJobs, FeatureStore, feature_bytes, keep_features, read_prepared
+from m2d.data.features import ExtractionJobs, FeatureStore, feature_bytes, read_prepared, write_features
 from m2d.data.settings import DataConfig
-from m2d.data.setup import ImageJobs, StageReport, setup_data
+from m2d.data.setup import StageReport, prepare_images, setup_data
 from m2d.data.store import PreparedImages, prepared_folder, write_images
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, DataError
@@ -114,7 +114,7 @@ def test_prepared_pixels_are_the_decoded_files_bit_for_bit(root: Path, whole: Pa
 def test_cached_features_are_the_extractors_own_of_each_view(root: Path, whole: Path) -> None:
     folder = prepared_folder(str(whole), str(root))
     catalog = read_catalog(str(folder / "catalog.parquet"))
-    table = FeatureStore.open(folder, key(), SIZE).table(catalog["sha256"].to_pylist(), VIEWS)
+    table = FeatureStore(folder, key(), SIZE).table(catalog["sha256"].to_pylist(), VIEWS)
     extractor = load_feature_extractor("efficientnet-lite0", input_size=INPUT, crop="whole")
     assert (table.dim, table.num_patches) == (1280, 4)
     decoded = [
@@ -155,7 +155,7 @@ def test_tasks_and_actors_make_what_this_process_makes(
     np.testing.assert_array_equal(*pixels)
     rows, view = np.arange(IMAGES), np.full(IMAGES, VIEWS - 1, dtype=np.int8)
     found, expected = (
-        FeatureStore.open(folder, key(), SIZE).table(sums, VIEWS).batch(rows, view) for folder in (ours, theirs)
+        FeatureStore(folder, key(), SIZE).table(sums, VIEWS).batch(rows, view) for folder in (ours, theirs)
     )
     torch.testing.assert_close(found.patches.float(), expected.patches.float(), rtol=2**-10, atol=1e-4)
 
@@ -197,7 +197,7 @@ def test_other_weights_make_their_own_features_and_leave_the_old_ones(
     assert other != key()
     sums = read_catalog(str(folder / "catalog.parquet"))["sha256"].to_pylist()
     view, rows = np.zeros(IMAGES, dtype=np.int8), np.arange(IMAGES)
-    ours, theirs = (FeatureStore.open(folder, name, SIZE).table(sums, 1).cls(rows, view) for name in (key(), other))
+    ours, theirs = (FeatureStore(folder, name, SIZE).table(sums, 1).cls(rows, view) for name in (key(), other))
     assert (ours - theirs).abs().max() > 0.01
 
 
@@ -273,7 +273,7 @@ def test_images_gone_bad_since_the_scan_are_left_out_with_the_reason(tmp_path: P
     paths, sums = catalog["path"].to_pylist(), catalog["sha256"].to_pylist()
     (root / "DF" / "DF_1.png").unlink()
     shutil.copy(root / "NV" / "NV_0.png", root / "NV" / "NV_2.png")  # sound, but another image
-    result = ImageJobs(str(root), SIZE, 10**6, folder, paths, sums, [np.arange(IMAGES)]).run(0)
+    result = prepare_images(DataConfig(image_size=SIZE), str(root), folder, list(zip(paths, sums)))
     assert result.images == IMAGES - 2
     assert result.failures == ["DF/DF_1.png: is not there", "NV/NV_2.png: has changed since the scan"]
     missing = PreparedImages(folder, SIZE).missing(sums)
@@ -296,11 +296,17 @@ def feature_jobs(folder: Path, levels: list[int]) -> ExtractionJobs:
     sums = [f"{number:064x}" for number in range(len(levels))]
     write_images(folder, SIZE, sums, np.stack([np.full((SIZE, SIZE, 3), level, dtype=np.uint8) for level in levels]))
     paths = [f"NV/{number}.png" for number in range(len(levels))]
+
+    def keep(view: int, rows: np.ndarray, features: Features) -> None:
+        write_features(
+            folder, "key", SIZE, view, [sums[row] for row in rows], features, names=[paths[row] for row in rows]
+        )
+
     return ExtractionJobs(
         FeatureExtractorConfig(),
         "key",
         read=partial(read_prepared, PreparedImages(folder, SIZE).rows(sums)),
-        keep=partial(keep_features, folder, "key", SIZE, sums, paths),
+        keep=keep,
         jobs=[(3, np.arange(len(levels)))],
         batch_size=2,
         batch_setting="extract_batch_size",

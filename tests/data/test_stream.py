@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from m2d.data import stream as stream_module
-from m2d.data.local import iterate_local
 from m2d.data.order import StreamOrder, worker_rows
-from m2d.data.reader import ImageReader
+from m2d.data.reader import ImageReader, iterate_local
 from m2d.data.store import PreparedImages, write_images
 from m2d.data.stream import BlockPlan, build_stream, iterate_stream, stream_options
 from m2d.errors import DataError, TrainingError
@@ -146,7 +145,7 @@ def test_prepared_images_stream_as_decoded_ones_do(
         write_images(tmp_path / "cache", SIZE, sums[first:stop], pixels[first:stop])
         for path in paths[first:stop]:
             path.unlink()
-    images = PreparedImages.open(tmp_path / "cache", SIZE)
+    images = PreparedImages(tmp_path / "cache", SIZE)
     other = ImageReader(catalog, str(root), image_size=SIZE, max_pixels=10_000, prepared=images)
     (batches,) = streamed(other, order, 0, 16, world=1, share=share)
     assert_same(batches, local(reader, order, 0, 16))

@@ -1,4 +1,4 @@
-"""Solvers are held to flows with a closed form.
+"""The path is held to its definition, solvers to flows with a closed form, guidance to its formula and its passes.
 
 Data N(m, s^2): x_t ~ N((1 - t) m, var_t) with var_t = (1 - t)^2 s^2 + t^2, so E[v | x_t] is linear in x_t and noise eps
 flows to m + s eps. Mixtures in one dimension: the flow keeps the order of points, so noise eps flows to the point with
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from m2d.diffusion.interpolant import interpolate, velocity_target
 from m2d.diffusion.settings import SOLVERS, Solver
-from m2d.diffusion.solver import solve, time_grid
+from m2d.diffusion.solver import GuidedVelocity, solve, time_grid
 
 Flow = Callable[[Tensor, Tensor], Tensor]
 MEANS = torch.tensor([-2.0, 1.5], dtype=torch.float64)
@@ -59,14 +60,24 @@ def mixture_error(solver: Solver, evaluations: int) -> float:
     return float((reached - torch.special.ndtr(start)).square().mean().sqrt())
 
 
-@pytest.mark.parametrize(("solver", "tolerance"), [("euler", 4e-3), ("heun", 2e-5), ("dpmpp", 2e-4), ("unipc", 5e-5)])
-def test_each_solver_converges_to_the_gaussian(solver: Solver, tolerance: float) -> None:
-    assert gaussian_error(solver, steps=256) < tolerance
+def test_the_path_runs_from_data_at_0_to_noise_at_1_and_the_velocity_is_its_derivative() -> None:
+    clean, noise = seeded_noise(2, 3, 2, 4, 4)
+    x_t = interpolate(clean, noise, torch.tensor([0.0, 1.0, 0.25]))
+    assert_close(x_t, torch.stack([clean[0], noise[1], 0.75 * clean[2] + 0.25 * noise[2]]))
+    t, h = torch.tensor([0.1, 0.5, 0.8]), 2.0**-6
+    derivative = (interpolate(clean, noise, t + h) - interpolate(clean, noise, t - h)) / (2 * h)
+    assert_close(velocity_target(clean, noise), derivative)
 
 
-@pytest.mark.parametrize(("solver", "tolerance"), [("euler", 2e-3), ("heun", 2e-5), ("dpmpp", 1e-4), ("unipc", 2e-5)])
-def test_each_solver_converges_to_the_mixture(solver: Solver, tolerance: float) -> None:
-    assert mixture_error(solver, evaluations=256) < tolerance
+@pytest.mark.parametrize(
+    ("solver", "gaussian", "mixture"),
+    [("euler", 4e-3, 2e-3), ("heun", 2e-5, 2e-5), ("dpmpp", 2e-4, 1e-4), ("unipc", 5e-5, 2e-5)],
+)
+def test_each_solver_converges_to_the_gaussian_and_to_the_mixture(
+    solver: Solver, gaussian: float, mixture: float
+) -> None:
+    assert gaussian_error(solver, steps=256) < gaussian
+    assert mixture_error(solver, evaluations=256) < mixture
 
 
 @pytest.mark.parametrize(
@@ -139,14 +150,6 @@ def test_channels_flow_apart_from_each_other(solver: Solver) -> None:
     assert_close(end, mean + std * start, atol=1.5e-2 if solver == "euler" else 1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_one_step_over_constant_velocity_is_exact(solver: Solver) -> None:
-    """With the data a single point x_0, eps - x_0 is constant along the path."""
-    start, clean = seeded_noise(2, 3).float(), torch.tensor([[1.0, 2.0, 3.0]])
-    end = solve(lambda x, t: start - clean, start, steps=1, solver=solver)
-    assert_close(end, clean.expand(2, 3), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize(("solver", "evaluations"), [("euler", 7), ("heun", 14), ("dpmpp", 7), ("unipc", 7)])
 def test_the_network_runs_as_often_as_promised(solver: Solver, evaluations: int) -> None:
     times: list[float] = []
@@ -164,7 +167,8 @@ def test_the_network_runs_as_often_as_promised(solver: Solver, evaluations: int)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_the_state_stays_in_float32_when_the_network_does_not(solver: Solver) -> None:
+def test_the_state_stays_in_float32_when_the_network_does_not_and_under_a_callers_autocast(solver: Solver) -> None:
+    """As training's autocast around a picture's samples."""
     exact = gaussian_velocity(mean=2.0, std=0.5)
     seen: set[torch.dtype] = set()
 
@@ -173,27 +177,22 @@ def test_the_state_stays_in_float32_when_the_network_does_not(solver: Solver) ->
         return exact(x, t).bfloat16()
 
     start = seeded_noise(64, 1).bfloat16()
+    expected = solve(exact, start, steps=50, solver=solver)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         end = solve(bfloat16_velocity, start, steps=50, solver=solver)
+        assert torch.equal(solve(exact, start, steps=50, solver=solver), expected)
     assert seen == {torch.float32}
     assert end.dtype == torch.float32
     # Rounding each velocity of about 2 to eight bits leaves about 2^-8; a state in bf16 would drift much further.
-    assert_close(end, solve(exact, start, steps=50, solver=solver), atol=1e-2, rtol=0)
+    assert_close(end, expected, atol=1e-2, rtol=0)
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_caller_s_autocast_does_not_reach_the_solver(solver: Solver) -> None:
-    """As training's autocast around a picture's samples."""
-    start, velocity = seeded_noise(64, 1).float(), gaussian_velocity(mean=2.0, std=0.5)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = solve(velocity, start, steps=10, solver=solver)
-    assert torch.equal(under_autocast, solve(velocity, start, steps=10, solver=solver))
-
-
-def test_the_grid_is_uniform_from_1_to_0_and_the_shift_moves_it_to_the_noise() -> None:
-    assert_close(time_grid(4), torch.tensor([1.0, 0.75, 0.5, 0.25, 0.0], dtype=torch.float64))
-    shifted = time_grid(4, shift=3.0)
-    assert_close(shifted, torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0], dtype=torch.float64))
+def test_the_grid_is_uniform_from_1_to_0_the_shift_moves_it_to_the_noise_and_a_start_takes_its_tail() -> None:
+    assert time_grid(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert_close(time_grid(4, shift=3.0), torch.tensor([1.0, 0.9, 0.75, 0.5, 0.0], dtype=torch.float64))
+    assert time_grid(3, start_time=0.75).tolist() == [0.75, 0.5, 0.25, 0.0]
+    whole = time_grid(8, shift=3.0)
+    assert_close(time_grid(5, shift=3.0, start_time=float(whole[3])), whole[3:])
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -240,21 +239,82 @@ def test_where_the_path_has_arrived_the_network_is_not_asked(solver: Solver, sta
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("start_time", [1e-5, 0.4, 0.999999])
+@pytest.mark.parametrize("start_time", [1e-5, 0.4, 0.999999, 1.0])
 def test_one_step_from_any_time_over_constant_velocity_is_exact(solver: Solver, start_time: float) -> None:
+    """With the data a single point x_0, eps - x_0 is constant along the path."""
     noise, clean = seeded_noise(2, 3).float(), torch.tensor([[1.0, 2.0, 3.0]])
     start = (1 - start_time) * clean + start_time * noise
     end = solve(lambda x, t: noise - clean, start, steps=1, solver=solver, start_time=start_time)
     assert_close(end, clean.expand(2, 3), atol=1e-5, rtol=0)
 
 
-def test_the_grid_from_a_time_is_the_tail_of_the_whole_grid() -> None:
-    assert_close(time_grid(3, start_time=0.75), torch.tensor([0.75, 0.5, 0.25, 0.0], dtype=torch.float64))
-    whole = time_grid(8, shift=3.0)
-    assert_close(time_grid(5, shift=3.0, start_time=float(whole[3])), whole[3:])
-
-
 @pytest.mark.parametrize("start_time", [-0.1, 1.5, float("nan")])
 def test_a_start_time_off_the_path_is_refused(start_time: float) -> None:
     with pytest.raises(ValueError, match="start_time is"):
         solve(lambda x, t: x, torch.zeros(1, 1), steps=2, start_time=start_time)
+
+
+# --- guidance
+
+
+class CountingModel:
+    """velocity = x t + the context's first number; remembers the size of each batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        self.batches.append(len(x_t))
+        assert len(t) == len(context) == len(x_t)
+        return x_t * t.view(-1, 1, 1, 1) + context[:, 0, :1, None, None]
+
+
+X = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+CONDITIONAL = torch.tensor([3.0, 5.0]).view(2, 1, 1)
+NULL = torch.tensor([1.0]).view(1, 1, 1)
+HALF = torch.tensor(0.5, dtype=torch.float64)
+
+
+def guided(model: CountingModel, scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> GuidedVelocity:
+    return GuidedVelocity(model, CONDITIONAL, NULL, scale=scale, interval=interval)
+
+
+@pytest.mark.parametrize("scale", [2.5, 0.0])
+def test_guidance_goes_from_the_null_velocity_past_the_conditional_one_in_one_pass(scale: float) -> None:
+    # v_null = x t + 1; v_cond = x t + (3, 5)
+    model = CountingModel()
+    velocity = guided(model, scale)(X, HALF)
+    assert_close(velocity, X * 0.5 + 1 + scale * torch.tensor([2.0, 4.0]).view(2, 1, 1, 1))
+    assert model.batches == [4]
+
+
+def test_scale_1_is_the_conditional_velocity_alone() -> None:
+    model = CountingModel()
+    assert_close(guided(model, scale=1.0)(X, HALF), X * 0.5 + CONDITIONAL.view(2, 1, 1, 1))
+    assert model.batches == [2]
+
+
+@pytest.mark.parametrize(("t", "passes"), [(0.19, [2]), (0.2, [4]), (0.5, [4]), (0.7, [4]), (0.71, [2])])
+def test_the_null_half_is_computed_inside_the_interval_alone(t: float, passes: list[int]) -> None:
+    model = CountingModel()
+    velocity = guided(model, scale=3.0, interval=(0.2, 0.7))(X, torch.tensor(t, dtype=torch.float64))
+    assert model.batches == passes
+    if passes == [2]:
+        assert_close(velocity, X * t + CONDITIONAL.view(2, 1, 1, 1))
+
+
+def test_one_pass_a_step_through_a_whole_solve() -> None:
+    # euler's ten times are 1, .9, ... .1: two above the interval, eight inside
+    model = CountingModel()
+    solve(guided(model, scale=3.0, interval=(0.0, 0.85)), X, steps=10, solver="euler")
+    assert model.batches == [2] * 2 + [4] * 8
+
+
+def test_guidance_is_computed_in_the_precision_of_the_state() -> None:
+    class Bfloat16Model:
+        def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+            return (x_t + context[:, 0, :1, None, None]).bfloat16()
+
+    velocity = GuidedVelocity(Bfloat16Model(), CONDITIONAL, NULL, scale=1.3)(torch.zeros(2, 1, 1, 1), HALF)
+    assert velocity.dtype == torch.float32
+    assert_close(velocity.flatten(), torch.tensor([1 + 1.3 * 2, 1 + 1.3 * 4]))

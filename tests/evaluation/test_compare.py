@@ -1,10 +1,9 @@
 """The verdict comes out as it must where the truth is known, for us and against us."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,29 @@ from ray import cloudpickle
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_sample_weight
 from tiny_sets import feature_set, image_set
 
 from m2d.classes import class_index
 from m2d.errors import DataError
-from m2d.evaluation.classifiers.arms import TrainingRows, training_rows
-from m2d.evaluation.classifiers.compare import DownstreamResult, Job, Trials, compare_arms, run_jobs, verdict
-from m2d.evaluation.classifiers.probe import ProbeClassifier, measure_downstream
+from m2d.evaluation.classifiers.compare import (
+    DownstreamResult,
+    Job,
+    TrainingRows,
+    Trials,
+    compare_arms,
+    limits,
+    run_jobs,
+    scored_classes,
+    training_rows,
+    unscored,
+    verdict,
+)
+from m2d.evaluation.classifiers.logistic import ProbeClassifier, measure_downstream
 from m2d.evaluation.images import FeatureSet
 from m2d.metrics.bootstrap import Estimate
 
-BKL, DF, MEL, NV = (class_index(code) for code in ("BKL", "DF", "MEL", "NV"))
+BKL, DF, MEL, NV, VASC = (class_index(code) for code in ("BKL", "DF", "MEL", "NV", "VASC"))
 DIMS = 40
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import tests
 
@@ -63,15 +74,12 @@ def helpful() -> DownstreamResult:
     return measure(TRUE, ratios=[0.5, 2, 100])
 
 
-def test_true_images_of_rare_classes_help(helpful: DownstreamResult) -> None:
+def test_true_images_of_rare_classes_help_and_the_sentence_says_so(helpful: DownstreamResult) -> None:
     assert helpful.minus_c["balanced_accuracy"].low > 0
     assert helpful.verdict.word == "helps"
-
-
-def test_the_sentence_opens_with_the_verdict_and_holds_both_intervals(helpful: DownstreamResult) -> None:
-    against_c, against_b = (minus["balanced_accuracy"] for minus in (helpful.minus_c, helpful.minus_b))
     assert helpful.verdict.sentence.startswith("helps: ")
-    for one in (against_c, against_b):
+    for minus in (helpful.minus_c, helpful.minus_b):
+        one = minus["balanced_accuracy"]
         assert f"{one.value:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" in helpful.verdict.sentence
 
 
@@ -157,18 +165,15 @@ def test_what_the_seeds_draw_widens_the_interval() -> None:
     assert interval(1, 2) == (0, 1)
 
 
-def test_the_sweep_has_a_step_for_each_ratio_and_says_where_images_lack(helpful: DownstreamResult) -> None:
+def test_the_sweep_has_a_step_for_each_ratio_up_to_the_images_there_are(helpful: DownstreamResult) -> None:
     assert [(step.ratio, step.added) for step in helpful.ratios] == [
         (0.5, {"BKL": 4, "MEL": 4}),
         (2, {"BKL": 16, "MEL": 16}),
         (100, {"BKL": 192, "MEL": 192}),
     ]
-    assert helpful.ratios[2].limited == "BKL 192 of 800, MEL 192 of 800, NV 0 of 20,000"
-
-
-def test_a_ratio_beyond_the_images_there_are_is_the_whole_comparison(helpful: DownstreamResult) -> None:
-    assert helpful.ratios[2].minus_c == helpful.minus_c
-    assert helpful.ratios[2].synthetic == helpful.arms["d"].scores
+    last = helpful.ratios[2]
+    assert last.limited == "BKL 192 of 800, MEL 192 of 800, NV 0 of 20,000"
+    assert (last.minus_c, last.synthetic) == (helpful.minus_c, helpful.arms["d"].scores)
 
 
 def test_c_is_chosen_without_a_look_at_the_test_images() -> None:
@@ -209,8 +214,74 @@ def test_a_class_of_few_test_lesions_is_noted() -> None:
     assert any("rough interval: BKL 3" in note for note in result.notes)
 
 
-def test_the_result_is_plain_numbers(helpful: DownstreamResult) -> None:
-    assert json.loads(json.dumps(asdict(helpful), allow_nan=False))["seeds"] == [0, 1, 2]
+# --- what an arm trains on --------------------------------------------------------------------------------------------
+
+
+REAL = np.array([NV] * 20 + [MEL] * 6 + [DF] * 3)
+GENERATED = np.array([MEL] * 14 + [DF] * 40)
+
+
+@pytest.mark.parametrize(("arm", "real", "generated"), [("a", 29, 0), ("d", 29, 54), ("e", 0, 54)])
+def test_arms_a_d_and_e_hold_every_image_of_their_kinds_once(arm: str, real: int, generated: int) -> None:
+    rows = training_rows(arm, REAL, GENERATED, seed=0)
+    assert (rows.real.tolist(), rows.generated.tolist()) == (list(range(real)), list(range(generated)))
+    assert set(rows.weights) == {1.0}
+
+
+def test_arm_b_weighs_as_scikit_learns_balanced_weights() -> None:
+    rows = training_rows("b", REAL, GENERATED, seed=0)
+    assert np.array_equal(rows.real, np.arange(29))
+    assert rows.weights == pytest.approx(compute_sample_weight("balanced", REAL), rel=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.5, 1, 2, 5, 10])
+def test_arm_c_has_the_class_counts_of_arm_d(ratio: float | None) -> None:
+    control, added = (training_rows(arm, REAL, GENERATED, ratio=ratio, seed=3) for arm in "cd")
+    counts = [np.bincount(rows.labels(REAL, GENERATED), minlength=7).tolist() for rows in (control, added)]
+    assert counts[0] == counts[1]
+    assert not len(control.generated)
+
+
+def test_arm_c_repeats_the_images_of_a_class_equally_often() -> None:
+    """14 more images of 6 melanomas: each stands 3 or 4 times."""
+    repeats = np.bincount(training_rows("c", REAL, GENERATED, seed=0).real)[REAL == MEL]
+    assert sorted(repeats) == [3, 3, 3, 3, 4, 4]
+
+
+def test_a_ratio_counts_against_the_real_images_of_each_class() -> None:
+    rows = training_rows("d", REAL, GENERATED, ratio=2, seed=0)
+    assert np.bincount(GENERATED[rows.generated], minlength=7)[[DF, MEL, NV]].tolist() == [6, 12, 0]
+
+
+def test_a_smaller_ratio_takes_a_part_of_a_larger_one_and_the_seed_decides_which() -> None:
+    small, again, other, large = (
+        set(training_rows("d", REAL, GENERATED, ratio=ratio, seed=seed).generated.tolist())
+        for ratio, seed in ((1, 5), (1, 5), (1, 6), (5, 5))
+    )
+    assert small < large
+    assert small == again != other
+
+
+def test_a_ratio_says_where_there_are_too_few_images_for_it() -> None:
+    assert limits(REAL, GENERATED, 5) == "MEL 14 of 30, NV 0 of 100"
+    assert limits(REAL[20:], GENERATED, 2) is None
+
+
+def test_too_few_classes_to_compare_are_refused_by_name() -> None:
+    with pytest.raises(DataError, match=r"too few classes \(MEL\)"):
+        scored_classes(image_set([MEL, NV]), image_set([MEL, DF]))
+
+
+def test_classes_of_one_side_are_left_out_with_the_reason() -> None:
+    train, test = image_set([MEL, NV, DF]), image_set([MEL, NV, VASC])
+    assert scored_classes(train, test) == sorted([MEL, NV])
+    reasons = unscored(train, test)
+    assert set(reasons) == {"DF", "VASC"}
+    assert "no test image" in reasons["DF"]
+    assert "no real training image" in reasons["VASC"]
+
+
+# --- the verdict ------------------------------------------------------------------------------------------------------
 
 
 def estimates(balanced_accuracy: tuple[float, float, float], **more: tuple[float, float, float]) -> dict[str, Estimate]:
@@ -255,6 +326,9 @@ def test_there_is_nothing_to_warn_of(against_c: dict[str, Estimate]) -> None:
     assert verdict(estimates(OPEN), against_c).warnings == []
 
 
+# --- the trainings ----------------------------------------------------------------------------------------------------
+
+
 class Counted(ProbeClassifier):
     """Notes its trainings, and is killed in one of them."""
 
@@ -283,11 +357,11 @@ def kept_in(folder: Path, *, on_ray: bool = False) -> Trials:
     return Trials(seeds=[0], resamples=100, kept=folder, on_ray=on_ray)
 
 
-def test_finished_jobs_are_not_done_again(counted: Counted, tmp_path: Path) -> None:
-    first = run_jobs(counted, jobs_of(counted), kept_in(tmp_path))
+def test_finished_jobs_are_not_done_again_and_equal_ones_once(counted: Counted, tmp_path: Path) -> None:
+    first = run_jobs(counted, jobs_of(counted, "abdeab"), kept_in(tmp_path))
     again = run_jobs(counted, jobs_of(counted), kept_in(tmp_path))
     assert len(counted.trained) == 4
-    assert all(np.array_equal(one, other) for one, other in zip(first, again))
+    assert all(np.array_equal(first[digest], answer) for digest, answer in again.items())
 
 
 def test_a_killed_run_resumes_where_it_stopped(counted: Counted, tmp_path: Path) -> None:
@@ -299,17 +373,12 @@ def test_a_killed_run_resumes_where_it_stopped(counted: Counted, tmp_path: Path)
 
 
 def test_a_broken_file_is_made_again(counted: Counted, tmp_path: Path) -> None:
-    whole = run_jobs(counted, jobs_of(counted, "a"), kept_in(tmp_path))
+    (whole,) = run_jobs(counted, jobs_of(counted, "a"), kept_in(tmp_path)).values()
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:200])
-    assert np.array_equal(run_jobs(counted, jobs_of(counted, "a"), kept_in(tmp_path)), whole)
+    (again,) = run_jobs(counted, jobs_of(counted, "a"), kept_in(tmp_path)).values()
+    assert np.array_equal(again, whole)
     assert len(counted.trained) == 2
-
-
-def test_equal_jobs_are_done_once(counted: Counted) -> None:
-    answers = run_jobs(counted, jobs_of(counted, "abab"), Trials(seeds=[0], resamples=100))
-    assert len(counted.trained) == 2
-    assert np.array_equal(answers[0], answers[2])
 
 
 def test_other_images_settings_rows_or_weights_are_another_job() -> None:
@@ -327,15 +396,12 @@ def test_the_seed_is_another_job_only_where_it_changes_something() -> None:
 
 
 class ByProcess(ProbeClassifier):
-    """Answers with the number of the process that asks."""
+    """Answers with the number of the process that asks; refuses the arm e."""
 
     def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
+        if not len(rows.real):
+            raise DataError("test: 3 of these lesions have no name; give them one")
         return np.full((1, 7), os.getpid())
-
-
-class Refusing(ProbeClassifier):
-    def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
-        raise DataError("test: 3 of these lesions have no name; give them one")
 
 
 @pytest.mark.ray
@@ -343,23 +409,18 @@ class Refusing(ProbeClassifier):
 def test_tasks_give_what_this_process_gives_and_keep_it(tmp_path: Path) -> None:
     judge = ProbeClassifier(TRAIN, TEST, TRUE, 0.1)
     remote = run_jobs(judge, jobs_of(judge, "abd"), kept_in(tmp_path, on_ray=True))
-    for one, other in zip(remote, run_jobs(judge, jobs_of(judge, "abd"), Trials(seeds=[0], resamples=100))):
-        assert one == pytest.approx(other, abs=1e-6)
+    for digest, answer in run_jobs(judge, jobs_of(judge, "abd"), Trials(seeds=[0], resamples=100)).items():
+        assert remote[digest] == pytest.approx(answer, abs=1e-6)
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(job.digest for job in jobs_of(judge, "abd"))
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_tasks_run_in_other_processes_and_kept_jobs_do_not_run(tmp_path: Path) -> None:
+def test_tasks_run_in_other_processes_and_a_user_facing_error_comes_through_as_one_line(tmp_path: Path) -> None:
     judge = ByProcess(TRAIN, TEST, TRUE, 0.1)
-    (first,) = run_jobs(judge, jobs_of(judge, "a"), kept_in(tmp_path, on_ray=True))
+    (first,) = run_jobs(judge, jobs_of(judge, "a"), kept_in(tmp_path, on_ray=True)).values()
     assert first[0, 0] != os.getpid()
-    assert np.array_equal(run_jobs(judge, jobs_of(judge, "a"), kept_in(tmp_path))[0], first)
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_user_facing_error_comes_through_as_one_line(tmp_path: Path) -> None:
-    judge = Refusing(TRAIN, TEST, TRUE, 0.1)
+    (kept,) = run_jobs(judge, jobs_of(judge, "a"), kept_in(tmp_path)).values()
+    assert np.array_equal(kept, first)
     with pytest.raises(DataError, match=r"^test: 3 of these lesions have no name; give them one$"):
-        run_jobs(judge, jobs_of(judge, "ab"), kept_in(tmp_path, on_ray=True))
+        run_jobs(judge, jobs_of(judge, "be"), kept_in(tmp_path, on_ray=True))

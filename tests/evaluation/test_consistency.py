@@ -1,16 +1,13 @@
 """Generated images of the class that was asked for agree, others do not, and the ceiling stands beside it."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 from tiny_sets import clouds
 
-from m2d.classes import CLASSES, class_index
-from m2d.errors import DataError
-from m2d.evaluation.consistency import ConsistencyResult, measure_consistency, wilson
+from m2d.classes import class_index
+from m2d.evaluation.classifiers.logistic import ConsistencyResult, measure_consistency
 from m2d.evaluation.images import FeatureSet
 
 BKL, MEL, NV = (class_index(code) for code in ("BKL", "MEL", "NV"))
@@ -59,12 +56,6 @@ def test_an_agreement_of_all_is_no_certainty() -> None:
     assert (estimate.low, estimate.high) == pytest.approx((20 / (20 + 1.959964**2), 1.0), abs=1e-6)
 
 
-@pytest.mark.parametrize(("hits", "trials"), [(0, 9), (3, 7), (50, 200), (9, 9)])
-def test_the_interval_of_a_share_is_scipys_wilson_interval(hits: int, trials: int) -> None:
-    expected = binomtest(hits, trials).proportion_ci(method="wilson")
-    assert (wilson(hits, trials).low, wilson(hits, trials).high) == pytest.approx(tuple(expected), abs=1e-9)
-
-
 def test_a_class_without_generated_or_test_images_says_why() -> None:
     result = measure(features("generated", {BKL: 20, NV: 20}, 2), test=features("test", {MEL: 20, NV: 60}, 1))
     assert set(result.left_out) == {"BKL", "MEL"}
@@ -75,13 +66,3 @@ def test_a_class_without_generated_or_test_images_says_why() -> None:
 def test_without_a_class_in_common_there_is_no_mean() -> None:
     result = measure(features("generated", {BKL: 20}, 2), test=features("test", {MEL: 20, NV: 60}, 1))
     assert (result.mean_agreement, result.mean_recall_of_real) == (None, None)
-
-
-def test_the_result_is_plain_numbers() -> None:
-    result = measure(features("generated", {MEL: 20, NV: 20}, 2))
-    assert json.loads(json.dumps(asdict(result), allow_nan=False))["classes"] == list(CLASSES)
-
-
-def test_train_lesions_in_the_test_are_refused() -> None:
-    with pytest.raises(DataError, match="learned by heart"):
-        measure(features("generated", {MEL: 20}, 2), test=TRAIN)

@@ -19,9 +19,8 @@ from m2d.cli import main, parse
 from m2d.cluster.nodes import device_of_actor
 from m2d.errors import ConfigError
 from m2d.evaluation import evaluate as evaluate_module
-from m2d.evaluation.autoencoder_floor import reconstructions
 from m2d.evaluation.evaluate import evaluate, find_checkpoint
-from m2d.evaluation.images import FeatureSet, ImageSet
+from m2d.evaluation.images import FeatureSet, ImageSet, reconstructions
 from m2d.evaluation.report.page import typicality
 from m2d.models.checkpoint import Checkpoint, checkpoint_sha256
 
@@ -102,7 +101,7 @@ def test_a_second_run_extracts_and_trains_nothing(
         raise AssertionError("done again")
 
     monkeypatch.setattr("m2d.data.features.load_feature_extractor", refuse)
-    monkeypatch.setattr("m2d.evaluation.classifiers.probe.ProbeClassifier.predict", refuse)
+    monkeypatch.setattr("m2d.evaluation.classifiers.logistic.ProbeClassifier.predict", refuse)
     evaluate(parse("evaluate", asked))
     second = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     assert second["downstream"] == first["downstream"]

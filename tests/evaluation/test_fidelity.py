@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from tiny_sets import feature_set, image_set
 
-from m2d.classes import CLASSES, class_index
-from m2d.errors import DataError
+from m2d.classes import class_index
 from m2d.evaluation.fidelity import (
     AUTOENCODER,
     FLOOR,
@@ -296,29 +295,3 @@ def test_a_test_set_does_not_change_what_the_others_draw() -> None:
     generated = real("generated", {"MEL": 70}, 1)
     without, along = measure(generated), measure(generated, test=real("test", {"MEL": 90}, 2))
     assert row(without, GENERATED, "MEL") == row(along, GENERATED, "MEL")
-
-
-# --- refused ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_generated_class_that_training_lacks_is_named() -> None:
-    with pytest.raises(
-        DataError, match=r"images of DF VASC in /generated, but /train has only MEL NV .*; add"
-    ) as error:
-        measure(real("generated", {"DF": 5, "MEL": 5, "VASC": 5}, 1))
-    assert "\n" not in str(error.value)
-
-
-def test_an_empty_set_and_features_that_are_not_finite_are_refused() -> None:
-    generated = real("generated", {"MEL": 30}, 1)
-    with pytest.raises(DataError, match="test: no images in /test"):
-        measure(generated, test=features_of("test", {"MEL": 0}, np.empty((0, D))))
-    generated.cls[[4, 9], 2] = np.nan
-    with pytest.raises(DataError, match=r"generated: net-1 gives 2 of 30 .* first 4\.png"):
-        measure(generated)
-
-
-def test_all_seven_classes_come_in_their_order() -> None:
-    counts = dict.fromkeys(reversed(CLASSES), 8)
-    result = measure(real("generated", counts, 1), train=real("train", counts, 0))
-    assert [one.label for one in result.rows[:8]] == [None, *CLASSES]

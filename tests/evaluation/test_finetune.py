@@ -11,8 +11,7 @@ from tiny_sets import image_set
 
 from m2d.classes import class_index
 from m2d.errors import ConfigError, TrainingError
-from m2d.evaluation.classifiers.arms import training_rows
-from m2d.evaluation.classifiers.compare import Trials
+from m2d.evaluation.classifiers.compare import Trials, training_rows
 from m2d.evaluation.classifiers.finetune import (
     FinetuneClassifier,
     _network,

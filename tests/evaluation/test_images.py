@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m2d.data.catalog import scan_dataset, write_catalog
 from m2d.data.decode import decode_resized
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation.images import PIXELS, read_image_sets, with_pixels
 from m2d.evaluation.settings import EvaluateConfig
+from m2d.models.checkpoint import Checkpoint
 
 COUNTS = {"DF": 10, "MEL": 10, "NV": 20}
 
@@ -105,10 +108,10 @@ def test_unreadable_files_are_left_out_and_named(tmp_path: Path, real: Path, gen
     assert any("left out MEL/broken.png" in note for note in sets.notes)
 
 
-def test_a_file_gone_since_the_scan_is_left_out_and_named(tmp_path: Path, real: Path, generated: Path) -> None:
+def test_a_file_gone_since_the_scan_is_left_out_and_named(
+    tmp_path: Path, real: Path, generated: Path, prior_checkpoint: Checkpoint
+) -> None:
     """The catalog of an experiment still lists it."""
-    from m2d.data.catalog import scan_dataset, write_catalog
-    from m2d.models.checkpoint import CheckpointInfo
 
     experiment = tmp_path / "experiment"
     (experiment / "cache").mkdir(parents=True)
@@ -116,8 +119,9 @@ def test_a_file_gone_since_the_scan_is_left_out_and_named(tmp_path: Path, real: 
     write_catalog(catalog, str(experiment / "cache" / "catalog.parquet"))
     gone = next(row["path"] for row in catalog.to_pylist() if row["split"] == "train")
     (real / gone).unlink()
-    info = CheckpointInfo(1, "joint", 24, "efficientnet-lite0", 8, 4, {}, {"data_root": str(real)})
-    sets = read_image_sets(config(tmp_path, real, generated), (str(experiment / "checkpoints" / "best"), info))
+    info = replace(prior_checkpoint.info, config={"data_root": str(real)})
+    checkpoint = replace(prior_checkpoint, path=str(experiment / "checkpoints" / "best"), info=info)
+    sets = read_image_sets(config(tmp_path, real, generated), checkpoint)
     assert len(sets.train) == 31
     assert any(f"{gone}: is not there" in note for note in sets.notes)
     assert any("the checkpoint's own" in note for note in sets.notes)

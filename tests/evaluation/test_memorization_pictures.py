@@ -7,7 +7,7 @@ from m2d.classes import DIAGNOSES, class_index
 from m2d.data.views import apply_view
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.memorization import Pair
-from m2d.evaluation.memorization_pictures import worst_pairs_picture
+from m2d.evaluation.report.plots import nearest_pairs
 
 RED = (0xB0, 0x00, 0x20)
 
@@ -44,25 +44,25 @@ def holds(page: np.ndarray, tile: np.ndarray) -> bool:
 @pytest.mark.parametrize("view", range(8))
 def test_a_pair_shows_the_generated_image_turned_and_the_training_image_as_it_is(view: int) -> None:
     generated, train = images(1), images(2)
-    page = np.asarray(worst_pairs_picture([pair(view)], generated, train))
+    page = np.asarray(nearest_pairs([pair(view)], generated, train))
     twice = np.ones((2, 2, 1), dtype=np.uint8)
     assert holds(page, np.kron(apply_view(generated.pixels[1], view), twice))
     assert holds(page, np.kron(train.pixels[2], twice))
 
 
 def test_the_page_is_white_and_about_1400_pixels_wide() -> None:
-    page = worst_pairs_picture([pair()] * 11, images(1), images(2))
+    page = nearest_pairs([pair()] * 11, images(1), images(2))
     assert 1350 <= page.width <= 1400
     assert {page.getpixel(corner) for corner in ((0, 0), (page.width - 1, page.height - 1))} == {(255, 255, 255)}
 
 
 def test_more_than_eight_pairs_take_another_row() -> None:
-    heights = [worst_pairs_picture([pair()] * count, images(1), images(2)).height for count in (1, 8, 9, 16)]
+    heights = [nearest_pairs([pair()] * count, images(1), images(2)).height for count in (1, 8, 9, 16)]
     assert heights[0] == heights[1] < heights[2] == heights[3]
 
 
 def test_stripes_have_the_colours_of_the_two_classes() -> None:
-    page = np.asarray(worst_pairs_picture([pair()], images(1), images(2)))
+    page = np.asarray(nearest_pairs([pair()], images(1), images(2)))
     colours = {one.code: tuple(bytes.fromhex(one.colour[1:])) for one in DIAGNOSES}
     for code in ("MEL", "VASC"):
         assert (page == colours[code]).all(axis=-1).sum() >= 8 * 128
@@ -72,16 +72,11 @@ def test_stripes_have_the_colours_of_the_two_classes() -> None:
 def test_only_a_pair_within_the_limit_is_red(share: float, marked: bool) -> None:
     blank = images(1)
     blank.pixels[:] = 200
-    page = np.asarray(worst_pairs_picture([pair(share=share)], blank, blank))
+    page = np.asarray(nearest_pairs([pair(share=share)], blank, blank))
     assert (page == RED).all(axis=-1).any() == marked
 
 
 @pytest.mark.parametrize("size", [8, 96, 140, 256])
 def test_images_of_any_size_fit_their_column(size: int) -> None:
-    page = worst_pairs_picture([pair()] * 8, images(1, size), images(2, size))
-    assert page.width == worst_pairs_picture([pair()], images(1), images(2)).width
-
-
-def test_no_pairs_are_a_mistake_of_the_caller() -> None:
-    with pytest.raises(ValueError, match="no pairs"):
-        worst_pairs_picture([], images(1), images(2))
+    page = nearest_pairs([pair()] * 8, images(1, size), images(2, size))
+    assert page.width == nearest_pairs([pair()], images(1), images(2)).width

@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 from report_run import Page, Run, write_experiment, write_full_run, write_run
 
-MakeExperiment = Callable[..., Path]
-HoldLock = Callable[[Path], AbstractContextManager[None]]
-
 HOLDER = """
 import sys
 from pathlib import Path
@@ -25,19 +22,18 @@ with Experiment(Path(sys.argv[1])).running():
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    folder = tmp_path / "runs"
-    folder.mkdir()
-    return folder
+    (tmp_path / "runs").mkdir()
+    return tmp_path / "runs"
 
 
 @pytest.fixture
-def make_experiment(root: Path) -> MakeExperiment:
+def make_experiment(root: Path) -> Callable[..., Path]:
     """make_experiment(name, state, steps=(checkpoint steps), train=[...], validation=[...], config={...}, **info)."""
     return partial(write_experiment, root)
 
 
 @pytest.fixture
-def hold_lock() -> HoldLock:
+def hold_lock() -> Callable[[Path], AbstractContextManager[None]]:
     """A context in which another process trains in a directory."""
 
     @contextmanager

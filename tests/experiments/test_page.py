@@ -1,6 +1,7 @@
 """report.html: one page that holds everything it shows, whatever a run has left."""
 
 import base64
+import io
 import itertools
 import re
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from report_run import BALANCE, TRAIN, Page, Run
 from m2d.errors import ExperimentError
 from m2d.experiment import Experiment
 from m2d.experiments import page as page_module
-from m2d.experiments.page import write_report
+from m2d.experiments.page import Picture, fitted, png_picture, write_report
 
 MakeRun = Callable[..., Run]
 FEATURES = ("patch_features", "alignment", "feature_projection", "class_similarity")
@@ -64,15 +65,15 @@ def test_a_run_that_has_left_nothing_yet_has_only_the_sections_it_can_fill(make_
     assert "no checkpoint that could draw them" in page.sections["samples"]
 
 
-@pytest.mark.parametrize("kind", FEATURES)
-def test_a_feature_picture_appears_only_where_its_file_exists(make_run: MakeRun, kind: str) -> None:
+def test_a_feature_picture_appears_only_where_its_file_exists(make_run: MakeRun) -> None:
     run = make_run()
     assert "features" not in run.page().sections
-    content = run.picture(kind, 10)
-    page = run.page()
-    assert base64.b64encode(content).decode() in page.html
-    assert len([tag for tag, _ in page.elements if tag == "img"]) == 1
-    assert "Step 10." in page.sections["features"]
+    for count, kind in enumerate(FEATURES, start=1):
+        content = run.picture(kind, 10 + count)
+        page = run.page()
+        assert base64.b64encode(content).decode() in page.html
+        assert len([tag for tag, _ in page.elements if tag == "img"]) == count
+        assert f"Step {10 + count}." in page.sections["features"]
 
 
 def test_the_picture_of_the_latest_step_is_shown_and_a_broken_one_is_not(make_run: MakeRun) -> None:
@@ -105,16 +106,15 @@ def test_what_comes_from_files_is_escaped(make_run: MakeRun) -> None:
     assert f"boom {bad}" in page.sections["state"]
 
 
-def test_a_failed_run_says_how_it_ended_and_how_to_begin_again(make_run: MakeRun) -> None:
+def test_the_state_says_how_a_run_ended_and_how_to_continue_it(make_run: MakeRun) -> None:
     run = make_run(state="failed", error="CUDA out of memory", cwd="/home/me/m2d")
     state = run.page().sections["state"]
-    assert "Ended before its first checkpoint" in state
-    assert "It ended by: CUDA out of memory" in state
-    assert "cd /home/me/m2d && python jobs/train.py --name tiny" in state
-
-
-def test_an_unfinished_run_says_where_its_command_goes_on(make_run: MakeRun) -> None:
-    run = make_run(state="running")
+    for told in (
+        "Ended before its first checkpoint",
+        "It ended by: CUDA out of memory",
+        "cd /home/me/m2d && python jobs/",
+    ):
+        assert told in state
     run.checkpoint(7)
     run.records("train", {"step": 8, "loss/diffusion": 1.0})
     page = run.page()
@@ -123,21 +123,15 @@ def test_an_unfinished_run_says_where_its_command_goes_on(make_run: MakeRun) -> 
     assert "8 of 20 steps" in page.text
 
 
-def test_a_run_that_trains_now_is_told_to_be_training(make_run: MakeRun) -> None:
-    run = make_run(state="running")
+def test_a_run_that_trains_now_is_told_to_be_training_except_to_who_holds_its_lock(make_run: MakeRun) -> None:
+    run = make_run()
     run.records("train", {"step": 3, "loss/diffusion": 1.0})
     with run.experiment.running():
         page = run.page()
-    assert "Training now" in page.sections["state"]
-    assert "training" in page.sections
-    assert "validation" not in page.sections
-
-
-def test_who_holds_the_lock_itself_can_say_that_the_run_is_done(make_run: MakeRun) -> None:
-    run = make_run()
-    with run.experiment.running():
-        page = write_report(run.experiment, held=True).read_text(encoding="utf-8")
-    assert '<span class="state done">Done</span>' in page
+        assert "Training now" in page.sections["state"]
+        assert ("training" in page.sections, "validation" in page.sections) == (True, False)
+        own = write_report(run.experiment, held=True).read_text(encoding="utf-8")
+    assert '<span class="state done">Done</span>' in own
 
 
 def test_a_record_that_cannot_be_read_still_gives_a_page(make_run: MakeRun) -> None:
@@ -247,3 +241,52 @@ def test_a_run_that_balanced_nothing_has_no_before_and_after(make_run: MakeRun) 
     page = run.page()
     assert "Before and after" not in page.text
     assert page.row("val", "all")[3] == "628"
+
+
+# --- what fits into one page: nothing is lost before it must be -------------------------------------------------------
+
+
+def picture(pixels: np.ndarray) -> Picture:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=1)
+    found = png_picture(buffer.getvalue())
+    assert found is not None
+    return found
+
+
+def smooth(width: int) -> Picture:
+    ramp = np.linspace(0, 255, width)[None, :, None] * np.linspace(0.3, 1, 300)[:, None, None]
+    return picture((ramp * np.array([1.0, 0.8, 0.6])).astype(np.uint8))
+
+
+def noise(width: int) -> Picture:
+    return picture(np.random.default_rng(0).integers(0, 256, (600, width, 3), dtype=np.uint8))
+
+
+def pixels_of(shown: Picture) -> np.ndarray:
+    with Image.open(io.BytesIO(shown.data)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_pictures_that_fit_stay_and_else_the_largest_is_made_lighter_first_without_a_loss() -> None:
+    large, small = smooth(900), smooth(200)
+    whole = len(large.data) + len(small.data)
+    assert fitted({"small": small, "large": large}, most=whole) == {"small": small, "large": large}
+    found = fitted({"small": small, "large": large}, most=whole - 1)
+    assert found["small"] == small
+    assert found["large"].format == "webp"
+    assert (pixels_of(found["large"]) == pixels_of(large)).all()
+
+
+def test_a_page_that_would_be_too_heavy_still_fits() -> None:
+    given = {"a": noise(2000), "b": noise(900)}  # 5.2 MB that no lossless format makes smaller
+    found = fitted(given, most=1_000_000)
+    assert sum(len(shown.data) for shown in found.values()) <= 1_000_000
+    assert found["a"].height / found["a"].width == 600 / 2000
+
+
+def test_a_cut_file_and_another_format_are_no_picture() -> None:
+    whole, buffer = smooth(300), io.BytesIO()
+    assert png_picture(whole.data[: len(whole.data) // 2]) is None
+    Image.new("RGB", (8, 8)).save(buffer, format="JPEG")
+    assert png_picture(buffer.getvalue()) is None

@@ -9,8 +9,8 @@ import pytest
 
 from m2d.classes import CLASSES
 from m2d.cli import parse
+from m2d.experiments.commands import show_command
 from m2d.experiments.details import next_step, resume_command
-from m2d.experiments.listing import show_command
 from m2d.experiments.record import find_records
 from m2d.experiments.settings import ShowConfig
 
@@ -52,53 +52,33 @@ def told(make_experiment: Any) -> Path:
 def test_a_page_tells_everything(shown: Any, told: Path) -> None:
     page = shown()
     for fact in (
-        "a_20250101_000000  resumable",
-        "it ended by: RuntimeError: out of memory\n",
-        "its command continues at step 6",
-        "python jobs/train.py --name tiny",
-        "3 x a GPU",
-        "bfloat16 autocast",
-        "features come from elsewhere",
-        "/data/ISIC: 8,502 images, 3 rejected, 4 duplicates",
-        "7/12",
-        "torch 2.15.0",
-        "step_00000006",
-        "loss/diffusion",
+        "a_20250101_000000  resumable", "it ended by: RuntimeError: out of memory\n", "its command continues at step 6",
+        "python jobs/train.py --name tiny", "3 x a GPU", "bfloat16 autocast", "features come from elsewhere",
+        "/data/ISIC: 8,502 images, 3 rejected, 4 duplicates", "7/12", "torch 2.15.0", "step_00000006", "loss/diffusion",
         "report.html",  # where the curves are
-    ):
+    ):  # fmt: skip
         assert fact in page
     assert "\x1b" not in page
     assert "lpips" not in page
-
-
-def test_counts_stand_by_class_and_split(shown: Any, told: Path) -> None:
-    rows = [line.split() for line in shown().splitlines()]
-    assert ["class", "train", "val"] in rows
-    assert ["MEL", "1,234", "1,234"] in rows
-    assert ["all", "8,638", "8,638"] in rows  # 7 x 1234
-
-
-def test_the_best_of_a_measure_goes_its_own_way(shown: Any, told: Path) -> None:
-    rows = [line.split() for line in shown().splitlines()]
-    assert ["val/psnr_db", "21.5", "3", "20.5"] in rows  # higher is better
-    assert ["val/perceptual", "0.25", "6", "0.25"] in rows  # lower is better
-
-
-def test_times_come_from_the_record_and_the_speed(shown: Any, told: Path) -> None:
-    """Made 1735700000 s after 1970, its last record 7 s later; 7 steps of 24 images at 16 a second are 10.5 s."""
-    known = json.loads(shown(json=True))
-    assert known["wall_seconds"] == 7.0
-    assert known["training_seconds"] == 10.5
+    rows = [line.split() for line in page.splitlines()]
+    for row in (
+        ["class", "train", "val"],
+        ["MEL", "1,234", "1,234"],
+        ["all", "8,638", "8,638"],  # 7 x 1234
+        ["val/psnr_db", "21.5", "3", "20.5"],  # higher is better
+        ["val/perceptual", "0.25", "6", "0.25"],  # lower is better
+    ):
+        assert row in rows
 
 
 def test_machines_get_all_of_it(shown: Any, told: Path) -> None:
+    """Made 1735700000 s after 1970, its last record 7 s later; 7 steps of 24 images at 16 a second are 10.5 s."""
     known = json.loads(shown(json=True))
+    assert (known["wall_seconds"], known["training_seconds"]) == (7.0, 10.5)
     assert known["state"] == "resumable"
     assert known["command"] == "python jobs/train.py --name tiny"
-    assert [(c["step"], c["best"], c["measures"]["val/psnr_db"]) for c in known["checkpoints"]] == [
-        (3, False, 21.5),
-        (6, True, 20.5),
-    ]
+    checkpoints = [(c["step"], c["best"], c["measures"]["val/psnr_db"]) for c in known["checkpoints"]]
+    assert checkpoints == [(3, False, 21.5), (6, True, 20.5)]
     assert known["curves"]["loss/diffusion"]["steps"] == [1, 2, 3, 4, 5, 6, 7]
     assert known["last_scalars"]["images_per_s"] == 16.0
     assert known["config"]["batch_size"] == 4
@@ -151,21 +131,26 @@ def test_a_finished_one_gives_the_command_that_generates(shown: Any, make_experi
     assert f"python -m m2d generate --checkpoint {path}/checkpoints/best\n" in shown()
 
 
+IN_A_COPY = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_4711"
+
+
 @pytest.mark.parametrize(
-    ("recorded", "resumes"),
+    ("recorded", "cwd", "resumes"),
     [
-        ("jobs/train.py --name a --fresh", "python jobs/train.py --name a"),
-        ("jobs/train.py --fresh --name a", "python jobs/train.py --name a"),
-        ("jobs/train.py --fresh=true --name a", "python jobs/train.py --name a"),
-        ("jobs/train.py --fresh true --name a", "python jobs/train.py --name a"),
-        ("/venv/bin/m2d train --data_root '/my data'", "m2d train --data_root '/my data'"),
-        ("/code/m2d/__main__.py train --name a", "python -m m2d train --name a"),
+        ("jobs/train.py --name a --fresh", None, "python jobs/train.py --name a"),
+        ("jobs/train.py --fresh --name a", None, "python jobs/train.py --name a"),
+        ("jobs/train.py --fresh=true --name a", None, "python jobs/train.py --name a"),
+        ("jobs/train.py --fresh true --name a", None, "python jobs/train.py --name a"),
+        ("/venv/bin/m2d train --data_root '/my data'", None, "m2d train --data_root '/my data'"),
+        ("/code/m2d/__main__.py train --name a", None, "python -m m2d train --name a"),
+        ("jobs/train.py --name a", "/my code", "cd '/my code' && python jobs/train.py --name a"),
+        ("jobs/train.py --name a", IN_A_COPY, "ray job submit --working-dir . -- python jobs/train.py --name a"),
     ],
 )
-def test_the_command_to_resume_runs_as_it_stands_and_never_begins_anew(
-    root: Path, make_experiment: Any, recorded: str, resumes: str
+def test_the_command_to_resume_runs_as_it_is_and_never_starts_over(
+    root: Path, make_experiment: Any, recorded: str, cwd: str | None, resumes: str
 ) -> None:
-    make_experiment("a_20250101_000000", "failed", steps=(5,), command=recorded)
+    make_experiment("a_20250101_000000", "failed", steps=(5,), command=recorded, cwd=cwd)
     assert resume_command(find_records(str(root))[0]) == resumes
 
 
@@ -175,18 +160,6 @@ def test_the_command_is_one_that_the_command_line_takes(root: Path, make_experim
     assert words[:2] == ["python", "jobs/train.py"]
     config = parse("train", words[2:])
     assert (config.data_root, config.fresh) == ("/my data", False)
-
-
-def test_the_folder_it_was_started_in_comes_first_where_it_is_known(root: Path, make_experiment: Any) -> None:
-    make_experiment("a_20250101_000000", "failed", steps=(5,), cwd="/my code")
-    assert resume_command(find_records(str(root))[0]) == "cd '/my code' && python jobs/train.py --name tiny"
-
-
-def test_a_job_that_ran_in_a_copy_is_submitted_again(root: Path, make_experiment: Any) -> None:
-    copy = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_4711"
-    make_experiment("a_20250101_000000", "failed", steps=(5,), cwd=copy)
-    submits = "ray job submit --working-dir . -- python jobs/train.py --name tiny"
-    assert resume_command(find_records(str(root))[0]) == submits
 
 
 def test_an_older_unfinished_one_is_not_what_its_command_goes_on_with(root: Path, make_experiment: Any) -> None:

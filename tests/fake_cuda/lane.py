@@ -23,8 +23,9 @@ from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.settings import Precision
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
-from m2d.training.networks import build_networks, build_step, idle_modules, step_config_of
+from m2d.training.networks import build_networks, idle_modules
 from m2d.training.settings import TrainConfig
+from m2d.training.step import build_step, step_config_of
 
 CUDA = torch.device("cuda", 0)
 PROJECT = Path(__file__).resolve().parents[2]

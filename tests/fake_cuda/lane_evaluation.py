@@ -9,10 +9,9 @@ from fake_cuda.lane_generation import checkpoint_of
 
 from m2d.classes import CLASSES
 from m2d.data.features import extract_view
-from m2d.evaluation.autoencoder_floor import reconstructions
-from m2d.evaluation.classifiers.arms import training_rows
+from m2d.evaluation.classifiers.compare import training_rows
 from m2d.evaluation.classifiers.finetune import FinetuneClassifier
-from m2d.evaluation.images import ImageSet
+from m2d.evaluation.images import ImageSet, reconstructions
 from m2d.evaluation.settings import FinetuneConfig, Precision
 from m2d.models.extractors import load_feature_extractor
 

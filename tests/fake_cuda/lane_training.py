@@ -3,6 +3,8 @@
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,9 @@ from fake_cuda.lane import CUDA, TOTAL_STEPS, PresetStep, card_of, host_waits, p
 from m2d.arguments import preset_names
 from m2d.models.perceptual import build_perceptual
 from m2d.models.settings import Precision
-from m2d.training.features import FeatureSource
-from m2d.training.latents import cache_latents
+from m2d.training.features import FeatureSource, cache_latents
 from m2d.training.settings import TrainConfig
-from m2d.training.validation import validate
+from m2d.training.validation import RunView
 
 VAE = {"loss/reconstruction", "loss/perceptual"}
 UNET = {"loss/diffusion", "loss/alignment", "loss/manifold"}
@@ -97,24 +98,25 @@ class BlankImages:
     labels = np.zeros(10, dtype=np.int64)
 
     def __init__(self, side: int) -> None:
-        self.side = side
+        self.image_size = side
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def read(self, rows: np.ndarray, views: np.ndarray) -> dict[str, np.ndarray]:
-        images = np.zeros((len(rows), self.side, self.side, 3), np.uint8)
+        images = np.zeros((len(rows), self.image_size, self.image_size, 3), np.uint8)
         return {"images": images, "labels": self.labels[rows], "catalog_rows": rows}
 
 
 def test_validation_and_the_latent_cache_run_on_the_gpu(tmp_path: Path) -> None:
     run = PresetStep(preset("demo"), "joint", "bf16")
-    reader, source = BlankImages(48), FeatureSource(CUDA, run.networks.extractor)
+    reader: Any = BlankImages(48)
+    source = FeatureSource(CUDA, run.networks.extractor)
     perceptual = build_perceptual("features", run.networks.extractor)
-    measures = validate(
-        run.networks, run.step.ema.module, perceptual, reader, source,
-        images=8, batch_size=4, rank=0, world_size=1, device=CUDA,
-    )  # fmt: skip
+    plan: Any = SimpleNamespace(config=dataclasses.replace(run.config, batch_size=4))
+    prior: Any = None
+    view = RunView(plan, run.networks, run.step.ema.module, prior, perceptual, reader, source)
+    measures = view.validate(rank=0, world_size=1)
     assert measures == {}  # the number of images is summed on the GPU, which computes nothing: 0
-    table = cache_latents(run.networks, reader, source, tmp_path, views=2, batch_size=4, rank=0, world_size=1)
+    table = cache_latents(run.networks.autoencoder, reader, source, tmp_path, views=2, rank=0, world_size=1)
     assert table.batch(np.arange(3), np.zeros(3, dtype=np.int8)).mean.shape == (3, 4, 12, 12)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from m2d.files.atomic import clear_leftovers, is_locked, try_lock, whole_file, write_whole
+from m2d.errors import DataError
+from m2d.files.atomic import cache_file, clear_leftovers, is_locked, try_lock, whole_file, write_whole
 
 
 def fail_midway(path: Path) -> None:
@@ -23,6 +24,16 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
     with pytest.raises(RuntimeError):
         fail_midway(path)
     assert [(child.name, child.read_bytes()) for child in tmp_path.iterdir()] == [("file", b"old")]
+
+
+def fail_on_a_full_disk(path: Path) -> None:
+    with cache_file(path):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot be written \(No space left on device\)[^\n]*$"):
+        fail_on_a_full_disk(tmp_path / "new" / "shard")
 
 
 @pytest.mark.parametrize("durable", [False, True])

@@ -12,7 +12,6 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,45 +20,42 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
-from m2d.generation import run
+from m2d.generation import run, workers
 from m2d.generation.generator import Generator
 from m2d.generation.settings import GateConfig, GenerateConfig
-from m2d.generation.workers import GeneratorSettings
+from m2d.generation.workers import load_generator
 
 NODES = 3
 PATIENCE_S = 150.0  # for what must happen; on a busy machine an actor may need a minute to start
 GROUP_S = 0.2  # at least so long does a group take, so that a node is taken away in mid-run
 
 
-@dataclass(frozen=True, kw_only=True)
-class TracedSettings(GeneratorSettings):
-    """The run's generator, which also says where it works: trace/<node>/<number of its group>."""
+def traced_generator(trace: Path, *arguments: Any) -> Generator:
+    """The run's generator, which also says where it works: trace/<node>/<number of its group>.
 
-    trace: Path
+    No group ends before every node has begun one, so that the slow are waited for.
+    """
+    generator = load_generator(*arguments)
+    made = generator.generate
+    node = trace / ray.get_runtime_context().get_node_id()
+    node.mkdir(exist_ok=True)  # the lost actor may start again where another one was
 
-    def load(self, device: str) -> Generator:
-        """As the run loads it. No group ends before every node has begun one, so that the slow are waited for."""
-        generator = super().load(device)
-        made = generator.generate
-        node = self.trace / ray.get_runtime_context().get_node_id()
-        node.mkdir(exist_ok=True)  # the lost actor may start again where another one was
+    def traced(rows: Any) -> np.ndarray:
+        wait_until(lambda: len(list(trace.iterdir())) == NODES)
+        time.sleep(GROUP_S)
+        images = made(rows)
+        (node / rows[0].id).touch()
+        return images
 
-        def traced(rows: Any) -> np.ndarray:
-            wait_until(lambda: len(list(self.trace.iterdir())) == NODES)
-            time.sleep(GROUP_S)
-            images = made(rows)
-            (node / rows[0].id).touch()
-            return images
-
-        generator.generate = traced  # type: ignore[method-assign]
-        return generator
+    generator.generate = traced  # type: ignore[method-assign]
+    return generator
 
 
 def main(checkpoint: str, output: str, report: str) -> None:
     """Make 180 images, take a node away once each has made two groups, write the report."""
     trace = Path(report).with_suffix(".trace")
     trace.mkdir()
-    run.GeneratorSettings = partial(TracedSettings, trace=trace)  # type: ignore[misc,assignment]
+    workers.load_generator = partial(traced_generator, trace)
     cluster = Cluster(
         initialize_head=True,
         head_node_args={

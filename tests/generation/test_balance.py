@@ -40,8 +40,8 @@ def test_a_class_without_an_image_is_filled_up_only_by_name() -> None:
 
 @pytest.mark.parametrize("share", ["0.125", ".125"])
 def test_a_share_is_rounded_to_the_nearest_image(share: str) -> None:
-    assert parse_target(share).resolve(100) == 13
-    assert parse_target(share).resolve(99) == 12
+    assert targets({"NV": 100, "DF": 0}, share, ["DF"]) == {"DF": 13}
+    assert targets({"NV": 99, "DF": 0}, share, ["DF"]) == {"DF": 12}
 
 
 @pytest.mark.parametrize("to", ["", "most", "0", "-5", "3e2", "0.0", "1.5", "x2", "x0", "ratio", "nan", "²", "1,5"])

@@ -70,7 +70,7 @@ def test_an_actor_that_reserves_a_gpu_sees_it_as_its_first(
 ) -> None:
     """One that reserves none sees all of the machine's."""
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 2.0, "CPU": 4.0})
-    assert pick_pool(num_actors=2, gpus_per_actor=gpus, device="cuda:1", groups=4).device == device
+    assert pick_pool(2, gpus, "cuda:1", 4).device == device
 
 
 @pytest.mark.slow
@@ -136,10 +136,10 @@ def test_an_error_in_an_actor_is_the_users_one_line(directory: Path, tmp_path: P
 
 def test_actors_leave_a_cpu_to_the_writers_and_are_no_more_than_the_groups() -> None:
     """The fixture's cluster has eight CPUs and no GPU."""
-    pool = pick_pool(num_actors=None, gpus_per_actor=None, device="cpu", groups=1000)
+    pool = pick_pool(None, None, "cpu", 1000)
     assert pool == ActorPool(most=7, device="cpu", gpus=0.0, threads=1)
-    assert pick_pool(num_actors=2, gpus_per_actor=None, device="cpu", groups=1000).threads == 3
-    few = pick_pool(num_actors=None, gpus_per_actor=None, device="cpu", groups=3)
+    assert pick_pool(2, None, "cpu", 1000).threads == 3
+    few = pick_pool(None, None, "cpu", 3)
     assert (few.most, few.threads) == (3, 1), "the last groups are computed like the first"
     with pytest.raises(ConfigError, match="gpus_per_actor is 1 and the Ray cluster has 0 GPUs"):
-        pick_pool(num_actors=None, gpus_per_actor=None, device="cuda", groups=1000)
+        pick_pool(None, None, "cuda", 1000)

@@ -19,7 +19,7 @@ from tiny_networks import IMAGE_SIZE, TinyExtractor
 
 from m2d.classes import class_index
 from m2d.data.catalog import catalog_hash, scan_dataset
-from m2d.data.features import FeatureStore, write_features
+from m2d.data.features import FeatureStore, extract_view, write_features
 from m2d.data.reader import ImageReader
 from m2d.data.settings import DataConfig
 from m2d.data.views import apply_view
@@ -28,6 +28,7 @@ from m2d.generation.gates import GateReference, ImageFacts, Verdict, active_gate
 from m2d.generation.settings import GateConfig
 from m2d.models.extractors import load_feature_extractor
 
+EXTRACTOR = TinyExtractor()
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
 ANGLES = np.array([0, 10, 90, 100, 180, 190, 270, 280])  # degrees; mean 0 and deviation 1 along both axes
 MEL, NV, DF = (class_index(code) for code in ("MEL", "NV", "DF"))
@@ -67,42 +68,45 @@ def test_the_copy_threshold_is_a_quantile_of_the_distances_between_lesions(quant
     assert reference.copy_threshold == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_class_threshold_is_a_quantile_of_mean_distances_to_the_nearest_of_the_class() -> None:
-    """MEL's 0 has 10 and 90 for neighbours, its 10 has 0 and 90: the quantile 1 is the wider mean, 0 the closer."""
-    for quantile, expected in ((1.0, (apart(10) + apart(90)) / 2), (0.0, (apart(10) + apart(80)) / 2)):
-        config = GateConfig(class_quantile=quantile, neighbours=2)
-        reference = GateReference.build(on_circle(*ANGLES), TWO_CLASSES, ALONE, config, weak_below=4)
-        assert reference.class_thresholds[MEL] == pytest.approx(expected, abs=1e-6)
-        assert reference.class_thresholds[DF] is None
-        assert reference.weak == ()
-
-
-def test_a_class_threshold_leaves_the_own_lesion_out() -> None:
-    config = GateConfig(class_quantile=1.0, neighbours=2)
-    reference = GateReference.build(on_circle(*ANGLES), TWO_CLASSES, ["pair", "pair", *ALONE[2:]], config, weak_below=4)
-    assert reference.class_thresholds[MEL] == pytest.approx((apart(90) + apart(100)) / 2, abs=1e-6)
+@pytest.mark.parametrize(
+    ("quantile", "lesions", "expected"),
+    [
+        (1.0, ALONE, (apart(10) + apart(90)) / 2),
+        (0.0, ALONE, (apart(10) + apart(80)) / 2),
+        (1.0, ["pair", "pair", *ALONE[2:]], (apart(90) + apart(100)) / 2),  # the own lesion is left out
+    ],
+)
+def test_a_class_threshold_is_a_quantile_of_mean_distances_to_the_nearest_of_the_class(
+    quantile: float, lesions: list[str], expected: float
+) -> None:
+    config = GateConfig(class_quantile=quantile, neighbours=2)
+    reference = GateReference.build(on_circle(*ANGLES), TWO_CLASSES, lesions, config, weak_below=4)
+    assert reference.class_thresholds[MEL] == pytest.approx(expected, abs=1e-6)
+    assert reference.class_thresholds[DF] is None
+    assert reference.weak == []
 
 
 def test_a_class_of_few_images_gets_the_widest_threshold_and_is_called_weak() -> None:
-    config = GateConfig(class_quantile=1.0, neighbours=2)
-    degrees, labels = [*ANGLES, 45, 46, 47], [*TWO_CLASSES, DF, DF, DF]
-    features = np.concatenate([on_circle(*ANGLES), on_circle(45, 46, 47)])
-    close = GateReference.build(features, np.array(labels), [f"l{d}" for d in degrees], config, weak_below=4)
-    widest = max(close.class_thresholds[MEL] or 0, close.class_thresholds[NV] or 0)
-    assert close.weak == ("DF",)
-    assert close.class_thresholds[DF] == widest
-    features = np.concatenate([on_circle(*ANGLES), on_circle(45, 165, 285)])  # further apart than any class
-    spread = GateReference.build(features, np.array(labels), [f"l{d}" for d in degrees], config, weak_below=4)
-    assert (spread.class_thresholds[DF] or 0) > max(spread.class_thresholds[MEL] or 0, spread.class_thresholds[NV] or 0)
+    def built(*degrees: float) -> tuple[GateReference, float, float]:
+        features, labels = on_circle(*ANGLES, *degrees), np.array([*TWO_CLASSES, DF, DF, DF])
+        config = GateConfig(class_quantile=1.0, neighbours=2)
+        reference = GateReference.build(features, labels, [str(row) for row in range(11)], config, weak_below=4)
+        of_mel, of_nv, of_df = (reference.class_thresholds[label] or 0 for label in (MEL, NV, DF))
+        return reference, max(of_mel, of_nv), of_df
+
+    close, widest, of_df = built(45, 46, 47)
+    assert (close.weak, of_df) == (["DF"], widest)
+    _, widest, of_df = built(45, 165, 285)  # further apart than any class
+    assert of_df > widest
 
 
 def test_images_in_any_order_make_the_same_reference() -> None:
     order = np.array([6, 2, 0, 5, 7, 3, 1, 4])
     lesions, ids = np.array(["pair", "pair", *ALONE[2:]]), np.array([f"ISIC_{angle}" for angle in ANGLES])
-    labels, config = np.array([MEL] * 4 + [NV] * 4), GateConfig(near_copy_quantile=1, class_quantile=1, neighbours=2)
-    sorted_ = GateReference.build(on_circle(*ANGLES), labels, lesions.tolist(), config, ids=ids.tolist())
-    mixed = GateReference.build(
-        on_circle(*ANGLES)[order], labels[order], lesions[order].tolist(), config, ids=ids[order].tolist()
+    config = GateConfig(near_copy_quantile=1, class_quantile=1, neighbours=2)
+    sorted_, mixed = (
+        GateReference.build(on_circle(*ANGLES)[rows], TWO_CLASSES[rows], lesions[rows], config, ids=ids[rows].tolist())
+        for rows in (np.arange(8), order)
     )
     assert mixed.copy_threshold == pytest.approx(sorted_.copy_threshold, abs=1e-6)
     assert mixed.class_thresholds[NV] == pytest.approx(sorted_.class_thresholds[NV], abs=1e-6)
@@ -118,12 +122,12 @@ def test_one_lesion_alone_still_makes_a_reference() -> None:
 
 def test_many_images_are_calibrated_on_a_draw_that_is_always_the_same() -> None:
     features = np.random.default_rng(0).normal(size=(400, 6)).astype(np.float32)
-    labels, lesions = np.arange(400) % 3, [str(row) for row in range(400)]
-    whole = GateReference.build(features, labels, lesions, GateConfig(near_copy_quantile=0.5))
-    config = GateConfig(near_copy_quantile=0.5)
-    drawn = [GateReference.build(features, labels, lesions, config, calibration_images=100) for _ in range(2)]
-    assert drawn[0].copy_threshold == drawn[1].copy_threshold
-    assert drawn[0].copy_threshold == pytest.approx(whole.copy_threshold, rel=0.2)
+    labels, lesions, config = np.arange(400) % 3, [str(row) for row in range(400)], GateConfig(near_copy_quantile=0.5)
+    whole, drawn, again = (
+        GateReference.build(features, labels, lesions, config, calibration_images=most).copy_threshold
+        for most in (400, 100, 100)
+    )
+    assert drawn == again == pytest.approx(whole, rel=0.2)
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------
@@ -170,11 +174,13 @@ def test_a_feature_that_is_not_finite_is_outside_its_class(circle: GateReference
     assert verdict.reason == "outside_class"
 
 
-def test_a_gate_that_is_off_refuses_nothing_and_still_measures(circle: GateReference) -> None:
-    config = GateConfig(near_copy=False, class_consistency=False)
-    verdicts = verdicts_on(on_circle(90, 235), ["MEL", "MEL"], circle, config)
+@pytest.mark.parametrize("off", [{"near_copy": False, "class_consistency": False}, {"enabled": False}])
+def test_a_gate_that_is_off_refuses_nothing_and_still_measures(circle: GateReference, off: dict[str, bool]) -> None:
+    verdicts = verdicts_on(on_circle(90, 235), ["MEL", "MEL"], circle, GateConfig(**off))
     assert all(verdict.accepted for verdict in verdicts)
     assert verdicts[0].nearest_distance == pytest.approx(0, abs=1e-9)
+    if not off.get("enabled", True):
+        assert check(np.stack([flat(0)]), on_circle(0), ["MEL"], circle, GateConfig(**off))[0].accepted
 
 
 def test_a_verdict_does_not_depend_on_the_batch(circle: GateReference) -> None:
@@ -259,21 +265,19 @@ def test_limits_of_blank_images_come_from_the_settings_then_the_training_images(
     assert check(fainter, None, ["NV"], reference, GateConfig(min_contrast=1.6))[0].reason == "blank"
 
 
-def test_what_gates_run_is_told() -> None:
-    everything = ("blank", "near_copy:features", "near_copy:pixels", "class_consistency")
-    assert active_gates(GateConfig(), features=True, pixels=True) == everything
-    assert active_gates(GateConfig(), features=False, pixels=True) == ("blank", "near_copy:pixels")
-    assert active_gates(GateConfig(), features=True, pixels=False) == (
-        "blank", "near_copy:features", "class_consistency",
-    )  # fmt: skip
-    assert active_gates(GateConfig(), features=False, pixels=False) == ("blank",)
-    assert active_gates(GateConfig(blank=False, near_copy=False), features=True, pixels=True) == ("class_consistency",)
-    assert active_gates(GateConfig(enabled=False), features=True, pixels=True) == ()
-
-
-def test_gates_that_are_off_accept_a_black_copy(circle: GateReference) -> None:
-    verdict = check(flat(0)[None], on_circle(0), ["MEL"], circle, GateConfig(enabled=False))[0]
-    assert verdict.accepted
+@pytest.mark.parametrize(
+    ("config", "features", "pixels", "names"),
+    [
+        ({}, True, True, "blank near_copy:features near_copy:pixels class_consistency"),
+        ({}, False, True, "blank near_copy:pixels"),
+        ({}, True, False, "blank near_copy:features class_consistency"),
+        ({}, False, False, "blank"),
+        ({"blank": False, "near_copy": False}, True, True, "class_consistency"),
+        ({"enabled": False}, True, True, ""),
+    ],
+)
+def test_what_gates_run_is_told(config: dict[str, bool], features: bool, pixels: bool, names: str) -> None:
+    assert " ".join(active_gates(GateConfig(**config), features=features, pixels=pixels)) == names
 
 
 # --- the file -------------------------------------------------------------------------------------------------------
@@ -328,12 +332,11 @@ def test_a_damaged_reference_is_refused_in_one_line(full_reference: GateReferenc
 
 
 def test_parts_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(DataError, match="8 labels"):
-        GateReference.build(on_circle(*ANGLES[:7]), TWO_CLASSES, ALONE, GateConfig())
     broken = on_circle(*ANGLES)
     broken[3, 1] = np.inf
-    with pytest.raises(DataError, match="finite"):
-        GateReference.build(broken, TWO_CLASSES, ALONE, GateConfig())
+    for features in (broken, on_circle(*ANGLES[:7])):
+        with pytest.raises(DataError, match="8 labels"):
+            GateReference.build(features, TWO_CLASSES, ALONE, GateConfig())
 
 
 # --- from a dataset -------------------------------------------------------------------------------------------------
@@ -349,25 +352,17 @@ def dataset(tmp_path: Path) -> tuple[pa.Table, str]:
     return scan_dataset(root, DataConfig(image_size=IMAGE_SIZE, val_fraction=0, test_fraction=0)).catalog, root
 
 
-def reader_of(catalog: pa.Table, root: str) -> ImageReader:
-    return ImageReader(catalog, root, image_size=IMAGE_SIZE, max_pixels=10**6)
-
-
-def extracted(extractor: TinyExtractor, images: np.ndarray) -> np.ndarray:
-    with torch.inference_mode():
-        return extractor(extractor.preprocess(torch.tensor(images).permute(0, 3, 1, 2))).cls.numpy()
+def built(catalog: pa.Table, root: str, **more: Any) -> GateReference:
+    reader = ImageReader(catalog, root, image_size=IMAGE_SIZE, max_pixels=10**6)
+    return build_gate_reference(catalog, reader, EXTRACTOR, GateConfig(), batch_size=5, **more)
 
 
 def test_a_reference_is_built_from_a_dataset(dataset: tuple[pa.Table, str]) -> None:
-    catalog, root = dataset
-    extractor, told = TinyExtractor(), []
-    reference = build_gate_reference(
-        catalog, reader_of(catalog, root), extractor, GateConfig(), batch_size=5, progress=lambda *n: told.append(n)
-    )
-    assert told == [(5, 12), (10, 12), (12, 12)]
-    assert (reference.extractor, reference.catalog) == (extractor.key, catalog_hash(catalog))
-    image = np.asarray(Image.open(f"{root}/MEL/image_3.png"))[None]
-    verdict = check(image, extracted(extractor, image), ["MEL"], reference, GateConfig())[0]
+    reference = built(*dataset)
+    assert (reference.extractor, reference.catalog) == (EXTRACTOR.key, catalog_hash(dataset[0]))
+    image = np.asarray(Image.open(f"{dataset[1]}/MEL/image_3.png"))[None]
+    cls = extract_view(EXTRACTOR, image, 0, "cpu").cls.numpy()
+    verdict = check(image, cls, ["MEL"], reference, GateConfig())[0]
     assert (verdict.reason, verdict.nearest_id) == ("near_copy", "image_3")
     assert verdict.nearest_distance == pytest.approx(0, abs=1e-9)
     assert verdict.pixel_distance == pytest.approx(0, abs=1e-9)
@@ -377,23 +372,19 @@ def test_cached_features_give_the_same_reference_but_for_their_rounding(
     dataset: tuple[pa.Table, str], tmp_path: Path
 ) -> None:
     catalog, root = dataset
-    reader, extractor = reader_of(catalog, root), TinyExtractor()
-    images = reader.read(np.arange(12), np.zeros(12, np.int8))["images"]
+    images = np.stack([np.asarray(Image.open(f"{root}/{path}")) for path in catalog["path"].to_pylist()])
     sha256 = catalog["sha256"].to_pylist()
-    with torch.inference_mode():
-        features = extractor(extractor.preprocess(torch.from_numpy(images).permute(0, 3, 1, 2)))
-    write_features(tmp_path / "cache", extractor.key, IMAGE_SIZE, 0, sha256, features)
-    table = FeatureStore.open(tmp_path / "cache", extractor.key, IMAGE_SIZE).table(sha256, 1)
-    cached = build_gate_reference(catalog, reader, table, GateConfig(), extractor=extractor.key)
-    fresh = build_gate_reference(catalog, reader, extractor, GateConfig())
+    features = extract_view(EXTRACTOR, images, 0, "cpu")
+    write_features(tmp_path / "cache", EXTRACTOR.key, IMAGE_SIZE, 0, sha256, features)
+    table = FeatureStore(tmp_path / "cache", EXTRACTOR.key, IMAGE_SIZE).table(sha256, 1)
+    cached, fresh = built(*dataset, cached=table), built(*dataset)
     assert cached.extractor == fresh.extractor
     torch.testing.assert_close(cached.features, fresh.features, rtol=0, atol=5e-3)
 
 
 def test_a_file_that_went_bad_is_left_out(dataset: tuple[pa.Table, str]) -> None:
-    catalog, root = dataset
-    Path(f"{root}/MEL/image_3.png").write_bytes(b"no longer an image")
-    reference = build_gate_reference(catalog, reader_of(catalog, root), TinyExtractor(), GateConfig())
+    Path(f"{dataset[1]}/MEL/image_3.png").write_bytes(b"no longer an image")
+    reference = built(*dataset)
     assert len(reference.ids) == 11
     assert "image_3" not in reference.ids
 
@@ -412,27 +403,17 @@ def test_on_real_images_copies_are_refused_and_other_lesions_pass() -> None:
     lesions = [lesion_of[path.stem] for path in files]
     images = np.stack([np.asarray(Image.open(path).convert("RGB").resize((64, 64))) for path in files])
     extractor = load_feature_extractor("efficientnet-lite0", input_size=64, crop="whole")
-    with torch.inference_mode():
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        cls = np.concatenate([extractor(extractor.preprocess(part)).cls.numpy() for part in pixels.split(32)])
+    parts = [extract_view(extractor, images[first : first + 32], 0, "cpu").cls for first in range(0, len(images), 32)]
+    cls = torch.cat(parts).numpy()
     held_out = np.array([int(lesion[-1]) % 2 == 0 for lesion in lesions])  # by lesion
     train = np.flatnonzero(~held_out)
-    reference = GateReference.build(
-        cls[train],
-        np.array([class_index(labels[row]) for row in train]),
-        [lesions[row] for row in train],
-        GateConfig(),
-        facts=ImageFacts.of(images[train]),
-    )
-
-    def refused(chosen: np.ndarray, change: Callable[[np.ndarray], np.ndarray]) -> float:
-        changed = np.stack([change(image) for image in images[chosen]])
-        verdicts = check(changed, cls[chosen], [labels[row] for row in chosen], reference, GateConfig())
-        return float(np.mean([not verdict.accepted for verdict in verdicts]))
-
+    codes, facts = np.array([class_index(label) for label in labels]), ImageFacts.of(images[train])
+    of_train = [lesions[row] for row in train]
+    reference = GateReference.build(cls[train], codes[train], of_train, GateConfig(), facts=facts)
     others = np.flatnonzero(held_out)
     assert len(others) > 60
-    assert refused(others, lambda image: image) <= 0.15  # few training images: the quantiles are rough
+    verdicts = check(images[others], cls[others], [labels[row] for row in others], reference, GateConfig())
+    assert np.mean([not verdict.accepted for verdict in verdicts]) <= 0.15  # few training images: rough quantiles
     no_features = replace(reference, features=reference.features[:, :0])
     for change in (COPIES["view 2"], COPIES["view 5"], _jpeg, _blurred):
         changed = np.stack([change(image) for image in images[train]])

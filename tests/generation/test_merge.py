@@ -49,42 +49,34 @@ def write_manifest(folder: Path, *references: str | None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(f"synthetic {index}".encode())
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        rows.append(
-            {"id": path.stem, "path": f"DF/{path.name}", "class": "DF", "sha256": sha256, "reference": reference}
-        )
-    schema = pa.schema([(name, pa.string()) for name in ("id", "path", "class", "sha256", "reference")])
+        rows.append({"id": path.stem, "path": f"DF/{path.name}", "sha256": sha256, "reference": reference})
+        rows[-1] |= {"class": "DF", "reference_b": None}
+    schema = pa.schema([(name, pa.string()) for name in rows[0]])
     manifest = folder / "manifest.parquet"
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), manifest)
     return manifest
 
 
-def test_every_path_leads_to_the_file_with_its_hash(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:
-    merged = write_merged_index(*dataset, write_manifest(tmp_path / "out", None, None), tmp_path / "merged.parquet")
-    rows = pq.read_table(merged.parquet).to_pylist()
-    assert len(rows) == 6
-    for row in rows:
+def test_real_images_keep_their_split_synthetic_ones_train_and_every_path_leads_to_its_file(
+    dataset: tuple[str, pa.Table], tmp_path: Path
+) -> None:
+    index = tmp_path / "merged.parquet"
+    assert write_merged_index(*dataset, write_manifest(tmp_path / "out", None, None), index) == []
+    rows = {row["image_id"]: row for row in pq.read_table(index).to_pylist()}
+    assert {image_id: (row["class"], row["split"], row["source"]) for image_id, row in rows.items()} == {
+        "a": ("DF", "train", "real"),
+        "b": ("DF", "val", "real"),
+        "c": ("NV", "test", "real"),
+        "d": ("NV", "train", "real"),
+        "DF_000000": ("DF", "train", "synthetic"),
+        "DF_000001": ("DF", "train", "synthetic"),
+    }
+    assert len({rows[image_id]["lesion_id"] for image_id in rows}) == 6
+    for row in rows.values():
         content = (Path(row["root"]) / row["path"]).read_bytes()
         assert hashlib.sha256(content).hexdigest() == row["sha256"]
-
-
-def test_real_images_keep_their_split_and_synthetic_ones_train(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:
-    merged = write_merged_index(*dataset, write_manifest(tmp_path / "out", None), tmp_path / "merged.parquet")
-    rows = {row["image_id"]: row for row in pq.read_table(merged.parquet).to_pylist()}
-    assert {image_id: (row["split"], row["source"]) for image_id, row in rows.items()} == {
-        "a": ("train", "real"),
-        "b": ("val", "real"),
-        "c": ("test", "real"),
-        "d": ("train", "real"),
-        "DF_000000": ("train", "synthetic"),
-    }
-    assert (merged.real["DF"], merged.real["NV"], merged.synthetic["DF"]) == (2, 2, 1)
-    assert rows["DF_000000"]["lesion_id"] not in {"L1", "L2", "L3", "L4"}
-
-
-def test_the_csv_says_the_same(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:
-    merged = write_merged_index(*dataset, write_manifest(tmp_path / "out", None), tmp_path / "merged.parquet")
     as_text = pa_csv.ConvertOptions(column_types=INDEX_SCHEMA)
-    assert pa_csv.read_csv(merged.csv, convert_options=as_text).equals(pq.read_table(merged.parquet))
+    assert pa_csv.read_csv(index.with_suffix(".csv"), convert_options=as_text).equals(pq.read_table(index))
 
 
 def test_what_was_made_from_a_val_or_test_image_is_left_out(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:
@@ -93,9 +85,9 @@ def test_what_was_made_from_a_val_or_test_image_is_left_out(dataset: tuple[str, 
     copied.parent.mkdir()
     shutil.copy(f"{root}/NV/c.jpg", copied)
     manifest = write_manifest(tmp_path / "out", f"{root}/DF/a.jpg", f"{root}/DF/b.jpg", str(copied), None)
-    merged = write_merged_index(root, catalog, manifest, tmp_path / "merged.parquet")
-    assert merged.left_out == ("DF_000001", "DF_000002")
-    lesions = {row["image_id"]: row["lesion_id"] for row in pq.read_table(merged.parquet).to_pylist()}
+    index = tmp_path / "merged.parquet"
+    assert write_merged_index(root, catalog, manifest, index) == ["DF_000001", "DF_000002"]
+    lesions = {row["image_id"]: row["lesion_id"] for row in pq.read_table(index).to_pylist()}
     assert lesions["DF_000000"] == "L1"  # stays in one group with the image that it was made from
     assert "DF_000003" in lesions
 

@@ -22,12 +22,12 @@ from m2d.generation.output import (
     OutputFolder,
     Recipe,
     attempts_left,
-    default_output,
+    experiment_of,
     group_name,
 )
 from m2d.generation.plan import PlanRow, retried, table_of
 from m2d.generation.settings import GateConfig, GenerateConfig
-from m2d.generation.workers import GroupWriter, MadeGroup
+from m2d.generation.workers import GroupWriter
 
 RECIPE = Recipe(
     checkpoint="ab" * 32,
@@ -56,36 +56,26 @@ FORMATS = ["folder", "webdataset", "parquet"]
 
 def write(root: Path, rows: list[PlanRow], recipe: Recipe = RECIPE, **settings: Any) -> None:
     """As a run does: a group of images, in whatever folder."""
-    writer = GroupWriter(
-        **{
-            "root": root,
-            "format": recipe.format,
-            "settings": recipe.to_json(),
-            "checkpoint": recipe.checkpoint,
-            "precision": recipe.precision,
-            "gates": GateConfig(enabled=False),
-            **settings,
-        }
-    )
-    writer.write(rows, MadeGroup(np.stack([IMAGES[row.index % 2] for row in rows]), None))
+    writer = GroupWriter(root=root, recipe=recipe, gates=GateConfig(enabled=False), **settings)
+    writer.write(rows, np.stack([IMAGES[row.index % 2] for row in rows]), None)
 
 
 def ids(root: Path, recipe: Recipe = RECIPE) -> list[str]:
     """Of the images that a run would not make again."""
-    with OutputFolder.open(root, recipe) as folder:
+    with OutputFolder(root, recipe) as folder:
         return folder.accepted["id"].to_pylist()
 
 
 @pytest.fixture
 def started(tmp_path: Path) -> Path:
-    OutputFolder.open(tmp_path, RECIPE).close()
+    OutputFolder(tmp_path, RECIPE).close()
     return tmp_path
 
 
 @pytest.fixture(params=FORMATS)
 def in_format(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Recipe]]:
     recipe = replace(RECIPE, format=request.param)
-    OutputFolder.open(tmp_path, recipe).close()
+    OutputFolder(tmp_path, recipe).close()
     return tmp_path, recipe
 
 
@@ -110,8 +100,9 @@ def test_a_png_does_not_tell_where_its_reference_lay(started: Path) -> None:
 
 def test_the_manifest_has_a_row_an_image(started: Path) -> None:
     write(started, [MEL, DF])
-    with OutputFolder.open(started, RECIPE) as folder:
-        rows = pq.read_table(folder.write_manifest()).to_pylist()
+    with OutputFolder(started, RECIPE) as folder:
+        folder.settle()
+    rows = pq.read_table(started / MANIFEST_NAME).to_pylist()
     assert [row["id"] for row in rows] == ["DF_000000", "MEL_000003"]
     mel = rows[1]
     assert mel["seed"] == 2**62 + 1
@@ -124,8 +115,9 @@ def test_the_manifest_has_a_row_an_image(started: Path) -> None:
 
 def test_the_manifest_marks_the_images_of_a_weak_class(started: Path) -> None:
     write(started, [MEL, DF], weak_classes=frozenset(["DF"]))
-    with OutputFolder.open(started, RECIPE) as folder:
-        rows = pq.read_table(folder.write_manifest()).to_pylist()
+    with OutputFolder(started, RECIPE) as folder:
+        folder.settle()
+    rows = pq.read_table(started / MANIFEST_NAME).to_pylist()
     assert [(row["class"], row["feature_weak"]) for row in rows] == [("DF", True), ("MEL", False)]
     assert {(row["feature"], row["feature_temperature"]) for row in rows} == {("prior", 1.0)}
 
@@ -135,7 +127,7 @@ def test_a_folder_is_continued(in_format: tuple[Path, Recipe]) -> None:
     write(root, [MEL, DF], recipe)
     assert ids(root, recipe) == ["DF_000000", "MEL_000003"]
     plan = table_of([DF, MEL, row("NV")])
-    with OutputFolder.open(root, recipe) as folder:
+    with OutputFolder(root, recipe) as folder:
         assert attempts_left(plan, folder.journal, 1)[0]["id"].to_pylist() == ["NV_000003"]
 
 
@@ -154,7 +146,7 @@ def test_the_same_group_written_twice_is_the_same_bytes_once(in_format: tuple[Pa
 
 def test_a_tar_shard_is_a_webdataset(tmp_path: Path) -> None:
     recipe = replace(RECIPE, format="webdataset")
-    OutputFolder.open(tmp_path, recipe).close()
+    OutputFolder(tmp_path, recipe).close()
     write(tmp_path, [MEL, DF], recipe)
     [path] = (tmp_path / "shards").iterdir()
     with tarfile.open(path) as tar:
@@ -172,7 +164,7 @@ def test_a_tar_shard_is_a_webdataset(tmp_path: Path) -> None:
 
 def test_a_parquet_shard_holds_pngs(tmp_path: Path) -> None:
     recipe = replace(RECIPE, format="parquet")
-    OutputFolder.open(tmp_path, recipe).close()
+    OutputFolder(tmp_path, recipe).close()
     write(tmp_path, [MEL, DF], recipe)
     rows = [entry for path in (tmp_path / "shards").iterdir() for entry in pq.read_table(path).to_pylist()]
     assert [(entry["id"], entry["class"], entry["label"]) for entry in rows] == [
@@ -210,7 +202,7 @@ def test_a_broken_image_counts_as_missing(started: Path, damage: str) -> None:
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_broken_shard_counts_as_missing_whole(tmp_path: Path, format_name: str, damage: str) -> None:
     recipe = replace(RECIPE, format=format_name)
-    OutputFolder.open(tmp_path, recipe).close()
+    OutputFolder(tmp_path, recipe).close()
     write(tmp_path, [MEL, DF], recipe)
     write(tmp_path, [row("NV")], recipe)
     path = next(path for path in (tmp_path / "shards").iterdir() if path.stem == group_name([MEL, DF]))
@@ -260,7 +252,7 @@ def test_what_the_disk_does_not_give_is_not_removed(started: Path, file: str, mo
 def test_parts_become_one_journal_and_nothing_counts_twice(started: Path) -> None:
     write(started, [MEL])
     write(started, [DF])
-    with OutputFolder.open(started, RECIPE) as folder:
+    with OutputFolder(started, RECIPE) as folder:
         folder.settle()
     assert not (started / PARTS).exists()
     write(started, [MEL])  # a writer that ended late
@@ -268,7 +260,7 @@ def test_parts_become_one_journal_and_nothing_counts_twice(started: Path) -> Non
     assert ids(started) == ["DF_000000", "MEL_000003", "NV_000003"]
     (started / "DF" / "DF_000000.png").unlink()
     assert ids(started) == ["MEL_000003", "NV_000003"], "it is struck from the journal"
-    with OutputFolder.open(started, RECIPE) as folder:
+    with OutputFolder(started, RECIPE) as folder:
         folder.settle()
     assert pq.read_table(started / MANIFEST_NAME)["id"].to_pylist() == ["MEL_000003", "NV_000003"]
 
@@ -305,43 +297,43 @@ def test_rejected_attempts_come_again_as_the_next_ones() -> None:
 
 def test_two_recipes_never_share_a_folder(started: Path) -> None:
     with pytest.raises(ConfigError, match="steps 10 there, 25 here") as caught:
-        OutputFolder.open(started, replace(RECIPE, steps=25))
+        OutputFolder(started, replace(RECIPE, steps=25))
     assert "name another --output" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_the_gate_setting_that_differs_is_named(tmp_path: Path) -> None:
     strict, mild = ({"blank": True, "near_copy_quantile": value} for value in (0.1, 0.2))
-    OutputFolder.open(tmp_path, replace(RECIPE, gates=strict)).close()
+    OutputFolder(tmp_path, replace(RECIPE, gates=strict)).close()
     with pytest.raises(ConfigError, match=r"gates.near_copy_quantile 0.1 there, 0.2 here"):
-        OutputFolder.open(tmp_path, replace(RECIPE, gates=mild))
+        OutputFolder(tmp_path, replace(RECIPE, gates=mild))
 
 
 def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
-    with OutputFolder.open(tmp_path, RECIPE), pytest.raises(ConfigError, match="another run"):
-        OutputFolder.open(tmp_path, RECIPE)
-    OutputFolder.open(tmp_path, RECIPE).close()
+    with OutputFolder(tmp_path, RECIPE), pytest.raises(ConfigError, match="another run"):
+        OutputFolder(tmp_path, RECIPE)
+    OutputFolder(tmp_path, RECIPE).close()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_a_damaged_record_is_not_trusted(tmp_path: Path, content: str) -> None:
     (tmp_path / RECORD_NAME).write_text(content)
     with pytest.raises(ConfigError, match="holds images of other settings"):
-        OutputFolder.open(tmp_path, RECIPE)
+        OutputFolder(tmp_path, RECIPE)
 
 
 @pytest.mark.parametrize("taken", ["MEL", MANIFEST_NAME, "shards"])
 def test_a_folder_that_m2d_did_not_start_is_left_alone(tmp_path: Path, taken: str) -> None:
     (tmp_path / taken).mkdir()
     with pytest.raises(ConfigError, match=f"holds {taken} but no {RECORD_NAME}"):
-        OutputFolder.open(tmp_path, RECIPE)
+        OutputFolder(tmp_path, RECIPE)
     assert [path.name for path in tmp_path.iterdir()] == [taken]
 
 
 def test_an_output_that_is_a_file_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
-        OutputFolder.open(tmp_path / "file", RECIPE)
+        OutputFolder(tmp_path / "file", RECIPE)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +379,6 @@ def test_a_recipe_says_how_features_were_drawn_or_that_none_were() -> None:
     assert (alone.feature, alone.feature_temperature) == ("none", None)
 
 
-def test_images_lie_in_the_experiment_of_their_checkpoint() -> None:
-    inside = default_output("/e/ham/checkpoints/step_10", RECIPE)
-    assert inside == Path("/e/ham/generated_images") / RECIPE.hash
-    assert default_output("/e/exported", RECIPE) == Path("/e/generated_images") / RECIPE.hash
+def test_a_checkpoint_s_experiment_is_what_holds_its_checkpoints() -> None:
+    assert experiment_of("/e/ham/checkpoints/step_10") == Path("/e/ham")
+    assert experiment_of("/e/exported") == Path("/e")

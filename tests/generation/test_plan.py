@@ -23,11 +23,11 @@ from m2d.generation.plan import (
     read_plan,
     retried,
     rows_of,
+    seed_of,
     standard_plan,
     table_of,
 )
 from m2d.generation.references import Reference
-from m2d.generation.seeds import sample_seed
 
 SAMPLING = SamplingSettings(solver="heun", steps=9, guidance_scale=2.0, guidance_interval=(0.1, 0.7))
 
@@ -62,7 +62,7 @@ def first_64_bits_halved(text: str) -> int:
 def test_a_standard_plan_is_the_images_that_were_always_made() -> None:
     rows = standard({"DF": 3, "MEL": 3})
     assert [(row.id, row.label, row.index, row.seed) for row in rows] == [
-        (f"{label}_{index:06d}", label, index, sample_seed(4, label, index))
+        (f"{label}_{index:06d}", label, index, seed_of(f"4/{label}/{index}"))
         for index in range(3)
         for label in ("DF", "MEL")
     ]
@@ -74,7 +74,7 @@ def test_every_row_says_how_it_is_made() -> None:
         id="MEL_000000",
         label="MEL",
         index=0,
-        seed=sample_seed(4, "MEL", 0),
+        seed=seed_of("4/MEL/0"),
         mode="standard",
         feature="prior",
         feature_temperature=0.5,

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score
 from torchmetrics.classification import MulticlassCalibrationError
 
@@ -219,6 +220,13 @@ def test_repeated_photographs_of_a_lesion_add_nothing_to_the_certainty() -> None
     assert (one.low, one.high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.01)
     by_image = Estimate.of(0.0, scores(resample(truth, called)).recall[:, 0])
     assert one.high - one.low > 1.8 * (by_image.high - by_image.low)
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 1), (0, 40), (3, 7), (9, 9), (17, 1698)])
+def test_the_interval_of_a_share_is_scipys_wilson_interval(hits: int, trials: int) -> None:
+    expected = binomtest(hits, trials).proportion_ci(method="wilson")
+    share = Estimate.of_share(hits / trials, trials)
+    assert (share.low, share.high) == pytest.approx(tuple(expected), abs=1e-12)
 
 
 def test_a_class_of_one_lesion_stands_in_every_resample() -> None:

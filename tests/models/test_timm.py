@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from m2d.errors import CheckpointError, ConfigError
 from m2d.models.extractors import FeatureExtractor, extractor_key, load_feature_extractor
 from m2d.models.extractors import timm as timm_extractor
+from m2d.models.extractors.base import features_of
 from m2d.models.settings import FeatureExtractorConfig
 
 
@@ -50,7 +51,7 @@ def test_register_tokens_are_no_patches() -> None:
     network = timm_network("vit_small_patch14_reg4_dinov2", img_size=28)
     tokens = network.forward_features(some_inputs(28))
     assert tokens.shape[1] == 1 + 4 + 4
-    features = timm_extractor._features(network, some_inputs(28))
+    features = features_of(network, some_inputs(28))
     assert_close(features.cls, tokens[:, 0])
     assert_close(features.patches, tokens[:, 5:])
 
@@ -65,7 +66,7 @@ def test_register_tokens_are_no_patches() -> None:
 )
 def test_some_vits_give_their_own_pooling(name: str, options: dict[str, object]) -> None:
     network = timm_network(name, img_size=32, num_classes=0, **options)
-    features = timm_extractor._features(network, some_inputs(32))
+    features = features_of(network, some_inputs(32))
     assert_close(features.cls, network(some_inputs(32)))
     patches = network.forward_features(some_inputs(32))[:, -4:]
     assert_close(features.patches, network.fc_norm(patches) if name.startswith("beit") else patches)
@@ -85,7 +86,7 @@ def test_maps_with_channels_last_are_read_as_such() -> None:
     network = timm_network("swin_tiny_patch4_window7_224")
     maps = network.forward_features(some_inputs(224))
     assert maps.shape == (2, 7, 7, 768)
-    features = timm_extractor._features(network, some_inputs(224))
+    features = features_of(network, some_inputs(224))
     assert_close(features.patches[:, 3 * 7 + 5], maps[:, 3, 5])
 
 
@@ -165,7 +166,7 @@ def test_without_network_the_line_says_what_to_do(monkeypatch: pytest.MonkeyPatc
         raise OSError("nobody answers\nmore lines")
 
     monkeypatch.setattr(timm_extractor.timm, "create_model", refuse)
-    assert "hub (OSError: nobody answers); give a local file" in refusal_of(ConfigError, "test_vit")
+    assert "hub (OSError: nobody answers); give a local" in refusal_of(ConfigError, "test_vit")
 
 
 @pytest.fixture

@@ -22,11 +22,11 @@ from typing import Any
 import ray
 from processes import descendants
 from ray.cluster_utils import Cluster
-from tiny_run import TINY
+from tiny_run import TINY, records
 
 from m2d.cli import parse
-from m2d.experiment import complete_checkpoints
-from m2d.training.stopping import Stopped
+from m2d.experiment import newest_step
+from m2d.training.run import Stopped
 from m2d.training.trainer import train
 
 NODES = 3
@@ -132,9 +132,8 @@ class Run:
         self.experiments = experiments
 
     def _last(self) -> dict[str, float]:
-        found = sorted(self.experiments.glob("run_*/metrics/train.jsonl"))
-        lines = found[-1].read_text(encoding="utf-8").splitlines() if found else []
-        return next((json.loads(line) for line in reversed(lines) if line.endswith("}")), {})
+        found = [record for run in self.experiments.glob("run_*") for record in records(run)]
+        return found[-1] if found else {}
 
     def step(self) -> int:
         return int(self._last().get("step", 0))
@@ -143,8 +142,7 @@ class Run:
         return int(self._last().get("workers", 0))
 
     def checkpoint(self) -> int:
-        found = [path for run in self.experiments.glob("run_*") for path in complete_checkpoints(run / "checkpoints")]
-        return max((int(path.name.removeprefix("step_")) for path in found), default=0)
+        return max((newest_step(run / "checkpoints") for run in self.experiments.glob("run_*")), default=0)
 
 
 def train_workers() -> list[str]:

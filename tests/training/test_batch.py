@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from m2d.models.settings import ConditioningConfig
 from m2d.training.batch import Draws, draw, splitmix64
 from m2d.training.settings import OptimizerConfig
-from m2d.training.update import learning_rate
+from m2d.training.step import learning_rate
 
 CONDITIONING = ConditioningConfig(class_dropout=0.1, feature_dropout=0.3, feature_noise=0.5)
 

@@ -7,13 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
-from m2d.training.console import Console, _Pace
-from m2d.training.telemetry import MetricsLog
+from m2d.training.telemetry import Console, MetricsLog, time_left
 
 
 def shown(tmp_path: Path, *, interactive: bool, monkeypatch: pytest.MonkeyPatch) -> str:
     """What a run of 40 steps, 10 an epoch, leaves on the screen after step 20."""
-    monkeypatch.setattr("m2d.training.console.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("m2d.training.telemetry.PLAIN_SECONDS", 0.0)
     screen = io.StringIO()
     console = Console()
     console.interactive = interactive
@@ -47,13 +46,10 @@ def test_a_terminal_gets_one_bar_with_epoch_step_and_losses(tmp_path: Path, monk
 
 def test_the_time_left_counts_from_the_first_record_not_from_the_workers_start() -> None:
     """Ten steps in five seconds: thirty more take fifteen."""
-    pace = _Pace(0, 40)
-    assert pace.left({"step": 0, "time": 1000.0}) == ""
-    assert pace.left({"step": 10, "time": 1005.0}) == "0.2 min left"
-    assert _Pace(0, 10**6).left({"step": 1, "time": 0.0}) == ""
+    first = {"step": 0, "time": 1000.0}
+    assert time_left(first, first, 40) == ""
+    assert time_left(first, {"step": 10, "time": 1005.0}, 40) == "0.2 min left"
 
 
 def test_long_runs_tell_hours() -> None:
-    pace = _Pace(0, 7201)
-    pace.left({"step": 0, "time": 0.0})
-    assert pace.left({"step": 1, "time": 1.0}) == "2.0 h left"
+    assert time_left({"step": 0, "time": 0.0}, {"step": 1, "time": 1.0}, 7201) == "2.0 h left"

@@ -1,12 +1,11 @@
 """Training from what setup_data prepared: the same run, without decoding an image or running the extractor."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_run import TINY, write_images
+from tiny_run import records, tiny_config
 
 from m2d.cli import parse
 from m2d.data.reader import ImageReader
@@ -19,29 +18,21 @@ VIEWS = ["--data.views", "4"]
 
 
 @pytest.fixture(scope="module")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def cache_dir(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything that setup_data makes for the tiny run."""
     cache = tmp_path_factory.mktemp("cache")
-    settings = ["--data.image_size", "16", "--feature_extractor.input_size", "32", *VIEWS]
-    places = ["--data_root", str(data_root), "--cache_dir", str(cache)]
-    setup_data(parse("setup_data", ["--all", "--num_actors", "0", *places, *settings]))
+    prepare(data_root, cache, "--all", *VIEWS)
     return cache
 
 
+def prepare(data_root: Path, cache: Path, *what: str) -> None:
+    places = ["--num_actors", "0", "--data_root", str(data_root), "--cache_dir", str(cache)]
+    settings = ["--data.image_size", "16", "--feature_extractor.input_size", "32"]
+    setup_data(parse("setup_data", [*places, *settings, *what]))
+
+
 def run(data_root: Path, root: Path, cache_dir: Path, *more: str) -> Experiment:
-    places = ["--data_root", str(data_root), "--experiments_dir", str(root), "--cache_dir", str(cache_dir)]
-    settings = ["--name", "run", "--num_workers", "0", "--max_steps", "6", *TINY, *VIEWS, *more]
-    return train(parse("train", [*places, *settings]))
-
-
-def records(experiment: Experiment, name: str) -> list[dict[str, float]]:
-    lines = (experiment.path / "metrics" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return train(tiny_config(data_root, root, "--cache_dir", str(cache_dir), "--max_steps", "6", *VIEWS, *more))
 
 
 def no_extractor(*arguments: object) -> None:
@@ -64,7 +55,7 @@ def test_a_run_from_the_cache_takes_the_steps_of_a_run_without_it(
         from_cache = run(data_root, tmp_path / "with", cache_dir)
     assert "prepared images and features (efficientnet-lite0-" in capsys.readouterr().out
     for name in ("train", "validation"):
-        expected, found = records(without, name), records(from_cache, name)
+        expected, found = records(without.path, name), records(from_cache.path, name)
         assert len(found) == len(expected) > 0
         for before, after in zip(expected, found, strict=True):
             losses = {key: value for key, value in before.items() if key.startswith(("loss/", "val/"))}
@@ -89,7 +80,7 @@ def test_files_that_setup_data_rejected_are_told_again(
     shutil.copytree(data_root, images)
     (images / "NV" / "empty.png").touch()
     shutil.copy(images / "MEL" / "MEL_0.png", images / "MEL" / "again.png")
-    setup_data(parse("setup_data", ["--scan", "--data_root", str(images), "--cache_dir", str(cache)]))
+    prepare(images, cache, "--scan")
     capsys.readouterr()
     experiment = run(images, tmp_path / "runs", cache, "--max_steps", "1")
     shown = capsys.readouterr().out
@@ -107,7 +98,7 @@ def test_the_latent_stage_reads_cached_features(
     start = complete_checkpoints(joint.checkpoints)[-1]
     monkeypatch.setattr("m2d.training.networks.build_extractor", no_extractor)
     latent = run(data_root, tmp_path / "latent", cache_dir, "--stage", "latent", "--init_checkpoint", str(start))
-    assert {"loss/diffusion", "loss/alignment"} <= set(records(latent, "train")[-1])
+    assert {"loss/diffusion", "loss/alignment"} <= set(records(latent.path)[-1])
 
 
 @pytest.mark.slow
@@ -118,13 +109,7 @@ def test_a_cache_that_lacks_a_new_image_is_said_and_not_used(
     grown = tmp_path / "images"
     shutil.copytree(data_root, grown)
     cache = tmp_path / "cache"
-    setup_data(
-        parse(
-            "setup_data",
-            ["--all", "--num_actors", "0", "--data_root", str(grown), "--cache_dir", str(cache)]
-            + ["--data.image_size", "16", "--feature_extractor.input_size", "32", "--data.views", "1"],
-        )
-    )
+    prepare(grown, cache, "--all", "--data.views", "1")
     Image.new("RGB", (24, 24), "red").save(grown / "NV" / "new.png")
     capsys.readouterr()
     run(grown, tmp_path / "runs", cache, "--data.views", "1", "--max_steps", "1", "--data.val_fraction", "0")

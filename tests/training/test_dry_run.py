@@ -12,7 +12,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m2d.cli import main, parse
 from m2d.errors import ConfigError
-from m2d.experiment import Experiment
 from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import ImageBatch, draw
@@ -27,10 +26,9 @@ from m2d.training.dry_run import (
     two_alike,
 )
 from m2d.training.measure import count_flops
-from m2d.training.networks import build_networks, step_config_of
-from m2d.training.run_plan import RunPlan
+from m2d.training.networks import build_networks
 from m2d.training.settings import TrainConfig
-from m2d.training.step import JointStep
+from m2d.training.step import JointStep, step_config_of
 
 CPU = torch.device("cpu")
 WEIGHTS, AVERAGES, MOMENTS = "weights", "averaged weights (EMA)", "AdamW's moments"
@@ -78,7 +76,7 @@ def test_a_gradient_is_a_part_of_its_own_and_as_large_as_its_weight() -> None:
         layer = nn.Linear(1024, 256, bias=False)
         counter.label("weights", layer.parameters())
         counter.follow(layer, "activations")
-        counter.follow_gradients(layer.parameters(), "gradients")
+        layer.weight.register_post_accumulate_grad_hook(lambda weight: counter.label("gradients", [weight.grad]))
         inputs = torch.zeros(64, 1024)
         outputs = layer(inputs)
         outputs.backward(torch.ones_like(outputs))
@@ -155,18 +153,13 @@ def test_a_run_is_made_of_three_kinds_of_steps() -> None:
     config = config_of(
         "--schedule.vae_warmup_fraction", "0.2", "--schedule.vae_every_k_steps", "3", "--max_steps", "100"
     )
-    plan = RunPlan(
-        config=config, experiment=Experiment(Path("unmade")), world_size=1, train_images=800, precision="bf16",
-        perceptual="features",
-    )  # fmt: skip
-    assert kinds_of_steps(plan) == {0: 20, 20: 27, 21: 53}
+    assert kinds_of_steps(FakeRun(config, train_images=800, cached=True)) == {0: 20, 20: 27, 21: 53}
 
 
 def test_images_of_a_folder_are_counted_by_name(tmp_path: Path) -> None:
     root = write_images(tmp_path / "data")
     (root / "metadata.csv").write_text("image_id,lesion_id\n", encoding="utf-8")
-    count = count_images(config_of("--data_root", str(root)))
-    assert (count.images, count.train, count.cached) == (70, 56, False)
+    assert count_images(config_of("--data_root", str(root))) == (70, 56, "image files, counted by name", False)
 
 
 def test_the_command_prints_a_page_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

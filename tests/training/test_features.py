@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import PaintImages
-from tiny_networks import FEATURE_DIM, IMAGE_SIZE, TinyExtractor
+from tiny_networks import IMAGE_SIZE, TinyExtractor
 from torch.testing import assert_close
 
 from m2d.classes import CLASSES
 from m2d.data.reader import ImageReader
+from m2d.models.settings import FeatureExtractorConfig
 from m2d.training.features import FeatureSource, class_weighted_moments, fit_features, spread_over_classes
+from m2d.training.settings import TrainConfig
 
 CPU = torch.device("cpu")
+CONFIG = TrainConfig(batch_size=4, feature_extractor=FeatureExtractorConfig(statistics_images=100))
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +32,11 @@ def test_rare_classes_are_taken_whole_before_a_common_ones_surplus() -> None:
     assert (np.diff(chosen) > 0).all()
 
 
-def test_all_rows_are_taken_where_there_are_no_more_than_wanted() -> None:
-    assert spread_over_classes(np.array([5, 0, 5]), 100, seed=3).tolist() == [0, 1, 2]
-
-
-def test_the_choice_within_a_class_is_the_seeds() -> None:
+def test_the_choice_within_a_class_is_the_seeds_and_all_rows_where_no_more_are_wanted() -> None:
     labels = np.zeros(100, dtype=np.int64)
     first, again, other = (spread_over_classes(labels, 10, seed=seed).tolist() for seed in (1, 1, 2))
     assert first == again != other
+    assert spread_over_classes(np.array([5, 0, 5]), 100, seed=3).tolist() == [0, 1, 2]
 
 
 def test_moments_of_a_spread_sample_are_those_of_the_whole_split() -> None:
@@ -46,40 +46,28 @@ def test_moments_of_a_spread_sample_are_those_of_the_whole_split() -> None:
     assert std.item() == pytest.approx(3.0**0.5)
 
 
-def test_moments_of_all_images_are_the_plain_ones() -> None:
-    cls = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) + 5
-    labels = np.repeat([0, 3, 6], [20, 15, 5])
-    mean, std = class_weighted_moments(cls, labels, np.bincount(labels))
-    assert_close(mean, cls.mean(dim=0))
-    assert_close(std, cls.std(dim=0, correction=0))
-
-
 def test_the_fit_is_of_the_splits_own_features(reader: ImageReader) -> None:
     extractor = TinyExtractor()
     read = reader.read(np.arange(29), np.zeros(29, dtype=np.int8))
     with torch.no_grad():
         pixels = torch.from_numpy(read["images"]).permute(0, 3, 1, 2)
         cls = extractor(extractor.preprocess(pixels)).cls
-    fit = fit_features(
-        FeatureSource(CPU, extractor), reader, dim=FEATURE_DIM, images=100, batch_size=4, seed=0, rank=0, world_size=1
-    )
-    assert_close(fit.mean, cls.mean(dim=0), rtol=1e-4, atol=1e-5)
-    assert_close(fit.std, cls.std(dim=0, correction=0), rtol=1e-4, atol=1e-5)
-    counts = dict(zip(CLASSES, fit.prior.counts.tolist(), strict=True))
+    prior, mean, std = fit_features(FeatureSource(CPU, extractor), reader, CONFIG, rank=0, world_size=1)
+    assert_close(mean, cls.mean(dim=0), rtol=1e-4, atol=1e-5)
+    assert_close(std, cls.std(dim=0, correction=0), rtol=1e-4, atol=1e-5)
+    counts = dict(zip(CLASSES, prior.counts.tolist(), strict=True))
     assert counts == {"AKIEC": 0, "BCC": 0, "BKL": 0, "DF": 3, "MEL": 6, "NV": 20, "VASC": 0}
     nevi = torch.from_numpy(reader.labels == CLASSES.index("NV"))
-    assert_close(fit.prior.mean[CLASSES.index("NV")], cls[nevi].mean(dim=0), rtol=1e-4, atol=1e-4)
+    assert_close(prior.mean[CLASSES.index("NV")], cls[nevi].mean(dim=0), rtol=1e-4, atol=1e-4)
 
 
 def test_workers_fit_the_same_from_their_shares(reader: ImageReader, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each worker's buffer holds zeros where another extracted, so the sum over workers is the whole."""
     buffers = []
     monkeypatch.setattr("m2d.training.features.all_reduce_sum", lambda tensor: buffers.append(tensor.clone()) or tensor)
-    shape = {"dim": FEATURE_DIM, "images": 100, "batch_size": 8, "seed": 0}
-    extractor = TinyExtractor()
+    source = FeatureSource(CPU, TinyExtractor())
     for rank, world_size in ((0, 1), (0, 3), (1, 3), (2, 3)):
-        source = FeatureSource(CPU, extractor)
-        fit_features(source, reader, rank=rank, world_size=world_size, **shape)
+        fit_features(source, reader, CONFIG, rank, world_size)
     alone, *shares = buffers
     assert_close(sum(shares), alone, rtol=1e-4, atol=1e-5)
     assert [int((share != 0).any(dim=1).sum()) for share in shares] == [10, 10, 9]
@@ -93,8 +81,9 @@ def test_cached_features_need_no_pixels_and_no_extractor(reader: ImageReader) ->
             assert not views.any()
             return torch.from_numpy(np.stack([rows, 2 * rows], axis=1)).half()
 
+    few = FeatureExtractorConfig(statistics_images=5)
     source = FeatureSource(CPU, None, Table())  # type: ignore[arg-type]
-    assert source.num_patches == 4
+    assert source.source.num_patches == 4
     assert source.cls(reader, np.array([3, 7])).tolist() == [[3.0, 6.0], [7.0, 14.0]]
-    fit = fit_features(source, reader, dim=2, images=5, batch_size=4, seed=0, rank=0, world_size=1)
-    assert fit.prior.counts.sum() == 29  # all of them, whatever the limit: they cost nothing
+    prior, _, _ = fit_features(source, reader, TrainConfig(feature_extractor=few), rank=0, world_size=1)
+    assert prior.counts.sum() == 29  # all of them, whatever the limit: they cost nothing

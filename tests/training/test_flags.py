@@ -13,16 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_networks import moved, random_batch, state_of
 from tiny_run import TINY
 from torch import Tensor
 
 from m2d.cli import parse
 from m2d.models.extractors import Features
 from m2d.models.perceptual import FeatureDistance
-from m2d.training.batch import Draws, ImageBatch, draw
-from m2d.training.networks import build_networks, step_config_of
+from m2d.training.batch import ImageBatch, extract
+from m2d.training.networks import Networks, build_networks
 from m2d.training.settings import TrainConfig
-from m2d.training.step import JointStep, Networks, StepConfig, extract
+from m2d.training.step import JointStep, StepConfig, step_config_of
 
 CPU = torch.device("cpu")
 WARMUP = 1
@@ -109,7 +110,9 @@ class Case:
         last.data.copy_(0.1 * torch.randn(last.shape))  # not in place: that would follow the memory's order
         extractor = self.networks.extractor
         assert extractor is not None
-        self.batches = [self._batch(seed) for seed in range(self.config.gradient_accumulation_steps)]
+        self.batches = [
+            random_batch(self.config, self.networks, seed, 2) for seed in range(self.config.gradient_accumulation_steps)
+        ]
         perceptual = FeatureDistance(extractor)  # type: ignore[arg-type]
         if combination["features"] == "cached":
             self.networks.extractor = None
@@ -132,14 +135,6 @@ class Case:
         self.take_step()
         return found
 
-    def _batch(self, seed: int) -> tuple[ImageBatch, Draws]:
-        config, networks = self.config, self.networks
-        size, generator = config.data.image_size, torch.Generator().manual_seed(seed)
-        images = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=generator)
-        shape = networks.denoiser.latent_shape(size, networks.autoencoder.downsampling)
-        rows = torch.arange(2 * seed, 2 * seed + 2)
-        return ImageBatch(images, torch.tensor([4, 5])), draw(0, rows, shape, networks.feature_dim, config.conditioning)
-
     def _step_config(self, backend: str) -> StepConfig:
         config = self.config
         precision = config.mixed_precision or "no"
@@ -158,30 +153,27 @@ def with_features(batch: ImageBatch, extractor: Any) -> ImageBatch:
 def test_a_joint_step_with_any_two_flags_learns(combination: Combination) -> None:
     """What learns moves, what does not stays, and every number is finite."""
     case = Case(combination)
-    before = {name: {k: v.clone() for k, v in m.state_dict().items()} for name, m in case.networks.trained().items()}
+    before = state_of(case.networks)
     case.take_step()
     scalars = case.step.read_scalars()
     assert scalars.pop("skipped_steps") == 0
     assert [name for name, value in scalars.items() if not math.isfinite(value)] == []
-    moved = {
-        name: {key for key, tensor in module.state_dict().items() if not torch.equal(tensor, before[name][key])}
-        for name, module in case.networks.trained().items()
-    }
+    changed = moved(case.networks, before)
     vae_learns = combination["step"] != SECOND or combination["schedule.vae_every_k_steps"] == 1
     unet_learns = combination["step"] != IN_WARMUP
     some_of_the_vae = {"vae.encoder.conv_in.weight", "vae.quant_conv.weight", "vae.decoder.conv_out.weight"}
-    assert moved["autoencoder"] & some_of_the_vae == (some_of_the_vae if vae_learns else set())
-    assert vae_learns or moved["autoencoder"] == set()
+    assert changed["autoencoder"] & some_of_the_vae == (some_of_the_vae if vae_learns else set())
+    assert vae_learns or changed["autoencoder"] == set()
     if combination["discriminator.enabled"]:
-        assert ("stages.0.weight" in moved["discriminator"]) is vae_learns
-        assert vae_learns or moved["discriminator"] == set()
+        assert ("stages.0.weight" in changed["discriminator"]) is vae_learns
+        assert vae_learns or changed["discriminator"] == set()
     some_of_the_unet = {"unet.conv_in.weight", "unet.conv_out.weight", "conditioning.class_embedding.weight"}
     statistics = {"latent_norm.running_mean", "latent_norm.running_var"}
-    assert moved["denoiser"] & (some_of_the_unet | statistics) == statistics | (
+    assert changed["denoiser"] & (some_of_the_unet | statistics) == statistics | (
         some_of_the_unet if unet_learns else set()
     )
-    assert unet_learns or moved["denoiser"] == statistics
-    assert moved["projector"] == (set(before["projector"]) if unet_learns else set())
+    assert unet_learns or changed["denoiser"] == statistics
+    assert changed["projector"] == (set(before["projector"]) if unet_learns else set())
     aligned = vae_learns and unet_learns and combination["loss_weights.alignment_vae"] > 0
     assert ("loss/alignment_vae" in scalars) is aligned
 

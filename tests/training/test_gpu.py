@@ -13,10 +13,7 @@ from m2d.models.precision import keep_input_type
 from m2d.training.batch import ImageBatch, LatentBatch
 from m2d.training.loop import read_ahead
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda", 0)
 
 

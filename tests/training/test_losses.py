@@ -74,13 +74,10 @@ def test_spatial_normalisation_is_of_each_image_by_itself() -> None:
     assert_close(together.mean(dim=1), torch.zeros(3, 5), atol=1e-4, rtol=0)
 
 
-def test_spatial_normalisation_of_a_single_token_keeps_its_direction() -> None:
+def test_a_single_token_keeps_its_direction_and_one_that_never_changes_stays_finite() -> None:
     """Its deviation is 0, not the unbiased one of a single number."""
     token = torch.tensor([[[3.0, -4.0]]])
     assert_close(torch.nn.functional.normalize(spatially_normalized(token, 0.6), dim=-1), token / 5)
-
-
-def test_a_token_that_never_changes_stays_finite_under_spatial_normalisation() -> None:
     assert torch.isfinite(spatially_normalized(torch.full((1, 4, 2), 3.0), 1.0)).all()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import write_images
+from tiny_run import records, write_images
 
 TESTS = Path(__file__).resolve().parents[1]
 EVERY = 20  # steps from checkpoint to checkpoint, in nodes_run.py
@@ -34,8 +34,7 @@ def run_on_three_nodes(what: str, folder: Path) -> tuple[dict[str, Any], Path, l
     assert "error" not in told, told
     assert told["hosts"] == 2
     (run,) = experiments.glob("run_*")
-    text = (run / "metrics" / "train.jsonl").read_text(encoding="utf-8")
-    return told, run, [json.loads(line) for line in text.splitlines()]
+    return told, run, records(run)
 
 
 @pytest.mark.processes

@@ -11,7 +11,6 @@ import os
 import resource
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_networks import random_batch
 from torch import Tensor, nn
 
 from m2d.arguments import preset_names
@@ -34,10 +34,10 @@ from m2d.models.checkpoint import load_checkpoint
 from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.settings import AutoencoderConfig
-from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
-from m2d.training.networks import build_networks, step_config_of
+from m2d.training.batch import Draws, ImageBatch, LatentBatch
+from m2d.training.networks import Networks, build_networks
 from m2d.training.settings import TrainConfig
-from m2d.training.step import BaseStep, DecoderStep, JointStep, LatentStep, Networks, StepConfig
+from m2d.training.step import JointStep, build_step, step_config_of
 from m2d.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -167,43 +167,39 @@ class Stages:
     def __init__(self, base: str, root: Path) -> None:
         self.base, self.root = base, root
         self.vae = write_vae(root / "vae")
-        self.published = whole(base).autoencoder.pretrained is not None
+        published = whole(base).autoencoder.pretrained is not None
+        self.before = {"joint": None, "latent": None if published else "joint", "decoder": "latent"}
         places = {"data_root": write_images(root / "data"), "experiments_dir": root / "runs", "cache_dir": root / "c"}
         self.places = [f"--{name}={place}" for name, place in places.items()]
+        self.runs: dict[str, Run] = {}
 
     def run(self, stage: str) -> Run:
-        run: Run = getattr(self, stage)
-        return run
-
-    @cached_property
-    def joint(self) -> Run:
-        return self._run("joint", None)
-
-    @cached_property
-    def latent(self) -> Run:
-        return self._run("latent", None if self.published else self.joint.last)
-
-    @cached_property
-    def decoder(self) -> Run:
-        return self._run("decoder", self.latent.last)
-
-    def _run(self, stage: str, start: Path | None) -> Run:
+        if stage in self.runs:
+            return self.runs[stage]
+        before = self.before[stage]
+        start = None if before is None else self.run(before).last
         settings = [*small_settings(preset_of(self.base, stage), self.vae), *self.places]
         init = [] if start is None else ["--init_checkpoint", str(start)]
         config: TrainConfig = parse("train", [*settings, "--stage", stage, "--name", stage, *init])
         experiment = train(config)
-        lost, records = self.root / f"lost_{stage}", record_lines(experiment)
+        lost, lines = self.root / f"lost_{stage}", record_lines(experiment)
         (experiment.checkpoints / f"step_{STEPS:08d}").rename(lost)
         for name in ("best", "best.json"):
             (experiment.checkpoints / name).unlink()
         experiment.update_info(state="running")
         assert train(config).path == experiment.path
-        return Run(config, experiment, start, lost, records)
+        self.runs[stage] = Run(config, experiment, start, lost, lines)
+        return self.runs[stage]
 
 
 @pytest.fixture(scope="module", params=BASES)
 def stages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stages:
     return Stages(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(params=STAGES)
+def run(stages: Stages, request: pytest.FixtureRequest) -> Run:
+    return stages.run(request.param)
 
 
 def record_lines(experiment: Experiment) -> list[str]:
@@ -225,7 +221,8 @@ def different(first: dict[str, Tensor], second: dict[str, Tensor]) -> set[str]:
     return {name for name, tensor in first.items() if not torch.equal(tensor, second[name])}
 
 
-def check_losses(run: Run) -> None:
+@pytest.mark.slow
+def test_every_loss_of_the_stage_is_finite_at_every_step(run: Run) -> None:
     expected = LOSSES[run.config.stage] | (ADVERSARIAL if run.adversarial else set())
     warms_up = run.config.stage == "joint" and run.config.schedule.vae_warmup_fraction > 0
     for line in record_lines(run.experiment):
@@ -237,7 +234,8 @@ def check_losses(run: Run) -> None:
         assert record["skipped_steps"] == 0
 
 
-def check_weights(run: Run) -> None:
+@pytest.mark.slow
+def test_what_a_stage_trains_moves_and_the_rest_stays_bit_equal(run: Run) -> None:
     """Every part that the stage trains moves between the two checkpoints; all else is as it was at the start."""
     stage, before, after = run.config.stage, tensors_of(run.saved), tensors_of(run.last)
     trained = TRAINED[stage] | ({"training/discriminator"} if run.adversarial else set())
@@ -252,7 +250,8 @@ def check_weights(run: Run) -> None:
         assert different(kept, after) == set()
 
 
-def check_resumption(run: Run) -> None:
+@pytest.mark.slow
+def test_a_resumed_run_takes_the_remaining_steps_and_ends_where_the_unbroken_one_did(run: Run) -> None:
     """What was on record at the saved step stays, the rest is done again, and ends where it had ended before."""
     lines = record_lines(run.experiment)
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -263,7 +262,8 @@ def check_resumption(run: Run) -> None:
     assert different(first, second) == set()
 
 
-def check_samples(run: Run) -> None:
+@pytest.mark.slow
+def test_the_checkpoint_of_every_stage_generates(run: Run) -> None:
     checkpoint = load_checkpoint(run.last)
     assert (checkpoint.step, checkpoint.info.stage) == (STEPS, run.config.stage)
     settings = [SamplingSettings(solver=solver, steps=2) for solver in ("euler", "unipc")]
@@ -276,55 +276,19 @@ def check_samples(run: Run) -> None:
     assert min(image.std() for image in images) > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_loss_of_the_stage_is_finite_at_every_step(stages: Stages, stage: str) -> None:
-    check_losses(stages.run(stage))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_what_a_stage_trains_moves_and_the_rest_stays_bit_equal(stages: Stages, stage: str) -> None:
-    check_weights(stages.run(stage))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_resumed_run_takes_the_remaining_steps_and_ends_where_the_unbroken_one_did(
-    stages: Stages, stage: str
-) -> None:
-    check_resumption(stages.run(stage))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_the_checkpoint_of_every_stage_generates(stages: Stages, stage: str) -> None:
-    check_samples(stages.run(stage))
-
-
-def step_config(config: TrainConfig) -> StepConfig:
-    return step_config_of(config, precision="no", total_steps=STEPS)
-
-
-def micro_batches(config: TrainConfig, networks: Networks, step: int) -> list[tuple[ImageBatch, Draws]]:
-    size, batch = config.data.image_size, config.batch_size
-    shape = networks.denoiser.latent_shape(size, networks.autoencoder.downsampling)
+def micro_batches(config: TrainConfig, networks: Networks, step: int) -> list[tuple[Any, Draws]]:
     found = []
     for number in range(config.gradient_accumulation_steps):
-        first = (step * config.gradient_accumulation_steps + number) * batch
-        generator = torch.Generator().manual_seed(first)
-        images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=generator)
-        draws = draw(0, torch.arange(first, first + batch), shape, networks.feature_dim, config.conditioning)
-        found.append((ImageBatch(images, torch.arange(batch)), draws))
+        seed = step * config.gradient_accumulation_steps + number
+        found.append(random_batch(config, networks, seed, config.batch_size))
     return found
 
 
-def latent_batches(images: Sequence[tuple[ImageBatch, Draws]], networks: Networks) -> list[tuple[LatentBatch, Draws]]:
+def latent_batches(images: Sequence[tuple[ImageBatch, Draws]], networks: Networks) -> list[tuple[Any, Draws]]:
     """Random latents and features in place of images, with their draws."""
     found = []
     for batch, draws in images:
-        patches = torch.randn(len(batch.labels), 4, networks.feature_dim)
-        mean = torch.randn_like(draws.noise)
+        patches, mean = torch.randn(len(batch.labels), 4, networks.feature_dim), torch.randn_like(draws.noise)
         features = Features(patches.mean(dim=1), patches)
         found.append((LatentBatch(mean, torch.ones_like(mean), features, batch.labels), draws))
     return found
@@ -347,21 +311,15 @@ FULL_WIDTHS = [
 @pytest.mark.parametrize("base", FULL_WIDTHS)
 def test_a_wide_preset_takes_two_steps_in_each_stage_at_its_full_widths(base: str, tmp_path: Path) -> None:
     config: TrainConfig = parse("train", [*small_settings(base, tmp_path, full_width=True), "--stage", "joint"])
-    networks, settings = build_networks(config, CPU), step_config(config)
+    networks, settings = build_networks(config, CPU), step_config_of(config, "no", STEPS)
     perceptual = build_perceptual("features", networks.extractor)
     unet, decoder = networks.denoiser.unet, networks.autoencoder.vae.decoder
     for stage in STAGES:
-        step: BaseStep[Any]
-        if stage == "joint":
-            step = JointStep(networks, perceptual, settings, CPU)
-        elif stage == "latent":
-            step = LatentStep(networks, settings, CPU)
-        else:
-            networks.autoencoder.requires_grad_(True)  # the latent stage froze it
-            step = DecoderStep(networks, perceptual, settings, CPU)
+        networks.autoencoder.requires_grad_(True)  # the latent stage froze it
+        step = build_step(stage, networks, perceptual, settings, CPU)
         for number in range(2):
             before = {"U-Net": digits(unet), "decoder": digits(decoder)}
-            batches: list[Any] = micro_batches(config, networks, number)
+            batches = micro_batches(config, networks, number)
             step(latent_batches(batches, networks) if stage == "latent" else batches, number)
             moved = {name for name, was in before.items() if digits({"U-Net": unet, "decoder": decoder}[name]) != was}
             assert moved == {"joint": {"U-Net", "decoder"}, "latent": {"U-Net"}, "decoder": {"decoder"}}[stage]
@@ -374,15 +332,17 @@ def test_a_wide_preset_takes_two_steps_in_each_stage_at_its_full_widths(base: st
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3000)
 def test_isic_256_takes_a_joint_step_at_its_true_size(capsys: pytest.CaptureFixture[str]) -> None:
-    """256 px and its own batch of 4, but a single micro-batch in place of 8; after the warm-up."""
+    """256 px and its own batch of 2, but a single micro-batch in place of 16; after the warm-up."""
     settings = ["--gradient_accumulation_steps", "1", "--perceptual.kind", "features"]
     config: TrainConfig = parse("train", ["--preset", "isic-256", *settings])
-    assert (config.data.image_size, config.batch_size) == (256, 4)
+    assert (config.data.image_size, config.batch_size) == (256, 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     try:
         networks = build_networks(config, CPU)
-        step = JointStep(networks, build_perceptual("features", networks.extractor), step_config(config), CPU)
+        step = JointStep(
+            networks, build_perceptual("features", networks.extractor), step_config_of(config, "no", STEPS), CPU
+        )
         before = {name: digits(module) for name, module in networks.trained().items()}
         step(micro_batches(config, networks, 0), 0)
     finally:
@@ -391,4 +351,4 @@ def test_isic_256_takes_a_joint_step_at_its_true_size(capsys: pytest.CaptureFixt
     assert [name for name, module in networks.trained().items() if digits(module) == before[name]] == []
     with capsys.disabled():
         peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"isic-256, joint step of 4 images at 256 px in float32: peak RSS {peak_gib:.1f} GiB")
+        print(f"isic-256, joint step of 2 images at 256 px in float32: peak RSS {peak_gib:.1f} GiB")

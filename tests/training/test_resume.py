@@ -1,7 +1,6 @@
 """Killed and run again is the same as never killed, and one run to whoever listens."""
 
 import csv
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ import torch
 import wandb_files
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_run import TINY, write_images
+from tiny_run import TINY, records, write_images
 
 from m2d.classes import CLASSES
 
@@ -65,11 +64,21 @@ def run(data_root: Path, experiments: Path, *more: str) -> subprocess.CompletedP
 
 
 def logged_steps(experiments: Path) -> list[int]:
-    found = sorted(experiments.glob("run_*/metrics/train.jsonl"))
-    if not found:
-        return []
-    lines = found[-1].read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["step"] for line in lines if line.endswith("}")]
+    return [record["step"] for experiment in experiments.glob("run_*") for record in records(experiment)]
+
+
+def killed_once(data_root: Path, experiments: Path, step: int, *more: str) -> None:
+    """A run that was killed as soon as it had passed a step."""
+    line = [*command(data_root, experiments), *more]
+    killed = subprocess.Popen(line, stdout=subprocess.DEVNULL, env=environment())
+    deadline = time.monotonic() + 200
+    while max(logged_steps(experiments), default=0) <= step:
+        assert killed.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert max(logged_steps(experiments)) < STEPS
 
 
 def final_tensors(experiments: Path) -> dict[str, torch.Tensor]:
@@ -95,16 +104,7 @@ def unbroken(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def broken(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was killed in mid-epoch and run again, and shows all it can."""
     experiments = tmp_path_factory.mktemp("broken")
-    killed = subprocess.Popen([*command(data_root, experiments), *LOUD], stdout=subprocess.DEVNULL, env=environment())
-    deadline = time.monotonic() + 200
-    while not any(step > EVERY + 8 for step in logged_steps(experiments)):
-        assert killed.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert max(logged_steps(experiments)) < STEPS
-
+    killed_once(data_root, experiments, EVERY + 8, *LOUD)
     again = run(data_root, experiments, *LOUD)
     assert again.returncode == 0, again.stderr
     assert "(resumed)" in again.stdout
@@ -133,81 +133,64 @@ def test_it_is_one_run_to_wandb(broken: Path) -> None:
     assert config["seed"] == 0
     assert config["dataset"]["counts"]["train"]["NV"] == 8
     assert config["git"].keys() == {"commit", "uncommitted_changes"}
+    best = wandb_files.artifacts(files[1])  # as it was asked for
+    assert best.keys() == {f"{experiment.name}-best"}
+    assert {"checkpoint.yaml", "complete.json", "unet/config.json"} <= set(best[f"{experiment.name}-best"])
 
 
-@pytest.mark.slow
-def test_the_best_checkpoint_is_sent_when_that_was_asked_for(broken: Path) -> None:
-    (experiment,) = broken.glob("run_*")
-    last = sorted(experiment.glob("wandb/offline-run-*/*.wandb"))[-1]
-    sent = wandb_files.artifacts(last)
-    assert sent.keys() == {f"{experiment.name}-best"}
-    files = sent[f"{experiment.name}-best"]
-    assert {"checkpoint.yaml", "complete.json", "unet/config.json"} <= set(files)
-
-
-def rows_at(experiments: Path) -> dict[int, dict[str, Any]]:
+@pytest.fixture(scope="module")
+def rows(broken: Path) -> dict[int, dict[str, Any]]:
     """Everything that wandb was told, by our step; of a step taken twice the later."""
     found: dict[int, dict[str, Any]] = {}
-    for file in sorted(experiments.glob("run_*/wandb/offline-run-*/*.wandb")):
+    for file in sorted(broken.glob("run_*/wandb/offline-run-*/*.wandb")):
         for row in wandb_files.history(file):
             found.setdefault(row["step"], {}).update(row)
     return found
 
 
 @pytest.mark.slow
-def test_wandb_has_every_scalar_at_its_step(broken: Path) -> None:
-    rows = rows_at(broken)
-    assert sorted(rows) == list(range(1, STEPS + 1))
-    always = {
-        "loss/reconstruction", "loss/perceptual", "loss/kl", "learning_rate/autoencoder", "gradient_norm/autoencoder",
-        "skipped_steps", "images_per_s", "data_wait_share", "model_flop_utilisation", "model_tflops_per_s",
-        "peak_memory_gib", "epoch",
-    }  # fmt: skip
-    assert [step for step, row in rows.items() if not always <= row.keys()] == []
-    joint = {
-        "loss/diffusion", "loss/alignment", "loss/alignment_vae", "loss/manifold", "learning_rate/denoiser",
-        "gradient_norm/denoiser",
-    }  # fmt: skip
-    assert [step for step, row in rows.items() if joint <= row.keys()] == list(range(7, STEPS + 1))
-    validated = [
-        step for step, row in rows.items() if {"val/psnr_db", "val/perceptual", "val/velocity_mse"} <= row.keys()
+def test_wandb_has_every_scalar_at_its_step(rows: dict[int, dict[str, Any]]) -> None:
+    def steps_with(*names: str) -> list[int]:
+        return sorted(step for step, row in rows.items() if set(names) <= row.keys())
+
+    every = list(range(1, STEPS + 1))
+    vae = [
+        "loss/reconstruction",
+        "loss/perceptual",
+        "loss/kl",
+        "learning_rate/autoencoder",
+        "gradient_norm/autoencoder",
     ]
-    assert sorted(validated) == [*range(EVERY, STEPS, EVERY), STEPS]
-    looked = {
-        "gradient_norm/denoiser.unet.mid_block",
-        "gradient_norm/autoencoder.vae.decoder",
-        "gradient_zeros/projector",
-    }
-    assert sorted(step for step, row in rows.items() if looked <= row.keys()) == GRADIENTS
-    histograms = [
-        step for step, row in rows.items() if row.get("gradient_histogram/autoencoder", {}).get("_type") == "histogram"
-    ]
-    assert sorted(histograms) == GRADIENTS
-    similar = [step for step, row in rows.items() if "features/NV/generated_to_own" in row]
-    assert sorted(similar) == OTHERS
+    speed = ["images_per_s", "data_wait_share", "model_flop_utilisation", "model_tflops_per_s", "peak_memory_gib"]
+    assert sorted(rows) == steps_with(*vae, *speed, "skipped_steps", "epoch") == every
+    unet = ["loss/diffusion", "loss/alignment", "loss/alignment_vae", "loss/manifold"]
+    assert steps_with(*unet, "learning_rate/denoiser", "gradient_norm/denoiser") == every[6:]
+    assert steps_with("val/psnr_db", "val/perceptual", "val/velocity_mse") == [*range(EVERY, STEPS, EVERY), STEPS]
+    looked = ["gradient_norm/denoiser.unet.mid_block", "gradient_norm/autoencoder.vae.decoder"]
+    assert steps_with(*looked, "gradient_zeros/projector", "gradient_histogram/autoencoder") == GRADIENTS
+    assert rows[GRADIENTS[0]]["gradient_histogram/autoencoder"]["_type"] == "histogram"
+    assert steps_with("features/NV/generated_to_own") == OTHERS
+
+
+PICTURES = {
+    "reconstructions": RECONSTRUCTIONS,
+    "gradients": GRADIENTS,
+    **dict.fromkeys(["samples", "patch_features", "alignment", "feature_projection", "class_similarity"], OTHERS),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "steps"),
-    [
-        ("reconstructions", RECONSTRUCTIONS),
-        ("samples", OTHERS),
-        ("patch_features", OTHERS),
-        ("alignment", OTHERS),
-        ("feature_projection", OTHERS),
-        ("class_similarity", OTHERS),
-        ("gradients", GRADIENTS),
-    ],
-)
-def test_every_picture_is_in_wandb_and_in_the_experiment_at_its_step(broken: Path, name: str, steps: list[int]) -> None:
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_picture_is_in_wandb_and_in_the_experiment_at_its_step(
+    broken: Path, rows: dict[int, dict[str, Any]], name: str
+) -> None:
     (experiment,) = broken.glob("run_*")
     kept = sorted((experiment / "visualizations" / name).glob("*.png"))
-    assert [int(path.stem.removeprefix("step_")) for path in kept] == steps
-    sent = {step: row[f"pictures/{name}"] for step, row in rows_at(broken).items() if f"pictures/{name}" in row}
-    assert sorted(sent) == steps
+    assert [int(path.stem.removeprefix("step_")) for path in kept] == PICTURES[name]
+    sent = {step: row[f"pictures/{name}"] for step, row in sorted(rows.items()) if f"pictures/{name}" in row}
+    assert list(sent) == PICTURES[name]
     with Image.open(kept[-1]) as image:
-        assert (sent[steps[-1]]["width"], sent[steps[-1]]["height"]) == image.size
+        assert (sent[PICTURES[name][-1]]["width"], sent[PICTURES[name][-1]]["height"]) == image.size
 
 
 @pytest.mark.slow
@@ -240,18 +223,9 @@ def test_tensorboard_has_scalars_pictures_and_histograms(broken: Path) -> None:
 @pytest.mark.slow
 def test_a_changed_configuration_is_refused_with_the_difference(data_root: Path, tmp_path: Path) -> None:
     """An unfinished experiment is not continued under other settings, and nothing is lost by asking."""
-    killed = subprocess.Popen(command(data_root, tmp_path), stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not logged_steps(tmp_path):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    killed.kill()
-    killed.wait()
+    killed_once(data_root, tmp_path, 0)
     (experiment,) = tmp_path.glob("run_*")
-    changed = subprocess.run(
-        [*command(data_root, tmp_path), "--loss_weights.diffusion", "2.0"],
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+    changed = run(data_root, tmp_path, "--loss_weights.diffusion", "2.0")
     assert changed.returncode == 2
     (line,) = changed.stderr.strip().splitlines()
     assert "loss_weights.diffusion: 1.0 -> 2.0" in line

@@ -1,6 +1,7 @@
 """The measure that judges a run's samples: who is compared with whom."""
 
 import logging
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,55 +12,58 @@ from tiny_checkpoint import make_checkpoint, make_prior
 
 from m2d.classes import class_index
 from m2d.errors import DataError
-from m2d.training.settings import TrainConfig
-from m2d.training.validation import RunState, SampleQuality, rows_of_each_class
+from m2d.models.checkpoint import Checkpoint
+from m2d.training.features import FeatureSource
+from m2d.training.settings import SavingConfig, TrainConfig
+from m2d.training.validation import RunView, rows_of_each_class
 
 
-def test_every_class_has_the_same_share() -> None:
-    labels = np.array([0] * 50 + [3] * 50 + [6] * 50)
-    rows = rows_of_each_class(labels, 30)
-    assert np.bincount(labels[rows], minlength=7).tolist() == [10, 0, 0, 10, 0, 0, 10]
-    assert rows.tolist() == sorted(set(rows.tolist()))
+@pytest.mark.parametrize(
+    ("classes", "images", "chosen"),
+    [
+        ({0: 50, 3: 50, 6: 50}, 30, {0: 10, 3: 10, 6: 10}),
+        ({0: 50, 3: 4}, 20, {0: 10, 3: 4}),  # a rare class gives all it has
+        ({0: 2, 1: 1}, 100, {0: 2, 1: 1}),
+        ({}, 100, {}),
+    ],
+)
+def test_every_class_has_the_same_share_and_the_choice_is_the_same_each_time(
+    classes: dict[int, int], images: int, chosen: dict[int, int]
+) -> None:
+    labels = np.repeat(np.array(list(classes), dtype=np.int64), list(classes.values()))
+    rows = rows_of_each_class(labels, images)
+    assert Counter(labels[rows].tolist()) == chosen
+    assert rows.tolist() == sorted(set(rows.tolist())) == rows_of_each_class(labels, images).tolist()
 
 
-def test_a_rare_class_gives_all_it_has() -> None:
-    labels = np.array([0] * 50 + [3] * 4)
-    rows = rows_of_each_class(labels, 20)
-    assert np.bincount(labels[rows]).tolist() == [10, 0, 0, 4]
-
-
-@pytest.mark.parametrize("labels", [[], [0, 0, 1]])
-def test_no_more_images_than_there_are(labels: list[int]) -> None:
-    assert len(rows_of_each_class(np.array(labels, dtype=np.int64), 100)) == len(labels)
-
-
-def test_the_choice_is_the_same_each_time() -> None:
-    labels = np.arange(200) % 7
-    assert rows_of_each_class(labels, 70).tolist() == rows_of_each_class(labels, 70).tolist()
+def view_of(checkpoint: Checkpoint, labels: list[int], **settings: Any) -> RunView:
+    config = TrainConfig(data_root="d", saving=SavingConfig(validation_samples=4), **settings)
+    plan: Any = SimpleNamespace(config=config, precision="no")
+    networks: Any = SimpleNamespace(autoencoder=checkpoint.autoencoder)
+    reader: Any = SimpleNamespace(labels=np.array(labels))
+    prior, source = make_prior({"DF": 9, "MEL": 9}), FeatureSource(torch.device("cpu"))
+    return RunView(plan, networks, checkpoint.denoiser, prior, torch.nn.Identity(), reader, source)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), DataError("no such class")])
-def test_a_run_goes_on_where_no_samples_can_be_made(error: Exception, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_goes_on_where_no_samples_can_be_made(
+    error: Exception, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def samples(*_: object) -> None:
         raise error
 
-    plan = SimpleNamespace(config=SimpleNamespace(batch_size=8))
-    state: Any = SimpleNamespace(samples=samples, plan=plan, device="cuda:0")
-    reader: Any = SimpleNamespace(labels=np.array([0, 0, 1, 1]))
-    info: Any = SimpleNamespace(step=7)
+    view, info = view_of(make_checkpoint(), [0, 0, 1, 1]), SimpleNamespace(step=7)
+    monkeypatch.setattr(view, "samples", samples)
     with caplog.at_level(logging.WARNING):
-        assert SampleQuality(state, reader, None, 4).measure(info) == {}  # type: ignore[arg-type]
+        assert view.sample_quality(info) == {}  # type: ignore[arg-type]
     assert [record.getMessage().startswith("no kernel distance at step 7: ") for record in caplog.records] == [True]
 
 
 def test_samples_of_a_run_are_made_in_its_batches() -> None:
     checkpoint, seen = make_checkpoint(), []
-    plan: Any = SimpleNamespace(config=TrainConfig(data_root="d", batch_size=3), precision="no")
-    networks: Any = SimpleNamespace(autoencoder=checkpoint.autoencoder)
-    state = RunState(plan, networks, checkpoint.denoiser, make_prior({"DF": 9, "MEL": 9}), torch.device("cpu"))
     checkpoint.denoiser.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     checkpoint.autoencoder.vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
-    images, labels = state.samples(checkpoint.info, {"DF": 2, "MEL": 5})
+    images, labels = view_of(checkpoint, [], batch_size=3).samples(checkpoint.info, {"DF": 2, "MEL": 5})
     assert np.bincount(labels)[[class_index("DF"), class_index("MEL")]].tolist() == [2, 5]
     assert images.shape == (7, 16, 16, 3)
     assert max(seen) == 2 * 3, "twice where it is guided"

@@ -1,11 +1,11 @@
-"""Who gets which gradient, and what a bad step leaves behind."""
+"""Who gets which gradient, and what a bad step leaves behind, in the joint, the latent and the decoder's stage."""
 
 import copy
 import dataclasses
 
 import pytest
 import torch
-from tiny_networks import FEATURE_DIM, LATENT_SHAPE, part, tiny_batch, tiny_networks, tiny_step
+from tiny_networks import FEATURE_DIM, LATENT_SHAPE, moved, part, state_of, tiny_batch, tiny_networks, tiny_step
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -13,23 +13,17 @@ import m2d.training.step as step_module
 from m2d.errors import TrainingError
 from m2d.models.extractors import Features
 from m2d.models.perceptual import FeatureDistance
-from m2d.training.batch import Draws, ImageBatch, LatentBatch
-from m2d.training.phases import AutoencoderPhase, DenoiserPhase, frozen
-from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig
-from m2d.training.step import LatentStep, Networks, StepConfig, extract
+from m2d.training.batch import Draws, ImageBatch, LatentBatch, extract
+from m2d.training.losses import AutoencoderPhase, DenoiserPhase, frozen
+from m2d.training.networks import Networks
+from m2d.training.settings import AlignmentConfig, LossWeights
 
 NORM = {"latent_norm.running_mean", "latent_norm.running_var"}
-NO_LOSS = {
-    "diffusion": 0.0, "reconstruction": 0.0, "alignment": 0.0, "perceptual": 0.0, "alignment_vae": 0.0, "kl": 0.0
-}  # fmt: skip
+NOTHING = dict.fromkeys(vars(LossWeights()), 0.0) | {"manifold": 3.0}
 
 
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def moved(module: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    return {name for name, tensor in module.state_dict().items() if not torch.equal(tensor, before[name])}
+def only(**weights: float) -> LossWeights:
+    return LossWeights(**(NOTHING | weights))
 
 
 def gradients(networks: Networks) -> dict[str, Tensor]:
@@ -53,22 +47,33 @@ def captured_gradients(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
         networks_seen.append(networks)
         original_init(self, networks, *arguments)
 
-    def capture(optimized, losses, scaler, look):  # type: ignore[no-untyped-def]
+    def capture(optimizers, losses, scaler, clip_norm, look):  # type: ignore[no-untyped-def]
         found.clear()
         found.update(gradients(networks_seen[-1]))
-        return torch.tensor(True), [torch.zeros(()) for _ in optimized]
+        return torch.tensor(True), [torch.zeros(()) for _ in optimizers]
 
     monkeypatch.setattr(step_module.BaseStep, "__init__", remember)
     monkeypatch.setattr(step_module, "guarded_update", capture)
     return found
 
 
-def test_the_diffusion_loss_gives_the_vae_no_gradient() -> None:
+@pytest.mark.parametrize(
+    ("weights", "learns"),
+    [
+        (only(diffusion=1.0), {"denoiser"}),
+        (only(diffusion=1.0, alignment=1.0), {"denoiser", "projector"}),
+        (only(reconstruction=1.0, alignment_vae=1.0), {"autoencoder"}),
+    ],
+)
+def test_a_loss_moves_the_network_that_it_is_of_and_no_other(weights: LossWeights, learns: set[str]) -> None:
     networks = tiny_networks()
-    before = weights_of(networks.autoencoder)
-    step = tiny_step(networks, weights=LossWeights(**{**NO_LOSS, "diffusion": 1.0}))
-    step([tiny_batch()], 0)
-    assert moved(networks.autoencoder, before) == set()
+    before = state_of(networks)
+    tiny_step(networks, weights=weights)([tiny_batch()], 0)
+    changed = moved(networks, before)
+    assert {name for name, tensors in changed.items() if tensors - NORM} == learns
+    assert changed["denoiser"] >= NORM
+    if "projector" in learns:
+        assert changed["projector"] == set(before["projector"])
 
 
 def test_the_alignment_loss_reaches_the_encoder_and_nothing_else() -> None:
@@ -84,33 +89,13 @@ def test_the_alignment_loss_reaches_the_encoder_and_nothing_else() -> None:
     assert all(name.startswith(("autoencoder.vae.encoder", "autoencoder.vae.quant_conv")) for name in touched)
 
 
-def test_a_step_with_only_vae_losses_leaves_the_unet_untouched() -> None:
-    networks = tiny_networks()
-    unet = {name: weights_of(module) for name, module in networks.trained().items()}
-    step = tiny_step(networks, weights=LossWeights(**{**NO_LOSS, "reconstruction": 1.0, "alignment_vae": 1.0}))
-    step([tiny_batch()], 0)
-    assert moved(networks.denoiser, unet["denoiser"]) == {"latent_norm.running_mean", "latent_norm.running_var"}
-    assert moved(networks.projector, unet["projector"]) == set()
-    assert moved(networks.autoencoder, unet["autoencoder"]) != set()
-
-
-def test_a_step_with_only_unet_losses_leaves_the_vae_untouched() -> None:
-    networks = tiny_networks()
-    before = {name: weights_of(module) for name, module in networks.trained().items()}
-    step = tiny_step(networks, weights=LossWeights(**{**NO_LOSS, "diffusion": 1.0, "alignment": 1.0}))
-    step([tiny_batch()], 0)
-    assert moved(networks.autoencoder, before["autoencoder"]) == set()
-    assert "unet.conv_in.weight" in moved(networks.denoiser, before["denoiser"])
-    assert moved(networks.projector, before["projector"]) == set(before["projector"])
-
-
 def test_the_feature_extractor_never_moves() -> None:
     networks = tiny_networks(discriminator=True)
-    before = weights_of(networks.extractor)
+    before = copy.deepcopy(networks.extractor.state_dict())
     step = tiny_step(networks)
     for number in range(3):
         step([tiny_batch(seed=number)], number)
-    assert moved(networks.extractor, before) == set()
+    assert_close(networks.extractor.state_dict(), before, rtol=0, atol=0)
     assert all(parameter.grad is None for parameter in networks.extractor.parameters())
 
 
@@ -120,33 +105,6 @@ def test_every_trained_parameter_gets_a_gradient(captured_gradients: dict[str, T
     step([tiny_batch(8)], 0)
     expected = {f"{n}.{p}" for n, module in networks.trained().items() for p, _ in module.named_parameters()}
     assert set(captured_gradients) == expected
-
-
-def test_the_vae_warms_up_alone_while_the_latent_norm_follows() -> None:
-    networks = tiny_networks()
-    before = {name: weights_of(module) for name, module in networks.trained().items()}
-    step = tiny_step(networks, vae_warmup_steps=1)
-    step([tiny_batch()], 0)
-    assert moved(networks.autoencoder, before["autoencoder"]) != set()
-    assert moved(networks.denoiser, before["denoiser"]) == {"latent_norm.running_mean", "latent_norm.running_var"}
-    assert "loss/diffusion" not in step.read_scalars()
-    step([tiny_batch()], 1)
-    assert "unet.conv_in.weight" in moved(networks.denoiser, before["denoiser"])
-
-
-def test_accumulating_micro_batches_equals_one_batch(captured_gradients: dict[str, Tensor]) -> None:
-    """Also what the latent norm does: its statistics are those of the whole step."""
-    batch = tiny_batch(8)
-    collected, statistics = [], []
-    for micro_batches in ([batch], [part(batch, 0, 2), part(batch, 2, 4), part(batch, 4, 6), part(batch, 6, 8)]):
-        networks = tiny_networks(discriminator=True)
-        tiny_step(networks)(micro_batches, 0)
-        collected.append(dict(captured_gradients))
-        statistics.append(networks.denoiser.latent_norm.state_dict())
-    assert_close(statistics[1], statistics[0])
-    one, accumulated = collected
-    for name, gradient in one.items():
-        assert_close(accumulated[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_the_gradient_in_parts_is_that_of_the_whole_objective(captured_gradients: dict[str, Tensor]) -> None:
@@ -180,47 +138,11 @@ def test_the_gradient_in_parts_is_that_of_the_whole_objective(captured_gradients
         assert_close(by_parts[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("stage", ["joint", "warm-up"])
-def test_checkpointing_leaves_the_gradients(stage: str, captured_gradients: dict[str, Tensor]) -> None:
-    """Blocks are computed again in the backward pass; the alignment pass's, while the U-Net is still frozen."""
-    collected = []
-    for checkpointing in (False, True):
-        networks = tiny_networks(discriminator=True)
-        if checkpointing:
-            networks.autoencoder.vae.enable_gradient_checkpointing()
-            networks.denoiser.unet.enable_gradient_checkpointing()
-        step = tiny_step(networks, vae_warmup_steps=0 if stage == "joint" else 1)
-        step([tiny_batch(), tiny_batch(seed=1)], 0)
-        collected.append(dict(captured_gradients))
-    plain, again = collected
-    assert set(plain) == set(again)
-    for name, gradient in plain.items():
-        assert torch.equal(again[name], gradient), name
-
-
-def test_the_vae_can_learn_in_every_second_step_alone() -> None:
-    networks = tiny_networks(discriminator=True)
-    step = tiny_step(networks, vae_warmup_steps=1)
-    object.__setattr__(step.config.schedule, "vae_every_k_steps", 2)
-    learnt = []
-    for number in range(5):
-        before = {name: weights_of(module) for name, module in networks.trained().items()}
-        step([tiny_batch(seed=number), tiny_batch(seed=number + 10)], number)
-        learnt.append({name for name, module in networks.trained().items() if moved(module, before[name]) - NORM})
-    both = {"autoencoder", "discriminator", "denoiser", "projector"}
-    assert learnt == [
-        {"autoencoder", "discriminator"},
-        both,
-        {"denoiser", "projector"},
-        both,
-        {"denoiser", "projector"},
-    ]
-
-
-@pytest.mark.parametrize("poison", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(poison: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    networks = tiny_networks(discriminator=True)
-    step = tiny_step(networks)
+@pytest.mark.parametrize(("stage", "poison"), [("joint", "loss"), ("joint", "gradient"), ("decoder", "loss")])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    stage: str, poison: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = tiny_step(tiny_networks(discriminator=True), stage)
     step([tiny_batch(seed=1)], 0)
     before = copy.deepcopy(step.state_dict())
     if poison == "loss":
@@ -252,9 +174,9 @@ def test_training_goes_on_after_a_skipped_step() -> None:
     images, draws = tiny_batch()
     draws.noise.fill_(float("nan"))
     step([(images, draws)], 0)
-    before = weights_of(networks.denoiser)
+    before = state_of(networks)
     step([tiny_batch(seed=3)], 1)
-    assert "unet.conv_in.weight" in moved(networks.denoiser, before)
+    assert "unet.conv_in.weight" in moved(networks, before)["denoiser"]
     assert all(torch.isfinite(tensor).all() for tensor in networks.denoiser.state_dict().values())
 
 
@@ -292,10 +214,10 @@ def test_averages_follow_the_weights_by_the_stated_decay() -> None:
     assert_close(step.ema.module.unet.conv_in.weight, decay * start + (1 - decay) * new)
 
 
-def test_state_survives_a_round_trip() -> None:
-    first = tiny_step(tiny_networks(discriminator=True))
+@pytest.mark.parametrize(("stage", "discriminator"), [("joint", True), ("decoder", True), ("decoder", False)])
+def test_a_step_goes_on_from_its_state_in_fresh_networks(stage: str, discriminator: bool) -> None:
+    first, second = (tiny_step(tiny_networks(discriminator=discriminator), stage) for _ in range(2))
     first([tiny_batch(seed=1)], 0)
-    second = tiny_step(tiny_networks(discriminator=True))
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for step in (first, second):
         step([tiny_batch(seed=2)], 1)
@@ -307,10 +229,7 @@ def test_reduced_precision_stays_near_float32(precision: str, captured_gradients
     """fp16 scales its gradients before the update; the comparison divides that out."""
     collected = []
     for mode in ("no", precision):
-        networks = tiny_networks()
-        step = tiny_step(networks)
-        object.__setattr__(step.config, "precision", mode)
-        step.scaler = torch.amp.GradScaler("cpu", enabled=mode == "fp16")
+        step = tiny_step(tiny_networks(), precision=mode)
         step([tiny_batch(8)], 0)
         scale = step.scaler.get_scale() if mode == "fp16" else 1.0
         flat = torch.cat([(gradient / scale).flatten() for gradient in captured_gradients.values()])
@@ -319,25 +238,64 @@ def test_reduced_precision_stays_near_float32(precision: str, captured_gradients
     assert torch.nn.functional.cosine_similarity(exact, reduced, dim=0) > 0.99
 
 
+def latent_batch() -> tuple[LatentBatch, Draws]:
+    generator = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(4, *LATENT_SHAPE, generator=generator), torch.ones(4, *LATENT_SHAPE)
+    patches = torch.randn(4, 4, FEATURE_DIM, generator=generator)
+    features = Features(patches.mean(dim=1).half(), patches.half())
+    return LatentBatch(mean.half(), std.half(), features, torch.tensor([0, 1, 2, 3])), tiny_batch(4)[1]
+
+
 def test_the_latent_stage_trains_the_unet_alone_and_keeps_the_latent_scale() -> None:
     networks = tiny_networks()
-    before = {name: weights_of(module) for name, module in networks.trained().items()}
-    config = StepConfig(
-        weights=LossWeights(), optimizer=OptimizerConfig(warmup_steps=0), schedule=ScheduleConfig(), precision="no",
-        total_steps=10,
-    )  # fmt: skip
-    step = LatentStep(networks, config, torch.device("cpu"))
-    _, draws = tiny_batch(4)
-    batch = LatentBatch(
-        mean=torch.randn(4, *LATENT_SHAPE).half(), std=torch.rand(4, *LATENT_SHAPE).half(),
-        features=Features(torch.randn(4, FEATURE_DIM).half(), torch.randn(4, 4, FEATURE_DIM).half()),
-        labels=torch.tensor([0, 1, 2, 3]),
-    )  # fmt: skip
-    step([(batch, draws)], 0)
-    assert moved(networks.autoencoder, before["autoencoder"]) == set()
-    changed = moved(networks.denoiser, before["denoiser"])
-    assert "unet.conv_in.weight" in changed
-    assert not {name for name in changed if name.startswith("latent_norm")}
+    before = state_of(networks)
+    tiny_step(networks, "latent")([latent_batch()], 0)
+    changed = moved(networks, before)
+    assert changed["autoencoder"] == set()
+    assert "unet.conv_in.weight" in changed["denoiser"]
+    assert not changed["denoiser"] & NORM
+
+
+def test_the_decoders_stage_trains_decoder_and_discriminator_and_leaves_latents_and_unet_as_they_are() -> None:
+    networks = tiny_networks(discriminator=True)
+    before = state_of(networks)
+    step = tiny_step(networks, "decoder")
+    averaged = copy.deepcopy(step.ema.module.state_dict())
+    for number in range(3):
+        step([tiny_batch(seed=number)], number)
+    changed = moved(networks, before)
+    assert {name.split(".")[1] for name in changed["autoencoder"]} == {"decoder", "post_quant_conv"}
+    assert changed["discriminator"]
+    assert changed["denoiser"] == changed["projector"] == set()
+    assert_close(step.ema.module.state_dict(), averaged, rtol=0, atol=0)
+
+
+def test_the_decoder_fits_what_it_is_shown() -> None:
+    step = tiny_step(tiny_networks(), "decoder", weights=only(reconstruction=1.0), rate=1e-2)
+    losses = []
+    for number in range(31):
+        step([tiny_batch()], number)
+        losses.append(step.read_scalars()["loss/reconstruction"])
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_adversarial_loss_is_in_the_decoder_only_from_its_start_on() -> None:
+    networks = tiny_networks(discriminator=True)
+    step = tiny_step(networks, "decoder", weights=only(adversarial=1.0), discriminator_start=2)
+    before = state_of(networks)
+    step([tiny_batch()], 1)
+    assert moved(networks, before)["autoencoder"] == set()
+    step([tiny_batch()], 2)
+    assert moved(networks, before)["autoencoder"]
+
+
+def test_two_micro_batches_of_the_decoder_are_one_batch_of_twice_the_size() -> None:
+    """Without a discriminator every loss is a mean over images, so the decoder's gradient is the mean of both."""
+    batch = tiny_batch(8)
+    one, two = (tiny_step(tiny_networks(), "decoder") for _ in range(2))
+    one([batch], 0)
+    two([part(batch, 0, 4), part(batch, 4, 8)], 0)
+    assert_close(two.read_scalars()["gradient_norm/autoencoder"], one.read_scalars()["gradient_norm/autoencoder"])
 
 
 def with_features(batch: tuple[ImageBatch, Draws], networks: Networks) -> tuple[ImageBatch, Draws]:
@@ -384,20 +342,10 @@ def test_a_stopped_alignment_leaves_the_gradient_of_the_diffusion_loss(captured_
 
 
 def test_the_latent_stages_alignment_stops_too(captured_gradients: dict[str, Tensor]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    batch = LatentBatch(
-        mean=torch.randn(4, *LATENT_SHAPE, generator=generator), std=torch.ones(4, *LATENT_SHAPE),
-        features=Features(torch.randn(4, FEATURE_DIM, generator=generator), torch.randn(4, 4, FEATURE_DIM)),
-        labels=torch.tensor([0, 1, 2, 3]),
-    )  # fmt: skip
-    config = StepConfig(
-        weights=LossWeights(), optimizer=OptimizerConfig(), schedule=ScheduleConfig(), precision="no",
-        total_steps=10, alignment=AlignmentConfig(stop_fraction=0.5),
-    )  # fmt: skip
     moved_by = []
     for number in (4, 5):
-        step = LatentStep(tiny_networks(), config, torch.device("cpu"))
-        step([(batch, tiny_batch(4)[1])], number)
+        step = tiny_step(tiny_networks(), "latent", total_steps=10, alignment=AlignmentConfig(stop_fraction=0.5))
+        step([latent_batch()], number)
         moved_by.append(captured_gradients["projector.layers.0.weight"].abs().sum().item())
     assert moved_by[0] > 0
     assert moved_by[1] == 0
@@ -407,7 +355,7 @@ def test_the_latent_stages_alignment_stops_too(captured_gradients: dict[str, Ten
 def test_another_tap_aligns_both_halves(tap: str, captured_gradients: dict[str, Tensor]) -> None:
     """The blocks up to the tap feel the U-Net's alignment, and so does the encoder below them."""
     networks = tiny_networks(tap=tap)
-    weights = LossWeights(**{**NO_LOSS, "alignment": 1.0, "alignment_vae": 1.0})
+    weights = only(alignment=1.0, alignment_vae=1.0)
     tiny_step(networks, weights=weights, alignment=AlignmentConfig(tap=tap))([tiny_batch()], 0)
     felt = {name for name, gradient in captured_gradients.items() if gradient.abs().sum() > 0}
     assert "autoencoder.vae.encoder.conv_in.weight" in felt
@@ -428,8 +376,8 @@ def test_spatial_normalisation_changes_what_both_halves_are_aligned_with() -> No
     networks.denoiser.eval()
     raw, normalised = (DenoiserPhase(networks.denoiser, networks.projector, spatial_norm=gamma) for gamma in (0.0, 0.8))
     for loss in ("alignment", "manifold"):
-        expected = getattr(raw(latents, batch.labels, Features(features.cls, by_hand), draws), loss)
-        assert_close(getattr(normalised(latents, batch.labels, features, draws), loss), expected)
+        expected = raw(latents, batch.labels, Features(features.cls, by_hand), draws)[loss]
+        assert_close(normalised(latents, batch.labels, features, draws)[loss], expected)
     expected = raw.align_autoencoder(latents, batch.labels, Features(features.cls, by_hand), draws)
     assert_close(normalised.align_autoencoder(latents, batch.labels, features, draws), expected)
     assert not torch.isclose(raw.align_autoencoder(latents, batch.labels, features, draws), expected)

@@ -1,7 +1,5 @@
 """A run that is asked to stop saves first; asked twice, it stops at once."""
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,23 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import TINY, write_images
+from tiny_run import TINY, records
 
 from m2d.errors import ConfigError, M2DError, TrainingError
 from m2d.experiment import complete_checkpoints
+from m2d.training.run import CONTROL, failures_recorded, recorded_failure, stop_is_wanted, stop_requests
 from m2d.training.settings import TrainConfig
-from m2d.training.stopping import CONTROL, StopRequest, failures_recorded, recorded_failure, stop_is_wanted
 
 CONFIG = TrainConfig()
 
 
 def test_a_signal_asks_once_and_the_second_one_ends_the_process(tmp_path: Path) -> None:
     said: list[str] = []
-    with StopRequest(tmp_path, said.append) as request:
+    with stop_requests(tmp_path, said.append) as asked:
         assert not stop_is_wanted(tmp_path)
         signal.raise_signal(signal.SIGTERM)
         assert stop_is_wanted(tmp_path)
-        assert request.signal == signal.SIGTERM
+        assert asked == [signal.SIGTERM]
         with pytest.raises(SystemExit) as end:
             signal.raise_signal(signal.SIGTERM)
         assert end.value.code == 143
@@ -39,7 +37,7 @@ def test_a_signal_asks_once_and_the_second_one_ends_the_process(tmp_path: Path) 
 
 def test_afterwards_signals_mean_what_they_meant_before(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
-    with StopRequest(tmp_path, print):
+    with stop_requests(tmp_path, print):
         assert signal.getsignal(signal.SIGINT) != before
     assert signal.getsignal(signal.SIGINT) == before
     assert not (tmp_path / CONTROL).exists()
@@ -47,7 +45,7 @@ def test_afterwards_signals_mean_what_they_meant_before(tmp_path: Path) -> None:
 
 def test_a_request_of_an_earlier_run_is_forgotten(tmp_path: Path) -> None:
     (tmp_path / CONTROL).write_text("stop", encoding="utf-8")
-    with StopRequest(tmp_path, print):
+    with stop_requests(tmp_path, print):
         assert not stop_is_wanted(tmp_path)
 
 
@@ -56,7 +54,7 @@ def test_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
     handlers: list[object] = []
 
     def trial() -> None:
-        with StopRequest(tmp_path, print):
+        with stop_requests(tmp_path, print):
             handlers.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=trial)
@@ -74,7 +72,7 @@ def test_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_user_has_to_mend_is_left_for_the_driver(tmp_path: Path, raised: Exception, told: str) -> None:
-    with StopRequest(tmp_path, print):
+    with stop_requests(tmp_path, print):
         with pytest.raises(M2DError) as error, failures_recorded(tmp_path, CONFIG):
             raise raised
         failure = recorded_failure(tmp_path)
@@ -93,7 +91,7 @@ def test_what_a_user_has_to_mend_is_left_for_the_driver(tmp_path: Path, raised: 
 def test_out_of_memory_is_not_tried_again_and_says_what_takes_less(tmp_path: Path, work: Callable[[], object]) -> None:
     config = TrainConfig(batch_size=4, gradient_accumulation_steps=8)
     halved = "batch_size 4 .*--batch_size 2 --gradient_accumulation_steps 16"
-    with StopRequest(tmp_path, print):
+    with stop_requests(tmp_path, print):
         with pytest.raises(TrainingError, match=halved), failures_recorded(tmp_path, config):
             work()
         failure = str(recorded_failure(tmp_path))
@@ -106,23 +104,19 @@ def raised(error: Exception) -> None:
     raise error
 
 
-def test_another_runtime_error_may_go_better_the_next_time(tmp_path: Path) -> None:
-    with StopRequest(tmp_path, print):
-        with pytest.raises(RuntimeError, match="NCCL"), failures_recorded(tmp_path, CONFIG):
-            raise RuntimeError("NCCL error: remote process exited")
-        assert recorded_failure(tmp_path) is None
-
-
-def test_what_may_go_better_the_next_time_is_not_recorded(tmp_path: Path) -> None:
-    with StopRequest(tmp_path, print):
-        with pytest.raises(OSError, match="reset"), failures_recorded(tmp_path, CONFIG):
-            raise OSError(104, "Connection reset by peer")
+@pytest.mark.parametrize(
+    "error", [RuntimeError("NCCL error: remote process exited"), OSError(104, "Connection reset by peer")]
+)
+def test_what_may_go_better_the_next_time_is_not_recorded(tmp_path: Path, error: Exception) -> None:
+    with stop_requests(tmp_path, print):
+        with pytest.raises(type(error), match=r"NCCL|reset"), failures_recorded(tmp_path, CONFIG):
+            raise error
         assert recorded_failure(tmp_path) is None
 
 
 def test_a_word_can_be_left_where_no_new_file_can(tmp_path: Path) -> None:
     """As on a disk that is full: the file keeps the size that it took at the start."""
-    with StopRequest(tmp_path, print):
+    with stop_requests(tmp_path, print):
         before = (tmp_path / CONTROL).stat().st_size
         with pytest.raises(M2DError), failures_recorded(tmp_path, CONFIG):
             raise ConfigError("x" * 2 * before)
@@ -131,16 +125,13 @@ def test_a_word_can_be_left_where_no_new_file_can(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    data_root = write_images(tmp_path / "data")
-    line = [
-        sys.executable, "-m", "m2d", "train", "--data_root", str(data_root), "--experiments_dir",
-        str(tmp_path / "runs"),
-        "--name", "run", *TINY, "--num_workers", "0", "--saving.every_steps", "1000",
-    ]  # fmt: skip
-    process = subprocess.Popen(
-        [*line, "--max_steps", "30"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    )
+def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_on(
+    data_root: Path, tmp_path: Path
+) -> None:
+    places = ["--data_root", str(data_root), "--experiments_dir", str(tmp_path / "runs"), "--name", "run"]
+    settings = [*TINY, "--num_workers", "0", "--saving.every_steps", "1000", "--max_steps", "30"]
+    line = [sys.executable, "-m", "m2d", "train", *places, *settings]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not steps(tmp_path) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
@@ -152,14 +143,10 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_o
     assert "SIGINT: saving a checkpoint" in out
     (run,) = (tmp_path / "runs").glob("run_*")
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == [f"step_{last:08d}"]
-    again = subprocess.run(
-        [*line, "--max_steps", "30"], capture_output=True, text=True, check=False, timeout=240, env=os.environ
-    )
+    again = subprocess.run(line, capture_output=True, text=True, check=False, timeout=240)
     assert again.returncode == 0, again.stderr
     assert steps(tmp_path) == list(range(1, 31))
 
 
 def steps(root: Path) -> list[int]:
-    found = sorted(root.glob("runs/run_*/metrics/train.jsonl"))
-    lines = found[-1].read_text(encoding="utf-8").splitlines() if found else []
-    return [json.loads(text)["step"] for text in lines if text.endswith("}")]
+    return [record["step"] for run in root.glob("runs/run_*") for record in records(run)]

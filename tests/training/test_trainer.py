@@ -1,6 +1,5 @@
 """Training on Ray: two DDP workers, the stream, the checkpoints, and a worker lost on the way."""
 
-import json
 import shutil
 import signal
 import threading
@@ -11,35 +10,20 @@ import pytest
 import torch
 from processes import descendants
 from safetensors.torch import load_file
-from tiny_run import TINY, write_images
+from tiny_run import records, tiny_config
 from torch.testing import assert_close
 
 from m2d.cli import parse
 from m2d.cluster import nodes
-from m2d.errors import ConfigError, DataError, TrainingError
+from m2d.errors import CheckpointError, ConfigError, DataError, TrainingError
 from m2d.experiment import complete_checkpoints, open_experiment
 from m2d.generation.run import generate
 from m2d.generation.settings import GenerateConfig
-from m2d.models.checkpoint import load_checkpoint
+from m2d.models.checkpoint import load_checkpoint, read_prior
+from m2d.training.run import allocator_settings
 from m2d.training.saving import read_best
 from m2d.training.settings import TrainConfig, as_dict, differences
-from m2d.training.trainer import _opening, allocator_settings, train
-
-
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_images(tmp_path_factory.mktemp("data"))
-
-
-def config_of(data_root: Path, root: Path, *more: str) -> TrainConfig:
-    places = ["--data_root", str(data_root), "--experiments_dir", str(root), "--name", "run"]
-    config: TrainConfig = parse("train", [*places, *TINY, *more])
-    return config
-
-
-def records(experiment: Path, name: str) -> list[dict[str, float]]:
-    lines = (experiment / "metrics" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+from m2d.training.trainer import _opening, train
 
 
 @pytest.mark.ray
@@ -51,15 +35,15 @@ def test_workers_train_both_stages_and_the_result_generates(ray_cluster: None, d
         "--schedule.vae_warmup_fraction", "0.3",
     ]  # fmt: skip
     killer = SignalOneWorker(tmp_path / "joint", signal.SIGKILL)
-    joint = train(config_of(data_root, tmp_path / "joint", *settings))
+    joint = train(tiny_config(data_root, tmp_path / "joint", *settings))
     killer.join()
     assert killer.signalled is not None, "the run ended before a worker could be killed"
     assert joint.info()["state"] == "done"
-    assert [record["step"] for record in records(joint.path, "train")] == list(range(1, 41))
+    assert [record["step"] for record in records(joint.path)] == list(range(1, 41))
     assert [record["step"] for record in records(joint.path, "validation")] == [10, 20, 30, 40]
-    assert "loss/diffusion" not in records(joint.path, "train")[0]
+    assert "loss/diffusion" not in records(joint.path)[0]
     assert {"loss/diffusion", "loss/alignment", "loss/reconstruction", "images_per_s", "data_wait_share"} <= set(
-        records(joint.path, "train")[-1]
+        records(joint.path)[-1]
     )
     names = [path.name for path in complete_checkpoints(joint.checkpoints)]
     assert names[-2:] == ["step_00000030", "step_00000040"]
@@ -70,7 +54,7 @@ def test_workers_train_both_stages_and_the_result_generates(ray_cluster: None, d
 
     start = joint.checkpoints / "step_00000040"
     latent = train(
-        config_of(
+        tiny_config(
             data_root, tmp_path / "latent", "--num_workers", "1", "--max_steps", "4", "--stage", "latent",
             "--init_checkpoint", str(start), "--data.views", "4", "--saving.every_steps", "4",
         )
@@ -94,7 +78,7 @@ def test_a_run_on_ray_goes_on_from_its_newest_checkpoint_though_older_ones_were_
     ray_cluster: None, data_root: Path, tmp_path: Path
 ) -> None:
     settings = ["--num_workers", "1", "--max_steps", "12", "--saving.every_steps", "3", "--saving.keep_last", "2"]
-    config = config_of(data_root, tmp_path, *settings)
+    config = tiny_config(data_root, tmp_path, *settings)
     first = train(config)
     unbroken = load_file(first.checkpoints / "step_00000012" / "training" / "denoiser.safetensors")
     shutil.rmtree(first.checkpoints / "step_00000012")  # as if it had died after step 9's was whole
@@ -103,7 +87,7 @@ def test_a_run_on_ray_goes_on_from_its_newest_checkpoint_though_older_ones_were_
     first.update_info(state="running")
     second = train(config)
     assert second.path == first.path
-    assert [record["step"] for record in records(second.path, "train")] == list(range(1, 13))
+    assert [record["step"] for record in records(second.path)] == list(range(1, 13))
     resumed = load_file(second.checkpoints / "step_00000012" / "training" / "denoiser.safetensors")
     for name, tensor in unbroken.items():
         assert_close(resumed[name], tensor, rtol=1e-5, atol=1e-6)
@@ -119,7 +103,7 @@ def test_a_worker_that_hangs_ends_the_run_with_an_error_and_not_with_silence(
     settings = ["--num_workers", "2", "--max_steps", "2000", "--saving.every_steps", "5", "--ray.max_failures", "0"]
     stopper = SignalOneWorker(tmp_path, signal.SIGSTOP)
     with pytest.raises(TrainingError, match=r"^the workers waited 20 s for one that does not answer"):
-        train(config_of(data_root, tmp_path, *settings, "--ray.collective_timeout_s", "20"))
+        train(tiny_config(data_root, tmp_path, *settings, "--ray.collective_timeout_s", "20"))
     stopper.join()
     (experiment,) = tmp_path.glob("run_*")
     assert complete_checkpoints(experiment / "checkpoints")
@@ -155,14 +139,14 @@ def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
 def test_a_new_run_without_images_leaves_no_trace(tmp_path: Path) -> None:
     (tmp_path / "unmounted").mkdir()
     with pytest.raises(DataError, match="data_root"):
-        train(config_of(tmp_path / "unmounted", tmp_path / "runs", "--num_workers", "0"))
+        train(tiny_config(tmp_path / "unmounted", tmp_path / "runs"))
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_a_stopped_run_without_images_and_cache_keeps_its_checkpoints(tmp_path: Path) -> None:
     """Somebody cleared cache/, and the disk with the images is not mounted when the command is run again."""
     (tmp_path / "unmounted").mkdir()
-    config = config_of(tmp_path / "unmounted", tmp_path / "runs", "--num_workers", "0")
+    config = tiny_config(tmp_path / "unmounted", tmp_path / "runs")
     (stopped, _) = open_experiment(config.experiments_dir, "run", as_dict(config), differences, fresh=False, command=[])
     marker = stopped.checkpoints / "step_00000004" / "complete.json"
     marker.parent.mkdir()
@@ -176,7 +160,7 @@ def test_a_stopped_run_without_images_and_cache_keeps_its_checkpoints(tmp_path: 
 def test_a_resumed_run_that_has_no_checkpoint_yet_is_kept_too(tmp_path: Path) -> None:
     """This call did not create it: its logs, and what the user put there, are not ours to remove."""
     (tmp_path / "unmounted").mkdir()
-    config = config_of(tmp_path / "unmounted", tmp_path / "runs", "--num_workers", "0")
+    config = tiny_config(tmp_path / "unmounted", tmp_path / "runs")
     (killed, _) = open_experiment(config.experiments_dir, "run", as_dict(config), differences, fresh=False, command=[])
     with pytest.raises(DataError, match="data_root"):
         train(config)
@@ -211,5 +195,24 @@ def test_workers_that_no_node_can_hold_are_refused(ray_cluster: None, data_root:
     """Ray would wait for room for ever."""
     message = r"num_workers is 2 and the cluster's nodes hold 1 workers of 5 CPUs each; lower --num_workers or"
     with pytest.raises(ConfigError, match=message):
-        train(config_of(data_root, tmp_path, "--num_workers", "2", "--ray.cpus_per_worker", "5"))
+        train(tiny_config(data_root, tmp_path, "--num_workers", "2", "--ray.cpus_per_worker", "5"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_decoder_run_changes_the_checkpoints_decoder_alone(data_root: Path, tmp_path: Path) -> None:
+    joint = train(tiny_config(data_root, tmp_path / "joint", "--max_steps", "3"))
+    start = complete_checkpoints(joint.checkpoints)[-1]
+    adversarial = [f"--discriminator.{name}" for name in ("enabled=true", "channels=8", "layers=1", "start_step=2")]
+    stage = ["--stage", "decoder", "--init_checkpoint", str(start), "--max_steps", "4", *adversarial]
+    made = complete_checkpoints(train(tiny_config(data_root, tmp_path, *stage)).checkpoints)[-1]
+    before, after = load_checkpoint(start), load_checkpoint(made)
+    assert after.info.stage == "decoder"
+    vae, new_vae = before.autoencoder.vae, after.autoencoder.vae
+    assert_close(new_vae.encoder.state_dict(), vae.encoder.state_dict(), rtol=0, atol=0)
+    assert_close(after.denoiser.state_dict(), before.denoiser.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(vae.decoder.conv_in.weight, new_vae.decoder.conv_in.weight)
+    assert_close(vars(read_prior(made)), vars(read_prior(start)), rtol=0, atol=0)
+
+    other_unet = ["--name", "other", *stage, "--unet.block_channels", "[16,64]"]
+    with pytest.raises(CheckpointError, match=r"stage decoder keeps the U-Net of .* another shape or extractor"):
+        train(tiny_config(data_root, tmp_path, *other_unet))

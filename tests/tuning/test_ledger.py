@@ -30,18 +30,16 @@ def test_what_was_written_is_what_the_next_driver_knows(tmp_path: Path) -> None:
     ]
 
 
-def test_a_run_that_came_to_its_end_unseen_is_not_repeated(tmp_path: Path) -> None:
-    Ledger(tmp_path).begin("a", FIRST, 0)
-    run_of(tmp_path, "trial_000", state="done", steps=[4])
-    assert [record.state for record in taken_up(tmp_path).records.values()] == ["done"]
-
-
-def test_a_failed_trial_is_tried_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("failed", "run", "state"), [(False, "done", "done"), (True, "failed", "open")])
+def test_a_run_that_ended_unseen_is_not_repeated_and_a_failed_one_is_tried_again(
+    tmp_path: Path, failed: bool, run: str, state: str
+) -> None:
     ledger = Ledger(tmp_path)
     ledger.begin("a", FIRST, 0)
-    ledger.end("a", "failed", error="out of memory")
-    run_of(tmp_path, "trial_000", state="failed", steps=[4])
-    assert [(r.state, r.error) for r in taken_up(tmp_path).records.values()] == [("open", None)]
+    if failed:
+        ledger.end("a", "failed", error="out of memory")
+    run_of(tmp_path, "trial_000", state=run, steps=[4])
+    assert [(record.state, record.error) for record in taken_up(tmp_path).records.values()] == [(state, None)]
 
 
 def test_values_proposed_again_go_on_with_the_trial_that_has_them(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
-"""Every arm trained, scored on the unseen lesions and compared: does the synthetic set help a classifier?
+"""Does the synthetic set help a classifier? Every arm trained, scored on the unseen lesions and compared.
 
-Called for both classifiers (probe.py, finetune.py), of which it knows no more than the protocol.
+The arms differ in training data alone. Arm c is the control that settles whether synthetic images help: it repeats
+real images until every class has as many as in arm d, so that what d has more is new images, not other class counts.
+Called for both classifiers (logistic.py, finetune.py), of which it knows no more than the protocol.
 """
 
 import hashlib
@@ -16,21 +18,20 @@ from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.cluster.fan_out import fan_out, numbered, on_tasks
 from m2d.cluster.nodes import cluster_total
 from m2d.cluster.start import ray_cluster
-from m2d.data.store import cache_file
-from m2d.evaluation.classifiers.arms import (
-    ARMS,
-    TrainingRows,
-    check_sides,
-    class_counts,
-    limits,
-    training_rows,
-    unscored,
-)
-from m2d.evaluation.images import ImageSet
+from m2d.errors import DataError
+from m2d.evaluation.images import ImageSet, class_counts, lesion_counts
+from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
 from m2d.metrics.bootstrap import Estimate, resampled_seeds, resampled_weights
 from m2d.metrics.scores import LOWER_IS_BETTER, weighted_scores
 
+ARMS = {
+    "a": "real",
+    "b": "real, class weights",
+    "c": "real, oversampled to the counts of d",
+    "d": "real + synthetic",
+    "e": "synthetic alone",
+}
 FEW_LESIONS = 10  # of a class in the test images: its interval is then a rough one
 GPU_SHARE = 0.25  # of a task: small networks on small images leave most of a GPU idle
 Settings = dict[str, str | int | float | bool | None]
@@ -47,27 +48,36 @@ _WATCHED = {  # may fall while the balanced accuracy rises: the ranking within a
 _CONTROLS = {"c": "real images oversampled to the same counts", "b": "class weights on real images alone"}
 
 
+@dataclass(frozen=True)
+class TrainingRows:
+    """Images to train on, those of `real` before those of `generated`; a row that stands twice counts twice."""
+
+    real: np.ndarray  # int64 [n], ascending rows of the real training images, with repeats in arm c
+    generated: np.ndarray  # int64 [m], ascending rows of the generated images, each once at most
+    weights: np.ndarray  # float64 [n + m], of the images in the loss; their mean is 1
+
+    def labels(self, real: np.ndarray, generated: np.ndarray) -> np.ndarray:
+        """Classes of the images, int64 [n + m], from those of all real [N] and all generated ones [M]."""
+        return np.concatenate([real[self.real], generated[self.generated]])
+
+
 class Classifier(Protocol):
     """Trains on rows of its real and generated images and calls its test images. It is pickled."""
 
     @property
-    def identity(self) -> str:
-        """Everything that shapes the answer but the rows and the seed: settings, weights, images."""
-        ...
-
-    @property
     def seeded(self) -> bool:
         """Whether the seed changes the answer."""
-        ...
+
+    @property
+    def identity(self) -> str:
+        """Everything that shapes the answer but the rows and the seed: settings, weights, images."""
 
     @property
     def wants_gpu(self) -> bool:
         """Whether a GPU would make it faster."""
-        ...
 
     def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
         """Train, then the class probabilities of the test images, float [N, K]."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,52 +159,50 @@ def compare_arms(
 
     images: train, test and generated, in the order of the classifier's rows. Scores are averaged over the seeds. A
     bootstrap sample draws whole test lesions within their class, and training seeds (see metrics.bootstrap), and is the
-    same one for all arms, so that differences are paired and what makes a lesion hard cancels. The intervals hold for
-    these real training images and these synthetic ones: other draws of either are not in them. Raises DataError, see
-    arms.check_sides.
+    same one for all arms, so that differences are paired and what makes a lesion hard cancels. Raises DataError where
+    fewer than two classes are both in train and test.
     """
     train, test, generated = images
-    scored = check_sides(train, test, generated)
-    lesions = {CLASSES[k]: len(set(test.groups[test.labels == k].tolist())) for k in scored}
-    left_out, notes = unscored(train, test), [*notes, _INTERVALS]
+    scored = scored_classes(train, test)
+    rows = np.flatnonzero(np.isin(test.labels, scored))
+    truth, groups = test.labels[rows], test.groups[rows]
+    lesions, left_out, notes = lesion_counts(truth, groups), unscored(train, test), [*notes, _INTERVALS]
     few = [f"{code} {count}" for code, count in lesions.items() if count < FEW_LESIONS]
     if few:
         notes.append(f"Fewer than {FEW_LESIONS} test lesions, so a rough interval: {', '.join(few)}.")
-    lacking = [CLASSES[k] for k in sorted(set(train.labels.tolist()) - set(generated.labels.tolist()))]
+    lacking = [code for code in train.counts if code not in generated.counts]
     if lacking:
         notes.append(f"No synthetic image of {' '.join(lacking)}: d adds none there, and e cannot recognise it.")
-    asked: list[tuple[str, float | None]] = [(arm, None) for arm in ARMS]
+    letters = list(ARMS)
     if len(generated.counts) < 2:
-        asked.remove(("e", None))
+        letters.remove("e")
         left_out["arm e"] = (
             f"the generated images are of {' '.join(generated.counts)} alone; a classifier needs two classes"
         )
-    asked += [(arm, ratio) for ratio in trials.ratios for arm in "cd"]
+    asked = [(arm, None) for arm in letters] + [(arm, ratio) for ratio in trials.ratios for arm in "cd"]
     arms = {
         (arm, ratio): [training_rows(arm, train.labels, generated.labels, ratio=ratio, seed=s) for s in trials.seeds]
         for arm, ratio in asked
     }
     jobs = {arm: [Job.of(classifier, *one) for one in zip(drawn, trials.seeds)] for arm, drawn in arms.items()}
-    every = [job for of_arm in jobs.values() for job in of_arm]
-    answers = {job.digest: answer for job, answer in zip(every, run_jobs(classifier, every, trials))}
+    answers = run_jobs(classifier, [job for of_arm in jobs.values() for job in of_arm], trials)
 
     # Scores of each training: of the test set as it is (row 0), then of its resamples.
-    rows = np.flatnonzero(np.isin(test.labels, scored))
-    truth = test.labels[rows]
-    drawn = resampled_weights(truth, test.groups[rows], resamples=trials.resamples, seed=trials.seed)
+    drawn = resampled_weights(truth, groups, resamples=trials.resamples, seed=trials.seed)
     weights = np.concatenate([np.ones((1, len(rows)), dtype=drawn.dtype), drawn])
     scores = {digest: weighted_scores(answer[rows], truth, weights) for digest, answer in answers.items()}
-    names = list(next(iter(scores.values())))
-    tables = {arm: {name: np.stack([scores[job.digest][name] for job in jobs[arm]]) for name in names} for arm in arms}
     picked = resampled_seeds(len(trials.seeds), resamples=trials.resamples, seed=trials.seed)
+
+    def table(name: str, arm: str, ratio: float | None) -> np.ndarray:
+        return np.stack([scores[job.digest][name] for job in jobs[arm, ratio]])
 
     def estimates(
         arm: str, ratio: float | None = None, minus: tuple[str, float | None] | None = None
     ) -> dict[str, Estimate]:
         """Each score of an arm, or of an arm less another."""
         found = {}
-        for name, table in tables[arm, ratio].items():
-            values = table if minus is None else table - tables[minus][name]
+        for name in next(iter(scores.values())):
+            values = table(name, arm, ratio) - (table(name, *minus) if minus else 0)
             resampled = values[picked, 1 + np.arange(len(picked))[:, None]].mean(axis=1)
             found[name] = Estimate.of(values[:, 0].mean(), resampled)
         return found
@@ -211,13 +219,12 @@ def compare_arms(
         test_lesions=lesions,
         arms={
             arm: ArmResult(
-                ARMS[arm],
-                class_counts(arms[arm, None][0].labels(train.labels, generated.labels)),
-                len({job.digest for job in jobs[arm, None]}),
-                estimates(arm),
+                description=ARMS[arm],
+                images=class_counts(arms[arm, None][0].labels(train.labels, generated.labels)),
+                trainings=len({job.digest for job in jobs[arm, None]}),
+                scores=estimates(arm),
             )
-            for arm in ARMS
-            if (arm, None) in arms
+            for arm in letters
         },
         minus_b=minus_b,
         minus_c=minus_c,
@@ -239,6 +246,79 @@ def compare_arms(
     )
 
 
+# --- what an arm trains on, and which classes are scored ------------------------------------------------------------
+
+
+def training_rows(
+    arm: str, real: np.ndarray, generated: np.ndarray, *, ratio: float | None = None, seed: int
+) -> TrainingRows:
+    """The training images of an arm.
+
+    arm: a key of ARMS. real, generated: int64 [N], [M], the classes of all images. ratio: synthetic images that a class
+    gains for each of its real ones, as far as there are so many; None: all of them. seed: of what is drawn. A smaller
+    ratio takes a part of what a larger one takes; the images that arm c repeats are drawn in whole passes over the
+    class and a last part without repeats, so that all stand in it equally often, give or take one.
+    """
+    there = np.bincount(generated, minlength=NUM_CLASSES)
+    added = there if ratio is None else np.minimum(_wanted(real, ratio), there)
+    every, none = np.arange(len(real)), np.empty(0, dtype=np.int64)
+    if arm == "b":
+        counts = np.bincount(real, minlength=NUM_CLASSES)
+        return TrainingRows(every, none, len(real) / (np.count_nonzero(counts) * counts[real]))
+    if arm == "c":
+        every = np.sort(np.concatenate([every, _drawn(real, added, [seed, 0])]))
+    of_generated = np.sort(_drawn(generated, added, [seed, 1])) if arm in "de" else none
+    of_real = none if arm == "e" else every
+    return TrainingRows(of_real, of_generated, np.ones(len(of_real) + len(of_generated)))
+
+
+def limits(real: np.ndarray, generated: np.ndarray, ratio: float) -> str | None:
+    """Where a ratio asks for more generated images than there are, in words: `MEL 300 of 550, NV 0 of 4,000`."""
+    wanted, there = _wanted(real, ratio), np.bincount(generated, minlength=NUM_CLASSES)
+    return ", ".join(f"{CLASSES[k]} {there[k]:,} of {wanted[k]:,}" for k in np.flatnonzero(there < wanted)) or None
+
+
+def scored_classes(train: ImageSet, test: ImageSet) -> list[int]:
+    """Those in both, ascending. Raises DataError for fewer than two."""
+    scored = np.intersect1d(train.labels, test.labels).tolist()
+    if len(scored) < 2:
+        raise DataError(
+            "downstream: training and test images share too few classes "
+            f"({' '.join(CLASSES[k] for k in scored) or 'none'}); a classifier needs two at least, so give images of "
+            "more classes"
+        )
+    return scored
+
+
+def unscored(train: ImageSet, test: ImageSet) -> dict[str, str]:
+    """Class code to the reason why it is not scored, of the classes that only one side has."""
+    trained, tested = train.counts, test.counts
+    return {
+        code: "no test image, so nothing to score; it is trained on"
+        if code in trained
+        else "no real training image; its test images are left out"
+        for code in CLASSES
+        if (code in trained) != (code in tested)
+    }
+
+
+def _wanted(real: np.ndarray, ratio: float) -> np.ndarray:
+    return np.rint(ratio * np.bincount(real, minlength=NUM_CLASSES)).astype(np.int64)
+
+
+def _drawn(labels: np.ndarray, counts: np.ndarray, seed: list[int]) -> np.ndarray:
+    """counts[k] rows of each class k, in shuffled passes over its images; none again before all were drawn."""
+    parts = [np.empty(0, dtype=np.int64)]
+    for label in np.flatnonzero(counts):
+        rows, generator = np.flatnonzero(labels == label), np.random.default_rng([*seed, int(label)])
+        passes = [generator.permutation(rows) for _ in range(-(-counts[label] // len(rows)))]
+        parts.append(np.concatenate(passes)[: counts[label]])
+    return np.concatenate(parts)
+
+
+# --- the verdict ----------------------------------------------------------------------------------------------------
+
+
 def verdict(minus_b: Mapping[str, Estimate], minus_c: Mapping[str, Estimate]) -> Verdict:
     """Whether synthetic images help this classifier, by the balanced accuracy of d (real + synthetic).
 
@@ -248,11 +328,9 @@ def verdict(minus_b: Mapping[str, Estimate], minus_c: Mapping[str, Estimate]) ->
     that d beats in balanced accuracy while its ranking or calibration got worse by the interval.
     """
     against_c, against_b = minus_c["balanced_accuracy"], minus_b["balanced_accuracy"]
-    word: Word = "no difference shown"
+    word: Word = "hurts" if against_c.below else "no difference shown"
     reason = ""
-    if against_c.below:
-        word = "hurts"
-    elif against_c.above and against_b.value >= 0:
+    if against_c.above and against_b.value >= 0:
         word = "helps"
     elif against_c.above:
         reason = ", so it beats oversampling but not class weights, which cost nothing"
@@ -268,10 +346,12 @@ def verdict(minus_b: Mapping[str, Estimate], minus_c: Mapping[str, Estimate]) ->
             if name in minus and (minus[name].above if name in LOWER_IS_BETTER else minus[name].below)
         ]
         if worse and minus["balanced_accuracy"].value > 0:
-            warnings.append(
-                f"Balanced accuracy rose against {_CONTROLS[control]}, yet this got worse: {'; '.join(worse)}."
-            )
+            beaten = _CONTROLS[control]
+            warnings.append(f"Balanced accuracy rose against {beaten}, yet this got worse: {'; '.join(worse)}.")
     return Verdict(word, sentence, warnings)
+
+
+# --- the trainings --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -293,8 +373,8 @@ class Job:
         return cls(rows, seed, digest.hexdigest())
 
 
-def run_jobs(classifier: Classifier, jobs: Sequence[Job], trials: Trials) -> list[np.ndarray]:
-    """The probabilities of each job; of each digest once, and of none that `trials.kept` has from an earlier run.
+def run_jobs(classifier: Classifier, jobs: Sequence[Job], trials: Trials) -> dict[str, np.ndarray]:
+    """Digest -> probabilities; of each digest once, and of none that `trials.kept` has from an earlier run.
 
     One after the other in this process, or each as a task on Ray. Raises the M2DError that a task raised.
     """
@@ -303,27 +383,21 @@ def run_jobs(classifier: Classifier, jobs: Sequence[Job], trials: Trials) -> lis
     left = [job for digest, job in single.items() if digest not in done]
     with progress(trials.what, len(single), unit="trainings") as shown:
         shown.show(len(done), len(single))
-        if trials.on_ray:
-            made = _on_ray(classifier, left)
-        else:
-            made = ((job, classifier.predict(job.rows, job.seed)) for job in left)
-        for job, answer in made:
+        here = ((job, classifier.predict(job.rows, job.seed)) for job in left)
+        for job, answer in _on_ray(classifier, left) if trials.on_ray and left else here:
             if trials.kept is not None:
                 with cache_file(trials.kept / f"{job.digest}.npy") as partial, partial.open("wb") as stream:
                     np.save(stream, answer, allow_pickle=False)
             done[job.digest] = answer
             shown.show(len(done), len(single))
-    return [done[job.digest] for job in jobs]
+    return done
 
 
 def _kept(folder: Path | None, digest: str) -> np.ndarray | None:
-    if folder is None:
-        return None
     try:
-        answer = np.load(folder / f"{digest}.npy", allow_pickle=False)
+        return None if folder is None else np.load(folder / f"{digest}.npy", allow_pickle=False)
     except (OSError, ValueError, EOFError):  # not there, or broken; the job is done again
         return None
-    return answer if answer.ndim == 2 and answer.shape[1] == NUM_CLASSES else None
 
 
 def _on_ray(classifier: Classifier, jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
@@ -331,8 +405,6 @@ def _on_ray(classifier: Classifier, jobs: list[Job]) -> Iterator[tuple[Job, np.n
 
     The classifier, and with it the images, goes to the object store once.
     """
-    if not jobs:
-        return
     with ray_cluster():
         share = GPU_SHARE if classifier.wants_gpu and cluster_total("GPU") else 0.0
         tasks = on_tasks((classifier, jobs), _predict, cpus=1, gpus=share)

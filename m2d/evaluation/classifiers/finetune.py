@@ -8,20 +8,19 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2d import __version__
 from m2d.classes import NUM_CLASSES
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, TrainingError
-from m2d.evaluation.classifiers.arms import TrainingRows
-from m2d.evaluation.classifiers.compare import DownstreamResult, Trials, compare_arms
+from m2d.evaluation.classifiers.compare import DownstreamResult, TrainingRows, Trials, compare_arms
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.settings import FinetuneConfig
 from m2d.generation.generator import pick_device
@@ -78,24 +77,16 @@ class FinetuneClassifier:
         """
         shaping = asdict(config)
         if config.pretrained:
-            named = FeatureExtractorConfig(
-                name=config.model, weights=config.weights, input_size=config.input_size, crop="whole"
-            )
+            size = config.input_size
+            named = FeatureExtractorConfig(name=config.model, weights=config.weights, input_size=size, crop="whole")
             shaping |= {"weights": extractor_identity(named)}
         digest = hashlib.sha256(f"finetune {__version__} {sorted(shaping.items(), key=str)}\n".encode())
         for one in (train, test, generated):
             digest.update(f"{one.image_size} {' '.join(one.sha256)}\n".encode())
             digest.update(np.ascontiguousarray(one.labels).data)
         # A memory-mapped array is a subclass, which pickle copies; a plain one it hands to Ray's store as it is.
-        return cls(
-            train.pixels.view(np.ndarray),
-            test.pixels.view(np.ndarray),
-            generated.pixels.view(np.ndarray),
-            train.labels,
-            generated.labels,
-            config,
-            digest.hexdigest(),
-        )
+        plain = tuple(one.pixels.view(np.ndarray) for one in (train, test, generated))
+        return cls(plain[0], plain[1], plain[2], train.labels, generated.labels, config, digest.hexdigest())
 
     @property
     def wants_gpu(self) -> bool:
@@ -107,10 +98,17 @@ class FinetuneClassifier:
         device = pick_device(self.config.device)
         with _alone(seed, device):
             extractor = _network(self.config)
+            network: Any = extractor.network
             extractor.to(device).to(memory_format=torch.channels_last)
             try:
                 self._train(extractor, rows, seed, device)
-                return self._predict(extractor, device)
+                with torch.inference_mode():
+                    network.eval()
+                    parts = [
+                        network(_input(self.test[first : first + PREDICTED_AT_ONCE], extractor, device))
+                        for first in range(0, len(self.test), PREDICTED_AT_ONCE)
+                    ]
+                    return np.concatenate([part.double().softmax(dim=1).cpu().numpy() for part in parts])
             except torch.OutOfMemoryError:
                 raise ConfigError(
                     f"finetune.batch_size {self.config.batch_size} at {self.config.input_size} px does not fit the "
@@ -123,23 +121,18 @@ class FinetuneClassifier:
         labels = torch.from_numpy(rows.labels(self.train_labels, self.generated_labels)).to(device)
         weights = torch.from_numpy(rows.weights).float().to(device)
         total = steps_of(self.config, len(self.train))
-        decay = [
-            {
-                "params": [one for one in network.parameters() if (one.ndim > 1) == kernels],
-                "weight_decay": self.config.weight_decay * kernels,  # not of biases and norms
-            }
-            for kernels in (True, False)
-        ]
-        optimizer = torch.optim.AdamW(decay, lr=self.config.learning_rate)
+        kernels, others = ([one for one in network.parameters() if (one.ndim > 1) == wide] for wide in (True, False))
+        optimizer = torch.optim.AdamW(
+            [{"params": kernels, "weight_decay": self.config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=self.config.learning_rate,
+        )
         kind = pick_precision(self.config.mixed_precision, device)
         scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
         loss = torch.zeros((), device=device)
-        batches = batches_of(len(rows), self.config.batch_size, total, seed)
-        for step, (numbers, views) in enumerate(batches):
+        for step, (numbers, views) in enumerate(batches_of(len(rows.weights), self.config.batch_size, total, seed)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, step, total)
-            seen = [self._seen(rows, number, view) for number, view in zip(numbers, views)]
-            images = _input(np.stack(seen), extractor, device)
+            images = _input(np.stack([self._seen(rows, *one) for one in zip(numbers, views)]), extractor, device)
             chosen = torch.from_numpy(numbers).to(device)
             with torch.autocast(device.type, dtype=DTYPES[kind], enabled=kind != "no"):
                 logits = network(images)
@@ -159,16 +152,6 @@ class FinetuneClassifier:
         own = number - len(rows.real)
         image = self.train[rows.real[number]] if own < 0 else self.generated[rows.generated[own]]
         return apply_view(image, view)
-
-    def _predict(self, extractor: FeatureExtractor, device: torch.device) -> np.ndarray:
-        """float64 [N, K]."""
-        network = cast(nn.Module, extractor.network).eval()
-        parts = []
-        with torch.inference_mode():
-            for first in range(0, len(self.test), PREDICTED_AT_ONCE):
-                images = _input(np.ascontiguousarray(self.test[first : first + PREDICTED_AT_ONCE]), extractor, device)
-                parts.append(network(images).double().softmax(dim=1).cpu().numpy())
-        return np.concatenate(parts)
 
 
 def steps_of(config: FinetuneConfig, real_images: int) -> int:
@@ -197,7 +180,7 @@ def batches_of(images: int, batch_size: int, steps: int, seed: int) -> Iterator[
 
 def _input(pixels: np.ndarray, extractor: FeatureExtractor, device: torch.device) -> Tensor:
     """uint8 [B, S, S, 3] to what the network reads."""
-    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+    images = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2)
     return extractor.preprocess(images).contiguous(memory_format=torch.channels_last)
 
 

@@ -1,11 +1,12 @@
-"""Write an evaluation: evaluation.json for machines, evaluation.html for people, CSV tables, the pictures as files."""
+"""What an evaluation found, all parts together: evaluation.json, evaluation.html, CSV tables, the terminal."""
 
 import base64
 import csv
 import io
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -13,17 +14,19 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from m2d.classes import CLASSES, DIAGNOSES
+from m2d.classes import CLASSES, DIAGNOSES, ISIC7
 from m2d.errors import DataError
-from m2d.evaluation.fidelity import GENERATED
+from m2d.evaluation.classifiers.compare import DownstreamResult
+from m2d.evaluation.classifiers.logistic import ConsistencyResult
+from m2d.evaluation.fidelity import FidelityResult
 from m2d.evaluation.images import FeatureSet, ImageSet, ImageSets
-from m2d.evaluation.memorization_pictures import worst_pairs_picture
+from m2d.evaluation.memorization import MemorizationResult
 from m2d.evaluation.report import plots
-from m2d.evaluation.report.tables import Evaluation, answers, class_rows, fidelity_rows, tables
 from m2d.generation.contact_sheet import contact_sheet
 from m2d.metrics.neighbours import Standardizer, nearest, one_where_constant
-from m2d.plots.style import class_colours
 
+Row = dict[str, str | int | float | None]
+OVERALL = "all"
 SHOWN = 10  # images of a class on a sheet
 TYPICAL_OF = 5  # neighbours
 _ON_TERMINAL = {
@@ -31,23 +34,48 @@ _ON_TERMINAL = {
     "kernel_distance_generated": "kernel distance", "recall_b": "real, weighted", "recall_c": "oversampled",
     "recall_d": "+ synthetic", "class_agreement": "in class",
 }  # fmt: skip
-_FIDELITY = {
-    "class": "class", "comparison": "against training images", "n_other": "images",
-    "kernel_distance": "kernel distance",
-    "kernel_distance_se": "s.e.", "n_matched": "N of the rest", "frechet_distance": "Fréchet distance",
-    "precision": "precision", "recall": "recall", "density": "density", "coverage": "coverage", "vendi_other": "Vendi",
-    "vendi_reference": "Vendi of real",
-}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A part that was not asked for is None or empty; for one that could not be computed the notes give the reason."""
+
+    checkpoint: str | None
+    image_size: int
+    device: str
+    images: list[dict[str, Any]]  # train, test, generated: name, source; images and lesions by class code
+    reconstruction_psnr_db: float | None  # of the unseen images by the checkpoint's VAE
+    fidelity: list[FidelityResult]  # the independent extractor first, then the one that guided the training
+    memorization: MemorizationResult | None
+    downstream: list[DownstreamResult]  # a classifier each
+    autoencoder_downstream: DownstreamResult | None  # with reconstructions of training images as the synthetic ones
+    consistency: ConsistencyResult | None
+    notes: list[str]
+    seed: int
+    seconds: float
+    created: str
+    version: str
+
+
+def _cell(value: str | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return "–" if value is None else value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("m2d.evaluation.report", "."),
+    autoescape=jinja2.select_autoescape(["html.jinja"]),
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_TEMPLATES.filters["cell"] = _cell
 
 
 def write_report(
-    result: Evaluation,
-    output: Path,
-    sets: ImageSets,
-    redrawn: ImageSet | None,
-    typicality: np.ndarray,
-) -> Path:
-    """Write everything into the folder; returns the page.
+    result: Evaluation, output: Path, sets: ImageSets, redrawn: ImageSet | None, typicality: np.ndarray
+) -> None:
+    """Write everything into the folder.
 
     redrawn: reconstructions of the unseen images. typicality: float64 [N], of each generated image, small: typical.
     Raises DataError where the disk refuses.
@@ -64,14 +92,12 @@ def write_report(
             (output / f"{name}.png").write_bytes(png)
         document = json.dumps(asdict(result), indent=1, allow_nan=False)
         (output / "evaluation.json").write_text(document, encoding="utf-8")
-        page = output / "evaluation.html"
-        page.write_text(_page(result, pictures), encoding="utf-8")
+        (output / "evaluation.html").write_text(_page(result, pictures), encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"output: {error.filename or output} cannot be written ({error.strerror}); free some space or name another "
             "--output, then run again (nothing is computed twice)"
         ) from error
-    return page
 
 
 def print_evaluation(result: Evaluation) -> None:
@@ -85,33 +111,33 @@ def print_evaluation(result: Evaluation) -> None:
     for row in rows:
         table.add_row(*[_cell(row[name]) for name in shown])
     console.print(table)
-    for one in answers(result):
-        console.print(f"[bold]{one.question}[/bold] {one.answer}")
+    for question, answer, _ in answers(result):
+        console.print(f"[bold]{question}[/bold] {answer}")
     for note in result.notes:
         console.print(f"note: {note}", markup=False)
 
 
+def answers(result: Evaluation) -> list[list[str]]:
+    """Of the parts that were computed: the question, the answer, how to read it."""
+    text = _TEMPLATES.get_template("answers.jinja").render(result=result)
+    return [block.splitlines() for block in text.strip().split("\n\n") if block]
+
+
 def _page(result: Evaluation, pictures: dict[str, bytes]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("m2d.evaluation.report", "."),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["cell"] = _cell
-    return environment.get_template("evaluation.html.jinja").render(
+    return _TEMPLATES.get_template("evaluation.html.jinja").render(
         result=result,
         answers=answers(result),
         tables=tables(result),
-        columns_of=lambda rows: {name: name.replace("_", " ") for name in rows[0]},
-        fidelity_columns=_FIDELITY,
         fidelity_tables=[fidelity_rows(one) for one in result.fidelity],
         scores=plots.SCORES,
         classes=CLASSES,
         images={name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in pictures.items()},
         names={diagnosis.code: diagnosis.name for diagnosis in DIAGNOSES},
-        colours=class_colours(),
+        colours=ISIC7.colours,
     )
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
 
 
 def _pictures(
@@ -126,20 +152,18 @@ def _pictures(
     unseen = {code: unseen[code] for code in drawn if code in unseen}
     typical = _of_class(sets.generated, np.argsort(typicality, kind="stable"))
     least = {code: rows[::-1] for code, rows in typical.items()}
-    pictures = {
-        "generated": _sheet(sets.generated, drawn, "Generated images, drawn at random"),
-        "unseen": _sheet(sets.test, unseen, "Unseen real images, drawn at random, at the same size"),
-        "most_typical": _sheet(
-            sets.generated, typical, "Most typical generated images: nearest to real ones of their class"
-        ),
-        "least_typical": _sheet(sets.generated, least, "Least typical generated images: the worst first"),
+    sheets = {
+        "generated": (sets.generated, drawn, "Generated images, drawn at random"),
+        "unseen": (sets.test, unseen, "Unseen real images, drawn at random, at the same size"),
+        "most_typical": (sets.generated, typical, "Most typical generated images: nearest to real ones of their class"),
+        "least_typical": (sets.generated, least, "Least typical generated images: the worst first"),
     }
     if redrawn is not None:
         title = "The same real images after the autoencoder: no generated image can be better"
-        pictures["reconstructions"] = _sheet(redrawn, unseen, title)
+        sheets["reconstructions"] = (redrawn, unseen, title)
+    pictures = {name: _sheet(*sheet) for name, sheet in sheets.items()}
     for name, one in zip(("kernel_distance", "kernel_distance_guide"), result.fidelity):
-        if one.row(GENERATED) is not None:
-            pictures[name] = plots.kernel_distances(one)
+        pictures[name] = plots.kernel_distances(one)
     if result.downstream:
         pictures["differences"] = plots.differences(result.downstream)
     for name, found in zip(("ratios", "ratios_finetune"), result.downstream):
@@ -147,8 +171,9 @@ def _pictures(
             pictures[name] = plots.ratio_curve(found)
     if result.consistency is not None:
         pictures["confusion"] = plots.confusions(result.consistency)
-    if result.memorization is not None and result.memorization.worst:
-        pictures["nearest_pairs"] = _encoded(worst_pairs_picture(result.memorization.worst, sets.generated, sets.train))
+    if result.memorization is not None:
+        page = plots.nearest_pairs(result.memorization.worst, sets.generated, sets.train)
+        pictures["nearest_pairs"] = _encoded(page)
     return pictures
 
 
@@ -164,33 +189,109 @@ def _sheet(images: ImageSet, rows: dict[str, np.ndarray], title: str) -> bytes:
     return _encoded(contact_sheet(shown, title=title, totals=totals))
 
 
-def typicality(train: FeatureSet, generated: FeatureSet) -> np.ndarray:
-    """Of each generated image the mean distance to the nearest training images of its class: float64 [N].
-
-    Distance: 1 - cosine of features standardised by the training images; up to five neighbours. Small: typical. No
-    score of the set: it chooses which pictures a person sees.
-    """
-    scale = Standardizer.of(train.cls, one_where_constant)
-    distances = np.empty(len(generated))
-    for label in np.unique(generated.labels):
-        rows, bank = generated.rows(int(label)), train.rows(int(label))
-        found, _ = nearest(scale.unit(generated.cls[rows]), scale.unit(train.cls[bank]), min(TYPICAL_OF, len(bank)))
-        distances[rows] = found.mean(dim=1).numpy()
-    return distances
-
-
 def _encoded(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
-def _cell(value: str | float | None) -> str:
-    match value:
-        case None:
-            return "–"
-        case str():
-            return value
-        case int():
-            return f"{value:,}"
-    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.3f}"
+def typicality(train: FeatureSet, generated: FeatureSet) -> np.ndarray:
+    """Of each generated image the mean distance to the nearest training images of its class: float64 [N].
+
+    Distance: 1 - cosine of features standardised by the training images; up to five neighbours. Small: typical. No
+    score of the set: it chooses which pictures a person sees.
+    """
+    standard = Standardizer.of(train.cls, one_where_constant)
+    distances = np.empty(len(generated))
+    for label in np.unique(generated.labels):
+        rows, bank = generated.rows(label), train.rows(label)
+        found, _ = nearest(
+            standard.unit(generated.cls[rows]), standard.unit(train.cls[bank]), min(TYPICAL_OF, len(bank))
+        )
+        distances[rows] = found.mean(dim=1).numpy()
+    return distances
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------
+
+
+def tables(result: Evaluation) -> dict[str, list[Row]]:
+    """Name of the CSV file -> rows, all with the same columns; of the parts that were computed."""
+    found = {
+        "classes": class_rows(result),
+        "fidelity": [row for one in result.fidelity for row in fidelity_rows(one)],
+        "memorization": _memorization_rows(result.memorization) if result.memorization else [],
+        "downstream": [row for one in result.downstream for row in _downstream_rows(one)],
+    }
+    return {name: _even(rows) for name, rows in found.items() if rows}
+
+
+def class_rows(result: Evaluation) -> list[Row]:
+    """A row for each class with the main numbers of every part: what a reader compares classes by."""
+    counts = {side["name"]: side["images"] for side in result.images}
+    rows: list[Row] = []
+    for code in counts["train"]:
+        row: Row = {"class": code, **{f"{name}_images": images.get(code, 0) for name, images in counts.items()}}
+        for fidelity in result.fidelity[:1]:
+            of_class = [one for one in fidelity.rows if one.label == code]
+            row |= {f"kernel_distance_{one.comparison}": one.kernel_distance for one in of_class}
+        if result.memorization is not None and code in result.memorization.classes:
+            row["near_copy_share"] = result.memorization.classes[code].generated["either"].value
+        for downstream in result.downstream[:1]:
+            recalls = {letter: arm.scores.get(f"recall_{code}") for letter, arm in downstream.arms.items()}
+            row |= {f"recall_{letter}": one.value if one else None for letter, one in recalls.items()}
+        if result.consistency is not None and code in result.consistency.agreement:
+            row["class_agreement"] = result.consistency.agreement[code].value
+        rows.append(row)
+    return _even(rows)
+
+
+def fidelity_rows(result: FidelityResult) -> list[Row]:
+    """A row for each class and comparison; overall first."""
+    return [
+        {
+            "extractor": row.extractor, "class": row.label or OVERALL, "comparison": plots.COMPARISONS[row.comparison],
+            **{name: value for name, value in vars(row).items() if name not in ("comparison", "label", "draws")},
+            "left_out": "; ".join(sorted(set(row.left_out.values()))),
+        }
+        for label in dict.fromkeys(row.label for row in result.rows)
+        for row in result.rows
+        if row.label == label
+    ]  # fmt: skip
+
+
+def _memorization_rows(result: MemorizationResult) -> list[Row]:
+    """A row for each class, overall first."""
+    return [
+        {
+            "class": code, "images": made.images, "share": made.value,
+            "share_low": made.low, "share_high": made.high,
+            "share_of_unseen_real": unseen.value if unseen else None,
+            "unseen_low": unseen.low if unseen else None,
+            "unseen_high": unseen.high if unseen else None,
+            **{f"nearness_{space}": value for space, value in one.nearness.items()},
+            "flagged": "yes" if one.flagged else "no",
+        }
+        for code, one in [(OVERALL, result.overall), *result.classes.items()]
+        for made, unseen in [(one.generated["either"], one.test["either"] if one.test else None)]
+    ]  # fmt: skip
+
+
+def _downstream_rows(result: DownstreamResult) -> list[Row]:
+    """A row for each arm (or difference) and score."""
+    sides = [(letter, arm.scores) for letter, arm in result.arms.items()]
+    sides += [("d - b", result.minus_b), ("d - c", result.minus_c)]
+    for one in result.ratios:
+        sides += [(f"d at ratio {one.ratio:g}", one.synthetic), (f"c at ratio {one.ratio:g}", one.oversampled)]
+        sides += [(f"d - c at ratio {one.ratio:g}", one.minus_c)]
+    return [
+        {"classifier": result.classifier, "arm": arm, "score": name, **vars(value)}
+        for arm, scores in sides
+        for name, value in scores.items()
+    ]
+
+
+def _even(rows: list[Row]) -> list[Row]:
+    """Every row with every column that some row has, in order."""
+    heads = dict.fromkeys(name for row in rows for name in row)
+    return [{head: row.get(head) for head in heads} for row in rows]

@@ -1,17 +1,23 @@
-"""Figures of the evaluation report, as PNG bytes. Knows results, no files and no HTML."""
+"""Figures of the evaluation report: charts as PNG bytes, and the nearest pairs. Knows results, no files and no HTML."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image, ImageDraw
 
+from m2d.classes import ISIC7
+from m2d.data.views import apply_view
 from m2d.evaluation.classifiers.compare import DownstreamResult
-from m2d.evaluation.consistency import ConsistencyResult
+from m2d.evaluation.classifiers.logistic import ConsistencyResult
 from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
+from m2d.evaluation.images import ImageSet
+from m2d.evaluation.memorization import Pair
 from m2d.metrics.scores import LOWER_IS_BETTER
 from m2d.plots.charts import confusion_map
 from m2d.plots.style import FAINT, INK, new_figure, png, styled
+from m2d.plots.tiles import font
 
-NAMES = {
+COMPARISONS = {
     GENERATED: "generated",
     AUTOENCODER: "autoencoder floor",
     UNSEEN: "unseen real images",
@@ -30,7 +36,17 @@ _DRAWN = {  # marker and colour
     UNSEEN: ("o", "#0072B2"),
     FLOOR: (".", "#56B4E9"),
 }
-_GOOD, _BAD, _OPEN = "#0072B2", "#D55E00", FAINT
+_GOOD, _BAD, _OPEN, _ALARM = "#0072B2", "#D55E00", FAINT, "#B00020"
+VIEW_NAMES = (
+    "as it is", "mirrored", "upside down", "half turn", "quarter turn", "3/4 turn", "transposed", "anti-transposed",
+)  # fmt: skip
+_COLUMNS, _TILE, _GAP, _MARGIN, _STRIPE, _LINE = 8, 148, 18, 36, 8, 19  # pixels; eight columns are 1,382 wide
+_CAPTION = (
+    "Above: generated, in the view in which it comes nearest. Below: the training image. The stripe has the class's "
+    "colour.",
+    "Distances run from 0 (a copy) to 2. Real images of different lesions rarely come under the limit; red: this pair "
+    "does.",
+)
 
 
 @styled()
@@ -39,7 +55,7 @@ def kernel_distances(result: FidelityResult) -> bytes:
     labels = list(dict.fromkeys(row.label for row in result.rows if row.label))
     figure = new_figure(9, 1.2 + 0.45 * len(labels))
     axes = figure.subplots()
-    present = [name for name in NAMES if name in result.comparisons]
+    present = [name for name in COMPARISONS if name in result.comparisons]
     for offset, name in zip(np.linspace(-0.24, 0.24, len(present)), present, strict=True):
         points = [
             (row.kernel_distance, labels.index(row.label) + offset, 1.96 * (row.kernel_distance_se or 0))
@@ -49,16 +65,8 @@ def kernel_distances(result: FidelityResult) -> bytes:
         if points:
             marker, colour = _DRAWN[name]
             x, y, error = zip(*points, strict=True)
-            axes.errorbar(
-                x,
-                y,
-                xerr=error,
-                fmt=marker,
-                color=colour,
-                markersize=7,
-                capsize=2,
-                label=NAMES[name],
-            )
+            bars = axes.errorbar(x, y, xerr=error, fmt=marker, color=colour, markersize=7, capsize=2)
+            bars.set_label(COMPARISONS[name])
     axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
     axes.set_xscale("symlog", linthresh=0.1)
@@ -120,6 +128,54 @@ def confusions(result: ConsistencyResult) -> bytes:
     """Of generated images and of unseen real ones, side by side; rows sum to 100 %."""
     figure = new_figure(11, 4.6)
     one, other = figure.subplots(1, 2)
-    confusion_map(one, result.confusion, "generated images", "asked for", counts=False)
-    confusion_map(other, result.confusion_of_real, "unseen real images", "diagnosed", counts=False)
+    confusion_map(one, result.confusion, "generated images", "asked for", result.classes, counts=False)
+    confusion_map(other, result.confusion_of_real, "unseen real images", "diagnosed", result.classes, counts=False)
     return png(figure)
+
+
+def nearest_pairs(pairs: Sequence[Pair], generated: ImageSet, train: ImageSet) -> Image.Image:
+    """A page of the nearest pairs of generated and training images, eight to a row, for a person to judge.
+
+    generated, train: the sets that the pairs' rows count in. Small images are enlarged by a whole factor, pixel for
+    pixel, so that nothing is shown that is not there; large ones are reduced.
+    """
+    block = 2 * _TILE + 7 + 5 * _LINE + _GAP
+    top = _MARGIN + 40 + _LINE * len(_CAPTION) + _GAP
+    width = 2 * _MARGIN + _COLUMNS * (_TILE + _GAP) - _GAP
+    page = Image.new("RGB", (width, top + -(-len(pairs) // _COLUMNS) * block + _MARGIN - _GAP), "white")
+    draw = ImageDraw.Draw(page)
+    title = f"The {len(pairs)} generated images nearest to a training image" if len(pairs) > 1 else "The nearest pair"
+    draw.text((_MARGIN, _MARGIN), title, fill=INK, font=font(24))
+    for number, line in enumerate(_CAPTION):
+        draw.text((_MARGIN, _MARGIN + 40 + _LINE * number), line, fill=FAINT, font=font(15))
+    for number, pair in enumerate(pairs):
+        x = _MARGIN + number % _COLUMNS * (_TILE + _GAP)
+        y = top + number // _COLUMNS * block
+        above = apply_view(np.asarray(generated.pixels[pair.generated_row]), pair.view)
+        _paste(page, above, x, y, pair.generated_class)
+        _paste(page, np.asarray(train.pixels[pair.train_row]), x, y + _TILE + 7, pair.train_class)
+        same = pair.generated_class == pair.train_class
+        classes = f"both {pair.generated_class}" if same else f"{pair.generated_class}, {pair.train_class}"
+        # The space that found the pair comes first: its distance is the one that the limit is for.
+        spaces = sorted(pair.distances, key=lambda name: name != pair.found_by)
+        lines = [
+            (f"{number + 1}: {classes}", INK),
+            *((f"{name} {_short(pair.distances[name])}", INK) for name in spaces),
+            (f"{_short(pair.share_of_limit)} x its limit", _ALARM if pair.near_copy else FAINT),
+            (VIEW_NAMES[pair.view], FAINT),
+        ]
+        for row, (text, colour) in enumerate(lines):
+            draw.text((x, y + 2 * _TILE + 11 + _LINE * row), text, fill=colour, font=font(15))
+    return page
+
+
+def _paste(page: Image.Image, image: np.ndarray, x: int, y: int, code: str) -> None:
+    side, room = image.shape[0], _TILE - _STRIPE
+    shown, how = (side * (room // side), Image.Resampling.NEAREST) if side <= room else (room, Image.Resampling.LANCZOS)
+    top = y + (_TILE - shown) // 2
+    page.paste(ISIC7.colours[code], (x, top, x + _STRIPE, top + shown))
+    page.paste(Image.fromarray(np.ascontiguousarray(image)).resize((shown, shown), how), (x + _STRIPE, top))
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.0e}" if value > 0 else "0"

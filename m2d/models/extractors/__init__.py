@@ -54,11 +54,6 @@ class EfficientNetLite(FeatureExtractor):
         self.network = timm.create_model(f"tf_{name.replace('-', '_')}", pretrained=False)
         self.network.eval().requires_grad_(False)
 
-    def forward(self, x: Tensor) -> Features:
-        """See FeatureExtractor.forward. N = (S / 32)^2."""
-        patches = self.network.forward_features(x).flatten(2).transpose(1, 2)
-        return Features(cls=patches.mean(dim=1), patches=patches)
-
     def pyramid(self, x: Tensor) -> list[Tensor]:
         """Maps at strides 2, 4, 8 and 16 (16, 24, 40 and 112 channels) of preprocessed x of any size; differentiable.
 

@@ -3,7 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("std", std.view(1, 3, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
+        self.network: Any  # timm's, set by a class that does not override `forward`
 
     @property
     def key(self) -> str:
@@ -76,7 +77,7 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, x: Tensor) -> Features:
         """Preprocessed [B, 3, S, S] to Features; no gradient is kept for the network's own tensors."""
-        raise NotImplementedError  # pragma: no cover - the interface
+        return features_of(self.network, x)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: its batch norms must not follow the training images."""
@@ -86,3 +87,35 @@ class FeatureExtractor(nn.Module):
 def extractor_name(name: str, weights_sha256: str, input_size: int, crop: str) -> str:
     """See FeatureExtractor.key."""
     return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{weights_sha256[:12]}-{input_size}-{crop}"
+
+
+class NoGridError(Exception):
+    """What the features are instead of a square grid."""
+
+
+def features_of(network: Any, x: Tensor) -> Features:
+    """Those of a timm network. Raises NoGridError where its patches are no square grid.
+
+    Vision transformers: cls is the class token after the final norm, or the model's own pooling where there is none or
+    where the final norm is for the pooled vector alone; patches are the tokens after the norm, without class and
+    register tokens. Other networks: patches are the cells of the last map, cls is their mean.
+    """
+    found = network.forward_features(x)
+    if not isinstance(found, Tensor) or found.ndim not in (3, 4):
+        raise NoGridError(f"a {type(found).__name__} that is neither tokens nor a map")
+    if found.ndim == 4:
+        found = found.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else found
+        if found.shape[2] != found.shape[3]:
+            raise NoGridError(f"{found.shape[2]} x {found.shape[3]} cells")
+        patches = found.flatten(2).transpose(1, 2)
+        return Features(cls=patches.mean(dim=1), patches=patches)
+    has_class_token = isinstance(getattr(network, "cls_token", None), Tensor)
+    prefix = int(getattr(network, "num_prefix_tokens", has_class_token))
+    count = found.shape[1] - prefix
+    if count < 1 or math.isqrt(count) ** 2 != count:
+        raise NoGridError(f"{count} tokens")
+    # With fc_norm the final norm was trained on the mean of the tokens, and `norm` does nothing.
+    pooled_norm = getattr(network, "fc_norm", None) if isinstance(getattr(network, "norm", None), nn.Identity) else None
+    patches = found[:, prefix:] if pooled_norm is None else pooled_norm(found[:, prefix:])
+    cls = found[:, 0] if has_class_token and pooled_norm is None else network.forward_head(found, pre_logits=True)
+    return Features(cls=cls, patches=patches)

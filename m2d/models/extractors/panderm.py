@@ -17,7 +17,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from m2d.models.extractors.base import FeatureExtractor, Features
+from m2d.models.extractors.base import FeatureExtractor
 from m2d.models.extractors.weights import file_sha256, fitting, read_tensors, refusal, some_of
 from m2d.models.settings import Crop
 
@@ -94,26 +94,15 @@ class PanDerm(FeatureExtractor):
     """
 
     def __init__(
-        self,
-        name: str,
-        encoder: Mapping[str, Tensor],
-        input_size: int = NATIVE_SIZE,
-        crop: Crop = "whole",
+        self, name: str, encoder: Mapping[str, Tensor], input_size: int = NATIVE_SIZE, crop: Crop = "whole",
         weights_sha256: str = "0" * 64,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """encoder: exactly the tensors of SIZES[name].shapes(), float32; they become the network's own, uncopied."""
         size, grid = SIZES[name], input_size // 16
         super().__init__(
-            name,
-            size.width,
-            input_size,
-            255 * torch.tensor(MEAN),
-            255 * torch.tensor(STD),
-            num_patches=grid * grid,
-            crop=crop,
-            crop_pct=NATIVE_SIZE / 256,
-            weights_sha256=weights_sha256,
-        )
+            name, size.width, input_size, 255 * torch.tensor(MEAN), 255 * torch.tensor(STD), num_patches=grid * grid,
+            crop=crop, crop_pct=NATIVE_SIZE / 256, weights_sha256=weights_sha256,
+        )  # fmt: skip
         network = size.network(input_size)
         table = encoder["pos_embed"]
         if input_size != NATIVE_SIZE:
@@ -122,11 +111,6 @@ class PanDerm(FeatureExtractor):
         for block in network.blocks:  # a buffer of zeros that no file has: the key's bias
             block.attn.k_bias = torch.zeros(size.width)
         self.network = network.eval().requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Features:
-        """See FeatureExtractor.forward."""
-        tokens = self.network.forward_features(x)
-        return Features(cls=tokens[:, 0], patches=tokens[:, 1:])
 
 
 def load_panderm(name: str, path: Path, input_size: int | None, crop: Crop) -> PanDerm:

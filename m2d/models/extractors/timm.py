@@ -5,7 +5,6 @@ Called by load_feature_extractor.
 
 import difflib
 import logging
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg
-from torch import Tensor, nn
+from torch import nn
 
 from m2d.errors import ConfigError, first_line
-from m2d.models.extractors.base import FeatureExtractor, Features
+from m2d.models.extractors.base import FeatureExtractor, NoGridError, features_of
 from m2d.models.extractors.weights import file_sha256, fitting, read_tensors, some_of, tensors_sha256
 from m2d.models.settings import TIMM_PREFIX, Crop
 
@@ -24,9 +23,6 @@ from m2d.models.settings import TIMM_PREFIX, Crop
 class TimmExtractor(FeatureExtractor):
     """A timm model without its classifier; mean, std, native size and crop_pct are timm's data config of it.
 
-    Vision transformers: cls is the class token after the final norm, or the model's own pooling where there is none or
-    where the final norm is for the pooled vector alone; patches are the tokens after the norm, without class and
-    register tokens. Other networks: patches are the cells of the last map, cls is their mean.
     The resize is this package's antialiased bilinear one, also where timm's config says bicubic.
     """
 
@@ -35,23 +31,12 @@ class TimmExtractor(FeatureExtractor):
         config = resolve_data_config(model=network)
         network = network.eval().requires_grad_(False)
         dim, num_patches = _measure(name, network, input_size)
+        mean, std = (255 * torch.tensor(config[key]) for key in ("mean", "std"))
         super().__init__(
-            name,
-            dim,
-            input_size,
-            255 * torch.tensor(config["mean"]),
-            255 * torch.tensor(config["std"]),
-            num_patches=num_patches,
-            crop=crop,
-            crop_pct=config["crop_pct"],
-            squash=config["crop_mode"] == "squash",
-            weights_sha256=weights_sha256,
-        )
+            name, dim, input_size, mean, std, num_patches=num_patches, crop=crop, crop_pct=config["crop_pct"],
+            squash=config["crop_mode"] == "squash", weights_sha256=weights_sha256,
+        )  # fmt: skip
         self.network = network
-
-    def forward(self, x: Tensor) -> Features:
-        """See FeatureExtractor.forward."""
-        return _features(self.network, x)
 
 
 def load_timm_extractor(name: str, path: Path | None, input_size: int | None, crop: Crop) -> TimmExtractor:
@@ -103,11 +88,8 @@ def _from_hub(model: str) -> nn.Module:
         return timm.create_model(model, pretrained=True, num_classes=0)
     except Exception as error:  # the hub's client raises its own, requests' and the socket's
         reason = f"{type(error).__name__}: {first_line(error)[:150]}"
-        raise _unusable(
-            TIMM_PREFIX + model,
-            f"its weights cannot be fetched from the hub ({reason}); give a local file with "
-            "--feature_extractor.weights",
-        ) from None
+        why = f"its weights cannot be fetched from the hub ({reason}); give a local --feature_extractor.weights"
+        raise _unusable(TIMM_PREFIX + model, why) from None
     finally:
         retries.setLevel(level)
 
@@ -130,8 +112,8 @@ def _measure(name: str, network: nn.Module, side: int) -> tuple[int, int]:
     """D and N, from one black image."""
     try:
         with torch.no_grad():
-            features = _features(network, torch.zeros(1, 3, side, side))
-    except _NoGridError as error:
+            features = features_of(network, torch.zeros(1, 3, side, side))
+    except NoGridError as error:
         raise _unusable(name, f"its features are no square grid ({error}); take another model") from None
     except Exception as error:  # whatever a network makes of a size that it does not take
         raise _wrong_size(name, side, error) from None
@@ -146,32 +128,5 @@ def _unusable(name: str, why: str) -> ConfigError:
 
 
 def _wrong_size(name: str, side: int, error: Exception) -> ConfigError:
-    return ConfigError(
-        f"feature_extractor.input_size: {name} does not take {side} px ({first_line(error)[:120]}); give another"
-    )
-
-
-class _NoGridError(Exception):
-    """What the features are instead of a square grid."""
-
-
-def _features(network: Any, x: Tensor) -> Features:
-    found = network.forward_features(x)
-    if not isinstance(found, Tensor) or found.ndim not in (3, 4):
-        raise _NoGridError(f"a {type(found).__name__} that is neither tokens nor a map")
-    if found.ndim == 4:
-        found = found.permute(0, 3, 1, 2) if getattr(network, "output_fmt", "NCHW") == "NHWC" else found
-        if found.shape[2] != found.shape[3]:
-            raise _NoGridError(f"{found.shape[2]} x {found.shape[3]} cells")
-        patches = found.flatten(2).transpose(1, 2)
-        return Features(cls=patches.mean(dim=1), patches=patches)
-    has_class_token = isinstance(getattr(network, "cls_token", None), Tensor)
-    prefix = int(getattr(network, "num_prefix_tokens", has_class_token))
-    count = found.shape[1] - prefix
-    if count < 1 or math.isqrt(count) ** 2 != count:
-        raise _NoGridError(f"{count} tokens")
-    # With fc_norm the final norm was trained on the mean of the tokens, and `norm` does nothing.
-    pooled_norm = getattr(network, "fc_norm", None) if isinstance(getattr(network, "norm", None), nn.Identity) else None
-    patches = found[:, prefix:] if pooled_norm is None else pooled_norm(found[:, prefix:])
-    cls = found[:, 0] if has_class_token and pooled_norm is None else network.forward_head(found, pre_logits=True)
-    return Features(cls=cls, patches=patches)
+    why = first_line(error)[:120]
+    return ConfigError(f"feature_extractor.input_size: {name} does not take {side} px ({why}); give another")
