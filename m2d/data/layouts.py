@@ -385,6 +385,7 @@ def _read_table(
             said.append(f"not used: {name} (no column names its images)")
         return []
     if not table.has_labels and len(roles) == 1:
+        said += [f"not used: {name} (no column of labels, lesions or splits)"] if telling else []
         return []
     table.first_ids = [row[roles["image"]] for row in rows[1:3]]
     folder = posixpath.dirname(name).casefold()

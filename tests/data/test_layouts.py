@@ -25,7 +25,7 @@ from m2d.data.layouts import Layout, read_layout
 from m2d.data.settings import DataConfig
 from m2d.errors import DataError
 from m2d.files.storage import open_storage
-from m2d.generation.formats import FORMATS, EncodedImage
+from m2d.generation.output import write_images
 from m2d.generation.plan import PlanRow
 
 HAM10000 = Path(__file__).resolve().parents[2].parent / "shared" / "ham10000"
@@ -478,24 +478,18 @@ def test_parquet_of_hugging_face_is_unpacked_with_its_bytes_and_label_names(tmp_
 
 @pytest.mark.parametrize("format_name", ["webdataset", "parquet"])
 def test_generated_shards_are_unpacked_with_their_bytes(tmp_path: Path, format_name: str) -> None:
+    settings = {"solver": "heun", "steps": 2, "guidance_scale": 1.0, "guidance_low": 0.0, "guidance_high": 1.0}
     images = [
-        EncodedImage(
-            PlanRow(
-                id=f"{code}_{n}", label=code, index=n, seed=n, solver="heun", steps=2,
-                guidance_scale=1.0, guidance_low=0.0, guidance_high=1.0,
-            ),
-            encode(picture(n), "PNG"),
-        )
+        (PlanRow(id=f"{code}_{n}", label=code, index=n, seed=n, **settings), encode(picture(n), "PNG"))  # type: ignore[arg-type]
         for n, code in enumerate(("MEL", "NV", "DF"))
-    ]  # fmt: skip
+    ]
     (tmp_path / "made").mkdir()
-    FORMATS[format_name].write(tmp_path / "made", "group", images)
+    write_images(tmp_path / "made", format_name, "group", images)
     assert import_shards(str(tmp_path / "made"), str(tmp_path / "files")) == 3
     layout = read(tmp_path / "files")
-    assert {entry.path.rpartition("/")[2]: entry.label for entry in layout.entries} == {
-        f"{image.row.id}.png": image.row.label for image in images
-    }
-    assert all((tmp_path / "files" / "images" / f"{one.row.id}.png").read_bytes() == one.png for one in images)
+    found = {entry.path.rpartition("/")[2]: entry.label for entry in layout.entries}
+    assert found == {f"{row.id}.png": row.label for row, _ in images}
+    assert all((tmp_path / "files" / "images" / f"{row.id}.png").read_bytes() == png for row, png in images)
 
 
 def test_an_image_folder_of_hugging_face_names_its_files_in_json_lines(tmp_path: Path) -> None:
