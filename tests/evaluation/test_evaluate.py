@@ -101,7 +101,7 @@ def test_a_second_run_extracts_and_trains_nothing(
         raise AssertionError("done again")
 
     monkeypatch.setattr("m2d.data.features.load_feature_extractor", refuse)
-    monkeypatch.setattr("m2d.evaluation.classifiers.logistic.ProbeClassifier.predict", refuse)
+    monkeypatch.setattr("m2d.evaluation.classifiers.probe.ProbeClassifier.predict", refuse)
     evaluate(parse("evaluate", asked))
     second = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     assert second["downstream"] == first["downstream"]

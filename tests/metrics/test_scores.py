@@ -9,14 +9,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from m2d.classes import CLASSES
 from m2d.metrics.bootstrap import Estimate, resampled_confusions, resampled_seeds, resampled_weights
-from m2d.metrics.scores import (
-    MELANOMA,
-    average_precision,
-    calibration_error,
-    confusion_matrix,
-    scores,
-    weighted_scores,
-)
+from m2d.metrics.scores import MELANOMA, average_precision, calibration_error, confusion_matrix, scores, weighted_scores
 
 MELANOMA_AND_TWO_MORE = (2, 4, 5)
 

@@ -2,7 +2,7 @@
 
 The arms differ in training data alone. Arm c is the control that settles whether synthetic images help: it repeats
 real images until every class has as many as in arm d, so that what d has more is new images, not other class counts.
-Called for both classifiers (logistic.py, finetune.py), of which it knows no more than the protocol.
+Called for both classifiers (probe.py, finetune.py), of which it knows no more than the protocol.
 """
 
 import hashlib

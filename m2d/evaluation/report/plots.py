@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from m2d.data.views import apply_view
 from m2d.evaluation.classifiers.compare import DownstreamResult
-from m2d.evaluation.classifiers.logistic import ConsistencyResult
+from m2d.evaluation.classifiers.probe import ConsistencyResult
 from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.memorization import Pair
