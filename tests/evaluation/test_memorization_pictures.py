@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from tiny_sets import image_set
 
 from m2d.classes import DIAGNOSES, class_index
 from m2d.data.views import apply_view
@@ -9,14 +10,12 @@ from m2d.evaluation.images import ImageSet
 from m2d.evaluation.memorization import Pair
 from m2d.evaluation.report.plots import nearest_pairs
 
-RED = (0xB0, 0x00, 0x20)
+RED, MEL = (0xB0, 0x00, 0x20), class_index("MEL")
 
 
-def images(seed: int, size: int = 64, count: int = 3) -> ImageSet:
-    pixels = np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-    names = tuple(str(number) for number in range(count))
-    labels = np.full(count, class_index("MEL"))
-    return ImageSet("any", "painted", names, names, labels, np.array(names, dtype=object), pixels)
+def images(seed: int, size: int = 64) -> ImageSet:
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
+    return image_set([MEL] * 3, pixels=pixels)
 
 
 def pair(view: int = 0, share: float = 0.5) -> Pair:
@@ -50,15 +49,12 @@ def test_a_pair_shows_the_generated_image_turned_and_the_training_image_as_it_is
     assert holds(page, np.kron(train.pixels[2], twice))
 
 
-def test_the_page_is_white_and_about_1400_pixels_wide() -> None:
-    page = nearest_pairs([pair()] * 11, images(1), images(2))
-    assert 1350 <= page.width <= 1400
-    assert {page.getpixel(corner) for corner in ((0, 0), (page.width - 1, page.height - 1))} == {(255, 255, 255)}
-
-
-def test_more_than_eight_pairs_take_another_row() -> None:
-    heights = [nearest_pairs([pair()] * count, images(1), images(2)).height for count in (1, 8, 9, 16)]
+def test_the_page_is_white_about_1400_pixels_wide_and_eight_pairs_go_to_a_row() -> None:
+    pages = [nearest_pairs([pair()] * count, images(1), images(2)) for count in (1, 8, 9, 16)]
+    heights = [page.height for page in pages]
     assert heights[0] == heights[1] < heights[2] == heights[3]
+    assert all(1350 <= page.width <= 1400 for page in pages)
+    assert {pages[2].getpixel(at) for at in ((0, 0), (pages[2].width - 1, heights[2] - 1))} == {(255, 255, 255)}
 
 
 def test_stripes_have_the_colours_of_the_two_classes() -> None:
