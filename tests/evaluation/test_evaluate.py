@@ -154,26 +154,19 @@ def run(tmp_path: Path, prior_checkpoint: Checkpoint) -> tuple[Path, Path]:
     return checkpoint, images
 
 
-def test_the_checkpoint_is_found_around_its_images(run: tuple[Path, Path]) -> None:
+def test_the_checkpoint_is_found_around_its_images_and_noted_where_it_is_gone(run: tuple[Path, Path]) -> None:
     checkpoint, images = run
     found, notes = find_checkpoint(str(images), None)
     assert found is not None
     assert Path(found).samefile(checkpoint)
     assert notes == []
-
-
-def test_images_that_say_nothing_of_a_checkpoint_are_noted(tmp_path: Path) -> None:
-    found, notes = find_checkpoint(str(tmp_path), None)
-    assert found is None
-    assert "does not say what made it" in notes[0]
-
-
-def test_a_checkpoint_that_is_gone_is_noted(run: tuple[Path, Path]) -> None:
-    checkpoint, images = run
     shutil.rmtree(checkpoint)
     found, notes = find_checkpoint(str(images), None)
     assert found is None
     assert "was not found around them" in notes[0]
+    found, notes = find_checkpoint(str(images.parent), None)
+    assert found is None
+    assert "does not say what made it" in notes[0]
 
 
 def test_another_checkpoint_than_the_images_own_is_refused(
