@@ -81,9 +81,9 @@ def test_the_alignment_loss_reaches_the_encoder_and_nothing_else() -> None:
     vae, unet = AutoencoderPhase(networks.autoencoder), DenoiserPhase(networks.denoiser, networks.projector)
     batch, draws = tiny_batch()
     pixels = batch.images.permute(0, 3, 1, 2)
-    out = vae(pixels.float() / 127.5 - 1, draws.posterior)
+    _, latents, _, _ = vae(pixels.float() / 127.5 - 1, draws.posterior)
     with frozen(unet):
-        unet.align_autoencoder(out.latents, batch.labels, extract(networks.extractor, pixels), draws).backward()
+        unet.align_autoencoder(latents, batch.labels, extract(networks.extractor, pixels), draws).backward()
     touched = {name for name, gradient in gradients(networks).items() if gradient.abs().sum() > 0}
     assert "autoencoder.vae.encoder.conv_in.weight" in touched
     assert all(name.startswith(("autoencoder.vae.encoder", "autoencoder.vae.quant_conv")) for name in touched)
