@@ -130,13 +130,10 @@ class SignalOneWorker(threading.Thread):
             time.sleep(0.05)
 
 
-def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_before_ray_starts_and_a_new_run_without_images_leaves_no_trace(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="data_root is not set"):
-        train(parse("train", ["--experiments_dir", str(tmp_path / "experiments")]))
-    assert not (tmp_path / "experiments").exists()
-
-
-def test_a_new_run_without_images_leaves_no_trace(tmp_path: Path) -> None:
+        train(parse("train", ["--experiments_dir", str(tmp_path / "runs")]))
+    assert not (tmp_path / "runs").exists()
     (tmp_path / "unmounted").mkdir()
     with pytest.raises(DataError, match="data_root"):
         train(tiny_config(tmp_path / "unmounted", tmp_path / "runs"))
