@@ -14,7 +14,6 @@ from m2d.evaluation.memorization import Pair
 from m2d.metrics.scores import LOWER_IS_BETTER
 from m2d.plots.charts import confusion_map
 from m2d.plots.style import FAINT, INK, class_colours, new_figure, png, styled
-from m2d.plots.tiles import font
 
 COMPARISONS = {
     GENERATED: "generated",
