@@ -69,16 +69,16 @@ def ask(database: str, arguments: list[str]) -> list[dict[str, Any]]:
 def report(found: list[dict[str, Any]]) -> int:
     """Print what was found; 1 where something can be done about it."""
     unknown = [package["name"] for package in found if "vulns" not in package]
-    mendable = 0
+    fixable = 0
     for package in found:
         for known in package.get("vulns", []):
             fixes = ", ".join(known["fix_versions"])
-            mendable += bool(fixes)
+            fixable += bool(fixes)
             done = f"fixed in {fixes}" if fixes else "no fix is out"
             print(f"audit: {package['name']} {package['version']}: {known['id']}, {done}")
     rest = f"; not known there: {len(unknown)} ({unknown[0]} ...)" if unknown else ""
-    print(f"audit: {len(found) - len(unknown)} packages checked, {mendable} vulnerabilities that have a fix{rest}")
-    return int(mendable > 0)
+    print(f"audit: {len(found) - len(unknown)} packages checked, {fixable} vulnerabilities that have a fix{rest}")
+    return int(fixable > 0)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil, floor
 from pathlib import Path
 
-from m2d.errors import ConfigError
+from m2d.errors import ConfigError, first_line
 from m2d.models.settings import Precision
 
 logger = logging.getLogger(__name__)
@@ -89,21 +89,17 @@ def _unseen(others: Mapping[str, str], looks: list[Look]) -> dict[str, list[str]
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(looks): node
         for node in others
     }
-    answered, silent = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
+    ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S)
     unseen = {}
-    for answer in answered:
-        node = asked[answer]
+    for answer, node in asked.items():
         try:
-            unseen[node] = ray.get(answer)
+            unseen[node] = ray.get(answer, timeout=0)
         except ray.exceptions.RayTaskError as error:
             raise _cannot_run(f"the node {others[node]}", error) from None
-        except ray.exceptions.RayError:  # it went away meanwhile; what else runs there notices by itself
-            logger.warning("the node %s went away before it reported which paths it sees", others[node])
-    for answer in silent:
-        ray.cancel(answer, force=True)
-        logger.warning(
-            "the node %s did not report within %g s which paths it sees; continuing", others[asked[answer]], ANSWER_S
-        )
+        except ray.exceptions.RayError as error:  # it went away or is slow; what else runs there notices by itself
+            ray.cancel(answer, force=True)
+            reason = first_line(error)
+            logger.warning("the node %s did not report which paths it sees (%s); continuing", others[node], reason)
     return unseen
 
 

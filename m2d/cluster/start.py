@@ -1,14 +1,10 @@
 """The only place that calls ray.init: joins the cluster that RAY_ADDRESS names or starts one here, quietly."""
 
 import atexit
-import http.client
-import json
 import logging
 import os
 import shutil
-import sys
 import tempfile
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +13,7 @@ from typing import Any
 from m2d.cluster.nodes import wait_for_nodes
 from m2d.errors import ConfigError, first_line
 from m2d.files.paths import private_folder
+from m2d.files.progress import say
 
 logger = logging.getLogger(__name__)
 DASHBOARD_S = 3.0  # in which it answers, or is not asked
@@ -89,7 +86,6 @@ def quiet(verbose: bool) -> None:
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     for name in ("ray", "ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -100,12 +96,10 @@ def _warn_if_open(dashboard: str | None) -> None:
     Also for a cluster on 127.0.0.1: Ray's GCS listens on every address of the machine whatever the node's is.
     """
     if not _sends_token() or _answers_without_token(dashboard):  # without a token we would not have been let in
-        print(
+        say(
             f"WARNING: the Ray cluster at {os.environ['RAY_ADDRESS']} asks for no token, so everybody who reaches its "
             "ports can run code as you and read your images; start its nodes with RAY_AUTH_MODE=token and a token "
-            "(docs/security.md)",
-            file=sys.stderr,
-            flush=True,
+            "(docs/security.md)"
         )
 
 
@@ -119,15 +113,17 @@ def _sends_token() -> bool:
 
 def _answers_without_token(dashboard: str | None) -> bool:
     """Whether the dashboard says that Ray asks for no token; one that cannot be asked says nothing."""
+    import requests
+
     if not dashboard:
         return False
-    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with directly.open(f"http://{dashboard}/api/authentication_mode", timeout=DASHBOARD_S) as answer:
-            found = json.loads(answer.read(1000))
-        return isinstance(found, dict) and found.get("authentication_mode") == "disabled"
-    except (OSError, ValueError, http.client.HTTPException):
-        return False
+    with requests.Session() as session:
+        session.trust_env = False  # no proxy
+        try:
+            found = session.get(f"http://{dashboard}/api/authentication_mode", timeout=DASHBOARD_S).json()
+        except (OSError, ValueError):
+            return False
+    return isinstance(found, dict) and found.get("authentication_mode") == "disabled"
 
 
 def _use_private_folder() -> None:

@@ -11,27 +11,16 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from m2d import __version__
 from m2d.cluster.nodes import device_of_actor
 from m2d.cluster.start import ray_cluster
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
 from m2d.evaluation.classifiers.compare import DownstreamResult, Trials
 from m2d.evaluation.classifiers.finetune import measure_finetuned
-from m2d.evaluation.classifiers.logistic import chosen_c, measure_consistency, measure_downstream
+from m2d.evaluation.classifiers.probe import chosen_c, measure_consistency, measure_downstream
 from m2d.evaluation.features import Extraction, ray_pays
 from m2d.evaluation.fidelity import measure_fidelity
-from m2d.evaluation.images import (
-    FeatureSet,
-    ImageSet,
-    ImageSets,
-    drawn_like,
-    lesion_counts,
-    psnr_db,
-    read_image_sets,
-    reconstructions,
-)
+from m2d.evaluation.images import FeatureSet, drawn_like, psnr_db, read_image_sets, reconstructions
 from m2d.evaluation.memorization import VIEWS, measure_memorization
 from m2d.evaluation.report.page import Evaluation, print_evaluation, typicality, write_report
 from m2d.evaluation.settings import EvaluateConfig
@@ -49,163 +38,135 @@ KEPT = "evaluation_v1/trainings"  # in the cache folder: what finished trainings
 def evaluate(config: EvaluateConfig) -> Path:
     """Answer config.parts and write evaluation.json, evaluation.html and the CSV tables. Returns their folder.
 
+    A part that cannot be computed leaves its reason in the notes, and the others are computed all the same.
     Raises ConfigError, DataError or CheckpointError, in one line, for what a user can fix.
     """
     began = time.monotonic()
     device = str(pick_device(config.device))
     config = config.in_this_place()
-    generated = config.generated or "."
-    beside = "evaluation" if "://" in generated else str(Path(generated).expanduser().absolute() / "evaluation")
+    place = config.generated or "."
+    beside = "evaluation" if "://" in place else str(Path(place).expanduser().absolute() / "evaluation")
     output = Path(result_path("output", config.output or beside)).expanduser()
-    place, notes = find_checkpoint(generated, config.checkpoint)
-    checkpoint = load_checkpoint(place, "cpu") if place else None
-    sets = read_image_sets(config, checkpoint)
-    notes += sets.notes
+    found, notes = find_checkpoint(place, config.checkpoint)
+    checkpoint = load_checkpoint(found, "cpu") if found else None
+    sets = read_image_sets(config, checkpoint, notes)
     guide = _guide(config, checkpoint, notes)
-    for name, side in (("training", sets.train), ("unseen", sets.test), ("generated", sets.generated)):
-        counts = " ".join(f"{code} {count}" for code, count in side.counts.items())
-        say(f"{name} images: {counts} ({side.source})")
-    say(f"evaluating at {sets.generated.image_size} px on {device}")
+    for name, images in zip(("training", "unseen", "generated"), sets.values()):
+        counts = " ".join(f"{code} {count}" for code, count in images.counts.items())
+        say(f"{name} images: {counts} ({images.source})")
+    train, test, generated = sets.values()
+    say(f"evaluating at {generated.image_size} px on {device}")
     # One connection for all parts. Small sets on one machine are done before Ray has started.
-    on_ray = ray_pays(config.num_actors, device, len(sets.train) + len(sets.generated))
+    on_ray = ray_pays(config.num_actors, device, len(train) + len(generated))
     with ray_cluster(verbose=config.verbose) if on_ray else nullcontext():
-        result, redrawn, typical = _answer(config, sets, checkpoint, guide, notes, device=device, on_ray=on_ray)
-        result = replace(result, seconds=round(time.monotonic() - began, 1))
-        write_report(result, output, sets, redrawn, typical)
+        extraction = Extraction(
+            cache_dir=config.cache_dir,
+            device=device,
+            batch_size=config.batch_size,
+            num_actors=config.num_actors if on_ray else 0,
+            verbose=config.verbose,
+        )
+
+        def of_sets(extractor: FeatureExtractorConfig) -> dict[str, FeatureSet]:
+            return {name: extraction.of(images, extractor) for name, images in sets.items()}
+
+        redraw = None
+        if checkpoint is not None and checkpoint.image_size == test.image_size:
+            cache_dir, batch_size = config.cache_dir, config.batch_size
+            redraw = partial(
+                reconstructions, checkpoint=checkpoint, device=device, cache_dir=cache_dir, batch_size=batch_size
+            )
+        elif checkpoint is not None:
+            notes.append(
+                f"no autoencoder floor: the checkpoint is of {checkpoint.image_size} px, the evaluation of "
+                f"{test.image_size} px"
+            )
+
+        # 1. Fidelity, by an extractor that did not guide the model and by the one that did.
+        fidelity, redrawn = [], None
+        if "fidelity" in config.part_names:
+            redrawn = redraw(test) if redraw else None
+            fidelity = [
+                measure_fidelity(
+                    **of_sets(extractor),
+                    reconstructions=extraction.of(redrawn, extractor) if redrawn else None,
+                    circular=extractor.name == checkpoint.info.feature_extractor if checkpoint else None,
+                    seed=config.seed,
+                )
+                for extractor in (config.independent_extractor, guide)
+            ]
+
+        # 2. Memorisation, in the guide's features: where a model would copy from is the space that it was shown.
+        memorization = None
+        if "memorization" in config.part_names:
+            try:
+                memorization = measure_memorization(
+                    train=extraction.of(train, guide),
+                    test=extraction.of(test, guide),
+                    generated_views=extraction.features(generated, guide, views=range(VIEWS)),
+                    generated=generated,
+                    seed=config.seed,
+                )
+            except DataError as error:
+                notes.append(f"memorisation was not measured: {error}")
+
+        # 3. Downstream, in features that did not guide the model: those it was trained towards would take its side.
+        independent = of_sets(config.independent_extractor)
+        downstream: list[DownstreamResult] = []
+        through_autoencoder = None
+        c = config.c
+        classifiers = config.classifier_names(gpu=device != "cpu") if "downstream" in config.part_names else ()
+        trials = Trials(
+            seeds=range(config.seed, config.seed + config.seeds),
+            resamples=config.bootstrap,
+            ratios=config.ratio_list,
+            seed=config.seed,
+            kept=Path(config.cache_dir).expanduser() / KEPT,
+            on_ray=on_ray,
+        )
+        if "logistic" in classifiers:
+            of_features = replace(trials, what="logistic regressions")
+            downstream.append(measure_downstream(**independent, c=c, trials=of_features))
+            c = float(downstream[0].settings["c"] or 0)  # choosing it takes minutes
+        if "finetune" in classifiers:
+            own = config.finetune
+            if on_ray and own.device is not None:  # each task has its own share of a GPU
+                own = replace(own, device=device_of_actor(own.device))
+            of_pixels = replace(trials, what="networks fine-tuned")
+            downstream.append(measure_finetuned(**sets, config=own, trials=of_pixels))
+        if "logistic" in classifiers and redraw is not None:
+            again = extraction.of(redraw(drawn_like(train, generated, config.seed)), config.independent_extractor)
+            once = replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions")
+            through_autoencoder = measure_downstream(**independent | {"generated": again}, c=c, trials=once)
+
+        # 4. Consistency.
+        consistency = None
+        if "consistency" in config.part_names:
+            c = c if c is not None else chosen_c(independent["train"], seed=config.seed)[0]
+            consistency = measure_consistency(**independent, c=c, resamples=config.bootstrap, seed=config.seed)
+
+        result = Evaluation(
+            checkpoint=checkpoint.path if checkpoint else None,
+            image_size=generated.image_size,
+            device=device,
+            images=[images.summary for images in sets.values()],
+            reconstruction_psnr_db=psnr_db(test, redrawn) if redrawn else None,
+            fidelity=fidelity,
+            memorization=memorization,
+            downstream=downstream,
+            autoencoder_downstream=through_autoencoder,
+            consistency=consistency,
+            notes=notes,
+            seed=config.seed,
+            seconds=round(time.monotonic() - began, 1),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            version=__version__,
+        )
+        typical = typicality(independent["train"], independent["generated"])
+    write_report(result, output, sets, redrawn, typical)
     print_evaluation(result)
     print(f"evaluation.html, evaluation.json and CSV tables in {output} ({result.seconds:.0f} s)")
     return output
-
-
-def _answer(
-    config: EvaluateConfig,
-    sets: ImageSets,
-    checkpoint: Checkpoint | None,
-    guide: FeatureExtractorConfig,
-    notes: list[str],
-    *,
-    device: str,
-    on_ray: bool,
-) -> tuple[Evaluation, ImageSet | None, np.ndarray]:
-    """All parts in turn; also the unseen images through the autoencoder, and each generated image's typicality.
-
-    A part that cannot be computed leaves its reason in the notes, and the others are computed all the same.
-    """
-    train, test, generated = sets.train, sets.test, sets.generated
-    parts = config.part_names
-    extraction = Extraction(
-        cache_dir=config.cache_dir,
-        device=device,
-        batch_size=config.batch_size,
-        num_actors=config.num_actors if on_ray else 0,
-        verbose=config.verbose,
-    )
-    sides = {"train": train, "test": test, "generated": generated}
-
-    def of_sides(extractor: FeatureExtractorConfig) -> dict[str, FeatureSet]:
-        return {name: extraction.of(images, extractor) for name, images in sides.items()}
-
-    redraw = None
-    if checkpoint is not None and checkpoint.image_size == test.image_size:
-        redraw = partial(
-            reconstructions,
-            checkpoint=checkpoint,
-            device=device,
-            cache_dir=config.cache_dir,
-            batch_size=config.batch_size,
-        )
-    elif checkpoint is not None:
-        notes.append(
-            f"no autoencoder floor: the checkpoint is of {checkpoint.image_size} px, the evaluation of "
-            f"{test.image_size} px"
-        )
-
-    fidelity, redrawn = [], None
-    if "fidelity" in parts:
-        redrawn = redraw(test) if redraw else None
-        fidelity = [
-            measure_fidelity(
-                **of_sides(extractor),
-                reconstructions=extraction.of(redrawn, extractor) if redrawn else None,
-                circular=extractor.name == checkpoint.info.feature_extractor if checkpoint else None,
-                seed=config.seed,
-            )
-            for extractor in (config.independent_extractor, guide)
-        ]
-
-    memorization = None
-    if "memorization" in parts:
-        try:  # in the guide's features: where a model would copy from is the space that it was shown
-            memorization = measure_memorization(
-                train=extraction.of(train, guide),
-                test=extraction.of(test, guide),
-                generated_views=extraction.features(generated, guide, views=range(VIEWS)),
-                generated=generated,
-                seed=config.seed,
-            )
-        except DataError as error:
-            notes.append(f"memorisation was not measured: {error}")
-
-    # In features that did not guide the model: those it was trained towards would take its side.
-    independent = of_sides(config.independent_extractor)
-    downstream: list[DownstreamResult] = []
-    through_autoencoder = None
-    c = config.c
-    classifiers = config.classifier_names(gpu=device != "cpu") if "downstream" in parts else ()
-    trials = Trials(
-        seeds=range(config.seed, config.seed + config.seeds),
-        resamples=config.bootstrap,
-        ratios=config.ratio_list,
-        seed=config.seed,
-        kept=Path(config.cache_dir).expanduser() / KEPT,
-        on_ray=on_ray,
-    )
-    if "logistic" in classifiers:
-        downstream.append(measure_downstream(**independent, c=c, trials=replace(trials, what="logistic regressions")))
-        c = float(downstream[0].settings["c"] or 0)  # choosing it takes minutes
-    if "finetune" in classifiers:
-        own = config.finetune
-        if on_ray and own.device is not None:  # each task has its own share of a GPU
-            own = replace(own, device=device_of_actor(own.device))
-        of_pixels = replace(trials, what="networks fine-tuned")
-        downstream.append(measure_finetuned(**sides, config=own, trials=of_pixels))
-    if "logistic" in classifiers and redraw is not None:
-        again = redraw(drawn_like(train, generated, config.seed))
-        once = replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions")
-        through_autoencoder = measure_downstream(
-            **independent | {"generated": extraction.of(again, config.independent_extractor)}, c=c, trials=once
-        )
-
-    consistency = None
-    if "consistency" in parts:
-        c = c if c is not None else chosen_c(independent["train"], seed=config.seed)[0]
-        consistency = measure_consistency(**independent, c=c, resamples=config.bootstrap, seed=config.seed)
-    result = Evaluation(
-        checkpoint=checkpoint.path if checkpoint else None,
-        image_size=generated.image_size,
-        device=device,
-        images=[
-            {
-                "name": side.name,
-                "source": side.source,
-                "images": side.counts,
-                "lesions": lesion_counts(side.labels, side.groups),
-            }
-            for side in sides.values()
-        ],
-        reconstruction_psnr_db=psnr_db(test, redrawn) if redrawn else None,
-        fidelity=fidelity,
-        memorization=memorization,
-        downstream=downstream,
-        autoencoder_downstream=through_autoencoder,
-        consistency=consistency,
-        notes=notes,
-        seed=config.seed,
-        seconds=0.0,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=__version__,
-    )
-    return result, redrawn, typicality(independent["train"], independent["generated"])
 
 
 def _guide(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[str]) -> FeatureExtractorConfig:

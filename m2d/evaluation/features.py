@@ -168,8 +168,8 @@ def official_square(image: np.ndarray, extractor: FeatureExtractor) -> np.ndarra
     """The centre square of an image at the scale of the extractor's official transform: uint8 [side, side, 3].
 
     image: uint8 [H, W, 3]. The shorter side becomes S / crop_pct (256 for 224) as PIL, and so the authors, resize
-    (antialiased bilinear). Images of all shapes then fit one batch, and the transform has only its crop left to do:
-    what the square lacks of the longer side is cropped away anyway. With crop "whole" the shorter side becomes S.
+    (antialiased bilinear); with crop "whole" it becomes S. Images of all shapes then fit one batch, and the transform
+    has only its crop left to do.
     """
     side = math.floor(extractor.input_size / (extractor.crop_pct if extractor.crop == "official" else 1))
     height, width = image.shape[:2]

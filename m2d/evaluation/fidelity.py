@@ -115,10 +115,7 @@ def measure_fidelity(
     others = {GENERATED: generated, FLOOR: train, UNSEEN: test, AUTOENCODER: reconstructions}
     comparisons = [
         _Comparison(
-            name,
-            standard,
-            (train, other),
-            halves if name == FLOOR else (np.arange(len(train)), np.arange(len(other))),
+            name, standard, (train, other), halves if name == FLOOR else (np.arange(len(train)), np.arange(len(other)))
         )
         for name, other in others.items()
         if other is not None
@@ -145,9 +142,11 @@ def measure_fidelity(
         place = list(others).index(one.name)
         # A generator for each row: a set more or a class less does not change what the others draw.
         generators = {label: np.random.default_rng([seed, place, label]) for label in (*labels, len(CLASSES))}
-        of_label = {
-            label: _class_row(one.of_class(label), label, matched[label], generators[label]) for label in labels
-        }
+        of_label = {}
+        for label in labels:
+            mine = one.of_class(label)
+            drawn = {label: min(matched[label], mine.smaller)}
+            of_label[label] = _row(mine, CLASSES[label], mine.sizes, mine.kernel(), drawn, generators[label])
         counted = [of_label[label] for label in counts]
         values = [row.kernel_distance for row in counted if row.kernel_distance is not None]
         errors = [row.kernel_distance_se for row in counted if row.kernel_distance_se is not None]
@@ -202,14 +201,25 @@ class _Comparison:
         return replace(self, rows=(reference, other))
 
     @property
+    def sizes(self) -> tuple[int, int]:
+        return len(self.rows[0]), len(self.rows[1])
+
+    @property
     def smaller(self) -> int:
         """Images of the smaller side."""
-        return min(map(len, self.rows))
+        return min(self.sizes)
 
     @property
     def lesions(self) -> int:
         """Lesions of the side that has fewer."""
         return min(len(set(one.groups[rows].tolist())) for one, rows in zip(self.sets, self.rows))
+
+    def kernel(self) -> KernelDistance | str:
+        """The kernel distance of all rows, or why there is none."""
+        if self.lesions < LEAST_GROUPS:
+            return f"{self.lesions} lesions on the side that has fewer; {LEAST_GROUPS} are needed"
+        groups = [one.groups[rows] for one, rows in zip(self.sets, self.rows)]
+        return kernel_distance(*self.standardised(), groups_a=groups[0], groups_b=groups[1])
 
     def standardised(self) -> list[np.ndarray]:
         """Features of both sides, float64 [N, D] and [M, D]; made when asked for, so that no copy is kept."""
@@ -223,16 +233,6 @@ class _Comparison:
             for side in (0, 1)
         )
         return replace(self, rows=(reference, other))
-
-
-def _class_row(comparison: _Comparison, label: int, matched: int, generator: np.random.Generator) -> FidelityRow:
-    """comparison: of that class's rows alone."""
-    kernel: KernelDistance | str = f"{comparison.lesions} lesions on the side that has fewer; {LEAST_GROUPS} are needed"
-    if comparison.lesions >= LEAST_GROUPS:
-        groups = [one.groups[rows] for one, rows in zip(comparison.sets, comparison.rows)]
-        kernel = kernel_distance(*comparison.standardised(), groups_a=groups[0], groups_b=groups[1])
-    sizes = len(comparison.rows[0]), len(comparison.rows[1])
-    return _row(comparison, CLASSES[label], sizes, kernel, {label: min(matched, comparison.smaller)}, generator)
 
 
 def _row(

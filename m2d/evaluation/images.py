@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -66,6 +67,12 @@ class ImageSet:
         """Images of each class that has some, in the order of CLASSES."""
         return class_counts(self.labels)
 
+    @property
+    def summary(self) -> dict[str, Any]:
+        """For evaluation.json."""
+        lesions = lesion_counts(self.labels, self.groups)
+        return {"name": self.name, "source": self.source, "images": self.counts, "lesions": lesions}
+
 
 @dataclass(frozen=True)
 class FeatureSet:
@@ -106,16 +113,6 @@ class Listed:
         return self.rows[column].to_pylist()
 
 
-@dataclass(frozen=True)
-class ImageSets:
-    """The three sides of an evaluation, and what was left out of them."""
-
-    train: ImageSet
-    test: ImageSet  # real, of lesions that no training image shows
-    generated: ImageSet
-    notes: list[str]  # for the report, one line each
-
-
 def class_counts(labels: np.ndarray) -> dict[str, int]:
     """Images of each class that has some, from class indices int64 [N]."""
     counted = np.bincount(labels, minlength=NUM_CLASSES)
@@ -130,15 +127,15 @@ def lesion_counts(labels: np.ndarray, groups: np.ndarray) -> dict[str, int]:
 # --- listing --------------------------------------------------------------------------------------------------------
 
 
-def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None) -> ImageSets:
-    """List, check and decode. checkpoint: the one that made the images, where it is known.
+def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[str]) -> dict[str, ImageSet]:
+    """List, check and decode: train, test (real, of lesions that no training image shows) and generated.
 
+    checkpoint: the one that made the images, where it is known. notes: gain a line for what is left out, and the like.
     Raises ConfigError or DataError in one line: a folder that cannot be used, classes that no real image has, lesions
     or images on both sides.
     """
     real, generated_root = class_folder(config.real, "real"), class_folder(config.generated, "generated")
     data = config.data or (data_config_of(checkpoint.info) if checkpoint else DataConfig())
-    notes: list[str] = []
     train, test = _real_sides(config, real, data, checkpoint, notes)
     check_apart(train, test, "real")
     generated = _generated(generated_root, data, notes)
@@ -155,8 +152,8 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None) -> Im
         filesystem, root = open_storage(generated.root)
         with filesystem.open_input_file(posixpath.join(root, generated["path"][0])) as file:
             size = min(probe_image(file.read(), max_pixels=data.max_pixels))
-    sides = (_decode(side, size, config.cache_dir, data.max_pixels, notes) for side in (train, test, generated))
-    return ImageSets(next(sides), next(sides), next(sides), notes)
+    sides = (train, test, generated)
+    return {side.name: _decode(side, size, config.cache_dir, data.max_pixels, notes) for side in sides}
 
 
 def class_folder(folder: str | None, setting: str) -> str:

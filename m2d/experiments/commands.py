@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
@@ -458,7 +459,7 @@ def _plan(removals: Sequence[Removal], config: CleanConfig) -> Table:
             text.append(f", started {removal.record.started:%Y-%m-%d %H:%M}", "not bold default")
             generated = 0 if config.caches else removal.record.files.size("generated_images")
             text.append(f", {size_text(generated)} of generated images" if generated else "", "yellow")
-        rows.append((removal.label, size_text(removal.size), text))
+        rows.append((Text(removal.label), size_text(removal.size), text))
     rows.append((Text("in all", "bold"), Text(size_text(_total(removals)), "bold"), Text()))
     titles = ["would remove" if config.dry_run else "to remove", "frees", "what it is"]
     return _table(titles, rows, right=["frees"])
@@ -472,11 +473,9 @@ def _agreed(console: Console, removals: Sequence[Removal], config: CleanConfig) 
     one, many = ("cache", "caches") if config.caches else ("directory", "directories")
     question = f"Remove {len(removals)} {one if len(removals) == 1 else many}, {size_text(_total(removals))}? [y/N] "
     console.print(question, end="", markup=False)
-    try:
+    with suppress(EOFError):
         if input().strip().lower() in ("y", "yes"):
             return True
-    except EOFError:
-        pass
     console.print("nothing was removed")
     return False
 

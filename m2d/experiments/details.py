@@ -90,8 +90,11 @@ def next_step(record: Record, all_records: Sequence[Record]) -> tuple[str, str |
     """(what to do in one sentence, the command for it or None). all_records: of the same root, oldest first."""
     generate, command = generate_command(record), resume_command(record)
     if record.state == "running":
-        left = record.seconds_left
-        return "it is training" + (f"; about {duration_text(left)} left" if left is not None else ""), None
+        speed, left = record.last.get("images_per_s"), ""
+        if record.images_a_step and record.total_steps and is_finite(speed) and speed:
+            seconds = (record.total_steps - record.steps_done) * record.images_a_step / speed
+            left = f"; about {duration_text(seconds)} left"
+        return f"it is training{left}", None
     if record.state == "unknown":
         return "its record says running; if it is not, its command continues it", command
     if record.state == "broken":

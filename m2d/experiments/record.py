@@ -186,14 +186,6 @@ class Record:
             ended = datetime.fromisoformat(str(self.info.get("finished"))).timestamp()
         return max(ended - self.started.timestamp(), 0.0) if is_finite(ended) else None
 
-    @property
-    def seconds_left(self) -> float | None:
-        """Seconds to the run's last step at its last speed; None where that is not known."""
-        speed = self.last.get("images_per_s")
-        if self.images_a_step is None or self.total_steps is None or not is_finite(speed) or not speed:
-            return None
-        return (self.total_steps - self.steps_done) * self.images_a_step / speed
-
 
 def read_record(experiment: Experiment, *, held: bool = False) -> Record:
     """Read an experiment's files. held: this process holds its lock, so no other trains in it.

@@ -54,11 +54,9 @@ def resampled_weights(truth: np.ndarray, lesions: np.ndarray, *, resamples: int,
     """How often each of N test images is in each bootstrap sample, int32 [resamples, N].
 
     truth: int64 [N], classes. lesions: [N], equal values are one lesion.
-    Drawn with replacement are whole lesions, for the photographs of one lesion succeed or fail together: drawing images
-    would count them as independent and give too narrow an interval (a cluster bootstrap: Davison and Hinkley,
-    "Bootstrap Methods and their Application", 1997, section 3.8). They are drawn within each class, as many as it
-    has, so that a rare class never vanishes from a resample: the interval is one for test sets with this mix of
-    classes. The classifier stays as it is, so what another training set would change is not in the interval.
+    Whole lesions are drawn with replacement, for their photographs succeed or fail together (a cluster bootstrap:
+    Davison and Hinkley, "Bootstrap Methods and their Application", 1997, section 3.8); within each class, as many as it
+    has, so that a rare class never vanishes. The classifier stays as it is: another training set is not in it.
     """
     generator = np.random.default_rng(seed)
     weights = np.zeros((resamples, len(truth)), dtype=np.int32)
@@ -87,9 +85,9 @@ def resampled_confusions(
 def resampled_seeds(seeds: int, *, resamples: int, seed: int) -> np.ndarray:
     """Which of the training seeds each bootstrap sample averages over, int64 [resamples, max(seeds - 1, 1)].
 
-    Drawn with replacement, one fewer than there are: the mean of seeds - 1 draws varies as much as the mean of all
-    seeds truly does, whereas seeds draws would vary too little by (seeds - 1) / seeds, a third less for three seeds
-    (Rao and Wu, "Resampling inference with complex survey data", JASA 1988, section 2).
+    Drawn with replacement, one fewer than there are: their mean varies as much as the mean of all seeds truly does,
+    whereas that of as many draws would vary too little by (seeds - 1) / seeds (Rao and Wu, "Resampling inference with
+    complex survey data", JASA 1988, section 2).
     """
     generator = np.random.default_rng([seed, seeds])
     return generator.integers(seeds, size=(resamples, max(seeds - 1, 1)))

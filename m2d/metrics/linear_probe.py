@@ -40,10 +40,8 @@ class LinearProbe:
         """Fit on features [N, D] and labels int64 [N], of at least two classes.
 
         c: inverse strength of the squared L2 penalty against the summed cross-entropy, in which every class weighs the
-        same (class_weight "balanced"). PanDerm's authors penalise the norm instead of its square, with C = D K / 100;
-        that number means nothing here.
-        weights: [N], of each image's cross-entropy, in place of the balanced ones. standardised_by: [M, D], whose mean
-        and deviation are taken in place of those of `features`.
+        same. PanDerm's authors penalise the norm instead, with C = D K / 100; that number means nothing here.
+        weights: [N], of each image, in place of the balanced ones. standardised_by: [M, D], in place of `features`.
         """
         reference = features if standardised_by is None else standardised_by
         standardizer = Standardizer.of(reference, one_where_constant, dtype=features.dtype)

@@ -94,9 +94,9 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest rows of the bank to each query: distances float64 [B, k] ascending, and their rows int64 [B, k].
 
-    queries [B, D], bank [n, D]: float32, as `unit_rows` makes them. Distance: |a - b|^2 / 2, which is 1 - cos(a, b), in
-    [0, 2]; taken again in float64 for the rows found, as 1 - cos in float32 is too coarse for copies. query_groups [B],
-    bank_groups [n]: pairs of one group do not count. Where fewer than k rows are left: distance inf, row -1.
+    queries [B, D], bank [n, D]: float32, as `unit_rows` makes them. Distance: |a - b|^2 / 2 = 1 - cos(a, b), in float64
+    for the rows found, as float32 is too coarse for copies. query_groups [B], bank_groups [n]: pairs of one group do
+    not count. Where fewer than k rows are left: distance inf, row -1.
     """
     distances = torch.full((len(queries), k), torch.inf, dtype=torch.float64, device=queries.device)
     rows = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
@@ -161,9 +161,8 @@ def calibration_distances(
 ) -> np.ndarray:
     """Distances of training images to the nearest one of another lesion, float64 [at most `most`]: what chance gives.
 
-    views(rows): those images in each view, see `nearest_in_views`. bank [n, D], lesions int64 [n]: of all. Where there
-    are more than `most`, so many are drawn by the seed. Images of one lesion are never held against each other;
-    where there is no other lesion the distance is inf.
+    views(rows): those images in each view, see `nearest_in_views`. bank [n, D], lesions int64 [n]: of all. Of more than
+    `most`, so many are drawn by the seed. Where there is no other lesion the distance is inf.
     """
     drawn = drawn_rows(len(bank), most, seed)
     groups = lesions[torch.from_numpy(drawn).to(lesions.device)]

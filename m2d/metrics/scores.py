@@ -35,14 +35,11 @@ def confusion_matrix(truth: np.ndarray, predicted: np.ndarray, num_classes: int)
 def scores(confusion: np.ndarray) -> Scores:
     """Scores over the classes that have images: a class without any has no recall, and is left out of every mean.
 
-    confusion: [R..., K, K] (see confusion_matrix). The classes with images must be the same in every resample, as a
-    stratified bootstrap leaves them. A prediction of a class without images counts against the true one, as in
-    scikit-learn's f1_score(labels=classes with images, average="macro").
+    confusion: [R..., K, K] (see confusion_matrix), of the same classes with images in every resample. A prediction of a
+    class without images counts against the true one, as in scikit-learn's f1_score(labels=those with, average="macro").
     """
     of_class = confusion.sum(axis=-1)  # [R..., K]
     present = np.flatnonzero(of_class.reshape(-1, of_class.shape[-1]).min(axis=0))
-    if not len(present):
-        raise ValueError("the confusion matrix has no class with images in every resample")
     hits = np.diagonal(confusion, axis1=-2, axis2=-1)
     called = confusion.sum(axis=-2)
     recall = hits[..., present] / of_class[..., present]
@@ -107,9 +104,8 @@ def average_precision(score: np.ndarray, positive: np.ndarray, weights: np.ndarr
 def calibration_error(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Expected calibration error float64 [R]: sum over bins of share |accuracy - confidence|.
 
-    15 equal-width bins of the top probability (Guo et al., arXiv 1706.04599, eq. 3). A bin holds its lower edge, the
-    last one also its upper. torchmetrics gives a probability of exactly 1 a bin of its own; otherwise this is its
-    MulticlassCalibrationError(n_bins=15, norm="l1").
+    15 equal-width bins of the top probability (Guo et al., arXiv 1706.04599, eq. 3); the last one holds 1 too, which
+    torchmetrics gives a bin of its own; otherwise this is its MulticlassCalibrationError(n_bins=15, norm="l1").
     """
     confidence = probabilities.max(axis=1)
     right = probabilities.argmax(axis=1) == truth

@@ -7,11 +7,9 @@ are applied by the step.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from m2d.classes import NUM_CLASSES
@@ -81,16 +79,6 @@ def psnr(reconstructed: Tensor, images: Tensor) -> Tensor:
     return -10.0 * torch.log10(error.square().flatten(1).mean(dim=1).clamp(min=1e-12))
 
 
-@dataclass(frozen=True)
-class Autoencoded:
-    """A pass through the VAE, its graph cut at the latents: decoder and encoder take their backward passes apart."""
-
-    kl: Tensor  # 0-dim
-    latents: Tensor  # [B, C, h, w], the encoder's
-    decoder_input: Tensor  # the same numbers, a leaf: gathers the gradient that the latents get from all of their uses
-    reconstructed: Tensor  # float32 [B, 3, H, W]
-
-
 class AutoencoderPhase(nn.Module):
     """Encode, sample, decode."""
 
@@ -98,23 +86,17 @@ class AutoencoderPhase(nn.Module):
         super().__init__()
         self.autoencoder = autoencoder
 
-    def forward(self, images: Tensor, posterior_noise: Tensor) -> Autoencoded:
-        """images: float [B, 3, H, W] in [-1, 1]. posterior_noise: standard normal [B, C, h, w]."""
+    def forward(self, images: Tensor, posterior_noise: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(kl, latents, the decoder's input, reconstructions float32 [B, 3, H, W]) of images float [B, 3, H, W].
+
+        The graph is cut at the latents [B, C, h, w], so that decoder and encoder take their backward passes apart: the
+        decoder's input is a leaf of the same numbers, which gathers the gradient from all of their uses.
+        """
         posterior = self.autoencoder.encode(images)
-        latents = sample(posterior, posterior_noise)
+        latents = posterior.mean.float() + posterior.std.float() * posterior_noise
         decoder_input = latents.detach().requires_grad_()
-        return Autoencoded(
-            kl=kl_loss(posterior.mean, posterior.logvar),
-            latents=latents,
-            decoder_input=decoder_input,
-            reconstructed=self.autoencoder.decode(decoder_input).float(),
-        )
-
-
-def sample(posterior: DiagonalGaussianDistribution, noise: Tensor) -> Tensor:
-    """Latents of a posterior, float32 [B, C, h, w]; noise: standard normal, the same shape."""
-    latents: Tensor = posterior.mean.float() + posterior.std.float() * noise
-    return latents
+        reconstructed = self.autoencoder.decode(decoder_input).float()
+        return kl_loss(posterior.mean, posterior.logvar), latents, decoder_input, reconstructed
 
 
 class DenoiserPhase(nn.Module):

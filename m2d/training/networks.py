@@ -24,14 +24,9 @@ NetworkT = TypeVar("NetworkT", bound=nn.Module)
 CHUNK = 2**24  # numbers that are averaged at once, 64 MiB
 
 
-def distributed() -> bool:
-    """Whether more than one worker trains."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum over all workers, in place."""
-    if distributed():
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
 

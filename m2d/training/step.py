@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,10 +29,9 @@ from m2d.training.losses import (
     discriminator_loss,
     frozen,
     reconstruction_loss,
-    sample,
 )
 from m2d.training.measure import GradientStatistics, add_up, count_flops, gradient_statistics
-from m2d.training.networks import Ema, Networks, distributed
+from m2d.training.networks import Ema, Networks, all_reduce_sum
 from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig, TrainConfig
 
 BatchT = TypeVar("BatchT", ImageBatch, LatentBatch)
@@ -130,16 +128,15 @@ def guarded_update(
         norm = torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip_norm)
         norms.append(norm)
         finite = finite & torch.isfinite(norm)
-    rejected = (~finite).float()
-    if distributed():
-        dist.all_reduce(rejected, op=dist.ReduceOp.MAX)  # a loss can be non-finite on one worker alone
+    # A loss can be non-finite on one worker alone.
+    rejected = all_reduce_sum((~finite).float()).clamp(max=1).reshape(())
     for optimizer in optimizers:
-        optimizer.grad_scale, optimizer.found_inf = None, rejected.reshape(())
+        optimizer.grad_scale, optimizer.found_inf = None, rejected
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if scaler.is_enabled():
         scaler.update()
-    return rejected.reshape(()) == 0, norms
+    return rejected == 0, norms
 
 
 class BaseStep(Generic[BatchT]):
@@ -421,20 +418,21 @@ class JointStep(BaseStep[ImageBatch]):
         features = None if step < config.vae_warmup_steps else self._features(batch, pixels)
         if not config.trains_autoencoder(step):
             with torch.no_grad(), self.autocast():
-                return sample(self.networks.autoencoder.encode(images), draws.posterior), features
+                posterior = self.networks.autoencoder.encode(images)
+                return posterior.mean.float() + posterior.std.float() * draws.posterior, features
         with self.autocast():
-            vae = self._autoencoder(images, draws.posterior)
-        losses.add({"kl": vae.kl, **self._decoder_backward(images, vae.reconstructed, step, parts)})
+            kl, latents, decoder_input, reconstructed = self._autoencoder(images, draws.posterior)
+        losses.add({"kl": kl, **self._decoder_backward(images, reconstructed, step, parts)})
         if features is not None and weights.alignment_vae > 0 and config.aligns(step):
-            latents, labels = vae.decoder_input, batch.labels.to(self.device, non_blocking=True)
+            labels = batch.labels.to(self.device, non_blocking=True)
             with frozen(self.denoiser_phase):
                 with self.autocast():
-                    alignment = self.denoiser_phase.align_autoencoder(latents, labels, features, draws)
+                    alignment = self.denoiser_phase.align_autoencoder(decoder_input, labels, features, draws)
                 self._backward(weights.alignment_vae * alignment, parts)
             losses.add({"alignment_vae": alignment})
-        divergence = self.scaler.scale(weights.kl * vae.kl / parts)
-        torch.autograd.backward([vae.latents, divergence], [vae.decoder_input.grad, None])
-        return vae.latents.detach(), features
+        divergence = self.scaler.scale(weights.kl * kl / parts)
+        torch.autograd.backward([latents, divergence], [decoder_input.grad, None])
+        return latents.detach(), features
 
     def _features(self, batch: ImageBatch, pixels: Tensor) -> Features:
         if batch.features is not None:
@@ -473,7 +471,7 @@ class DecoderStep(BaseStep[ImageBatch]):
         for batch, draws in self._in_turn(micro_batches, self._autoencoder, self._discriminator):
             images = model_images(self._pixels(batch))
             with self.autocast():
-                reconstructed = self._autoencoder(images, draws.posterior).reconstructed
+                *_, reconstructed = self._autoencoder(images, draws.posterior)
             losses.add(self._decoder_backward(images, reconstructed, step, losses.parts))
         return losses.values
 

@@ -71,7 +71,7 @@ class SweepSettings:
     space: dict[str, str] = field(default_factory=DEFAULT_SPACE.copy)  # setting: loguniform(a, b), uniform, choice(...)
     reports: int = 10  # times that a trial is judged, evenly over max_steps; without max_steps, after every epoch
     grace_reports: int = 2  # asha: reports before a trial may be stopped
-    reduction_factor: float = 3.0  # asha: one of so many goes on at each rung
+    reduction_factor: float = 3.0  # asha: one of so many continues at each rung
     samples: int = 70  # generated images that a trial is judged by each time
     reconstruction_weight: float = 10.0  # objective = kernel distance + this * reconstruction error in [0, 1]
     max_concurrent: int | None = None  # trials at the same time; None: as many as the cluster can hold
@@ -99,9 +99,9 @@ class SweepConfig(TrainConfig):
     """A sweep: every setting of a training run, which its trials share, and what is searched."""
 
     name: str = "sweep"  # of the sweep; its directory is experiments_dir/sweeps/NAME
-    num_trials: int = 12  # trials of the whole sweep; more when resumed: it goes on with so many; a grid has its own
+    num_trials: int = 12  # trials of the whole sweep; more when resumed: so many in all; a grid has its own
     search: Literal["random", "grid", "optuna"] = "random"  # optuna: its TPE sampler
-    resume: bool = False  # go on with the sweep of this name, or say that there is none to go on with
+    resume: bool = False  # resume the sweep of this name, or say that there is none to resume
     sweep: SweepSettings = field(default_factory=SweepSettings)
 
     def __post_init__(self) -> None:

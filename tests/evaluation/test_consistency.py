@@ -7,7 +7,7 @@ import pytest
 from tiny_sets import clouds
 
 from m2d.classes import class_index
-from m2d.evaluation.classifiers.logistic import ConsistencyResult, measure_consistency
+from m2d.evaluation.classifiers.probe import ConsistencyResult, measure_consistency
 from m2d.evaluation.images import FeatureSet
 
 BKL, MEL, NV = (class_index(code) for code in ("BKL", "MEL", "NV"))

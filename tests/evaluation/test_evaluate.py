@@ -101,7 +101,7 @@ def test_a_second_run_extracts_and_trains_nothing(
         raise AssertionError("done again")
 
     monkeypatch.setattr("m2d.data.features.load_feature_extractor", refuse)
-    monkeypatch.setattr("m2d.evaluation.classifiers.logistic.ProbeClassifier.predict", refuse)
+    monkeypatch.setattr("m2d.evaluation.classifiers.probe.ProbeClassifier.predict", refuse)
     evaluate(parse("evaluate", asked))
     second = json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))
     assert second["downstream"] == first["downstream"]
@@ -154,26 +154,19 @@ def run(tmp_path: Path, prior_checkpoint: Checkpoint) -> tuple[Path, Path]:
     return checkpoint, images
 
 
-def test_the_checkpoint_is_found_around_its_images(run: tuple[Path, Path]) -> None:
+def test_the_checkpoint_is_found_around_its_images_and_noted_where_it_is_gone(run: tuple[Path, Path]) -> None:
     checkpoint, images = run
     found, notes = find_checkpoint(str(images), None)
     assert found is not None
     assert Path(found).samefile(checkpoint)
     assert notes == []
-
-
-def test_images_that_say_nothing_of_a_checkpoint_are_noted(tmp_path: Path) -> None:
-    found, notes = find_checkpoint(str(tmp_path), None)
-    assert found is None
-    assert "does not say what made it" in notes[0]
-
-
-def test_a_checkpoint_that_is_gone_is_noted(run: tuple[Path, Path]) -> None:
-    checkpoint, images = run
     shutil.rmtree(checkpoint)
     found, notes = find_checkpoint(str(images), None)
     assert found is None
     assert "was not found around them" in notes[0]
+    found, notes = find_checkpoint(str(images.parent), None)
+    assert found is None
+    assert "does not say what made it" in notes[0]
 
 
 def test_another_checkpoint_than_the_images_own_is_refused(

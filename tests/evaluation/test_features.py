@@ -58,18 +58,6 @@ def test_vectors_are_the_extractors_own_of_each_view(images: ImageSet, tmp_path:
     assert np.array_equal(plain[0], plain[6])
 
 
-def test_a_second_extraction_loads_no_network(
-    images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = at(tmp_path).features(images, CONFIG)[0]
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("the extractor was loaded although nothing is missing")
-
-    monkeypatch.setattr(store, "load_feature_extractor", refuse)
-    assert np.array_equal(at(tmp_path).features(images, CONFIG)[0], first)
-
-
 def test_a_torn_file_alone_is_made_again(images: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "SHARD_IMAGES", 2)
     first = at(tmp_path).features(images, CONFIG)[0]

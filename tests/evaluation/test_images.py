@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -39,32 +40,34 @@ def generated(tmp_path: Path) -> Path:
     return folder
 
 
-def config(tmp_path: Path, real: Path, generated: Path, **more: Any) -> EvaluateConfig:
-    return EvaluateConfig(real=str(real), generated=str(generated), cache_dir=str(tmp_path / "cache"), **more)
+def read(
+    tmp_path: Path, real: Path, generated: Path, checkpoint: Checkpoint | None = None, **more: Any
+) -> SimpleNamespace:
+    """train, test, generated and notes."""
+    config = EvaluateConfig(real=str(real), generated=str(generated), cache_dir=str(tmp_path / "cache"), **more)
+    notes: list[str] = []
+    return SimpleNamespace(**read_image_sets(config, checkpoint, notes), notes=notes)
 
 
 def test_the_real_images_are_split_by_lesion_and_all_are_of_the_generated_size(
     tmp_path: Path, real: Path, generated: Path
 ) -> None:
-    sets = read_image_sets(config(tmp_path, real, generated), None)
+    (generated / "MEL" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    sets = read(tmp_path, real, generated)
     assert {sets.train.image_size, sets.test.image_size, sets.generated.image_size} == {24}
     assert not set(sets.train.groups) & set(sets.test.groups)
     assert sets.train.counts == {"DF": 8, "MEL": 8, "NV": 16}
     assert sets.test.counts == {"DF": 1, "MEL": 1, "NV": 2}
+    assert sets.generated.counts == {"DF": 2, "MEL": 1}, "a generator that repeats itself is seen to"
+    for part in ("1 generated images are exact repeats", "no generated image of NV", "left out MEL/broken.png"):
+        assert any(part in note for note in sets.notes), part
 
 
 def test_pixels_are_the_files_own_in_the_sets_order(tmp_path: Path, real: Path, generated: Path) -> None:
-    sets = read_image_sets(config(tmp_path, real, generated, image_size=16), None)
+    sets = read(tmp_path, real, generated, image_size=16)
     for row in (0, len(sets.train) - 1):
         encoded = Path(sets.train.paths[row]).read_bytes()
         assert np.array_equal(sets.train.pixels[row], decode_resized(encoded, 16, max_pixels=10**6))
-
-
-def test_a_generator_that_repeats_itself_is_seen_to(tmp_path: Path, real: Path, generated: Path) -> None:
-    sets = read_image_sets(config(tmp_path, real, generated), None)
-    assert sets.generated.counts == {"DF": 2, "MEL": 1}
-    assert any("1 generated images are exact repeats" in note for note in sets.notes)
-    assert any("no generated image of NV" in note for note in sets.notes)
 
 
 def test_training_images_from_a_folder_of_their_own_leave_all_of_real_unseen(
@@ -74,38 +77,28 @@ def test_training_images_from_a_folder_of_their_own_leave_all_of_real_unseen(
     (other / "MEL").mkdir(parents=True)
     for number in range(3):
         Image.fromarray(np.full((30, 30, 3), 40 * number, np.uint8)).save(other / "MEL" / f"x{number}.png")
-    sets = read_image_sets(config(tmp_path, other, generated, train=str(real)), None)
+    sets = read(tmp_path, other, generated, train=str(real))
     assert (len(sets.train), sets.test.counts) == (40, {"MEL": 3})
 
 
-def test_an_image_on_both_sides_is_refused_with_its_name(tmp_path: Path, real: Path, generated: Path) -> None:
-    copy = tmp_path / "copy"
-    (copy / "NV").mkdir(parents=True)
-    shutil.copy(real / "NV" / "NV_0.png", copy / "NV" / "renamed.png")
+def test_a_lesion_or_an_image_on_both_sides_is_refused_with_its_name(
+    tmp_path: Path, real: Path, generated: Path
+) -> None:
+    copy = tmp_path / "copy" / "NV"
+    copy.mkdir(parents=True)
+    shutil.copy(real / "NV" / "NV_0.png", copy / "renamed.png")
     with pytest.raises(DataError, match=r"1 image of the test images .* is among the training images") as caught:
-        read_image_sets(config(tmp_path, copy, generated, train=str(real)), None)
+        read(tmp_path, copy.parent, generated, train=str(real))
     assert "\n" not in str(caught.value)
-
-
-def test_a_lesion_on_both_sides_is_refused_with_its_name(tmp_path: Path, real: Path, generated: Path) -> None:
-    copy = tmp_path / "copy"
-    (copy / "NV").mkdir(parents=True)
-    Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(copy / "NV" / "NV_3.png")  # of the lesion NV_3, by its name
+    Image.fromarray(np.zeros((30, 30, 3), np.uint8)).save(copy / "NV_3.png")  # of the lesion NV_3, by its name
     with pytest.raises(DataError, match=r"1 lesion of the test images .*: NV_3; leave them out"):
-        read_image_sets(config(tmp_path, copy, generated, train=str(real)), None)
+        read(tmp_path, copy.parent, generated, train=str(real))
 
 
 def test_a_generated_class_that_no_real_image_has_is_refused(tmp_path: Path, real: Path, generated: Path) -> None:
     shutil.copytree(generated / "DF", generated / "VASC")
     with pytest.raises(DataError, match="images of VASC, the real training images are of DF MEL NV"):
-        read_image_sets(config(tmp_path, real, generated), None)
-
-
-def test_unreadable_files_are_left_out_and_named(tmp_path: Path, real: Path, generated: Path) -> None:
-    (generated / "MEL" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    sets = read_image_sets(config(tmp_path, real, generated), None)
-    assert sets.generated.counts == {"DF": 2, "MEL": 1}
-    assert any("left out MEL/broken.png" in note for note in sets.notes)
+        read(tmp_path, real, generated)
 
 
 def test_a_file_gone_since_the_scan_is_left_out_and_named(
@@ -121,7 +114,7 @@ def test_a_file_gone_since_the_scan_is_left_out_and_named(
     (real / gone).unlink()
     info = replace(prior_checkpoint.info, config={"data_root": str(real)})
     checkpoint = replace(prior_checkpoint, path=str(experiment / "checkpoints" / "best"), info=info)
-    sets = read_image_sets(config(tmp_path, real, generated), checkpoint)
+    sets = read(tmp_path, real, generated, checkpoint=checkpoint)
     assert len(sets.train) == 31
     assert any(f"{gone}: is not there" in note for note in sets.notes)
     assert any("the checkpoint's own" in note for note in sets.notes)
@@ -141,26 +134,26 @@ def test_a_generated_folder_that_is_none_is_one_line(
     if content:
         (folder / content).mkdir(parents=True)
     with pytest.raises((DataError, ConfigError), match=message) as caught:
-        read_image_sets(config(tmp_path, real, folder), None)
+        read(tmp_path, real, folder)
     assert "\n" not in str(caught.value)
 
 
 def test_what_was_decoded_once_is_not_decoded_again(
     tmp_path: Path, real: Path, generated: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = read_image_sets(config(tmp_path, real, generated), None)
+    first = read(tmp_path, real, generated)
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("decoded again")
 
     monkeypatch.setattr("m2d.evaluation.images.decode_resized", refuse)
-    second = read_image_sets(config(tmp_path, real, generated), None)
+    second = read(tmp_path, real, generated)
     assert np.array_equal(first.train.pixels, second.train.pixels)
     assert json.dumps(first.notes) == json.dumps(second.notes)
 
 
 def test_pixels_are_kept_once_by_content(tmp_path: Path, real: Path, generated: Path) -> None:
-    test = read_image_sets(config(tmp_path, real, generated), None).test
+    test = read(tmp_path, real, generated).test
     for _ in range(2):
         again = with_pixels(test, name="x", source="y", pixels=np.array(test.pixels), cache_dir=str(tmp_path / "new"))
     assert len(list((tmp_path / "new" / PIXELS).iterdir())) == 1

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+import tiny_sets
 from PIL import Image, ImageFilter
 from scipy.stats import binomtest
 
-from m2d.classes import CLASSES, class_index
+from m2d.classes import DIAGNOSES, class_index
+from m2d.data.features import extract_view
 from m2d.data.views import apply_view
 from m2d.errors import DataError
 from m2d.evaluation.images import FeatureSet, ImageSet
-from m2d.evaluation.memorization import Limits, MemorizationResult, measure_memorization
+from m2d.evaluation.memorization import Limits, MemorizationResult, Pair, measure_memorization
+from m2d.evaluation.report.plots import nearest_pairs
 from m2d.models.extractors import load_feature_extractor
 
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
@@ -37,10 +39,7 @@ def stand_in(pixels: np.ndarray) -> np.ndarray:
 
 
 def image_set(name: str, pixels: np.ndarray, labels: np.ndarray, lesions: list[str] | None = None) -> ImageSet:
-    count = len(pixels)
-    names = tuple(f"{name}_{number}.png" for number in range(count))
-    groups = np.array(lesions if lesions is not None else [f"lesion of {file}" for file in names], dtype=object)
-    return ImageSet(name, "painted", names, names, labels.astype(np.int64), groups, pixels)
+    return tiny_sets.image_set(labels, name, lesions, pixels)
 
 
 def feature_set(name: str, pixels: np.ndarray, labels: np.ndarray, lesions: list[str] | None = None) -> FeatureSet:
@@ -106,13 +105,15 @@ COPIES: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("change", COPIES.values(), ids=COPIES)
-def test_a_planted_copy_is_found_before_all_new_images(change: Change) -> None:
+def test_a_planted_copy_is_found_before_all_new_images_in_the_view_that_turns_it_back(change: Change) -> None:
     pixels = textures(20, seed=3)
     pixels[7] = change(TRAIN.images.pixels[42])
     result = measured(pixels)
+    worst = result.worst[0]
     assert 7 in result.near_copies
-    assert (result.worst[0].generated_row, result.worst[0].train_row) == (7, 42)
-    assert result.worst[0].near_copy
+    assert (worst.generated_row, worst.train_row, worst.near_copy) == (7, 42, True)
+    assert np.abs(apply_view(pixels[7], worst.view).astype(int) - TRAIN.images.pixels[42]).mean() < 12
+    assert worst.distances["thumbnails"] < 0.02
 
 
 def test_few_new_images_are_listed_beside_a_planted_copy() -> None:
@@ -123,15 +124,6 @@ def test_few_new_images_are_listed_beside_a_planted_copy() -> None:
     listed = measured(pixels, train=train).near_copies
     assert 7 in listed
     assert len(listed) <= 1 + 400 * 12 / 481
-
-
-@pytest.mark.parametrize("change", COPIES.values(), ids=COPIES)
-def test_the_view_found_turns_the_copy_back(change: Change) -> None:
-    original = TRAIN.images.pixels[42]
-    worst = measured(np.stack([change(original)])).worst[0]
-    back = apply_view(change(original), worst.view).astype(int)
-    assert np.abs(back - original).mean() < 12
-    assert worst.distances["thumbnails"] < 0.02
 
 
 def test_an_exact_copy_in_another_view_is_at_distance_zero_in_both_spaces() -> None:
@@ -338,39 +330,25 @@ def test_a_class_without_unseen_images_keeps_its_share_and_is_not_compared() -> 
     assert result.near_copies == [5, 6, 7, 8, 9]
 
 
-def refused(words: str, **changed: FeatureSet | np.ndarray) -> None:
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        ("of 1 lesions, too few", {"train": feature_set("train", textures(12, 1), two_classes(12), ["same"] * 12)}),
+        ("has 5 images of 5 lesions, too few", {"train": feature_set("train", textures(5, 1), two_classes(5))}),
+        ("generated has MEL NV, test has DF", {"test": feature_set("test", textures(4, 2), np.full(4, DF))}),
+    ],
+)
+def test_sets_that_show_nothing_are_refused_in_one_line(words: str, changed: dict[str, FeatureSet]) -> None:
     with pytest.raises(DataError, match=words) as refusal:
-        measured(changed.pop("pixels", TEST.images.pixels[:3]), **changed)  # type: ignore[arg-type]
-    assert str(refusal.value).startswith("memorization: ")
+        measured(TEST.images.pixels[:3], **changed)
     assert "\n" not in str(refusal.value)
-
-
-def test_a_single_training_lesion_is_refused_in_one_line() -> None:
-    refused("of 1 lesions, too few", train=feature_set("train", textures(12, seed=1), two_classes(12), ["same"] * 12))
-
-
-def test_too_few_training_images_are_refused_in_one_line() -> None:
-    refused("has 5 images of 5 lesions, too few", train=feature_set("train", textures(5, seed=1), two_classes(5)))
-
-
-def test_classes_that_never_meet_are_refused_in_one_line() -> None:
-    refused(
-        "generated has MEL NV, test has DF",
-        test=feature_set("test", textures(4, seed=2), np.full(4, class_index("DF"))),
-    )
-
-
-# --- the result -----------------------------------------------------------------------------------------------------
 
 
 def test_the_worst_pairs_are_the_nearest_in_order_and_name_their_files() -> None:
     pixels = textures(10, seed=3)
     pixels[4], pixels[8] = redrawn(TRAIN.images.pixels[3]), TRAIN.images.pixels[6]
     worst = measured(pixels, worst=3).worst
-    assert [(pair.generated_path, pair.train_path) for pair in worst[:2]] == [
-        ("generated_8.png", "train_6.png"),
-        ("generated_4.png", "train_3.png"),
-    ]
+    assert [(pair.generated_path, pair.train_path) for pair in worst[:2]] == [("8.png", "6.png"), ("4.png", "3.png")]
     assert len(worst) == 3
     assert worst[0].share_of_limit < worst[1].share_of_limit <= 1 < worst[2].share_of_limit
     assert (worst[1].generated_class, worst[1].train_class) == ("NV", "MEL")
@@ -382,6 +360,77 @@ def test_the_same_seed_draws_the_same_calibration() -> None:
     assert first.spaces["features"].calibration_images == 90
 
 
+# --- the page of nearest pairs --------------------------------------------------------------------------------------
+
+
+RED = (0xB0, 0x00, 0x20)
+
+
+def picture_set(seed: int, size: int = 64) -> ImageSet:
+    pixels = np.random.default_rng(seed).integers(0, 256, (3, size, size, 3), dtype=np.uint8)
+    return image_set("any", pixels, np.full(3, MEL))
+
+
+def pair(view: int = 0, share: float = 0.5) -> Pair:
+    return Pair(
+        generated_row=1,
+        train_row=2,
+        generated_path="g.png",
+        train_path="t.png",
+        generated_class="MEL",
+        train_class="VASC",
+        view=view,
+        found_by="thumbnails",
+        distances={"features": 0.1234, "thumbnails": 0.00042},
+        share_of_limit=share,
+    )
+
+
+def holds(page: np.ndarray, tile: np.ndarray) -> bool:
+    """Whether the tile stands anywhere on the page, pixel for pixel."""
+    corners = np.argwhere((page == tile[0, 0]).all(axis=-1))
+    height, width = tile.shape[:2]
+    return any(np.array_equal(page[y : y + height, x : x + width], tile) for y, x in corners)
+
+
+@pytest.mark.parametrize("view", range(8))
+def test_a_pair_shows_the_generated_image_turned_and_the_training_image_as_it_is(view: int) -> None:
+    generated, train = picture_set(1), picture_set(2)
+    page = np.asarray(nearest_pairs([pair(view)], generated, train))
+    twice = np.ones((2, 2, 1), dtype=np.uint8)
+    assert holds(page, np.kron(apply_view(generated.pixels[1], view), twice))
+    assert holds(page, np.kron(train.pixels[2], twice))
+
+
+def test_the_page_is_white_about_1400_pixels_wide_and_eight_pairs_go_to_a_row() -> None:
+    pages = [nearest_pairs([pair()] * count, picture_set(1), picture_set(2)) for count in (1, 8, 9, 16)]
+    heights = [page.height for page in pages]
+    assert heights[0] == heights[1] < heights[2] == heights[3]
+    assert all(1350 <= page.width <= 1400 for page in pages)
+    assert {pages[2].getpixel(at) for at in ((0, 0), (pages[2].width - 1, heights[2] - 1))} == {(255, 255, 255)}
+
+
+def test_stripes_have_the_colours_of_the_two_classes() -> None:
+    page = np.asarray(nearest_pairs([pair()], picture_set(1), picture_set(2)))
+    colours = {one.code: tuple(bytes.fromhex(one.colour[1:])) for one in DIAGNOSES}
+    for code in ("MEL", "VASC"):
+        assert (page == colours[code]).all(axis=-1).sum() >= 8 * 128
+
+
+@pytest.mark.parametrize(("share", "marked"), [(0.9, True), (1.0, True), (1.1, False)])
+def test_only_a_pair_within_the_limit_is_red(share: float, marked: bool) -> None:
+    blank = picture_set(1)
+    blank.pixels[:] = 200
+    page = np.asarray(nearest_pairs([pair(share=share)], blank, blank))
+    assert (page == RED).all(axis=-1).any() == marked
+
+
+@pytest.mark.parametrize("size", [8, 96, 140, 256])
+def test_images_of_any_size_fit_their_column(size: int) -> None:
+    page = nearest_pairs([pair()] * 8, picture_set(1, size), picture_set(2, size))
+    assert page.width == nearest_pairs([pair()], picture_set(1), picture_set(2)).width
+
+
 # --- real images ----------------------------------------------------------------------------------------------------
 
 
@@ -389,40 +438,33 @@ def test_the_same_seed_draws_the_same_calibration() -> None:
 @pytest.mark.skipif(not HAM10000.is_dir(), reason="../shared/ham10000 is not here")
 def test_on_real_images_copies_are_flagged_and_unseen_lesions_are_not() -> None:
     lines = (HAM10000 / "metadata.csv").read_text(encoding="utf-8").splitlines()[1:]
-    first_of = {line.split(",")[2]: line.split(",")[0] for line in lines}  # one photograph of each lesion
+    once = set({line.split(",")[2]: line.split(",")[0] for line in lines}.values())  # one photograph of each lesion
     files = [
-        path for code in ("MEL", "NV") for path in sorted((HAM10000 / code).glob("*.jpg"))
-        if path.stem in first_of.values()
-    ][:: 12]  # fmt: skip
-    files = [path for code in ("MEL", "NV") for path in [f for f in files if f.parent.name == code][:80]]
+        path
+        for code in ("MEL", "NV")
+        for path in [path for path in sorted((HAM10000 / code).glob("*.jpg")) if path.stem in once][::12][:80]
+    ]
     pixels = np.stack([np.asarray(Image.open(path).convert("RGB").resize((64, 64))) for path in files])
-    labels = np.array([class_index(path.parent.name) for path in files])
+    labels, place = np.array([class_index(path.parent.name) for path in files]), np.arange(len(files)) % 8
     extractor = load_feature_extractor("efficientnet-lite0", input_size=64, crop="whole")
 
-    def cls(images: np.ndarray) -> np.ndarray:
-        with torch.inference_mode():
-            parts = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).split(32)
-            return np.concatenate([extractor(extractor.preprocess(part)).cls.numpy() for part in parts])
+    def cls(images: np.ndarray, view: int = 0) -> np.ndarray:
+        return extract_view(extractor, images, view, "cpu").cls.numpy()
 
-    place = np.arange(len(files)) % 8
-    train_rows, test_rows, other_rows = (
-        np.flatnonzero(np.isin(place, part)) for part in ([0, 1, 2, 3, 4, 5], [6], [7])
-    )
     train, test = (
         FeatureSet(image_set(name, pixels[rows], labels[rows]), extractor.key, cls(pixels[rows]))
-        for name, rows in (("train", train_rows), ("test", test_rows))
+        for name, rows in (("train", place < 6), ("test", place == 6))
     )
 
     def given_as_generated(images: np.ndarray, of: np.ndarray) -> MemorizationResult:
-        views = [cls(np.stack([apply_view(image, view) for image in images])) for view in range(8)]
+        views = [cls(images, view) for view in range(8)]
         return measure_memorization(
             train=train, test=test, generated_views=views, generated=image_set("generated", images, of), seed=0
         )
 
-    chosen = train_rows[::4]
-    copies = np.stack([jpeg(np.ascontiguousarray(apply_view(image, 5))) for image in pixels[chosen]])
-    found = given_as_generated(copies, labels[chosen])
+    copies = np.stack([jpeg(np.ascontiguousarray(apply_view(image, 5))) for image in train.images.pixels[::4]])
+    found = given_as_generated(copies, train.labels[::4])
     assert found.flagged
     assert found.overall.generated["either"].value >= 0.9
-    assert set(found.classes) == {CLASSES[label] for label in (MEL, NV)}
-    assert not given_as_generated(pixels[other_rows], labels[other_rows]).flagged
+    assert set(found.classes) == {"MEL", "NV"}
+    assert not given_as_generated(pixels[place == 7], labels[place == 7]).flagged

@@ -76,8 +76,8 @@ def catalogs(tmp_path: Path, data_root: str, train: pc.Expression, test: pc.Expr
 TRAIN, TEST = pc.field("split") == "train", pc.field("split") == "test"
 
 
-def test_classes_that_colour_tells_apart_are_recognised(
-    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_classes_that_colour_tells_apart_are_recognised_and_a_second_probe_runs_no_extractor(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = run(tmp_path, "--data_root", dataset)
     assert result["balanced_accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
@@ -85,19 +85,14 @@ def test_classes_that_colour_tells_apart_are_recognised(
     assert result["test"]["lesions"] == dict.fromkeys(CLASSES, 2)
     assert result["train"]["images"] == dict.fromkeys(CLASSES, 12)
     assert (np.array(result["confusion"]) == 4 * np.eye(7)).all()
+    assert result["extracted"] == 112
     said = capsys.readouterr()
     first = said.err.splitlines()[0]
     assert first.startswith("linear probe of efficientnet-lite0-")
     assert "-32-official on cpu: fits on 84 images (train split" in first
     shown = " ".join(said.out.split())
-    assert "balanced accuracy" in shown
-    assert "0.797" in shown
-    assert "0.58" in shown
-    assert "100% of a class's images are recognised" in shown
-
-
-def test_the_table_is_also_a_csv_and_a_picture(dataset: str, tmp_path: Path) -> None:
-    result = run(tmp_path, "--data_root", dataset)
+    for part in ("balanced accuracy", "0.797", "0.58", "100% of a class's images are recognised"):
+        assert part in shown
     with (tmp_path / "out/probe.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert [row["score"] for row in rows] == ["accuracy", "balanced accuracy", "macro-F1"] + ["recall"] * 7
@@ -107,18 +102,13 @@ def test_the_table_is_also_a_csv_and_a_picture(dataset: str, tmp_path: Path) -> 
     with Image.open(tmp_path / "out/probe.png") as picture:
         assert min(picture.size) > 400
 
-
-def test_a_second_probe_runs_no_extractor(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(tmp_path, "--data_root", dataset)
-    assert first["extracted"] == 112
-
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the extractor was loaded")
 
     monkeypatch.setattr(features, "load_feature_extractor", refuse)
     second = run(tmp_path, "--data_root", dataset)
     assert second["extracted"] == 0
-    assert {**second, "extracted": 112, "seconds": 0, "created": ""} == {**first, "seconds": 0, "created": ""}
+    assert {**second, "extracted": 112, "seconds": 0, "created": ""} == {**result, "seconds": 0, "created": ""}
 
 
 def test_a_pair_of_catalogs_is_used_whole(dataset: str, tmp_path: Path) -> None:
@@ -178,16 +168,11 @@ def test_images_that_are_gone_are_counted_and_listed(tmp_path: Path, capsys: pyt
     assert result["unreadable"] == ["NV/NV_0_3.png: is not there"]
     assert sum(sum(result[side]["images"].values()) for side in ("train", "test")) == 31
     assert "left out: 1: NV/NV_0_3.png: is not there" in " ".join(capsys.readouterr().out.split())
-
-
-def test_catalogs_of_another_folder_are_refused(
-    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = catalogs(tmp_path, dataset, TRAIN, TEST)
     empty = tmp_path / "empty"
     empty.mkdir()
-    message = refusal(capsys, arguments(tmp_path, *given, "--data_root", str(empty)))
-    assert message.startswith(f"probe: none of 112 images in {empty} can be read, the first: AKIEC/")
+    given[given.index("--data_root") + 1] = str(empty)
+    message = refusal(capsys, [*arguments(tmp_path, *given), "--cache_dir", str(tmp_path / "new")])
+    assert message.startswith(f"probe: none of 32 images in {empty} can be read, the first: MEL/")
 
 
 @pytest.mark.parametrize(
@@ -214,20 +199,16 @@ def test_a_wrong_setting_is_refused_in_one_line(
     ("given", "message"),
     [
         (["--train_catalog", "none.parquet"], "catalog: none.parquet does not exist"),
-        (["--data.test_fraction", "0"], "probe: the test side (test split of {dataset}) holds no image"),
+        (["--data.test_fraction", "0"], "probe: the test side (test split of {root}) holds no image"),
+        ([], "probe: the train side (train split of {root}) holds only images of NV; it needs two classes"),
     ],
 )
-def test_a_catalog_or_split_without_images_is_refused(
+def test_a_catalog_or_split_without_two_classes_is_refused(
     given: list[str], message: str, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = refusal(capsys, arguments(tmp_path, "--data_root", dataset, *given))
-    assert found.startswith(message.format(dataset=dataset))
-
-
-def test_a_single_class_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data_root = paint(tmp_path / "skin", {"NV": 8})
-    message = refusal(capsys, arguments(tmp_path, "--data_root", data_root))
-    assert "holds only images of NV; it needs two classes at least" in message
+    root = dataset if given else paint(tmp_path / "skin", {"NV": 8})
+    found = refusal(capsys, arguments(tmp_path, "--data_root", root, *given))
+    assert found.startswith(message.format(root=root))
 
 
 def test_the_probe_shows_images_as_the_authors_do_unless_told() -> None:
@@ -236,20 +217,9 @@ def test_the_probe_shows_images_as_the_authors_do_unless_told() -> None:
     assert parse("evaluate probe", ["--feature_extractor.crop", "whole"]).feature_extractor.crop == "whole"
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ([], "real is not set; name the folder that holds the class folders by --real"),
-        (["prob"], "command evaluate prob is not known; choose from evaluate, evaluate probe"),
-    ],
-)
-def test_evaluating_nothing_in_particular_says_what_is_missing(
-    given: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert refusal(capsys, given) == message
-
-
-def test_the_module_takes_the_command_as_two_words(capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluating_nothing_in_particular_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal(capsys, []).startswith("real is not set; name the folder")
+    assert refusal(capsys, ["prob"]) == "command evaluate prob is not known; choose from evaluate, evaluate probe"
     with pytest.raises(SystemExit, match="2"):
         main_from_shell(["evaluate", "probe", "--c", "-1"])
     assert capsys.readouterr().err == "error: c is -1.0; it must be a number above 0\n"

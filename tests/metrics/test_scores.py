@@ -9,14 +9,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from m2d.classes import CLASSES
 from m2d.metrics.bootstrap import Estimate, resampled_confusions, resampled_seeds, resampled_weights
-from m2d.metrics.scores import (
-    MELANOMA,
-    average_precision,
-    calibration_error,
-    confusion_matrix,
-    scores,
-    weighted_scores,
-)
+from m2d.metrics.scores import MELANOMA, average_precision, calibration_error, confusion_matrix, scores, weighted_scores
 
 MELANOMA_AND_TWO_MORE = (2, 4, 5)
 
@@ -63,15 +56,11 @@ def test_calibration_error_is_torchmetrics() -> None:
     assert once(probabilities, truth)["expected_calibration_error"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_classifier_that_is_certain_and_right_is_calibrated() -> None:
-    truth = np.arange(7)
-    assert calibration_error(np.eye(7), truth, np.ones((1, 7))).tolist() == [0.0]
-
-
-def test_the_last_bin_holds_certainty_too() -> None:
+def test_the_last_bin_of_the_calibration_error_holds_certainty_too() -> None:
     """0.95, wrong, and 1.0, right, share a bin: |1/2 - 0.975|. Bins of their own would give (0.95 + 0) / 2."""
     probabilities = np.array([[0.95, 0.05, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0, 0]])
     assert calibration_error(probabilities, np.array([1, 0]), np.ones((1, 2)))[0] == pytest.approx(0.475)
+    assert calibration_error(np.eye(7), np.arange(7), np.ones((1, 7))).tolist() == [0.0]
 
 
 def test_weighted_average_precision_is_scikit_learns_with_ties_and_images_that_were_not_drawn() -> None:
@@ -124,9 +113,6 @@ def test_means_over_drawn_seeds_vary_as_means_over_seeds_do() -> None:
     of_seed = np.array([0.1, 0.4, 0.2, 0.9])
     drawn = resampled_seeds(4, resamples=200_000, seed=0)
     assert of_seed[drawn].mean(axis=1).var() == pytest.approx(of_seed.var(ddof=1) / 4, rel=0.02)
-
-
-def test_a_single_seed_is_always_drawn() -> None:
     assert resampled_seeds(1, resamples=5, seed=0).tolist() == [[0]] * 5
 
 
@@ -175,9 +161,6 @@ def test_many_matrices_at_once_give_what_each_gives_alone() -> None:
             assert getattr(together, name)[row] == pytest.approx(value), name
 
 
-# --- bootstrap --------------------------------------------------------------------------------------------------------
-
-
 Z = 1.959964  # of a 95 % normal interval
 
 
@@ -197,18 +180,16 @@ def resample(
     return resampled_confusions(truth, called, lesions, num_classes=2, resamples=resamples, seed=seed)
 
 
-def test_interval_of_a_proportion_is_the_binomial_one() -> None:
-    """Recall 0.8 of 400 lesions of an image each: 0.8 +- Z sqrt(0.8 0.2 / 400)."""
-    one = Estimate.of(0.0, scores(resample(*two_classes((400, 320), (100, 50)))).recall[:, 0])
-    half = Z * np.sqrt(0.8 * 0.2 / 400)
-    assert (one.low, one.high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.005)
-
-
-def test_interval_of_balanced_accuracy_adds_the_variances_of_the_classes() -> None:
-    """The mean of two independent proportions, each class drawn on its own: stratified."""
-    one = Estimate.of(0.0, scores(resample(*two_classes((400, 320), (100, 50)))).balanced_accuracy)
-    half = Z * np.sqrt(0.8 * 0.2 / 400 + 0.5 * 0.5 / 100) / 2
-    assert (one.low, one.high) == pytest.approx((0.65 - half, 0.65 + half), abs=0.005)
+def test_intervals_are_the_binomial_one_of_a_recall_and_add_the_variances_of_the_classes() -> None:
+    """Recall 0.8 of 400 lesions of an image each; and the mean of two proportions, each class drawn on its own."""
+    measured = scores(resample(*two_classes((400, 320), (100, 50))))
+    of_recall, of_other = 0.8 * 0.2 / 400, 0.5 * 0.5 / 100
+    for drawn, value, half in (
+        (measured.recall[:, 0], 0.8, Z * np.sqrt(of_recall)),
+        (measured.balanced_accuracy, 0.65, Z * np.sqrt(of_recall + of_other) / 2),
+    ):
+        one = Estimate.of(0.0, drawn)
+        assert (one.low, one.high) == pytest.approx((value - half, value + half), abs=0.005)
 
 
 def test_repeated_photographs_of_a_lesion_add_nothing_to_the_certainty() -> None:
@@ -229,18 +210,9 @@ def test_the_interval_of_a_share_is_scipys_wilson_interval(hits: int, trials: in
     assert (share.low, share.high) == pytest.approx(tuple(expected), abs=1e-12)
 
 
-def test_a_class_of_one_lesion_stands_in_every_resample() -> None:
-    drawn = resample(*two_classes((200, 100), (1, 1)))
-    assert (drawn.sum(axis=2)[:, 1] == 1).all()
-
-
-def test_each_resample_draws_as_many_lesions_as_there_are() -> None:
-    drawn = resample(*two_classes((30, 10), (20, 5)))
-    assert (drawn.sum(axis=2) == [30, 20]).all()
-
-
-def test_the_seed_decides() -> None:
-    truth, called = two_classes((60, 30), (40, 20))
+def test_each_resample_draws_as_many_lesions_of_each_class_as_there_are_and_the_seed_decides_which() -> None:
+    truth, called = two_classes((60, 30), (1, 1))
     first, again, other = (resample(truth, called, seed=seed, resamples=50) for seed in (3, 3, 4))
+    assert (first.sum(axis=2) == [60, 1]).all()
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)

@@ -1,6 +1,7 @@
-"""Draws: fixed by seed and stream row, independent of one another, with the stated distributions."""
+"""Draws: fixed by seed and stream row, with the stated distributions. Batches are read ahead in their order."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import scipy.stats
@@ -8,8 +9,10 @@ import torch
 from tiny_networks import draws_part
 from torch.testing import assert_close
 
+from m2d.errors import DataError
 from m2d.models.settings import ConditioningConfig
-from m2d.training.batch import Draws, draw, splitmix64
+from m2d.training.batch import Draws, ImageBatch, draw, splitmix64
+from m2d.training.loop import AHEAD, read_ahead
 from m2d.training.settings import OptimizerConfig
 from m2d.training.step import learning_rate
 
@@ -74,3 +77,34 @@ def test_the_learning_rate_warms_up_from_a_networks_own_first_step_and_ends_at_i
     assert learning_rate(config, 1.0, 1100, 100, 1100) == pytest.approx(0.1)
     constant = OptimizerConfig(schedule="constant", warmup_steps=4)
     assert [learning_rate(constant, 2.0, step, 0, 10) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
+
+
+def numbered(count: int, read: list[int]) -> Iterator[ImageBatch]:
+    for number in range(count):
+        read.append(number)
+        yield ImageBatch(torch.zeros(1, 2, 2, 3, dtype=torch.uint8), torch.tensor([number]))
+
+
+def test_every_batch_comes_once_and_in_order() -> None:
+    batches = read_ahead(numbered(7, []), pin_memory=False)
+    assert [int(batch.labels) for batch in batches] == list(range(7))
+
+
+def test_a_run_that_stops_early_has_read_no_more_than_it_may() -> None:
+    read: list[int] = []
+    batches = read_ahead(numbered(100, read), pin_memory=False)
+    for _ in range(3):
+        next(batches)
+    batches.close()  # type: ignore[attr-defined] # a generator
+    assert len(read) <= 3 + AHEAD
+
+
+def test_what_reading_raises_reaches_the_loop_at_its_batch() -> None:
+    def broken() -> Iterator[ImageBatch]:
+        yield from numbered(2, [])
+        raise DataError("data_root: image.jpg is gone")
+
+    batches = read_ahead(broken(), pin_memory=False)
+    assert [int(next(batches).labels) for _ in range(2)] == [0, 1]
+    with pytest.raises(DataError, match="data_root"):
+        next(batches)

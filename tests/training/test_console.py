@@ -44,12 +44,9 @@ def test_a_terminal_gets_one_bar_with_epoch_step_and_losses(tmp_path: Path, monk
     assert "diffusion 0.5" in last
 
 
-def test_the_time_left_counts_from_the_first_record_not_from_the_workers_start() -> None:
+def test_the_time_left_counts_from_the_first_record_and_is_in_hours_where_it_is_long() -> None:
     """Ten steps in five seconds: thirty more take fifteen."""
     first = {"step": 0, "time": 1000.0}
     assert time_left(first, first, 40) == ""
     assert time_left(first, {"step": 10, "time": 1005.0}, 40) == "0.2 min left"
-
-
-def test_long_runs_tell_hours() -> None:
-    assert time_left({"step": 0, "time": 0.0}, {"step": 1, "time": 1.0}, 7201) == "2.0 h left"
+    assert time_left(first, {"step": 1, "time": 1001.0}, 7201) == "2.0 h left"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_networks import random_batch
 from tiny_run import TINY, write_images
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,7 +15,6 @@ from m2d.cli import main, parse
 from m2d.errors import ConfigError
 from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
-from m2d.training.batch import ImageBatch, draw
 from m2d.training.dry_run import (
     BACKWARD,
     OTHER,
@@ -93,19 +93,13 @@ def test_twice_the_images_keep_twice_the_activations(joint: FakeRun) -> None:
 
 
 def test_the_largest_batch_fits_and_the_next_one_does_not(joint: FakeRun) -> None:
-    usable = 60 * 2**20
-    found = largest_batch(joint.cost(4), joint.cost(8), usable)
-    assert joint.cost(found).peak <= usable < joint.cost(found + 1).peak
-
-
-def test_sizes_are_doubled_until_two_steps_are_alike(joint: FakeRun) -> None:
     low, high = two_alike(joint, joint.cost(1))
     assert len(low.trace) == len(high.trace)
     assert high.batch_size == 2 * low.batch_size
-
-
-def test_no_batch_fits_less_than_the_weights_take(joint: FakeRun) -> None:
-    assert largest_batch(joint.cost(4), joint.cost(8), 2**20) == 0
+    usable = 60 * 2**20
+    found = largest_batch(low, high, usable)
+    assert joint.cost(found).peak <= usable < joint.cost(found + 1).peak
+    assert largest_batch(low, high, 2**20) == 0, "less than the weights take"
 
 
 def test_further_micro_batches_add_what_is_kept_of_them() -> None:
@@ -117,15 +111,10 @@ def test_further_micro_batches_add_what_is_kept_of_them() -> None:
 def test_flops_are_those_of_a_step_on_real_tensors(joint: FakeRun) -> None:
     config, plan = joint.config, joint.plan
     networks = build_networks(config, CPU, 1280)
-    step = JointStep(
-        networks, build_perceptual("features", None),
-        step_config_of(
-            config, precision="no", total_steps=plan.total_steps, vae_warmup_steps=plan.vae_warmup_steps
-        ), CPU,
-    )  # fmt: skip
-    features = Features(torch.zeros(4, 1280), torch.zeros(4, 1, 1280))
-    batch = ImageBatch(torch.zeros(4, 16, 16, 3, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), features)
-    draws = draw(0, torch.arange(4), joint.latent_shape, 1280, config.conditioning)
+    settings = step_config_of(config, "no", plan.total_steps, plan.vae_warmup_steps)
+    step = JointStep(networks, build_perceptual("features", None), settings, CPU)
+    images, draws = random_batch(config, networks, 0, 4)
+    batch = dataclasses.replace(images, features=Features(torch.zeros(4, 1280), torch.zeros(4, 1, 1280)))
     assert joint.cost(4).flops == count_flops(lambda: step([(batch, draws)], 0))
 
 

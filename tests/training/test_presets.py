@@ -9,7 +9,6 @@ their full widths. An exhaustive test takes a step of isic-256 at its true size.
 import json
 import os
 import resource
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,8 @@ from m2d.models.checkpoint import load_checkpoint
 from m2d.models.extractors import Features
 from m2d.models.perceptual import build_perceptual
 from m2d.models.settings import AutoencoderConfig
-from m2d.training.batch import Draws, ImageBatch, LatentBatch
-from m2d.training.networks import Networks, build_networks
+from m2d.training.batch import LatentBatch
+from m2d.training.networks import build_networks
 from m2d.training.settings import TrainConfig
 from m2d.training.step import JointStep, build_step, step_config_of
 from m2d.training.trainer import train
@@ -276,24 +275,6 @@ def test_the_checkpoint_of_every_stage_generates(run: Run) -> None:
     assert min(image.std() for image in images) > 0
 
 
-def micro_batches(config: TrainConfig, networks: Networks, step: int) -> list[tuple[Any, Draws]]:
-    found = []
-    for number in range(config.gradient_accumulation_steps):
-        seed = step * config.gradient_accumulation_steps + number
-        found.append(random_batch(config, networks, seed, config.batch_size))
-    return found
-
-
-def latent_batches(images: Sequence[tuple[ImageBatch, Draws]], networks: Networks) -> list[tuple[Any, Draws]]:
-    """Random latents and features in place of images, with their draws."""
-    found = []
-    for batch, draws in images:
-        patches, mean = torch.randn(len(batch.labels), 4, networks.feature_dim), torch.randn_like(draws.noise)
-        features = Features(patches.mean(dim=1), patches)
-        found.append((LatentBatch(mean, torch.ones_like(mean), features, batch.labels), draws))
-    return found
-
-
 def digits(module: nn.Module) -> list[float]:
     """A sum of each parameter: enough to see it move, without a copy of gigabytes."""
     return [parameter.detach().double().sum().item() for parameter in module.parameters()]
@@ -319,8 +300,12 @@ def test_a_wide_preset_takes_two_steps_in_each_stage_at_its_full_widths(base: st
         step = build_step(stage, networks, perceptual, settings, CPU)
         for number in range(2):
             before = {"U-Net": digits(unet), "decoder": digits(decoder)}
-            batches = micro_batches(config, networks, number)
-            step(latent_batches(batches, networks) if stage == "latent" else batches, number)
+            batches: list[Any] = [random_batch(config, networks, 2 * number + k, config.batch_size) for k in range(2)]
+            if stage == "latent":
+                patches = torch.randn(config.batch_size, 4, networks.feature_dim)
+                rest = (torch.ones_like(batches[0][1].noise), Features(patches.mean(dim=1), patches))
+                batches = [(LatentBatch(draws.noise, *rest, images.labels), draws) for images, draws in batches]
+            step(batches, number)
             moved = {name for name, was in before.items() if digits({"U-Net": unet, "decoder": decoder}[name]) != was}
             assert moved == {"joint": {"U-Net", "decoder"}, "latent": {"U-Net"}, "decoder": {"decoder"}}[stage]
         scalars = step.read_scalars()
@@ -344,7 +329,7 @@ def test_isic_256_takes_a_joint_step_at_its_true_size(capsys: pytest.CaptureFixt
             networks, build_perceptual("features", networks.extractor), step_config_of(config, "no", STEPS), CPU
         )
         before = {name: digits(module) for name, module in networks.trained().items()}
-        step(micro_batches(config, networks, 0), 0)
+        step([random_batch(config, networks, 0, config.batch_size)], 0)
     finally:
         torch.set_num_threads(threads)
     assert all(np.isfinite(value) for value in step.read_scalars().values())

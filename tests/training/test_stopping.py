@@ -35,18 +35,14 @@ def test_a_signal_asks_once_and_the_second_one_ends_the_process(tmp_path: Path) 
     assert said == ["SIGTERM: saving a checkpoint, then stopping; once more to stop at once"]
 
 
-def test_afterwards_signals_mean_what_they_meant_before(tmp_path: Path) -> None:
+def test_afterwards_signals_mean_what_they_meant_before_and_the_request_is_forgotten(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
+    (tmp_path / CONTROL).write_text("stop", encoding="utf-8")  # of an earlier run that was killed
     with stop_requests(tmp_path, print):
         assert signal.getsignal(signal.SIGINT) != before
+        assert not stop_is_wanted(tmp_path)
     assert signal.getsignal(signal.SIGINT) == before
     assert not (tmp_path / CONTROL).exists()
-
-
-def test_a_request_of_an_earlier_run_is_forgotten(tmp_path: Path) -> None:
-    (tmp_path / CONTROL).write_text("stop", encoding="utf-8")
-    with stop_requests(tmp_path, print):
-        assert not stop_is_wanted(tmp_path)
 
 
 def test_a_thread_leaves_signals_alone(tmp_path: Path) -> None:

@@ -130,41 +130,33 @@ class SignalOneWorker(threading.Thread):
             time.sleep(0.05)
 
 
-def test_what_is_wrong_is_said_before_ray_starts(tmp_path: Path) -> None:
+def test_what_is_wrong_is_said_before_ray_starts_and_a_new_run_without_images_leaves_no_trace(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="data_root is not set"):
-        train(parse("train", ["--experiments_dir", str(tmp_path / "experiments")]))
-    assert not (tmp_path / "experiments").exists()
-
-
-def test_a_new_run_without_images_leaves_no_trace(tmp_path: Path) -> None:
+        train(parse("train", ["--experiments_dir", str(tmp_path / "runs")]))
+    assert not (tmp_path / "runs").exists()
     (tmp_path / "unmounted").mkdir()
     with pytest.raises(DataError, match="data_root"):
         train(tiny_config(tmp_path / "unmounted", tmp_path / "runs"))
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_a_stopped_run_without_images_and_cache_keeps_its_checkpoints(tmp_path: Path) -> None:
-    """Somebody cleared cache/, and the disk with the images is not mounted when the command is run again."""
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_resumed_run_without_images_is_kept(tmp_path: Path, saved: bool) -> None:
+    """Somebody cleared cache/, and the disk with the images is not mounted when the command is run again.
+
+    Without a checkpoint too: this call did not create it, and what is in it is not ours to remove.
+    """
     (tmp_path / "unmounted").mkdir()
     config = tiny_config(tmp_path / "unmounted", tmp_path / "runs")
     (stopped, _) = open_experiment(config.experiments_dir, "run", as_dict(config), differences, fresh=False, command=[])
     marker = stopped.checkpoints / "step_00000004" / "complete.json"
-    marker.parent.mkdir()
-    marker.write_text("{}", encoding="utf-8")
+    if saved:
+        marker.parent.mkdir()
+        marker.write_text("{}", encoding="utf-8")
     with pytest.raises(DataError, match="data_root"):
         train(config)
-    assert marker.is_file()
+    assert marker.is_file() is saved
     assert stopped.info()["state"] == "failed"
-
-
-def test_a_resumed_run_that_has_no_checkpoint_yet_is_kept_too(tmp_path: Path) -> None:
-    """This call did not create it: its logs, and what the user put there, are not ours to remove."""
-    (tmp_path / "unmounted").mkdir()
-    config = tiny_config(tmp_path / "unmounted", tmp_path / "runs")
-    (killed, _) = open_experiment(config.experiments_dir, "run", as_dict(config), differences, fresh=False, command=[])
-    with pytest.raises(DataError, match="data_root"):
-        train(config)
-    assert killed.path.is_dir()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU here")

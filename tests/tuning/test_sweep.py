@@ -156,77 +156,60 @@ def test_a_trial_that_lags_is_stopped_and_frees_its_cpus(
     assert [(result["step"], result["finished"]) for result in results] == [(4, True), (2, False)]
 
 
+RANDOM = ["--num_trials", "6", "--sweep.max_concurrent", "1"]
+GRID = ["--search", "grid", "--sweep.space", "{loss_weights.diffusion: 'choice(0.5, 1.0, 2.0)'}"]
+
+
 @pytest.mark.processes
 @pytest.mark.exhaustive
 @pytest.mark.timeout(2 * DEADLINE_S)
-def test_a_killed_sweep_goes_on_with_what_is_left_and_its_best_trains(
-    ray_cluster: None, environment: dict[str, str], data_root: Path, tmp_path: Path
-) -> None:
-    """One trial at a time fits, so a stopped trial that kept its CPUs would keep the next ones from starting."""
-    trials, before_the_kill = 6, 2
-    flags = flags_of(data_root, tmp_path, "--num_trials", str(trials), "--sweep.max_concurrent", "1")
-    folder = tmp_path / "sweeps" / "s"
+@pytest.mark.parametrize(("how", "search", "trials"), [("kill", RANDOM, 6), ("Ctrl-C", GRID, 3)])
+def test_an_interrupted_sweep_resumes_with_what_is_left_and_its_best_trains(
+    ray_cluster: None, environment: dict[str, str], data_root: Path, tmp_path: Path, how: str, search: list[str],
+    trials: int,
+) -> None:  # fmt: skip
+    """Where one trial at a time fits, one that was stopped and kept its CPUs would keep the next ones from starting."""
+    flags, folder = flags_of(data_root, tmp_path, *search), tmp_path / "sweeps" / "s"
     first = Driver(flags, environment, tmp_path / "first.log")
     try:
-        wait_for_ended_trials(folder, first, before_the_kill)
+        wait_for_ended_trials(folder, first, trials // 3)
+        if how == "Ctrl-C":
+            assert first.press_ctrl_c() == 130
     finally:
         first.kill()
+    said = first.log.read_text()
+    if how == "Ctrl-C":
+        assert said.endswith("interrupted; run the same command again to resume\n")
+        assert "Traceback" not in said
+        assert "Tuner.restore" not in said
     ended = Ledger(folder).in_state("done", "stopped")
-    assert before_the_kill <= len(ended) < trials
+    assert trials // 3 <= len(ended) < trials
     before = [left_by(folder, record) for record in ended]
 
     said = Driver([*flags, "--resume"], environment, tmp_path / "second.log").finish()
+    assert f"{trials} trials by" in said
+    assert f", {len(ended)} of them ended before" in said
     assert "all CPUs are free" in said
     assert [left_by(folder, record) for record in ended] == before
     ledger = Ledger(folder)
     assert sorted(ledger.records) == list(range(trials))
     assert not ledger.in_state("open", "failed"), said
-    assert ledger.in_state("stopped")
     assert len(list_experiments(str(folder / "trials"))) == trials  # each trial once
     results = json.loads((folder / "results.json").read_text())
     assert {result["trial"]: result["chosen"] for result in results} == {
         record.name: record.chosen for record in ledger.records.values()
     }
+    if how == "Ctrl-C":
+        chosen = [record.chosen["loss_weights.diffusion"] for record in ledger.records.values()]
+        assert sorted(chosen) == [0.5, 1.0, 2.0]
+        return
+    assert ledger.in_state("stopped")
     best = [str(ROOT / "jobs" / "train.py"), "--config", str(folder / "best.yaml")]
     trained = subprocess.run(
         [sys.executable, *best], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S
     )
     assert trained.returncode == 0, trained.stderr[-3000:]
     assert [run.info()["state"] for run in list_experiments(str(tmp_path), "s")] == ["done"]
-
-
-@pytest.mark.processes
-@pytest.mark.exhaustive
-@pytest.mark.timeout(2 * DEADLINE_S)
-def test_ctrl_c_ends_a_grid_and_the_same_command_goes_on(
-    ray_cluster: None, environment: dict[str, str], data_root: Path, tmp_path: Path
-) -> None:
-    space = "{loss_weights.diffusion: 'choice(0.5, 1.0, 2.0)'}"
-    flags = flags_of(data_root, tmp_path, "--search", "grid", "--sweep.space", space)
-    folder = tmp_path / "sweeps" / "s"
-    first = Driver(flags, environment, tmp_path / "first.log")
-    try:
-        wait_for_ended_trials(folder, first, 1)
-        assert first.press_ctrl_c() == 130
-    finally:
-        first.kill()
-    said = first.log.read_text()
-    assert said.endswith("interrupted; run the same command again to resume\n")
-    assert "Traceback" not in said
-    assert "Tuner.restore" not in said
-    ended = Ledger(folder).in_state("done", "stopped")
-    assert 1 <= len(ended) < 3
-    before = [left_by(folder, record) for record in ended]
-
-    said = Driver(flags, environment, tmp_path / "second.log").finish()
-    assert f"3 trials by grid search, {len(ended)} of them ended before" in said
-    assert "all CPUs are free" in said
-    assert [left_by(folder, record) for record in ended] == before
-    ledger = Ledger(folder)
-    assert sorted(record.chosen["loss_weights.diffusion"] for record in ledger.in_state("done", "stopped")) == [
-        0.5, 1.0, 2.0,
-    ]  # fmt: skip
-    assert len(list_experiments(str(folder / "trials"))) == 3
 
 
 def test_resuming_what_was_never_begun_is_refused(data_root: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 The arms differ in training data alone. Arm c is the control that settles whether synthetic images help: it repeats
 real images until every class has as many as in arm d, so that what d has more is new images, not other class counts.
-Called for both classifiers (logistic.py, finetune.py), of which it knows no more than the protocol.
+Called for both classifiers (probe.py, finetune.py), of which it knows no more than the protocol.
 """
 
 import hashlib
@@ -255,9 +255,8 @@ def training_rows(
     """The training images of an arm.
 
     arm: a key of ARMS. real, generated: int64 [N], [M], the classes of all images. ratio: synthetic images that a class
-    gains for each of its real ones, as far as there are so many; None: all of them. seed: of what is drawn. A smaller
-    ratio takes a part of what a larger one takes; the images that arm c repeats are drawn in whole passes over the
-    class and a last part without repeats, so that all stand in it equally often, give or take one.
+    gains for each of its real ones, as far as there are so many; None: all. seed: of what is drawn. A smaller ratio
+    takes a part of what a larger one takes; the images of a class are repeated equally often, give or take one.
     """
     there = np.bincount(generated, minlength=NUM_CLASSES)
     added = there if ratio is None else np.minimum(_wanted(real, ratio), there)
@@ -322,9 +321,8 @@ def _drawn(labels: np.ndarray, counts: np.ndarray, seed: list[int]) -> np.ndarra
 def verdict(minus_b: Mapping[str, Estimate], minus_c: Mapping[str, Estimate]) -> Verdict:
     """Whether synthetic images help this classifier, by the balanced accuracy of d (real + synthetic).
 
-    hurts: the interval of d - c lies below 0. helps: it lies above 0, and d is not below b either (the value of d - b
-    is at least 0): what class weights give for nothing is no merit of the images. Otherwise no difference is shown.
-    c settles it, for it has the same class counts as d; b is named beside it. A warning is a sentence for each control
+    hurts: the interval of d - c lies below 0. helps: it lies above 0, and the value of d - b is at least 0: what class
+    weights give for nothing is no merit of the images. Otherwise no difference is shown. A warning for each control
     that d beats in balanced accuracy while its ranking or calibration got worse by the interval.
     """
     against_c, against_b = minus_c["balanced_accuracy"], minus_b["balanced_accuracy"]

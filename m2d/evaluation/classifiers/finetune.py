@@ -6,7 +6,6 @@ All arms take the same number of steps, with the same images a step and the same
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -96,19 +95,21 @@ class FinetuneClassifier:
     def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
         """Class probabilities of the test images. The same on one device and software; on GPUs but for rounding."""
         device = pick_device(self.config.device)
-        with _alone(seed, device):
+        # torch's random state and cuDNN's choices are put back. Without `enabled` flags() would turn cuDNN off.
+        cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), cudnn:
+            torch.manual_seed(seed)
             extractor = _network(self.config)
-            network: Any = extractor.network
-            extractor.to(device).to(memory_format=torch.channels_last)
+            network: Any = extractor.to(device).to(memory_format=torch.channels_last).network
             try:
                 self._train(extractor, rows, seed, device)
+                network.eval()
+                parts = []
                 with torch.inference_mode():
-                    network.eval()
-                    parts = [
-                        network(_input(self.test[first : first + PREDICTED_AT_ONCE], extractor, device))
-                        for first in range(0, len(self.test), PREDICTED_AT_ONCE)
-                    ]
-                    return np.concatenate([part.double().softmax(dim=1).cpu().numpy() for part in parts])
+                    for first in range(0, len(self.test), PREDICTED_AT_ONCE):
+                        logits = network(_input(self.test[first : first + PREDICTED_AT_ONCE], extractor, device))
+                        parts.append(logits.double().softmax(dim=1).cpu().numpy())
+                return np.concatenate(parts)
             except torch.OutOfMemoryError:
                 raise ConfigError(
                     f"finetune.batch_size {self.config.batch_size} at {self.config.input_size} px does not fit the "
@@ -195,14 +196,3 @@ def _network(config: FinetuneConfig) -> FeatureExtractor:
     network.reset_classifier(NUM_CLASSES)
     network.requires_grad_(True)
     return extractor
-
-
-@contextmanager
-def _alone(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's random state and cuDNN's choices for one training, put back afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    # Without `enabled` flags() would turn cuDNN off.
-    cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
-    with torch.random.fork_rng(devices), cudnn:
-        torch.manual_seed(seed)
-        yield

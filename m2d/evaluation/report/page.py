@@ -17,9 +17,9 @@ from rich.table import Table
 from m2d.classes import CLASSES, DIAGNOSES, ISIC7
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import DownstreamResult
-from m2d.evaluation.classifiers.logistic import ConsistencyResult
+from m2d.evaluation.classifiers.probe import ConsistencyResult
 from m2d.evaluation.fidelity import FidelityResult
-from m2d.evaluation.images import FeatureSet, ImageSet, ImageSets
+from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.evaluation.memorization import MemorizationResult
 from m2d.evaluation.report import plots
 from m2d.generation.contact_sheet import contact_sheet
@@ -73,7 +73,7 @@ _TEMPLATES.filters["cell"] = _cell
 
 
 def write_report(
-    result: Evaluation, output: Path, sets: ImageSets, redrawn: ImageSet | None, typicality: np.ndarray
+    result: Evaluation, output: Path, sets: dict[str, ImageSet], redrawn: ImageSet | None, typicality: np.ndarray
 ) -> None:
     """Write everything into the folder.
 
@@ -137,26 +137,23 @@ def _page(result: Evaluation, pictures: dict[str, bytes]) -> str:
     )
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
-
-
 def _pictures(
-    result: Evaluation, sets: ImageSets, redrawn: ImageSet | None, typicality: np.ndarray
+    result: Evaluation, sets: dict[str, ImageSet], redrawn: ImageSet | None, typicality: np.ndarray
 ) -> dict[str, bytes]:
     """Name to PNG bytes."""
     generator = np.random.default_rng(result.seed)
+    generated, test = sets["generated"], sets["test"]
     drawn, unseen = (
-        {code: generator.permutation(rows) for code, rows in _of_class(images).items()}
-        for images in (sets.generated, sets.test)
+        {code: generator.permutation(rows) for code, rows in _of_class(images).items()} for images in (generated, test)
     )
     unseen = {code: unseen[code] for code in drawn if code in unseen}
-    typical = _of_class(sets.generated, np.argsort(typicality, kind="stable"))
+    typical = _of_class(generated, np.argsort(typicality, kind="stable"))
     least = {code: rows[::-1] for code, rows in typical.items()}
     sheets = {
-        "generated": (sets.generated, drawn, "Generated images, drawn at random"),
-        "unseen": (sets.test, unseen, "Unseen real images, drawn at random, at the same size"),
-        "most_typical": (sets.generated, typical, "Most typical generated images: nearest to real ones of their class"),
-        "least_typical": (sets.generated, least, "Least typical generated images: the worst first"),
+        "generated": (generated, drawn, "Generated images, drawn at random"),
+        "unseen": (test, unseen, "Unseen real images, drawn at random, at the same size"),
+        "most_typical": (generated, typical, "Most typical generated images: nearest to real ones of their class"),
+        "least_typical": (generated, least, "Least typical generated images: the worst first"),
     }
     if redrawn is not None:
         title = "The same real images after the autoencoder: no generated image can be better"
@@ -172,7 +169,7 @@ def _pictures(
     if result.consistency is not None:
         pictures["confusion"] = plots.confusions(result.consistency)
     if result.memorization is not None:
-        page = plots.nearest_pairs(result.memorization.worst, sets.generated, sets.train)
+        page = plots.nearest_pairs(result.memorization.worst, generated, sets["train"])
         pictures["nearest_pairs"] = _encoded(page)
     return pictures
 
@@ -210,9 +207,6 @@ def typicality(train: FeatureSet, generated: FeatureSet) -> np.ndarray:
         )
         distances[rows] = found.mean(dim=1).numpy()
     return distances
-
-
-# --- tables ---------------------------------------------------------------------------------------------------------
 
 
 def tables(result: Evaluation) -> dict[str, list[Row]]:

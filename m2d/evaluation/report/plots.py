@@ -3,19 +3,18 @@
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from m2d.classes import ISIC7
 from m2d.data.views import apply_view
 from m2d.evaluation.classifiers.compare import DownstreamResult
-from m2d.evaluation.classifiers.logistic import ConsistencyResult
+from m2d.evaluation.classifiers.probe import ConsistencyResult
 from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.memorization import Pair
 from m2d.metrics.scores import LOWER_IS_BETTER
 from m2d.plots.charts import confusion_map
 from m2d.plots.style import FAINT, INK, new_figure, png, styled
-from m2d.plots.tiles import font
 
 COMPARISONS = {
     GENERATED: "generated",
@@ -145,9 +144,9 @@ def nearest_pairs(pairs: Sequence[Pair], generated: ImageSet, train: ImageSet) -
     page = Image.new("RGB", (width, top + -(-len(pairs) // _COLUMNS) * block + _MARGIN - _GAP), "white")
     draw = ImageDraw.Draw(page)
     title = f"The {len(pairs)} generated images nearest to a training image" if len(pairs) > 1 else "The nearest pair"
-    draw.text((_MARGIN, _MARGIN), title, fill=INK, font=font(24))
+    draw.text((_MARGIN, _MARGIN), title, fill=INK, font=ImageFont.load_default(24))
     for number, line in enumerate(_CAPTION):
-        draw.text((_MARGIN, _MARGIN + 40 + _LINE * number), line, fill=FAINT, font=font(15))
+        draw.text((_MARGIN, _MARGIN + 40 + _LINE * number), line, fill=FAINT, font=ImageFont.load_default(15))
     for number, pair in enumerate(pairs):
         x = _MARGIN + number % _COLUMNS * (_TILE + _GAP)
         y = top + number // _COLUMNS * block
@@ -165,7 +164,7 @@ def nearest_pairs(pairs: Sequence[Pair], generated: ImageSet, train: ImageSet) -
             (VIEW_NAMES[pair.view], FAINT),
         ]
         for row, (text, colour) in enumerate(lines):
-            draw.text((x, y + 2 * _TILE + 11 + _LINE * row), text, fill=colour, font=font(15))
+            draw.text((x, y + 2 * _TILE + 11 + _LINE * row), text, fill=colour, font=ImageFont.load_default(15))
     return page
 
 
