@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from m2d.classes import CLASSES, class_index
+from m2d.classes import CLASSES, ISIC7, ClassSet, class_index
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo, mark_complete, write_inference_files
@@ -13,7 +13,7 @@ from m2d.models.settings import AutoencoderConfig, ConditioningConfig, UNetConfi
 from m2d.models.unet import build_denoiser
 
 
-def make_checkpoint() -> Checkpoint:
+def make_checkpoint(classes: ClassSet = ISIC7) -> Checkpoint:
     """What load_checkpoint returns, with random weights that make the class matter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -28,6 +28,7 @@ def make_checkpoint() -> Checkpoint:
             latent_channels=4,
             latent_size=8,
             feature_dim=6,
+            num_classes=len(classes),
         )
         nn.init.normal_(denoiser.unet.conv_out.weight, std=0.1)  # it starts at zero: no velocity, nothing to test
         nn.init.normal_(autoencoder.vae.decoder.conv_out.weight, std=0.1)  # images that use the whole range
@@ -46,6 +47,7 @@ def make_checkpoint() -> Checkpoint:
             num_patches=4,
             conditioning={"context_dim": 16},
             config={},
+            classes=classes,
         ),
         autoencoder=autoencoder.eval(),
         denoiser=denoiser.eval(),

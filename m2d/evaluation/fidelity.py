@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from m2d.classes import CLASSES
 from m2d.evaluation.images import FeatureSet
 from m2d.metrics.distances import (
     LEAST_GROUPS,
@@ -120,7 +119,7 @@ def measure_fidelity(
         for name, other in others.items()
         if other is not None
     ]
-    labels = np.unique(generated.labels).tolist()
+    labels, codes = np.unique(generated.labels).tolist(), train.images.classes.codes
     counts, matched, notes = {}, {}, []
     for label in labels:
         of_class = [one.of_class(label) for one in comparisons]
@@ -129,7 +128,7 @@ def measure_fidelity(
         poor = [f"{one.name} {one.lesions}" for one in of_class if one.lesions < LEAST_GROUPS]
         if poor:
             notes.append(
-                f"{CLASSES[label]} is left out of the overall rows: fewer than {LEAST_GROUPS} lesions on a side "
+                f"{codes[label]} is left out of the overall rows: fewer than {LEAST_GROUPS} lesions on a side "
                 f"({', '.join(poor)})"
             )
         else:
@@ -141,12 +140,12 @@ def measure_fidelity(
     for one in comparisons:
         place = list(others).index(one.name)
         # A generator for each row: a set more or a class less does not change what the others draw.
-        generators = {label: np.random.default_rng([seed, place, label]) for label in (*labels, len(CLASSES))}
+        generators = {label: np.random.default_rng([seed, place, label]) for label in (*labels, len(codes))}
         of_label = {}
         for label in labels:
             mine = one.of_class(label)
             drawn = {label: min(matched[label], mine.smaller)}
-            of_label[label] = _row(mine, CLASSES[label], mine.sizes, mine.kernel(), drawn, generators[label])
+            of_label[label] = _row(mine, codes[label], mine.sizes, mine.kernel(), drawn, generators[label])
         counted = [of_label[label] for label in counts]
         values = [row.kernel_distance for row in counted if row.kernel_distance is not None]
         errors = [row.kernel_distance_se for row in counted if row.kernel_distance_se is not None]
@@ -154,14 +153,14 @@ def measure_fidelity(
         if values:
             kernel = KernelDistance(float(np.mean(values)), float(np.linalg.norm(errors)) / len(errors))
         sizes = sum(row.n_reference for row in counted), sum(row.n_other for row in counted)
-        rows += [_row(one, None, sizes, kernel, counts, generators[len(CLASSES)]), *of_label.values()]
+        rows += [_row(one, None, sizes, kernel, counts, generators[len(codes)]), *of_label.values()]
     return FidelityResult(
         extractor=train.extractor,
         circular=circular,
         circularity=_CIRCULARITY[circular].format(train.extractor),
         method=METHOD,
         comparisons={one.name: _WHAT[one.name] for one in comparisons},
-        overall_counts={CLASSES[label]: count for label, count in counts.items()},
+        overall_counts={codes[label]: count for label, count in counts.items()},
         rows=rows,
         notes=notes,
         seed=seed,

@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from m2d.classes import CLASSES, NUM_CLASSES
-from m2d.data.catalog import read_catalog, scan_dataset
+from m2d.classes import ISIC7, ClassSet, named_class_set
+from m2d.data.catalog import classes_of, read_catalog, said_of, scan_dataset
 from m2d.data.decode import decode_resized, probe_image
+from m2d.data.layouts import read_layout
 from m2d.data.reader import decode_unchanged
 from m2d.data.settings import DataConfig
 from m2d.data.store import prepared_folder, reusable_catalog
@@ -50,9 +51,10 @@ class ImageSet:
     source: str  # where from, in words
     sha256: tuple[str, ...]  # N; of the file's bytes, or of the pixels where there is no file
     paths: tuple[str, ...]  # N; as a person finds the file
-    labels: np.ndarray  # int64 [N], index into CLASSES
+    labels: np.ndarray  # int64 [N], index into the codes of `classes`
     groups: np.ndarray  # object [N]; equal values are one lesion; a generated image is a group of its own
     pixels: np.ndarray  # uint8 [N, S, S, 3], perhaps mapped from a file: take rows, never all at once
+    classes: ClassSet = ISIC7  # of the real training images, the same on every side
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -64,13 +66,13 @@ class ImageSet:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Images of each class that has some, in the order of CLASSES."""
-        return class_counts(self.labels)
+        """Images of each class that has some, in the order of the set."""
+        return class_counts(self.labels, self.classes)
 
     @property
     def summary(self) -> dict[str, Any]:
         """For evaluation.json."""
-        lesions = lesion_counts(self.labels, self.groups)
+        lesions = lesion_counts(self.labels, self.groups, self.classes)
         return {"name": self.name, "source": self.source, "images": self.counts, "lesions": lesions}
 
 
@@ -95,6 +97,11 @@ class FeatureSet:
         """object [N]."""
         return self.images.groups
 
+    @property
+    def classes(self) -> ClassSet:
+        """What labels are indices into."""
+        return self.images.classes
+
     def rows(self, label: int) -> np.ndarray:
         """Row numbers of a class, int64 [n]."""
         return np.flatnonzero(self.labels == label)
@@ -108,20 +115,26 @@ class Listed:
     source: str
     root: str  # of the paths: a folder or a URI
     rows: pa.Table  # a row each: path (relative to root), sha256, label (class code), lesion_id; perhaps more
+    classes: ClassSet = ISIC7
 
     def __getitem__(self, column: str) -> list[str]:
         return self.rows[column].to_pylist()
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Class indices, int64 [N]."""
+        return np.array([self.classes.index(code) for code in self["label"]], dtype=np.int64)
 
-def class_counts(labels: np.ndarray) -> dict[str, int]:
+
+def class_counts(labels: np.ndarray, classes: ClassSet) -> dict[str, int]:
     """Images of each class that has some, from class indices int64 [N]."""
-    counted = np.bincount(labels, minlength=NUM_CLASSES)
-    return {code: int(n) for code, n in zip(CLASSES, counted, strict=True) if n}
+    counted = np.bincount(labels, minlength=len(classes))
+    return {code: int(n) for code, n in zip(classes.codes, counted, strict=True) if n}
 
 
-def lesion_counts(labels: np.ndarray, groups: np.ndarray) -> dict[str, int]:
+def lesion_counts(labels: np.ndarray, groups: np.ndarray, classes: ClassSet) -> dict[str, int]:
     """Lesions of each class that has images."""
-    return {code: len(set(groups[labels == CLASSES.index(code)].tolist())) for code in class_counts(labels)}
+    return {code: len(set(groups[labels == classes.index(code)].tolist())) for code in class_counts(labels, classes)}
 
 
 # --- listing --------------------------------------------------------------------------------------------------------
@@ -138,8 +151,8 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     data = config.data or (data_config_of(checkpoint.info) if checkpoint else DataConfig())
     train, test = _real_sides(config, real, data, checkpoint, notes)
     check_apart(train, test, "real")
-    generated = _generated(generated_root, data, notes)
-    known, made = (sorted(side.rows["label"].unique().to_pylist()) for side in (train, generated))  # as CLASSES are
+    generated = _generated(generated_root, data, train.classes, notes)
+    known, made = (list(class_counts(side.labels, side.classes)) for side in (train, generated))
     if unknown := [code for code in made if code not in known]:
         raise DataError(
             f"generated: {generated.source} holds images of {' '.join(unknown)}, the real training images are of "
@@ -165,15 +178,46 @@ def class_folder(folder: str | None, setting: str) -> str:
     return os.path.expanduser(folder)
 
 
-def catalog_of(root: str, data: DataConfig, cache_dir: str, notes: list[str]) -> pa.Table:
-    """That of setup_data where it is still right, otherwise of a new scan; what was left out goes to the notes."""
+def catalog_of(
+    root: str,
+    data: DataConfig,
+    cache_dir: str,
+    notes: list[str],
+    classes: ClassSet | None = None,
+    whose: str = "the checkpoint",
+) -> pa.Table:
+    """That of setup_data where it is still right, otherwise of a new scan; what was left out goes to the notes.
+
+    classes: the set that the other side is of, and whose it is; None: the data's own. Raises DataError where the images
+    here are of another set.
+    """
     prepared = reusable_catalog(prepared_folder(cache_dir, root), root, data)
-    if prepared is not None:
+    if prepared is not None and (classes is None or classes_of(prepared).codes == classes.codes):
         return prepared
-    with progress(f"scanning {root}") as shown:
-        scan = scan_dataset(root, data, shown.show)
+    try:
+        with progress(f"scanning {root}") as shown:
+            scan = scan_dataset(root, data, shown.show, classes)
+    except DataError:
+        if classes is not None:  # which is found by names and tables alone
+            require_same(read_layout(*open_storage(root), root, data).classes, root, classes, whose)
+        raise
     notes += _left_out([(row["path"], row["reason"]) for row in scan.rejected.to_pylist()], f"files of {root}")
     return scan.catalog
+
+
+def require_same(own: ClassSet, place: str, other: ClassSet, whose: str) -> None:
+    """Raises DataError where two sides are of different sets of classes."""
+    if own.codes != other.codes:
+        raise DataError(
+            f"classes: {place} is of {own.name} ({' '.join(own.codes)}), {whose} of {other.name} "
+            f"({' '.join(other.codes)}); name images of one set on every side, or map theirs with --data.class_map"
+        )
+
+
+def unknown_lesions(*catalogs: pa.Table) -> list[str]:
+    """The line that says so where no table named the lesions, for every report that rests on the split."""
+    said = [line for catalog in catalogs for line in said_of(catalog) if line.startswith("lesions: no table")]
+    return list(dict.fromkeys(said))
 
 
 def check_apart(train: Listed, test: Listed, setting: str) -> None:
@@ -194,46 +238,55 @@ def _real_sides(
     config: EvaluateConfig, real: str, data: DataConfig, checkpoint: Checkpoint | None, notes: list[str]
 ) -> list[Listed]:
     """Two folders, or the splits of one: as the checkpoint's own run split it, where that is known."""
+    wanted = checkpoint.info.classes if checkpoint else None
+    if wanted is not None and data.classes not in (None, "folders"):
+        require_same(named_class_set(str(data.classes)), f"--data.classes {data.classes}", wanted, "the checkpoint")
     if config.train is not None:
-        places = {"train": class_folder(config.train, "train"), "test": real}.items()
+        root = class_folder(config.train, "train")
+        train = catalog_of(root, data, config.cache_dir, notes, wanted)
+        classes = classes_of(train)
+        test = catalog_of(real, data, config.cache_dir, notes, classes, f"--train {root}")
+        notes += unknown_lesions(train, test)
         return [
-            Listed(name, f"all of {root}", root, catalog_of(root, data, config.cache_dir, notes))
-            for name, root in places
+            Listed("train", f"all of {root}", root, train, classes),
+            Listed("test", f"all of {real}", real, test, classes),
         ]
     own = Path(experiment_of(checkpoint.path), "cache", "catalog.parquet") if checkpoint else Path()
     recorded = str(checkpoint.info.config.get("data_root") or "") if checkpoint else ""
     same = recorded == real or ("://" not in recorded + real and os.path.realpath(recorded) == os.path.realpath(real))
-    if config.data is None and recorded and same and own.is_file():
+    if checkpoint and config.data is None and recorded and same and own.is_file():
         catalog = read_catalog(str(own))
+        require_same(classes_of(catalog), str(own), checkpoint.info.classes, "the checkpoint")
         notes.append("split of the real images: the checkpoint's own")
     else:
-        catalog = catalog_of(real, data, config.cache_dir, notes)
+        catalog = catalog_of(real, data, config.cache_dir, notes, wanted)
         if checkpoint is None:
             notes.append(
                 f"split of the real images: by lesion, seed {data.split_seed}, {data.test_fraction:.0%} for the test; "
                 "whether the generator saw the test images is not known (no --checkpoint)"
             )
+    notes += unknown_lesions(catalog)
     sides = []
     for split in ("train", "test"):
         rows = catalog.filter(pc.equal(catalog["split"], split))
         if not len(rows):
             raise DataError(f"real: {real} has no image in its {split} split; set the fractions of --data")
-        sides.append(Listed(split, f"{split} split of {real}", real, rows))
+        sides.append(Listed(split, f"{split} split of {real}", real, rows, classes_of(catalog)))
     return sides
 
 
-def _generated(root: str, data: DataConfig, notes: list[str]) -> Listed:
+def _generated(root: str, data: DataConfig, classes: ClassSet, notes: list[str]) -> Listed:
     """Every image counts, copies too: a generator that repeats itself must be seen to."""
     remote = "://" in root
     inner = [] if remote else sorted(path.name for path in Path(root).iterdir())
-    if not remote and not any(name.upper() in CLASSES for name in inner):
+    if not remote and not any(classes.find(name) for name in inner):
         raise DataError(
             f"generated: {root} has no class folder (found: {', '.join(inner[:NAMED]) or 'nothing'}); only --format "
             "folder can be evaluated"
         )
-    references = read_references(root, setting="generated", max_pixels=data.max_pixels)
+    references = read_references(root, setting="generated", max_pixels=data.max_pixels, known=classes)
     notes += _left_out([one for one in references.rejected if one[0] != CONTACT_SHEET], "generated files")
-    images = [image for code in CLASSES for image in references.by_class.get(code, ())]
+    images = [image for code in classes.codes for image in references.by_class.get(code, ())]
     repeated = len(images) - len({image.sha256 for image in images})
     if repeated:
         notes.append(f"{repeated:,} generated images are exact repeats of other generated ones; all are counted")
@@ -244,7 +297,7 @@ def _generated(root: str, data: DataConfig, notes: list[str]) -> Listed:
         "label": [image.label for image in images],
         "lesion_id": [f"generated {number}" for number in range(len(images))],
     }
-    return Listed("generated", f"all of {root}", base, pa.table(columns))
+    return Listed("generated", f"all of {root}", base, pa.table(columns), classes)
 
 
 def _left_out(rejected: Sequence[tuple[str, str]], what: str) -> list[str]:
@@ -287,9 +340,10 @@ def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: lis
         source=side.source,
         sha256=tuple(sha256),
         paths=tuple(inside(side.root, path) for path in paths),
-        labels=np.array([CLASSES.index(code) for code in side["label"]], dtype=np.int64),
+        labels=side.labels,
         groups=np.array(side["lesion_id"], dtype=object),
         pixels=pixels,
+        classes=side.classes,
     )
 
 
@@ -368,7 +422,7 @@ def drawn_like(train: ImageSet, generated: ImageSet, seed: int) -> ImageSet:
     rows = np.concatenate(drawn)
     groups = np.array([f"reconstruction {row}" for row in rows], dtype=object)
     source = f"{len(rows):,} images of {train.source}"
-    return ImageSet("training images", source, (), (), train.labels[rows], groups, train.pixels[rows])
+    return ImageSet("training images", source, (), (), train.labels[rows], groups, train.pixels[rows], train.classes)
 
 
 def psnr_db(images: ImageSet, redrawn: ImageSet) -> float:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m2d.classes import CLASSES, NUM_CLASSES
 from m2d.errors import DataError
 from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.generation.gates import unit_view
@@ -136,6 +135,7 @@ def measure_memorization(
     nevi have more doubles than other classes; their number in Wilson's formula is Kish's effective one, of lesions.
     Raises DataError for fewer than 10 training images, one lesion, or no class that both test and generated have.
     """
+    codes = generated.classes.codes
     lesions = np.unique(train.groups, return_inverse=True)[1]
     shared = np.intersect1d(generated.labels, test.labels).tolist()
     if len(train) < FEWEST or lesions.max() == 0:
@@ -169,7 +169,7 @@ def measure_memorization(
         shares = {name: _share(share[mine], ones, np.arange(len(mine))) for name, share in copies.items()}
         if not len(theirs):
             return Comparison(generated=shares, test=None, flagged=False, nearness={})
-        wanted, had = (np.bincount(images.labels, minlength=NUM_CLASSES) for images in (generated, test))
+        wanted, had = (np.bincount(images.labels, minlength=len(codes)) for images in (generated, test))
         weights = wanted[test.labels[theirs]] / had[test.labels[theirs]]
         chance = {name: _share(copy[theirs], weights, test.groups[theirs]) for name, copy in by_chance.items()}
         nearness = {}
@@ -191,15 +191,15 @@ def measure_memorization(
             train_row=other,
             generated_path=generated.paths[row],
             train_path=train.images.paths[other],
-            generated_class=CLASSES[generated.labels[row]],
-            train_class=CLASSES[train.labels[other]],
+            generated_class=codes[generated.labels[row]],
+            train_class=codes[train.labels[other]],
             view=view,
             found_by=name,
             distances={name: space.gap(row, other, view) for name, space in spaces.items()},
             share_of_limit=float(strictness[row, place]),
         )
 
-    classes = {CLASSES[label]: compare([label]) for label in np.unique(generated.labels).tolist()}
+    classes = {codes[label]: compare([label]) for label in np.unique(generated.labels).tolist()}
     overall = compare(shared)
     flagged = [code for code, one in classes.items() if one.flagged]
     omitted = {code: "no unseen image to compare with" for code, one in classes.items() if one.test is None}

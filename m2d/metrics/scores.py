@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from m2d.classes import CLASSES, class_index
+from m2d.classes import ISIC7, ClassSet
 
 BINS = 15  # of the calibration error
-MELANOMA = class_index("MEL")
+MELANOMA = "MEL"  # a score of its own, in every set that has it
 LOWER_IS_BETTER = ("expected_calibration_error",)
 _CELLS_AT_ONCE = 4_000_000  # weights of some resamples in float64: 32 MB
 
@@ -53,34 +53,37 @@ def scores(confusion: np.ndarray) -> Scores:
     )
 
 
-def weighted_scores(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+def weighted_scores(
+    probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray, classes: ClassSet = ISIC7
+) -> dict[str, np.ndarray]:
     """Name to values float64 [R]: a score of each of R weightings of the same test images.
 
-    probabilities: [N, K], K the classes of m2d.classes. truth: int64 [N]. weights: [R, N], at least 0; every class of
+    probabilities: [N, K], K the number of `classes`. truth: int64 [N]. weights: [R, N], at least 0; every class of
     `truth` has some in every row, as a stratified bootstrap leaves it. Means are over the classes of `truth`:
 
     balanced_accuracy, macro_f1: of the most probable class. recall_<code>: each class's. macro_auprc: mean average
-    precision, one class against the rest; melanoma_auprc: melanoma's, where `truth` has any.
+    precision, one class against the rest; melanoma_auprc: melanoma's, where `classes` and `truth` have it.
     expected_calibration_error: see `calibration_error`.
     """
     step = max(1, _CELLS_AT_ONCE // len(truth))
     if len(weights) > step:
         parts = [
-            weighted_scores(probabilities, truth, weights[one : one + step]) for one in range(0, len(weights), step)
+            weighted_scores(probabilities, truth, weights[one : one + step], classes)
+            for one in range(0, len(weights), step)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     weights = weights.astype(np.float64, order="F")
-    present, classes = np.unique(truth), probabilities.shape[1]
-    cell = truth * classes + probabilities.argmax(axis=1)  # of the confusion matrix
-    called = scores((weights @ np.eye(classes**2)[cell]).reshape(-1, classes, classes))
-    areas = {int(k): average_precision(probabilities[:, k], truth == k, weights) for k in present}
+    present, size = np.unique(truth), len(classes)
+    cell = truth * size + probabilities.argmax(axis=1)  # of the confusion matrix
+    called = scores((weights @ np.eye(size**2)[cell]).reshape(-1, size, size))
+    areas = {classes.codes[k]: average_precision(probabilities[:, k], truth == k, weights) for k in present}
     return {
         "balanced_accuracy": called.balanced_accuracy,
         "macro_f1": called.macro_f1,
         "macro_auprc": np.mean(list(areas.values()), axis=0),
         **({"melanoma_auprc": areas[MELANOMA]} if MELANOMA in areas else {}),
         "expected_calibration_error": calibration_error(probabilities, truth, weights),
-        **{f"recall_{CLASSES[k]}": recall for k, recall in zip(present, called.recall.T)},
+        **{f"recall_{classes.codes[k]}": recall for k, recall in zip(present, called.recall.T)},
     }
 
 

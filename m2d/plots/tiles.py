@@ -288,7 +288,7 @@ def wrapped(text: str, face: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines
 
 
-def shortened(text: str, face: ImageFont.FreeTypeFont, width: int) -> str:
+def shortened(text: str, face: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """The text, its end left out where it does not fit `width` pixels."""
     kept = text
     while len(kept) > 1 and face.getlength(kept if kept == text else f"{kept}…") > width:

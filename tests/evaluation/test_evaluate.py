@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_checkpoint import write_checkpoint
+from tiny_checkpoint import make_checkpoint, write_checkpoint
 from tiny_sets import feature_set, image_set
 
+from m2d.classes import BINARY, ISIC7, ISIC8, ClassSet
 from m2d.cli import main, parse
 from m2d.cluster.nodes import device_of_actor
 from m2d.errors import ConfigError
@@ -88,6 +89,103 @@ def test_every_part_is_answered_in_every_file(
         assert min(Image.open(path).size) > 100
     told = capsys.readouterr().out
     assert found["downstream"][0]["verdict"]["word"] in " ".join(told.split()).lower()
+
+
+def paint_generated(folder: Path, counts: dict[str, int]) -> None:
+    generator = np.random.default_rng(7)
+    for label, count in counts.items():
+        (folder / label).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{number}.png")
+
+
+@pytest.mark.parametrize(
+    ("classes", "real", "train", "test", "made"),
+    [
+        (
+            BINARY,
+            {"BENIGN": 50, "MALIGNANT": 20},
+            {"BENIGN": 35, "MALIGNANT": 14},
+            {"BENIGN": 15, "MALIGNANT": 6},
+            {"BENIGN": 8, "MALIGNANT": 8},
+        ),
+        (
+            ISIC8,
+            {"AKIEC": 10, "MEL": 30, "SCC": 20},
+            {"AKIEC": 7, "MEL": 21, "SCC": 14},
+            {"AKIEC": 3, "MEL": 9, "SCC": 6},
+            {"MEL": 8, "SCC": 9},
+        ),
+    ],
+    ids=["binary", "isic8"],
+)
+def test_another_set_of_classes_is_evaluated_and_reported(
+    tmp_path: Path,
+    paint_images: Any,
+    capsys: pytest.CaptureFixture[str],
+    classes: ClassSet,
+    real: dict[str, int],
+    train: dict[str, int],
+    test: dict[str, int],
+    made: dict[str, int],
+) -> None:
+    """The checkpoint's set; isic8 has a table of lesions, the binary set has none, which the report says."""
+    paint_images(tmp_path / "real", real)
+    if classes is ISIC8:
+        lesions = "".join(f"{code}_{k},lesion_{code}_{k}\n" for code, count in real.items() for k in range(count))
+        (tmp_path / "real" / "metadata.csv").write_text("image_id,lesion_id\n" + lesions)
+    paint_generated(tmp_path / "generated", made)
+    checkpoint = write_checkpoint(make_checkpoint(classes), tmp_path / "run" / "checkpoints" / "best")
+    main(
+        "evaluate",
+        flags((tmp_path / "real", tmp_path / "generated"), tmp_path, "--checkpoint", str(checkpoint)),
+    )
+    out = tmp_path / "out"
+    found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert [one["images"] for one in found["images"]] == [train, test, made]
+    assert found["class_set"]["name"] == classes.name
+    assert found["consistency"]["classes"] == list(classes.codes)
+    assert np.array(found["consistency"]["confusion"]).shape == (len(classes), len(classes))
+    assert np.array(found["consistency"]["confusion"]).sum(axis=1).tolist() == [made.get(c, 0) for c in classes.codes]
+    scores = found["downstream"][0]["arms"]["d"]["scores"]
+    assert [name for name in scores if name.startswith("recall_")] == [f"recall_{code}" for code in real]
+    assert ("melanoma_auprc" in scores) == ("MEL" in classes.codes)
+    assert found["downstream"][0]["arms"]["d"]["images"] == {code: train[code] + made.get(code, 0) for code in train}
+    assert list(found["memorization"]["classes"]) == list(made)
+    assert any(note.startswith("lesions: no table") for note in found["notes"]) == (classes is BINARY)
+    page = (out / "evaluation.html").read_text(encoding="utf-8")
+    for code in made:
+        assert classes.names[code] in page
+        assert f"background:{classes.colours[code]}" in page
+    with (out / "classes.csv").open(encoding="utf-8") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == list(real)
+    assert " ".join(f"{code} {count}" for code, count in train.items()) in " ".join(capsys.readouterr().err.split())
+
+
+def test_real_images_of_another_set_than_the_checkpoints_are_refused_with_both_lists(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_checkpoint(make_checkpoint(BINARY), tmp_path / "run" / "checkpoints" / "best")
+    for more in ([], ["--data.classes", "isic7"]):
+        with pytest.raises(SystemExit, match="2"):
+            main("evaluate", flags(folders, tmp_path, "--checkpoint", str(checkpoint), *more))
+        (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("error: ")]
+        assert " ".join(ISIC7.codes) in line
+        assert "BENIGN MALIGNANT" in line
+
+
+def test_forty_classes_fit_the_page(tmp_path: Path, paint_images: Any) -> None:
+    """Of long names; the set is the folders' own."""
+    codes = [f"condition_of_the_skin_number_{number:02}" for number in range(40)]
+    paint_images(tmp_path / "real", dict.fromkeys(codes, 5))
+    paint_generated(tmp_path / "generated", dict.fromkeys(codes, 1))
+    asked = flags((tmp_path / "real", tmp_path / "generated"), tmp_path, "--data.classes", "folders")
+    out = evaluate(parse("evaluate", asked))
+    found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert found["images"][2]["images"] == dict.fromkeys(codes, 1)
+    with Image.open(out / "confusion.png") as picture:
+        assert picture.height > 1200
 
 
 def test_a_second_run_extracts_and_trains_nothing(

@@ -121,7 +121,7 @@ def test_test_images_train_nothing(answer: np.ndarray) -> None:
 
 
 def test_the_default_starts_from_the_wheels_weights_and_a_new_layer_for_seven_classes() -> None:
-    network = _network(FinetuneConfig(input_size=32)).network
+    network = _network(FinetuneConfig(input_size=32), 7).network
     packaged = load_feature_extractor("efficientnet-lite0").network.state_dict()
     for name, tensor in network.state_dict().items():
         if name.startswith("classifier."):

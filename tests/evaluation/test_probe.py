@@ -17,6 +17,7 @@ from m2d.data.catalog import scan_dataset, write_catalog
 from m2d.data.settings import DataConfig
 
 COLOURS = dict(zip(CLASSES, ("red", "lime", "blue", "yellow", "black", "white", "magenta")))
+COLOURS |= {"BENIGN": "red", "MALIGNANT": "blue"}
 
 
 def paint(data_root: Path, lesions: dict[str, int], *, photographs: int = 2, seed: int = 0) -> str:
@@ -223,3 +224,21 @@ def test_evaluating_nothing_in_particular_says_what_is_missing(capsys: pytest.Ca
     with pytest.raises(SystemExit, match="2"):
         main_from_shell(["evaluate", "probe", "--c", "-1"])
     assert capsys.readouterr().err == "error: c is -1.0; it must be a number above 0\n"
+
+
+def test_two_classes_are_probed_as_seven_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_root = paint(tmp_path / "skin", {"BENIGN": 8, "MALIGNANT": 4})
+    result = run(tmp_path, "--data_root", data_root)
+    assert result["classes"] == ["BENIGN", "MALIGNANT"]
+    assert result["train"]["images"] == {"BENIGN": 12, "MALIGNANT": 6}
+    assert result["test"]["images"] == {"BENIGN": 4, "MALIGNANT": 2}
+    assert result["test"]["lesions"] == {"BENIGN": 2, "MALIGNANT": 1}
+    assert result["confusion"] == [[4, 0], [0, 2]]
+    assert result["balanced_accuracy"]["value"] == 1
+    assert result["notes"] == []
+    assert "guessing: 50%" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "skin" / "metadata.csv").unlink()
+    untold = run(tmp_path, "--data_root", data_root)
+    assert untold["test"]["images"] == {"BENIGN": 4, "MALIGNANT": 2}
+    assert untold["notes"][0].startswith("lesions: no table")
+    assert "note: lesions: no table" in " ".join(capsys.readouterr().out.split())

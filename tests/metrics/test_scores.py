@@ -7,10 +7,11 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score
 from torchmetrics.classification import MulticlassCalibrationError
 
-from m2d.classes import CLASSES
+from m2d.classes import CLASSES, ISIC7
 from m2d.metrics.bootstrap import Estimate, resampled_confusions, resampled_seeds, resampled_weights
-from m2d.metrics.scores import MELANOMA, average_precision, calibration_error, confusion_matrix, scores, weighted_scores
+from m2d.metrics.scores import average_precision, calibration_error, confusion_matrix, scores, weighted_scores
 
+MELANOMA = ISIC7.index("MEL")
 MELANOMA_AND_TWO_MORE = (2, 4, 5)
 
 

@@ -8,13 +8,14 @@ Called for both classifiers (probe.py, finetune.py), of which it knows no more t
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 
-from m2d.classes import CLASSES, NUM_CLASSES
+from m2d.classes import ISIC7, ClassSet
 from m2d.cluster.fan_out import fan_out, numbered, on_tasks
 from m2d.cluster.nodes import cluster_total
 from m2d.cluster.start import ray_cluster
@@ -163,10 +164,11 @@ def compare_arms(
     fewer than two classes are both in train and test.
     """
     train, test, generated = images
+    counted = partial(class_counts, classes=train.classes)
     scored = scored_classes(train, test)
     rows = np.flatnonzero(np.isin(test.labels, scored))
     truth, groups = test.labels[rows], test.groups[rows]
-    lesions, left_out, notes = lesion_counts(truth, groups), unscored(train, test), [*notes, _INTERVALS]
+    lesions, left_out, notes = lesion_counts(truth, groups, train.classes), unscored(train, test), [*notes, _INTERVALS]
     few = [f"{code} {count}" for code, count in lesions.items() if count < FEW_LESIONS]
     if few:
         notes.append(f"Fewer than {FEW_LESIONS} test lesions, so a rough interval: {', '.join(few)}.")
@@ -190,7 +192,9 @@ def compare_arms(
     # Scores of each training: of the test set as it is (row 0), then of its resamples.
     drawn = resampled_weights(truth, groups, resamples=trials.resamples, seed=trials.seed)
     weights = np.concatenate([np.ones((1, len(rows)), dtype=drawn.dtype), drawn])
-    scores = {digest: weighted_scores(answer[rows], truth, weights) for digest, answer in answers.items()}
+    scores = {
+        digest: weighted_scores(answer[rows], truth, weights, train.classes) for digest, answer in answers.items()
+    }
     picked = resampled_seeds(len(trials.seeds), resamples=trials.resamples, seed=trials.seed)
 
     def table(name: str, arm: str, ratio: float | None) -> np.ndarray:
@@ -215,12 +219,12 @@ def compare_arms(
         resamples=trials.resamples,
         train=train.counts,
         generated=generated.counts,
-        test=class_counts(truth),
+        test=counted(truth),
         test_lesions=lesions,
         arms={
             arm: ArmResult(
                 description=ARMS[arm],
-                images=class_counts(arms[arm, None][0].labels(train.labels, generated.labels)),
+                images=counted(arms[arm, None][0].labels(train.labels, generated.labels)),
                 trainings=len({job.digest for job in jobs[arm, None]}),
                 scores=estimates(arm),
             )
@@ -231,8 +235,8 @@ def compare_arms(
         ratios=[
             RatioResult(
                 ratio=ratio,
-                added=class_counts(generated.labels[arms["d", ratio][0].generated]),
-                limited=limits(train.labels, generated.labels, ratio),
+                added=counted(generated.labels[arms["d", ratio][0].generated]),
+                limited=limits(train.labels, generated.labels, ratio, train.classes),
                 oversampled=estimates("c", ratio),
                 synthetic=estimates("d", ratio),
                 minus_b=estimates("d", ratio, minus=("b", None)),
@@ -258,11 +262,10 @@ def training_rows(
     gains for each of its real ones, as far as there are so many; None: all. seed: of what is drawn. A smaller ratio
     takes a part of what a larger one takes; the images of a class are repeated equally often, give or take one.
     """
-    there = np.bincount(generated, minlength=NUM_CLASSES)
-    added = there if ratio is None else np.minimum(_wanted(real, ratio), there)
+    counts, there = _counts(real, generated)
+    added = there if ratio is None else np.minimum(np.rint(ratio * counts).astype(np.int64), there)
     every, none = np.arange(len(real)), np.empty(0, dtype=np.int64)
     if arm == "b":
-        counts = np.bincount(real, minlength=NUM_CLASSES)
         return TrainingRows(every, none, len(real) / (np.count_nonzero(counts) * counts[real]))
     if arm == "c":
         every = np.sort(np.concatenate([every, _drawn(real, added, [seed, 0])]))
@@ -271,10 +274,11 @@ def training_rows(
     return TrainingRows(of_real, of_generated, np.ones(len(of_real) + len(of_generated)))
 
 
-def limits(real: np.ndarray, generated: np.ndarray, ratio: float) -> str | None:
+def limits(real: np.ndarray, generated: np.ndarray, ratio: float, classes: ClassSet = ISIC7) -> str | None:
     """Where a ratio asks for more generated images than there are, in words: `MEL 300 of 550, NV 0 of 4,000`."""
-    wanted, there = _wanted(real, ratio), np.bincount(generated, minlength=NUM_CLASSES)
-    return ", ".join(f"{CLASSES[k]} {there[k]:,} of {wanted[k]:,}" for k in np.flatnonzero(there < wanted)) or None
+    counts, there = _counts(real, generated)
+    wanted, codes = np.rint(ratio * counts).astype(np.int64), classes.codes
+    return ", ".join(f"{codes[k]} {there[k]:,} of {wanted[k]:,}" for k in np.flatnonzero(there < wanted)) or None
 
 
 def scored_classes(train: ImageSet, test: ImageSet) -> list[int]:
@@ -283,8 +287,8 @@ def scored_classes(train: ImageSet, test: ImageSet) -> list[int]:
     if len(scored) < 2:
         raise DataError(
             "downstream: training and test images share too few classes "
-            f"({' '.join(CLASSES[k] for k in scored) or 'none'}); a classifier needs two at least, so give images of "
-            "more classes"
+            f"({' '.join(train.classes.codes[k] for k in scored) or 'none'}); a classifier needs two at least, so "
+            "give images of more classes"
         )
     return scored
 
@@ -296,13 +300,15 @@ def unscored(train: ImageSet, test: ImageSet) -> dict[str, str]:
         code: "no test image, so nothing to score; it is trained on"
         if code in trained
         else "no real training image; its test images are left out"
-        for code in CLASSES
+        for code in train.classes.codes
         if (code in trained) != (code in tested)
     }
 
 
-def _wanted(real: np.ndarray, ratio: float) -> np.ndarray:
-    return np.rint(ratio * np.bincount(real, minlength=NUM_CLASSES)).astype(np.int64)
+def _counts(real: np.ndarray, generated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images of each class, int64 of one length."""
+    length = 1 + max(int(labels.max(initial=0)) for labels in (real, generated))
+    return np.bincount(real, minlength=length), np.bincount(generated, minlength=length)
 
 
 def _drawn(labels: np.ndarray, counts: np.ndarray, seed: list[int]) -> np.ndarray:

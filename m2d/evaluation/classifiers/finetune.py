@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2d import __version__
-from m2d.classes import NUM_CLASSES
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, TrainingError
 from m2d.evaluation.classifiers.compare import DownstreamResult, TrainingRows, Trials, compare_arms
@@ -65,6 +64,7 @@ class FinetuneClassifier:
     train_labels: np.ndarray  # int64 [N]
     generated_labels: np.ndarray
     config: FinetuneConfig
+    num_classes: int
     identity: str
     seeded = True
 
@@ -80,12 +80,14 @@ class FinetuneClassifier:
             named = FeatureExtractorConfig(name=config.model, weights=config.weights, input_size=size, crop="whole")
             shaping |= {"weights": extractor_identity(named)}
         digest = hashlib.sha256(f"finetune {__version__} {sorted(shaping.items(), key=str)}\n".encode())
+        digest.update(f"{len(train.classes)} classes\n".encode())
         for one in (train, test, generated):
             digest.update(f"{one.image_size} {' '.join(one.sha256)}\n".encode())
             digest.update(np.ascontiguousarray(one.labels).data)
         # A memory-mapped array is a subclass, which pickle copies; a plain one it hands to Ray's store as it is.
         plain = tuple(one.pixels.view(np.ndarray) for one in (train, test, generated))
-        return cls(plain[0], plain[1], plain[2], train.labels, generated.labels, config, digest.hexdigest())
+        labels = train.labels, generated.labels
+        return cls(plain[0], plain[1], plain[2], *labels, config, len(train.classes), digest.hexdigest())
 
     @property
     def wants_gpu(self) -> bool:
@@ -99,7 +101,7 @@ class FinetuneClassifier:
         cudnn = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), cudnn:
             torch.manual_seed(seed)
-            extractor = _network(self.config)
+            extractor = _network(self.config, self.num_classes)
             network: Any = extractor.to(device).to(memory_format=torch.channels_last).network
             try:
                 self._train(extractor, rows, seed, device)
@@ -185,7 +187,7 @@ def _input(pixels: np.ndarray, extractor: FeatureExtractor, device: torch.device
     return extractor.preprocess(images).contiguous(memory_format=torch.channels_last)
 
 
-def _network(config: FinetuneConfig) -> FeatureExtractor:
+def _network(config: FinetuneConfig, num_classes: int) -> FeatureExtractor:
     """The network with a new classification layer, in its wrapper, which knows how images become its input."""
     if config.pretrained:
         extractor = load_feature_extractor(config.model, config.weights, config.input_size, "whole")
@@ -193,6 +195,6 @@ def _network(config: FinetuneConfig) -> FeatureExtractor:
         blank = timm.create_model(config.model.removeprefix(TIMM_PREFIX), pretrained=False, num_classes=0)
         extractor = TimmExtractor(config.model, blank, config.input_size, "whole", "0" * 64)
     network: Any = extractor.network
-    network.reset_classifier(NUM_CLASSES)
+    network.reset_classifier(num_classes)
     network.requires_grad_(True)
     return extractor

@@ -20,8 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from m2d import __version__
-from m2d.classes import CLASSES, NUM_CLASSES
-from m2d.data.catalog import read_catalog
+from m2d.data.catalog import classes_of, read_catalog
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import (
     FEW_LESIONS,
@@ -34,7 +33,17 @@ from m2d.evaluation.classifiers.compare import (
     unscored,
 )
 from m2d.evaluation.features import ClsFeatures, cls_features
-from m2d.evaluation.images import FeatureSet, Listed, catalog_of, check_apart, class_counts, class_folder, lesion_counts
+from m2d.evaluation.images import (
+    FeatureSet,
+    Listed,
+    catalog_of,
+    check_apart,
+    class_counts,
+    class_folder,
+    lesion_counts,
+    require_same,
+    unknown_lesions,
+)
 from m2d.evaluation.settings import ProbeConfig
 from m2d.files.paths import result_path
 from m2d.files.progress import say
@@ -87,7 +96,7 @@ def chosen_c(train: FeatureSet, *, seed: int) -> tuple[float, dict[float, float]
 
     Raises DataError where the lesions are too few for it.
     """
-    best, tried = choose_c(train.cls, train.labels, train.groups, num_classes=NUM_CLASSES, seed=seed)
+    best, tried = choose_c(train.cls, train.labels, train.groups, num_classes=len(train.classes), seed=seed)
     if best is None:
         raise DataError(
             f"downstream: {len(train)} training images of {len(set(train.groups.tolist()))} lesions are too few to "
@@ -110,7 +119,7 @@ class ProbeClassifier:
     @property
     def identity(self) -> str:
         """Hex digest of c, features and labels."""
-        digest = hashlib.sha256(f"probe {self.c!r}\n".encode())
+        digest = hashlib.sha256(f"probe {self.c!r} of {len(self.train.classes)} classes\n".encode())
         for part in (self.train, self.test, self.generated):
             digest.update(f"{part.extractor} {part.cls.shape}\n".encode())
             digest.update(np.ascontiguousarray(part.cls).data)
@@ -128,7 +137,7 @@ class ProbeClassifier:
             weights=weights,
             standardised_by=self.train.cls,
         )
-        return probe.probabilities(self.test.cls, NUM_CLASSES)
+        return probe.probabilities(self.test.cls, len(self.train.classes))
 
 
 # --- class consistency ----------------------------------------------------------------------------------------------
@@ -165,12 +174,13 @@ def measure_consistency(
     scored_classes(train.images, test.images)
     probe = LinearProbe.fit(train.cls, train.labels, c=c)
     known = np.isin(test.labels, np.unique(train.labels))
-    shape = {"num_classes": NUM_CLASSES, "resamples": resamples, "seed": seed}
+    codes = train.classes.codes
+    shape = {"num_classes": len(codes), "resamples": resamples, "seed": seed}
 
     def classified(truth: np.ndarray, cls: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The confusion matrix [K, K], and those of the resamples [R, K, K]."""
         called = probe.predict(cls)
-        return confusion_matrix(truth, called, NUM_CLASSES), resampled_confusions(truth, called, groups, **shape)
+        return confusion_matrix(truth, called, len(codes)), resampled_confusions(truth, called, groups, **shape)
 
     confusion, drawn = classified(generated.labels, generated.cls, np.arange(len(generated)))
     real, drawn_real = classified(test.labels[known], test.cls[known], test.groups[known])
@@ -182,17 +192,17 @@ def measure_consistency(
         extractor=train.extractor,
         c=c,
         resamples=resamples,
-        classes=list(CLASSES),
+        classes=list(codes),
         confusion=confusion.tolist(),
         confusion_of_real=real.tolist(),
-        images=class_counts(generated.labels),
-        agreement={CLASSES[k]: one for k, one in agreement.items()},
-        recall_of_real={CLASSES[k]: Estimate.of(recalls[row], resampled[:, row]) for row, k in enumerate(tested)},
+        images=generated.images.counts,
+        agreement={codes[k]: one for k, one in agreement.items()},
+        recall_of_real={codes[k]: Estimate.of(recalls[row], resampled[:, row]) for row, k in enumerate(tested)},
         mean_agreement=_mean(confusion, drawn, both),
         mean_recall_of_real=_mean(real, drawn_real, both),
         left_out={
             **unscored(train.images, test.images),
-            **{CLASSES[k]: "no generated image, so no agreement" for k in np.setdiff1d(tested, made)},
+            **{codes[k]: "no generated image, so no agreement" for k in np.setdiff1d(tested, made)},
         },
     )
 
@@ -221,7 +231,8 @@ def probe(config: ProbeConfig) -> Path:
     config = config.in_this_place()
     key = extractor_key(config.feature_extractor)
     folder = Path(result_path("output", config.output or f"probe/{key}")).expanduser()
-    listed = _listed(config)
+    listed, lesion_notes = _listed(config)
+    classes = listed[0].classes
     fits, tests = (f"{len(side.rows):,} images ({side.source})" for side in listed)
     say(f"linear probe of {key} on {device}: fits on {fits}, tests on {tests}")
     features = cls_features(
@@ -235,17 +246,21 @@ def probe(config: ProbeConfig) -> Path:
     )
     (train_cls, labels, lesions), (cls, truth, test_lesions) = (_read(side, features) for side in listed)
     train, test = (
-        {"source": side.source, "images": class_counts(of_side), "lesions": lesion_counts(of_side, groups)}
+        {
+            "source": side.source,
+            "images": class_counts(of_side, classes),
+            "lesions": lesion_counts(of_side, groups, classes),
+        }
         for side, of_side, groups in zip(listed, (labels, truth), (lesions, test_lesions))
     )
     c, tried = config.c, dict[float, float]()
     if c is None:
-        c, tried = choose_c(train_cls, labels, lesions, num_classes=NUM_CLASSES, seed=config.seed)
+        c, tried = choose_c(train_cls, labels, lesions, num_classes=len(classes), seed=config.seed)
     c = c or C_WITHOUT_CHOICE
     fitted = LinearProbe.fit(train_cls, labels, c=c)
     predicted = fitted.predict(cls)
-    confusion = confusion_matrix(truth, predicted, NUM_CLASSES)
-    shape = {"num_classes": NUM_CLASSES, "resamples": config.bootstrap, "seed": config.seed}
+    confusion = confusion_matrix(truth, predicted, len(classes))
+    shape = {"num_classes": len(classes), "resamples": config.bootstrap, "seed": config.seed}
     measured, resampled = scores(confusion), scores(resampled_confusions(truth, predicted, test_lesions, **shape))
     means = ("accuracy", "balanced_accuracy", "macro_f1")  # over the classes in the test images
     recall = {code: Estimate.of(measured.recall[k], resampled.recall[:, k]) for k, code in enumerate(test["images"])}
@@ -256,7 +271,7 @@ def probe(config: ProbeConfig) -> Path:
         "recall": recall,
         "train": train,  # what could not be read is left out
         "test": test,
-        "classes": CLASSES,
+        "classes": classes.codes,
         "confusion": confusion.tolist(),  # rows: true class, columns: called class
         "c": c,
         "c_tried": {f"{c:g}": score for c, score in tried.items()},  # balanced accuracy on held-out training lesions
@@ -266,6 +281,7 @@ def probe(config: ProbeConfig) -> Path:
         "seed": config.seed,
         "extracted": features.extracted,  # images whose features were not in the cache
         "unreadable": features.unreadable,
+        "notes": lesion_notes,
         "seconds": round(time.monotonic() - began, 1),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
@@ -276,31 +292,40 @@ def probe(config: ProbeConfig) -> Path:
     return folder
 
 
-def _listed(config: ProbeConfig) -> list[Listed]:
-    """What to fit on and what to test on, with no lesion or image in both."""
+def _listed(config: ProbeConfig) -> tuple[list[Listed], list[str]]:
+    """What to fit on and what to test on, with no lesion or image in both; and what the report must say of lesions."""
+    notes: list[str]
     root = test_root = class_folder(config.data_root, "data_root")
     if config.test_data_root is not None:
         test_root = class_folder(config.test_data_root, "test_data_root")
     if config.train_catalog is not None and config.test_catalog is not None:
         places = (("train", root, config.train_catalog), ("test", test_root, config.test_catalog))
-        sides = [Listed(name, f"all of {file}", place, read_catalog(file)) for name, place, file in places]
+        catalogs = [read_catalog(file) for *_, file in places]
+        classes, tested = map(classes_of, catalogs)
+        require_same(tested, config.test_catalog, classes, config.train_catalog)
+        notes = unknown_lesions(*catalogs)
+        sides = [
+            Listed(name, f"all of {file}", place, catalog, classes)
+            for (name, place, file), catalog in zip(places, catalogs)
+        ]
     else:
-        notes: list[str] = []
+        notes = []
         if config.train_catalog is None:
             whole = catalog_of(root, config.data, config.cache_dir, notes)
         else:
             whole = read_catalog(config.train_catalog)
         for note in notes:
             say(note)
+        notes = unknown_lesions(whole)
         sides = [
-            Listed(split, f"{split} split of {config.train_catalog or root}", root, rows)
+            Listed(split, f"{split} split of {config.train_catalog or root}", root, rows, classes_of(whole))
             for split in ("train", "test")
             for rows in [whole.filter(pc.equal(whole["split"], split))]
         ]
     for side in sides:
         _check_classes(side)
     check_apart(sides[0], sides[1], "probe")
-    return sides
+    return sides, notes
 
 
 def _check_classes(side: Listed) -> None:
@@ -323,7 +348,7 @@ def _read(side: Listed, features: ClsFeatures) -> tuple[np.ndarray, np.ndarray, 
     left = replace(side, rows=side.rows.filter([sha256 in features.of_image for sha256 in side["sha256"]]))
     _check_classes(left)
     cls = np.stack([features.of_image[sha256] for sha256 in left["sha256"]])
-    return cls, np.array([CLASSES.index(code) for code in left["label"]]), np.array(left["lesion_id"], object)
+    return cls, left.labels, np.array(left["lesion_id"], object)
 
 
 def _show(result: dict[str, Any], folder: Path) -> None:
@@ -377,8 +402,9 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
         yield f"images that could not be read and are left out: {len(unreadable):,}: {shown}"
     if untaught := [code for code in tested if code not in taught]:
         yield f"no training images of {' '.join(untaught)}: never called, recall 0"
-    if untested := [code for code in CLASSES if code not in tested]:
+    if untested := [code for code in result["classes"] if code not in tested]:
         yield f"no test images of {' '.join(untested)}: left out of every mean"
+    yield from result["notes"]
     if not result["converged"]:
         yield (f"the fit did not converge in {result['iterations']} iterations, so the scores are not final; lower --c")
     if few := [f"{code} {count}" for code, count in result["test"]["lesions"].items() if count < FEW_LESIONS]:

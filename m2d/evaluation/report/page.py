@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from m2d.classes import CLASSES, DIAGNOSES, ISIC7
+from m2d.classes import ISIC7, ClassSet
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.classifiers.probe import ConsistencyResult
@@ -80,7 +80,7 @@ def write_report(
     redrawn: reconstructions of the unseen images. typicality: float64 [N], of each generated image, small: typical.
     Raises DataError where the disk refuses.
     """
-    pictures = _pictures(result, sets, redrawn, typicality)
+    pictures, classes = _pictures(result, sets, redrawn, typicality), sets["train"].classes
     try:
         output.mkdir(parents=True, exist_ok=True)
         for name, rows in tables(result).items():
@@ -90,9 +90,10 @@ def write_report(
                 writer.writerows(rows)
         for name, png in pictures.items():
             (output / f"{name}.png").write_bytes(png)
-        document = json.dumps(asdict(result), indent=1, allow_nan=False)
+        of_set = {} if classes == ISIC7 else {"class_set": classes.as_dict()}
+        document = json.dumps(asdict(result) | of_set, indent=1, allow_nan=False)
         (output / "evaluation.json").write_text(document, encoding="utf-8")
-        (output / "evaluation.html").write_text(_page(result, pictures), encoding="utf-8")
+        (output / "evaluation.html").write_text(_page(result, pictures, classes), encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"output: {error.filename or output} cannot be written ({error.strerror}); free some space or name another "
@@ -123,17 +124,17 @@ def answers(result: Evaluation) -> list[list[str]]:
     return [block.splitlines() for block in text.strip().split("\n\n") if block]
 
 
-def _page(result: Evaluation, pictures: dict[str, bytes]) -> str:
+def _page(result: Evaluation, pictures: dict[str, bytes], classes: ClassSet) -> str:
     return _TEMPLATES.get_template("evaluation.html.jinja").render(
         result=result,
         answers=answers(result),
         tables=tables(result),
         fidelity_tables=[fidelity_rows(one) for one in result.fidelity],
         scores=plots.SCORES,
-        classes=CLASSES,
+        classes=classes.codes,
         images={name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in pictures.items()},
-        names={diagnosis.code: diagnosis.name for diagnosis in DIAGNOSES},
-        colours=ISIC7.colours,
+        names=classes.names,
+        colours=classes.colours,
     )
 
 
@@ -177,13 +178,13 @@ def _pictures(
 def _of_class(images: ImageSet, order: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Code -> rows of each class that has some; in this order, if given."""
     order = np.arange(len(images)) if order is None else order
-    return {code: order[images.labels[order] == CLASSES.index(code)] for code in images.counts}
+    return {code: order[images.labels[order] == images.classes.index(code)] for code in images.counts}
 
 
 def _sheet(images: ImageSet, rows: dict[str, np.ndarray], title: str) -> bytes:
     shown = {code: np.stack([images.pixels[row] for row in found[:SHOWN]]) for code, found in rows.items()}
     totals = {code: len(found) for code, found in rows.items()}
-    return _encoded(contact_sheet(shown, title=title, totals=totals))
+    return _encoded(contact_sheet(shown, title=title, totals=totals, classes=images.classes))
 
 
 def _encoded(image: Image.Image) -> bytes:

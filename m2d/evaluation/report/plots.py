@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from m2d.classes import ISIC7
 from m2d.data.views import apply_view
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.classifiers.probe import ConsistencyResult
@@ -15,6 +14,7 @@ from m2d.evaluation.memorization import Pair
 from m2d.metrics.scores import LOWER_IS_BETTER
 from m2d.plots.charts import confusion_map
 from m2d.plots.style import FAINT, INK, new_figure, png, styled
+from m2d.plots.tiles import shortened
 
 COMPARISONS = {
     GENERATED: "generated",
@@ -72,7 +72,8 @@ def kernel_distances(result: FidelityResult) -> bytes:
     axes.axvline(0, color="#999999", linewidth=0.8)
     axes.set_xlabel("kernel distance to the training images; 0 = the same, 95 % intervals")
     axes.grid(visible=False, axis="y")
-    figure.legend(loc="outside upper center", ncols=4)
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside upper center", ncols=4)
     return png(figure)
 
 
@@ -125,7 +126,8 @@ def ratio_curve(result: DownstreamResult) -> bytes:
 @styled()
 def confusions(result: ConsistencyResult) -> bytes:
     """Of generated images and of unseen real ones, side by side; rows sum to 100 %."""
-    figure = new_figure(11, 4.6)
+    height = max(4.6, 1.6 + 0.3 * len(result.classes))
+    figure = new_figure(max(11, 2.3 * height), height)
     one, other = figure.subplots(1, 2)
     confusion_map(one, result.confusion, "generated images", "asked for", result.classes, counts=False)
     confusion_map(other, result.confusion_of_real, "unseen real images", "diagnosed", result.classes, counts=False)
@@ -151,8 +153,10 @@ def nearest_pairs(pairs: Sequence[Pair], generated: ImageSet, train: ImageSet) -
         x = _MARGIN + number % _COLUMNS * (_TILE + _GAP)
         y = top + number // _COLUMNS * block
         above = apply_view(np.asarray(generated.pixels[pair.generated_row]), pair.view)
-        _paste(page, above, x, y, pair.generated_class)
-        _paste(page, np.asarray(train.pixels[pair.train_row]), x, y + _TILE + 7, pair.train_class)
+        _paste(page, above, x, y, generated.classes.colours[pair.generated_class])
+        _paste(
+            page, np.asarray(train.pixels[pair.train_row]), x, y + _TILE + 7, train.classes.colours[pair.train_class]
+        )
         same = pair.generated_class == pair.train_class
         classes = f"both {pair.generated_class}" if same else f"{pair.generated_class}, {pair.train_class}"
         # The space that found the pair comes first: its distance is the one that the limit is for.
@@ -164,15 +168,17 @@ def nearest_pairs(pairs: Sequence[Pair], generated: ImageSet, train: ImageSet) -
             (VIEW_NAMES[pair.view], FAINT),
         ]
         for row, (text, colour) in enumerate(lines):
-            draw.text((x, y + 2 * _TILE + 11 + _LINE * row), text, fill=colour, font=ImageFont.load_default(15))
+            face = ImageFont.load_default(15)
+            place = x, y + 2 * _TILE + 11 + _LINE * row
+            draw.text(place, shortened(text, face, _TILE + _GAP - 4), fill=colour, font=face)
     return page
 
 
-def _paste(page: Image.Image, image: np.ndarray, x: int, y: int, code: str) -> None:
+def _paste(page: Image.Image, image: np.ndarray, x: int, y: int, colour: str) -> None:
     side, room = image.shape[0], _TILE - _STRIPE
     shown, how = (side * (room // side), Image.Resampling.NEAREST) if side <= room else (room, Image.Resampling.LANCZOS)
     top = y + (_TILE - shown) // 2
-    page.paste(ISIC7.colours[code], (x, top, x + _STRIPE, top + shown))
+    page.paste(colour, (x, top, x + _STRIPE, top + shown))
     page.paste(Image.fromarray(np.ascontiguousarray(image)).resize((shown, shown), how), (x + _STRIPE, top))
 
 
