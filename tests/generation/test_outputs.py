@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import tarfile
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,12 @@ def write(root: Path, rows: list[PlanRow], recipe: Recipe = RECIPE, **settings: 
 
 def ids(root: Path, recipe: Recipe = RECIPE) -> list[str]:
     """Of the images that a run would not make again."""
-    with OutputFolder(root, recipe) as folder:
+    with closing(OutputFolder(root, recipe)) as folder:
         return folder.accepted["id"].to_pylist()
 
 
 def manifest(root: Path) -> list[dict[str, Any]]:
-    with OutputFolder(root, RECIPE) as folder:
+    with closing(OutputFolder(root, RECIPE)) as folder:
         folder.settle()
     return pq.read_table(root / MANIFEST_NAME).to_pylist()
 
@@ -122,7 +123,7 @@ def test_a_folder_is_continued(in_format: tuple[Path, Recipe]) -> None:
     write(root, [MEL, DF], recipe)
     assert ids(root, recipe) == ["DF_000000", "MEL_000003"]
     plan = table_of([DF, MEL, row("NV")])
-    with OutputFolder(root, recipe) as folder:
+    with closing(OutputFolder(root, recipe)) as folder:
         assert attempts_left(plan, folder.journal, 1)[0]["id"].to_pylist() == ["NV_000003"]
 
 
@@ -288,7 +289,7 @@ def test_two_recipes_never_share_a_folder(tmp_path: Path, here: dict[str, Any], 
 
 
 def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
-    with OutputFolder(tmp_path, RECIPE), pytest.raises(ConfigError, match="another run"):
+    with closing(OutputFolder(tmp_path, RECIPE)), pytest.raises(ConfigError, match="another run"):
         OutputFolder(tmp_path, RECIPE)
     OutputFolder(tmp_path, RECIPE).close()
 
