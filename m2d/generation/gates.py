@@ -404,7 +404,6 @@ class GateReference:
             unfinished.write_bytes(save(tensors, metadata={_METADATA_KEY: json.dumps(notes)}))
 
     @classmethod
-    @lru_cache(maxsize=2)  # a writer asks for each group
     def load(cls, path: Path) -> Self:
         """What save wrote. Raises DataError where it is missing or damaged."""
         try:
@@ -424,6 +423,9 @@ class GateReference:
                 f"gate reference: {path} cannot be used ({one_line(error)}); delete it and run again"
             ) from None
         return reference
+
+
+load_once = lru_cache(maxsize=2)(GateReference.load)  # for writers, which ask for each group
 
 
 def _class_thresholds(

@@ -122,9 +122,9 @@ class GroupWriter:
         """Of `Made`. Raises ConfigError where the disk refuses; then nothing of the group counts."""
         verdicts: Sequence[Verdict | None] = [None] * len(rows)
         if self.gates.enabled:
-            from m2d.generation.gates import GateReference, check
+            from m2d.generation.gates import check, load_once
 
-            reference = None if self.gate_reference is None else GateReference.load(self.gate_reference)
+            reference = None if self.gate_reference is None else load_once(self.gate_reference)
             verdicts = check(images, features, [row.label for row in rows], reference, self.gates)
         # What cannot be replaced is kept: a walk has its ends, and without noise the next attempt is the same image.
         fixed = [row.mode == "interpolate" or (row.mode == "image2image" and row.strength == 0) for row in rows]
