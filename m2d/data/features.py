@@ -262,7 +262,7 @@ class FeatureStore:
 
 
 class FeatureTable:
-    """Features by row and view. Small to pickle: files are mapped when first read, anew in each process.
+    """Features by row and view. Small to pickle: files are mapped when first read, in each process.
 
     dim: D. num_patches: N.
     """

@@ -107,7 +107,7 @@ def content_name(sha256: Sequence[str]) -> str:
 
 
 def pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """The rows in order, so many a file."""
+    """The rows in order, `size` in each file."""
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
