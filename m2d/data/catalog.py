@@ -76,7 +76,7 @@ def scan_dataset(data_root: str, config: DataConfig, progress: Callable[[int, in
     """Read and check every image under the class folders of data_root, group them by lesion and split them.
 
     data_root: local path or URI. progress(done, total) is called from the caller's thread, once per file.
-    A broken file is listed with its reason and the scan goes on. The rows and their order depend on the content alone.
+    A broken file is listed with its reason, and the scan continues. Rows and their order depend on the content alone.
     Raises DataError where data_root, its folder names, its metadata.csv or its labels cannot be used as they are.
     """
     # 1. Which files are images, of which class and lesion.
