@@ -67,23 +67,18 @@ def test_isic_256_trains_on_a_card_of_8_gb(stage: str) -> None:
             run.take(config.batch_size, min(config.gradient_accumulation_steps, 2), number)
 
 
-def test_averages_in_host_memory_cost_a_copy_of_the_whole_and_not_one_of_each_tensor() -> None:
-    config = preset("demo")
-    config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, ema_on_cpu=True))
-    run = PresetStep(config, "joint", "bf16")
-    with host_waits() as waits:
-        run.take(2)
-    assert {tensor.device.type for tensor in run.step.ema.state_dict().values()} == {"cpu"}
-    assert 0 < waits.total() <= 3  # whether the step counts, and the weights
-
-
-def test_a_stage_without_averages_trains_where_they_would_be_in_host_memory() -> None:
+@pytest.mark.parametrize("stage", ["joint", "decoder"])
+def test_averages_in_host_memory_cost_a_copy_of_the_whole_and_not_one_of_each_tensor(stage: str) -> None:
     """The decoder stage's U-Net is its own average and stays where the latent norm's statistics are needed."""
     config = preset("demo")
     config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, ema_on_cpu=True))
-    run = PresetStep(config, "decoder", "bf16")
-    run.take(2)
+    run = PresetStep(config, stage, "bf16")
+    with host_waits() as waits:
+        run.take(2)
     assert next(run.networks.denoiser.parameters()).device.type == "cuda"
+    if stage == "joint":
+        assert {tensor.device.type for tensor in run.step.ema.state_dict().values()} == {"cpu"}
+        assert 0 < waits.total() <= 3  # whether the step counts, and the weights
 
 
 def test_a_card_that_is_too_small_for_a_step_runs_out_of_memory() -> None:
@@ -113,7 +108,7 @@ def test_validation_and_the_latent_cache_run_on_the_gpu(tmp_path: Path) -> None:
     perceptual = build_perceptual("features", run.networks.extractor)
     measures = validate(
         run.networks, run.step.ema.module, perceptual, reader, source,
-        images=8, batch_size=4, rank=0, world_size=1, device=CUDA,
+        images=8, batch_size=4, rank=0, world_size=1, device=CUDA
     )  # fmt: skip
     assert measures == {}  # the number of images is summed on the GPU, which computes nothing: 0
     table = cache_latents(run.networks, reader, source, tmp_path, views=2, batch_size=4, rank=0, world_size=1)

@@ -325,10 +325,7 @@ def test_hashing_what_is_not_there_is_one_line(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"name": "panderm-large"}, "docs/panderm.md"),
-        (
-            {"name": "panderm-huge"},
-            "known: efficientnet-lite0 efficientnet-lite1 panderm-large",
-        ),
+        ({"name": "panderm-huge"}, "known: efficientnet-lite0 efficientnet-lite1 panderm-large"),
         ({"name": "timm:"}, "known:"),
         ({"name": "efficientnet-lite0", "input_size": 48}, "multiple of 32"),
         ({"name": "efficientnet-lite1", "input_size": 240}, "multiple of 32"),

@@ -34,7 +34,7 @@ class TimmExtractor(FeatureExtractor):
         mean, std = (255 * torch.tensor(config[key]) for key in ("mean", "std"))
         super().__init__(
             name, dim, input_size, mean, std, num_patches=num_patches, crop=crop, crop_pct=config["crop_pct"],
-            squash=config["crop_mode"] == "squash", weights_sha256=weights_sha256,
+            squash=config["crop_mode"] == "squash", weights_sha256=weights_sha256
         )  # fmt: skip
         self.network = network
 
