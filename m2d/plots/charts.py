@@ -63,7 +63,7 @@ def cls_projection(
         for one in shown:
             _scatter(axes, generated[generated_labels == one], CLASSES[one], filled=True)
         name = "all classes" if label is None else f"{CLASSES[label]} {DIAGNOSES[label].name}"
-        counts = [int(np.isin(found, shown).sum()) for found in (real_labels, generated_labels)]
+        counts = np.isin(real_labels, shown).sum(), np.isin(generated_labels, shown).sum()
         axes.set_title(f"{name}\n{counts[0]:,} real, {counts[1]:,} generated", fontsize=10)
     margin = np.where(high > low, (high - low) / 20, 1.0)  # so that a marker at the edge is whole
     (left, bottom), (right, top) = low - margin, high + margin
