@@ -18,9 +18,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -96,23 +96,19 @@ def prepare_gates(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Ta
     try:
         images, data_root = _training_images(config, checkpoint, catalog)
     except M2DError as error:
-        say(
-            "warning: the gates near_copy and class_consistency are off, for they need the training images "
-            f"({error}); new images may repeat old ones"
-        )
+        off = "the gates near_copy and class_consistency are off, for they need the training images"
+        say(f"warning: {off} ({error}); new images may repeat old ones")
         return alone
     extractor: FeatureExtractor | None = None
     try:
         extractor = load_reference_extractor(checkpoint, config.extractor_weights)
     except M2DError as error:
-        say(
-            "warning: the gate class_consistency is off and near_copy compares pixels alone, for the feature extractor "
-            f"is not here ({error})"
-        )
+        off = "the gate class_consistency is off and near_copy compares pixels alone"
+        say(f"warning: {off}, for the feature extractor is not here ({error})")
     lines = sorted(zip(*(images[name].to_pylist() for name in ("sha256", "label", "lesion_id")), strict=True))
     made_from = [lines, None if extractor is None else extractor.key, checkpoint.image_size, _lasting(gates)]
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    path = experiment_of(str(checkpoint.path)) / "gate_reference" / f"{key}{GateReference.SUFFIX}"
+    path = experiment_of(str(checkpoint.path)) / "gate_reference" / f"{key}.safetensors"
     build = partial(_build, path, images, data_root, checkpoint, extractor, gates, device)
     return GatesAtWork(gates, active_gates(gates, features=extractor is not None, pixels=True), path, extractor, build)
 
@@ -154,10 +150,8 @@ def _training_images(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa
     for place in places:
         if "://" in place or (Path(place) / rows["path"][0].as_py()).is_file():
             return rows, str(place)
-    raise DataError(
-        f"the training images are not in {' or '.join(map(str, places)) or 'any known place'}; "
-        "name their folder by --data_root"
-    )
+    known = " or ".join(map(str, places)) or "any known place"
+    raise DataError(f"the training images are not in {known}; name their folder by --data_root")
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------
@@ -310,8 +304,6 @@ class GateReference:
     0), float32; labels int64 [n], ascending.
     """
 
-    SUFFIX: ClassVar[str] = ".safetensors"
-
     features: Tensor
     thumbnails: Tensor
     labels: Tensor
@@ -351,17 +343,13 @@ class GateReference:
         Near-copies: the quantile of each image's distance to the nearest image of another lesion. Class: the quantile,
         for each class, of the mean distance to the k nearest images of the class. A class of fewer than weak_below such
         distances is weak: it gets the widest threshold of all classes, or its own largest distance if that is wider.
-        Raises DataError where the parts do not fit one another or hold what is not finite.
+        Raises DataError for features that are not finite.
         """
         count = len(labels)
         raw = np.zeros((count, 0), np.float32) if features is None else np.asarray(features, dtype=np.float32)
         ids = [str(row) for row in range(count)] if ids is None else ids
-        lengths = [len(raw), len(lesions), len(ids), count if facts is None else len(facts.thumbnails)]
-        if set(lengths) != {count} or not np.isfinite(raw).all():
-            raise DataError(
-                f"gate reference: {count} labels beside {lengths} features, lesions, ids and thumbnails, or features "
-                "that are not finite; compute them again"
-            )
+        if not np.isfinite(raw).all():
+            raise DataError("gate reference: features of the training images are not finite; compute them again")
         order = np.argsort(labels, kind="stable")
         raw, classes = raw[order], torch.from_numpy(labels[order].astype(np.int64))
         groups = torch.from_numpy(np.unique(np.asarray(lesions)[order], return_inverse=True)[1].astype(np.int64))
@@ -435,6 +423,9 @@ class GateReference:
                 f"gate reference: {path} cannot be used ({one_line(error)}); delete it and run again"
             ) from None
         return reference
+
+
+load_once = lru_cache(maxsize=2)(GateReference.load)  # for writers, which ask for each group
 
 
 def _class_thresholds(

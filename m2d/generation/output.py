@@ -218,9 +218,8 @@ class OutputFolder:
     def __init__(self, root: Path, recipe: Recipe) -> None:
         """Create the folder, or continue it: whole images of this recipe are kept, broken and lost ones made again.
 
-        What a killed run left half done is removed. Until it is closed no other process can open it; a killed one
-        loses it. Raises ConfigError where the folder holds another run's images, is in use, or cannot be read or
-        written.
+        What a killed run left half done is removed. Until it is closed no other process can open it. Raises ConfigError
+        where the folder holds another run's images, is in use, or cannot be read or written.
         """
         self.root = root
         self.recipe = recipe
@@ -229,7 +228,10 @@ class OutputFolder:
         try:
             root.mkdir(parents=True, exist_ok=True)
             self._claim()
-            self._remove_leftovers()
+            for name in (".", *CLASSES, SHARDS, PARTS):
+                for suffix in (PARTIAL, ".tmp"):  # the second of older versions
+                    for path in (root / name).glob(f".*{suffix}"):
+                        path.unlink(missing_ok=True)
             parts, rows = self._read()
             whole = self._without_lost(rows)
             self._write_journal(whole, parts, changed=whole.num_rows < rows.num_rows)
@@ -244,12 +246,6 @@ class OutputFolder:
         """Let other processes have the folder."""
         if self._lock is not None:
             self._lock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def settle(self) -> None:
         """Put all parts into journal.parquet and write the manifest of it. Raises ConfigError."""
@@ -296,12 +292,6 @@ class OutputFolder:
                 f"output: another run is working in {self.root}; wait for it to end, or name another --output"
             )
 
-    def _remove_leftovers(self) -> None:
-        for name in (".", *CLASSES, SHARDS, PARTS):
-            for suffix in (PARTIAL, ".tmp"):  # the second of older versions
-                for path in (self.root / name).glob(f".*{suffix}"):
-                    path.unlink(missing_ok=True)
-
     def _read(self) -> tuple[list[Path], pa.Table]:
         """The parts, and the rows of them and of the journal.
 
@@ -341,10 +331,20 @@ class OutputFolder:
 
     def _without_lost(self, rows: pa.Table) -> pa.Table:
         """The rows but those whose file is gone or not what it was; every file is read and hashed."""
+
+        def sums(file: str) -> dict[str, str]:
+            """Id -> sha256 of the PNGs in a file; empty where it is gone or damaged."""
+            try:
+                pngs = read_pngs(self.root / file)
+            except (OSError, ValueError) as error:
+                require_damage(self.root / file, error)
+                return {}
+            return {image_id: hashlib.sha256(png).hexdigest() for image_id, png in pngs.items()}
+
         listed = list(zip(*(rows[name].to_pylist() for name in ("path", "id", "sha256")), strict=True))
         files = sorted({file for file, _, _ in listed if file is not None})
         with ThreadPoolExecutor(_THREADS) as pool:
-            there = dict(zip(files, pool.map(self._sums, files), strict=True))
+            there = dict(zip(files, pool.map(sums, files), strict=True))
         whole = {(file, one) for file, one, sha256 in listed if file is not None and there[file].get(one) == sha256}
         broken = {file for file, one, _ in listed if file is not None and (file, one) not in whole}
         for file in sorted(broken):  # a shard is whole or nothing
@@ -353,15 +353,6 @@ class OutputFolder:
         # A row that another one of the same image has replaced is struck too.
         good = [file is None or (file not in broken and there[file][one] == sha256) for file, one, sha256 in listed]
         return rows.filter(pa.array(good, pa.bool_()))
-
-    def _sums(self, file: str) -> dict[str, str]:
-        """Id -> sha256 of the PNGs in a file; empty where it is gone or damaged, ConfigError where the disk fails."""
-        try:
-            pngs = read_pngs(self.root / file)
-        except (OSError, ValueError) as error:
-            require_damage(self.root / file, error)
-            return {}
-        return {image_id: hashlib.sha256(png).hexdigest() for image_id, png in pngs.items()}
 
     def _remove_unlisted(self) -> None:
         """Images of this recipe that a killed run wrote and did not list: they will be made again."""

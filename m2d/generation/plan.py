@@ -270,18 +270,17 @@ def interpolation_plan(
 ) -> pa.Table:
     """For each pair of references of one class, its two ends and steps_between images in between.
 
-    Pair i is reference i of one folder with reference i of the other, each folder in the order of its file names; of
-    two unequal numbers the smaller starts again, so one image may be paired with many. Ids are CLASS_pairIII_PP, PP
-    from 00 (reference) to steps_between + 1 (reference_b), and `group` is CLASS_pairIII. A reference's own sample is
-    the same in every pair. Whole pairs take turns over the classes. Raises ConfigError where a class has references in
-    one folder alone.
+    Pair i is reference i of one folder with reference i of the other, by file names; of two unequal numbers the smaller
+    starts again, so one image may be paired with many, in each with the same sample of its own. Ids are
+    CLASS_pairIII_PP, PP from 00 (reference) to steps_between + 1 (reference_b). Whole pairs take turns over the
+    classes. Raises ConfigError where a class has references in one folder alone.
     """
     for code in CLASSES:
         if bool(references.get(code)) != bool(references_b.get(code)):
+            lacking = "reference_images_b" if references.get(code) else "reference_images"
             raise ConfigError(
-                f"{'reference_images_b' if references.get(code) else 'reference_images'} holds no usable image of "
-                f"{code}, the other folder does; both ends of a pair are of one class, so add some, or leave the class "
-                "out with --classes"
+                f"{lacking} holds no usable image of {code}, the other folder does; both ends of a pair are of one "
+                "class, so add some, or leave the class out with --classes"
             )
     rows: list[dict[str, Any]] = []
     for label, pair in _turns({code: max(len(found), len(references_b[code])) for code, found in references.items()}):
@@ -333,13 +332,10 @@ def read_plan(path: str | Path) -> pa.Table:
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"plan: {path} is no Parquet file ({one_line(error)}); write one with --plan_only") from None
     names, known = [name for name in table.column_names if not name.startswith("__index_level_")], PLAN_SCHEMA.names
-    for what, listed in (
-        ("lacks", [name for name in known if name not in names]),
-        ("has unknown", [name for name in names if name not in known]),
-        ("has two or more of the", [name for name in known if names.count(name) > 1]),
-    ):
-        if listed:
-            raise ConfigError(f"plan: {path} {what} columns {' '.join(listed)}; a plan has {' '.join(known)}")
+    for what, one, other in (("lacks", known, names), ("has unknown", names, known)):
+        if set(one) - set(other):
+            listed = " ".join(sorted(set(one) - set(other)))
+            raise ConfigError(f"plan: {path} {what} columns {listed}; a plan has {' '.join(known)}")
     plan = pa.table([_typed(table[field.name].combine_chunks(), field, path) for field in PLAN_SCHEMA], PLAN_SCHEMA)
     check_plan(plan, f"plan: {path}")
     return plan
@@ -349,10 +345,8 @@ def _typed(column: pa.Array, field: pa.Field, path: str | Path) -> pa.Array:
     """A column in its plan's type, where no value is lost by that."""
     kind = column.type
     if field.name in ("seed", "seed_b") and pa.types.is_floating(kind) and column.null_count < len(column):
-        raise ConfigError(
-            f"plan: {path} has {field.name} as {kind}, which has rounded the seeds; keep whole numbers (in pandas: "
-            'read_parquet(..., dtype_backend="pyarrow"))'
-        )
+        keep = 'keep whole numbers (in pandas: read_parquet(..., dtype_backend="pyarrow"))'
+        raise ConfigError(f"plan: {path} has {field.name} as {kind}, which has rounded the seeds; {keep}")
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
     try:
         if not pa.types.is_null(kind) and number == pa.types.is_string(field.type):  # a cast would parse, or print

@@ -70,7 +70,7 @@ def generate(config: GenerateConfig) -> Path:
             _write_plan(root, planned.table)
             print(f"a plan of {planned.table.num_rows:,} images; run it with --plan {root / PLAN_NAME}")
             return root
-        with OutputFolder(root, recipe) as folder:
+        with closing(OutputFolder(root, recipe)) as folder:
             _write_plan(root, planned.table)
             _Run(config, checkpoint, planned, gates, folder, device, precision, cluster).finish()
             if config.merge and config.data_root is not None:
