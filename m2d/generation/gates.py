@@ -30,8 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from m2d.classes import CLASSES, NUM_CLASSES, class_index
-from m2d.data.catalog import catalog_hash, read_catalog
+from m2d.classes import ISIC7
+from m2d.data.catalog import catalog_hash, classes_of, read_catalog
 from m2d.data.features import FeatureStore, FeatureTable, extract_view
 from m2d.data.reader import ImageReader
 from m2d.data.store import prepared_folder
@@ -238,7 +238,7 @@ def _feature_distances(
     queries = _unit_features(features[usable], reference.mean, reference.scale)
     distances, found = nearest(queries, reference.features)
     near[usable], rows[usable] = distances[:, 0].numpy(), found[:, 0].numpy()
-    classes = np.array([class_index(label) for label in labels], dtype=np.int64)
+    classes = np.array([reference.classes.index(label) for label in labels], dtype=np.int64)
     for index, threshold in enumerate(reference.class_thresholds):
         if threshold is not None:
             limits[classes == index] = threshold
@@ -321,6 +321,7 @@ class GateReference:
     extractor: str  # FeatureExtractor.key, empty: unknown
     catalog: str  # m2d.data.catalog.catalog_hash, empty: unknown
     settings: dict[str, Any]  # the GateConfig it was built by
+    classes: Sequence[str] = ISIC7.codes  # whose places are the labels
 
     @classmethod
     def build(
@@ -334,6 +335,7 @@ class GateReference:
         facts: ImageFacts | None = None,
         extractor: str = "",
         catalog: str = "",
+        classes: Sequence[str] = ISIC7.codes,
         weak_below: int = WEAK_BELOW,
         calibration_images: int = _CALIBRATION_IMAGES,
     ) -> Self:
@@ -351,7 +353,7 @@ class GateReference:
         if not np.isfinite(raw).all():
             raise DataError("gate reference: features of the training images are not finite; compute them again")
         order = np.argsort(labels, kind="stable")
-        raw, classes = raw[order], torch.from_numpy(labels[order].astype(np.int64))
+        raw, label = raw[order], torch.from_numpy(labels[order].astype(np.int64))
         groups = torch.from_numpy(np.unique(np.asarray(lesions)[order], return_inverse=True)[1].astype(np.int64))
         standard = neighbours.Standardizer.of(raw, neighbours.at_least_median)
         mean, scale = (torch.from_numpy(part.astype(np.float32)) for part in (standard.mean, standard.scale))
@@ -377,11 +379,11 @@ class GateReference:
                 else neighbours.COPY_FLOOR
             )
 
-        thresholds, weak = _class_thresholds(vectors, classes, groups, config, weak_below, calibration_images)
+        thresholds, weak = _class_thresholds(vectors, label, groups, config, weak_below, calibration_images, classes)
         return cls(
             features=vectors,
             thumbnails=shown,
-            labels=classes,
+            labels=label,
             mean=mean,
             scale=scale,
             ids=[str(ids[row]) for row in order],
@@ -394,12 +396,15 @@ class GateReference:
             extractor=extractor,
             catalog=catalog,
             settings=asdict(config),
+            classes=list(classes),
         )
 
     def save(self, path: Path) -> None:
         """One file, whole or not at all. Raises ConfigError where it cannot be written."""
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         notes = {"format": FORMAT, **{name: value for name, value in vars(self).items() if name not in _TENSORS}}
+        if tuple(self.classes) == ISIC7.codes:  # as an earlier M2D wrote it
+            del notes["classes"]
         with whole_output(path) as unfinished:
             unfinished.write_bytes(save(tensors, metadata={_METADATA_KEY: json.dumps(notes)}))
 
@@ -429,7 +434,13 @@ load_once = lru_cache(maxsize=2)(GateReference.load)  # for writers, which ask f
 
 
 def _class_thresholds(
-    vectors: Tensor, labels: Tensor, groups: Tensor, config: GateConfig, weak_below: int, calibration_images: int
+    vectors: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    config: GateConfig,
+    weak_below: int,
+    calibration_images: int,
+    classes: Sequence[str],
 ) -> tuple[list[float | None], list[str]]:
     """One for each class, None where it has no image or features are unknown; and the weak classes."""
     known: dict[int, np.ndarray] = {}
@@ -446,8 +457,8 @@ def _class_thresholds(
     # Where every class is weak, what any image of any class reaches; without a single distance, what is opposite.
     widest = max(strong.values(), default=float(everything.max()) if len(everything) else 2.0)
     thresholds = {label: strong.get(label, max([widest, *distances.tolist()])) for label, distances in known.items()}
-    weak = [CLASSES[label] for label in known if label not in strong]
-    return [thresholds.get(label) for label in range(NUM_CLASSES)], weak
+    weak = [classes[label] for label in known if label not in strong]
+    return [thresholds.get(label) for label in range(len(classes))], weak
 
 
 def _build(
@@ -516,4 +527,5 @@ def build_gate_reference(
         facts=ImageFacts(*facts),
         extractor="" if extractor is None else extractor.key,
         catalog=catalog_hash(catalog),
+        classes=classes_of(catalog).codes,
     )

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from m2d.classes import NUM_CLASSES, class_index
 from m2d.diffusion.solver import GuidedVelocity, solve
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import PlanRow, seed_of
@@ -54,7 +53,7 @@ class Generator:
         for `features`; ConfigError where it is not the checkpoint's. compile: torch.compile the U-Net, for runs of many
         batches; a batch that is not full is then filled up, so that no shape is compiled for it.
         """
-        self.checkpoint = checkpoint
+        self.checkpoint, self.classes = checkpoint, checkpoint.info.classes
         self.batch_size = batch_size
         self.device = pick_device(device)
         self.precision = pick_precision(mixed_precision, self.device)
@@ -112,11 +111,11 @@ class Generator:
         if start_time < 1:
             clean = self.encode([str(row.reference) for row in rows])
             latents = (1 - start_time) * clean + start_time * latents
-        labels = torch.tensor([class_index(row.label) for row in rows])
+        labels = torch.tensor([self.classes.index(row.label) for row in rows])
         velocity = GuidedVelocity(
             self,
             self._context(rows, labels).to(self._dtype),
-            self.denoiser.context(torch.full_like(labels, NUM_CLASSES, device=self.device)).to(self._dtype),
+            self.denoiser.context(torch.full_like(labels, len(self.classes), device=self.device)).to(self._dtype),
             scale=row.guidance_scale,
             interval=(row.guidance_low, row.guidance_high),
         )

@@ -133,7 +133,11 @@ class GroupWriter:
         encoded = [(row, output.encode_png(image, row, self.recipe)) for row, image in pairs]
         name = output.group_name(rows)
         try:
-            paths = output.write_images(self.root, self.recipe.format, name, encoded) if encoded else []
+            paths = (
+                output.write_images(self.root, self.recipe.format, name, encoded, self.recipe.classes)
+                if encoded
+                else []
+            )
         except OSError as error:
             raise output.cannot_write(self.root, error) from None
         files = {row.id: (path, hashlib.sha256(png).hexdigest()) for (row, png), path in zip(encoded, paths)}
