@@ -173,6 +173,8 @@ def read_catalog(path: str) -> pa.Table:
         if missing:
             raise DataError(f"catalog: {path} lacks the columns {' '.join(missing)}; scan the dataset again")
         return _in_schema(catalog)
+    except FileNotFoundError:
+        raise DataError(f"catalog: {path} does not exist; scan the dataset first") from None
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"catalog: {path} cannot be read ({one_line(error)}); scan the dataset again") from error
 

@@ -44,18 +44,14 @@ class DataConfig:
     val_fraction: float = 0.1  # of lesions
     test_fraction: float = 0.1  # of lesions; never trained on, kept for evaluation
     split_seed: int = 0  # another seed, other lesions in each split
-    classes: str | None = (
-        None  # isic7, isic8, milk11, binary, folders or FILE.yaml; null: the first that has all labels
-    )
+    classes: str | None = None  # isic7, isic8, milk11, binary, folders or FILE.yaml; null: the first that fits
     class_map: dict[str, str] = field(default_factory=dict)  # folder name or diagnosis -> class code
     table: str | None = None  # CSV file of labels, lesions or splits; null: those found below data_root
     columns: dict[str, str] = field(default_factory=dict)  # of data.table: image, label, lesion, split -> column name
     drop: str | None = None  # diagnoses to leave out, separated by commas
     clinical: bool = False  # take clinical photographs too, where a dataset has both kinds
     group_near_duplicates: bool = False  # images that look the same count as one lesion, on one side of the split
-    split: Literal["published", "seeded"] = (
-        "published"  # keep the dataset's own split where it has one, or draw all anew
-    )
+    split: Literal["published", "seeded"] = "published"  # keep a dataset's own split, or draw all of it
     max_pixels: int = 100_000_000  # larger images are rejected (decompression bombs)
     object_store_share: float = 0.3  # encoded bytes stay in Ray's object store while they fit this share of it
     read_cpus: float = 1.0  # logical CPUs a decoding task asks of Ray
