@@ -1,4 +1,4 @@
-"""Does the evaluation tell what it should of sets whose worth is known? Real images, copies, noise, given as generated.
+"""Does the evaluation say what it should of sets of known quality? Real images, copies, noise given as generated.
 
 python bench/evaluation_controls.py --real /data/ISIC --output bench/out/evaluation_controls.json
 
@@ -128,7 +128,7 @@ def mistakes(answers: dict[str, Any]) -> Iterator[str]:
     value, error = answers["noise"]["kernel_distance_generated"]
     floor, floor_error = answers["noise"]["kernel_distance_unseen"]
     if value - floor < 10 * np.hypot(error, floor_error):
-        yield f"noise lies at {value:.3f} from the training images, the test images at {floor:.3f}"
+        yield f"noise is {value:.3f} from the training images, the test images at {floor:.3f}"
     if answers["noise"]["verdict"] != "hurts":
         yield f"noise: {answers['noise']['verdict']}"
     if answers["noise"]["agreement"] > answers["noise"]["recall_of_real"]:

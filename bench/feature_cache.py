@@ -123,7 +123,7 @@ def _measure(name: str, root: Path, count: int, repetitions: int, views: int) ->
 def _epoch_seconds(metrics: Path) -> float:
     """Seconds of the steps alone, without validation and saving.
 
-    The later parts' speed stands for the first part's too, in which memory and kernels warm up.
+    The first part, in which memory and kernels warm up, is taken to be as fast as the later ones.
     """
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     steps = np.diff([0, *(record["step"] for record in records)])

@@ -257,7 +257,7 @@ class Training:
 
 
 def random_networks(config: TrainConfig, device: torch.device) -> Networks:
-    """Those of a run that starts anew, in stages too that cannot: no checkpoint is read."""
+    """Those of a run that starts from scratch, also in stages that cannot: no checkpoint is read."""
     discriminator = replace(config.discriminator, enabled=config.discriminator.enabled and config.stage != "latent")
     fresh = replace(config, stage="joint", init_checkpoint=None, discriminator=discriminator)
     return build_networks(fresh, device, FEATURE_DIM)
@@ -461,11 +461,11 @@ class Report:
         self._began = time.perf_counter()
 
     def add(self, name: str, part: str, compute: Callable[[], Row]) -> None:
-        """Measure a row, tell of it, and write."""
+        """Measure a row, print it, and write."""
         row = replace(attempt(name, compute), part=part)
         self.rows.append(row)
-        told = row.failed or f"{_number(row.images_per_s)} images/s"
-        print(f"[{time.perf_counter() - self._began:4.0f} s] {part}: {row.name}: {told}", flush=True)
+        outcome = row.failed or f"{_number(row.images_per_s)} images/s"
+        print(f"[{time.perf_counter() - self._began:4.0f} s] {part}: {row.name}: {outcome}", flush=True)
         self.save()
 
     def predict(self, configs: Mapping[str, TrainConfig]) -> None:
@@ -504,7 +504,7 @@ class Report:
         return "\n".join([*lines, "## What falls short", "", *(self.short() or ["Nothing."])]) + "\n"
 
     def short(self) -> list[str]:
-        """A line for each finding that somebody should look into."""
+        """A line for each finding to look into."""
         tests = self.facts.get(TESTS, "")
         found = [f"- {TESTS}: {tests}"] if re.search("failed|error", tests) else []
         for row in self.rows:

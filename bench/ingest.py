@@ -3,7 +3,7 @@
 python bench/ingest.py --data_root ../shared/ham10000 --image_size 128 --output bench/out/ingest.json
 
 Every contender decodes for a consumer that does nothing. Repetitions are interleaved (A B C, A B C), so that a busy
-machine hurts all alike. Each repetition starts its contender anew; the first `warmup` images are not timed, and the
+machine hurts all alike. Each repetition starts its contender again; the first `warmup` images are not timed, and the
 seconds to the first batch stand in a column of their own. No contender is at its end when the clock stops, so nothing
 that was decoded ahead of the warm-up is a gift. CPU microseconds an image are of this process and its descendants,
 Ray's own among them: they say what a contender costs even where other programs share the cores.

@@ -48,7 +48,7 @@ def kills(checkpoint: str, num_samples: int = 24, steps: int = 4, kills: int = 3
 
     Args:
         checkpoint: of a trained model.
-        num_samples: images a class; gates are at work where the training images are found.
+        num_samples: images per class; gates are active where the training images are found.
         steps: of the solver; few, for this is about files.
         kills: of the driver, and as many of actors.
         seed: of the moments.
@@ -141,7 +141,7 @@ def until(condition: Callable[[], object], process: subprocess.Popen[bytes], log
 
 
 def compared(root: Path, unbroken: Path, killed_at: list[int]) -> Outcome:
-    """What the folder holds, read anew from the disk."""
+    """What is in the folder, read again from the disk."""
     rows = pq.read_table(root / "manifest.parquet").to_pylist()
     planned = pq.read_table(root / "plan.parquet")["id"].to_pylist()
     ids = [row["id"] for row in rows]

@@ -6,7 +6,7 @@ Speed: the same U-Net, VAE, solver (UniPC), steps, batch, guidance and device fo
 a generator. The plain loop is written as tutorials do, with diffusers' own scheduler, once with two U-Net calls a step
 and once with both guidance halves in one doubled batch; on a GPU its weights are bf16. Repetitions are interleaved,
 so that a busy machine hurts all alike: read the ratios. On a CPU there is one thread, since threads that wait for each
-other on a busy machine measure the machine, and the ratio of CPU seconds stands beside that of the clock's. Without
+other on a busy machine measure the machine, and the ratio of CPU seconds is printed beside that of wall time. Without
 --checkpoint the networks are random ones of a preset.
 
 Quality (needs --checkpoint): the same noise followed by each solver in 10, 20 and 50 steps, held against 250 Euler
@@ -22,27 +22,25 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from diffusers import UniPCMultistepScheduler
 from jsonargparse import auto_cli
 from torch import nn
 
-from m2d.arguments import preset_files
 from m2d.classes import CLASSES, NUM_CLASSES, class_index
+from m2d.cli import parse
 from m2d.diffusion.settings import SOLVERS, SamplingSettings
 from m2d.generation.generator import Generator, noise_for
 from m2d.generation.plan import PlanRow, rows_of, standard_plan
-from m2d.models.autoencoder import build_autoencoder
+from m2d.metrics.distances import frechet_distance
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo, load_checkpoint
 from m2d.models.extractors import LITE0, load_feature_extractor
-from m2d.models.settings import AutoencoderConfig, ConditioningConfig, UNetConfig
-from m2d.models.unet import build_denoiser
+from m2d.training.networks import build_networks
+from m2d.training.settings import TrainConfig
 
 REFERENCE = ("euler", 250)
 STEPS = (10, 20, 50)
@@ -191,7 +189,7 @@ class PlainLoop:
 
     @torch.inference_mode()
     def images(self, rows: Sequence[PlanRow], *, doubled: bool) -> np.ndarray:
-        """uint8 [N, H, W, 3] of rows that one batch holds."""
+        """uint8 [N, H, W, 3] of the rows of one batch."""
         generator, device = self.generator, self.generator.device
         shape = generator.checkpoint.latent_shape
         latents = torch.stack([noise_for(row.seed, shape) for row in rows]).to(device, self.dtype)
@@ -264,38 +262,18 @@ def difference(images: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.abs(images.astype(np.float64) - reference).mean(axis=(1, 2, 3))
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features [N, D] (Heusel et al., arXiv 1706.08500).
-
-    With C = X^T X of the centred rows over sqrt(N - 1), the trace of the root is the sum of the singular values of
-    X_a X_b^T, an N x N matrix: exact, and without a root of a singular D x D one.
-    """
-    centred = [(x.astype(np.float64) - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (a, b)]
-    root = np.linalg.svd(centred[0] @ centred[1].T, compute_uv=False).sum()
-    mean = np.square(a.mean(axis=0, dtype=np.float64) - b.mean(axis=0, dtype=np.float64)).sum()
-    return float(mean + sum(np.square(x).sum() for x in centred) - 2 * root)
-
-
 def random_checkpoint(preset: str) -> Checkpoint:
     """Networks of a preset's sizes; what they draw means nothing, how long it takes does."""
-    settings: dict[str, Any] = yaml.safe_load(preset_files(preset)[-1].read_text(encoding="utf-8"))
-    size = settings.get("data", {}).get("image_size", 128)
-    conditioning = settings.get("conditioning", {})
+    flags = ["--preset", preset, "--init_checkpoint", "random", "--autoencoder.pretrained", "null"]
+    config: TrainConfig = replace(parse("train", flags), stage="joint", init_checkpoint=None)
     torch.manual_seed(0)
-    autoencoder = build_autoencoder(AutoencoderConfig(**settings.get("autoencoder", {})), size)
-    denoiser = build_denoiser(
-        UNetConfig(**settings.get("unet", {})),
-        ConditioningConfig(**conditioning),
-        latent_channels=autoencoder.latent_channels,
-        latent_size=size // autoencoder.downsampling,
-        feature_dim=FEATURE_DIM,
-    )
-    nn.init.normal_(denoiser.unet.conv_out.weight, std=0.1)  # starts at zero
+    networks = build_networks(config, torch.device("cpu"), FEATURE_DIM)
+    nn.init.normal_(networks.denoiser.unet.conv_out.weight, std=0.1)  # starts at zero
     info = CheckpointInfo(
-        step=0, stage="joint", image_size=size, feature_extractor=LITE0, feature_dim=FEATURE_DIM, num_patches=16,
-        conditioning=conditioning, config={},
+        step=0, stage="joint", image_size=config.data.image_size, feature_extractor=LITE0, feature_dim=FEATURE_DIM,
+        num_patches=16, conditioning=vars(config.conditioning), config={},
     )  # fmt: skip
-    frozen = [network.eval().requires_grad_(False) for network in (autoencoder, denoiser)]
+    frozen = [network.eval().requires_grad_(False) for network in (networks.autoencoder, networks.denoiser)]
     return Checkpoint(f"random {preset}", "0" * 64, info, *frozen)
 
 

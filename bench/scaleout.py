@@ -90,7 +90,7 @@ class Scale:
     written_after_s: float  # median, from a group's making to its part in the journal
     written_after_most_s: float
     driver_ms: float  # CPU of the driver's process a group, start-up included
-    actor_mib: float  # memory of an actor that nobody shares, median
+    actor_mib: float  # memory of an actor that no other process shares, median
 
 
 @dataclass(frozen=True)

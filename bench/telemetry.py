@@ -1,7 +1,7 @@
 """What telemetry costs: steps/s with everything on (wandb offline, TensorBoard, gradients) beside everything off.
 
 Runs alternate, so that a machine's mood meets both. Pictures are left out, as the target leaves them; how long one set
-of them takes is printed beside. Each run's first interval is left out: it holds the start.
+of them takes is printed beside. Each run's first interval is left out: it includes the start.
 """
 
 import argparse

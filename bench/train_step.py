@@ -21,9 +21,10 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import psutil
@@ -409,8 +410,8 @@ def timed_parts(ours: OurStep, rounds: int) -> dict[str, float]:
     ours.round()
     with contextlib.ExitStack() as stack:
         for owner, name, part in places:
-            stack.enter_context(replaced(owner, name, functools.partial(clock, part, getattr(owner, name))))
-        stack.enter_context(replaced(globals(), "draw", functools.partial(clock, "draws", draw)))
+            stack.enter_context(patch.object(owner, name, functools.partial(clock, part, getattr(owner, name))))
+        stack.enter_context(patch.dict(globals(), draw=functools.partial(clock, "draws", draw)))
         turn, began = 0, now()
         for _ in range(rounds * ROUND):
             ours.one()
@@ -418,22 +419,6 @@ def timed_parts(ours: OurStep, rounds: int) -> dict[str, float]:
         whole = 1000 * (now() - began)
     spent["everything else"] = whole - sum(spent.values())
     return {part: milliseconds / (rounds * ROUND) for part, milliseconds in spent.items()}
-
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute (or a dictionary's entry) that is another for a while."""
-    if isinstance(owner, dict):
-        before = owner[name]
-        owner[name] = value
-        yield
-        owner[name] = before
-        return
-    own = name in vars(owner)
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    yield
-    setattr(owner, name, before) if own else delattr(owner, name)
 
 
 def synchronize(device: torch.device) -> None:

@@ -68,7 +68,7 @@ def setting_types(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, kind in typing.get_type_hints(config).items():
         if dataclasses.is_dataclass(kind):
             yield from setting_types(typing.cast(type, kind), f"{prefix}{name}.")
-        else:
+        elif typing.get_origin(kind) is not typing.ClassVar:
             yield prefix + name, kind
 
 

@@ -5,7 +5,6 @@ import io
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,10 +63,6 @@ class Archive:
             }
         )
         return isic_id
-
-    def requests(self) -> Counter[str]:
-        """How often each kind of thing was asked for since the last reset."""
-        return Counter(path.split("?")[0].removeprefix("/api/v2/").split("/")[0] for path in self.asked)
 
     def fetched(self) -> list[str]:
         """Ids of the files that were asked for, sorted, with repetitions."""

@@ -62,23 +62,13 @@ def hollow(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
     return {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
 
 
-def pretraining_extras(width: int, regressor_blocks: int = 4) -> dict[str, Tensor]:
-    """The 88 tensors that stand beside the Large encoder in its published file, and some of the decoder's."""
-    d = width
-    extras: dict[str, tuple[int, ...]] = {"mask_token": (1, 1, d), "rd_pos_embed": (1, 197, d)}
-    for i in range(regressor_blocks):
-        block = f"regresser.regressor_blocks.{i}"
-        for name in ("gamma_1_cross", "gamma_2_cross", "cross_attn.q_bias", "cross_attn.v_bias"):
-            extras[f"{block}.{name}"] = (d,)
-        for norm in ("norm1_q", "norm1_k", "norm1_v", "norm2_cross"):
-            extras |= {f"{block}.{norm}.weight": (d,), f"{block}.{norm}.bias": (d,)}
-        for matrix in ("q", "k", "v", "proj"):
-            extras[f"{block}.cross_attn.{matrix}.weight"] = (d, d)
-        extras |= {f"{block}.cross_attn.proj.bias": (d,), f"{block}.mlp_cross.fc1.weight": (4 * d, d)}
-        extras |= {f"{block}.mlp_cross.fc1.bias": (4 * d,), f"{block}.mlp_cross.fc2.weight": (d, 4 * d)}
-        extras[f"{block}.mlp_cross.fc2.bias"] = (d,)
-    extras |= {"regresser.norm.weight": (d,), "regresser.norm.bias": (d,)}
-    return hollow(extras | {"decoder.norm.weight": (d,), "teacher.cls_token": (1, 1, d)})
+def pretraining_extras(width: int) -> dict[str, Tensor]:
+    """Of each kind of the 88 tensors that stand beside the Large encoder in its published file, and of a decoder."""
+    block = "regresser.regressor_blocks.0"
+    names = ("mask_token", "rd_pos_embed", f"{block}.gamma_1_cross", f"{block}.norm1_q.weight")
+    names += (f"{block}.cross_attn.q_bias", f"{block}.cross_attn.proj.weight", f"{block}.mlp_cross.fc1.weight")
+    names += ("regresser.norm.weight", "decoder.norm.weight", "teacher.cls_token")
+    return hollow(dict.fromkeys(names, (1, 1, width)))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

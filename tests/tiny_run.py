@@ -17,7 +17,7 @@ TINY = [
     "--unet.layers_per_block", "1", "--unet.attention_levels", "[false,true]", "--unet.head_dim", "8",
     "--unet.norm_groups", "8", "--conditioning.context_dim", "16", "--projector.hidden_dim", "16",
     "--saving.validation_images", "8", "--batch_size", "4", "--schedule.log_every_steps", "1",
-    "--ray.threads_per_worker", "1", "--telemetry.pictures", "false",
+    "--ray.threads_per_worker", "1", "--telemetry.pictures", "false"
 ]  # fmt: skip
 
 

@@ -79,7 +79,7 @@ def scan_dataset(
     """Find the images below data_root and what its folders and tables say of them, check each, group and split them.
 
     data_root: local path or URI. classes: see `read_layout`. progress(done, total) is called from the caller's thread,
-    once per file. A broken file is listed with its reason and the scan goes on. Rows and their order depend on the
+    once per file. A broken file is listed with its reason and the scan continues. Rows and their order depend on the
     content alone. Raises DataError where data_root, its folders, tables or labels cannot be used as they are.
     """
     # 1. Which files are images, of which class and lesion.
@@ -173,6 +173,8 @@ def read_catalog(path: str) -> pa.Table:
         if missing:
             raise DataError(f"catalog: {path} lacks the columns {' '.join(missing)}; scan the dataset again")
         return _in_schema(catalog)
+    except FileNotFoundError:
+        raise DataError(f"catalog: {path} does not exist; scan the dataset first") from None
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"catalog: {path} cannot be read ({one_line(error)}); scan the dataset again") from error
 

@@ -219,8 +219,8 @@ class FeatureStore:
         self._views: dict[int, ShardIndex] = {}
 
     def missing(self, sha256: Sequence[str], views: int) -> np.ndarray:
-        """Which features are not there: bool [n, views], of views 0 .. views - 1."""
-        return np.stack([self._index(view).locate(sha256)[0] < 0 for view in range(views)], axis=1)
+        """Which features are not there: bool [n, views], of the first views."""
+        return np.stack([self._index(view).missing(sha256) for view in range(views)], axis=1)
 
     def files(self, view: int) -> list[Path]:
         """All readable shards of a view."""
@@ -236,10 +236,10 @@ class FeatureStore:
             )
         files: list[Path] = []
         places = []
-        for view in range(views):
-            file, row = self._index(view).locate(sha256)
+        for index in map(self._index, range(views)):
+            file, row = index.locate(sha256)
             places.append((file + np.int32(len(files)), row))
-            files += self.files(view)
+            files += index.files
         return FeatureTable(files, *np.stack(places, axis=-1))
 
     def _index(self, view: int) -> ShardIndex:
@@ -262,7 +262,7 @@ class FeatureStore:
 
 
 class FeatureTable:
-    """Features by row and view. Small to pickle: files are mapped when first read, anew in each process.
+    """Features by row and view. Small to pickle: files are mapped when first read, in each process.
 
     dim: D. num_patches: N.
     """

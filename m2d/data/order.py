@@ -1,4 +1,4 @@
-"""Which image stands at which row of the training stream. Pure arithmetic on a seed: every process answers the same,
+"""Which image is at which row of the training stream. Pure arithmetic on a seed: every process answers the same,
 so nothing is shuffled, stored or sent, and a run resumes at any row. The local and the Ray stream both ask here.
 """
 
@@ -59,7 +59,7 @@ class StreamOrder:
     def _pick(self, epoch: int) -> np.ndarray:
         """N catalog rows by systematic resampling (Kitagawa 1996), int64 [N], grouped by class.
 
-        Each row stands floor or ceil of its expectation times, and so does each class as a whole, because the extra
+        Each row occurs floor or ceil of its expectation times, and so does each class as a whole, because the extra
         picks walk through the classes one by one. Whole parts are dealt out exactly; only fractions are floats.
         """
         shuffled = _permutation(self.rows_per_epoch, self._seed, PICK_STREAM, epoch)

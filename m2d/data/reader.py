@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # every decoding process imports this file, and needs no torc
 logger = logging.getLogger(__name__)
 
 READ_THREADS = 16  # they wait for storage, not for the CPU
-MAX_SUBSTITUTES = 32  # so many bad files of one class in a row are a lost storage, not a few broken files
+MAX_SUBSTITUTES = 32  # this many bad files of one class in a row mean lost storage, not a few broken files
 PREFETCHED_BATCHES = 2
 
 
@@ -127,7 +127,7 @@ class ImageReader:
                 shown_rows[slot], decoded = self._substitute(int(row))
             viewed = apply_view(decoded, int(views[slot]))
             if viewed.strides[1:] == decoded.strides[1:]:
-                images[slot] = viewed  # rows lie whole in memory
+                images[slot] = viewed  # rows are contiguous in memory
             else:
                 for channel in range(3):  # five times as fast as one copy of turned, interleaved pixels
                     images[slot, :, :, channel] = viewed[:, :, channel]

@@ -44,18 +44,14 @@ class DataConfig:
     val_fraction: float = 0.1  # of lesions
     test_fraction: float = 0.1  # of lesions; never trained on, kept for evaluation
     split_seed: int = 0  # another seed, other lesions in each split
-    classes: str | None = (
-        None  # isic7, isic8, milk11, binary, folders or FILE.yaml; null: the first that has all labels
-    )
+    classes: str | None = None  # isic7, isic8, milk11, binary, folders or FILE.yaml; null: the first that fits
     class_map: dict[str, str] = field(default_factory=dict)  # folder name or diagnosis -> class code
     table: str | None = None  # CSV file of labels, lesions or splits; null: those found below data_root
     columns: dict[str, str] = field(default_factory=dict)  # of data.table: image, label, lesion, split -> column name
     drop: str | None = None  # diagnoses to leave out, separated by commas
     clinical: bool = False  # take clinical photographs too, where a dataset has both kinds
     group_near_duplicates: bool = False  # images that look the same count as one lesion, on one side of the split
-    split: Literal["published", "seeded"] = (
-        "published"  # keep the dataset's own split where it has one, or draw all anew
-    )
+    split: Literal["published", "seeded"] = "published"  # keep a dataset's own split, or draw all of it
     max_pixels: int = 100_000_000  # larger images are rejected (decompression bombs)
     object_store_share: float = 0.3  # encoded bytes stay in Ray's object store while they fit this share of it
     read_cpus: float = 1.0  # logical CPUs a decoding task asks of Ray
@@ -85,11 +81,11 @@ class DataConfig:
 class DownloadConfig:
     """What is fetched from the ISIC archive's public API before the scan, and how patiently."""
 
-    enabled: bool = False  # fetch into data_root the images that it lacks; run again to go on
+    enabled: bool = False  # fetch into data_root the images that it lacks; run again to resume
     collection: int | str = "ham10000"  # ham10000, isic2018-task3, or a collection's number in the archive
     limit: int | None = None  # images at most, in the archive's order; null: all
     diagnoses: dict[str, str] = field(default_factory=dict)  # diagnosis in the archive's words -> class code, or skip
-    fresh_listing: bool = False  # ask the archive anew what the collection holds; the images are kept
+    fresh_listing: bool = False  # ask the archive again what the collection holds; the images are kept
     connections: int = 8  # files fetched at the same time
     retries: int = 5  # further attempts after a dropped connection, HTTP 429 or 5xx
     timeout_s: float = 30.0  # silence after which a connection counts as dropped
@@ -116,7 +112,7 @@ class SetupConfig:
 
     data_root: str | None = None  # the dataset's folder, in any published layout: a path or a URI (s3://, gs://)
     import_from: str | None = None  # Parquet files or WebDataset shards, unpacked once into data_root
-    cache_dir: str = "./cache"  # what is prepared lies here; a path on a disk that every node sees
+    cache_dir: str = "./cache"  # where prepared data is kept; a path on a disk that every node sees
     all: bool = False  # scan, images and features
     scan: bool = False  # check every image and write the catalog, where files or settings changed since the last time
     images: bool = False  # keep every image decoded at data.image_size

@@ -116,12 +116,12 @@ def content_name(sha256: Sequence[str]) -> str:
 
 
 def pieces(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """The rows in order, so many a file."""
+    """The rows in order, `size` in each file."""
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
 class ShardIndex:
-    """Where each image is: in which shard of a folder, and in which row of it.
+    """Where each image is: in which shard of a folder, and in which row of it. Empty where nothing is there.
 
     files: the readable shards. unreadable: file -> reason; it is warned of, and its images count as missing.
     """
@@ -148,6 +148,11 @@ class ShardIndex:
         place = pc.index_in(_digest_array(digests(sha256)), value_set=self._keys).fill_null(-1).to_numpy()
         return self._file[place], self._row[place]
 
+    def missing(self, sha256: Sequence[str]) -> np.ndarray:
+        """Which of these images are not there, bool [n]."""
+        absent: np.ndarray = self.locate(sha256)[0] < 0
+        return absent
+
 
 def write_images(folder: Path, image_size: int, sha256: Sequence[str], pixels: np.ndarray) -> Path:
     """One file of decoded images, whole or not at all. pixels: uint8 [n, S, S, 3]. Returns its path.
@@ -169,12 +174,10 @@ def write_images(folder: Path, image_size: int, sha256: Sequence[str], pixels: n
     return path
 
 
-class PreparedImages:
-    """Decoded images of one size in a dataset's folder. files, unreadable: see ShardIndex."""
+class PreparedImages(ShardIndex):
+    """Decoded images of one size in a dataset's folder. Reads which are there, not the images."""
 
     def __init__(self, folder: Path, image_size: int) -> None:
-        """Reads which images are there, not the images. Empty where nothing is there."""
-
         def digests_of(path: Path) -> bytes:
             metadata = pq.read_metadata(path)
             notes = metadata.metadata or {}
@@ -185,18 +188,12 @@ class PreparedImages:
                 raise ValueError(f"{metadata.num_rows} images under {len(found) / DIGEST_BYTES:g} names")
             return found
 
+        super().__init__(_images_folder(folder, image_size), ".parquet", digests_of)
         self.image_size = image_size
-        self._index = ShardIndex(_images_folder(folder, image_size), ".parquet", digests_of)
-        self.files, self.unreadable = self._index.files, self._index.unreadable
-
-    def missing(self, sha256: Sequence[str]) -> np.ndarray:
-        """Which of these images are not there, bool [n]."""
-        absent: np.ndarray = self._index.locate(sha256)[0] < 0
-        return absent
 
     def rows(self, sha256: Sequence[str]) -> "PreparedRows":
         """These images, in this order."""
-        return PreparedRows(self.image_size, self.files, *self._index.locate(sha256))
+        return PreparedRows(self.image_size, self.files, *self.locate(sha256))
 
 
 class PreparedRows:

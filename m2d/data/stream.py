@@ -35,12 +35,12 @@ BLOCK_BYTES = 48 * 2**20  # of pixels; a handful of blocks a core are in flight
 BLOCKS_PER_TASK = 1000  # of the tasks that number them
 ENCODED_CHUNK_BYTES = 256 * 2**20  # the driver holds one chunk at a time on its way to the object store
 OPEN_STREAMS = 2  # a worker process may serve the training and the validation stream in turn
-PREFETCHED_BLOCKS = 1  # of each worker, beside the one that it consumes and those in the object store
+PREFETCHED_BLOCKS = 1  # of each worker, in addition to the one it consumes and those in the object store
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPlan:
-    """Which micro-batches stand in which block. Blocks are dealt out in turn: block b is for worker b % num_workers."""
+    """Which micro-batches are in which block. Blocks are dealt out in turn: block b is for worker b % num_workers."""
 
     batch_size: int
     num_workers: int
@@ -236,7 +236,7 @@ def _open_source(reference: "ray.ObjectRef[_Source]") -> _Source:
     if key not in _open_sources:
         source = ray.get(reference)
         if source.chunks:
-            # No copy: the arrays lie in the object store's memory.
+            # No copy: the arrays are in the object store's memory.
             pieces = [piece for chunk in ray.get(source.chunks) for piece in chunk.chunks]
             source.reader.attach(pa.chunked_array(pieces, type=pa.large_binary()))
         _open_sources[key] = source

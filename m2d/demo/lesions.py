@@ -145,11 +145,9 @@ def _silhouette(fields: Fields, *, irregularity: float, lobes: float, elongation
 
     lobes: coarse lumps of the outline; irregularity: fine wander of the border.
     """
-    rng = fields.rng
-    stretch = 1 + rng.uniform(0, elongation)
-    u, v = fields.u * stretch, fields.v / stretch
+    stretch = 1 + fields.rng.uniform(0, elongation)
     push_u, push_v = fields.swell(2.0), fields.swell(2.0)
-    distance = np.hypot(u + lobes * push_u, v + lobes * push_v)
+    distance = np.hypot(fields.u * stretch + lobes * push_u, fields.v / stretch + lobes * push_v)
     return 1 - distance + irregularity * fields.noise(0.8)
 
 

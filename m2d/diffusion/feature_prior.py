@@ -104,7 +104,7 @@ class FeaturePrior:
 
     @property
     def noise_dim(self) -> int:
-        """R + D: how many standard normal numbers a sample takes."""
+        """R + D: standard normal numbers per sample."""
         return self.factors.shape[1] + self.dim
 
     @property
@@ -167,9 +167,9 @@ class FeaturePrior:
             if list(tensor.shape) != shape or tensor.dtype != dtype:
                 raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)} and must be {dtype} {shape}")
             if not torch.isfinite(tensor).all():
-                raise ValueError(f"{name} holds numbers that are not finite")
+                raise ValueError(f"{name} has numbers that are not finite")
             if name in ("counts", "scale", "isotropic") and (tensor < 0).any():
-                raise ValueError(f"{name} holds a negative number")
+                raise ValueError(f"{name} has a negative number")
         return cls(**tensors, classes=classes)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 def interpolate(clean: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Point x_t = (1 - t) x_0 + t eps of the path.
 
-    clean, noise: [B, ...], normalised latents; t: [B] in [0, 1], one time a sample. Returns x_t, shape of clean.
+    clean, noise: [B, ...], normalised latents; t: [B] in [0, 1], one time per sample. Returns x_t, shape of clean.
     """
     t = t.reshape(-1, *(1,) * (clean.dim() - 1))
     return (1 - t) * clean + t * noise

@@ -14,7 +14,7 @@ SOLVERS: tuple[str, ...] = get_args(Solver)
 class SamplingSettings:
     """How noise becomes an image: everything but the model and the noise itself."""
 
-    solver: Solver = "unipc"  # heun runs the network twice a step, the others once
+    solver: Solver = "unipc"  # heun runs the network twice per step, the others once
     steps: int = 25  # of the solver, from noise to image
     guidance_scale: float = 1.5  # 1: the class alone, no guidance; above: further from the unconditional
     guidance_interval: tuple[float, float] = (0.0, 0.8)  # guided where low <= t <= high; t = 1 is noise

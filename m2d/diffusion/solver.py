@@ -138,7 +138,7 @@ def _multistep(velocity: Velocity, x: Tensor, times: Tensor, *, corrected: bool)
 
 
 class _Step(NamedTuple):
-    """Coefficients of a step of `_multistep`: numbers of the host, so a GPU is never waited for."""
+    """Coefficients of a step of `_multistep`: Python numbers, so that the host never waits for a GPU."""
 
     time: float
     decay: float

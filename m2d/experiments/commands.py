@@ -23,7 +23,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from m2d.classes import CLASSES
 from m2d.errors import ExperimentError
 from m2d.experiment import INFO, LOCK
 from m2d.experiments.details import (
@@ -108,7 +107,8 @@ def show_command(config: ShowConfig) -> None:
     if known["degraded"]:
         section("Degraded", Text("\n".join(known["degraded"]), "yellow"))
     if counts := (known["dataset"] or {}).get("counts"):
-        rows = [(code, *(split.get(code) for split in counts.values())) for code in CLASSES]
+        codes = dict.fromkeys(code for split in counts.values() for code in split)
+        rows = [(code, *(split.get(code) for split in counts.values())) for code in codes]
         rows.append(("all", *(sum(split.values()) for split in counts.values())))
         section("Images", _table(["class", *counts], rows, right=counts))
     if known["checkpoints"]:

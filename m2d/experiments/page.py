@@ -21,7 +21,7 @@ from PIL import Image
 from pyarrow import fs
 
 from m2d import __version__
-from m2d.classes import DIAGNOSES
+from m2d.classes import ISIC7, ClassSet
 from m2d.errors import ConfigError, ExperimentError
 from m2d.experiment import Experiment
 from m2d.experiments.details import (
@@ -107,6 +107,7 @@ def _page(record: Record, samples: Picture | None, curves: Mapping[str, Picture]
     known = details(record, siblings)
     dataset = known["dataset"] or {}
     counts = {split: Counter(of_class) for split, of_class in (dataset.get("counts") or {}).items()}
+    classes = ClassSet.from_dict(dataset["classes"]) if dataset.get("classes") else ISIC7
     pictures: dict[str, Picture | None] = {kind: newest_picture(record.files, kind) for kind in PICTURES}
     pictures |= {"samples": samples, **curves}
     environment = jinja2.Environment(
@@ -123,7 +124,7 @@ def _page(record: Record, samples: Picture | None, curves: Mapping[str, Picture]
         samples=samples,
         generate_command=generate_command(record),
         measured_names=measure_names(known["validation"], "val/"),
-        diagnoses={diagnosis.code: diagnosis for diagnosis in DIAGNOSES},
+        diagnoses={diagnosis.code: diagnosis for diagnosis in classes.diagnoses},
         counts={**counts, "all": sum(counts.values(), Counter())} if counts else None,
         balances=_balance_runs(record.files, dataset.get("sha256"), counts),
         settings=_other_settings(record.config),

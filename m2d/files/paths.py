@@ -114,7 +114,7 @@ _OPTION = re.compile(  # of pyarrow's URIs; anything else in a query may be a to
 
 
 def copy_around(path: Path) -> Path | None:
-    """The copy of a submitted directory that an absolute path lies in or is, by where Ray puts them."""
+    """The copy of a submitted directory that contains an absolute path or is it, by where Ray puts them."""
     return next((folder for folder in (path, *path.parents) if folder.parent.name == _COPIES), None)
 
 

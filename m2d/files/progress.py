@@ -23,11 +23,11 @@ class Progress:
         self._shown = 0.0
 
     def advance(self, count: int) -> None:
-        """So many more are done."""
+        """Report `count` more as done."""
         self.show(self._done + count, self._total)
 
     def show(self, done: int, total: int) -> None:
-        """So many are done, of so many."""
+        """Report `done` of `total`."""
         self._done, self._total = done, total
         now = time.monotonic()
         if self._first is None:

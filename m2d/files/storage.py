@@ -85,5 +85,5 @@ def _copy_file(source: fs.FileSystem, path: str, target: fs.FileSystem, target_p
 
 
 def one_line(error: Exception, longest: int = 200) -> str:
-    """An error's text as a part of a message: in one line, at most so many characters."""
+    """An error's text as a part of a message: in one line of at most `longest` characters."""
     return " ".join(str(error).split())[:longest] or type(error).__name__

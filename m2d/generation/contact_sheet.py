@@ -52,7 +52,7 @@ def contact_sheet(
     return page
 
 
-def write_pictures(folder: OutputFolder, plan: pa.Table, *, title: str, caption: str) -> int:
+def write_pictures(folder: OutputFolder, plan: pa.Table, *, title: str, caption: str, classes: ClassSet = ISIC7) -> int:
     """contact_sheet.png: the first images of each class of the plan, read back from disk, as a user has them.
 
     And strip_<group>.png for each walk that is complete: its images from one end to the other. Returns how many.
@@ -75,6 +75,7 @@ def write_pictures(folder: OutputFolder, plan: pa.Table, *, title: str, caption:
             title=title,
             caption=caption,
             totals={label: len(ids) for label, ids in of_class.items()},
+            classes=classes,
         )
         with whole_output(folder.root / "contact_sheet.png") as partial:
             sheet.save(partial, format="PNG")
@@ -91,7 +92,11 @@ def write_pictures(folder: OutputFolder, plan: pa.Table, *, title: str, caption:
 
 
 def counts_and_rejections(
-    before: Mapping[str, int] | None, made: Counter[str], rejections: Counter[tuple[str, str]], missing: Counter[str]
+    before: Mapping[str, int] | None,
+    made: Counter[str],
+    rejections: Counter[tuple[str, str]],
+    missing: Counter[str],
+    classes: ClassSet = ISIC7,
 ) -> Table:
     """One row per class and one for all. before: real images, in mode balance. missing: asked for and given up."""
     columns = {} if before is None else {"real": Counter(before)}
@@ -103,7 +108,7 @@ def counts_and_rejections(
     if before is not None:
         columns["together"] = made + Counter(before)
     table = Table("class", *(Column(name, justify="right") for name in columns))
-    shown = [code for code in ISIC7.codes if any(column[code] for column in columns.values())]
+    shown = [code for code in classes.codes if any(column[code] for column in columns.values())]
     for code in shown:
         table.add_row(code, *(f"{column[code]:,}" for column in columns.values()), end_section=code == shown[-1])
     table.add_row("all", *(f"{column.total():,}" for column in columns.values()))

@@ -18,9 +18,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +30,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from m2d.classes import CLASSES, NUM_CLASSES, class_index
-from m2d.data.catalog import catalog_hash, read_catalog
+from m2d.classes import ISIC7
+from m2d.data.catalog import catalog_hash, classes_of, read_catalog
 from m2d.data.features import FeatureStore, FeatureTable, extract_view
 from m2d.data.reader import ImageReader
 from m2d.data.store import prepared_folder
@@ -96,23 +96,19 @@ def prepare_gates(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Ta
     try:
         images, data_root = _training_images(config, checkpoint, catalog)
     except M2DError as error:
-        say(
-            "warning: the gates near_copy and class_consistency are off, for they need the training images "
-            f"({error}); new images may repeat old ones"
-        )
+        off = "the gates near_copy and class_consistency are off, for they need the training images"
+        say(f"warning: {off} ({error}); new images may repeat old ones")
         return alone
     extractor: FeatureExtractor | None = None
     try:
         extractor = load_reference_extractor(checkpoint, config.extractor_weights)
     except M2DError as error:
-        say(
-            "warning: the gate class_consistency is off and near_copy compares pixels alone, for the feature extractor "
-            f"is not here ({error})"
-        )
+        off = "the gate class_consistency is off and near_copy compares pixels alone"
+        say(f"warning: {off}, for the feature extractor is not here ({error})")
     lines = sorted(zip(*(images[name].to_pylist() for name in ("sha256", "label", "lesion_id")), strict=True))
     made_from = [lines, None if extractor is None else extractor.key, checkpoint.image_size, _lasting(gates)]
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    path = experiment_of(str(checkpoint.path)) / "gate_reference" / f"{key}{GateReference.SUFFIX}"
+    path = experiment_of(str(checkpoint.path)) / "gate_reference" / f"{key}.safetensors"
     build = partial(_build, path, images, data_root, checkpoint, extractor, gates, device)
     return GatesAtWork(gates, active_gates(gates, features=extractor is not None, pixels=True), path, extractor, build)
 
@@ -154,10 +150,8 @@ def _training_images(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa
     for place in places:
         if "://" in place or (Path(place) / rows["path"][0].as_py()).is_file():
             return rows, str(place)
-    raise DataError(
-        f"the training images are not in {' or '.join(map(str, places)) or 'any known place'}; "
-        "name their folder by --data_root"
-    )
+    known = " or ".join(map(str, places)) or "any known place"
+    raise DataError(f"the training images are not in {known}; name their folder by --data_root")
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------
@@ -244,7 +238,7 @@ def _feature_distances(
     queries = _unit_features(features[usable], reference.mean, reference.scale)
     distances, found = nearest(queries, reference.features)
     near[usable], rows[usable] = distances[:, 0].numpy(), found[:, 0].numpy()
-    classes = np.array([class_index(label) for label in labels], dtype=np.int64)
+    classes = np.array([reference.classes.index(label) for label in labels], dtype=np.int64)
     for index, threshold in enumerate(reference.class_thresholds):
         if threshold is not None:
             limits[classes == index] = threshold
@@ -310,8 +304,6 @@ class GateReference:
     0), float32; labels int64 [n], ascending.
     """
 
-    SUFFIX: ClassVar[str] = ".safetensors"
-
     features: Tensor
     thumbnails: Tensor
     labels: Tensor
@@ -329,6 +321,7 @@ class GateReference:
     extractor: str  # FeatureExtractor.key, empty: unknown
     catalog: str  # m2d.data.catalog.catalog_hash, empty: unknown
     settings: dict[str, Any]  # the GateConfig it was built by
+    classes: Sequence[str] = ISIC7.codes  # whose places are the labels
 
     @classmethod
     def build(
@@ -342,6 +335,7 @@ class GateReference:
         facts: ImageFacts | None = None,
         extractor: str = "",
         catalog: str = "",
+        classes: Sequence[str] = ISIC7.codes,
         weak_below: int = WEAK_BELOW,
         calibration_images: int = _CALIBRATION_IMAGES,
     ) -> Self:
@@ -351,19 +345,15 @@ class GateReference:
         Near-copies: the quantile of each image's distance to the nearest image of another lesion. Class: the quantile,
         for each class, of the mean distance to the k nearest images of the class. A class of fewer than weak_below such
         distances is weak: it gets the widest threshold of all classes, or its own largest distance if that is wider.
-        Raises DataError where the parts do not fit one another or hold what is not finite.
+        Raises DataError for features that are not finite.
         """
         count = len(labels)
         raw = np.zeros((count, 0), np.float32) if features is None else np.asarray(features, dtype=np.float32)
         ids = [str(row) for row in range(count)] if ids is None else ids
-        lengths = [len(raw), len(lesions), len(ids), count if facts is None else len(facts.thumbnails)]
-        if set(lengths) != {count} or not np.isfinite(raw).all():
-            raise DataError(
-                f"gate reference: {count} labels beside {lengths} features, lesions, ids and thumbnails, or features "
-                "that are not finite; compute them again"
-            )
+        if not np.isfinite(raw).all():
+            raise DataError("gate reference: features of the training images are not finite; compute them again")
         order = np.argsort(labels, kind="stable")
-        raw, classes = raw[order], torch.from_numpy(labels[order].astype(np.int64))
+        raw, label = raw[order], torch.from_numpy(labels[order].astype(np.int64))
         groups = torch.from_numpy(np.unique(np.asarray(lesions)[order], return_inverse=True)[1].astype(np.int64))
         standard = neighbours.Standardizer.of(raw, neighbours.at_least_median)
         mean, scale = (torch.from_numpy(part.astype(np.float32)) for part in (standard.mean, standard.scale))
@@ -389,11 +379,11 @@ class GateReference:
                 else neighbours.COPY_FLOOR
             )
 
-        thresholds, weak = _class_thresholds(vectors, classes, groups, config, weak_below, calibration_images)
+        thresholds, weak = _class_thresholds(vectors, label, groups, config, weak_below, calibration_images, classes)
         return cls(
             features=vectors,
             thumbnails=shown,
-            labels=classes,
+            labels=label,
             mean=mean,
             scale=scale,
             ids=[str(ids[row]) for row in order],
@@ -406,12 +396,15 @@ class GateReference:
             extractor=extractor,
             catalog=catalog,
             settings=asdict(config),
+            classes=list(classes),
         )
 
     def save(self, path: Path) -> None:
         """One file, whole or not at all. Raises ConfigError where it cannot be written."""
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
         notes = {"format": FORMAT, **{name: value for name, value in vars(self).items() if name not in _TENSORS}}
+        if tuple(self.classes) == ISIC7.codes:  # as an earlier M2D wrote it
+            del notes["classes"]
         with whole_output(path) as unfinished:
             unfinished.write_bytes(save(tensors, metadata={_METADATA_KEY: json.dumps(notes)}))
 
@@ -437,8 +430,17 @@ class GateReference:
         return reference
 
 
+load_once = lru_cache(maxsize=2)(GateReference.load)  # for writers, which ask for each group
+
+
 def _class_thresholds(
-    vectors: Tensor, labels: Tensor, groups: Tensor, config: GateConfig, weak_below: int, calibration_images: int
+    vectors: Tensor,
+    labels: Tensor,
+    groups: Tensor,
+    config: GateConfig,
+    weak_below: int,
+    calibration_images: int,
+    classes: Sequence[str],
 ) -> tuple[list[float | None], list[str]]:
     """One for each class, None where it has no image or features are unknown; and the weak classes."""
     known: dict[int, np.ndarray] = {}
@@ -455,8 +457,8 @@ def _class_thresholds(
     # Where every class is weak, what any image of any class reaches; without a single distance, what is opposite.
     widest = max(strong.values(), default=float(everything.max()) if len(everything) else 2.0)
     thresholds = {label: strong.get(label, max([widest, *distances.tolist()])) for label, distances in known.items()}
-    weak = [CLASSES[label] for label in known if label not in strong]
-    return [thresholds.get(label) for label in range(NUM_CLASSES)], weak
+    weak = [classes[label] for label in known if label not in strong]
+    return [thresholds.get(label) for label in range(len(classes))], weak
 
 
 def _build(
@@ -525,4 +527,5 @@ def build_gate_reference(
         facts=ImageFacts(*facts),
         extractor="" if extractor is None else extractor.key,
         catalog=catalog_hash(catalog),
+        classes=classes_of(catalog).codes,
     )

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from m2d.classes import NUM_CLASSES, class_index
 from m2d.diffusion.solver import GuidedVelocity, solve
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import PlanRow, seed_of
@@ -51,11 +50,10 @@ class Generator:
         """Moves the checkpoint's networks, and the extractor, to the device; of the U-Net, in bf16 or fp16, a copy.
 
         None decides, see `pick_device` and `pick_precision`. extractor: for rows that a reference's feature guides, and
-        for `features`; see load_reference_extractor. compile: torch.compile the U-Net, in torch's mode of that name,
-        for runs of many batches; a batch that is not full is then filled up, so that no shape is compiled for it.
-        Raises ConfigError for an extractor that is not the checkpoint's.
+        for `features`; ConfigError where it is not the checkpoint's. compile: torch.compile the U-Net, for runs of many
+        batches; a batch that is not full is then filled up, so that no shape is compiled for it.
         """
-        self.checkpoint = checkpoint
+        self.checkpoint, self.classes = checkpoint, checkpoint.info.classes
         self.batch_size = batch_size
         self.device = pick_device(device)
         self.precision = pick_precision(mixed_precision, self.device)
@@ -74,9 +72,8 @@ class Generator:
     def generate(self, rows: Sequence[PlanRow]) -> np.ndarray:
         """Images of the rows, uint8 [N, H, W, 3] RGB, in their order.
 
-        Raises CheckpointError where the model gives something that is not a number, DataError for a class that the
-        feature prior has no image of and for a reference that cannot be read, and ConfigError for a row that needs a
-        prior or an extractor that is not there.
+        Raises CheckpointError where the model gives no numbers, DataError for a class that the feature prior does not
+        know or an unreadable reference, ConfigError for a row that needs a prior or an extractor that is not there.
         """
         size = self.checkpoint.image_size
         images = np.empty((len(rows), size, size, 3), np.uint8)
@@ -114,11 +111,11 @@ class Generator:
         if start_time < 1:
             clean = self.encode([str(row.reference) for row in rows])
             latents = (1 - start_time) * clean + start_time * latents
-        labels = torch.tensor([class_index(row.label) for row in rows])
+        labels = torch.tensor([self.classes.index(row.label) for row in rows])
         velocity = GuidedVelocity(
             self,
             self._context(rows, labels).to(self._dtype),
-            self.denoiser.context(torch.full_like(labels, NUM_CLASSES, device=self.device)).to(self._dtype),
+            self.denoiser.context(torch.full_like(labels, len(self.classes), device=self.device)).to(self._dtype),
             scale=row.guidance_scale,
             interval=(row.guidance_low, row.guidance_high),
         )
@@ -203,10 +200,7 @@ class Generator:
         # Matrix products stay in true float32 here, in setup_data and in evaluation, though TF32 is a few times faster
         # on a GPU: thresholds, stored features and results were measured so. cuDNN's convolutions are TF32 by default.
         if self.extractor is None:
-            raise ConfigError(
-                "features of images are asked for, but the generator was given no extractor; see "
-                "m2d.generation.references.load_reference_extractor"
-            )
+            raise ConfigError("features of images are asked for, but the generator was given no extractor to make them")
         return self.extractor(self.extractor.preprocess(pixels)).cls.float()
 
     def _of_each(self, paths: Sequence[str], kept: dict[str, Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:

@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from PIL import Image, PngImagePlugin
 
-from m2d.classes import CLASSES, class_index
+from m2d.classes import ISIC7
 from m2d.errors import ConfigError
 from m2d.files.atomic import PARTIAL, try_lock, whole_file, write_whole
 from m2d.generation.plan import PLAN_SCHEMA, PlanRow
@@ -72,7 +72,6 @@ SHARD_SCHEMA = pa.schema(
         ("png", pa.binary()),
         ("settings", pa.string()),  # what shaped the image, JSON
     ],
-    metadata={"classes": " ".join(CLASSES)},
 )
 _THREADS = 8
 _LOCK = ".running.lock"
@@ -100,6 +99,7 @@ class Recipe:
     gates: dict[str, Any] | None = None  # what is checked, with which reference; None: every image is kept
     balance: dict[str, Any] | None = None  # the target and the hash of the catalog whose images it counts
     plan: str | None = None  # sha256 over the rows, input images by their content
+    classes: tuple[str, ...] = ISIC7.codes  # of the checkpoint; named in the record where they are others
 
     @classmethod
     def of(cls, config: GenerateConfig, *, feature: Feature, **decided: Any) -> Self:
@@ -122,7 +122,10 @@ class Recipe:
 
     def to_json(self) -> str:
         """One line, keys sorted: equal recipes give equal text."""
-        return json.dumps(asdict(self), sort_keys=True)
+        fields = asdict(self)
+        if self.classes == ISIC7.codes:
+            del fields["classes"]
+        return json.dumps(fields, sort_keys=True)
 
 
 def experiment_of(checkpoint_path: str) -> Path:
@@ -154,10 +157,17 @@ def _row_json(row: PlanRow) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def write_images(root: Path, output_format: str, group: str, images: Sequence[tuple[PlanRow, bytes]]) -> list[str]:
+def write_images(
+    root: Path,
+    output_format: str,
+    group: str,
+    images: Sequence[tuple[PlanRow, bytes]],
+    classes: Sequence[str] = ISIC7.codes,
+) -> list[str]:
     """Write PNGs, as files or as one shard. Returns the path below root of the file that holds each. Raises OSError.
 
-    group: see `group_name`. webdataset: <id>.png, <id>.cls (class index), <id>.json. parquet: SHARD_SCHEMA.
+    group: see `group_name`. classes: all codes, whose places are the labels. webdataset: <id>.png, <id>.cls (class
+    index), <id>.json. parquet: SHARD_SCHEMA.
     """
     if output_format == "folder":
         paths = [f"{row.label}/{row.id}.png" for row, _ in images]
@@ -171,14 +181,15 @@ def write_images(root: Path, output_format: str, group: str, images: Sequence[tu
         if output_format == "webdataset":
             with tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for row, png in images:
-                    label = str(class_index(row.label)).encode()
+                    label = str(classes.index(row.label)).encode()
                     for suffix, content in (("png", png), ("cls", label), ("json", _row_json(row).encode())):
                         member = tarfile.TarInfo(f"{row.id}.{suffix}")  # owner, time and mode are always the same
                         member.size = len(content)
                         tar.addfile(member, io.BytesIO(content))
         else:
-            rows = [(row.id, row.label, class_index(row.label), png, _row_json(row)) for row, png in images]
-            table = pa.table(dict(zip(SHARD_SCHEMA.names, zip(*rows), strict=True)), schema=SHARD_SCHEMA)
+            rows = [(row.id, row.label, classes.index(row.label), png, _row_json(row)) for row, png in images]
+            schema = SHARD_SCHEMA.with_metadata({"classes": " ".join(classes)})
+            table = pa.table(dict(zip(schema.names, zip(*rows), strict=True)), schema=schema)
             pq.write_table(table, partial, compression="none", row_group_size=64)  # PNGs are compressed already
     return [f"{SHARDS}/{shard.name}"] * len(images)
 
@@ -218,9 +229,8 @@ class OutputFolder:
     def __init__(self, root: Path, recipe: Recipe) -> None:
         """Create the folder, or continue it: whole images of this recipe are kept, broken and lost ones made again.
 
-        What a killed run left half done is removed. Until it is closed no other process can open it; a killed one
-        loses it. Raises ConfigError where the folder holds another run's images, is in use, or cannot be read or
-        written.
+        What a killed run left half done is removed. Until it is closed no other process can open it. Raises ConfigError
+        where the folder holds another run's images, is in use, or cannot be read or written.
         """
         self.root = root
         self.recipe = recipe
@@ -229,7 +239,10 @@ class OutputFolder:
         try:
             root.mkdir(parents=True, exist_ok=True)
             self._claim()
-            self._remove_leftovers()
+            for name in (".", *recipe.classes, SHARDS, PARTS):
+                for suffix in (PARTIAL, ".tmp"):  # the second of older versions
+                    for path in (root / name).glob(f".*{suffix}"):
+                        path.unlink(missing_ok=True)
             parts, rows = self._read()
             whole = self._without_lost(rows)
             self._write_journal(whole, parts, changed=whole.num_rows < rows.num_rows)
@@ -244,12 +257,6 @@ class OutputFolder:
         """Let other processes have the folder."""
         if self._lock is not None:
             self._lock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def settle(self) -> None:
         """Put all parts into journal.parquet and write the manifest of it. Raises ConfigError."""
@@ -283,7 +290,7 @@ class OutputFolder:
                     "name another --output, or leave it out"
                 )
         else:
-            for name in (*CLASSES, SHARDS, PARTS, JOURNAL_NAME, MANIFEST_NAME):
+            for name in (*self.recipe.classes, SHARDS, PARTS, JOURNAL_NAME, MANIFEST_NAME):
                 if (self.root / name).exists():
                     raise ConfigError(
                         f"output: {self.root} holds {name} but no {RECORD_NAME}, so M2D did not start it; "
@@ -295,12 +302,6 @@ class OutputFolder:
             raise ConfigError(
                 f"output: another run is working in {self.root}; wait for it to end, or name another --output"
             )
-
-    def _remove_leftovers(self) -> None:
-        for name in (".", *CLASSES, SHARDS, PARTS):
-            for suffix in (PARTIAL, ".tmp"):  # the second of older versions
-                for path in (self.root / name).glob(f".*{suffix}"):
-                    path.unlink(missing_ok=True)
 
     def _read(self) -> tuple[list[Path], pa.Table]:
         """The parts, and the rows of them and of the journal.
@@ -341,10 +342,20 @@ class OutputFolder:
 
     def _without_lost(self, rows: pa.Table) -> pa.Table:
         """The rows but those whose file is gone or not what it was; every file is read and hashed."""
+
+        def sums(file: str) -> dict[str, str]:
+            """Id -> sha256 of the PNGs in a file; empty where it is gone or damaged."""
+            try:
+                pngs = read_pngs(self.root / file)
+            except (OSError, ValueError) as error:
+                require_damage(self.root / file, error)
+                return {}
+            return {image_id: hashlib.sha256(png).hexdigest() for image_id, png in pngs.items()}
+
         listed = list(zip(*(rows[name].to_pylist() for name in ("path", "id", "sha256")), strict=True))
         files = sorted({file for file, _, _ in listed if file is not None})
         with ThreadPoolExecutor(_THREADS) as pool:
-            there = dict(zip(files, pool.map(self._sums, files), strict=True))
+            there = dict(zip(files, pool.map(sums, files), strict=True))
         whole = {(file, one) for file, one, sha256 in listed if file is not None and there[file].get(one) == sha256}
         broken = {file for file, one, _ in listed if file is not None and (file, one) not in whole}
         for file in sorted(broken):  # a shard is whole or nothing
@@ -354,20 +365,11 @@ class OutputFolder:
         good = [file is None or (file not in broken and there[file][one] == sha256) for file, one, sha256 in listed]
         return rows.filter(pa.array(good, pa.bool_()))
 
-    def _sums(self, file: str) -> dict[str, str]:
-        """Id -> sha256 of the PNGs in a file; empty where it is gone or damaged, ConfigError where the disk fails."""
-        try:
-            pngs = read_pngs(self.root / file)
-        except (OSError, ValueError) as error:
-            require_damage(self.root / file, error)
-            return {}
-        return {image_id: hashlib.sha256(png).hexdigest() for image_id, png in pngs.items()}
-
     def _remove_unlisted(self) -> None:
         """Images of this recipe that a killed run wrote and did not list: they will be made again."""
         listed = set(self.journal["path"].to_pylist())
         shards = [path for path in (self.root / SHARDS).glob("*") if re.fullmatch(r"[0-9a-f]{16}\.\w+", path.name)]
-        for path in (*shards, *(path for name in CLASSES for path in (self.root / name).glob("*.png"))):
+        for path in (*shards, *(path for name in self.recipe.classes for path in (self.root / name).glob("*.png"))):
             if path.relative_to(self.root).as_posix() not in listed and (path in shards or self._is_ours(path)):
                 path.unlink(missing_ok=True)
 

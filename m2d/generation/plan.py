@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from m2d.classes import CLASSES
-from m2d.data.catalog import catalog_hash, class_counts, read_catalog, scan_dataset
+from m2d.classes import ISIC7, NAMED, ClassSet
+from m2d.data.catalog import catalog_hash, class_counts, classes_of, read_catalog, scan_dataset
 from m2d.data.settings import DataConfig
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.diffusion.settings import SOLVERS, SamplingSettings, Solver
@@ -120,20 +120,20 @@ class Planned:
         return set(self.table["feature"].unique().to_pylist())
 
 
-def make_plan(config: GenerateConfig, feature: Feature, catalog: pa.Table | None) -> Planned:
-    """The run's plan. feature: decided, never None. catalog: of the dataset that mode balance counts.
+def make_plan(config: GenerateConfig, feature: Feature, catalog: pa.Table | None, known: ClassSet) -> Planned:
+    """The run's plan. feature: decided, never None. catalog: of the dataset that mode balance counts. known: classes.
 
     Raises ConfigError or DataError, in one line, where there is nothing to make one from.
     """
     if config.plan is not None:
-        table = read_plan(config.plan)
+        table = read_plan(config.plan, known)
         paths = {path for name in ("reference", "reference_b") for path in table[name].to_pylist() if path is not None}
         return Planned(table, _digest(table, read_sha256(paths)))
-    classes = config.class_codes if config.classes is not None else None
+    classes = config.class_codes(known) if config.classes is not None else None
     sums: dict[str, str] = {}
 
     def references(setting: str) -> dict[str, tuple[Reference, ...]]:
-        found = read_references(getattr(config, setting), classes=classes, setting=setting)
+        found = read_references(getattr(config, setting), classes=classes, known=known, setting=setting)
         _say_rejected(setting, found.rejected)
         sums.update({image.path: image.sha256 for images in found.by_class.values() for image in images})
         return found.by_class
@@ -152,12 +152,12 @@ def make_plan(config: GenerateConfig, feature: Feature, catalog: pa.Table | None
         counted = {"to": config.to, "split": config.balance_split, "catalog": catalog_hash(catalog)[:12]}
         table = standard_plan(targets(before, config.to, classes), **drawn)
     else:
-        table = standard_plan(dict.fromkeys(config.class_codes, config.num_samples), **drawn)
+        table = standard_plan(dict.fromkeys(config.class_codes(known), config.num_samples), **drawn)
     return Planned(table, _digest(table, sums) if sums else None, counted, before)
 
 
 def targets(counts: Mapping[str, int], to: str, classes: Iterable[str] | None = None) -> dict[str, int]:
-    """Images to make of each class, in the order of CLASSES; 0 where it has enough, for no class is made smaller.
+    """Images to make of each class, in the order of counts; 0 where it has enough, for no class is made smaller.
 
     counts: real images by class code. to: see `parse_target`; the largest class is one of all, asked for or not, and a
     share of it is rounded to the nearest image. classes: those to fill up; None: those that have a real image (nothing
@@ -169,7 +169,7 @@ def targets(counts: Mapping[str, int], to: str, classes: Iterable[str] | None = 
     asked = [code for code, count in counts.items() if count > 0] if classes is None else classes
     target = parse_target(to)
     wanted = target if isinstance(target, int) else int(target * max(counts.values()) + 0.5)
-    return {code: max(0, wanted - counts.get(code, 0)) for code in CLASSES if code in asked}
+    return {code: max(0, wanted - counts.get(code, 0)) for code in counts if code in asked}
 
 
 def dataset_catalog(config: GenerateConfig, info: CheckpointInfo) -> pa.Table | None:
@@ -178,16 +178,22 @@ def dataset_catalog(config: GenerateConfig, info: CheckpointInfo) -> pa.Table | 
     It is split as the checkpoint's run splits. None where neither is given. Raises DataError.
     """
     if config.catalog is not None:
-        return read_catalog(config.catalog)
+        catalog = read_catalog(config.catalog)
+        if (found := classes_of(catalog).codes) != info.classes.codes:
+            raise DataError(
+                f"catalog: {config.catalog} is of the classes {' '.join(found)}, the checkpoint of "
+                f"{' '.join(info.classes.codes)}; name a catalog of the same classes"
+            )
+        return catalog
     if config.data_root is None:
         return None
     data_config, cache_dir = data_config_of(info), info.config.get("cache_dir")
     if cache_dir is not None and Path(cache_dir).is_dir():
         kept = reusable_catalog(prepared_folder(cache_dir, config.data_root), config.data_root, data_config)
-        if kept is not None:
+        if kept is not None and classes_of(kept) == info.classes:
             return kept
     with progress("scan") as report:
-        scan = scan_dataset(config.data_root, data_config, report.show)
+        scan = scan_dataset(config.data_root, data_config, report.show, info.classes)
     _say_rejected("data_root", [(row["path"], row["reason"]) for row in scan.rejected.to_pylist()])
     return scan.catalog
 
@@ -196,6 +202,8 @@ def data_config_of(info: CheckpointInfo) -> DataConfig:
     """How the checkpoint's run found and split its images; the defaults where it does not say."""
     recorded = info.config.get("data")
     try:
+        if isinstance(recorded, dict) and recorded.get("classes") not in (None, "folders", *NAMED):
+            recorded = {**recorded, "classes": None}  # a file of another machine; the checkpoint has its classes
         return DataConfig(**recorded) if isinstance(recorded, dict) else DataConfig()
     except (TypeError, ConfigError):  # of another version of M2D
         return DataConfig()
@@ -270,18 +278,17 @@ def interpolation_plan(
 ) -> pa.Table:
     """For each pair of references of one class, its two ends and steps_between images in between.
 
-    Pair i is reference i of one folder with reference i of the other, each folder in the order of its file names; of
-    two unequal numbers the smaller starts again, so one image may be paired with many. Ids are CLASS_pairIII_PP, PP
-    from 00 (reference) to steps_between + 1 (reference_b), and `group` is CLASS_pairIII. A reference's own sample is
-    the same in every pair. Whole pairs take turns over the classes. Raises ConfigError where a class has references in
-    one folder alone.
+    Pair i is reference i of one folder with reference i of the other, by file names; of two unequal numbers the smaller
+    starts again, so one image may be paired with many, in each with the same sample of its own. Ids are
+    CLASS_pairIII_PP, PP from 00 (reference) to steps_between + 1 (reference_b). Whole pairs take turns over the
+    classes. Raises ConfigError where a class has references in one folder alone.
     """
-    for code in CLASSES:
+    for code in dict.fromkeys([*references, *references_b]):
         if bool(references.get(code)) != bool(references_b.get(code)):
+            lacking = "reference_images_b" if references.get(code) else "reference_images"
             raise ConfigError(
-                f"{'reference_images_b' if references.get(code) else 'reference_images'} holds no usable image of "
-                f"{code}, the other folder does; both ends of a pair are of one class, so add some, or leave the class "
-                "out with --classes"
+                f"{lacking} holds no usable image of {code}, the other folder does; both ends of a pair are of one "
+                "class, so add some, or leave the class out with --classes"
             )
     rows: list[dict[str, Any]] = []
     for label, pair in _turns({code: max(len(found), len(references_b[code])) for code, found in references.items()}):
@@ -320,7 +327,7 @@ def _turns(counts: Mapping[str, int]) -> list[tuple[str, int]]:
     return [(code, turn) for turn in range(max(counts.values(), default=0)) for code in counts if turn < counts[code]]
 
 
-def read_plan(path: str | Path) -> pa.Table:
+def read_plan(path: str | Path, class_set: ClassSet = ISIC7) -> pa.Table:
     """Read a plan that may have been edited; PLAN_SCHEMA, every row checked, at least one.
 
     Column order, an index that pandas added and narrower or wider types do not matter. Raises ConfigError, in one line,
@@ -333,15 +340,12 @@ def read_plan(path: str | Path) -> pa.Table:
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"plan: {path} is no Parquet file ({one_line(error)}); write one with --plan_only") from None
     names, known = [name for name in table.column_names if not name.startswith("__index_level_")], PLAN_SCHEMA.names
-    for what, listed in (
-        ("lacks", [name for name in known if name not in names]),
-        ("has unknown", [name for name in names if name not in known]),
-        ("has two or more of the", [name for name in known if names.count(name) > 1]),
-    ):
-        if listed:
-            raise ConfigError(f"plan: {path} {what} columns {' '.join(listed)}; a plan has {' '.join(known)}")
+    for what, one, other in (("lacks", known, names), ("has unknown", names, known)):
+        if set(one) - set(other):
+            listed = " ".join(sorted(set(one) - set(other)))
+            raise ConfigError(f"plan: {path} {what} columns {listed}; a plan has {' '.join(known)}")
     plan = pa.table([_typed(table[field.name].combine_chunks(), field, path) for field in PLAN_SCHEMA], PLAN_SCHEMA)
-    check_plan(plan, f"plan: {path}")
+    check_plan(plan, f"plan: {path}", class_set.codes)
     return plan
 
 
@@ -349,10 +353,8 @@ def _typed(column: pa.Array, field: pa.Field, path: str | Path) -> pa.Array:
     """A column in its plan's type, where no value is lost by that."""
     kind = column.type
     if field.name in ("seed", "seed_b") and pa.types.is_floating(kind) and column.null_count < len(column):
-        raise ConfigError(
-            f"plan: {path} has {field.name} as {kind}, which has rounded the seeds; keep whole numbers (in pandas: "
-            'read_parquet(..., dtype_backend="pyarrow"))'
-        )
+        keep = 'keep whole numbers (in pandas: read_parquet(..., dtype_backend="pyarrow"))'
+        raise ConfigError(f"plan: {path} has {field.name} as {kind}, which has rounded the seeds; {keep}")
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
     try:
         if not pa.types.is_null(kind) and number == pa.types.is_string(field.type):  # a cast would parse, or print
@@ -363,7 +365,7 @@ def _typed(column: pa.Array, field: pa.Field, path: str | Path) -> pa.Array:
         raise ConfigError(f"plan: {path} has {field.name} as {kind}; it must be {field.type} ({reason})") from None
 
 
-def check_plan(plan: pa.Table, where: str = "plan") -> None:
+def check_plan(plan: pa.Table, where: str = "plan", classes: Sequence[str] = ISIC7.codes) -> None:
     """Raise ConfigError, in one line, for a plan without rows or the first row with a value that cannot work."""
     if plan.num_rows == 0:
         raise ConfigError(f"{where} has no rows; there is nothing to generate")
@@ -380,7 +382,7 @@ def check_plan(plan: pa.Table, where: str = "plan") -> None:
 
     image2image, walks = (pc.equal(columns["mode"], mode) for mode in ("image2image", "interpolate"))
     by_reference, by_prior = (pc.equal(columns["feature"], feature) for feature in ("reference", "prior"))
-    known = {"class": CLASSES, "mode": get_args(Mode), "feature": get_args(Feature), "solver": SOLVERS}
+    known = {"class": classes, "mode": get_args(Mode), "feature": get_args(Feature), "solver": SOLVERS}
     ordered = pc.less_equal(columns["guidance_low"], columns["guidance_high"])
     safe_or_null = pc.or_kleene(matches("group", _FILE_NAME), pc.is_null(columns["group"]))
     rules: list[tuple[str, pa.Array, str]] = [

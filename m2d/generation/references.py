@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from pyarrow import fs
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7, ClassSet
 from m2d.data.decode import ImageRejected, decode_resized, probe_image
 from m2d.data.layouts import IMAGE_SUFFIXES, is_debris
 from m2d.data.settings import DataConfig
@@ -46,29 +46,35 @@ class Reference:
 class References:
     """What a folder of input images holds."""
 
-    by_class: dict[str, tuple[Reference, ...]]  # in the order of CLASSES, each by file name; none is empty
+    by_class: dict[str, tuple[Reference, ...]]  # in the order of the set, each by file name; none is empty
     rejected: tuple[tuple[str, str], ...]  # (path within the folder, reason): left out
 
 
 def read_references(
-    folder: str, *, classes: Sequence[str] | None = None, setting: str = "init_images", max_pixels: int = MAX_PIXELS
+    folder: str,
+    *,
+    classes: Sequence[str] | None = None,
+    known: ClassSet = ISIC7,
+    setting: str = "init_images",
+    max_pixels: int = MAX_PIXELS,
 ) -> References:
     """Every usable image of `classes` (None: of those that are there) in a folder, a local path or a URI.
 
-    The folder holds class folders (any letter case, images at any depth), and an image's class is its folder's name;
-    or it holds images, all of the one class that `classes` then names. The checks are those of a dataset's scan: hidden
-    files are passed over, unreadable ones are left out and listed with a reason. setting: the flag to name in errors.
-    Raises DataError where the folder cannot be used, or a class of `classes` has no usable image in it.
+    known: the set that they are of. The folder holds class folders (any letter case, images at any depth), and an
+    image's class is its folder's name; or it holds images, all of the one class that `classes` then names. The checks
+    are those of a dataset's scan: hidden files are passed over, unreadable ones are left out and listed with a reason.
+    setting: the flag to name in errors. Raises DataError where the folder cannot be used, or a class of `classes` has
+    no usable image in it.
     """
     refuse_credentials(setting, folder)  # each image's place goes into plan, manifest and image
     filesystem, root = open_storage(folder)
     try:
-        listed, rejected = _listed(filesystem, root, classes, f"{setting}: {folder}")
+        listed, rejected = _listed(filesystem, root, classes, known, f"{setting}: {folder}")
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{setting}: {folder} cannot be listed ({one_line(error)}); give a folder of images, or of class folders"
         ) from None
-    found: dict[str, list[Reference]] = {code: [] for code in CLASSES}
+    found: dict[str, list[Reference]] = {code: [] for code in known.codes}
     with ThreadPoolExecutor(_THREADS) as pool:
         probed = pool.map(lambda one: _probe(filesystem, f"{root}/{one[0]}", max_pixels), listed)
         for (path, label), (sha256, reason) in zip(listed, probed, strict=True):
@@ -78,7 +84,7 @@ def read_references(
                 place = inside(folder, path) if "://" in folder else f"{root}/{path}"
                 found[label].append(Reference(path=place, label=label, sha256=sha256))
     first = f"; the first of {len(rejected)} left out: {': '.join(rejected[0])}" if rejected else ""
-    present = [code for code in CLASSES if found[code]]
+    present = [code for code in known.codes if found[code]]
     lacking = [code for code in classes or () if not found[code]]
     if lacking or not present:
         which = f" of {', '.join(lacking)}, but of {', '.join(present)}" if present else ""
@@ -129,7 +135,7 @@ def _probe(filesystem: fs.FileSystem, path: str, max_pixels: int = MAX_PIXELS) -
 
 
 def _listed(
-    filesystem: fs.FileSystem, root: str, classes: Sequence[str] | None, where: str
+    filesystem: fs.FileSystem, root: str, classes: Sequence[str] | None, class_set: ClassSet, where: str
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(path within root, class) of every file that may be an image, in order; (path, reason) of the others."""
     kind = filesystem.get_file_info(root).type
@@ -139,7 +145,7 @@ def _listed(
     entries = [info for info in filesystem.get_file_info(fs.FileSelector(root)) if not is_debris(info.base_name)]
     folders = sorted(info.base_name for info in entries if info.type == fs.FileType.Directory)
     files = sorted(info.base_name for info in entries if info.type == fs.FileType.File)
-    unknown, known = [name for name in folders if name.upper() not in CLASSES], " ".join(CLASSES)
+    unknown, known = [name for name in folders if class_set.find(name) is None], " ".join(class_set.codes)
     if not set(folders) - set(unknown):  # one flat folder
         if not any(map(_is_image, files)):
             found = f"found: {', '.join([*folders, *files][:8])}" if folders or files else "it is empty"
@@ -160,7 +166,11 @@ def _listed(
             for info in filesystem.get_file_info(fs.FileSelector(f"{root}/{name}", recursive=True))
             if info.type == fs.FileType.File
         ]
-        paths = [(path, path.partition("/")[0].upper()) for path in below if not any(map(is_debris, path.split("/")))]
+        paths = [
+            (path, str(class_set.find(path.partition("/")[0])))
+            for path in below
+            if not any(map(is_debris, path.split("/")))
+        ]
         rejected = [(name, "lies beside the class folders") for name in files if _is_image(name)]
     wanted = sorted(pair for pair in paths if classes is None or pair[1] in classes)
     suffixes = " ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)

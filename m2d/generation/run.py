@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import torch
 from rich.console import Console
 
-from m2d.classes import CLASSES
 from m2d.cluster.nodes import cluster_gpu, cluster_total, require_shared
 from m2d.diffusion.feature_prior import WEAK_BELOW
 from m2d.errors import ConfigError, M2DError
@@ -51,7 +50,7 @@ def generate(config: GenerateConfig) -> Path:
         device, precision = _device(config, cluster)
         needs_catalog = (config.plan is None and config.mode == "balance") or config.merge
         catalog = dataset_catalog(config, checkpoint.info) if needs_catalog else None
-        planned = make_plan(config, feature, catalog)
+        planned = make_plan(config, feature, catalog, checkpoint.info.classes)
         gates = prepare_gates(config, checkpoint, catalog, device)
         if "prior" in planned.features:  # a plan may ask for what the checkpoint lacks
             require_prior(checkpoint).require(planned.classes)
@@ -63,6 +62,7 @@ def generate(config: GenerateConfig) -> Path:
             gates=gates.record,
             balance=planned.balance,
             plan=planned.digest,
+            classes=checkpoint.info.classes.codes,
         )
         default = output.experiment_of(str(checkpoint.path)) / "generated_images" / recipe.hash
         root = Path(config.output or result_path("output", str(default)))
@@ -70,7 +70,7 @@ def generate(config: GenerateConfig) -> Path:
             _write_plan(root, planned.table)
             print(f"a plan of {planned.table.num_rows:,} images; run it with --plan {root / PLAN_NAME}")
             return root
-        with OutputFolder(root, recipe) as folder:
+        with closing(OutputFolder(root, recipe)) as folder:
             _write_plan(root, planned.table)
             _Run(config, checkpoint, planned, gates, folder, device, precision, cluster).finish()
             if config.merge and config.data_root is not None:
@@ -191,18 +191,20 @@ class _Run:
     def _report(self, new: str, weak: list[str]) -> None:
         from m2d.generation.contact_sheet import counts_and_rejections, write_pictures  # matplotlib costs a second
 
-        folder, plan = self.folder, self.planned.table
+        folder, plan, classes = self.folder, self.planned.table, self.checkpoint.info.classes
         rejections = folder.rejections()
         lost = plan.filter(pc.invert(pc.is_in(plan["id"], pa.array(folder.paths, pa.string()))))
         missing = Counter(lost["class"].to_pylist())
-        strips = write_pictures(folder, plan, title="M2D synthetic dermoscopy", caption=self._caption(weak))
+        strips = write_pictures(
+            folder, plan, title="M2D synthetic dermoscopy", caption=self._caption(weak), classes=classes
+        )
         made = Counter(folder.accepted["class"].to_pylist())
-        Console(file=sys.stdout).print(counts_and_rejections(self.planned.before, made, rejections, missing))
+        Console(file=sys.stdout).print(counts_and_rejections(self.planned.before, made, rejections, missing, classes))
         if missing:
             reasons = {
                 code: [f"{why} {n}" for (of, why), n in sorted(rejections.items()) if of == code] for code in missing
             }
-            counts = [f"{code} {missing[code]} ({', '.join(reasons[code])})" for code in CLASSES if missing[code]]
+            counts = [f"{code} {missing[code]} ({', '.join(reasons[code])})" for code in missing]
             say(
                 f"warning: {lost.num_rows:,} of {plan.num_rows:,} images are missing, rejected "
                 f"{self.config.gates.max_attempts} times each: {', '.join(counts)}; raise --gates.max_attempts, or "

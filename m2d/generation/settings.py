@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from m2d.classes import CLASSES
+from m2d.classes import ClassSet
 from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import ConfigError
 from m2d.models.settings import Precision
@@ -51,7 +51,7 @@ class GenerateConfig(SamplingSettings):
     checkpoint: str  # a checkpoint directory
     output: str | None = None  # None: generated_images/<hash of the settings> in the checkpoint's experiment
     mode: Mode = "standard"  # image2image needs init_images, interpolate the reference_images, balance a data_root
-    classes: str | None = None  # comma-separated codes, any letter case; None: all seven
+    classes: str | None = None  # comma-separated codes, any letter case; None: all of them
     num_samples: int = 8  # per class; balance and interpolate count for themselves
     seed: int = 0  # of the run; every image has its own, made from this, its class and its index
     feature: Feature | None = None  # drawn from the prior, the reference's own, or none; None: as the mode has it
@@ -106,7 +106,8 @@ class GenerateConfig(SamplingSettings):
         if self.gpus_per_actor is not None and self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
             raise ConfigError(f"gpus_per_actor is {self.gpus_per_actor}; above 1 it must be a whole number")
         parse_target(self.to)
-        _ = self.class_codes  # a wrong class is reported before anything is loaded
+        if self.classes is not None and not self.classes.strip(" ,"):
+            raise ConfigError("classes is empty; name some, or leave it out for all")
         if self.merge and self.data_root is None:
             raise ConfigError("merge needs the real images; name their folder by --data_root")
         if self.plan is not None:  # which decides what is made, and how
@@ -128,18 +129,16 @@ class GenerateConfig(SamplingSettings):
                 f"feature is {self.feature}; mode interpolate walks between the features of its references"
             )
 
-    @property
-    def class_codes(self) -> tuple[str, ...]:
-        """The classes asked for, in the order of m2d.classes, each once. Raises ConfigError for an unknown one."""
+    def class_codes(self, known: ClassSet) -> tuple[str, ...]:
+        """The classes asked for, in the order of those known, each once. Raises ConfigError for an unknown one."""
         if self.classes is None:
-            return CLASSES
-        asked = {code.strip().upper() for code in self.classes.split(",")} - {""}
-        unknown = sorted(asked - set(CLASSES))
+            return known.codes
+        code_of = {code.casefold(): code for code in known.codes}
+        asked = [word.strip() for word in self.classes.split(",") if word.strip()]
+        unknown = sorted({word for word in asked if word.casefold() not in code_of})
         if unknown:
-            raise ConfigError(f"classes: {', '.join(unknown)} is not known; choose from {','.join(CLASSES)}")
-        if not asked:
-            raise ConfigError(f"classes is empty; choose from {','.join(CLASSES)}, or leave it out for all")
-        return tuple(code for code in CLASSES if code in asked)
+            raise ConfigError(f"classes: {', '.join(unknown)} is not known; choose from {','.join(known.codes)}")
+        return tuple(code for code in known.codes if code.casefold() in {word.casefold() for word in asked})
 
 
 def parse_target(to: str) -> int | float:

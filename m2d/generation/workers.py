@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.models.settings import Precision
 
 if TYPE_CHECKING:
-    from m2d.generation.gates import GateReference, Verdict
+    from m2d.generation.gates import Verdict
     from m2d.generation.generator import Generator
     from m2d.models.checkpoint import Checkpoint
     from m2d.models.extractors import FeatureExtractor
@@ -70,7 +70,7 @@ def load_generator(
         batch_size=config.batch_size,
         device=device,
         mixed_precision=precision,
-        extractor=extractor if with_extractor else None,
+        extractor=extractor,
         compile=config.compile,
         compile_mode=config.compile_mode,
     )
@@ -122,9 +122,9 @@ class GroupWriter:
         """Of `Made`. Raises ConfigError where the disk refuses; then nothing of the group counts."""
         verdicts: Sequence[Verdict | None] = [None] * len(rows)
         if self.gates.enabled:
-            from m2d.generation.gates import check
+            from m2d.generation.gates import check, load_once
 
-            reference = None if self.gate_reference is None else _loaded_reference(self.gate_reference)
+            reference = None if self.gate_reference is None else load_once(self.gate_reference)
             verdicts = check(images, features, [row.label for row in rows], reference, self.gates)
         # What cannot be replaced is kept: a walk has its ends, and without noise the next attempt is the same image.
         fixed = [row.mode == "interpolate" or (row.mode == "image2image" and row.strength == 0) for row in rows]
@@ -133,42 +133,38 @@ class GroupWriter:
         encoded = [(row, output.encode_png(image, row, self.recipe)) for row, image in pairs]
         name = output.group_name(rows)
         try:
-            paths = output.write_images(self.root, self.recipe.format, name, encoded) if encoded else []
+            paths = (
+                output.write_images(self.root, self.recipe.format, name, encoded, self.recipe.classes)
+                if encoded
+                else []
+            )
         except OSError as error:
             raise output.cannot_write(self.root, error) from None
         files = {row.id: (path, hashlib.sha256(png).hexdigest()) for (row, png), path in zip(encoded, paths)}
-        created = datetime.now(UTC).replace(microsecond=0)
+        shared = {
+            "height": images.shape[1],
+            "width": images.shape[2],
+            "precision": self.recipe.precision,
+            "checkpoint": self.recipe.checkpoint,
+            "created": datetime.now(UTC).replace(microsecond=0),
+        }
         entries: list[dict[str, Any]] = []  # the journal has columns for most of it
         for row, verdict, keep, stays in zip(rows, verdicts, kept, fixed, strict=True):
-            found = {} if verdict is None else vars(verdict)
             path, sha256 = files.get(row.id, (None, None))
-            entries.append(
-                {name: None if value != value else value for name, value in found.items()}  # NaN
-                | vars(row)
-                | {
-                    "class": row.label,
-                    "accepted": keep,
-                    "gates": "off" if verdict is None else "recorded" if stays else "on",
-                    "path": path,
-                    "sha256": sha256,
-                    "height": images.shape[1],
-                    "width": images.shape[2],
-                    "feature_weak": row.feature == "prior" and row.label in self.weak_classes,
-                    "precision": self.recipe.precision,
-                    "checkpoint": self.recipe.checkpoint,
-                    "created": created,
-                }
-            )
+            own = {
+                "class": row.label,
+                "accepted": keep,
+                "gates": "off" if verdict is None else "recorded" if stays else "on",
+                "path": path,
+                "sha256": sha256,
+                "feature_weak": row.feature == "prior" and row.label in self.weak_classes,
+            }
+            found = {} if verdict is None else vars(verdict)
+            known = {name: value for name, value in found.items() if value == value}  # NaN is not
+            entries.append({**known, **vars(row), **shared, **own})
         table = pa.Table.from_pylist(entries, output.JOURNAL_SCHEMA)
         output.write_rows(self.root / output.PARTS / f"{name}.parquet", table)
         return GroupResult(sum(kept), [row.id for row, keep in zip(rows, kept, strict=True) if not keep])
-
-
-@lru_cache(maxsize=2)
-def _loaded_reference(path: Path) -> GateReference:
-    from m2d.generation.gates import GateReference
-
-    return GateReference.load(path)
 
 
 def make_here(

@@ -53,7 +53,7 @@ def from_uint8(pixels: Tensor) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3], rounded to the nearest; what lies outside is clipped."""
+    """[B, 3, H, W] in [-1, 1] -> uint8 [B, H, W, 3], rounded to the nearest; values outside are clipped."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -74,7 +74,7 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder
             norm_num_groups=config.norm_groups,
             sample_size=image_size,
             mid_block_add_attention=config.mid_attention,
-            scaling_factor=1.0,  # the latent batch norm scales; a constant on top would be a second truth
+            scaling_factor=1.0,  # the latent batch norm scales; a second constant would contradict it
         )
     if config.gradient_checkpointing:
         vae.enable_gradient_checkpointing()

@@ -62,11 +62,8 @@ class ConditionEncoder(nn.Module):
         noise_level [B] (0 where None). Returns [B, 1 + K, context_dim].
         """
         batch = labels.shape[0]
-        class_token = self.class_embedding(labels).unsqueeze(1)
-        null = self.null_feature.expand(batch, -1, -1)
-        if cls is None:
-            tokens = null
-        else:
+        null = tokens = self.null_feature.expand(batch, -1, -1)
+        if cls is not None:
             level = torch.zeros(batch, device=cls.device) if noise_level is None else noise_level
             standardized = (cls - self.feature_mean) / self.feature_std
             if noise is not None:
@@ -75,7 +72,7 @@ class ConditionEncoder(nn.Module):
             tokens = tokens + self.noise_level_embedding(level.unsqueeze(1)).unsqueeze(1)
             if drop_feature is not None:
                 tokens = torch.where(drop_feature.view(-1, 1, 1), null.to(tokens.dtype), tokens)
-        return self.norm(torch.cat([class_token, tokens], dim=1))
+        return self.norm(torch.cat([self.class_embedding(labels).unsqueeze(1), tokens], dim=1))
 
 
 class LatentNorm(nn.Module):
@@ -103,7 +100,15 @@ class LatentNorm(nn.Module):
         """
         if latents.requires_grad:
             raise ValueError("LatentNorm.forward takes detached latents; use normalize() where a gradient is wanted")
-        mean, var, count = _global_moments(latents)
+        wide, channels = latents.double(), latents.shape[1]  # E[x^2] - E[x]^2 loses half the digits
+        # Filled in on the device: a copy of a number from the host would wait for all that came before.
+        count = torch.full((1,), latents.numel() / channels, dtype=wide.dtype, device=wide.device)
+        sums = torch.cat([count, wide.sum(dim=(0, 2, 3)), wide.square().sum(dim=(0, 2, 3))])
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(sums)
+        mean, square = (sums[1:] / sums[0]).chunk(2)
+        var = (square - mean.square()).clamp(min=0).float()
+        mean, count = mean.float(), sums[0].float()
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(var * (count / (count - 1).clamp(min=1)), self.momentum)
         return (latents - _wide(mean)) * _wide((var + self.eps).rsqrt())
@@ -119,21 +124,6 @@ class LatentNorm(nn.Module):
 
 def _wide(per_channel: Tensor) -> Tensor:
     return per_channel.view(1, -1, 1, 1)
-
-
-@torch.no_grad()
-def _global_moments(latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [C], biased variance [C] and count [] over batch, space and all workers."""
-    wide = latents.double()  # E[x^2] - E[x]^2 loses half the digits
-    # Filled in on the device: a copy of a number from the host would wait for all that came before.
-    count = torch.full((1,), latents.numel() / latents.shape[1], dtype=wide.dtype, device=wide.device)
-    sums = torch.cat([count, wide.sum(dim=(0, 2, 3)), wide.square().sum(dim=(0, 2, 3))])
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(sums)
-    total, channels = sums[0], latents.shape[1]
-    mean = sums[1 : 1 + channels] / total
-    var = (sums[1 + channels :] / total - mean.square()).clamp(min=0)
-    return mean.float(), var.float(), total.float()
 
 
 class Denoiser(nn.Module):

@@ -83,7 +83,7 @@ def training_curves(records: Sequence[dict[str, Any]], *, columns: int = 3) -> F
 
     Faint: as recorded (left out where more than three curves share a chart). Bold: running median; learning rates,
     memory and skipped steps are drawn as recorded. Steps run along the x axis, epochs above the top row where records
-    hold them. A quantity that no record holds has no chart. columns: charts side by side; 1 suits a phone.
+    have them. A quantity that no record has gets no chart. columns: charts side by side; 1 suits a phone.
     """
     return _figure(records, training_panels(records), columns, empty="no training records yet")
 
@@ -155,14 +155,14 @@ def _draw_panel(axes: Axes, panel: Panel, records: Sequence[dict[str, Any]], *, 
             axes.plot(raw.steps, raw.values, color=colour, alpha=0.22, linewidth=0.8, zorder=2)
         axes.plot(
             bold.steps, bold.values, line_style, color=colour, marker="o" if few else "", markersize=4, zorder=3,
-            label=f"{label} {_number(bold.finite[-1])}" if len(bold.finite) else f"{label}: not finite",
+            label=f"{label} {_number(bold.finite[-1])}" if len(bold.finite) else f"{label}: not finite"
         )  # fmt: skip
         if panel.best and len(curve.finite):
             at = np.nanargmax(curve.values) if panel.best == "max" else np.nanargmin(curve.values)
             axes.plot(
                 curve.steps[at], curve.values[at], "o", markersize=11, markerfacecolor="none", linestyle="none",
                 markeredgecolor=LINE_COLOURS[1], markeredgewidth=1.6,
-                label=f"best {_number(curve.values[at])} at {curve.steps[at]:,.0f}",
+                label=f"best {_number(curve.values[at])} at {curve.steps[at]:,.0f}"
             )  # fmt: skip
     _scale(axes, panel, list(curves.values()))
     axes.set_title(panel.title)

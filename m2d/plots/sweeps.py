@@ -49,7 +49,7 @@ def parallel_coordinates(
         axes.plot(
             range(len(names)), places[trial], color=LINE_COLOURS[1] if best else colours[rank],
             linewidth=3 if best else 1.3, alpha=1 if best else 0.75, zorder=3 if best else 2,
-            linestyle="-" if whole[trial] else (0, (4, 3)),
+            linestyle="-" if whole[trial] else (0, (4, 3))
         )  # fmt: skip
     axes.set_xticks(range(len(names)), ["\n".join(name.rsplit(".", 1)) for name in names])
     axes.set_yticks([])
@@ -83,5 +83,5 @@ def importance_chart(shares: Mapping[str, float], *, trials: int, report: int) -
     figure.suptitle(f"What mattered, by fANOVA over {trials} trials at report {report}{few}", x=0.01, ha="left")
     if not shares:
         axes.set_yticks([])
-        axes.text(0.5, 0.5, "too few trials to tell", transform=axes.transAxes, ha="center", color=FAINT)
+        axes.text(0.5, 0.5, "too few trials to say", transform=axes.transAxes, ha="center", color=FAINT)
     return figure

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from m2d.classes import ISIC7, named_class_set
 from m2d.data.features import FeatureStore, feature_bytes
 from m2d.data.layouts import IMAGE_SUFFIXES, is_debris
 from m2d.data.store import prepared_folder, reusable_catalog
@@ -204,10 +205,11 @@ class FakeRun:
             train_images=train_images,
             precision=config.mixed_precision or "bf16",
             perceptual=kind,
+            classes=ISIC7 if config.data.classes in (None, "folders") else named_class_set(config.data.classes),
         )
         with torch.device("meta"):  # neither memory nor random numbers
             extractor = extractor_by_shape(config.feature_extractor)
-            self.networks = build_networks(config, torch.device("meta"), extractor.dim)
+            self.networks = build_networks(config, torch.device("meta"), extractor.dim, plan.classes)
             self.networks.extractor = None if cached else extractor
             judge, perceptual = _perceptual_by_shape(kind, self.networks.extractor, config.perceptual.lpips_net)
         self.feature_dim, self.num_patches = extractor.dim, extractor.num_patches

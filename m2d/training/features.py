@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from m2d.classes import NUM_CLASSES
+from m2d.classes import ISIC7, ClassSet
 from m2d.data.features import FeatureTable
 from m2d.data.reader import ImageReader
 from m2d.diffusion.feature_prior import FeaturePrior
@@ -73,7 +73,12 @@ def read_pixels(reader: ImageReader, rows: np.ndarray, device: torch.device) -> 
 
 @torch.no_grad()
 def fit_features(
-    source: FeatureSource, reader: ImageReader, config: TrainConfig, rank: int, world_size: int
+    source: FeatureSource,
+    reader: ImageReader,
+    config: TrainConfig,
+    rank: int,
+    world_size: int,
+    classes: ClassSet = ISIC7,
 ) -> tuple[FeaturePrior, Tensor, Tensor]:
     """(prior, mean [D], std [D]) of the split's cls features, of which each worker extracts a share; equal on all.
 
@@ -89,8 +94,10 @@ def fit_features(
         gathered[torch.from_numpy(share).to(source.device)] = source.cls(reader, rows[share])
     cls = all_reduce_sum(gathered).cpu()
     labels = reader.labels[rows]
-    counts = np.bincount(reader.labels, minlength=NUM_CLASSES)
-    return FeaturePrior.fit(cls, torch.from_numpy(labels)), *class_weighted_moments(cls, labels, counts)
+    counts = np.bincount(reader.labels, minlength=len(classes))
+    return FeaturePrior.fit(cls, torch.from_numpy(labels), classes=classes), *class_weighted_moments(
+        cls, labels, counts
+    )
 
 
 def spread_over_classes(labels: np.ndarray, wanted: int, seed: int) -> np.ndarray:

@@ -79,7 +79,7 @@ def _fit_features(
     plan: RunPlan, networks: Networks, source: FeatureSource, link: WorkerLink, *, set_statistics: bool
 ) -> FeaturePrior:
     """The prior of the training split's features; a new denoiser also learns their mean and deviation."""
-    prior, mean, std = fit_features(source, plan.reader("train"), plan.config, link.rank, link.world_size)
+    prior, mean, std = fit_features(source, plan.reader("train"), plan.config, link.rank, link.world_size, plan.classes)
     if set_statistics and networks.denoiser_is_new:
         networks.denoiser.conditioning.set_statistics(mean, std)
     return prior
@@ -96,7 +96,9 @@ class _Run:
 
         # 1. Networks, and what features tell of the training split.
         features = plan.feature_table("train")
-        self.networks = networks = build_networks(config, device, None if features is None else features.dim)
+        self.networks = networks = build_networks(
+            config, device, None if features is None else features.dim, plan.classes
+        )
         self.latent_shape = networks.denoiser.latent_shape(config.data.image_size, networks.autoencoder.downsampling)
         self.source = source = FeatureSource(device, networks.extractor, features)
         self.checkpoints = complete_checkpoints(plan.experiment.checkpoints)
@@ -302,4 +304,5 @@ class _Run:
             conditioning=vars(config.conditioning),
             config=self.plan.experiment.config(),
             extractor_key=self.plan.extractor_key,
+            classes=self.plan.classes,
         )

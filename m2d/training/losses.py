@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2d.classes import NUM_CLASSES
 from m2d.diffusion.interpolant import interpolate, velocity_target
 from m2d.models.autoencoder import Autoencoder
 from m2d.models.extractors import Features
@@ -115,7 +114,7 @@ class DenoiserPhase(nn.Module):
         """Unweighted losses by name. clean: normalised latents [B, C, h, w], without a gradient; labels int64 [B]."""
         denoiser = self.denoiser
         context = denoiser.conditioning(
-            torch.where(draws.drop_class, NUM_CLASSES, labels),
+            torch.where(draws.drop_class, denoiser.num_classes, labels),
             features.cls,
             drop_feature=draws.drop_feature,
             noise=draws.feature_noise,

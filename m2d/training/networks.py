@@ -11,6 +11,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from m2d.classes import ISIC7, ClassSet
 from m2d.errors import CheckpointError
 from m2d.models.autoencoder import Autoencoder, build_autoencoder
 from m2d.models.checkpoint import load_checkpoint
@@ -49,7 +50,9 @@ class Networks:
         return modules if self.discriminator is None else modules | {"discriminator": self.discriminator}
 
 
-def build_networks(config: TrainConfig, device: torch.device, cached_dim: int | None = None) -> Networks:
+def build_networks(
+    config: TrainConfig, device: torch.device, cached_dim: int | None = None, classes: ClassSet = ISIC7
+) -> Networks:
     """New networks, the same on every worker (seeded), or those of `init_checkpoint`. Moved to the device.
 
     cached_dim: D of the cached features, with which no extractor is loaded; None: one is.
@@ -66,13 +69,16 @@ def build_networks(config: TrainConfig, device: torch.device, cached_dim: int | 
         latent_channels=autoencoder.latent_channels,
         latent_size=size // autoencoder.downsampling,
         feature_dim=feature_dim,
+        num_classes=len(classes),
     )
     projector = AlignmentProjector(tap_channels(denoiser, config.alignment.tap), config.projector, feature_dim)
     networks = Networks(autoencoder, denoiser, projector, extractor, feature_dim)
     if config.discriminator.enabled and config.stage != "latent":
         networks.discriminator = PatchDiscriminator(config.discriminator.channels, config.discriminator.layers)
     if config.init_checkpoint is not None:
-        networks.denoiser_is_new = not _start_from(config.init_checkpoint, networks, config.feature_extractor.name)
+        networks.denoiser_is_new = not _start_from(
+            config.init_checkpoint, networks, config.feature_extractor.name, classes
+        )
         if config.stage == "decoder" and networks.denoiser_is_new:
             raise CheckpointError(
                 f"init_checkpoint: stage decoder keeps the U-Net of {config.init_checkpoint}, and that has another "
@@ -92,10 +98,10 @@ def build_extractor(config: FeatureExtractorConfig) -> FeatureExtractor:
     return load_feature_extractor(config.name, config.weights, config.input_size, config.crop)
 
 
-def _start_from(path: str, networks: Networks, extractor: str) -> bool:
+def _start_from(path: str, networks: Networks, extractor: str, classes: ClassSet) -> bool:
     """Take over the VAE, and the averaged denoiser and projector where they fit. Returns whether the denoiser did.
 
-    It does not where its shape is another, or where another extractor guided it.
+    It does not where its shape or its classes are others, or where another extractor guided it.
     """
     checkpoint = load_checkpoint(path)
     try:
@@ -106,7 +112,8 @@ def _start_from(path: str, networks: Networks, extractor: str) -> bool:
             "was trained with (its experiment's configs/config.yaml)"
         ) from None
     theirs = checkpoint.denoiser.state_dict()
-    if not _fits(theirs, networks.denoiser) or checkpoint.info.feature_extractor != extractor:
+    same = checkpoint.info.feature_extractor == extractor and checkpoint.info.classes.codes == classes.codes
+    if not same or not _fits(theirs, networks.denoiser):
         # A new U-Net on a tuned VAE is a recipe of its own (REPA-E's best FID); its latent scale is the VAE's, though.
         networks.denoiser.latent_norm.load_state_dict(checkpoint.denoiser.latent_norm.state_dict())
         return False

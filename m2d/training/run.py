@@ -24,10 +24,12 @@ import pyarrow.csv as pa_csv
 import torch
 
 from m2d import errors
+from m2d.classes import ISIC7, ClassSet
 from m2d.data.catalog import (
     Scan,
     catalog_hash,
     class_counts,
+    classes_of,
     read_catalog,
     said_of,
     scan_dataset,
@@ -67,6 +69,7 @@ class RunPlan:
     prepared: Path | None = None  # the folder where setup_data put decoded images, where it holds all of them
     features: Path | None = None  # the same for features
     extractor_key: str = ""
+    classes: ClassSet = ISIC7  # those of the catalog
 
     @property
     def step_micro_batches(self) -> int:
@@ -168,6 +171,7 @@ def run_catalog(config: TrainConfig, experiment: Experiment, data_root: str, con
         console.say(f"left out {len(scan.duplicates)} exact duplicates")
     dataset = {
         "root": data_root,
+        "classes": classes_of(scan.catalog).as_dict(),
         "images": len(scan.catalog),
         "rejected": len(scan.rejected),
         "duplicates": len(scan.duplicates),

@@ -12,10 +12,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from m2d.classes import CLASSES
 from m2d.cluster.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
-from m2d.data.catalog import class_counts
+from m2d.data.catalog import class_counts, classes_of
 from m2d.data.reader import iterate_local
 from m2d.errors import ConfigError, DataError, M2DError
 from m2d.experiment import Experiment, log_file, newest_step, open_experiment
@@ -182,9 +181,10 @@ def _plan(
         train_images=sum(counts.values()),
         precision=opening.precision,
         perceptual=opening.perceptual,
+        classes=classes_of(catalog),
         **prepared_parts(config, experiment, catalog, console),
     )
-    console.say(f"training images: {' '.join(f'{code} {counts[code]}' for code in CLASSES)}")
+    console.say(f"training images: {' '.join(f'{code} {count}' for code, count in counts.items())}")
     console.say(
         f"{plan.total_steps:,} steps of {plan.global_batch} images, {plan.steps_per_epoch:,} steps an epoch: "
         f"{plan.total_steps / plan.steps_per_epoch:.3g} epoch(s)"

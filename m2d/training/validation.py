@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from m2d.classes import CLASSES, class_index
 from m2d.data.catalog import class_counts
 from m2d.data.reader import ImageReader
 from m2d.diffusion.feature_prior import FeaturePrior
@@ -110,7 +109,9 @@ class RunView:
             return {}
         found, counts = np.unique(self.reader.labels[rows], return_counts=True)
         try:
-            images, _ = self.samples(info, {CLASSES[label]: int(n) for label, n in zip(found, counts, strict=True)})
+            images, _ = self.samples(
+                info, {self.plan.classes.codes[label]: int(n) for label, n in zip(found, counts, strict=True)}
+            )
             extractor = self.extractor()
             real, generated = self.real_cls(extractor, rows).astype(np.float64), self.cls(extractor, images)
         except M2DError as error:
@@ -137,7 +138,7 @@ class RunView:
         rows = rows_of(standard_plan(counts, run_seed=seed, sampling=self.sampling, feature=feature))
         device, precision = str(self.device), self.plan.precision
         generator = Generator(checkpoint, batch_size=self.batch_size, device=device, mixed_precision=precision)
-        return generator.generate(rows), np.array([class_index(row.label) for row in rows])
+        return generator.generate(rows), np.array([self.plan.classes.index(row.label) for row in rows])
 
     def cls(self, extractor: FeatureExtractor, images: np.ndarray) -> np.ndarray:
         """cls features float32 [N, D] of images uint8 [N, H, W, 3]."""
@@ -193,41 +194,44 @@ class RunView:
         parts = self._latents(targets).split(self.batch_size)
         reconstructed = torch.cat([self.networks.autoencoder.decode(part).float().clamp(-1, 1) for part in parts])
         decibels = psnr(reconstructed, targets).cpu().numpy()
-        grid = reconstruction_grid(images, to_uint8(reconstructed), labels, decibels, step=step)
+        grid = reconstruction_grid(
+            images, to_uint8(reconstructed), labels, decibels, step=step, classes=self.plan.classes
+        )
         telemetry.picture(step, "reconstructions", grid, f"mean PSNR {decibels.mean():.2f} dB")
 
     def _samples(self, telemetry: Telemetry, info: CheckpointInfo) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [M, H, W, 3] and labels [M], those that jobs/generate.py would make with these settings."""
         counts = class_counts(self.plan.catalog("train"))
-        wanted = {code: self.plan.config.telemetry.samples_per_class for code in CLASSES if counts[code]}
+        wanted = {code: self.plan.config.telemetry.samples_per_class for code in counts if counts[code]}
         images, labels = self.samples(info, wanted)
         sampling = self.sampling
         sheet = contact_sheet(
-            {code: images[labels == class_index(code)] for code in wanted},
+            {code: images[labels == self.plan.classes.index(code)] for code in wanted},
             title=f"Samples at step {info.step:,}",
             caption=f"Averaged U-Net, {sampling.solver}, {sampling.steps} steps, guidance {sampling.guidance_scale:g}; "
             "the same seeds each time.",
+            classes=self.plan.classes,
         )
         telemetry.picture(info.step, "samples", sheet, f"step {info.step}")
         return images, labels
 
     @torch.no_grad()
     def _features(self, telemetry: Telemetry, step: int, generated: np.ndarray, generated_labels: np.ndarray) -> None:
-        picture, extractor = telemetry.picture, self.extractor()
+        picture, extractor, classes = telemetry.picture, self.extractor(), self.plan.classes
         images, pixels, labels, _ = self._shown
         features = extract(extractor, pixels)
         grid = round(features.patches.shape[1] ** 0.5)
         if grid**2 == features.patches.shape[1]:  # a network with register tokens, say, has no such picture
-            picture(step, "patch_features", patch_pca(images, features.patches.cpu().numpy(), labels))
+            picture(step, "patch_features", patch_pca(images, features.patches.cpu().numpy(), labels, classes))
             cosine = self._cosine(features.cls, features.patches)
             maps = cosine.reshape(len(images), grid, grid)
-            picture(step, "alignment", alignment_map(images, maps, labels), f"mean {cosine.mean():.3f}")
+            picture(step, "alignment", alignment_map(images, maps, labels, classes), f"mean {cosine.mean():.3f}")
         assert self.reader is not None
         rows = spread_over_classes(self.reader.labels, REAL_IMAGES, SEED)
         real = self.real_cls(extractor, rows)
         compared = (real, self.reader.labels[rows], self.cls(extractor, generated), generated_labels)
-        picture(step, "feature_projection", cls_projection(*compared))
-        similarity, numbers = class_similarity(*compared)
+        picture(step, "feature_projection", cls_projection(*compared, classes))
+        similarity, numbers = class_similarity(*compared, classes)
         picture(step, "class_similarity", similarity)
         flat = {f"features/{code}/{name}": value for code, row in numbers.items() for name, value in row.items()}
         telemetry.scalars("features", step, flat)

@@ -23,6 +23,18 @@ def encode(image: Image.Image, image_format: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
+def decode(encoded: bytes) -> np.ndarray:
+    return decode_image(encoded, max_pixels=LIMIT)
+
+
+def shrink(encoded: bytes, size: int = 16) -> np.ndarray:
+    return decode_resized(encoded, size, max_pixels=LIMIT)
+
+
+def lossless(image_format: str) -> dict[str, Any]:
+    return {"lossless": True, "exact": True} if image_format == "WEBP" else {}
+
+
 def four_corners(width: int = 64, height: int = 32) -> Image.Image:
     """Red top left, green top right, blue bottom left, grey bottom right."""
     pixels = np.zeros((height, width, 3), np.uint8)
@@ -67,8 +79,7 @@ def with_orientation(orientation: int) -> Image.Exif:
 @pytest.mark.parametrize("image_format", ["PNG", "BMP", "TIFF", "WEBP"])
 def test_lossless_formats_come_back_bit_for_bit(image_format: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (21, 34, 3), dtype=np.uint8)
-    options = {"lossless": True} if image_format == "WEBP" else {}
-    decoded = decode_image(encode(Image.fromarray(pixels), image_format, **options), max_pixels=LIMIT)
+    decoded = decode(encode(Image.fromarray(pixels), image_format, **lossless(image_format)))
     assert (decoded.dtype, decoded.flags.c_contiguous, decoded.flags.writeable) == (np.uint8, True, True)
     np.testing.assert_array_equal(decoded, pixels)
 
@@ -92,16 +103,16 @@ TURNED = {
 def test_exif_orientation_turns_the_picture(image_format: str, orientation: int) -> None:
     encoded = encode(four_corners(64, 32), image_format, exif=with_orientation(orientation))
     size = (64, 32) if orientation < 5 else (32, 64)
-    decoded = decode_image(encoded, max_pixels=LIMIT)
+    decoded = decode(encoded)
     assert decoded.shape == (size[1], size[0], 3)
     assert corners_of(decoded) == TURNED[orientation]
-    assert corners_of(decode_resized(encoded, 16, max_pixels=LIMIT)) == TURNED[orientation]
+    assert corners_of(shrink(encoded, 16)) == TURNED[orientation]
     assert probe_image(encoded, max_pixels=LIMIT) == size
 
 
 def test_compressed_tiff_is_turned_once() -> None:
     encoded = encode(four_corners(), "TIFF", exif=with_orientation(6), compression="tiff_lzw")
-    assert corners_of(decode_image(encoded, max_pixels=LIMIT)) == TURNED[6]
+    assert corners_of(decode(encoded)) == TURNED[6]
     assert probe_image(encoded, max_pixels=LIMIT) == (32, 64)
 
 
@@ -111,32 +122,26 @@ def test_broken_exif_leaves_a_sound_picture_unturned(image_format: str, block: b
     encoded = encode(four_corners(), image_format, exif=b"Exif\0\0" + block)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert corners_of(decode_image(encoded, max_pixels=LIMIT)) == TURNED[1]
-
-
-@pytest.mark.parametrize("image_format", ["PNG", "TIFF"])
-def test_sixteen_bit_grey_is_scaled_and_not_clipped(image_format: str) -> None:
-    ramp = np.linspace(0, 65535, 256 * 8).round().astype(np.uint16).reshape(8, 256)
-    encoded = encode(Image.fromarray(ramp), image_format)
-    decoded = decode_image(encoded, max_pixels=LIMIT)
-    np.testing.assert_array_equal(decoded, np.rint(ramp / 257).astype(np.uint8)[..., None].repeat(3, 2))
-    assert decode_resized(encoded, 8, max_pixels=LIMIT).mean() == pytest.approx(127.5, abs=1)
+        assert corners_of(decode(encoded)) == TURNED[1]
 
 
 RAMP = np.linspace(0, 65535, 256).round().reshape(16, 16)
 
 
 @pytest.mark.parametrize(
-    "image",
+    ("image", "image_format"),
     [
-        Image.frombytes("I;16B", (16, 16), RAMP.astype(">u2").tobytes()),
-        Image.fromarray(RAMP.astype(np.int32)),
+        (Image.fromarray(RAMP.astype(np.uint16)), "PNG"),
+        (Image.fromarray(RAMP.astype(np.uint16)), "TIFF"),
+        (Image.frombytes("I;16B", (16, 16), RAMP.astype(">u2").tobytes()), "TIFF"),
+        (Image.fromarray(RAMP.astype(np.int32)), "TIFF"),
     ],
-    ids=["big endian", "wide integers"],
+    ids=["PNG", "TIFF", "big endian", "wide integers"],
 )
-def test_a_tiff_that_holds_sixteen_bits_is_scaled(image: Image.Image) -> None:
-    decoded = decode_image(encode(image, "TIFF"), max_pixels=LIMIT)
-    np.testing.assert_array_equal(decoded, np.rint(RAMP / 257)[..., None].repeat(3, 2))
+def test_sixteen_bit_grey_is_scaled_and_not_clipped(image: Image.Image, image_format: str) -> None:
+    encoded = encode(image, image_format)
+    np.testing.assert_array_equal(decode(encoded), np.rint(RAMP / 257)[..., None].repeat(3, 2))
+    assert shrink(encoded, 8).mean() == pytest.approx(127.5, abs=1)
 
 
 @pytest.mark.parametrize("peak", [1.0, 255.0, 65535.0])
@@ -157,8 +162,8 @@ def test_numbers_of_no_known_scale_are_refused(values: np.generic) -> None:
 def test_grey_becomes_three_equal_channels() -> None:
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     encoded = encode(Image.fromarray(ramp), "PNG")
-    np.testing.assert_array_equal(decode_image(encoded, max_pixels=LIMIT), ramp[..., None].repeat(3, 2))
-    assert decode_resized(encoded, 8, max_pixels=LIMIT).shape == (8, 8, 3)
+    np.testing.assert_array_equal(decode(encoded), ramp[..., None].repeat(3, 2))
+    assert shrink(encoded, 8).shape == (8, 8, 3)
 
 
 def test_one_bit_images_are_resized_through_greys() -> None:
@@ -174,36 +179,28 @@ def test_palette_is_looked_up() -> None:
     assert corners_of(decode_image(encode(palette, "PNG"), max_pixels=LIMIT)) == TURNED[1]
 
 
-def test_transparent_palette_entry_is_laid_on_white() -> None:
+def test_transparent_entries_and_key_colours_are_laid_on_white() -> None:
     indices = Image.new("P", (16, 16), 0)
     indices.putpalette([10, 20, 30, 200, 0, 0])
     indices.paste(1, (0, 0, 8, 16))
-    decoded = decode_image(encode(indices, "PNG", transparency=0), max_pixels=LIMIT)
+    decoded = decode(encode(indices, "PNG", transparency=0))
     np.testing.assert_array_equal(decoded[:, :8], np.broadcast_to([200, 0, 0], (16, 8, 3)))
     np.testing.assert_array_equal(decoded[:, 8:], 255)
+    keyed = encode(Image.new("RGB", (16, 16), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
+    np.testing.assert_array_equal(decode(keyed), np.full((16, 16, 3), 255))
 
 
-def test_transparent_key_colour_is_laid_on_white() -> None:
-    image = Image.new("RGB", (16, 16), (1, 2, 3))
-    np.testing.assert_array_equal(
-        decode_image(encode(image, "PNG", transparency=(1, 2, 3)), max_pixels=LIMIT), np.full((16, 16, 3), 255)
-    )
-
-
-@pytest.mark.parametrize("image_format", ["PNG", "TIFF", "WEBP"])
-def test_rgba_is_composited_on_white(image_format: str) -> None:
-    image = Image.new("RGBA", (16, 16), (200, 100, 0, 51))  # alpha 0.2: 0.2 * colour + 0.8 * 255
-    options = {"lossless": True, "exact": True} if image_format == "WEBP" else {}
-    for pixels in (
-        decode_image(encode(image, image_format, **options), max_pixels=LIMIT),
-        decode_resized(encode(image, image_format, **options), 8, max_pixels=LIMIT),
-    ):
-        np.testing.assert_allclose(pixels, np.broadcast_to([244, 224, 204], pixels.shape), atol=1)
-
-
-def test_grey_with_alpha_is_composited_on_white() -> None:
-    decoded = decode_image(encode(Image.new("LA", (16, 16), (100, 102)), "PNG"), max_pixels=LIMIT)
-    np.testing.assert_allclose(decoded, 0.4 * 100 + 0.6 * 255, atol=1)
+@pytest.mark.parametrize(
+    ("mode", "colour", "image_format", "shown"),
+    [  # alpha 0.2: 0.2 * colour + 0.8 * 255; alpha 0.4
+        *(("RGBA", (200, 100, 0, 51), name, [244, 224, 204]) for name in ("PNG", "TIFF", "WEBP")),
+        ("LA", (100, 102), "PNG", [193, 193, 193]),
+    ],
+)
+def test_transparency_is_composited_on_white(mode: str, colour: Any, image_format: str, shown: list[int]) -> None:
+    encoded = encode(Image.new(mode, (16, 16), colour), image_format, **lossless(image_format))
+    for pixels in (decode(encoded), shrink(encoded, 8)):
+        np.testing.assert_allclose(pixels, np.broadcast_to(shown, pixels.shape), atol=1)
 
 
 @pytest.mark.parametrize(
@@ -213,16 +210,15 @@ def test_cmyk_jpeg_shows_its_colour(ink: tuple[int, ...], colour: tuple[int, ...
     """Pillow writes CMYK JPEGs as Adobe does, inverted, with the Adobe marker."""
     encoded = encode(Image.new("CMYK", (64, 64), ink), "JPEG", quality=95)
     assert b"Adobe" in encoded
-    for pixels in (decode_image(encoded, max_pixels=LIMIT), decode_resized(encoded, 16, max_pixels=LIMIT)):
+    for pixels in (decode(encoded), shrink(encoded, 16)):
         np.testing.assert_allclose(pixels, np.broadcast_to(colour, pixels.shape), atol=4)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "TIFF", "WEBP"])
 def test_of_several_frames_the_first_is_taken(image_format: str) -> None:
-    options = {"lossless": True} if image_format == "WEBP" else {}
-    frames = [Image.new("RGB", (16, 16), BLUE)]
-    encoded = encode(Image.new("RGB", (16, 16), RED), image_format, save_all=True, append_images=frames, **options)
-    np.testing.assert_array_equal(decode_image(encoded, max_pixels=LIMIT), np.broadcast_to(RED, (16, 16, 3)))
+    options = {"save_all": True, "append_images": [Image.new("RGB", (16, 16), BLUE)], **lossless(image_format)}
+    encoded = encode(Image.new("RGB", (16, 16), RED), image_format, **options)
+    np.testing.assert_array_equal(decode(encoded), np.broadcast_to(RED, (16, 16, 3)))
 
 
 # --- resizing ---------------------------------------------------------------------------------------------------------
@@ -235,7 +231,7 @@ def test_the_crop_is_the_centre_square(turned: bool) -> None:
     pixels[:] = RED
     pixels[:, 13:35] = GREEN
     encoded = encode(Image.fromarray(pixels.transpose(1, 0, 2) if turned else pixels), "PNG")
-    resized = decode_resized(encoded, 8, max_pixels=LIMIT)
+    resized = shrink(encoded, 8)
     np.testing.assert_array_equal(resized, np.broadcast_to(GREEN, (8, 8, 3)))
     assert resized.flags.c_contiguous
 
@@ -244,7 +240,7 @@ def test_the_crop_is_the_centre_square(turned: bool) -> None:
 def test_any_aspect_ratio_gives_a_square(shape: tuple[int, int]) -> None:
     for image_format in ("JPEG", "PNG"):
         encoded = encode(Image.new("RGB", shape, BLUE), image_format)
-        resized = decode_resized(encoded, 64, max_pixels=LIMIT)
+        resized = shrink(encoded, 64)
         assert resized.shape == (64, 64, 3)
         np.testing.assert_allclose(resized, np.broadcast_to(BLUE, resized.shape), atol=3)
 
@@ -252,9 +248,9 @@ def test_any_aspect_ratio_gives_a_square(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [32, 64, 96, 128])
 def test_draft_decoding_stays_within_grey_levels_of_full_decoding(size: int) -> None:
     encoded = encode(dermoscopy_like(), "JPEG", quality=95, subsampling=0)
-    full = Image.fromarray(decode_image(encoded, max_pixels=LIMIT)).crop((50, 0, 350, 300))
+    full = Image.fromarray(decode(encoded)).crop((50, 0, 350, 300))
     expected = np.asarray(full.resize((size, size), Image.Resampling.BICUBIC)).astype(int)
-    difference = np.abs(decode_resized(encoded, size, max_pixels=LIMIT) - expected)
+    difference = np.abs(shrink(encoded, size) - expected)
     assert difference.mean() < 1.0
     assert difference.max() <= 6
 
@@ -271,7 +267,7 @@ def test_draft_keeps_the_shorter_side_at_least_at_the_size(monkeypatch: pytest.M
     monkeypatch.setattr(Image.Image, "resize", recording)
     encoded = encode(dermoscopy_like(), "JPEG")
     for size in (64, 75, 76, 300, 301):
-        decode_resized(encoded, size, max_pixels=LIMIT)
+        shrink(encoded, size)
     assert loaded == [(100, 75), (100, 75), (200, 150), (400, 300), (400, 300)]
 
 
@@ -306,20 +302,14 @@ def test_truncated_files_are_refused(image_format: str, share: float) -> None:
     assert_refused(encoded[: int(len(encoded) * share)], "unreadable")
 
 
-def test_a_jpeg_whose_tail_was_never_written_is_refused() -> None:
+def test_a_jpeg_whose_tail_was_never_written_is_refused_and_zeros_after_its_end_do_no_harm() -> None:
     """A broken download into a preallocated file: the right length, zeros from the middle on."""
     noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
     encoded = encode(Image.fromarray(noise), "JPEG")
     assert_refused(encoded[: len(encoded) // 2] + bytes(len(encoded) - len(encoded) // 2), "truncated JPEG")
-
-
-def test_zeros_after_the_end_of_a_jpeg_do_no_harm() -> None:
-    assert corners_of(decode_image(encode(four_corners(), "JPEG") + bytes(1000), max_pixels=LIMIT)) == TURNED[1]
-
-
-def test_a_truncated_progressive_jpeg_is_refused() -> None:
-    encoded = encode(dermoscopy_like(), "JPEG", progressive=True, quality=95)
-    assert_refused(encoded[: int(len(encoded) * 0.8)], "unreadable JPEG")
+    assert corners_of(decode(encode(four_corners(), "JPEG") + bytes(1000))) == TURNED[1]
+    progressive = encode(dermoscopy_like(), "JPEG", progressive=True, quality=95)
+    assert_refused(progressive[: int(len(progressive) * 0.8)], "unreadable JPEG")
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
@@ -391,8 +381,8 @@ def test_only_max_pixels_counts_and_not_pillows_own_guard(image_format: str, mon
     encoded = encode(Image.new("RGB", (64, 64), RED), image_format)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert decode_image(encoded, max_pixels=LIMIT).shape == (64, 64, 3)
-        assert decode_resized(encoded, 8, max_pixels=LIMIT).shape == (8, 8, 3)
+        assert decode(encoded).shape == (64, 64, 3)
+        assert shrink(encoded, 8).shape == (8, 8, 3)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")

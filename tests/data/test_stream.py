@@ -104,6 +104,7 @@ def test_blocks_dealt_out_in_turn_give_each_worker_its_rows(world: int, number: 
     for rank in range(world):
         expected = [worker_rows(11 + m, batch_size=BATCH, rank=rank, world_size=world) for m in range(number)]
         np.testing.assert_array_equal(np.concatenate(blocks[rank::world]), np.concatenate(expected))
+    assert stream_options().preserve_order
     for turn in range(0, plan.num_blocks, world):
         assert len({len(block) for block in blocks[turn : turn + world]}) == 1  # Ray's equal split cuts nothing off
 
@@ -211,7 +212,3 @@ def test_a_run_of_a_hundred_million_images_starts_as_a_short_one_does(
     batches = iterate_stream(shard, batch_size=512, rank=0, world_size=1, **span)
     assert next(batches)["stream_rows"].tolist() == list(range(512))
     batches.close()  # type: ignore[attr-defined]
-
-
-def test_train_deals_the_blocks_out_in_turn() -> None:
-    assert stream_options().preserve_order

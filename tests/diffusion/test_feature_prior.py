@@ -204,12 +204,12 @@ def test_a_stored_prior_draws_the_same_samples(tmp_path: Path, counts: tuple[int
         ("mean", None, r"lacks \['mean'\]"),
         ("other", torch.zeros(1), r"unknown \['other'\]"),
         ("counts", torch.zeros(7), "counts is torch.float32"),
-        ("counts", torch.full((7,), -1), "counts holds a negative"),
+        ("counts", torch.full((7,), -1), "counts has a negative"),
         ("mean", torch.zeros(7, DIM + 1), rf"mean is torch.float32 \[7, {DIM + 1}\]"),
-        ("mean", torch.full((7, DIM), float("nan")), "mean holds numbers that are not finite"),
+        ("mean", torch.full((7, DIM), float("nan")), "mean has numbers that are not finite"),
         ("factors", torch.zeros(7, DIM), r"factors is torch.float32 \[7, 12\]"),
         ("factors", torch.zeros(7, 2, DIM, dtype=torch.float16), "factors is torch.float16"),
-        ("isotropic", torch.full((7,), -0.5), "isotropic holds a negative"),
+        ("isotropic", torch.full((7,), -0.5), "isotropic has a negative"),
     ],
 )
 def test_tensors_that_are_no_prior_are_refused(

@@ -40,7 +40,7 @@ _library = torch.library.Library("aten", "IMPL")
 
 def _convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, transposed: bool,
-    output_padding: Any, groups: int,
+    output_padding: Any, groups: int
 ) -> Tensor:  # fmt: skip
     """An empty output in the memory format of the backend that torch would choose, with the copies it would make."""
     for other in (weight, bias):
@@ -61,7 +61,7 @@ def _convolution(
 
 def _convolution_backward(
     gradient: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, stride: Any, padding: Any, dilation: Any,
-    transposed: bool, output_padding: Any, groups: int, mask: list[bool],
+    transposed: bool, output_padding: Any, groups: int, mask: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     backend = torch._C._select_conv_backend(
         x, weight, None, stride, padding, dilation, transposed, output_padding, groups, bias_sizes

@@ -25,7 +25,7 @@ def checkpoint_of(name: str) -> Checkpoint:
     networks = build_networks(config, torch.device("cpu"), cached_dim=1280)
     info = CheckpointInfo(
         step=1, stage="joint", image_size=config.data.image_size, feature_extractor="efficientnet-lite0",
-        feature_dim=1280, num_patches=49, conditioning=vars(config.conditioning), config={},
+        feature_dim=1280, num_patches=49, conditioning=vars(config.conditioning), config={}
     )  # fmt: skip
     return Checkpoint("here", "0" * 64, info, networks.autoencoder.eval(), networks.denoiser.eval())
 
@@ -39,7 +39,7 @@ def generator(request: pytest.FixtureRequest) -> Generator:
 def row(number: int = 0, **changes: Any) -> PlanRow:
     values: dict[str, Any] = {
         "id": f"MEL_{number}", "label": "MEL", "index": number, "seed": number, "solver": "euler", "steps": 3,
-        "guidance_scale": 2.0, "guidance_low": 0.2, "guidance_high": 0.9,
+        "guidance_scale": 2.0, "guidance_low": 0.2, "guidance_high": 0.9
     }  # fmt: skip
     return PlanRow(**values | changes)
 

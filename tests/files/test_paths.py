@@ -42,20 +42,13 @@ def test_outside_a_job_every_place_stays_as_it_is(
 
 
 def test_results_of_a_job_in_a_lasting_directory_go_where_they_always_went(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(JOB, BARE)
-    config = with_absolute_paths(TrainConfig(experiments_dir="experiments", data_root="images"))
-    assert config.experiments_dir == str(tmp_path / "experiments")
-    assert config.data_root == str(tmp_path / "images")
-
-
-def test_a_job_that_left_the_copy_for_a_lasting_directory_is_not_in_it(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert result_path("experiments_dir", "experiments") == "experiments"
+    assert result_path("experiments_dir", "experiments") == "experiments"  # of a job that left its copy
+    monkeypatch.setenv(JOB, BARE)
+    config = with_absolute_paths(TrainConfig(experiments_dir="experiments", data_root="images"))
+    assert (config.experiments_dir, config.data_root) == (str(tmp_path / "experiments"), str(tmp_path / "images"))
 
 
 def test_results_in_a_copy_are_refused_with_the_fix(copy: Path) -> None:
@@ -64,14 +57,13 @@ def test_results_in_a_copy_are_refused_with_the_fix(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["", "below/results", "below/../results"])
-def test_an_absolute_path_into_the_copy_is_refused_too(copy: Path, place: str) -> None:
+def test_an_absolute_path_into_the_copy_is_refused_and_one_outside_taken(
+    place: str, copy: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match="copy of the submitted directory"):
         result_path("output", str(copy / place))
-
-
-def test_places_outside_the_copy_are_taken(copy: Path, tmp_path: Path) -> None:
-    for place in (str(tmp_path / "out"), "s3://bucket/out", None):
-        assert result_path("output", place) == place
+    for outside in (str(tmp_path / "out"), "s3://bucket/out", None):
+        assert result_path("output", outside) == outside
 
 
 @pytest.mark.parametrize("config", [SUBMITTED, BARE])
@@ -82,14 +74,13 @@ def test_relative_results_of_a_job_go_to_the_clusters_storage(
     assert result_path("experiments_dir", "./experiments") == str(storage / "experiments")
 
 
-def test_a_path_that_leaves_the_storage_is_refused(copy: Path, storage: Path) -> None:
+def test_a_path_that_leaves_the_storage_and_a_relative_storage_are_refused(
+    copy: Path, storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError, match="leaves M2D_STORAGE"):
         result_path("output", "../out")
-
-
-def test_a_relative_storage_is_refused(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M2D_STORAGE", "mnt/m2d")
-    with pytest.raises(ConfigError, match="M2D_STORAGE is mnt/m2d; it must be an absolute path"):
+    with pytest.raises(ConfigError, match="M2D_STORAGE is mnt/m2d"):
         result_path("output", "out")
 
 
@@ -98,14 +89,6 @@ def test_an_input_is_looked_for_in_the_copy_then_in_the_storage(copy: Path, stor
         folder.mkdir(parents=True)
     assert input_path("data_root", "both") == str(copy / "both")
     assert input_path("checkpoint", "runs/best") == str(storage / "runs" / "best")
-
-
-def test_an_input_that_is_nowhere_is_refused_with_the_reason(copy: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^data_root: ISIC is not there: .*git ignores; give an absolute[^\n]*$"):
-        input_path("data_root", "ISIC")
-
-
-def test_the_message_names_the_storage_that_was_searched(copy: Path, storage: Path) -> None:
     with pytest.raises(ConfigError, match=f"data_root: ISIC is not there, nor in M2D_STORAGE .{storage}.: "):
         input_path("data_root", "ISIC")
 
@@ -176,13 +159,12 @@ def test_every_command_tells_why_an_input_is_absent_in_a_copy(
     assert capsys.readouterr().err.startswith(f"error: {setting}: gone is not there: this job runs in a copy")
 
 
-def test_experiments_of_the_storage_are_listed(copy: Path, storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_find_and_leave_everything_in_the_storage(
+    copy: Path, storage: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (storage / "experiments").mkdir()
     main("experiments", ["list"])
     assert capsys.readouterr().out.replace("\n", "") == f"no experiment in {storage / 'experiments'}"
-
-
-def test_an_evaluation_finds_and_leaves_everything_in_the_storage(copy: Path, storage: Path) -> None:
     for name in ("ISIC", "made"):
         (storage / name).mkdir()
     config = parse("evaluate", ["--real", "ISIC", "--generated", "made", "--output", "report"]).in_this_place()

@@ -36,17 +36,8 @@ def directory(prior_checkpoint: Checkpoint, tmp_path: Path) -> Path:
 
 
 def config(directory: Path, **settings: Any) -> GenerateConfig:
-    return GenerateConfig(
-        **{
-            "checkpoint": str(directory),
-            "classes": "MEL,DF,NV",
-            "num_samples": 20,
-            "steps": 2,
-            "device": "cpu",
-            "gates": GateConfig(enabled=False),
-            **settings,
-        }
-    )
+    small = {"checkpoint": str(directory), "classes": "MEL,DF,NV", "num_samples": 20, "steps": 2, "device": "cpu"}
+    return GenerateConfig(**{**small, "gates": GateConfig(enabled=False), **settings})
 
 
 def pngs(root: Path) -> dict[str, bytes]:

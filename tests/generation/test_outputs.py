@@ -2,9 +2,10 @@
 
 import errno
 import hashlib
+import io
 import json
 import tarfile
-from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,9 @@ from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.generation.workers import GroupWriter
 
 RECIPE = Recipe(
-    checkpoint="ab" * 32,
-    seed=0,
-    solver="heun",
-    steps=10,
-    guidance_scale=1.5,
-    guidance_interval=(0.0, 0.8),
-    precision="no",
-    feature="prior",
-    feature_temperature=1.0,
-)
+    checkpoint="ab" * 32, seed=0, solver="heun", steps=10, guidance_scale=1.5, guidance_interval=(0.0, 0.8),
+    precision="no", feature="prior", feature_temperature=1.0,
+)  # fmt: skip
 
 
 def row(label: str = "MEL", index: int = 3, seed: int = 2**62 + 1) -> PlanRow:
@@ -62,21 +56,30 @@ def write(root: Path, rows: list[PlanRow], recipe: Recipe = RECIPE, **settings: 
 
 def ids(root: Path, recipe: Recipe = RECIPE) -> list[str]:
     """Of the images that a run would not make again."""
-    with OutputFolder(root, recipe) as folder:
+    with closing(OutputFolder(root, recipe)) as folder:
         return folder.accepted["id"].to_pylist()
+
+
+def manifest(root: Path) -> list[dict[str, Any]]:
+    with closing(OutputFolder(root, RECIPE)) as folder:
+        folder.settle()
+    return pq.read_table(root / MANIFEST_NAME).to_pylist()
+
+
+def begun(root: Path, **changes: Any) -> tuple[Path, Recipe]:
+    recipe = replace(RECIPE, **changes)
+    OutputFolder(root, recipe).close()
+    return root, recipe
 
 
 @pytest.fixture
 def started(tmp_path: Path) -> Path:
-    OutputFolder(tmp_path, RECIPE).close()
-    return tmp_path
+    return begun(tmp_path)[0]
 
 
 @pytest.fixture(params=FORMATS)
-def in_format(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Recipe]]:
-    recipe = replace(RECIPE, format=request.param)
-    OutputFolder(tmp_path, recipe).close()
-    return tmp_path, recipe
+def in_format(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Recipe]:
+    return begun(tmp_path, format=request.param)
 
 
 def test_a_png_says_what_it_is(started: Path) -> None:
@@ -98,28 +101,21 @@ def test_a_png_does_not_tell_where_its_reference_lay(started: Path) -> None:
     assert b"somebody" not in (started / "MEL" / "MEL_000003.png").read_bytes()
 
 
-def test_the_manifest_has_a_row_an_image(started: Path) -> None:
-    write(started, [MEL, DF])
-    with OutputFolder(started, RECIPE) as folder:
-        folder.settle()
-    rows = pq.read_table(started / MANIFEST_NAME).to_pylist()
-    assert [row["id"] for row in rows] == ["DF_000000", "MEL_000003"]
-    mel = rows[1]
-    assert mel["seed"] == 2**62 + 1
-    assert mel["path"] == "MEL/MEL_000003.png"
+def test_the_manifest_has_a_row_an_image_and_marks_those_of_a_weak_class(started: Path) -> None:
+    write(started, [MEL, DF], weak_classes=frozenset(["DF"]))
+    df, mel = manifest(started)
+    assert (df["id"], mel["id"], mel["seed"], mel["path"]) == (
+        "DF_000000",
+        "MEL_000003",
+        2**62 + 1,
+        "MEL/MEL_000003.png",
+    )
     assert mel["sha256"] == hashlib.sha256((started / mel["path"]).read_bytes()).hexdigest()
     assert (mel["width"], mel["height"], mel["solver"], mel["guidance_high"]) == (16, 16, "heun", 0.8)
     assert mel["gates"] == "off"
     assert mel["created"].tzinfo is not None
-
-
-def test_the_manifest_marks_the_images_of_a_weak_class(started: Path) -> None:
-    write(started, [MEL, DF], weak_classes=frozenset(["DF"]))
-    with OutputFolder(started, RECIPE) as folder:
-        folder.settle()
-    rows = pq.read_table(started / MANIFEST_NAME).to_pylist()
-    assert [(row["class"], row["feature_weak"]) for row in rows] == [("DF", True), ("MEL", False)]
-    assert {(row["feature"], row["feature_temperature"]) for row in rows} == {("prior", 1.0)}
+    assert (df["feature_weak"], mel["feature_weak"]) == (True, False)
+    assert (mel["feature"], mel["feature_temperature"]) == ("prior", 1.0)
 
 
 def test_a_folder_is_continued(in_format: tuple[Path, Recipe]) -> None:
@@ -127,7 +123,7 @@ def test_a_folder_is_continued(in_format: tuple[Path, Recipe]) -> None:
     write(root, [MEL, DF], recipe)
     assert ids(root, recipe) == ["DF_000000", "MEL_000003"]
     plan = table_of([DF, MEL, row("NV")])
-    with OutputFolder(root, recipe) as folder:
+    with closing(OutputFolder(root, recipe)) as folder:
         assert attempts_left(plan, folder.journal, 1)[0]["id"].to_pylist() == ["NV_000003"]
 
 
@@ -145,54 +141,50 @@ def test_the_same_group_written_twice_is_the_same_bytes_once(in_format: tuple[Pa
 
 
 def test_a_tar_shard_is_a_webdataset(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, format="webdataset")
-    OutputFolder(tmp_path, recipe).close()
-    write(tmp_path, [MEL, DF], recipe)
+    write(tmp_path, [MEL, DF], begun(tmp_path, format="webdataset")[1])
     [path] = (tmp_path / "shards").iterdir()
     with tarfile.open(path) as tar:
         names = tar.getnames()
         contents = {name: tar.extractfile(name).read() for name in names}  # type: ignore[union-attr]
-    keys = ["MEL_000003", "DF_000000"]
-    assert names == [f"{key}.{suffix}" for key in keys for suffix in ("png", "cls", "json")]
+    assert names == [f"{key}.{suffix}" for key in ("MEL_000003", "DF_000000") for suffix in ("png", "cls", "json")]
     assert (contents["MEL_000003.cls"], contents["DF_000000.cls"]) == (b"4", b"3")
     assert json.loads(contents["DF_000000.json"])["seed"] == 1
-    (tmp_path / "mel.png").write_bytes(contents["MEL_000003.png"])
-    with Image.open(tmp_path / "mel.png") as image:
+    with Image.open(io.BytesIO(contents["MEL_000003.png"])) as image:
         assert np.array_equal(np.asarray(image), IMAGES[1])
         assert image.info["synthetic"] == "true"
 
 
 def test_a_parquet_shard_holds_pngs(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, format="parquet")
-    OutputFolder(tmp_path, recipe).close()
-    write(tmp_path, [MEL, DF], recipe)
+    write(tmp_path, [MEL, DF], begun(tmp_path, format="parquet")[1])
     rows = [entry for path in (tmp_path / "shards").iterdir() for entry in pq.read_table(path).to_pylist()]
     assert [(entry["id"], entry["class"], entry["label"]) for entry in rows] == [
         ("MEL_000003", "MEL", 4), ("DF_000000", "DF", 3)
     ]  # fmt: skip
-    (tmp_path / "mel.png").write_bytes(rows[0]["png"])
-    with Image.open(tmp_path / "mel.png") as image:
+    with Image.open(io.BytesIO(rows[0]["png"])) as image:
         assert np.array_equal(np.asarray(image), IMAGES[1])
+
+
+def break_file(path: Path, damage: str) -> None:
+    whole = path.read_bytes()
+    middle = whole.index(b"IDAT") + 20
+    contents = {
+        "cut": whole[: len(whole) // 2],
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "empty": b"",
+        "not an image": b"hello",
+    }
+    if damage == "gone":
+        path.unlink()
+    elif damage == "no text":
+        Image.fromarray(IMAGES[1]).save(path)
+    else:
+        path.write_bytes(contents[damage])
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "no text", "not an image", "gone"])
 def test_a_broken_image_counts_as_missing(started: Path, damage: str) -> None:
     write(started, [MEL, DF])
-    path = started / "MEL" / "MEL_000003.png"
-    whole = path.read_bytes()
-    match damage:
-        case "cut":
-            path.write_bytes(whole[:-20])
-        case "flipped":
-            path.write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
-        case "empty":
-            path.write_bytes(b"")
-        case "no text":
-            Image.fromarray(IMAGES[1]).save(path)
-        case "gone":
-            path.unlink()
-        case _:
-            path.write_text("hello")
+    break_file(started / "MEL" / "MEL_000003.png", damage)
     assert ids(started) == ["DF_000000"]
     write(started, [MEL])
     assert ids(started) == ["DF_000000", "MEL_000003"]
@@ -201,20 +193,11 @@ def test_a_broken_image_counts_as_missing(started: Path, damage: str) -> None:
 @pytest.mark.parametrize("format_name", ["webdataset", "parquet"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_broken_shard_counts_as_missing_whole(tmp_path: Path, format_name: str, damage: str) -> None:
-    recipe = replace(RECIPE, format=format_name)
-    OutputFolder(tmp_path, recipe).close()
+    _, recipe = begun(tmp_path, format=format_name)
     write(tmp_path, [MEL, DF], recipe)
     write(tmp_path, [row("NV")], recipe)
     path = next(path for path in (tmp_path / "shards").iterdir() if path.stem == group_name([MEL, DF]))
-    whole = path.read_bytes()
-    match damage:
-        case "cut":
-            path.write_bytes(whole[: len(whole) // 2])
-        case "flipped":
-            middle = whole.index(b"IDAT") + 20
-            path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-        case _:
-            path.unlink()
+    break_file(path, damage)
     assert ids(tmp_path, recipe) == ["NV_000003"]
     assert not path.exists(), "half a shard would give its images twice"
     write(tmp_path, [MEL, DF], recipe)
@@ -252,17 +235,14 @@ def test_what_the_disk_does_not_give_is_not_removed(started: Path, file: str, mo
 def test_parts_become_one_journal_and_nothing_counts_twice(started: Path) -> None:
     write(started, [MEL])
     write(started, [DF])
-    with OutputFolder(started, RECIPE) as folder:
-        folder.settle()
+    manifest(started)
     assert not (started / PARTS).exists()
     write(started, [MEL])  # a writer that ended late
     write(started, [row("NV")])
     assert ids(started) == ["DF_000000", "MEL_000003", "NV_000003"]
     (started / "DF" / "DF_000000.png").unlink()
     assert ids(started) == ["MEL_000003", "NV_000003"], "it is struck from the journal"
-    with OutputFolder(started, RECIPE) as folder:
-        folder.settle()
-    assert pq.read_table(started / MANIFEST_NAME)["id"].to_pylist() == ["MEL_000003", "NV_000003"]
+    assert [entry["id"] for entry in manifest(started)] == ["MEL_000003", "NV_000003"]
 
 
 def test_an_image_without_its_journal_does_not_count_and_leaves_nothing(in_format: tuple[Path, Recipe]) -> None:
@@ -295,22 +275,21 @@ def test_rejected_attempts_come_again_as_the_next_ones() -> None:
     assert [len(table) for table in attempts_left(table_of([MEL]), journal, 2)] == [0, 0]
 
 
-def test_two_recipes_never_share_a_folder(started: Path) -> None:
-    with pytest.raises(ConfigError, match="steps 10 there, 25 here") as caught:
-        OutputFolder(started, replace(RECIPE, steps=25))
-    assert "name another --output" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_the_gate_setting_that_differs_is_named(tmp_path: Path) -> None:
-    strict, mild = ({"blank": True, "near_copy_quantile": value} for value in (0.1, 0.2))
-    OutputFolder(tmp_path, replace(RECIPE, gates=strict)).close()
-    with pytest.raises(ConfigError, match=r"gates.near_copy_quantile 0.1 there, 0.2 here"):
-        OutputFolder(tmp_path, replace(RECIPE, gates=mild))
+@pytest.mark.parametrize(
+    ("here", "text"),
+    [
+        ({"steps": 25}, "steps 10 there, 25 here.*name another --output"),
+        ({"gates": {"blank": True, "near_copy_quantile": 0.2}}, "gates.near_copy_quantile 0.1 there, 0.2 here"),
+    ],
+)
+def test_two_recipes_never_share_a_folder(tmp_path: Path, here: dict[str, Any], text: str) -> None:
+    _, recipe = begun(tmp_path, gates={"blank": True, "near_copy_quantile": 0.1})
+    with pytest.raises(ConfigError, match=f"^[^\n]*{text}[^\n]*$"):
+        OutputFolder(tmp_path, replace(recipe, **here))
 
 
 def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
-    with OutputFolder(tmp_path, RECIPE), pytest.raises(ConfigError, match="another run"):
+    with closing(OutputFolder(tmp_path, RECIPE)), pytest.raises(ConfigError, match="another run"):
         OutputFolder(tmp_path, RECIPE)
     OutputFolder(tmp_path, RECIPE).close()
 
@@ -339,44 +318,30 @@ def test_an_output_that_is_a_file_is_a_one_line_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"checkpoint": "cd" * 32},
-        {"seed": 1},
-        {"solver": "euler"},
-        {"steps": 11},
-        {"guidance_scale": 2.0},
-        {"guidance_interval": (0.1, 0.8)},
-        {"precision": "bf16"},
-        {"feature": "none"},
-        {"feature_temperature": 0.5},
-        {"mode": "interpolate"},
-        {"format": "parquet"},
-        {"gates": {"blank": True}},
-        {"balance": {"to": "300"}},
+        {"checkpoint": "cd" * 32}, {"seed": 1}, {"solver": "euler"}, {"steps": 11}, {"guidance_scale": 2.0},
+        {"guidance_interval": (0.1, 0.8)}, {"precision": "bf16"}, {"feature": "none"}, {"feature_temperature": 0.5},
+        {"mode": "interpolate"}, {"format": "parquet"}, {"gates": {"blank": True}}, {"balance": {"to": "300"}},
         {"plan": "ef" * 32},
     ],
-)
-def test_everything_that_shapes_pixels_is_in_the_hash(change: dict[str, object]) -> None:
-    assert replace(RECIPE, **change).hash != RECIPE.hash  # type: ignore[arg-type]
+)  # fmt: skip
+def test_everything_that_shapes_pixels_is_in_the_hash(change: dict[str, Any]) -> None:
+    assert replace(RECIPE, **change).hash != RECIPE.hash
 
 
 def test_how_many_images_and_how_they_are_batched_is_not_in_the_hash() -> None:
+    more = {"num_samples": 99, "classes": "MEL", "batch_size": 1, "output": "elsewhere", "num_actors": 4}
     configs = [
         GenerateConfig(checkpoint="c", guidance_scale=2),
-        GenerateConfig(
-            checkpoint="c", guidance_scale=2.0, num_samples=99, classes="MEL", batch_size=1, output="elsewhere",
-            num_actors=4,
-        ),
-    ]  # fmt: skip
+        GenerateConfig(checkpoint="c", guidance_scale=2.0, **more),
+    ]
     one, other = (Recipe.of(config, checkpoint="ab", precision="no", feature="prior") for config in configs)
     assert one.hash == other.hash
 
 
 def test_a_recipe_says_how_features_were_drawn_or_that_none_were() -> None:
     asked = GenerateConfig(checkpoint="c", feature_temperature=0.5)
-    drawn = Recipe.of(asked, checkpoint="ab", precision="no", feature="prior")
-    assert (drawn.feature, drawn.feature_temperature) == ("prior", 0.5)
-    alone = Recipe.of(GenerateConfig(checkpoint="c"), checkpoint="ab", precision="no", feature="none")
-    assert (alone.feature, alone.feature_temperature) == ("none", None)
+    drawn, alone = (Recipe.of(asked, checkpoint="ab", precision="no", feature=feature) for feature in ("prior", "none"))
+    assert [(one.feature, one.feature_temperature) for one in (drawn, alone)] == [("prior", 0.5), ("none", None)]
 
 
 def test_a_checkpoint_s_experiment_is_what_holds_its_checkpoints() -> None:

@@ -37,12 +37,10 @@ def standard(counts: dict[str, int], **settings: Any) -> list[PlanRow]:
 
 
 def references(counts: dict[str, int], folder: str = "a") -> dict[str, tuple[Reference, ...]]:
-    return {
-        code: tuple(
-            Reference(path=f"/{folder}/{code}/{n}.png", label=code, sha256=f"{folder}{code}{n}") for n in range(count)
-        )
-        for code, count in counts.items()
-    }
+    def one(code: str, n: int) -> Reference:
+        return Reference(path=f"/{folder}/{code}/{n}.png", label=code, sha256=f"{folder}{code}{n}")
+
+    return {code: tuple(one(code, n) for n in range(count)) for code, count in counts.items()}
 
 
 def image2image(counts: dict[str, int], **settings: Any) -> list[PlanRow]:
@@ -71,67 +69,38 @@ def test_a_standard_plan_is_the_images_that_were_always_made() -> None:
 def test_every_row_says_how_it_is_made() -> None:
     (row,) = standard({"MEL": 1}, feature="prior", feature_temperature=0.5)
     assert row == PlanRow(
-        id="MEL_000000",
-        label="MEL",
-        index=0,
-        seed=seed_of("4/MEL/0"),
-        mode="standard",
-        feature="prior",
-        feature_temperature=0.5,
-        solver="heun",
-        steps=9,
-        guidance_scale=2.0,
-        guidance_low=0.1,
-        guidance_high=0.7,
-    )
+        id="MEL_000000", label="MEL", index=0, seed=seed_of("4/MEL/0"), mode="standard", feature="prior",
+        feature_temperature=0.5, solver="heun", steps=9, guidance_scale=2.0, guidance_low=0.1, guidance_high=0.7,
+    )  # fmt: skip
 
 
 def test_classes_take_turns_while_they_last() -> None:
     rows = standard({"AKIEC": 1, "BCC": 0, "DF": 3, "NV": 2})
-    assert [row.label for row in rows] == ["AKIEC", "DF", "NV", "DF", "NV", "DF"]
-    assert [row.index for row in rows] == [0, 0, 0, 1, 1, 2]
-
-
-def test_a_longer_plan_holds_the_shorter() -> None:
-    assert set(standard({"DF": 2, "NV": 1})) < set(standard({"DF": 7, "NV": 1}))
-
-
-def test_no_images_make_an_empty_plan_of_the_same_columns() -> None:
+    turns = [("AKIEC", 0), ("DF", 0), ("NV", 0), ("DF", 1), ("NV", 1), ("DF", 2)]
+    assert [(row.label, row.index) for row in rows] == turns
+    assert set(standard({"DF": 2, "NV": 1})) < set(standard({"DF": 7, "NV": 1})), "a longer plan holds the shorter"
     assert standard_plan({}, run_seed=0, sampling=SAMPLING, feature="none").schema == PLAN_SCHEMA
 
 
 def test_image2image_goes_round_the_references_with_the_seeds_of_standard() -> None:
     rows = image2image({"DF": 2, "MEL": 5})
-    assert [(row.id, row.reference) for row in rows] == [
-        ("DF_000000", "/a/DF/0.png"),
-        ("MEL_000000", "/a/MEL/0.png"),
-        ("DF_000001", "/a/DF/1.png"),
-        ("MEL_000001", "/a/MEL/1.png"),
-        ("DF_000002", "/a/DF/0.png"),
-        ("MEL_000002", "/a/MEL/2.png"),
-    ]
+    taken = [("DF", 0, 0), ("MEL", 0, 0), ("DF", 1, 1), ("MEL", 1, 1), ("DF", 2, 0), ("MEL", 2, 2)]
+    expected = [(f"{code}_00000{number}", f"/a/{code}/{reference}.png") for code, number, reference in taken]
+    assert [(row.id, row.reference) for row in rows] == expected
     assert [row.seed for row in rows] == [row.seed for row in standard({"DF": 3, "MEL": 3})]
-    assert {(row.mode, row.strength, row.feature, row.feature_temperature) for row in rows} == {
-        ("image2image", 0.75, "reference", None)
-    }
+    shared = ("image2image", 0.75, "reference", None)
+    assert {(row.mode, row.strength, row.feature, row.feature_temperature) for row in rows} == {shared}
 
 
 def test_an_interpolation_walks_from_each_reference_to_its_partner() -> None:
     rows = interpolation({"MEL": 1}, {"MEL": 1})
-    assert [(row.id, row.position) for row in rows] == [
-        ("MEL_pair000_00", 0.0),
-        ("MEL_pair000_01", 0.25),
-        ("MEL_pair000_02", 0.5),
-        ("MEL_pair000_03", 0.75),
-        ("MEL_pair000_04", 1.0),
+    assert [(row.id, row.index, row.position) for row in rows] == [
+        (f"MEL_pair000_0{number}", number, number / 4) for number in range(5)
     ]
-    assert {(row.group, row.reference, row.reference_b) for row in rows} == {
-        ("MEL_pair000", "/a/MEL/0.png", "/b/MEL/0.png")
-    }
-    assert {(row.seed, row.seed_b) for row in rows} == {
-        (first_64_bits_halved("4/MEL/reference/aMEL0"), first_64_bits_halved("4/MEL/reference/bMEL0"))
-    }
-    assert [row.index for row in rows] == [0, 1, 2, 3, 4]
+    places = ("MEL_pair000", "/a/MEL/0.png", "/b/MEL/0.png")
+    seeds = (first_64_bits_halved("4/MEL/reference/aMEL0"), first_64_bits_halved("4/MEL/reference/bMEL0"))
+    assert {(row.group, row.reference, row.reference_b) for row in rows} == {places}
+    assert {(row.seed, row.seed_b) for row in rows} == {seeds}
 
 
 def test_the_smaller_of_two_folders_starts_again_and_whole_pairs_take_turns() -> None:
@@ -166,13 +135,9 @@ def test_a_retry_is_another_noise_under_the_same_id_for_ever() -> None:
     assert first.seed == first_64_bits_halved(f"{row.seed}/attempt/1")
     assert second.seed == first_64_bits_halved(f"{first.seed}/attempt/2")
     assert replace(first, seed=row.seed, attempt=0) == row
-
-
-def test_a_retried_interpolation_has_other_noise_at_both_ends() -> None:
-    row = interpolation({"DF": 1}, {"DF": 1})[1]
-    again = retried(row)
-    assert again.seed != row.seed
-    assert again.seed_b == first_64_bits_halved(f"{row.seed_b}/attempt/1")
+    walk = interpolation({"DF": 1}, {"DF": 1})[1]
+    assert retried(walk).seed != walk.seed
+    assert retried(walk).seed_b == first_64_bits_halved(f"{walk.seed_b}/attempt/1")
 
 
 def mixed_plan() -> pa.Table:
@@ -181,15 +146,12 @@ def mixed_plan() -> pa.Table:
     return table_of(rows)
 
 
-def test_rows_and_tables_are_the_same_thing() -> None:
+def test_a_plan_is_the_same_in_rows_and_on_the_disk(tmp_path: Path) -> None:
     table = mixed_plan()
     assert table.schema == PLAN_SCHEMA
     assert table_of(rows_of(table)).equals(table)
-
-
-def test_a_plan_survives_the_disk(tmp_path: Path) -> None:
-    write_rows(tmp_path / "deep" / "plan.parquet", mixed_plan())
-    assert read_plan(tmp_path / "deep" / "plan.parquet").equals(mixed_plan())
+    write_rows(tmp_path / "deep" / "plan.parquet", table)
+    assert read_plan(tmp_path / "deep" / "plan.parquet").equals(table)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["plan.parquet"]
 
 
@@ -214,27 +176,24 @@ def test_seeds_that_pandas_rounded_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_plan_is_a_one_line_error(tmp_path: Path) -> None:
-    def fails(path: Path, text: str) -> None:
-        with pytest.raises(ConfigError, match=text) as caught:
-            read_plan(path)
-        assert "\n" not in str(caught.value)
-
-    fails(tmp_path / "nowhere.parquet", "does not exist; write one with --plan_only")
+    plan, without_steps = mixed_plan(), mixed_plan().drop_columns(["steps"])
+    for text, table in {
+        "lacks columns seed;": plan.drop_columns(["seed"]),
+        "has unknown columns note;": plan.append_column("note", [["x"] * 10]),
+        "has no rows": plan.slice(0, 0),
+        "has steps as string; it must be int64": without_steps.append_column("steps", [["many"] * 10]),
+        "has steps as double; it must be int64": without_steps.append_column("steps", [[2.5] * 10]),
+    }.items():
+        pq.write_table(table, tmp_path / f"{text[:12]}.parquet")
+        with pytest.raises(ConfigError, match=rf"^[^\n]*{text}[^\n]*$"):
+            read_plan(tmp_path / f"{text[:12]}.parquet")
     (tmp_path / "text.parquet").write_text("id,class")
-    fails(tmp_path / "text.parquet", "is no Parquet file")
-    fails(tmp_path, "is no Parquet file|lacks")
-    pq.write_table(mixed_plan().drop_columns(["seed"]), tmp_path / "less.parquet")
-    fails(tmp_path / "less.parquet", "lacks columns seed;")
-    pq.write_table(mixed_plan().append_column("note", [["x"] * 10]), tmp_path / "more.parquet")
-    fails(tmp_path / "more.parquet", "has unknown columns note;")
-    pq.write_table(mixed_plan().slice(0, 0), tmp_path / "empty.parquet")
-    fails(tmp_path / "empty.parquet", "has no rows")
-    wrong = mixed_plan().drop_columns(["steps"]).append_column("steps", [["many"] * 10])
-    pq.write_table(wrong, tmp_path / "type.parquet")
-    fails(tmp_path / "type.parquet", "has steps as string; it must be int64")
-    halves = mixed_plan().drop_columns(["steps"]).append_column("steps", [[2.5] * 10])
-    pq.write_table(halves, tmp_path / "half.parquet")
-    fails(tmp_path / "half.parquet", "has steps as double; it must be int64")
+    for name, text in (
+        ("nowhere.parquet", "does not exist; write one with --plan_only"),
+        ("text.parquet", "is no Parq"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^[^\n]*{text}[^\n]*$"):
+            read_plan(tmp_path / name)
 
 
 NORMAL, FROM_IMAGE, WALK = 0, 2, 5  # rows of mixed_plan

@@ -73,18 +73,19 @@ def test_only_the_classes_asked_for_are_read_and_each_must_be_there(tmp_path: Pa
 
 
 def test_folders_that_cannot_be_used_are_one_line_errors(tmp_path: Path) -> None:
-    fails_with(DataError, "^init_images: .*nowhere does not exist", read_references, str(tmp_path / "nowhere"))
-    fails_with(
-        DataError, "^reference_images_b: .*it is empty", read_references, str(tmp_path), setting="reference_images_b"
-    )
+    def fails(text: str, place: Path = tmp_path, **more: str) -> None:
+        fails_with(DataError, text, read_references, str(place), **more)
+
+    fails("^init_images: .*nowhere does not exist", tmp_path / "nowhere")
+    fails("^reference_images_b: .*it is empty", setting="reference_images_b")
     (tmp_path / "file").write_text("x")
-    fails_with(DataError, "is a file", read_references, str(tmp_path / "file"))
+    fails("is a file", tmp_path / "file")
     (tmp_path / "MEL").mkdir()
-    fails_with(DataError, "holds no usable image", read_references, str(tmp_path))
+    fails("holds no usable image")
     (tmp_path / "MEL" / "0.png").write_bytes(b"no image")
-    fails_with(DataError, "1 left out: MEL/0.png: the content is no image", read_references, str(tmp_path))
+    fails("1 left out: MEL/0.png: the content is no image")
     (tmp_path / "melanoma").mkdir()
-    fails_with(DataError, "a folder that is no class: melanoma", read_references, str(tmp_path))
+    fails("a folder that is no class: melanoma")
 
 
 def test_a_uri_reads_like_a_path(tmp_path: Path) -> None:
@@ -119,13 +120,8 @@ def extractor_of(checkpoint: Checkpoint, **config: object) -> Checkpoint:
 
 def test_the_extractor_is_the_one_that_guided_the_run(checkpoint: Checkpoint) -> None:
     guided = extractor_of(checkpoint, name="efficientnet-lite0", weights=None, input_size=64, crop="official")
-    extractor = load_reference_extractor(guided)
-    assert (extractor.name, extractor.input_size, extractor.crop, extractor.dim) == (
-        "efficientnet-lite0",
-        64,
-        "official",
-        1280,
-    )
+    found = load_reference_extractor(guided)
+    assert (found.name, found.input_size, found.crop, found.dim) == ("efficientnet-lite0", 64, "official", 1280)
 
 
 def test_an_extractor_that_cannot_be_had_is_a_one_line_error(checkpoint: Checkpoint) -> None:

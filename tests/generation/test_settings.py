@@ -6,23 +6,30 @@ from typing import Any
 
 import pytest
 
-from m2d.classes import CLASSES
+from m2d.classes import BINARY, ISIC7
 from m2d.errors import ConfigError
 from m2d.generation.settings import GenerateConfig
 
 
 def test_classes_are_read_in_any_letter_case_and_put_in_order() -> None:
-    assert GenerateConfig(checkpoint="c", classes=" mel,Df, mel,").class_codes == ("DF", "MEL")
+    assert GenerateConfig(checkpoint="c", classes=" mel,Df, mel,").class_codes(ISIC7) == ("DF", "MEL")
+
+
+def test_a_class_that_the_checkpoint_lacks_is_an_error_that_lists_its_classes() -> None:
+    config = GenerateConfig(checkpoint="c", classes="MEL,MOLE")
+    with pytest.raises(ConfigError, match=r"^classes: MOLE is not known; choose from AKIEC,BCC,BKL,DF,MEL,NV,VASC$"):
+        config.class_codes(ISIC7)
+    with pytest.raises(ConfigError, match="MEL, MOLE is not known; choose from BENIGN,MALIGNANT"):
+        config.class_codes(BINARY)
 
 
 def test_no_classes_means_all() -> None:
-    assert GenerateConfig(checkpoint="c").class_codes == CLASSES
+    assert GenerateConfig(checkpoint="c").class_codes(ISIC7) == ISIC7.codes
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"classes": "MEL,MOLE"}, "classes: MOLE is not known; choose from AKIEC,BCC,BKL,DF,MEL,NV,VASC"),
         ({"classes": " ,"}, "classes is empty"),
         ({"checkpoint": ""}, "checkpoint is empty"),
         ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),

@@ -82,16 +82,10 @@ def latents() -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_the_vae_folder_loads_in_plain_diffusers(written: tuple[Path, JointStep]) -> None:
+def test_its_folders_load_in_plain_diffusers_the_unet_with_averaged_weights(written: tuple[Path, JointStep]) -> None:
     directory, step = written
     vae = AutoencoderKL.from_pretrained(directory / "vae").eval()
-    expected = step.networks.autoencoder.eval().decode(latents())
-    assert_close(vae.decode(latents()).sample, expected, rtol=0, atol=0)
-
-
-@torch.no_grad()
-def test_the_unet_folder_loads_in_plain_diffusers_with_averaged_weights(written: tuple[Path, JointStep]) -> None:
-    directory, step = written
+    assert_close(vae.decode(latents()).sample, step.networks.autoencoder.eval().decode(latents()), rtol=0, atol=0)
     unet = UNet2DConditionModel.from_pretrained(directory / "unet").eval()
     context = torch.randn(2, 3, CONDITIONING.context_dim)
     averaged, trained = step.ema.module.unet, step.networks.denoiser.unet

@@ -7,13 +7,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from m2d.models.extractors import FeatureExtractor, load_feature_extractor
-from m2d.models.perceptual import (
-    FeatureDistance,
-    LpipsDistance,
-    PatchDiscriminator,
-    build_perceptual,
-    lpips_available,
-)
+from m2d.models.perceptual import FeatureDistance, LpipsDistance, PatchDiscriminator, build_perceptual, lpips_available
 
 
 class ImageItself(FeatureExtractor):

@@ -120,7 +120,7 @@ def test_a_confusion_shows_the_counts_and_shares_of_each_row() -> None:
     matrix[MEL, [MEL, NV]] = 30, 10
     axes = confusion_matrix_picture.figure(matrix.tolist(), "A probe", ISIC7.codes).axes[0]
     assert {text.get_position(): text.get_text() for text in axes.texts if text.get_text() != "0"} == {
-        (MEL, MEL): "30", (NV, MEL): "10",
+        (MEL, MEL): "30", (NV, MEL): "10"
     }  # fmt: skip
     assert axes.images[0].get_array()[MEL, MEL] == 0.75
 

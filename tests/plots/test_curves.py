@@ -45,7 +45,7 @@ def labels_of(axes: Axes) -> list[str]:
 def test_a_chart_stands_for_each_quantity_that_was_recorded_and_for_no_other() -> None:
     records = log(
         3, loss__reconstruction=1, loss__kl=900, loss__diffusion=1, loss__discriminator=1, images_per_s=20,
-        learning_rate__denoiser=1e-4, gradient_norm__denoiser=1, skipped_steps=0,
+        learning_rate__denoiser=1e-4, gradient_norm__denoiser=1, skipped_steps=0
     )  # fmt: skip
     assert [panel.title for panel in training_panels(records)] == [
         "VAE: reconstruction, perceptual",
@@ -84,16 +84,13 @@ def test_losses_that_span_decades_are_drawn_on_a_logarithmic_scale_and_negative_
     assert chart(figure, "Alignment (-1 is perfect)").get_yscale() == "linear"
 
 
-def test_what_was_recorded_is_faint_and_its_median_bold() -> None:
-    faint, bold = chart(training_curves.figure(log(50, loss__kl=1)), "VAE: KL divergence").get_lines()
+def test_what_was_recorded_is_faint_and_its_median_bold_and_a_learning_rate_is_drawn_as_recorded() -> None:
+    figure = training_curves.figure(log(50, loss__kl=1, learning_rate__denoiser=1))
+    faint, bold = chart(figure, "VAE: KL divergence").get_lines()
+    (rate,) = chart(figure, "Learning rate").get_lines()
     assert faint.get_alpha() < 0.5 < 1.5 < bold.get_linewidth()
-    np.testing.assert_allclose(faint.get_ydata(), 1.01 ** np.arange(1, 51))
-
-
-def test_a_learning_rate_is_drawn_as_recorded() -> None:
-    lines = chart(training_curves.figure(log(50, learning_rate__denoiser=1e-4)), "Learning rate").get_lines()
-    assert len(lines) == 1
-    np.testing.assert_allclose(lines[0].get_ydata(), 1e-4 * 1.01 ** np.arange(1, 51))
+    for line in (faint, rate):
+        np.testing.assert_allclose(line.get_ydata(), 1.01 ** np.arange(1, 51))
 
 
 def test_thirty_thousand_records_are_few_points() -> None:
@@ -103,13 +100,10 @@ def test_thirty_thousand_records_are_few_points() -> None:
         assert len(np.asarray(line.get_xdata())) <= 600
 
 
-def test_epochs_stand_above_their_steps() -> None:
+def test_epochs_stand_above_their_steps_where_records_have_them() -> None:
     above = chart(training_curves.figure(log(41, loss__kl=1)), "VAE: KL divergence").child_axes[0]
     places = dict(zip([tick.get_text() for tick in above.get_xticklabels()], above.get_xticks(), strict=True))
     assert places == pytest.approx({"epoch 2": 80, "4": 160, "6": 240, "8": 320, "10": 400})
-
-
-def test_there_is_no_epoch_axis_where_no_record_has_one() -> None:
     records = [{"step": step, "loss/kl": 1.0 + step} for step in range(5)]
     assert chart(training_curves.figure(records), "VAE: KL divergence").child_axes == []
 
@@ -137,14 +131,12 @@ def test_a_measure_that_moves_by_rounding_only_is_drawn_flat() -> None:
     assert high - low > 0.1
 
 
-def test_values_that_are_not_finite_are_left_out_of_curve_and_legend() -> None:
-    records = [{"step": n, "loss/kl": value} for n, value in enumerate([1.0, math.nan, 2.0, math.inf])]
-    assert labels_of(chart(training_curves.figure(records), "VAE: KL divergence")) == ["KL 2"]
-
-
-def test_a_loss_that_was_never_finite_says_so() -> None:
-    figure = training_curves.figure([{"step": 1, "loss/kl": math.nan}])
-    assert labels_of(chart(figure, "VAE: KL divergence")) == ["KL: not finite"]
+@pytest.mark.parametrize(
+    ("values", "label"), [([1.0, math.nan, 2.0, math.inf], "KL 2"), ([math.nan], "KL: not finite")]
+)
+def test_values_that_are_not_finite_are_left_out_of_curve_and_legend(values: list[float], label: str) -> None:
+    records = [{"step": n, "loss/kl": value} for n, value in enumerate(values)]
+    assert labels_of(chart(training_curves.figure(records), "VAE: KL divergence")) == [label]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
@@ -164,16 +156,11 @@ def ramp(count: int) -> Series:
     return Series(np.arange(count, dtype=float), np.arange(count, dtype=float))
 
 
-def test_steps_are_sorted_and_the_last_record_of_a_step_counts() -> None:
+def test_steps_are_sorted_the_last_record_of_a_step_counts_and_what_is_not_finite_is_a_gap() -> None:
     records = [{"step": 20, "a": 2.0}, {"step": 10, "a": 1.0}, {"step": 20, "a": 3.0}, {"step": 30, "b": 9.0}]
-    found = series(records, "a")
-    assert found.steps.tolist() == [10, 20]
-    assert found.values.tolist() == [1.0, 3.0]
-
-
-def test_values_that_are_not_finite_are_gaps() -> None:
-    records = [{"step": step, "a": value} for step, value in enumerate([1.0, math.inf, math.nan, 4.0])]
-    assert series(records, "a").finite.tolist() == [1.0, 4.0]
+    found = series([*records, {"step": 40, "a": math.inf}], "a")
+    assert found.steps.tolist() == [10, 20, 40]
+    assert found.finite.tolist() == [1.0, 3.0]
 
 
 def test_names_are_those_of_numbers_and_not_the_axes() -> None:
@@ -188,16 +175,16 @@ def test_thinning_keeps_a_single_spike_and_a_single_dip() -> None:
     assert len(thin.steps) <= 600
     assert (thin.values.max(), thin.values.min()) == (7.0, -3.0)
     assert (np.diff(thin.steps) > 0).all()
-
-
-def test_a_short_curve_is_not_thinned() -> None:
     assert envelope(ramp(600), most=600).values.tolist() == list(range(600))
 
 
-def test_the_running_median_ignores_a_spike() -> None:
+def test_the_running_median_ignores_a_spike_and_begins_where_the_curve_begins() -> None:
+    """A loss falls most in its first records; a median over later ones would hide it."""
     values = np.ones(101)
     values[50] = 1000.0
     assert running_median(Series(np.arange(101.0), values)).values.tolist() == [1.0] * 101
+    assert running_median(Series(np.arange(50.0), 100 * 0.5 ** np.arange(50))).values[0] == 100
+    assert running_median(ramp(3)).values.tolist() == [0, 1, 2]
 
 
 def test_the_running_median_of_a_long_ramp_stays_on_it() -> None:
@@ -205,13 +192,3 @@ def test_the_running_median_of_a_long_ramp_stays_on_it() -> None:
     assert len(smooth.steps) == 300
     inner = slice(0, -10)  # the last windows look back only
     assert np.abs(smooth.values - smooth.steps)[inner].max() < 1.0
-
-
-def test_the_running_median_begins_where_the_curve_begins() -> None:
-    """A loss falls most in its first records; a median over later ones would hide it."""
-    values = 100 * 0.5 ** np.arange(50)
-    assert running_median(Series(np.arange(50.0), values)).values[0] == 100
-
-
-def test_three_records_stay_as_they_are() -> None:
-    assert running_median(ramp(3)).values.tolist() == [0, 1, 2]

@@ -118,7 +118,7 @@ def extractor_key(config: FeatureExtractorConfig) -> str:
 def extractor_identity(config: FeatureExtractorConfig) -> tuple[str, str]:
     """(`key`, `weights_sha256`) of the extractor that the settings name; no network is built where a file has them.
 
-    A hub model is loaded, since only its tensors tell what the hub has. Raises as load_feature_extractor does for
+    A hub model is loaded, since only its tensors show what the hub has. Raises as load_feature_extractor does for
     settings; a file is hashed, not checked.
     """
     name, side = config.name, config.input_size

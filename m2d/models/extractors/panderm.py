@@ -95,13 +95,13 @@ class PanDerm(FeatureExtractor):
 
     def __init__(
         self, name: str, encoder: Mapping[str, Tensor], input_size: int = NATIVE_SIZE, crop: Crop = "whole",
-        weights_sha256: str = "0" * 64,
+        weights_sha256: str = "0" * 64
     ) -> None:  # fmt: skip
         """encoder: exactly the tensors of SIZES[name].shapes(), float32; they become the network's own, uncopied."""
         size, grid = SIZES[name], input_size // 16
         super().__init__(
             name, size.width, input_size, 255 * torch.tensor(MEAN), 255 * torch.tensor(STD), num_patches=grid * grid,
-            crop=crop, crop_pct=NATIVE_SIZE / 256, weights_sha256=weights_sha256,
+            crop=crop, crop_pct=NATIVE_SIZE / 256, weights_sha256=weights_sha256
         )  # fmt: skip
         network = size.network(input_size)
         table = encoder["pos_embed"]
@@ -120,7 +120,7 @@ def load_panderm(name: str, path: Path, input_size: int | None, crop: Crop) -> P
     if reported not in (None, sha256):
         logger.warning(
             "%s: %s fits tensor by tensor and is used, but its SHA-256 is %s, not %s as reported for the published "
-            "file: re-saved, or changed?", name, path, sha256, reported,
+            "file: re-saved, or changed?", name, path, sha256, reported
         )  # fmt: skip
     return PanDerm(name, encoder, input_size or NATIVE_SIZE, crop, sha256)
 

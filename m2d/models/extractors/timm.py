@@ -26,15 +26,34 @@ class TimmExtractor(FeatureExtractor):
     The resize is this package's antialiased bilinear one, also where timm's config says bicubic.
     """
 
-    def __init__(self, name: str, network: nn.Module, input_size: int, crop: Crop, weights_sha256: str) -> None:
-        """Raises ConfigError where the network's features are no square grid, or it does not take that size."""
-        config = resolve_data_config(model=network)
-        network = network.eval().requires_grad_(False)
-        dim, num_patches = _measure(name, network, input_size)
+    def __init__(self, name: str, network: Any, input_size: int, crop: Crop, weights_sha256: str) -> None:
+        """Fits the network's position tables to the size; convolutions need nothing.
+
+        Raises ConfigError where its features are no square grid, or it does not take that size.
+        """
+        config, network = resolve_data_config(model=network), network.eval().requires_grad_(False)
+        resized = input_size != config["input_size"][-1]
+        patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
+        patch = patch[0] if isinstance(patch, tuple) else patch
+        if resized and isinstance(patch, int) and input_size % patch:  # some would silently not see all of the image
+            raise ConfigError(f"feature_extractor.input_size is {input_size}; {name} needs a multiple of {patch}")
+        try:
+            if resized and hasattr(network, "set_input_size"):
+                network.set_input_size(img_size=(input_size, input_size))
+            with torch.no_grad():
+                features = features_of(network, torch.zeros(1, 3, input_size, input_size))
+        except NoGridError as error:
+            raise _unusable(name, f"its features are no square grid ({error}); take another model") from None
+        except Exception as error:  # whatever a network makes of a size that it does not take
+            why = f"{name} does not take {input_size} px ({first_line(error)[:120]}); give another"
+            raise ConfigError(f"feature_extractor.input_size: {why}") from None
+        pooled, (_, count, dim) = features.cls.shape[-1], features.patches.shape
+        if pooled != dim:
+            raise _unusable(name, f"its pooled vector has {pooled} numbers, its cells have {dim}; take another model")
         mean, std = (255 * torch.tensor(config[key]) for key in ("mean", "std"))
         super().__init__(
-            name, dim, input_size, mean, std, num_patches=num_patches, crop=crop, crop_pct=config["crop_pct"],
-            squash=config["crop_mode"] == "squash", weights_sha256=weights_sha256,
+            name, int(dim), input_size, mean, std, num_patches=int(count), crop=crop, crop_pct=config["crop_pct"],
+            squash=config["crop_mode"] == "squash", weights_sha256=weights_sha256
         )  # fmt: skip
         self.network = network
 
@@ -56,10 +75,7 @@ def load_timm_extractor(name: str, path: Path | None, input_size: int | None, cr
         state = {key: tensor for key, tensor in tensors if key in wanted or not key.startswith(classifiers)}
         network.load_state_dict(fitting(path, name, state, wanted, "give a file in timm's tensor names"))
         sha256 = file_sha256(path)
-    side = input_size or native
-    if side != native:
-        _resize(name, network, side)
-    return TimmExtractor(name, network, side, crop, sha256)
+    return TimmExtractor(name, network, input_size or native, crop, sha256)
 
 
 def native_size(name: str) -> int:
@@ -94,39 +110,5 @@ def _from_hub(model: str) -> nn.Module:
         retries.setLevel(level)
 
 
-def _resize(name: str, network: Any, side: int) -> None:
-    """Fit position tables to another input size, as timm does it; convolutions need nothing."""
-    patch = getattr(getattr(network, "patch_embed", None), "patch_size", None)
-    patch = patch[0] if isinstance(patch, tuple) else patch
-    if isinstance(patch, int) and side % patch != 0:  # some would leave the rest of the image unseen, silently
-        raise ConfigError(f"feature_extractor.input_size is {side}; {name} needs a multiple of {patch}")
-    if not hasattr(network, "set_input_size"):
-        return  # whether it takes the size shows in the measuring pass
-    try:
-        network.set_input_size(img_size=(side, side))
-    except Exception as error:
-        raise _wrong_size(name, side, error) from None
-
-
-def _measure(name: str, network: nn.Module, side: int) -> tuple[int, int]:
-    """D and N, from one black image."""
-    try:
-        with torch.no_grad():
-            features = features_of(network, torch.zeros(1, 3, side, side))
-    except NoGridError as error:
-        raise _unusable(name, f"its features are no square grid ({error}); take another model") from None
-    except Exception as error:  # whatever a network makes of a size that it does not take
-        raise _wrong_size(name, side, error) from None
-    pooled, (_, count, dim) = features.cls.shape[-1], features.patches.shape
-    if pooled != dim:
-        raise _unusable(name, f"its pooled vector has {pooled} numbers and its cells have {dim}; take another model")
-    return int(dim), int(count)
-
-
 def _unusable(name: str, why: str) -> ConfigError:
     return ConfigError(f"feature_extractor.name is {name}; {why}")
-
-
-def _wrong_size(name: str, side: int, error: Exception) -> ConfigError:
-    why = first_line(error)[:120]
-    return ConfigError(f"feature_extractor.input_size: {name} does not take {side} px ({why}); give another")

@@ -99,8 +99,8 @@ def fitting(
         "of another shape": misfits,
     }
     if any(faults.values()):
-        told = "; ".join(f"{len(names)} {what} ({some_of(names)})" for what, names in faults.items() if names)
-        raise refusal(path, f"is not {name}: {told}; {advice}")
+        summary = "; ".join(f"{len(names)} {what} ({some_of(names)})" for what, names in faults.items() if names)
+        raise refusal(path, f"is not {name}: {summary}; {advice}")
     spoilt = [key for key in wanted if not bool(torch.isfinite(tensors[key]).all())]
     if spoilt:
         raise refusal(path, f"has NaN or infinite values in {some_of(spoilt)}; download it again")
