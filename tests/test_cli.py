@@ -227,7 +227,7 @@ def test_a_group_with_a_switch_may_be_a_bare_flag() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data_root", "."], "nothing to do; give --all, or some of --download --import_from --scan --images --features"),
+        (["--data_root", "."], "nothing to do; give --all, or some of --download --import_from --scan"),
         (["--all"], "data_root is not set"),
         (["--all", "--data_root", "/no/such/folder"], "data_root: /no/such/folder is not a folder"),
         (["--all", "--data_root", ".", "--cache_dir", "s3://bucket/cache"], "cache_dir is s3://bucket/cache"),

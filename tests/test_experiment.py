@@ -109,6 +109,7 @@ ENTER = """
 import os, sys
 from pathlib import Path
 from m2d.errors import ExperimentError
+from m2d.experiment import Experiment
 try:
     with Experiment(Path(sys.argv[1])).running():
         print("entered", flush=True)

@@ -8,7 +8,6 @@ from PIL import Image
 from tiny_run import records, tiny_config
 
 from m2d.cli import parse
-from m2d.data.reader import ImageReader
 from m2d.data.setup import setup_data
 from m2d.experiment import Experiment, complete_checkpoints
 from m2d.models.checkpoint import load_checkpoint, read_prior
@@ -51,7 +50,7 @@ def test_a_run_from_the_cache_takes_the_steps_of_a_run_without_it(
     assert "prepared images" not in capsys.readouterr().out
     with monkeypatch.context() as patched:
         patched.setattr("m2d.training.networks.build_extractor", no_extractor)
-        patched.setattr(ImageReader, "_fetch_file", no_extractor)
+        patched.setattr("m2d.data.reader.read_file", no_extractor)
         from_cache = run(data_root, tmp_path / "with", cache_dir)
     assert "prepared images and features (efficientnet-lite0-" in capsys.readouterr().out
     for name in ("train", "validation"):
