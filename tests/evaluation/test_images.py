@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from m2d.classes import ISIC8
 from m2d.data.catalog import scan_dataset, write_catalog
 from m2d.data.decode import decode_resized
 from m2d.data.settings import DataConfig
@@ -118,6 +119,24 @@ def test_a_file_gone_since_the_scan_is_left_out_and_named(
     assert len(sets.train) == 31
     assert any(f"{gone}: is not there" in note for note in sets.notes)
     assert any("the checkpoint's own" in note for note in sets.notes)
+
+
+def test_every_side_is_of_the_set_of_the_checkpoint_or_of_the_training_images(
+    tmp_path: Path, real: Path, generated: Path, prior_checkpoint: Checkpoint, paint_images: Any
+) -> None:
+    """Seven classes hold DF, MEL and NV as well; in eight, those after NV have other indices."""
+    paint_images(tmp_path / "more", {"VASC": 10, "MEL": 10})
+    shutil.rmtree(generated / "DF")
+    checkpoint = replace(prior_checkpoint, info=replace(prior_checkpoint.info, classes=ISIC8))
+    sets = read(tmp_path, tmp_path / "more", generated, checkpoint=checkpoint)
+    assert {one.classes.name for one in (sets.train, sets.test, sets.generated)} == {"isic8"}
+    assert set(sets.train.labels) == {4, 7}
+    assert sets.generated.labels.tolist() == [4]
+    paint_images(tmp_path / "two", {"BENIGN": 5, "MALIGNANT": 5})
+    lists = r"two is of binary \(BENIGN MALIGNANT\), --train .*/real of isic7 \(AKIEC BCC BKL DF MEL NV VASC\)"
+    with pytest.raises(DataError, match=lists) as caught:
+        read(tmp_path, tmp_path / "two", generated, train=str(real))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -242,3 +242,16 @@ def test_two_classes_are_probed_as_seven_are(tmp_path: Path, capsys: pytest.Capt
     assert untold["test"]["images"] == {"BENIGN": 4, "MALIGNANT": 2}
     assert untold["notes"][0].startswith("lesions: no table")
     assert "note: lesions: no table" in " ".join(capsys.readouterr().out.split())
+
+
+def test_catalogs_of_two_sets_of_classes_are_refused_with_both_lists(
+    dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roots = {"train": dataset, "test": paint(tmp_path / "two", {"BENIGN": 2, "MALIGNANT": 2})}
+    given = ["--data_root", dataset, "--test_data_root", roots["test"]]
+    for name, root in roots.items():
+        write_catalog(scan_dataset(root, DataConfig()).catalog, str(tmp_path / f"{name}.parquet"))
+        given += [f"--{name}_catalog", str(tmp_path / f"{name}.parquet")]
+    line = refusal(capsys, arguments(tmp_path, *given))
+    assert "binary (BENIGN MALIGNANT)" in line
+    assert f"isic7 ({' '.join(CLASSES)})" in line

@@ -84,8 +84,8 @@ def test_folders_that_cannot_be_used_are_one_line_errors(tmp_path: Path) -> None
     fails("holds no usable image")
     (tmp_path / "MEL" / "0.png").write_bytes(b"no image")
     fails("1 left out: MEL/0.png: the content is no image")
-    (tmp_path / "melanoma").mkdir()
-    fails("a folder that is no class: melanoma")
+    (tmp_path / "wart").mkdir()
+    fails("a folder that is no class: wart")
 
 
 def test_a_uri_reads_like_a_path(tmp_path: Path) -> None:

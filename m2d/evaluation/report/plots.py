@@ -144,11 +144,11 @@ def nearest_pairs(pairs: Sequence[Pair], generated: ImageSet, train: ImageSet) -
     top = _MARGIN + 40 + _LINE * len(_CAPTION) + _GAP
     width = 2 * _MARGIN + _COLUMNS * (_TILE + _GAP) - _GAP
     page = Image.new("RGB", (width, top + -(-len(pairs) // _COLUMNS) * block + _MARGIN - _GAP), "white")
-    draw = ImageDraw.Draw(page)
+    draw, face = ImageDraw.Draw(page), ImageFont.load_default(15)
     title = f"The {len(pairs)} generated images nearest to a training image" if len(pairs) > 1 else "The nearest pair"
     draw.text((_MARGIN, _MARGIN), title, fill=INK, font=ImageFont.load_default(24))
     for number, line in enumerate(_CAPTION):
-        draw.text((_MARGIN, _MARGIN + 40 + _LINE * number), line, fill=FAINT, font=ImageFont.load_default(15))
+        draw.text((_MARGIN, _MARGIN + 40 + _LINE * number), line, fill=FAINT, font=face)
     for number, pair in enumerate(pairs):
         x = _MARGIN + number % _COLUMNS * (_TILE + _GAP)
         y = top + number // _COLUMNS * block
@@ -158,7 +158,9 @@ def nearest_pairs(pairs: Sequence[Pair], generated: ImageSet, train: ImageSet) -
             page, np.asarray(train.pixels[pair.train_row]), x, y + _TILE + 7, train.classes.colours[pair.train_class]
         )
         same = pair.generated_class == pair.train_class
-        classes = f"both {pair.generated_class}" if same else f"{pair.generated_class}, {pair.train_class}"
+        # Of a long code as much as the column has room for.
+        one, other = (shortened(code, face, 100 if same else 64) for code in (pair.generated_class, pair.train_class))
+        classes = f"both {one}" if same else f"{one}, {other}"
         # The space that found the pair comes first: its distance is the one that the limit is for.
         spaces = sorted(pair.distances, key=lambda name: name != pair.found_by)
         lines = [
@@ -168,9 +170,7 @@ def nearest_pairs(pairs: Sequence[Pair], generated: ImageSet, train: ImageSet) -
             (VIEW_NAMES[pair.view], FAINT),
         ]
         for row, (text, colour) in enumerate(lines):
-            face = ImageFont.load_default(15)
-            place = x, y + 2 * _TILE + 11 + _LINE * row
-            draw.text(place, shortened(text, face, _TILE + _GAP - 4), fill=colour, font=face)
+            draw.text((x, y + 2 * _TILE + 11 + _LINE * row), text, fill=colour, font=face)
     return page
 
 
