@@ -24,7 +24,7 @@ import numpy as np
 from jsonargparse import auto_cli
 from PIL import Image
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.data.catalog import scan_dataset
 from m2d.data.settings import DataConfig
 from m2d.evaluation.evaluate import evaluate
@@ -54,13 +54,13 @@ def main(
     """
     catalog = scan_dataset(real, DataConfig()).catalog.to_pylist()
     labels = [row["label"] for row in catalog]
-    largest = max(CLASSES, key=labels.count)
+    largest = max(ISIC7.codes, key=labels.count)
     answers: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="m2d-controls-") as folder:
         for name, parts in SETS.items():
             root = Path(folder) / name
             if name == "noise":
-                write_noise(root, {code: fill for code in CLASSES if code != largest}, image_size)
+                write_noise(root, {code: fill for code in ISIC7.codes if code != largest}, image_size)
             else:
                 split = "val" if name == "unseen" else "train"
                 link(root, real, picked(catalog, split, None if name == "duplicated" else per_class))
@@ -143,7 +143,7 @@ def picked(catalog: list[dict[str, Any]], split: str, per_class: int | None) -> 
     """Rows of a split, so many a class (None: all), drawn with a fixed seed."""
     generator = np.random.default_rng(0)
     rows = []
-    for code in CLASSES:
+    for code in ISIC7.codes:
         found = [row for row in catalog if row["label"] == code and row["split"] == split]
         rows += [found[k] for k in generator.permutation(len(found))[:per_class]]
     return rows

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image, ImageFilter
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.data.catalog import scan_dataset
 from m2d.data.features import extract_view
 from m2d.data.reader import ImageReader
@@ -61,17 +61,19 @@ def main() -> None:
     train, train_reader = split(("train",))
     reference = build_gate_reference(train, train_reader, extractor, config)
     print(f"near-copies: features up to {reference.copy_threshold:.4f}, pixels up to {reference.pixel_threshold:.4f}")
-    print("class thresholds:", dict(zip(CLASSES, reference.class_thresholds, strict=True)), "weak:", *reference.weak)
+    print(
+        "class thresholds:", dict(zip(ISIC7.codes, reference.class_thresholds, strict=True)), "weak:", *reference.weak
+    )
 
     other, other_reader = split(("val", "test"))
     held_out = pixels_of(other_reader, np.arange(len(other)))
     labels = other["label"].to_pylist()
     print("held-out real images", len(other), share(verdicts(held_out, labels)))
     nevi = np.flatnonzero(np.array(labels) == "NV")[:200]
-    for code in CLASSES:
+    for code in ISIC7.codes:
         print(f"held-out NV called {code}:", share(verdicts(held_out[nevi], [code] * len(nevi))))
     noise = np.random.default_rng(0).integers(0, 256, (50, *held_out.shape[1:]), dtype=np.uint8)
-    for code in CLASSES:
+    for code in ISIC7.codes:
         print(f"noise called {code}:", share(verdicts(noise, [code] * len(noise))))
 
     rows = np.sort(np.random.default_rng(0).choice(len(train), min(arguments.copies, len(train)), replace=False))
@@ -85,7 +87,7 @@ def main() -> None:
         either = np.mean([verdict.reason == "near_copy" for verdict in found])
         print(f"{name:12} {by_features:6.1%} {by_pixels:6.1%} {either:6.1%}", flush=True)
     for folder in arguments.generated:
-        paths = sorted(path for code in CLASSES for path in Path(folder, code).glob("*.png"))
+        paths = sorted(path for code in ISIC7.codes for path in Path(folder, code).glob("*.png"))
         images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
         print(folder, len(paths), share(verdicts(images, [path.parent.name for path in paths])))
 

@@ -39,7 +39,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from m2d.arguments import preset_names
-from m2d.classes import CLASSES, NUM_CLASSES
+from m2d.classes import ISIC7
 from m2d.cli import parse
 from m2d.cluster.nodes import gpu_facts
 from m2d.diffusion.settings import SamplingSettings
@@ -241,7 +241,7 @@ class Training:
         size, side = self.config.batch_size, self.config.data.image_size
         generator = torch.Generator().manual_seed(self.rank)
         cells = (self.config.feature_extractor.input_size or 224) // PATCH
-        labels = torch.randint(NUM_CLASSES, (size,), generator=generator)
+        labels = torch.randint(len(ISIC7), (size,), generator=generator)
         features = Features(
             torch.randn(size, FEATURE_DIM, generator=generator).half(),
             torch.randn(size, cells**2, FEATURE_DIM, generator=generator).half(),
@@ -333,8 +333,8 @@ def measure_sampling(preset: str, device: torch.device, batches: int = 2) -> Row
     checkpoint = Checkpoint(f"random {preset}", "0" * 64, info, *frozen)
     del networks
     generator = Generator(checkpoint, batch_size=size, device=str(device))
-    each = -(-size * batches // NUM_CLASSES)
-    table = standard_plan(dict.fromkeys(CLASSES, each), run_seed=0, sampling=sampling, feature="none")
+    each = -(-size * batches // len(ISIC7))
+    table = standard_plan(dict.fromkeys(ISIC7.codes, each), run_seed=0, sampling=sampling, feature="none")
     rows = rows_of(table)[: size * batches]
     generator.generate(rows[:size])
     seconds, memory = _measured(lambda: generator.generate(rows), device, before)

@@ -31,7 +31,7 @@ from diffusers import UniPCMultistepScheduler
 from jsonargparse import auto_cli
 from torch import nn
 
-from m2d.classes import CLASSES, NUM_CLASSES, class_index
+from m2d.classes import ISIC7
 from m2d.cli import parse
 from m2d.diffusion.settings import SOLVERS, SamplingSettings
 from m2d.generation.generator import Generator, noise_for
@@ -193,9 +193,9 @@ class PlainLoop:
         generator, device = self.generator, self.generator.device
         shape = generator.checkpoint.latent_shape
         latents = torch.stack([noise_for(row.seed, shape) for row in rows]).to(device, self.dtype)
-        labels = torch.tensor([class_index(row.label) for row in rows], device=device)
+        labels = torch.tensor([ISIC7.index(row.label) for row in rows], device=device)
         conditional, null = (
-            generator.denoiser.context(which).to(self.dtype) for which in (labels, torch.full_like(labels, NUM_CLASSES))
+            generator.denoiser.context(which).to(self.dtype) for which in (labels, torch.full_like(labels, len(ISIC7)))
         )
         both = torch.cat([null, conditional])
         self.scheduler.set_timesteps(self.steps, device=device)
@@ -252,8 +252,8 @@ def measure_quality(generator: Generator, count: int, scale: float) -> tuple[lis
 
 def plan(generator: Generator, count: int, settings: SamplingSettings, *, seed: int = 0) -> list[PlanRow]:
     """`count` rows, the classes in turns, guided by the class alone: the plain loop knows no feature prior."""
-    each = -(-count // NUM_CLASSES)
-    table = standard_plan(dict.fromkeys(CLASSES, each), run_seed=seed, sampling=settings, feature="none")
+    each = -(-count // len(ISIC7))
+    table = standard_plan(dict.fromkeys(ISIC7.codes, each), run_seed=seed, sampling=settings, feature="none")
     return rows_of(table)[:count]
 
 

@@ -33,7 +33,7 @@ import ray
 import ray.data
 from jsonargparse import auto_cli
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.diffusion.settings import SamplingSettings
 from m2d.generation.output import PARTS, Recipe, group_name, write_rows
 from m2d.generation.plan import PlanRow, read_plan, standard_plan
@@ -261,7 +261,7 @@ def measure(actors: int, batch_s: float, groups: int, batch_size: int, before: S
 
 def _counts(rows: int) -> dict[str, int]:
     """`rows` over the seven classes."""
-    return {code: len(range(number, rows, len(CLASSES))) for number, code in enumerate(CLASSES)}
+    return {code: len(range(number, rows, len(ISIC7.codes))) for number, code in enumerate(ISIC7.codes)}
 
 
 def _peak_gib() -> float:

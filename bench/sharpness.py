@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jsonargparse import auto_cli
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.data.decode import decode_resized
 
 IMAGES = 400  # of a class at most
@@ -30,13 +30,13 @@ def main(
     folders = {"prototype": prototype} | ({"generated": generated} if generated else {})
     energies = {name: by_class(Path(folder), image_size) for name, folder in {"real": real, **folders}.items()}
     ratios = {
-        name: {code: found[code] / energies["real"][code] for code in CLASSES if code in found}
+        name: {code: found[code] / energies["real"][code] for code in ISIC7.codes if code in found}
         for name, found in energies.items()
     }
     print(f"Laplacian energy at {image_size} px, relative to real images of the class")
-    print(f"{'':12}" + "".join(f"{code:>8}" for code in CLASSES))
+    print(f"{'':12}" + "".join(f"{code:>8}" for code in ISIC7.codes))
     for name, row in ratios.items():
-        print(f"{name:12}" + "".join(f"{row[code]:8.2f}" if code in row else f"{'-':>8}" for code in CLASSES))
+        print(f"{name:12}" + "".join(f"{row[code]:8.2f}" if code in row else f"{'-':>8}" for code in ISIC7.codes))
     if output is not None:
         Path(output).write_text(json.dumps({"image_size": image_size, "ratio_to_real": ratios}, indent=1), "utf-8")
 
@@ -44,7 +44,7 @@ def main(
 def by_class(root: Path, image_size: int) -> dict[str, float]:
     """Mean Laplacian energy of each class that the folder has."""
     found = {}
-    for code in CLASSES:
+    for code in ISIC7.codes:
         paths = sorted(path for path in (root / code).glob("*") if path.suffix.lower() in (".png", ".jpg"))[:IMAGES]
         if paths:
             found[code] = float(np.mean([laplacian_energy(path, image_size) for path in paths]))

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import m2d.training.step as step_module
-from m2d.classes import NUM_CLASSES
+from m2d.classes import ISIC7
 from m2d.cli import parse
 from m2d.data.catalog import scan_dataset
 from m2d.data.order import StreamOrder
@@ -294,7 +294,7 @@ class RepaEStep:
         phase.requires_grad_(True).train()  # 4
         clean = n.denoiser.latent_norm(z.detach())
         dropped = torch.rand(len(z), device=z.device) < self.config.conditioning.class_dropout
-        context = n.denoiser.context(torch.where(dropped, NUM_CLASSES, batch.labels), features.cls)
+        context = n.denoiser.context(torch.where(dropped, len(ISIC7), batch.labels), features.cls)
         velocity, tapped = n.denoiser.velocity_and_tap(interpolate(clean, noise, t), t, context, phase.tap)
         predicted = n.projector(tapped, features.patches.shape[1])
         losses["diffusion"] = diffusion_loss(velocity, velocity_target(clean, noise))

@@ -242,10 +242,3 @@ def _colour(place: int) -> str:
         return _OKABE_ITO[place]
     red, green, blue = colorsys.hsv_to_rgb(0.61803 * place % 1, 0.9 - 0.3 * (place % 2), 0.55 + 0.2 * (place % 3))
     return f"#{round(255 * red):02X}{round(255 * green):02X}{round(255 * blue):02X}"
-
-
-# The seven alone, for what has not learned of other sets.
-DIAGNOSES = ISIC7.diagnoses
-CLASSES = ISIC7.codes
-NUM_CLASSES = len(ISIC7)
-class_index = ISIC7.index

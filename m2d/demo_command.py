@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from m2d.arguments import parse_arguments
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.demo.dataset import write_demo_dataset
 from m2d.experiment import list_experiments
 from m2d.experiments.page import write_report
@@ -25,7 +25,7 @@ def run_demo(config: Any) -> Path:
     root = Path(result_path("directory", config.directory)).resolve()
     data_root, experiments = root / "data", root / "experiments"
     counts = write_demo_dataset(data_root, total=config.images)
-    print(f"demo images: {sum(counts.values())} in {data_root} ({' '.join(f'{c} {counts[c]}' for c in CLASSES)})")
+    print(f"demo images: {sum(counts.values())} in {data_root} ({' '.join(f'{c} {counts[c]}' for c in ISIC7.codes)})")
     done = [e for e in list_experiments(str(experiments), NAME) if e.info().get("state") == "done"]
     if done and not config.fresh:
         experiment = done[-1]

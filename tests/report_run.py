@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.experiment import Experiment
 from m2d.experiments.page import write_report
 from m2d.training.settings import TrainConfig, as_dict
 
 VOID = {"meta", "link", "img", "source", "br"}
-TRAIN = dict(zip(CLASSES, (18, 30, 57, 5, 64, 378, 8), strict=True))  # 560
-VAL = dict(zip(CLASSES, (2, 3, 10, 2, 6, 44, 1), strict=True))  # 68
+TRAIN = dict(zip(ISIC7.codes, (18, 30, 57, 5, 64, 378, 8), strict=True))  # 560
+VAL = dict(zip(ISIC7.codes, (2, 3, 10, 2, 6, 44, 1), strict=True))  # 68
 BALANCE = {"to": "40", "split": "all", "catalog": "abcdef012345"}  # of the dataset whose sha256 begins so
 
 

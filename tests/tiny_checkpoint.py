@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from m2d.classes import CLASSES, ISIC7, ClassSet, class_index
+from m2d.classes import ISIC7, ClassSet
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo, mark_complete, write_inference_files
@@ -57,8 +57,8 @@ def make_checkpoint(classes: ClassSet = ISIC7) -> Checkpoint:
 def make_prior(counts: dict[str, int]) -> FeaturePrior:
     """Fitted to so many random 6-dimensional features a class; the classes' means are apart."""
     generator = torch.Generator().manual_seed(1)
-    labels = torch.tensor([class_index(code) for code, count in counts.items() for _ in range(count)])
-    means = 5 * torch.randn(len(CLASSES), 6, generator=generator)
+    labels = torch.tensor([ISIC7.index(code) for code, count in counts.items() for _ in range(count)])
+    means = 5 * torch.randn(len(ISIC7.codes), 6, generator=generator)
     return FeaturePrior.fit(means[labels] + torch.randn(len(labels), 6, generator=generator), labels)
 
 

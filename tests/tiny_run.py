@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.cli import parse
 
 TINY = [
@@ -24,7 +24,7 @@ TINY = [
 def write_images(root: Path) -> Path:
     """70 noisy images of a class-dependent colour; 56 of them train, 14 steps of 4."""
     generator = torch.Generator().manual_seed(0)
-    for index, code in enumerate(CLASSES):
+    for index, code in enumerate(ISIC7.codes):
         (root / code).mkdir(parents=True)
         for number in range(10):
             pixels = torch.randint(0, 120, (24, 32, 3), generator=generator) + 15 * index

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
-from m2d.classes import CLASSES, NAMED, named_class_set
+from m2d.classes import ISIC7, NAMED, named_class_set
 from m2d.errors import ConfigError
 from m2d.models.settings import FeatureExtractorConfig
 
@@ -96,7 +96,11 @@ class DownloadConfig:
         for name, sound, wanted in (
             ("collection", known, f"one of {' '.join(COLLECTIONS)} or a number"),
             ("limit", self.limit is None or self.limit >= 1, "at least 1, or null for all"),
-            ("diagnoses", set(self.diagnoses.values()) <= {*CLASSES, SKIP}, f"a map to {' '.join(CLASSES)} or {SKIP}"),
+            (
+                "diagnoses",
+                set(self.diagnoses.values()) <= {*ISIC7.codes, SKIP},
+                f"a map to {' '.join(ISIC7.codes)} or {SKIP}",
+            ),
             ("connections", 1 <= self.connections <= 64, "from 1 to 64"),
             ("retries", 0 <= self.retries <= 100, "from 0 to 100"),
             ("timeout_s", 0 < self.timeout_s <= 3600, "above 0 and at most 3600"),

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.demo.lesions import render_lesion
 from m2d.errors import ConfigError, DataError
 from m2d.files.atomic import write_whole
@@ -27,17 +27,17 @@ def demo_counts(total: int) -> dict[str, int]:
 
     Raises ConfigError where `total` is too small for that.
     """
-    if total < MIN_PER_CLASS * len(CLASSES):
-        raise ConfigError(f"total is {total}; a demo set needs at least {MIN_PER_CLASS * len(CLASSES)} images")
+    if total < MIN_PER_CLASS * len(ISIC7.codes):
+        raise ConfigError(f"total is {total}; a demo set needs at least {MIN_PER_CLASS * len(ISIC7.codes)} images")
     shares: dict[str, float] = dict(HAM10000_COUNTS)  # of the classes above the minimum
     while True:
-        left = total - MIN_PER_CLASS * (len(CLASSES) - len(shares))
+        left = total - MIN_PER_CLASS * (len(ISIC7.codes) - len(shares))
         of_them = sum(HAM10000_COUNTS[label] for label in shares)
         shares = {label: left * HAM10000_COUNTS[label] / of_them for label in shares}
         if min(shares.values()) >= MIN_PER_CLASS:
             break
         shares = {label: share for label, share in shares.items() if share >= MIN_PER_CLASS}
-    counts = {label: int(shares.get(label, MIN_PER_CLASS)) for label in CLASSES}
+    counts = {label: int(shares.get(label, MIN_PER_CLASS)) for label in ISIC7.codes}
     by_remainder = sorted(shares, key=lambda label: int(shares[label]) - shares[label])
     for label in by_remainder[: total - sum(counts.values())]:
         counts[label] += 1

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from m2d.classes import class_index
+from m2d.classes import ISIC7
 
 Array = NDArray[np.floating[Any]]  # float32 throughout, for speed
 Curve = tuple[NDArray[np.float64], float]  # points [N, 2] as x, y, and thickness
@@ -99,7 +99,7 @@ def render_lesion(label: str, seed: int, *, width: int = 200, height: int = 150,
     The picture is a function of the arguments alone. Another size shows the same lesion; another view turns, moves and
     relights it. Raises KeyError for an unknown class and ValueError for a negative seed.
     """
-    index = class_index(label)
+    index = ISIC7.index(label)
     lesion_rng = np.random.default_rng([seed, index])
     view_rng = np.random.default_rng([seed, index, 1 + view])
     draw, radii, sun_damage = _CLASSES[label]

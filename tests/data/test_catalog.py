@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from pyarrow import fs
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.data.catalog import (
     CATALOG_SCHEMA,
     Scan,
@@ -170,7 +170,7 @@ def test_suffixes_and_folders_count_in_any_letter_case_and_at_any_depth(tmp_path
     files |= {"Nv/2018/part 1/deep.png": encoded_image(50, "PNG"), "MEL/other.png": encoded_image(51, "PNG")}
     scan = scan_dataset(build_dataset(tmp_path, files), DataConfig())
     assert sorted(paths_of(scan)) == sorted(files)
-    assert class_counts(scan.catalog) == dict.fromkeys(CLASSES, 0) | {"MEL": len(formats) + 1, "NV": 1}
+    assert class_counts(scan.catalog) == dict.fromkeys(ISIC7.codes, 0) | {"MEL": len(formats) + 1, "NV": 1}
 
 
 def test_rows_are_ordered_by_class_and_path(tmp_path: Path) -> None:
@@ -392,8 +392,8 @@ def test_rejected_files_become_a_csv(tmp_path: Path) -> None:
 
 
 def test_class_counts_name_all_seven(catalog: pa.Table) -> None:
-    nothing = dict.fromkeys(CLASSES, 0)
-    assert list(class_counts(catalog)) == list(CLASSES)
+    nothing = dict.fromkeys(ISIC7.codes, 0)
+    assert list(class_counts(catalog)) == list(ISIC7.codes)
     assert class_counts(catalog) == nothing | {"MEL": 1, "NV": 2}
     assert class_counts(catalog, "test") == nothing | {"NV": 1}
 
@@ -439,7 +439,7 @@ def test_ham10000_is_found_whole_and_split_by_lesion() -> None:
     assert {(row["width"], row["height"]) for row in rows} == {(200, 150)}
     split_of = {row["lesion_id"]: row["split"] for row in rows}
     assert all(split_of[row["lesion_id"]] == row["split"] for row in rows)
-    for label in CLASSES:
+    for label in ISIC7.codes:
         lesions = {row["lesion_id"] for row in rows if row["label"] == label}
         for split in ("val", "test"):
             assert abs(sum(split_of[lesion] == split for lesion in lesions) - 0.1 * len(lesions)) <= 1

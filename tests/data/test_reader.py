@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.data.decode import decode_resized
 from m2d.data.reader import ImageReader
 from m2d.data.store import PreparedImages, write_images
@@ -44,7 +44,7 @@ def test_each_row_is_its_own_file_in_the_view_that_was_asked_for(catalog: pa.Tab
     for image, row, view in zip(columns["images"], rows, views):
         decoded = decode_resized(path_of(catalog, root, row).read_bytes(), SIZE, max_pixels=MAX_PIXELS)
         np.testing.assert_array_equal(image, apply_view(decoded, int(view)))
-    assert columns["labels"].tolist() == [CLASSES.index(catalog.column("label")[int(row)].as_py()) for row in rows]
+    assert columns["labels"].tolist() == [ISIC7.codes.index(catalog.column("label")[int(row)].as_py()) for row in rows]
     np.testing.assert_array_equal(columns["catalog_rows"], rows)
     np.testing.assert_array_equal(columns["views"], views)
     assert not columns["substituted"].any()

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.data.catalog import assign_splits
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
@@ -42,7 +42,7 @@ def lesion_counts(catalog: pa.Table, label: str) -> tuple[int, int, int]:
 
 def random_lesions(generator: np.random.Generator) -> Lesions:
     rows = [("NV", "NV_0")]
-    for label in CLASSES:
+    for label in ISIC7.codes:
         for lesion in range(int(generator.integers(0, 60))):
             rows += [(label, f"{label}_{lesion}")] * int(generator.integers(1, 6))
     return [rows[row] for row in generator.permutation(len(rows))]
@@ -64,10 +64,10 @@ def test_lesions_stay_whole_and_fractions_hold_within_one_lesion(trial: int) -> 
 @pytest.mark.parametrize("trial", range(15))
 def test_lesions_that_span_classes_stay_whole_and_every_class_trains(trial: int) -> None:
     generator = np.random.default_rng(trial)
-    rows = [(str(generator.choice(CLASSES)), f"lesion_{generator.integers(0, 80)}") for _ in range(300)]
+    rows = [(str(generator.choice(ISIC7.codes)), f"lesion_{generator.integers(0, 80)}") for _ in range(300)]
     split = split_of(rows, 0.2, 0.2, seed=trial)
     assert all(len(splits) == 1 for splits in splits_by_lesion(split).values())
-    assert all(lesion_counts(split, label)[0] >= 1 for label in CLASSES)
+    assert all(lesion_counts(split, label)[0] >= 1 for label in ISIC7.codes)
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -11,12 +11,12 @@ from PIL import Image
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.metrics import balanced_accuracy_score
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.demo.dataset import HAM10000_COUNTS, MIN_PER_CLASS, demo_counts, write_demo_dataset
 from m2d.demo.lesions import render_lesion
 from m2d.errors import ConfigError, DataError
 
-SMALLEST = MIN_PER_CLASS * len(CLASSES)
+SMALLEST = MIN_PER_CLASS * len(ISIC7.codes)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def file_times(root: Path) -> dict[str, int]:
     return {str(path.relative_to(root)): path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("label", CLASSES)
+@pytest.mark.parametrize("label", ISIC7.codes)
 def test_a_picture_is_a_function_of_its_arguments(label: str) -> None:
     first = render_lesion(label, 7)
     render_lesion("NV", 99)  # what was drawn in between must not matter
@@ -61,7 +61,7 @@ def test_a_picture_is_a_function_of_its_arguments(label: str) -> None:
     assert np.abs(first.astype(int) - render_lesion(label, 8)).mean() > 3
 
 
-@pytest.mark.parametrize("label", CLASSES)
+@pytest.mark.parametrize("label", ISIC7.codes)
 def test_another_size_shows_the_same_lesion(label: str) -> None:
     """Averaged down 2 x 2, the large picture is the small one, but for sensor noise and blur."""
     small = render_lesion(label, 5)
@@ -87,7 +87,7 @@ def test_counts_follow_ham10000_with_a_minimum(total: int) -> None:
     counts = demo_counts(total)
     assert sum(counts.values()) == total
     assert min(counts.values()) >= MIN_PER_CLASS
-    above = [label for label in CLASSES if counts[label] > MIN_PER_CLASS]
+    above = [label for label in ISIC7.codes if counts[label] > MIN_PER_CLASS]
     for label in above:  # the classes above the minimum keep their mutual proportions, to within one image
         share = HAM10000_COUNTS[label] / sum(HAM10000_COUNTS[other] for other in above)
         assert abs(counts[label] - share * sum(counts[other] for other in above)) < 1 + 0.01 * counts[label]
@@ -97,7 +97,7 @@ def test_counts_follow_ham10000_with_a_minimum(total: int) -> None:
 
 def test_a_set_is_class_folders_and_metadata(demo_root: Path) -> None:
     files = sorted(demo_root.glob("*/*.jpg"))
-    assert {path.parent.name for path in files} == set(CLASSES)
+    assert {path.parent.name for path in files} == set(ISIC7.codes)
     assert [path.stem for path in sorted(files, key=lambda path: path.stem)] == [
         f"DEMO_{number:07d}" for number in range(1, SMALLEST + 1)
     ]
@@ -158,9 +158,9 @@ def test_the_classes_can_be_told_apart_and_still_vary() -> None:
     """
     per_class, held_out = 20, 8
     seeds = range(per_class)
-    images = [[render_lesion(label, seed, width=100, height=75) for seed in seeds] for label in CLASSES]
+    images = [[render_lesion(label, seed, width=100, height=75) for seed in seeds] for label in ISIC7.codes]
     statistics = np.array([[lesion_statistics(image) for image in of_class] for of_class in images])
-    labels = np.repeat(np.arange(len(CLASSES))[:, None], per_class, axis=1)
+    labels = np.repeat(np.arange(len(ISIC7.codes))[:, None], per_class, axis=1)
     classifier = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
     classifier.fit(statistics[:, held_out:].reshape(-1, 21), labels[:, held_out:].ravel())
     predicted = classifier.predict(statistics[:, :held_out].reshape(-1, 21))

@@ -10,7 +10,7 @@ from sklearn.covariance import LedoitWolf
 from torch import Tensor
 from torch.testing import assert_close
 
-from m2d.classes import CLASSES, NUM_CLASSES
+from m2d.classes import ISIC7
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import DataError
 
@@ -61,7 +61,7 @@ def test_the_covariance_is_scikit_learns(fitted: FeaturePrior, index: int) -> No
 def test_what_is_left_out_becomes_isotropic_and_keeps_trace_and_leading_variances(index: int) -> None:
     features, labels = features_and_labels()
     prior = FeaturePrior.fit(features, labels, max_rank=4)
-    assert prior.factors.shape == (NUM_CLASSES, 4, DIM)
+    assert prior.factors.shape == (len(ISIC7), 4, DIM)
     both = covariance(prior, index), ledoit_wolf(features, labels, index)
     kept, whole = (np.linalg.eigvalsh(matrix)[::-1] for matrix in both)
     np.testing.assert_allclose(kept[:4], whole[:4], rtol=1e-5)
@@ -89,7 +89,7 @@ def test_one_or_two_images_get_the_variance_that_classes_have_within_themselves(
     assert prior.noise_dim == 1
     drawn = prior.sample(torch.tensor([0, 4]), torch.ones(2, 1))
     assert_close(drawn, torch.tensor([[2.0**0.5], [5 + 2.0**0.5]]))
-    assert prior.weak == [CLASSES[0], CLASSES[4]]
+    assert prior.weak == [ISIC7.codes[0], ISIC7.codes[4]]
 
 
 @pytest.mark.parametrize("few", [2, 3, 9])
@@ -117,7 +117,7 @@ def test_equal_images_of_a_class_do_not_freeze_it() -> None:
 def test_a_class_of_three_images_can_be_drawn_and_is_weak(fitted: FeaturePrior) -> None:
     assert fitted.counts.tolist() == list(COUNTS)
     assert torch.isfinite(fitted.sample(torch.full((64,), 2), noise_of(fitted, 64))).all()
-    assert fitted.weak == [CLASSES[index] for index in (1, 2, 5, 6)], "30 images are not weak, 29 are"
+    assert fitted.weak == [ISIC7.codes[index] for index in (1, 2, 5, 6)], "30 images are not weak, 29 are"
 
 
 def test_a_class_without_images_is_named_with_what_to_do() -> None:
@@ -174,7 +174,7 @@ def test_half_precision_tensors_are_fitted_as_they_are() -> None:
         (np.zeros((3, 2, 2)), np.zeros(3, int), r"features are \[3, 2, 2\] and labels \[3\]"),
         (np.zeros((3, 2)), np.zeros(4, int), r"features are \[3, 2\] and labels \[4\]"),
         (np.zeros((0, 2)), np.zeros(0, int), "at least one image"),
-        (np.zeros((2, 2)), np.array([0, NUM_CLASSES]), "whole numbers from 0 to 6"),
+        (np.zeros((2, 2)), np.array([0, len(ISIC7)]), "whole numbers from 0 to 6"),
         (np.zeros((2, 2)), np.array([0, -1]), "whole numbers from 0 to 6"),
         (np.zeros((2, 2)), np.array([0.0, 1.0]), "whole numbers from 0 to 6"),
         (np.array([[1.0, 2.0], [3.0, np.nan], [np.inf, 0.0]]), np.zeros(3, int), r"2 of 3 images.*first is image 1\)"),

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
 from tiny_sets import feature_set, image_set
 
-from m2d.classes import class_index
+from m2d.classes import ISIC7
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import (
     DownstreamResult,
@@ -36,7 +36,7 @@ from m2d.evaluation.classifiers.probe import ProbeClassifier, measure_downstream
 from m2d.evaluation.images import FeatureSet
 from m2d.metrics.bootstrap import Estimate
 
-BKL, DF, MEL, NV, VASC = (class_index(code) for code in ("BKL", "DF", "MEL", "NV", "VASC"))
+BKL, DF, MEL, NV, VASC = (ISIC7.index(code) for code in ("BKL", "DF", "MEL", "NV", "VASC"))
 DIMS = 40
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import tests
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from tiny_sets import clouds
 
-from m2d.classes import class_index
+from m2d.classes import ISIC7
 from m2d.evaluation.classifiers.probe import ConsistencyResult, measure_consistency
 from m2d.evaluation.images import FeatureSet
 
-BKL, MEL, NV = (class_index(code) for code in ("BKL", "MEL", "NV"))
+BKL, MEL, NV = (ISIC7.index(code) for code in ("BKL", "MEL", "NV"))
 
 
 def features(name: str, counts: dict[int, int], seed: int, distance: float = 8.0) -> FeatureSet:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_sets import feature_set, image_set
 
-from m2d.classes import class_index
+from m2d.classes import ISIC7
 from m2d.evaluation.fidelity import (
     AUTOENCODER,
     FLOOR,
@@ -26,7 +26,7 @@ SCALES = np.array([100.0, 1.0, 1.0] * 4)  # dimensions differ by orders of magni
 
 def features_of(name: str, counts: dict[str, int], vectors: np.ndarray, photographs: int = 1) -> FeatureSet:
     """So many images of each class; so many in a row are of one lesion."""
-    labels = np.concatenate([np.full(count, class_index(code)) for code, count in counts.items()]).astype(np.int64)
+    labels = np.concatenate([np.full(count, ISIC7.index(code)) for code, count in counts.items()]).astype(np.int64)
     groups = [f"{name}-{label}-{row // photographs}" for row, label in enumerate(labels)]
     return feature_set(image_set(labels, name, groups), vectors)
 
@@ -34,7 +34,7 @@ def features_of(name: str, counts: dict[str, int], vectors: np.ndarray, photogra
 def real(name: str, counts: dict[str, int], seed: int, *, shift: float = 0.0, photographs: int = 1) -> FeatureSet:
     """Each class around a place of its own; shift moves all, in deviations."""
     generator = np.random.default_rng(seed)
-    places = np.repeat([2.0 * class_index(code) for code in counts], list(counts.values()))
+    places = np.repeat([2.0 * ISIC7.index(code) for code in counts], list(counts.values()))
     vectors = generator.standard_normal((len(places), D)) + shift
     vectors[:, 0] += places
     return features_of(name, counts, vectors * SCALES, photographs)
@@ -131,7 +131,7 @@ def test_blurred_reconstructions_are_the_autoencoders_floor() -> None:
 def test_a_class_is_compared_with_itself_and_all_its_images() -> None:
     train, generated = real("train", COUNTS, 0, photographs=2), real("generated", {"MEL": 30, "NV": 70}, 1, shift=0.5)
     mean, std = train.cls.astype(float).mean(axis=0), train.cls.astype(float).std(axis=0)
-    rows = train.rows(class_index("MEL"))
+    rows = train.rows(ISIC7.index("MEL"))
     expected = kernel_distance(
         (train.cls[rows] - mean) / std, (generated.cls[:30] - mean) / std, groups_a=train.groups[rows]
     )
@@ -195,7 +195,7 @@ def test_halves_share_no_lesion_and_split_each_class_evenly() -> None:
     assert np.array_equal(np.sort(np.concatenate(halves)), np.arange(481))
     assert not set(train.groups[halves[0]]) & set(train.groups[halves[1]])
     for code in ("DF", "MEL", "NV"):
-        sizes = [(train.labels[half] == class_index(code)).sum() for half in halves]
+        sizes = [(train.labels[half] == ISIC7.index(code)).sum() for half in halves]
         assert abs(sizes[0] - sizes[1]) <= 3
 
 

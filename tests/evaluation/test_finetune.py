@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_sets import image_set
 
-from m2d.classes import class_index
+from m2d.classes import ISIC7
 from m2d.errors import ConfigError, TrainingError
 from m2d.evaluation.classifiers.compare import Trials, training_rows
 from m2d.evaluation.classifiers.finetune import (
@@ -22,7 +22,7 @@ from m2d.evaluation.images import ImageSet
 from m2d.evaluation.settings import FinetuneConfig
 from m2d.models.extractors import load_feature_extractor
 
-MEL, NV = class_index("MEL"), class_index("NV")
+MEL, NV = ISIC7.index("MEL"), ISIC7.index("NV")
 TINY = FinetuneConfig(
     model="timm:test_resnet", pretrained=False, input_size=32, epochs=4, batch_size=8, learning_rate=3e-3, device="cpu"
 )

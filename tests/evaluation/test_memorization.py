@@ -10,7 +10,7 @@ import tiny_sets
 from PIL import Image, ImageFilter
 from scipy.stats import binomtest
 
-from m2d.classes import DIAGNOSES, class_index
+from m2d.classes import ISIC7
 from m2d.data.features import extract_view
 from m2d.data.views import apply_view
 from m2d.errors import DataError
@@ -20,7 +20,7 @@ from m2d.evaluation.report.plots import nearest_pairs
 from m2d.models.extractors import load_feature_extractor
 
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
-MEL, NV, DF = (class_index(code) for code in ("MEL", "NV", "DF"))
+MEL, NV, DF = (ISIC7.index(code) for code in ("MEL", "NV", "DF"))
 SIZE, DIM = 32, 48
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -412,7 +412,7 @@ def test_the_page_is_white_about_1400_pixels_wide_and_eight_pairs_go_to_a_row() 
 
 def test_stripes_have_the_colours_of_the_two_classes() -> None:
     page = np.asarray(nearest_pairs([pair()], picture_set(1), picture_set(2)))
-    colours = {one.code: tuple(bytes.fromhex(one.colour[1:])) for one in DIAGNOSES}
+    colours = {one.code: tuple(bytes.fromhex(one.colour[1:])) for one in ISIC7.diagnoses}
     for code in ("MEL", "VASC"):
         assert (page == colours[code]).all(axis=-1).sum() >= 8 * 128
 
@@ -445,7 +445,7 @@ def test_on_real_images_copies_are_flagged_and_unseen_lesions_are_not() -> None:
         for path in [path for path in sorted((HAM10000 / code).glob("*.jpg")) if path.stem in once][::12][:80]
     ]
     pixels = np.stack([np.asarray(Image.open(path).convert("RGB").resize((64, 64))) for path in files])
-    labels, place = np.array([class_index(path.parent.name) for path in files]), np.arange(len(files)) % 8
+    labels, place = np.array([ISIC7.index(path.parent.name) for path in files]), np.arange(len(files)) % 8
     extractor = load_feature_extractor("efficientnet-lite0", input_size=64, crop="whole")
 
     def cls(images: np.ndarray, view: int = 0) -> np.ndarray:

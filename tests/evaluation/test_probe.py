@@ -10,13 +10,13 @@ import pyarrow.compute as pc
 import pytest
 from PIL import Image
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.cli import main, main_from_shell, parse
 from m2d.data import features
 from m2d.data.catalog import scan_dataset, write_catalog
 from m2d.data.settings import DataConfig
 
-COLOURS = dict(zip(CLASSES, ("red", "lime", "blue", "yellow", "black", "white", "magenta")))
+COLOURS = dict(zip(ISIC7.codes, ("red", "lime", "blue", "yellow", "black", "white", "magenta")))
 COLOURS |= {"BENIGN": "red", "MALIGNANT": "blue"}
 
 
@@ -39,7 +39,7 @@ def paint(data_root: Path, lesions: dict[str, int], *, photographs: int = 2, see
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Seven classes, eight lesions of two photographs each."""
-    return paint(tmp_path_factory.mktemp("data") / "skin", dict.fromkeys(CLASSES, 8))
+    return paint(tmp_path_factory.mktemp("data") / "skin", dict.fromkeys(ISIC7.codes, 8))
 
 
 def arguments(tmp_path: Path, *more: str) -> list[str]:
@@ -82,9 +82,9 @@ def test_classes_that_colour_tells_apart_are_recognised_and_a_second_probe_runs_
 ) -> None:
     result = run(tmp_path, "--data_root", dataset)
     assert result["balanced_accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
-    assert result["test"]["images"] == dict.fromkeys(CLASSES, 4)  # 2 of 8 lesions, 2 photographs each
-    assert result["test"]["lesions"] == dict.fromkeys(CLASSES, 2)
-    assert result["train"]["images"] == dict.fromkeys(CLASSES, 12)
+    assert result["test"]["images"] == dict.fromkeys(ISIC7.codes, 4)  # 2 of 8 lesions, 2 photographs each
+    assert result["test"]["lesions"] == dict.fromkeys(ISIC7.codes, 2)
+    assert result["train"]["images"] == dict.fromkeys(ISIC7.codes, 12)
     assert (np.array(result["confusion"]) == 4 * np.eye(7)).all()
     assert result["extracted"] == 112
     said = capsys.readouterr()
@@ -97,7 +97,7 @@ def test_classes_that_colour_tells_apart_are_recognised_and_a_second_probe_runs_
     with (tmp_path / "out/probe.csv").open(newline="") as lines:
         rows = list(csv.DictReader(lines))
     assert [row["score"] for row in rows] == ["accuracy", "balanced accuracy", "macro-F1"] + ["recall"] * 7
-    assert [row["class"] for row in rows[3:]] == list(CLASSES)
+    assert [row["class"] for row in rows[3:]] == list(ISIC7.codes)
     assert float(rows[2]["value"]) == result["macro_f1"]["value"]
     assert (rows[0]["images"], rows[0]["lesions"], rows[3]["images"]) == ("28", "14", "4")
     with Image.open(tmp_path / "out/probe.png") as picture:
@@ -113,7 +113,7 @@ def test_classes_that_colour_tells_apart_are_recognised_and_a_second_probe_runs_
 
 
 def test_a_pair_of_catalogs_is_used_whole(dataset: str, tmp_path: Path) -> None:
-    other = paint(tmp_path / "other", dict.fromkeys(CLASSES, 3), seed=1)
+    other = paint(tmp_path / "other", dict.fromkeys(ISIC7.codes, 3), seed=1)
     for name, root in (("train", dataset), ("test", other)):
         write_catalog(scan_dataset(root, DataConfig()).catalog, str(tmp_path / f"{name}.parquet"))
     pair = ["--train_catalog", str(tmp_path / "train.parquet"), "--test_catalog", str(tmp_path / "test.parquet")]
@@ -254,4 +254,4 @@ def test_catalogs_of_two_sets_of_classes_are_refused_with_both_lists(
         given += [f"--{name}_catalog", str(tmp_path / f"{name}.parquet")]
     line = refusal(capsys, arguments(tmp_path, *given))
     assert "binary (BENIGN MALIGNANT)" in line
-    assert f"isic7 ({' '.join(CLASSES)})" in line
+    assert f"isic7 ({' '.join(ISIC7.codes)})" in line

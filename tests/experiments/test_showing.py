@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.cli import parse
 from m2d.experiments.commands import show_command
 from m2d.experiments.details import next_step, resume_command
 from m2d.experiments.record import find_records
 from m2d.experiments.settings import ShowConfig
 
-COUNTS = {split: dict.fromkeys(CLASSES, 1234) for split in ("train", "val")}
+COUNTS = {split: dict.fromkeys(ISIC7.codes, 1234) for split in ("train", "val")}
 TRAIN = [
     {"step": step, "time": 1735700000.0 + step, "loss/diffusion": 2.0 / step, "learning_rate/denoiser": 1e-4,
      "images_per_s": 16.0}

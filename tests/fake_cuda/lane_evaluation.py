@@ -7,7 +7,7 @@ import pytest
 import torch
 from fake_cuda.lane_generation import checkpoint_of
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.data.features import extract_view
 from m2d.evaluation.classifiers.compare import training_rows
 from m2d.evaluation.classifiers.finetune import FinetuneClassifier
@@ -18,7 +18,7 @@ from m2d.models.extractors import load_feature_extractor
 
 def black(name: str, count: int, side: int) -> ImageSet:
     ids = tuple(f"{name} {number}" for number in range(count))
-    labels = np.arange(count) % len(CLASSES)
+    labels = np.arange(count) % len(ISIC7.codes)
     return ImageSet(name, "memory", ids, ids, labels, np.array(ids, object), np.zeros((count, side, side, 3), np.uint8))
 
 
@@ -42,4 +42,4 @@ def test_the_fine_tuned_classifier_trains_and_predicts_on_the_gpu_with_cudnn(
     config = FinetuneConfig(input_size=64, batch_size=4, epochs=0.5, mixed_precision=precision, device="cuda")
     train, test, generated = black("train", 16, 48), black("test", 6, 48), black("generated", 8, 48)
     rows = training_rows("b", train.labels, generated.labels, seed=0)
-    assert FinetuneClassifier.of(train, test, generated, config).predict(rows, 0).shape == (6, len(CLASSES))
+    assert FinetuneClassifier.of(train, test, generated, config).predict(rows, 0).shape == (6, len(ISIC7.codes))

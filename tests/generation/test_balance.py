@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from m2d.classes import CLASSES, ISIC7
+from m2d.classes import ISIC7
 from m2d.data.catalog import CATALOG_SCHEMA
 from m2d.errors import ConfigError, DataError
 from m2d.generation.plan import make_plan, targets
@@ -58,5 +58,5 @@ def test_all_splits_count_or_training_alone(split: BalanceSplit, before: dict[st
     catalog = pa.Table.from_pylist([blank | {"label": code, "split": of} for code, of in rows], CATALOG_SCHEMA)
     config = GenerateConfig(checkpoint="c", mode="balance", catalog="given", balance_split=split)
     found = make_plan(config, "none", catalog, ISIC7)
-    assert found.before == dict.fromkeys(CLASSES, 0) | before
+    assert found.before == dict.fromkeys(ISIC7.codes, 0) | before
     assert found.classes == ["DF"]

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from m2d.classes import DIAGNOSES
+from m2d.classes import ISIC7
 from m2d.generation.contact_sheet import contact_sheet
 
 
@@ -24,9 +24,9 @@ def test_every_pixel_of_an_image_becomes_a_square_of_equal_pixels() -> None:
 
 
 def test_every_image_is_on_the_sheet_and_each_row_has_its_class_colour() -> None:
-    sheet = contact_sheet({d.code: flat(2, 100 + n) for n, d in enumerate(DIAGNOSES)}, title="", scale=2)
+    sheet = contact_sheet({d.code: flat(2, 100 + n) for n, d in enumerate(ISIC7.diagnoses)}, title="", scale=2)
     pixels = np.asarray(sheet)
-    for number, diagnosis in enumerate(DIAGNOSES):
+    for number, diagnosis in enumerate(ISIC7.diagnoses):
         assert count_of(pixels, (100 + number,) * 3) >= 2 * 64 * 64
         assert count_of(pixels, tuple(bytes.fromhex(diagnosis.colour[1:]))) >= 4 * 400
     assert {sheet.getpixel((x, y)) for x in (0, sheet.width - 1) for y in (0, sheet.height - 1)} == {(255, 255, 255)}

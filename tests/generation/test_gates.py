@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_networks import IMAGE_SIZE, TinyExtractor
 
-from m2d.classes import class_index
+from m2d.classes import ISIC7
 from m2d.data.catalog import catalog_hash, scan_dataset
 from m2d.data.features import FeatureStore, extract_view, write_features
 from m2d.data.reader import ImageReader
@@ -31,7 +31,7 @@ from m2d.models.extractors import load_feature_extractor
 EXTRACTOR = TinyExtractor()
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
 ANGLES = np.array([0, 10, 90, 100, 180, 190, 270, 280])  # degrees; mean 0 and deviation 1 along both axes
-MEL, NV, DF = (class_index(code) for code in ("MEL", "NV", "DF"))
+MEL, NV, DF = (ISIC7.index(code) for code in ("MEL", "NV", "DF"))
 TWO_CLASSES = np.array([MEL] * 4 + [NV] * 4)
 ALONE = [f"lesion {angle}" for angle in ANGLES]
 
@@ -406,7 +406,7 @@ def test_on_real_images_copies_are_refused_and_other_lesions_pass() -> None:
     cls = torch.cat(parts).numpy()
     held_out = np.array([int(lesion[-1]) % 2 == 0 for lesion in lesions])  # by lesion
     train = np.flatnonzero(~held_out)
-    codes, facts = np.array([class_index(label) for label in labels]), ImageFacts.of(images[train])
+    codes, facts = np.array([ISIC7.index(label) for label in labels]), ImageFacts.of(images[train])
     of_train = [lesions[row] for row in train]
     reference = GateReference.build(cls[train], codes[train], of_train, GateConfig(), facts=facts)
     others = np.flatnonzero(held_out)

@@ -14,7 +14,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from tiny_references import SixFeatures, write_photographs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m2d.classes import NUM_CLASSES, class_index
+from m2d.classes import ISIC7
 from m2d.diffusion.settings import SOLVERS, SamplingSettings, Solver
 from m2d.diffusion.solver import GuidedVelocity, solve
 from m2d.errors import CheckpointError, ConfigError, DataError
@@ -153,7 +153,7 @@ def test_the_drawn_feature_is_of_the_class_and_of_the_seed_of_its_image(
     images_of(prior_checkpoint, PRIOR_ROWS[:2])
     prior = prior_checkpoint.prior
     assert prior is not None
-    labels = [class_index(row.label) for row in PRIOR_ROWS[:2]]
+    labels = [ISIC7.index(row.label) for row in PRIOR_ROWS[:2]]
     noise = torch.stack([noise_for(seed_of(f"{row.seed}/feature"), (prior.noise_dim,)) for row in PRIOR_ROWS[:2]])
     (guided, feature), (null, null_feature) = contexts
     assert guided == labels
@@ -430,9 +430,9 @@ class WeightCasts(TorchDispatchMode):
 @torch.inference_mode()
 def latents_by_autocast(checkpoint: Checkpoint, rows: Sequence[PlanRow]) -> torch.Tensor:
     """Of rows without a feature: float32 weights in bf16's autocast."""
-    labels = torch.tensor([class_index(row.label) for row in rows])
+    labels = torch.tensor([ISIC7.index(row.label) for row in rows])
     noise = torch.stack([noise_for(row.seed, checkpoint.latent_shape) for row in rows])
-    contexts = (checkpoint.denoiser.context(which) for which in (labels, torch.full_like(labels, NUM_CLASSES)))
+    contexts = (checkpoint.denoiser.context(which) for which in (labels, torch.full_like(labels, len(ISIC7))))
     velocity = GuidedVelocity(checkpoint.denoiser, *contexts, scale=2.0, interval=(0.0, 0.8))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return solve(velocity, noise, steps=rows[0].steps)

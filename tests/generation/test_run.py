@@ -22,7 +22,7 @@ from PIL import Image
 from tiny_checkpoint import write_checkpoint
 from tiny_networks import TinyExtractor
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.data.catalog import class_counts, scan_dataset
 from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
@@ -574,7 +574,7 @@ def _assert_manifest_is_right(root: Path, count: int) -> None:
     """One row a file and one file a row, every hash that of its file."""
     rows = manifest(root)
     assert len({row["id"] for row in rows}) == len(rows) == count
-    files = {path.relative_to(root).as_posix() for code in CLASSES for path in (root / code).glob("*")}
+    files = {path.relative_to(root).as_posix() for code in ISIC7.codes for path in (root / code).glob("*")}
     assert files == {row["path"] for row in rows}
     for row in rows:
         assert hashlib.sha256((root / row["path"]).read_bytes()).hexdigest() == row["sha256"]

@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score
 from torchmetrics.classification import MulticlassCalibrationError
 
-from m2d.classes import CLASSES, ISIC7
+from m2d.classes import ISIC7
 from m2d.metrics.bootstrap import Estimate, resampled_confusions, resampled_seeds, resampled_weights
 from m2d.metrics.scores import average_precision, calibration_error, confusion_matrix, scores, weighted_scores
 
@@ -44,7 +44,7 @@ def test_scores_are_scikit_learns_over_the_classes_with_images(classes: tuple[in
         "macro_f1": f1_score(truth, called, labels=classes, average="macro"),
         "macro_auprc": np.mean(list(areas.values())),
         "melanoma_auprc": areas[MELANOMA],
-        **{f"recall_{CLASSES[k]}": recall for k, recall in zip(classes, recalls)},
+        **{f"recall_{ISIC7.codes[k]}": recall for k, recall in zip(classes, recalls)},
     }
     del measured["expected_calibration_error"]
     assert measured == pytest.approx(expected, rel=1e-12)
@@ -97,7 +97,7 @@ def test_without_melanomas_there_is_no_melanoma_auprc() -> None:
     classes = tuple(k for k in range(7) if k != MELANOMA)
     measured = once(*calls(classes=classes))
     assert "melanoma_auprc" not in measured
-    assert [name for name in measured if name.startswith("recall_")] == [f"recall_{CLASSES[k]}" for k in classes]
+    assert [name for name in measured if name.startswith("recall_")] == [f"recall_{ISIC7.codes[k]}" for k in classes]
 
 
 def test_weights_are_the_draws_of_the_resampled_confusions() -> None:

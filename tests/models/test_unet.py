@@ -12,7 +12,7 @@ from tiny_networks import CONDITIONING, FEATURE_DIM, UNET
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from m2d.classes import NUM_CLASSES
+from m2d.classes import ISIC7
 from m2d.errors import ConfigError
 from m2d.models.settings import ConditioningConfig, ProjectorConfig, UNetConfig, parse_tap
 from m2d.models.unet import AlignmentProjector, ConditionEncoder, Denoiser, LatentNorm, build_denoiser, tap_channels
@@ -68,7 +68,7 @@ def test_a_name_of_no_block_is_refused(name: str) -> None:
 def test_a_new_unet_predicts_zero_in_the_latents_shape() -> None:
     network = denoiser()
     x_t, t = inputs()
-    velocity = network.velocity(x_t, t, network.context(torch.tensor([0, NUM_CLASSES])))
+    velocity = network.velocity(x_t, t, network.context(torch.tensor([0, len(ISIC7)])))
     assert_close(velocity, torch.zeros(2, *SHAPE), rtol=0, atol=0)
     assert network.latent_shape(64, 8) == SHAPE
 
@@ -133,8 +133,8 @@ def features(seed: int = 1) -> Tensor:
 
 def test_there_is_one_class_token_of_its_own_and_k_feature_tokens(encoder: ConditionEncoder) -> None:
     assert encoder(LABELS).shape == encoder(LABELS, features()).shape == (3, 1 + TOKENS, WIDTH)
-    tokens = encoder(torch.arange(NUM_CLASSES + 1))[:, 0]
-    assert len(torch.unique(tokens, dim=0)) == NUM_CLASSES + 1, "the null class too"
+    tokens = encoder(torch.arange(len(ISIC7) + 1))[:, 0]
+    assert len(torch.unique(tokens, dim=0)) == len(ISIC7) + 1, "the null class too"
     assert_close(encoder(LABELS, features())[:, 1:], encoder(LABELS.flip(0), features())[:, 1:])
 
 

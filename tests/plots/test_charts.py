@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from plots.pictures import pixels_of
 
-from m2d.classes import CLASSES, ISIC7, class_index
+from m2d.classes import ISIC7
 from m2d.plots.charts import (
     class_similarities,
     class_similarity,
@@ -22,7 +22,7 @@ from m2d.plots.charts import (
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
-MEL, NV, DF = (class_index(code) for code in ("MEL", "NV", "DF"))
+MEL, NV, DF = (ISIC7.index(code) for code in ("MEL", "NV", "DF"))
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -65,8 +65,8 @@ def test_real_points_are_hollow_and_generated_ones_filled() -> None:
 
 
 def test_the_table_shows_the_numbers_beside_the_counts() -> None:
-    numbers = {code: {} for code in CLASSES} | {"MEL": {"generated_to_own": 0.5, "real_to_own": 0.25}}
-    figure = similarity_figure(numbers, dict.fromkeys(CLASSES, (0, 0)) | {"MEL": (945, 12)})
+    numbers = {code: {} for code in ISIC7.codes} | {"MEL": {"generated_to_own": 0.5, "real_to_own": 0.25}}
+    figure = similarity_figure(numbers, dict.fromkeys(ISIC7.codes, (0, 0)) | {"MEL": (945, 12)})
     row = [text.get_text() for text in figure.axes[1].texts if text.get_position()[1] == MEL]
     assert row == ["945, 12", "+0.50", "+0.25", "–", "–"]
 
@@ -77,7 +77,7 @@ def test_charts_of_classes_are_drawn_for_any_number_of_images(count: int, drawn:
     assert (pixels_of(cls_projection(*features)) != 255).any()
     png, numbers = class_similarity(*features)
     assert Image.open(io.BytesIO(png)).size == (1320, 504)
-    assert set(numbers) == set(CLASSES)
+    assert set(numbers) == set(ISIC7.codes)
 
 
 def test_charts_of_equal_features_are_drawn() -> None:
@@ -217,12 +217,12 @@ def test_the_largest_class_is_not_the_centre() -> None:
 def test_numbers_that_cannot_be_had_are_left_out() -> None:
     real, labels = np.array([[1.0, 0], [0, 1], [0, 2]]), np.array([MEL, NV, NV])
     numbers = class_similarities(real, labels, np.array([[1.0, 1]]), np.array([DF]))
-    assert list(numbers) == list(CLASSES)
+    assert list(numbers) == list(ISIC7.codes)
     assert set(numbers["MEL"]) == {"real_to_others"}  # one image alone has no other of its own
     assert set(numbers["DF"]) == {"generated_to_others"}
     assert numbers["VASC"] == {}
     none = class_similarities(np.zeros((0, 3)), np.zeros(0, int), np.ones((1, 3)), np.array([MEL]))
-    assert none == {code: {} for code in CLASSES}
+    assert none == {code: {} for code in ISIC7.codes}
 
 
 def test_equal_features_have_no_direction() -> None:

@@ -7,11 +7,11 @@ import pytest
 from matplotlib import colormaps
 from plots.pictures import enlarged, noise, place_of, shows
 
-from m2d.classes import DIAGNOSES, class_index
+from m2d.classes import ISIC7
 from m2d.plots.tiles import alignment_map, difference, heat, patch_colours, patch_pca, reconstruction_grid
 
 pytestmark = pytest.mark.filterwarnings("error")
-MEL, NV, DF = (class_index(code) for code in ("MEL", "NV", "DF"))
+MEL, NV, DF = (ISIC7.index(code) for code in ("MEL", "NV", "DF"))
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -57,7 +57,7 @@ def test_many_images_go_into_rows_on_a_page_of_a_screens_width() -> None:
 def test_the_class_is_told_by_its_colour() -> None:
     images = np.full((7, 32, 32, 3), 200, np.uint8)
     page = np.asarray(reconstruction_grid(images, images, np.arange(7), [30.0] * 7, step=1))
-    assert all(shows(page, diagnosis.colour) for diagnosis in DIAGNOSES)
+    assert all(shows(page, diagnosis.colour) for diagnosis in ISIC7.diagnoses)
 
 
 @pytest.mark.parametrize("psnr", [math.inf, math.nan])

@@ -7,7 +7,7 @@ from conftest import PaintImages
 from tiny_networks import IMAGE_SIZE, TinyExtractor
 from torch.testing import assert_close
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.data.reader import ImageReader
 from m2d.models.settings import FeatureExtractorConfig
 from m2d.training.features import FeatureSource, class_weighted_moments, fit_features, spread_over_classes
@@ -55,10 +55,10 @@ def test_the_fit_is_of_the_splits_own_features(reader: ImageReader) -> None:
     prior, mean, std = fit_features(FeatureSource(CPU, extractor), reader, CONFIG, rank=0, world_size=1)
     assert_close(mean, cls.mean(dim=0), rtol=1e-4, atol=1e-5)
     assert_close(std, cls.std(dim=0, correction=0), rtol=1e-4, atol=1e-5)
-    counts = dict(zip(CLASSES, prior.counts.tolist(), strict=True))
+    counts = dict(zip(ISIC7.codes, prior.counts.tolist(), strict=True))
     assert counts == {"AKIEC": 0, "BCC": 0, "BKL": 0, "DF": 3, "MEL": 6, "NV": 20, "VASC": 0}
-    nevi = torch.from_numpy(reader.labels == CLASSES.index("NV"))
-    assert_close(prior.mean[CLASSES.index("NV")], cls[nevi].mean(dim=0), rtol=1e-4, atol=1e-4)
+    nevi = torch.from_numpy(reader.labels == ISIC7.codes.index("NV"))
+    assert_close(prior.mean[ISIC7.codes.index("NV")], cls[nevi].mean(dim=0), rtol=1e-4, atol=1e-4)
 
 
 def test_workers_fit_the_same_from_their_shares(reader: ImageReader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from tiny_networks import random_batch
 from torch import Tensor, nn
 
 from m2d.arguments import preset_names
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 from m2d.cli import parse
 from m2d.diffusion.settings import SamplingSettings
 from m2d.experiment import Experiment
@@ -116,7 +116,7 @@ def small_settings(preset: str, vae: Path, *, full_width: bool = False) -> list[
 def write_images(root: Path) -> Path:
     """Four smooth images of each class, of which two train."""
     generator = np.random.default_rng(0)
-    for code in CLASSES:
+    for code in ISIC7.codes:
         (root / code).mkdir(parents=True)
         for number in range(4):
             pixels = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)

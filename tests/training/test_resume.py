@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_run import TINY, records, write_images
 
-from m2d.classes import CLASSES
+from m2d.classes import ISIC7
 
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
 
@@ -41,7 +41,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data")
     if not HAM10000.is_dir():
         return write_images(root)
-    for code in CLASSES:
+    for code in ISIC7.codes:
         (root / code).mkdir()
         for path in sorted((HAM10000 / code).glob("*.jpg"))[:10]:
             shutil.copy(path, root / code)

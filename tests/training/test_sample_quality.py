@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_checkpoint import make_checkpoint, make_prior
 
-from m2d.classes import class_index
+from m2d.classes import ISIC7
 from m2d.errors import DataError
 from m2d.models.checkpoint import Checkpoint
 from m2d.training.features import FeatureSource
@@ -64,6 +64,6 @@ def test_samples_of_a_run_are_made_in_its_batches() -> None:
     checkpoint.denoiser.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     checkpoint.autoencoder.vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     images, labels = view_of(checkpoint, [], batch_size=3).samples(checkpoint.info, {"DF": 2, "MEL": 5})
-    assert np.bincount(labels)[[class_index("DF"), class_index("MEL")]].tolist() == [2, 5]
+    assert np.bincount(labels)[[ISIC7.index("DF"), ISIC7.index("MEL")]].tolist() == [2, 5]
     assert images.shape == (7, 16, 16, 3)
     assert max(seen) == 2 * 3, "twice where it is guided"
