@@ -153,4 +153,5 @@ def test_a_published_dataset_is_trained_on_filled_up_and_evaluated_without_a_fla
     )  # fmt: skip
     evaluation = json.loads(next(judged.rglob("evaluation.json")).read_text())
     assert evaluation["images"][2]["images"] == dict.fromkeys(classes.codes, 4)
+    assert any(lesions in note for note in evaluation["notes"]) == lesions.startswith("no table")
     assert next(judged.rglob("*.html")).is_file()
