@@ -1,12 +1,13 @@
 """Settings of the data room. Light on purpose: the command line reads them before anything heavy is imported."""
 
 import re
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 from urllib.parse import urlsplit
 
 from m2d.classes import ISIC7, NAMED, named_class_set
 from m2d.errors import ConfigError
+from m2d.files.paths import absolute, input_path
 from m2d.models.settings import FeatureExtractorConfig
 
 Balance = Literal["natural", "sqrt", "balanced"]
@@ -75,6 +76,15 @@ class DataConfig:
         ):
             if not sound:
                 raise ConfigError(f"data.{name} is {getattr(self, name)}; it must be {wanted}")
+
+    def in_this_place(self) -> Self:
+        """The same with its files where a job of Ray finds them, absolute: see m2d.files.paths. Raises ConfigError."""
+        own_classes = None if self.classes in (None, "folders", *NAMED) else self.classes
+        return replace(
+            self,
+            table=absolute(input_path("data.table", self.table)),
+            classes=absolute(input_path("data.classes", own_classes)) or self.classes,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,6 +73,8 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
         data_root=data_root,
         cache_dir=absolute(result_path("cache_dir", config.cache_dir)),
         feature_extractor=dataclasses.replace(extractor, weights=weights),
+        data=config.data.in_this_place(),
+        import_from=input_path("import_from", config.import_from),
     )
     if data_root is None:
         raise ConfigError("data_root is not set; name the folder that holds the images by --data_root")

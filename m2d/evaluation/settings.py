@@ -69,6 +69,8 @@ class _Command:
             own = getattr(self, name, None)
             if own is not None:
                 changed[name] = replace(own, weights=input_path(f"{name}.weights", own.weights))
+        if (data := getattr(self, "data", None)) is not None:
+            changed["data"] = data.in_this_place()
         return replace(self, **changed)  # type: ignore[type-var]
 
     def _check(self, **least: int) -> None:

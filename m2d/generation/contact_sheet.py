@@ -15,7 +15,7 @@ from m2d.plots.tiles import GAP, HEAD, MARGIN, TEXT_SIZE, class_stripe, font, ti
 
 _COLUMNS = 8  # images of a class, at most
 _TILE = 112  # pixels a side that small images are enlarged to, at least
-_CODE_WIDTH = 60
+_CODE_WIDTH = 60  # at least, for a class code
 
 
 def contact_sheet(
@@ -37,15 +37,17 @@ def contact_sheet(
     scale = scale or max(1, -(-_TILE // max(height, width)))
     step, row_height = width * scale + GAP, HEAD + height * scale + 2 * GAP
     body = max(step * max(map(len, images_by_class.values())) - GAP, 480)
+    face = font(TEXT_SIZE, bold=True)
+    code_width = max(_CODE_WIDTH, *(min(200, int(face.getlength(code)) + 14) for code in images_by_class))
     page, draw, top = titled_page(body, row_height * len(images_by_class) - 2 * GAP, title, caption)
     for row, (code, images) in enumerate(images_by_class.items()):
         y = top + row * row_height
         diagnosis = classes.diagnoses[classes.index(code)]
-        class_stripe(draw, diagnosis, MARGIN, y, body, room=_CODE_WIDTH - 4)
+        class_stripe(draw, diagnosis, MARGIN, y, body, room=code_width - 4)
         total = (totals or {}).get(code, len(images))
         count = f"{total:,}" if total == len(images) else f"{len(images)} of {total:,}"
         text = f"{diagnosis.name}, {count} image{'' if total == 1 else 's'}"
-        draw.text((MARGIN + _CODE_WIDTH, y), text, fill=FAINT, font=font(TEXT_SIZE))
+        draw.text((MARGIN + code_width, y), text, fill=FAINT, font=font(TEXT_SIZE))
         for column, image in enumerate(images):
             enlarged = image.repeat(scale, axis=0).repeat(scale, axis=1)
             page.paste(Image.fromarray(enlarged), (MARGIN + column * step, y + HEAD))

@@ -306,6 +306,7 @@ def with_absolute_paths(config: TrainConfigT) -> TrainConfigT:
         init_checkpoint=absolute(input_path("init_checkpoint", config.init_checkpoint)),
         cache_dir=absolute(input_path("cache_dir", config.cache_dir, required=False)),
         feature_extractor=dataclasses.replace(config.feature_extractor, weights=absolute(weights)),
+        data=config.data.in_this_place(),
     )
 
 
