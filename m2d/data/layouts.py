@@ -515,7 +515,7 @@ def _assign_labels(
     for word, count in left_out.items():
         said.append(f"left out: {count:,} images of {word} (data.drop)")
     if unlabelled:
-        said.append(f"left out: {len(unlabelled):,} images without a label, {unlabelled[0].path} for one")
+        said.append(f"WARNING: left out {len(unlabelled):,} images without a label, {unlabelled[0].path} for one")
     if moved:
         said.append(f"WARNING: {moved:,} images lie in another class folder than the table says; the folder counts")
     return labelled

@@ -172,6 +172,7 @@ def run_catalog(config: TrainConfig, experiment: Experiment, data_root: str, con
     dataset = {
         "root": data_root,
         "classes": classes_of(scan.catalog).as_dict(),
+        "said": said_of(scan.catalog),
         "images": len(scan.catalog),
         "rejected": len(scan.rejected),
         "duplicates": len(scan.duplicates),
