@@ -321,7 +321,7 @@ class GateReference:
     extractor: str  # FeatureExtractor.key, empty: unknown
     catalog: str  # m2d.data.catalog.catalog_hash, empty: unknown
     settings: dict[str, Any]  # the GateConfig it was built by
-    classes: Sequence[str] = ISIC7.codes  # whose places are the labels
+    classes: tuple[str, ...] = ISIC7.codes  # whose places are the labels
 
     @classmethod
     def build(
@@ -396,7 +396,7 @@ class GateReference:
             extractor=extractor,
             catalog=catalog,
             settings=asdict(config),
-            classes=list(classes),
+            classes=tuple(classes),
         )
 
     def save(self, path: Path) -> None:
@@ -417,6 +417,7 @@ class GateReference:
                 tensors = {name: file.get_tensor(name) for name in _TENSORS}
             if notes.pop("format") != FORMAT:
                 raise ValueError("made by another version of M2D")
+            notes["classes"] = tuple(notes.get("classes", ISIC7.codes))
             reference = cls(**tensors, **notes)
             count, dim = len(reference.ids), len(reference.mean)
             shapes = [(count, dim), (count, reference.thumbnails.shape[-1]), (count,), (dim,), (dim,)]

@@ -38,7 +38,7 @@ def test_every_class_has_the_same_share_and_the_choice_is_the_same_each_time(
 
 def view_of(checkpoint: Checkpoint, labels: list[int], **settings: Any) -> RunView:
     config = TrainConfig(data_root="d", saving=SavingConfig(validation_samples=4), **settings)
-    plan: Any = SimpleNamespace(config=config, precision="no")
+    plan: Any = SimpleNamespace(config=config, precision="no", classes=ISIC7)
     networks: Any = SimpleNamespace(autoencoder=checkpoint.autoencoder)
     reader: Any = SimpleNamespace(labels=np.array(labels))
     prior, source = make_prior({"DF": 9, "MEL": 9}), FeatureSource(torch.device("cpu"))
