@@ -336,10 +336,16 @@ def _read_table(
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         if name.lower().endswith(".jsonl"):
             text = _lines_as_csv(text)
-        delimiter = max(",;\t", key=text.lstrip().partition("\n")[0].count)
-        rows = [
-            row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(map(str.strip, row))
-        ]
+        text = text.lstrip()
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        header = next(csv.reader([text.partition("\n")[0]], delimiter=delimiter), [])
+        known = {*_COLUMNS["image"], *_COLUMNS["lesion"]}
+        if name != config.table and len(header) > 2 and not known & {cell.strip().casefold() for cell in header}:
+            # Kaggle's HAM10000 has tables of a column for each pixel, which would fill the memory.
+            said += [f"not used: {name} (no column names its images)"] if telling else []
+            return []
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+        rows = [row + [""] * (len(header) - len(row)) for row in reader if any(map(str.strip, row))]
     except (OSError, pa.ArrowException, ValueError, csv.Error) as error:
         if telling:
             raise DataError(f"{shown} cannot be read ({one_line(error)}); save it as CSV in UTF-8") from error

@@ -275,6 +275,18 @@ def test_tables_are_read_however_they_were_saved(tmp_path: Path, change: Callabl
     assert sum(len(entry.lesions) for entry in layout.entries) == 4
 
 
+def test_rows_that_are_cut_short_and_tables_of_pixels_do_no_harm(tmp_path: Path) -> None:
+    """Kaggle's copy of HAM10000 has hmnist_28_28_RGB.csv beside it: a column for each pixel, and one called label."""
+    ham10000(tmp_path)
+    write(
+        tmp_path, "HAM10000_metadata.csv", HAM.replace("HAM_3,ISIC_4,nv,follow_up,45.0,female,trunk", "HAM_3,ISIC_4,nv")
+    )
+    write(tmp_path, "hmnist_28_28_RGB.csv", "pixel0000,pixel0001,pixel0002,label\n192,153,193,2\n25,14,30,2\n")
+    layout = read(tmp_path)
+    assert labels(layout) == {"AKIEC": 1, "BKL": 2, "NV": 1}
+    assert "not used: hmnist_28_28_RGB.csv (no column names its images)" in layout.said
+
+
 def test_missing_lesion_ids_are_no_lesion(tmp_path: Path) -> None:
     make(tmp_path, *(f"{label}/{name}.jpg" for label, name in (("MEL", "a"), ("NV", "b"), ("NV", "c"), ("NV", "d"))))
     write(tmp_path, "metadata.csv", "image_id,lesion_id\na,NA\nb,nan\nc,Unknown\nd,L1\n")
