@@ -305,7 +305,7 @@ class _Table:
         """The diagnosis in the table's words, from general to specific; () where the row has none."""
         if self.one_hot:
             hot = [word for place, word in self.one_hot.items() if float(_cell(row, place) or 0) == 1]
-            return tuple(hot) or self.rest
+            return (" + ".join(hot),) if hot else self.rest  # two at once are no class, and are listed as such
         if self.levels:
             return tuple(cell for place in self.levels if (cell := _cell(row, place)))
         cell = _cell(row, self.roles.get("label"))
@@ -380,6 +380,9 @@ def _read_table(
     if set(names) & {"melanoma", "seborrheic_keratosis"} and len(one_hot) == 2:
         table.rest = ("nevus",)  # ISIC 2017 has columns for two of its three classes
     if names[roles.get("label", 0)] == "target":
+        if len(rows) > 2 and len({row[roles["label"]] for row in rows[1:]}) == 1:  # a challenge's sample submission
+            said.append(f"not used: {name} (every target in it is {rows[1][roles['label']]})")
+            return []
         for row in rows[1:]:
             row[roles["label"]] = _BINARY.get(row[roles["label"]].strip().removesuffix(".0"), row[roles["label"]])
 

@@ -185,6 +185,24 @@ def test_two_class_challenges_are_benign_and_malignant(tmp_path: Path, text: str
     assert labels(read(tmp_path, class_map={"benign": "NV", "malignant": "MEL"})) == {"NV": benign, "MEL": 1}
 
 
+def test_a_sample_submission_labels_no_image(tmp_path: Path) -> None:
+    """Beside ISIC 2020 as Kaggle has it lies a table of the test images in which every target is 0."""
+    make(tmp_path, *(f"{folder}/ISIC_{n}.jpg" for folder, n in (("train", 1), ("train", 2), ("test", 3), ("test", 4))))
+    write(tmp_path, "train.csv", "image_name,target\nISIC_1,0\nISIC_2,1\n")
+    write(tmp_path, "sample_submission.csv", "image_name,target\nISIC_3,0\nISIC_4,0\n")
+    layout = read(tmp_path)
+    assert [entry.path for entry in layout.entries] == ["train/ISIC_1.jpg", "train/ISIC_2.jpg"]
+    assert "not used: sample_submission.csv (every target in it is 0)" in layout.said
+    assert any("2 images without a label" in line for line in layout.said)
+
+
+def test_two_diagnoses_at_once_are_no_class(tmp_path: Path) -> None:
+    make(tmp_path, "ISIC_1.jpg", "ISIC_2.jpg")
+    write(tmp_path, "truth.csv", "image,MEL,NV\nISIC_1,1,1\nISIC_2,0,1\n")
+    with pytest.raises(DataError, match=r"MEL \+ NV \(1\)"):
+        read(tmp_path)
+
+
 def test_milk10k_names_the_class_by_lesion_and_has_two_kinds_of_photograph(tmp_path: Path) -> None:
     make(tmp_path, *(f"MILK10k_Training_Input/IL_{n // 2}/ISIC_{n}.jpg" for n in range(4)))
     write(
