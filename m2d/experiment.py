@@ -4,6 +4,7 @@ The root may be a path or a URI. For a URI the run works in a staging directory 
 the root and `fetch` brings it to a machine that does not hold it. `m2d.experiments` reads it.
 """
 
+import getpass
 import hashlib
 import json
 import logging
@@ -162,18 +163,28 @@ def open_experiment(
     name: str,
     config: dict[str, Any],
     differences: Callable[[dict[str, Any], dict[str, Any]], list[str]],
+    repeats: Callable[[Experiment], bool] = lambda done: False,
     *,
     fresh: bool,
     command: list[str],
 ) -> tuple[Experiment, bool]:
-    """The experiment to train in, and whether it continues an earlier run.
+    """The experiment to train in, and whether it is an earlier one: the newest unfinished one of this user and name.
 
-    differences: what of an earlier run's settings and these no continuation allows. Running a command again continues
-    the newest unfinished experiment of its name. Raises ExperimentError, with the differences, where that one was made
-    with other settings.
+    Where there is none, the newest one if it is done and these settings would repeat it. differences: what of an
+    earlier run's settings and these no continuation allows. repeats: whether the images of a run that is done are those
+    of this one. Raises ExperimentError, with the differences, where the unfinished one was made with other settings.
     """
+    found = list_experiments(root, name)
+    own = [one for one in found if one.info().get("user", _user()) == _user()]
     finished = ("done", "superseded")
-    unfinished = [found for found in list_experiments(root, name) if found.info().get("state") not in finished]
+    unfinished = [one for one in own if one.info().get("state") not in finished]
+    for one in () if unfinished else set(found) - set(own):
+        if (info := one.info()).get("state") not in finished:
+            logger.warning("%s is unfinished and of the user %s; a new one begins beside it", one.path, info["user"])
+    if own and not fresh and not unfinished and not differences(own[-1].config(), config):
+        own[-1].fetch()
+        if own[-1].info().get("state") == "done" and repeats(own[-1]):
+            return own[-1], True
     if unfinished and not fresh:
         experiment = unfinished[-1]
         experiment.fetch()
@@ -254,6 +265,7 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
     experiment.update_info(
         name=path.name,
         state="running",
+        user=_user(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(command),
         cwd=os.getcwd(),  # where relative paths of the command begin
@@ -262,6 +274,13 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
     )
     experiment.publish()
     return experiment
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return str(os.getuid())
 
 
 def _staging(root: str) -> Path:

@@ -1,5 +1,6 @@
 """Fixtures that all tests share. One Ray cluster serves the whole run; never `ray stop` it."""
 
+import hashlib
 import logging
 import os
 import re
@@ -109,7 +110,7 @@ def paint_images() -> PaintImages:
                         "width": 48,
                         "height": 40,
                         "bytes": path.stat().st_size,
-                        "sha256": "",
+                        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                         "split": "train",
                     }
                 )

@@ -84,6 +84,36 @@ def test_fresh_starts_anew_and_the_old_one_is_never_continued(tmp_path: Path) ->
     assert not continued(tmp_path)
 
 
+def test_a_run_that_is_done_is_not_repeated_unless_that_is_asked_for(tmp_path: Path) -> None:
+    """A job that was queued again, or a restart policy, gives the same command after its end."""
+
+    def again(config: dict[str, Any] = CONFIG, *, same_images: bool = True, fresh: bool = False) -> Experiment:
+        return open_experiment(
+            str(tmp_path), "tiny", config, differences, lambda _: same_images, fresh=fresh, command=COMMAND
+        )[0]
+
+    done = again()
+    done.update_info(state="done")
+    assert again() == done
+    for otherwise in ({"config": {**CONFIG, "seed": 9}}, {"same_images": False}, {"fresh": True}):
+        another = again(**otherwise)
+        assert another != done
+        another.update_info(state="superseded")
+
+
+def test_another_users_run_is_neither_continued_nor_superseded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two people share a folder and both use the default name."""
+    theirs = opened(tmp_path)
+    theirs.update_info(user="somebody else")
+    mine = opened(tmp_path, {**CONFIG, "seed": 9})
+    assert mine != theirs
+    assert f"{theirs.path} is unfinished and of the user somebody else" in caplog.text
+    assert opened(tmp_path, fresh=True) != theirs
+    assert (theirs.info()["state"], mine.info()["state"]) == ("running", "superseded")
+
+
 def test_fresh_leaves_a_running_one_alone(tmp_path: Path) -> None:
     old = opened(tmp_path)
     with old.running():

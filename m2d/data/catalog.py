@@ -140,6 +140,35 @@ def dataset_fingerprint(data_root: str, config: DataConfig) -> str:
     return hashlib.sha256("\0\0".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
+def compare_catalogs(before: pa.Table, now: Scan) -> tuple[pa.Table, dict[str, list[str]]]:
+    """What became of a catalog's images, which are known by their sha256: a file may be renamed or moved.
+
+    Returns the catalog with today's paths, and the paths of those that are `gone`, `replaced` (other bytes at their
+    path), `unreadable`, of another label or lesion (`relabelled`), and those of `now` that are `added`.
+    """
+
+    def said(row: dict[str, str]) -> tuple[str, str | None]:  # of an image that no table puts with others, its label
+        return row["label"], None if row["lesion_id"] == row["image_id"] else row["lesion_id"]
+
+    columns = ["sha256", "path", "image_id", "label", "lesion_id"]
+    today = {row["sha256"]: row for row in now.catalog.select(columns).to_pylist()}
+    present = {row["path"] for row in today.values()} | set(now.duplicates["path"].to_pylist())
+    rejected = set(now.rejected["path"].to_pylist())
+    found: dict[str, list[str]] = {"gone": [], "replaced": [], "unreadable": [], "relabelled": [], "added": []}
+    paths = []
+    for row in before.select(columns).to_pylist():
+        path, same = row["path"], today.pop(row["sha256"], None)
+        paths.append(path if same is None else same["path"])
+        if same is None:
+            found["replaced" if path in present else "unreadable" if path in rejected else "gone"].append(path)
+        elif said(row) != said(same):
+            found["relabelled"].append(path)
+    replaced = set(found["replaced"])
+    found["added"] = [row["path"] for row in today.values() if row["path"] not in replaced]
+    place = before.column_names.index("path")
+    return before.set_column(place, "path", pa.array(paths, pa.string())), found
+
+
 def said_of(catalog: pa.Table) -> list[str]:
     """What its scan took labels, lesions and splits from and what it left out, one fact a line, for the first lines."""
     return list(json.loads((catalog.schema.metadata or {}).get(_SAID, b"[]")))

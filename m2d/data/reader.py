@@ -36,7 +36,10 @@ def decode_unchanged(
     storage: Storage, path: str, sha256: str, decode: Callable[[bytes], np.ndarray]
 ) -> np.ndarray | str:
     """What `decode` makes of a file; or in one line why there is nothing, also where it has changed since the scan."""
-    encoded = read_file(storage, path)
+    return _decode_unchanged(read_file(storage, path), sha256, decode)
+
+
+def _decode_unchanged(encoded: bytes | str, sha256: str, decode: Callable[[bytes], np.ndarray]) -> np.ndarray | str:
     if isinstance(encoded, str):
         return encoded
     if hashlib.sha256(encoded).hexdigest() != sha256:
@@ -64,7 +67,7 @@ class ImageReader:
         max_pixels: int,
         prepared: PreparedImages | None = None,
     ) -> None:
-        """catalog: as m2d.data.catalog.CATALOG_SCHEMA; `path` (relative to data_root), `label` and `bytes` are read.
+        """catalog: as m2d.data.catalog.CATALOG_SCHEMA; its columns path, label, bytes and sha256 are read.
 
         prepared: images decoded at this size, found by `sha256`; rows that it lacks are decoded from their files.
         """
@@ -72,7 +75,7 @@ class ImageReader:
         self._codes = classes_of(catalog).codes
         self.labels = np.array([self._codes.index(code) for code in catalog["label"].to_pylist()], dtype=np.int64)
         self.sizes: np.ndarray = catalog["bytes"].to_numpy().astype(np.int64)
-        self._paths = catalog["path"].combine_chunks()
+        self._paths, self._sums = catalog["path"].combine_chunks(), catalog["sha256"].combine_chunks()
         self._prepared: PreparedRows | None = None
         self._is_raw = np.zeros(len(catalog), dtype=bool)
         if prepared is not None:
@@ -168,14 +171,13 @@ class ImageReader:
         """uint8 [S, S, 3], or None and a note in `_bad` for a bad file. encoded: as _fetch gives it."""
         if isinstance(encoded, np.ndarray):
             return encoded
-        if isinstance(encoded, bytes):
-            try:
-                return decode_resized(encoded, self.image_size, max_pixels=self.max_pixels)
-            except ImageRejected as rejection:
-                encoded = rejection.reason
+        decode = partial(decode_resized, size=self.image_size, max_pixels=self.max_pixels)
+        found = _decode_unchanged(encoded, self._sums[row].as_py(), decode)
+        if isinstance(found, np.ndarray):
+            return found
         if row not in self._bad:
-            self._bad[row] = encoded
-            logger.warning("%s: %s; another image of its class takes its place", self._paths[row].as_py(), encoded)
+            self._bad[row] = found
+            logger.warning("%s: %s; another image of its class takes its place", self._paths[row].as_py(), found)
         return None
 
     def _substitute(self, row: int) -> tuple[int, np.ndarray]:

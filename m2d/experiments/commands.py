@@ -40,7 +40,9 @@ from m2d.experiments.details import (
 )
 from m2d.experiments.record import DIRECTORY, FINISHED, Record, find_records, flat, folder_bytes, read_record, resolve
 from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, ShowConfig
+from m2d.files.atomic import is_in_use
 from m2d.files.paths import result_path
+from m2d.models.settings import COMPLETE
 
 PIPE_WIDTH = 160  # characters
 STATE_STYLES = {
@@ -405,6 +407,8 @@ def remove(removal: Removal) -> str | None:
                     now = read_record(plan.experiment, held=True)
                     if (now.state, now.checkpoints) != (plan.state, plan.checkpoints):
                         return f"it changed meanwhile: it is {now.state} now"
+                    if reason := _being_read(now):
+                        return reason
                     hidden = tuple(
                         path if path.name.startswith(HIDDEN) else path.rename(path.with_name(HIDDEN + path.name))
                         for path in removal.paths
@@ -433,6 +437,8 @@ def _reason_to_keep(record: Record, records: Sequence[Record], *, include_unfini
         return "it is running"
     if path.is_symlink():
         return "it is a link; remove it by hand"
+    if reason := _being_read(record):
+        return reason
     recorded = (path / INFO).exists() or (path / LOCK).exists()
     if not recorded and time.time() - path.stat().st_mtime < MAKING_S:
         return "it was made a moment ago"
@@ -448,6 +454,11 @@ def _reason_to_keep(record: Record, records: Sequence[Record], *, include_unfini
     if record.state == "broken" and record.checkpoints:
         return f"{record.problem}, yet it holds a checkpoint (--include_unfinished removes it too)"
     return None
+
+
+def _being_read(record: Record) -> str | None:
+    paths = [record.experiment.checkpoints / name / COMPLETE for name in record.checkpoints]
+    return "a generation or an evaluation reads its checkpoint" if any(map(is_in_use, paths)) else None
 
 
 def _plan(removals: Sequence[Removal], config: CleanConfig) -> Table:

@@ -87,3 +87,34 @@ def is_locked(path: Path) -> bool:
     except OSError:
         return True
     return False
+
+
+def share_lock(path: Path) -> IO[bytes] | None:
+    """The file at `path`, held until it is closed so that `is_in_use` finds it so; None where it was just removed.
+
+    Several may share it. Raises OSError where there is none or its disk knows no locks.
+    """
+    lock = path.open("rb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            return lock
+    except FileNotFoundError:
+        pass
+    except OSError:
+        lock.close()
+        raise
+    lock.close()
+    return None
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process shares the lock of the file at `path`; False also where that cannot be found out."""
+    try:
+        with path.open("r+b") as lock:  # NFS locks for one alone only what may be written
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

@@ -27,7 +27,7 @@ from m2d.generation.merge import write_merged_index
 from m2d.generation.output import MANIFEST_NAME, PLAN_NAME, OutputFolder, Recipe
 from m2d.generation.plan import Planned, dataset_catalog, make_plan, read_plan
 from m2d.generation.settings import GenerateConfig
-from m2d.models.checkpoint import Checkpoint, load_checkpoint
+from m2d.models.checkpoint import Checkpoint, hold_checkpoint, load_checkpoint
 from m2d.models.precision import pick_precision
 from m2d.models.settings import Precision
 
@@ -43,10 +43,11 @@ def generate(config: GenerateConfig) -> Path:
     an output folder of other settings, a disk that is full, a batch that does not fit. What was finished stays.
     """
     config = _absolute(config)
-    checkpoint = load_checkpoint(config.checkpoint, "cpu")
-    by_reference = config.plan is None and config.feature is None and config.mode in ("image2image", "interpolate")
-    feature = pick_feature("reference" if by_reference else config.feature, checkpoint)  # a plan decides for each row
-    with ExitStack() as cluster:
+    with hold_checkpoint(config.checkpoint) as path, ExitStack() as cluster:
+        config = replace(config, checkpoint=path)
+        checkpoint = load_checkpoint(path, "cpu")
+        by_reference = config.plan is None and config.feature is None and config.mode in ("image2image", "interpolate")
+        feature = pick_feature("reference" if by_reference else config.feature, checkpoint)  # a plan decides by row
         device, precision = _device(config, cluster)
         needs_catalog = (config.plan is None and config.mode == "balance") or config.merge
         catalog = dataset_catalog(config, checkpoint.info) if needs_catalog else None

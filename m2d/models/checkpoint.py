@@ -12,6 +12,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from torch import Tensor
 from m2d.classes import ISIC7, ClassSet
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, first_line
+from m2d.files.atomic import share_lock
 from m2d.models.autoencoder import Autoencoder, load_strictly
 from m2d.models.settings import COMPLETE, ConditioningConfig
 from m2d.models.unet import ConditionEncoder, Denoiser
@@ -124,6 +127,21 @@ def mark_complete(directory: Path) -> None:
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / COMPLETE]
     files = {str(path.relative_to(directory)): path.stat().st_size for path in paths}
     (directory / COMPLETE).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+
+
+@contextmanager
+def hold_checkpoint(path: str) -> Iterator[str]:
+    """The directory that a path means now, which neither training nor `clean` removes inside the `with` block.
+
+    `best` may come to mean another one meanwhile. A path that is no checkpoint comes back for `read_info` to refuse.
+    """
+    lock, found = None, Path(path)
+    with suppress(OSError):  # nothing there, or a disk without locks
+        while lock is None:
+            found = Path(path).resolve()
+            lock = share_lock(found / COMPLETE)
+    with lock or nullcontext():
+        yield str(found)
 
 
 def read_info(path: str | Path) -> CheckpointInfo:

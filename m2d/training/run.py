@@ -6,6 +6,7 @@ and is still there for the workers that Ray starts again.
 
 import errno
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -30,6 +31,8 @@ from m2d.data.catalog import (
     catalog_hash,
     class_counts,
     classes_of,
+    compare_catalogs,
+    dataset_fingerprint,
     read_catalog,
     said_of,
     scan_dataset,
@@ -40,8 +43,8 @@ from m2d.data.features import FeatureStore, FeatureTable
 from m2d.data.order import StreamOrder
 from m2d.data.reader import ImageReader
 from m2d.data.store import PreparedImages, prepared_folder, reusable_catalog
-from m2d.errors import M2DError, TrainingError
-from m2d.experiment import Experiment
+from m2d.errors import DataError, M2DError, TrainingError
+from m2d.experiment import Experiment, newest_step
 from m2d.files.progress import progress
 from m2d.models.extractors import extractor_identity
 from m2d.models.settings import PerceptualKind, Precision
@@ -146,18 +149,61 @@ class RunPlan:
 
 
 def run_catalog(config: TrainConfig, experiment: Experiment, data_root: str, console: Console) -> pa.Table:
-    """The run's catalog: its own on resuming, setup_data's where that still holds, or a scan's. Raises DataError."""
-    path = experiment.path / CATALOG
-    if path.is_file():
-        return read_catalog(str(path))
-    folder = prepared_folder(config.cache_dir, data_root)
+    """The images of the run: those that it began with. Raises DataError where it cannot have them any more.
+
+    Of a new run, and of one that has no checkpoint yet, they are what data_root holds now.
+    """
+    path, recorded = experiment.path / CATALOG, experiment.info().get("dataset") or {}
+    files = dataset_fingerprint(data_root, config.data)  # from before the scan, so that a change during it shows
+    own = read_catalog(str(path)) if path.is_file() else None
+    folder, root = prepared_folder(config.cache_dir, data_root), str(recorded.get("root", data_root))
+    if own is not None and recorded.get("files") == files:
+        if root != data_root:
+            experiment.update_info(dataset={**recorded, "root": data_root})
+        return own
+    if newest_step(experiment.checkpoints) == 0:
+        if own is not None:
+            console.say("the images are not as at the first try, which left no checkpoint: the run begins anew")
+            shutil.rmtree(path.with_name("latents"), ignore_errors=True)  # of the list that goes
+        return _new_catalog(_scan(config, data_root, folder, console), experiment, data_root, files, console)
+    if own is None:
+        scan = _scan(config, data_root, folder, console)
+        if recorded.get("sha256") not in (None, catalog_hash(scan.catalog)):
+            raise DataError(
+                f"data_root: {data_root} is not as when this run began ({recorded.get('images')} images then, "
+                f"{len(scan.catalog)} now), and the run's own list of them, {path}, is gone; put back one of the two, "
+                "or start over with --fresh"
+            )
+        return _new_catalog(scan, experiment, data_root, files, console)
+    needed = own.filter(pc.not_equal(own["split"], "test"))["sha256"].to_pylist()
+    if root == data_root and not PreparedImages(folder, config.data.image_size).missing(needed).any():
+        console.warn(
+            f"{data_root} is not as when this run began; the run goes on with its own images, which are prepared in "
+            f"{folder}; --fresh starts over with what is there now"
+        )
+        return own
+    catalog, found = compare_catalogs(own, _scan(config, data_root, folder, console))
+    _tell_changes(found, own, data_root, root, console)
+    if catalog["path"] != own["path"]:
+        write_catalog(catalog, str(path))
+    if not any(found.values()):  # the next start need not compare again
+        experiment.update_info(dataset={**recorded, "root": data_root, "files": files})
+    return catalog
+
+
+def _scan(config: TrainConfig, data_root: str, folder: Path, console: Console) -> Scan:
+    """setup_data's where that still holds, otherwise a new one."""
     prepared = reusable_catalog(folder, data_root, config.data)
     if prepared is not None:
         console.say(f"catalog: from {folder}, whose scan was of the same files")
-        scan = Scan(prepared, *(pa_csv.read_csv(folder / name) for name in ("rejected.csv", "duplicates.csv")))
-    else:
-        with progress("scan", stderr=False) as shown:
-            scan = scan_dataset(data_root, config.data, shown.show)
+        return Scan(prepared, *(pa_csv.read_csv(folder / name) for name in ("rejected.csv", "duplicates.csv")))
+    with progress("scan", stderr=False) as shown:
+        return scan_dataset(data_root, config.data, shown.show)
+
+
+def _new_catalog(scan: Scan, experiment: Experiment, data_root: str, files: str, console: Console) -> pa.Table:
+    """Tell, record and keep what a scan found."""
+    path = experiment.path / CATALOG
     for line in said_of(scan.catalog):
         console.say(line)
     write_catalog(scan.catalog, str(path))
@@ -171,6 +217,7 @@ def run_catalog(config: TrainConfig, experiment: Experiment, data_root: str, con
         console.say(f"left out {len(scan.duplicates)} exact duplicates")
     dataset = {
         "root": data_root,
+        "files": files,
         "classes": classes_of(scan.catalog).as_dict(),
         "said": said_of(scan.catalog),
         "images": len(scan.catalog),
@@ -181,6 +228,28 @@ def run_catalog(config: TrainConfig, experiment: Experiment, data_root: str, con
     }
     experiment.update_info(dataset=dataset)
     return scan.catalog
+
+
+def _tell_changes(found: dict[str, list[str]], own: pa.Table, data_root: str, root: str, console: Console) -> None:
+    """Warn of what differs. Raises DataError where the run cannot have its own images, or data_root is another one."""
+    told = [f"{len(paths):,} {what} ({paths[0]} for one)" for what, paths in found.items() if paths]
+    if not told:
+        return
+    unseen = set(own.filter(pc.equal(own["split"], "test"))["path"].to_pylist())
+    lost = {path for what in ("gone", "replaced", "unreadable") for path in found[what]}
+    if lost - unseen or root != data_root:
+        if root == data_root:
+            holds, remedy = f"does not hold the {len(own):,} images", "put them back"
+        else:
+            holds, remedy = f"holds other images than the {len(own):,} of {root}", "name the old one to continue"
+        raise DataError(
+            f"data_root: {data_root} {holds} that this run began with: {', '.join(told)}; {remedy}, or start over with "
+            "--fresh"
+        )
+    console.warn(
+        f"{data_root} is not as when this run began: {', '.join(told)}; the run goes on with what it began with, and "
+        "--fresh starts over with what is there now"
+    )
 
 
 def allocator_settings() -> dict[str, str]:

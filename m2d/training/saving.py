@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, TrainingError
 from m2d.experiment import BEST, complete_checkpoints
-from m2d.files.atomic import write_whole
+from m2d.files.atomic import is_in_use, write_whole
 from m2d.models.checkpoint import CheckpointInfo, mark_complete, save_tensors, write_inference_files
 from m2d.models.settings import COMPLETE
 from m2d.training.networks import Networks
@@ -172,7 +172,7 @@ class CheckpointKeeper:
         link.symlink_to(best[0])
         link.replace(self.directory / BEST)
         for old in complete_checkpoints(self.directory)[: -self.keep_last]:
-            if old.name != best[0]:
+            if old.name != best[0] and not is_in_use(old / COMPLETE):  # else after the next save
                 (old / COMPLETE).unlink()  # first: half a deletion must not look like a checkpoint
                 shutil.rmtree(old, ignore_errors=True)
         return path

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m2d.cluster.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
-from m2d.data.catalog import class_counts, classes_of
+from m2d.data.catalog import class_counts, classes_of, dataset_fingerprint
 from m2d.data.reader import iterate_local
 from m2d.errors import ConfigError, DataError, M2DError
 from m2d.experiment import Experiment, log_file, newest_step, open_experiment
@@ -47,9 +47,21 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
     config = with_absolute_paths(config)
     console = Console()
     data_root = config.checked_data_root
+
+    def has_these_images(done: Experiment) -> bool:
+        files = (done.info().get("dataset") or {}).get("files")
+        return newest_step(done.checkpoints) > 0 and files == dataset_fingerprint(data_root, config.data)
+
+    settings, root, command = as_dict(config), config.experiments_dir, sys.argv
     experiment, resumed = open_experiment(
-        config.experiments_dir, config.name, as_dict(config), differences, fresh=config.fresh, command=sys.argv
+        root, config.name, settings, differences, has_these_images, fresh=config.fresh, command=command
     )
+    if experiment.info()["state"] == "done":
+        console.say(
+            f"{experiment.path} is done, and this command would repeat it; --fresh trains once more\n"
+            f"best checkpoint: {experiment.checkpoints / 'best'}"
+        )
+        return experiment
     with experiment.running(), log_file(experiment.path / "logs" / "driver.log"):
         try:
             with _resources(config):

@@ -13,6 +13,7 @@ from m2d.errors import ConfigError, ExperimentError
 from m2d.experiments.commands import clean_command, planned, remove
 from m2d.experiments.record import find_records
 from m2d.experiments.settings import CleanConfig
+from m2d.models.checkpoint import hold_checkpoint
 
 
 def there(root: Path) -> list[str]:
@@ -57,6 +58,17 @@ def test_a_running_one_is_never_removed(clean: Any, root: Path, make_experiment:
         assert "it is running" in clean(include_unfinished=True)
     assert there(root) == names(1)
     assert (path / "checkpoints" / "step_00000005" / "complete.json").is_file()
+
+
+def test_one_whose_checkpoint_is_being_read_is_left_alone(clean: Any, root: Path, make_experiment: Any) -> None:
+    path = make_experiment(names(1)[0], steps=(5,))
+    (removal,), _ = planned(CleanConfig(experiments_dir=str(root), keep=0))
+    with hold_checkpoint(str(path / "checkpoints" / "step_00000005")):
+        assert "an evaluation reads its checkpoint" in clean()
+        assert "an evaluation reads its checkpoint" in str(remove(removal))
+    assert there(root) == names(1)
+    clean()
+    assert there(root) == []
 
 
 def test_what_changed_after_the_plan_is_left_alone(root: Path, make_experiment: Any, hold_lock: Any) -> None:

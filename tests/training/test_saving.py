@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import m2d.training.saving as saving
 from m2d.errors import CheckpointError, TrainingError
-from m2d.models.checkpoint import CheckpointInfo
+from m2d.models.checkpoint import CheckpointInfo, hold_checkpoint, load_checkpoint
 from m2d.training.saving import (
     CheckpointKeeper,
     Snapshot,
@@ -51,6 +51,23 @@ def test_the_last_ones_and_the_best_are_kept(step: JointStep, tmp_path: Path) ->
     assert kept == [2, 4, 5]
     assert read_best(tmp_path) == ("step_00000002", 0.1)
     assert (tmp_path / "best").resolve().name == "step_00000002"
+
+
+def test_a_checkpoint_that_is_being_read_goes_after_the_next_save(step: JointStep, tmp_path: Path) -> None:
+    """A generation holds what `best` meant when it began, and `best` moves on."""
+    keeper = CheckpointKeeper(tmp_path, keep_last=1)
+
+    def save(number: int, score: float) -> list[int]:
+        keeper.save(snapshot_of(step, number), score)
+        keeper.wait()
+        return [int(path.name.removeprefix("step_")) for path in complete_checkpoints(tmp_path)]
+
+    assert save(1, 0.5) == [1]
+    with hold_checkpoint(str(tmp_path / "best")) as held:
+        assert save(2, 0.4) == [1, 2]
+        assert load_checkpoint(held).step == 1
+        assert load_checkpoint(tmp_path / "best").step == 2
+    assert save(3, 0.3) == [3]
 
 
 def test_a_snapshot_does_not_follow_the_training_that_goes_on(step: JointStep, tmp_path: Path) -> None:
