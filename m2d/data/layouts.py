@@ -214,16 +214,17 @@ def _table_paths(files: Iterable[File], config: DataConfig, classes: ClassSet) -
 
 
 def sources(filesystem: fs.FileSystem, root: str, shown: str, config: DataConfig) -> list[File]:
-    """All files that `read_layout` and a scan may depend on, data.table among them."""
+    """All files that `read_layout` and a scan may depend on, data.table and a data.classes of one's own among them."""
     files, _ = list_files(filesystem, root, shown)
     known = (*IMAGE_SUFFIXES, *_TABLE_SUFFIXES)
     used = [file for file in files if "/" in file.path or posixpath.splitext(file.path)[1].lower() in known]
     if not any(file.path == "metadata.csv" for file in used):  # as an earlier M2D counted it, whose catalogs stay good
         used.append(File("metadata.csv", None, None))
-    if config.table is not None:
-        elsewhere, path = open_storage(config.table)
+    own_classes = None if config.classes in (None, "folders", *NAMED) else config.classes
+    for place in filter(None, (config.table, own_classes)):
+        elsewhere, path = open_storage(place)
         info = elsewhere.get_file_info(path)
-        used.append(File(config.table, info.size, info.mtime_ns))
+        used.append(File(place, info.size, info.mtime_ns))
     return used
 
 

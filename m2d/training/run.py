@@ -43,7 +43,7 @@ from m2d.data.features import FeatureStore, FeatureTable
 from m2d.data.order import StreamOrder
 from m2d.data.reader import ImageReader
 from m2d.data.store import PreparedImages, prepared_folder, reusable_catalog
-from m2d.errors import DataError, M2DError, TrainingError
+from m2d.errors import ConfigError, DataError, M2DError, TrainingError
 from m2d.experiment import Experiment, newest_step
 from m2d.files.progress import progress
 from m2d.models.extractors import extractor_identity
@@ -266,6 +266,12 @@ def prepared_parts(config: TrainConfig, experiment: Experiment, catalog: pa.Tabl
     """The plan's entries for what setup_data made: used where it is complete, reported where it is not."""
     folder, size = prepared_folder(config.cache_dir, config.checked_data_root), config.data.image_size
     key, sha256 = extractor_identity(config.feature_extractor)
+    before = (experiment.info().get("feature_extractor") or {}).get("weights_sha256", sha256)
+    if before != sha256 and newest_step(experiment.checkpoints):
+        raise ConfigError(
+            f"feature_extractor.weights: {config.feature_extractor.weights} has other weights than this run began with "
+            f"(sha256 {before[:12]}, now {sha256[:12]}); put those back, or start over with --fresh"
+        )
     experiment.update_info(feature_extractor={"key": key, "weights_sha256": sha256})
     parts: dict[str, Any] = {"extractor_key": key}
     if not folder.is_dir():  # asking for a million images takes 160 MB

@@ -183,6 +183,12 @@ def _plan(
     config: TrainConfig, experiment: Experiment, catalog: pa.Table, opening: _Opening, console: Console
 ) -> RunPlan:
     """The plan, announced and on record, once the data is known."""
+    began_with = experiment.info().get("perceptual", opening.perceptual)
+    if began_with != opening.perceptual and newest_step(experiment.checkpoints):
+        raise ConfigError(
+            f"perceptual.kind: this run began with {began_with}, and here it would go on with {opening.perceptual}; "
+            f"continue it where {began_with} can be had, or start over with --fresh"
+        )
     counts = class_counts(catalog, "train")
     if not any(counts.values()):
         raise DataError("the train split is empty; lower data.val_fraction and data.test_fraction, or add images")

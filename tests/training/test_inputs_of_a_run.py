@@ -1,4 +1,4 @@
-"""A run keeps the images that it began with, whatever becomes of data_root between two tries."""
+"""A run goes on with the images and the weights of others that it began with, or says why it cannot."""
 
 import dataclasses
 import shutil
@@ -9,14 +9,15 @@ import pytest
 from PIL import Image
 from tiny_run import tiny_config, write_images
 
-from m2d.data.catalog import scan_dataset
+from m2d.data.catalog import dataset_fingerprint, scan_dataset
 from m2d.data.setup import prepare_images
 from m2d.data.store import prepared_folder
-from m2d.errors import DataError
+from m2d.errors import ConfigError, DataError
 from m2d.experiment import Experiment, open_experiment
 from m2d.training.run import CATALOG, run_catalog
 from m2d.training.settings import TrainConfig, as_dict, differences
 from m2d.training.telemetry import Console
+from m2d.training.trainer import train
 
 
 @pytest.fixture
@@ -154,3 +155,29 @@ def test_a_run_without_a_checkpoint_takes_the_images_that_are_there_now(run: Exp
     assert "MEL/new.png" in paths_of(run, config)
     assert not latents.is_dir()
     assert run.info()["dataset"]["images"] == len(scan_dataset(str(config.data_root), config.data).catalog) == 71
+
+
+@pytest.mark.parametrize(
+    ("recorded", "told"),
+    [
+        ({"perceptual": "lpips"}, "perceptual.kind: this run began with lpips"),  # whose weights this machine lacks
+        ({"feature_extractor": {"weights_sha256": "0" * 64}}, "feature_extractor.weights.*sha256 000000000000, now"),
+    ],
+)
+def test_a_run_goes_on_with_the_networks_that_it_began_with(
+    run: Experiment, config: TrainConfig, recorded: dict[str, object], told: str
+) -> None:
+    run.update_info(**recorded)
+    with pytest.raises(ConfigError, match=told):
+        train(config)
+    assert (run.checkpoints / "step_00000004" / "complete.json").is_file()
+
+
+def test_a_file_of_classes_that_was_edited_is_seen(config: TrainConfig, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("[one, two]", encoding="utf-8")
+    data = dataclasses.replace(config.data, classes=str(own))
+    before = dataset_fingerprint(config.checked_data_root, data)
+    assert dataset_fingerprint(config.checked_data_root, data) == before
+    own.write_text("[one, two, three]", encoding="utf-8")
+    assert dataset_fingerprint(config.checked_data_root, data) != before
