@@ -68,7 +68,7 @@ class Experiment:
 
     def info(self) -> dict[str, Any]:
         """experiment_info.json; empty where there is none or it is damaged, so the run counts as unfinished."""
-        found = _mapping(self.path / INFO)
+        found = read_mapping(self.path / INFO)
         if found is None and (self.path / INFO).exists():
             logger.warning("%s is empty or damaged; the run counts as unfinished", self.path / INFO)
         return found or {}
@@ -83,9 +83,9 @@ class Experiment:
 
         Raises ExperimentError where it is lost or damaged and there is no checkpoint.
         """
-        found = _mapping(self.path / CONFIG)
+        found = read_mapping(self.path / CONFIG)
         for checkpoint in complete_checkpoints(self.checkpoints):
-            found = found or (_mapping(checkpoint / "checkpoint.yaml") or {}).get("config")
+            found = found or (read_mapping(checkpoint / "checkpoint.yaml") or {}).get("config")
         if not found:
             raise ExperimentError(
                 f"{self.path / CONFIG} is missing, empty or damaged, and no checkpoint has a copy of it; start over "
@@ -103,11 +103,9 @@ class Experiment:
             if reason := damage(path):
                 (path / COMPLETE).replace(path / "damaged.json")
                 newest = newest_step(self.checkpoints)
-                left = (
-                    f"the newest whole one is of step {newest}" if newest else "none is left, so the run begins again"
-                )
+                left = f"the newest whole one is of step {newest}" if newest else "none is left, so it begins again"
                 lines.append(f"checkpoint: {reason}, so {path.name} does not count; {left}")
-        if _mapping(self.path / CONFIG) is None:
+        if read_mapping(self.path / CONFIG) is None:
             write_whole(self.path / CONFIG, yaml.safe_dump(self.config(), sort_keys=False))
             lines.append(f"{CONFIG} was damaged and is written again, from a checkpoint's copy")
         return lines
@@ -264,7 +262,7 @@ def step_of(checkpoint: str) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-def _mapping(path: Path) -> dict[str, Any] | None:
+def read_mapping(path: Path) -> dict[str, Any] | None:
     """What a JSON or YAML file of an experiment holds; None where it is missing, empty or damaged."""
     read = json.loads if path.suffix == ".json" else yaml.safe_load
     with suppress(FileNotFoundError, ValueError, yaml.YAMLError):

@@ -144,7 +144,7 @@ def checkpoint_folder(location: Location) -> Location:
 
 
 def require_outside(data_root: str | None, **places: str | None) -> None:
-    """Raise ConfigError for a place of results that is in the folder of the images, and would be scanned with them."""
+    """Raise ConfigError for a place of results in the folder of the images, as the defaults are for who works there."""
     for setting, place in places.items():
         if data_root and place and Path(absolute(place)).is_relative_to(absolute(data_root)):
             raise ConfigError(
