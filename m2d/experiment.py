@@ -213,7 +213,7 @@ def open_experiment(
 
 def list_experiments(root: str, name: str | None = None) -> list[Experiment]:
     """Experiments under a root, oldest first; those of one name only where it is given."""
-    pattern = re.compile(rf"{re.escape(name) if name else '.+'}_\d{{8}}_\d{{6}}")
+    pattern = re.compile(rf"(?!\.){re.escape(name) if name else '.+'}_\d{{8}}_\d{{6}}")
     with _reaching(root, "read"):
         filesystem, base = open_storage(root)
         found = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))

@@ -9,7 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,6 +85,15 @@ def clear_leftovers(folder: Path) -> int:
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def whole_records(content: bytes) -> list[dict[str, Any]]:
+    """Of a JSONL file of metrics, each with its step; a crash may have cut or garbled lines."""
+    records = []
+    for line in content.decode("utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
 
 
 def mark_complete(folder: Path) -> None:
