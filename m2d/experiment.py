@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -29,10 +29,9 @@ from pyarrow import fs
 
 from m2d import __version__
 from m2d.errors import ExperimentError
-from m2d.files.atomic import is_locked, try_lock, write_whole
-from m2d.files.paths import private_folder
+from m2d.files.atomic import COMPLETE, FULL, damage, is_locked, to_disk, try_lock, write_whole
+from m2d.files.paths import best_name, private_folder
 from m2d.files.storage import copy_changed, inside, open_storage
-from m2d.models.settings import COMPLETE
 
 logger = logging.getLogger(__name__)
 FOLDERS = (
@@ -42,7 +41,7 @@ FOLDERS = (
 INFO = "experiment_info.json"
 CONFIG = "configs/config.yaml"
 LOCK = ".running.lock"  # held by the process that trains
-BEST = "best"  # the link to the best checkpoint
+HIDDEN = ".removing-"  # before the name of what is being removed; no list shows it, `experiments clean` removes it
 REPORTED_PACKAGES = ("torch", "torchvision", "ray", "diffusers", "timm", "lpips", "numpy", "pyarrow", "pillow", "wandb")
 
 
@@ -69,13 +68,11 @@ class Experiment:
         return is_locked(self.path / LOCK)
 
     def info(self) -> dict[str, Any]:
-        """experiment_info.json; empty where there is none. Raises ExperimentError where it is damaged."""
-        path = self.path / INFO
-        try:
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        except ValueError as error:
-            raise ExperimentError(f"{path} is damaged ({error}); remove the experiment, or put the file back") from None
-        return found
+        """experiment_info.json; empty where there is none or it is damaged, so the run counts as unfinished."""
+        found = read_mapping(self.path / INFO)
+        if found is None and (self.path / INFO).exists():
+            logger.warning("%s is empty or damaged; the run counts as unfinished", self.path / INFO)
+        return found or {}
 
     def update_info(self, **values: Any) -> None:
         """Merge values into experiment_info.json, atomically."""
@@ -83,9 +80,36 @@ class Experiment:
         self.publish(INFO)
 
     def config(self) -> dict[str, Any]:
-        """The resolved configuration that the experiment was made with."""
-        found: dict[str, Any] = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        """The resolved configuration that the experiment was made with; each checkpoint has a copy of it.
+
+        Raises ExperimentError where it is lost or damaged and there is no checkpoint.
+        """
+        found = read_mapping(self.path / CONFIG)
+        for checkpoint in complete_checkpoints(self.checkpoints):
+            found = found or (read_mapping(checkpoint / "checkpoint.yaml") or {}).get("config")
+        if not found:
+            raise ExperimentError(
+                f"{self.path / CONFIG} is missing, empty or damaged, and no checkpoint has a copy of it; start over "
+                "with --fresh"
+            )
         return found
+
+    def mend(self) -> list[str]:
+        """Put in order what a power cut or a disk damaged, so that the run can resume; a line about each thing done.
+
+        A checkpoint whose files are not those that it lists keeps them, but counts as none from now on.
+        """
+        lines = []
+        for path in complete_checkpoints(self.checkpoints):
+            if reason := damage(path):
+                (path / COMPLETE).replace(path / "damaged.json")
+                newest = newest_step(self.checkpoints)
+                left = f"the newest whole one is of step {newest}" if newest else "none is left, so it begins again"
+                lines.append(f"checkpoint: {reason}, so {path.name} does not count; {left}")
+        if read_mapping(self.path / CONFIG) is None:
+            write_whole(self.path / CONFIG, yaml.safe_dump(self.config(), sort_keys=False))
+            lines.append(f"{CONFIG} was damaged and is written again, from a checkpoint's copy")
+        return lines
 
     def publish(self, relative: str = "") -> None:
         """Copy what changed in a file or folder (default: everything) to the remote root. Does nothing for a local one.
@@ -116,13 +140,11 @@ class Experiment:
                 return
             _make_folders(self.path)  # object stores know no empty ones
             copy_changed(self.remote, str(self.path), lambda name: not name.startswith("checkpoints/step_"))
-            record = self.checkpoints / "best.json"
-            best = json.loads(record.read_text(encoding="utf-8"))["checkpoint"] if record.is_file() else None
+            best = best_name(self.checkpoints)
             for name in {*there[-1:], *([best] if best else [])}:
                 copy_changed(inside(self.remote, f"checkpoints/{name}"), str(self.checkpoints / name), lambda _: True)
             if best is not None:
-                (self.checkpoints / BEST).unlink(missing_ok=True)
-                (self.checkpoints / BEST).symlink_to(best)
+                link_best(self.checkpoints, best)
 
     def discard(self) -> bool:
         """Remove the local directory of a run that has just been created and never began; returns whether it did.
@@ -131,7 +153,8 @@ class Experiment:
         """
         if any(self.checkpoints.iterdir()):
             return False
-        shutil.rmtree(self.path)
+        hidden = self.path.rename(self.path.with_name(HIDDEN + self.name))
+        shutil.rmtree(hidden, ignore_errors=True)  # NFS keeps what is open, such as the lock
         return True
 
     @contextmanager
@@ -152,8 +175,7 @@ class Experiment:
                 f"{self.path} is being trained by another process; wait for it, or start beside it with --fresh"
             )
         with lock:
-            # `experiments clean` may have moved the directory away between the opening and the locking.
-            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+            if not path.exists():  # `experiments clean` moved the directory away between the opening and the locking
                 raise removed
             yield
 
@@ -202,7 +224,7 @@ def open_experiment(
 
 def list_experiments(root: str, name: str | None = None) -> list[Experiment]:
     """Experiments under a root, oldest first; those of one name only where it is given."""
-    pattern = re.compile(rf"{re.escape(name) if name else '.+'}_\d{{8}}_\d{{6}}")
+    pattern = re.compile(rf"(?!\.){re.escape(name) if name else '.+'}_\d{{8}}_\d{{6}}")
     with _reaching(root, "read"):
         filesystem, base = open_storage(root)
         found = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
@@ -228,6 +250,18 @@ def checkpoint_names(filesystem: fs.FileSystem, folder: str) -> list[str]:
     return [name for name, marker in zip(names, markers) if marker.type == fs.FileType.File]
 
 
+def link_best(directory: Path, name: str) -> None:
+    """Point the link `best` in a run's checkpoints/ to one of them: for people, where the file system knows links.
+
+    m2d.files.paths.checkpoint_folder reads best.json.
+    """
+    link = directory / ".best.partial"
+    with suppress(OSError):
+        link.unlink(missing_ok=True)
+        link.symlink_to(name)
+        link.replace(directory / "best")
+
+
 def newest_step(directory: Path) -> int:
     """The step of the newest complete checkpoint in a run's checkpoints/; 0 where there is none."""
     return max((step_of(path.name) for path in complete_checkpoints(directory)), default=0)
@@ -237,6 +271,15 @@ def step_of(checkpoint: str) -> int:
     """2130 of step_00002130; 0 of another name."""
     digits = checkpoint.removeprefix("step_")
     return int(digits) if digits.isdecimal() else 0
+
+
+def read_mapping(path: Path) -> dict[str, Any] | None:
+    """What a JSON or YAML file of an experiment holds; None where it is missing, empty or damaged."""
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
+    with suppress(FileNotFoundError, ValueError, yaml.YAMLError):
+        found = read(path.read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def _create(root: str, name: str, config: dict[str, Any], command: list[str]) -> Experiment:
@@ -251,6 +294,17 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
             except FileExistsError:
                 time.sleep(0.2)  # the name counts seconds
     experiment = Experiment(path.resolve(), inside(root, path.name) if remote else None)
+    try:
+        with _reaching(root, "written"):
+            _fill(experiment, config, command)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)  # nobody else knows it yet
+        raise
+    return experiment
+
+
+def _fill(experiment: Experiment, config: dict[str, Any], command: list[str]) -> None:
+    path = experiment.path
     _make_folders(path)
     write_whole(path / CONFIG, yaml.safe_dump(config, sort_keys=False))
     experiment.publish(CONFIG)  # before the info, which makes the folder an experiment
@@ -273,7 +327,7 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
         git=back_up_code(path / "code_backup"),
     )
     experiment.publish()
-    return experiment
+    to_disk(path.parent)
 
 
 def _user() -> str:
@@ -309,14 +363,20 @@ def _reaching(root: str, done: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or " ".join(str(error).split())
-        raise ExperimentError(f"experiments_dir: {root} cannot be {done} ({reason}); name another") from None
+        remedy = "make room, or name another" if error.errno in FULL else "name another"
+        raise ExperimentError(f"experiments_dir: {root} cannot be {done} ({reason}); {remedy}") from None
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A full disk costs the line, and prints no traceback for each."""
 
 
 @contextmanager
 def log_file(path: Path) -> Iterator[None]:
     """M2D's messages inside the `with` block, kept in this file too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger("m2d").addHandler(handler)
     try:
@@ -349,9 +409,13 @@ def back_up_code(target: Path) -> dict[str, Any]:
     Lines that look as if they held a key are left out, which is said.
     """
     package, script = Path(__file__).parent, Path(sys.argv[0])
-    shutil.copytree(package, target / "m2d", ignore=shutil.ignore_patterns("__pycache__"))
+    sources = {path: target / path.relative_to(package.parent) for path in package.rglob("*") if path.is_file()}
     if script.suffix == ".py" and script.is_file() and script.parent.name != "m2d":
-        shutil.copy2(script, target / script.name)
+        sources[script] = target / script.name
+    for source, copy in sources.items():
+        if source.parent.name != "__pycache__":
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)  # without its permissions: it may be installed for reading only
 
     def git(*arguments: str) -> str | None:
         try:

@@ -1,8 +1,10 @@
 """One experiment directory: what it holds, when it is continued, and a remote root that any machine can go on from."""
 
+import errno
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,7 +17,18 @@ import yaml
 
 from m2d import experiment as experiment_module
 from m2d.errors import ExperimentError
-from m2d.experiment import FOLDERS, Experiment, list_experiments, open_experiment
+from m2d.experiment import (
+    FOLDERS,
+    Experiment,
+    back_up_code,
+    complete_checkpoints,
+    list_experiments,
+    open_experiment,
+)
+from m2d.experiments.commands import clean_command
+from m2d.experiments.record import find_records
+from m2d.experiments.settings import CleanConfig
+from m2d.files.atomic import mark_complete
 from m2d.files.storage import inside
 from m2d.training.settings import TrainConfig, as_dict, differences
 
@@ -129,6 +142,84 @@ def test_one_that_holds_a_checkpoint_is_never_discarded(tmp_path: Path) -> None:
     (experiment.checkpoints / "step_00000004").rmdir()
     assert experiment.discard()
     assert not experiment.path.exists()
+
+
+def test_a_folder_that_nfs_keeps_is_no_experiment_and_clean_removes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = opened(tmp_path / "runs")
+    with monkeypatch.context() as patched, experiment.running():
+        patched.setattr(shutil, "rmtree", lambda path, **_: None)
+        assert experiment.discard()
+    assert list_experiments(str(tmp_path / "runs")) == find_records(str(tmp_path / "runs")) == []
+    clean_command(CleanConfig(experiments_dir=str(tmp_path / "runs"), yes=True))
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("write", ["configs/config.yaml", "code_backup", "experiment_info.json"])
+def test_a_disk_that_is_full_at_the_start_leaves_nothing_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    for module, name in ((shutil, "copyfile"), (experiment_module, "write_whole")):
+        real = getattr(module, name)
+
+        def limited(*args: Any, real: Any = real) -> Any:
+            if any(write in str(arg) for arg in args):
+                raise OSError(errno.ENOSPC, "No space left on device", str(args[-1]))
+            return real(*args)
+
+        monkeypatch.setattr(module, name, limited)
+    with pytest.raises(ExperimentError, match=r"^experiments_dir: .*No space left on device[^\n]*make room[^\n]*$"):
+        opened(tmp_path / "runs")
+    assert not list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("content", ["", "\0" * 64, '{"state": '])
+def test_what_a_power_cut_leaves_of_the_records_does_not_stop_the_run(tmp_path: Path, content: str) -> None:
+    """The settings are in every checkpoint; a checkpoint that is cut short counts as none."""
+    experiment = opened(tmp_path)
+    for step in (1, 2):
+        folder = experiment.checkpoints / f"step_{step:08d}"
+        folder.mkdir()
+        (folder / "checkpoint.yaml").write_text(yaml.safe_dump({"config": CONFIG}))
+        mark_complete(folder)
+    (folder / "checkpoint.yaml").write_text(content)
+    (experiment.checkpoints / "best.json").write_text(content)
+    (experiment.path / "experiment_info.json").write_text(content)
+    (experiment.path / "configs" / "config.yaml").write_text(content)
+    assert continued(tmp_path)
+    lines = experiment.mend()
+    assert [re.sub(rf"{tmp_path}\S*/", "", line) for line in lines] == [
+        "checkpoint: checkpoint.yaml is missing or cut short, so step_00000002 does not count; the newest whole one is "
+        "of step 1",
+        "configs/config.yaml was damaged and is written again, from a checkpoint's copy",
+    ]
+    assert complete_checkpoints(experiment.checkpoints) == [experiment.checkpoints / "step_00000001"]
+    assert yaml.safe_load((experiment.path / "configs" / "config.yaml").read_text()) == CONFIG
+    experiment.update_info(state="running")
+    assert experiment.info() == {"state": "running"}
+    assert experiment.mend() == []
+
+
+def test_settings_that_are_nowhere_are_asked_for_in_one_line(tmp_path: Path) -> None:
+    experiment = opened(tmp_path)
+    (experiment.path / "configs" / "config.yaml").write_text("")
+    with pytest.raises(ExperimentError, match=r"config\.yaml is missing, empty or damaged, [^\n]*--fresh$"):
+        continued(tmp_path)
+    assert opened(tmp_path, fresh=True).path != experiment.path
+
+
+def test_a_backup_of_what_is_installed_for_reading_only_can_be_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "m2d"
+    package.mkdir()
+    (package / "experiment.py").touch(mode=0o444)
+    package.chmod(0o555)
+    monkeypatch.setattr(experiment_module, "__file__", str(package / "experiment.py"))
+    back_up_code(tmp_path / "backup")
+    copies = [tmp_path / "backup" / "m2d", tmp_path / "backup" / "m2d" / "experiment.py"]
+    assert all(copy.stat().st_mode & stat.S_IWUSR for copy in copies)
 
 
 def test_two_of_one_second_get_two_directories(tmp_path: Path) -> None:

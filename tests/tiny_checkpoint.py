@@ -7,8 +7,9 @@ from torch import nn
 
 from m2d.classes import ISIC7, ClassSet
 from m2d.diffusion.feature_prior import FeaturePrior
+from m2d.files.atomic import mark_complete
 from m2d.models.autoencoder import build_autoencoder
-from m2d.models.checkpoint import Checkpoint, CheckpointInfo, mark_complete, write_inference_files
+from m2d.models.checkpoint import Checkpoint, CheckpointInfo, write_inference_files
 from m2d.models.settings import AutoencoderConfig, ConditioningConfig, UNetConfig
 from m2d.models.unet import build_denoiser
 

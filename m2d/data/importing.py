@@ -59,7 +59,7 @@ def import_shards(source: str, data_root: str) -> int:
                     )
                     path = target / IMAGES / file
                     if not path.is_file() or path.stat().st_size != len(image):
-                        write_whole(path, image)
+                        write_whole(path, image, durable=False)
                     rows[file] = facts
                 shown.show(done, len(shards))
         columns = list(dict.fromkeys(name for facts in rows.values() for name in facts))

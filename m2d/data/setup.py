@@ -31,7 +31,7 @@ from m2d.data.settings import DataConfig, SetupConfig
 from m2d.data.store import CATALOG, PreparedImages, pieces, prepared_folder, reusable_catalog, write_images, write_scan
 from m2d.errors import ConfigError, DataError
 from m2d.files.atomic import clear_leftovers, try_lock
-from m2d.files.paths import absolute, input_path, result_path
+from m2d.files.paths import absolute, input_path, require_outside, result_path
 from m2d.files.progress import progress
 from m2d.files.storage import open_storage
 
@@ -78,6 +78,7 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
     )
     if data_root is None:
         raise ConfigError("data_root is not set; name the folder that holds the images by --data_root")
+    require_outside(data_root, cache_dir=config.cache_dir)
     if "://" not in data_root and not Path(data_root).is_dir() and not makes_data_root:
         raise ConfigError(f"data_root: {data_root} is not a folder; name the one that holds the images")
     folder = prepared_folder(config.cache_dir, data_root)

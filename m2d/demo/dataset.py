@@ -69,11 +69,11 @@ def write_demo_dataset(root: str | Path, *, total: int = 600, seed: int = 0) -> 
             for view in range(views):
                 path = root / label / f"DEMO_{len(rows):07d}.jpg"
                 rows.append(f"{path.stem},DEMO_L{lesion:07d}")
-                if not path.exists():
+                if not path.exists() or not path.stat().st_size:  # after a power cut
                     encoded = io.BytesIO()
                     pixels = render_lesion(label, seed * 10_000_000 + lesion, view=view)
                     Image.fromarray(pixels).save(encoded, "JPEG", quality=92)
-                    write_whole(path, encoded.getvalue())
+                    write_whole(path, encoded.getvalue(), durable=False)
     metadata, table = root / "metadata.csv", "\n".join(rows) + "\n"
     if not metadata.exists() or metadata.read_text() != table:
         write_whole(metadata, table)

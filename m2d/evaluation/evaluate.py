@@ -24,7 +24,7 @@ from m2d.evaluation.images import FeatureSet, drawn_like, psnr_db, read_image_se
 from m2d.evaluation.memorization import VIEWS, measure_memorization
 from m2d.evaluation.report.page import Evaluation, print_evaluation, typicality, write_report
 from m2d.evaluation.settings import EvaluateConfig
-from m2d.files.paths import result_path
+from m2d.files.paths import checkpoint_folder, result_path
 from m2d.files.progress import say
 from m2d.generation.generator import pick_device
 from m2d.generation.output import RECORD_NAME
@@ -202,6 +202,7 @@ def find_checkpoint(generated: str, asked: str | None) -> tuple[str | None, list
     except (OSError, ValueError, KeyError, AttributeError):
         pass  # other images than m2d's own, or at a URI
     if asked is not None:
+        asked = checkpoint_folder(asked)
         read_info(asked)
         sha256 = checkpoint_sha256(Path(asked))
         if recorded not in (None, sha256):

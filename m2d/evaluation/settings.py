@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
-from m2d.files.paths import input_path, result_path
+from m2d.files.paths import input_path, require_outside, result_path
 from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorConfig, Precision, require_extractor
 
 FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three lowest resamples: noise
@@ -71,6 +71,8 @@ class _Command:
                 changed[name] = replace(own, weights=input_path(f"{name}.weights", own.weights))
         if (data := getattr(self, "data", None)) is not None:
             changed["data"] = data.in_this_place()
+        for images in ("real", "data_root"):
+            require_outside(changed.get(images), cache_dir=changed["cache_dir"], output=changed["output"])
         return replace(self, **changed)  # type: ignore[type-var]
 
     def _check(self, **least: int) -> None:

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from m2d.errors import ExperimentError
-from m2d.experiment import INFO, LOCK
+from m2d.experiment import HIDDEN, INFO, LOCK
 from m2d.experiments.details import (
     BEST_OF,
     best_value,
@@ -40,9 +40,8 @@ from m2d.experiments.details import (
 )
 from m2d.experiments.record import DIRECTORY, FINISHED, Record, find_records, flat, folder_bytes, read_record, resolve
 from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, ShowConfig
-from m2d.files.atomic import is_in_use
+from m2d.files.atomic import COMPLETE, is_in_use
 from m2d.files.paths import result_path
-from m2d.models.settings import COMPLETE
 
 PIPE_WIDTH = 160  # characters
 STATE_STYLES = {
@@ -301,7 +300,6 @@ def _better(values: list[float | None], best_of: Any) -> int | None:
     return values.index(best) if len(alike) == 1 else None
 
 
-HIDDEN = ".removing-"  # before the name of what is being removed; nothing lists it
 CACHE = "cache"
 KEPT_OF_A_CACHE = ("catalog.parquet", "rejected.csv")  # small; evaluation reads the run's own split from it
 MAKING_S = 60.0  # a directory without a record and younger than this may be a run that is just beginning

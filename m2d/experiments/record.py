@@ -22,6 +22,7 @@ from pyarrow import fs
 
 from m2d.errors import ExperimentError
 from m2d.experiment import CONFIG, INFO, Experiment, checkpoint_names, list_experiments, step_of
+from m2d.files.atomic import whole_records
 from m2d.files.paths import result_path
 from m2d.files.storage import open_storage
 
@@ -67,11 +68,7 @@ class ExperimentFiles:
 
     def records(self, name: str, end_bytes: int = 0) -> list[dict[str, Any]]:
         """The whole records of a metrics file, such as metrics/train.jsonl, or of its last `end_bytes` (0: all)."""
-        records = []
-        for line in (self.content(name, end_bytes) or b"").decode("utf-8", errors="replace").splitlines():
-            with suppress(ValueError):  # the first or the last line may be cut
-                records.append(json.loads(line))
-        return [record for record in records if isinstance(record, dict) and isinstance(record.get("step"), int)]
+        return whole_records(self.content(name, end_bytes) or b"")
 
     def names(self, folder: str) -> list[str]:
         """Names of what a folder holds."""

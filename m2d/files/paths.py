@@ -123,6 +123,35 @@ def absolute(location: Location) -> Location:
     return location if location is None or "://" in location else str(Path(location).expanduser().resolve())
 
 
+def best_name(checkpoints: Path) -> str | None:
+    """Which of a run's checkpoints is the best, by best.json; None where that is not there or cannot be read."""
+    try:
+        return str(json.loads((checkpoints / "best.json").read_text(encoding="utf-8"))["checkpoint"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def checkpoint_folder(location: Location) -> Location:
+    """The folder that a path to a checkpoint means now: `best` moves as a run goes on. Anything else as it is.
+
+    best.json says which one `best` is; the link of that name is for people, and some file systems know no links.
+    """
+    place = Path(location or "").expanduser()
+    name = best_name(place.parent) if place.name == "best" else None
+    if name is not None and (place.parent / name).is_dir():
+        return str(place.parent / name)
+    return str(place.parent / os.readlink(place)) if place.is_symlink() else location
+
+
+def require_outside(data_root: str | None, **places: str | None) -> None:
+    """Raise ConfigError for a place of results in the folder of the images, as the defaults are for who works there."""
+    for setting, place in places.items():
+        if data_root and place and Path(absolute(place)).is_relative_to(absolute(data_root)):
+            raise ConfigError(
+                f"{setting}: {absolute(place)} is in data_root, among the images; name another place by --{setting}"
+            )
+
+
 def private_folder(purpose: str) -> Path:
     """/tmp/m2d-PURPOSE-UID, made with mode 700 where it is not there yet.
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from m2d.errors import DataError
+from m2d.files.atomic import COMPLETE
 from m2d.files.paths import refuse_credentials
 
 Storage = tuple[fs.FileSystem, str]  # what holds a location, and the location's path in it
@@ -69,7 +70,7 @@ def copy_changed(source: str, target: str, wanted: Callable[[str], bool]) -> Non
         return
     there = {info.path[len(target_root) + 1 :]: info.size for info in _files(target_filesystem, target_root)}
     found = {info.path[len(root) + 1 :]: info.size for info in _files(filesystem, root)}
-    for name in sorted(found, key=lambda name: (name.endswith("complete.json"), name)):
+    for name in sorted(found, key=lambda name: (name.endswith(COMPLETE), name)):
         if wanted(name) and (found[name] < 2**20 or there.get(name) != found[name]):
             _copy_file(filesystem, f"{root}/{name}", target_filesystem, f"{target_root}/{name}")
 

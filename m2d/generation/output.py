@@ -173,11 +173,11 @@ def write_images(
         paths = [f"{row.label}/{row.id}.png" for row, _ in images]
         for path, (_, png) in zip(paths, images, strict=True):
             (root / path).parent.mkdir(exist_ok=True)
-            write_whole(root / path, png)
+            write_whole(root / path, png, durable=False)  # a resumed run checks each by its hash
         return paths
     shard = root / SHARDS / f"{group}.{'tar' if output_format == 'webdataset' else 'parquet'}"
     shard.parent.mkdir(exist_ok=True)
-    with whole_file(shard) as partial:
+    with whole_file(shard, durable=False) as partial:
         if output_format == "webdataset":
             with tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for row, png in images:
@@ -403,16 +403,16 @@ def attempts_left(plan: pa.Table, journal: pa.Table, max_attempts: int) -> list[
 
 def write_rows(path: Path, rows: pa.Table) -> None:
     """A table of the folder, whole or not at all. Raises ConfigError where it cannot be written."""
-    with whole_output(path, durable=path.name == JOURNAL_NAME) as partial:  # its parts are removed afterwards
+    with whole_output(path) as partial:
         pq.write_table(rows, partial)
 
 
 @contextmanager
-def whole_output(path: Path, *, durable: bool = False) -> Iterator[Path]:
+def whole_output(path: Path) -> Iterator[Path]:
     """As whole_file, in a folder that is made if need be. Raises ConfigError for an OSError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path, durable=durable) as partial:
+        with whole_file(path) as partial:
             yield partial
     except OSError as error:
         raise cannot_write(path, error) from None

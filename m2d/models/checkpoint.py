@@ -28,9 +28,10 @@ from torch import Tensor
 from m2d.classes import ISIC7, ClassSet
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, first_line
-from m2d.files.atomic import share_lock
+from m2d.files.atomic import COMPLETE, damage, share_lock, whole_file
+from m2d.files.paths import checkpoint_folder
 from m2d.models.autoencoder import Autoencoder, load_strictly
-from m2d.models.settings import COMPLETE, ConditioningConfig
+from m2d.models.settings import ConditioningConfig
 from m2d.models.unet import ConditionEncoder, Denoiser
 
 FORMAT = 1
@@ -114,19 +115,13 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """safetensors with the metadata that diffusers asks for. Raises OSError, for example where the disk is full."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(contiguous, path, metadata={"format": "pt"})
+        with whole_file(path, durable=False) as partial:  # mark_complete waits for the disk
+            save_file(contiguous, partial, metadata={"format": "pt"})
     except SafetensorError as error:  # the library has no other type for what the system refuses
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-
-
-def mark_complete(directory: Path) -> None:
-    """List every file with its size; from now on the directory is a checkpoint."""
-    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / COMPLETE]
-    files = {str(path.relative_to(directory)): path.stat().st_size for path in paths}
-    (directory / COMPLETE).write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
 
 
 @contextmanager
@@ -138,7 +133,7 @@ def hold_checkpoint(path: str) -> Iterator[str]:
     lock, found = None, Path(path)
     with suppress(OSError):  # nothing there, or a disk without locks
         while lock is None:
-            found = Path(path).resolve()
+            found = Path(checkpoint_folder(path)).resolve()
             lock = share_lock(found / COMPLETE)
     with lock or nullcontext():
         yield str(found)
@@ -146,21 +141,17 @@ def hold_checkpoint(path: str) -> Iterator[str]:
 
 def read_info(path: str | Path) -> CheckpointInfo:
     """checkpoint.yaml of a complete checkpoint. Raises CheckpointError."""
-    directory = Path(path)
-    marker, description = directory / COMPLETE, directory / "checkpoint.yaml"
+    directory = Path(checkpoint_folder(str(path)))
+    description = directory / "checkpoint.yaml"
     if not directory.is_dir():
         raise CheckpointError(f"checkpoint: {path} is not a directory; name one such as EXPERIMENT/checkpoints/best")
-    if not marker.is_file():
+    if not (directory / COMPLETE).is_file():
         inside = [*directory.glob(f"*/{COMPLETE}"), *directory.glob(f"checkpoints/*/{COMPLETE}")]
         hint = f"did you mean {max(inside).parent}?" if inside else f"name one that has {COMPLETE}"
         raise CheckpointError(f"checkpoint: {path} is not a complete checkpoint; {hint}")
-    reading = marker
+    if reason := damage(directory):
+        raise CheckpointError(f"checkpoint: {reason}; take another checkpoint")
     try:
-        sizes = dict(json.loads(marker.read_text(encoding="utf-8"))["files"])
-        for file, size in ((directory / name, size) for name, size in sizes.items()):
-            if not file.is_file() or file.stat().st_size != size:
-                raise CheckpointError(f"checkpoint: {file} is missing or cut short; take another checkpoint")
-        reading = description
         document = yaml.safe_load(description.read_text(encoding="utf-8"))
         if (found := document.pop("format", None)) != FORMAT:
             raise CheckpointError(
@@ -169,7 +160,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
         codes, recorded = document.pop("classes", ISIC7.codes), document.pop("class_set", None)
         info = CheckpointInfo(**document, classes=ISIC7 if recorded is None else ClassSet.from_dict(recorded))
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint: {reading} is damaged ({first_line(error)})") from None
+        raise CheckpointError(f"checkpoint: {description} is damaged ({first_line(error)})") from None
     if tuple(codes) != info.classes.codes:
         raise CheckpointError(
             f"checkpoint: {path} was trained on classes {' '.join(codes)}, and its class_set is of "
@@ -184,7 +175,8 @@ def read_prior(path: str | Path, info: CheckpointInfo | None = None) -> FeatureP
     info: the checkpoint's, where it has been read. Raises CheckpointError where the prior is damaged or its features
     are not those that the checkpoint was trained with.
     """
-    info, file = info or read_info(path), Path(path) / PRIOR
+    directory = Path(checkpoint_folder(str(path)))
+    info, file = info or read_info(directory), directory / PRIOR
     if not file.is_file():
         return None
     try:
@@ -198,7 +190,8 @@ def read_prior(path: str | Path, info: CheckpointInfo | None = None) -> FeatureP
 
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
     """Load for generation. Raises CheckpointError where it is missing, incomplete or broken."""
-    info, directory = read_info(path), Path(path)
+    directory = Path(checkpoint_folder(str(path)))
+    info = read_info(directory)
     try:
         vae = load_strictly(AutoencoderKL, directory / "vae", "checkpoint", local_files_only=True)
         unet = load_strictly(UNet2DConditionModel, directory / "unet", "checkpoint", local_files_only=True)
@@ -216,7 +209,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     for network in (autoencoder, denoiser):
         network.eval().requires_grad_(False).to(device)
     return Checkpoint(
-        str(path), checkpoint_sha256(directory), info, autoencoder, denoiser, prior=read_prior(directory, info)
+        str(directory), checkpoint_sha256(directory), info, autoencoder, denoiser, prior=read_prior(directory, info)
     )
 
 

@@ -11,7 +11,6 @@ from m2d.errors import ConfigError
 TIMM_PREFIX = "timm:"  # and the name of any timm model that has spatial features
 PANDERM_PREFIX = "panderm-"
 MIDDLE = "middle"
-COMPLETE = "complete.json"  # lists a checkpoint's files, and is written last
 Crop = Literal["whole", "official"]
 PerceptualKind = Literal["lpips", "features"]
 Precision = Literal["no", "bf16", "fp16"]  # of the networks' passes: float32, or autocast to the other two

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from m2d.data.order import micro_batch_number, worker_rows
 from m2d.diffusion.feature_prior import FeaturePrior
-from m2d.experiment import BEST, complete_checkpoints
+from m2d.experiment import complete_checkpoints
+from m2d.files.paths import checkpoint_folder
 from m2d.models.checkpoint import CheckpointInfo, read_prior
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw, pinned
@@ -173,9 +174,9 @@ class _Run:
                 break
         self._report(self.keeper.wait() if self.leads else None)
         if telemetry is not None:
-            best = plan.experiment.checkpoints / BEST
-            upload = config.telemetry.upload_best and done == plan.total_steps and best.exists()
-            telemetry.finish(best.resolve() if upload else None)
+            best = Path(checkpoint_folder(str(plan.experiment.checkpoints / "best")))
+            upload = config.telemetry.upload_best and done == plan.total_steps and best.is_dir()
+            telemetry.finish(best if upload else None)
             plan.experiment.publish()
         all_reduce_sum(torch.zeros(1, device=device))  # no worker leaves before the last checkpoint is whole
 

@@ -45,6 +45,7 @@ from m2d.data.reader import ImageReader
 from m2d.data.store import PreparedImages, prepared_folder, reusable_catalog
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
 from m2d.experiment import Experiment, newest_step
+from m2d.files.atomic import FULL
 from m2d.files.progress import progress
 from m2d.models.extractors import extractor_identity
 from m2d.models.settings import PerceptualKind, Precision
@@ -332,7 +333,7 @@ def failures_recorded(experiment: Path, config: TrainConfig) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        told = _users_error(error, experiment, config)
+        told = users_error(error, experiment, config)
         if told is None:
             raise
         _write(experiment, f"{type(told).__name__}: {told}")
@@ -341,14 +342,15 @@ def failures_recorded(experiment: Path, config: TrainConfig) -> Iterator[None]:
         raise told from error
 
 
-def _users_error(error: Exception, experiment: Path, config: TrainConfig) -> M2DError | None:
+def users_error(error: Exception, experiment: Path, config: TrainConfig) -> M2DError | None:
     """What the user is told, in one line; None where the next try may go better."""
     if isinstance(error, M2DError):
         return error
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and error.errno in (*FULL, errno.EROFS):
+        remedy = "make room" if error.errno in FULL else "see to the disk"
         return TrainingError(
-            f"no space left for {error.filename or experiment}; checkpoints are intact, make room and run the same "
-            "command again"
+            f"{error.filename or experiment} cannot be written ({error.strerror}); checkpoints are intact, {remedy} "
+            "and run the same command again"
         )
     in_torch = isinstance(error, torch.OutOfMemoryError) or CPU_ALLOCATOR in str(error)
     if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and in_torch):

@@ -1,28 +1,31 @@
 """Checkpoints of a run: a snapshot in memory, written in the background; the last few and the best are kept.
 
-A checkpoint appears whole or not at all: it is written under a temporary name, listed in complete.json, then renamed.
+A checkpoint appears whole or not at all: it is written under a hidden name, listed in complete.json once the disk has
+it, then renamed. Only then do older ones go, and they lose their names first.
 """
 
 import json
-import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from m2d.diffusion.feature_prior import FeaturePrior
-from m2d.errors import CheckpointError, TrainingError
-from m2d.experiment import BEST, complete_checkpoints
-from m2d.files.atomic import is_in_use, write_whole
-from m2d.models.checkpoint import CheckpointInfo, mark_complete, save_tensors, write_inference_files
-from m2d.models.settings import COMPLETE
+from m2d.errors import CheckpointError, TrainingError, first_line
+from m2d.experiment import complete_checkpoints, link_best, step_of
+from m2d.files.atomic import COMPLETE, FULL, PARTIAL, is_in_use, mark_complete, to_disk, write_whole
+from m2d.models.checkpoint import CheckpointInfo, read_info, save_tensors, write_inference_files
 from m2d.training.networks import Networks
+from m2d.training.validation import score as score_of
 
 
 @dataclass(frozen=True)
@@ -60,18 +63,27 @@ def write_snapshot(snapshot: Snapshot, directory: Path) -> None:
     """
     if (directory / COMPLETE).is_file():
         return
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    for left in directory.parent.glob(f".step_*{PARTIAL}"):  # by a killed process, or by `_remove`
+        shutil.rmtree(left, ignore_errors=True)
+    partial = _hidden(directory)
     try:
         _write_files(snapshot, partial)
-        for path in filter(Path.is_file, partial.rglob("*")):
-            with path.open("rb") as file:  # older checkpoints are deleted next, and the power may fail then
-                os.fsync(file.fileno())
+        if directory.exists():  # half of a deleted one
+            _remove(directory)
+        partial.rename(directory)
+        to_disk(directory.parent)  # older checkpoints are deleted next, and the power may fail then
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)  # so that a full disk has room for the record of the failure
         raise
-    shutil.rmtree(directory, ignore_errors=True)  # half of a deleted one
-    partial.rename(directory)
+
+
+def _hidden(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".{checkpoint.name}.{uuid4().hex[:8]}{PARTIAL}")
+
+
+def _remove(checkpoint: Path) -> None:
+    """Its name goes at once. NFS keeps files that are open, and so the folder: it goes before the next one is saved."""
+    shutil.rmtree(checkpoint.rename(_hidden(checkpoint)), ignore_errors=True)
 
 
 def _write_files(snapshot: Snapshot, partial: Path) -> None:
@@ -105,9 +117,19 @@ def load_training_state(directory: Path, state: dict[str, Any]) -> tuple[dict[st
 
     Raises CheckpointError where it was written for inference only.
     """
-    training = directory / "training"
-    if not (training / "state.json").is_file():
+    if not (directory / "training" / "state.json").is_file():
         raise CheckpointError(f"checkpoint: {directory} holds no training state; start from it by --init_checkpoint")
+    try:
+        return _read_training_state(directory, state)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"checkpoint: {directory} cannot be resumed from ({first_line(error)}); delete it to resume from the one "
+            "before it"
+        ) from None
+
+
+def _read_training_state(directory: Path, state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    training = directory / "training"
     document = json.loads((training / "state.json").read_text(encoding="utf-8"))
     counters = load_file(training / "counters.safetensors")
     averaged = load_file(directory / "conditioning.safetensors")
@@ -155,9 +177,10 @@ class CheckpointKeeper:
         try:
             return None if pending is None else pending.result()
         except OSError as error:
+            remedy = "make room" if error.errno in FULL else "see to that"
             raise TrainingError(
                 f"a checkpoint could not be written to {self.directory}: {error}; those before it are intact, "
-                "make room and run the same command again"
+                f"{remedy} and run the same command again"
             ) from None
 
     def _write(self, snapshot: Snapshot, score: float) -> Path:
@@ -166,22 +189,25 @@ class CheckpointKeeper:
         best = read_best(self.directory)
         if best is None or score <= best[1]:
             best = (path.name, score)
-            write_whole(self.directory / f"{BEST}.json", json.dumps({"checkpoint": path.name, "score": score}))
-        link = self.directory / f".{BEST}.partial"  # each time: a crash may have come between the record and the link
-        link.unlink(missing_ok=True)
-        link.symlink_to(best[0])
-        link.replace(self.directory / BEST)
+        write_whole(self.directory / "best.json", json.dumps({"checkpoint": best[0], "score": best[1]}))
+        link_best(self.directory, best[0])
         for old in complete_checkpoints(self.directory)[: -self.keep_last]:
-            if old.name != best[0] and not is_in_use(old / COMPLETE):  # else after the next save
-                (old / COMPLETE).unlink()  # first: half a deletion must not look like a checkpoint
-                shutil.rmtree(old, ignore_errors=True)
+            if old.name != best[0] and not is_in_use(old / COMPLETE):
+                with suppress(OSError):  # CIFS renames no folder with an open file; it goes with a later save
+                    _remove(old)
         return path
 
 
 def read_best(directory: Path) -> tuple[str, float] | None:
-    """(checkpoint name, score) of the best checkpoint so far."""
-    path = directory / f"{BEST}.json"
-    if not path.is_file():
-        return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    return str(record["checkpoint"]), float(record["score"])
+    """(checkpoint name, score) of the best checkpoint so far: by best.json, or else by what each says of itself."""
+    whole = complete_checkpoints(directory)
+    with suppress(OSError, KeyError, TypeError, ValueError):  # it is lost or empty, as after a power cut
+        record = json.loads((directory / "best.json").read_text(encoding="utf-8"))
+        if (found := str(record["checkpoint"])) in (path.name for path in whole):
+            return found, float(record["score"])
+    judged = []
+    for path in whole:
+        with suppress(CheckpointError, OSError, KeyError, TypeError, ValueError):
+            measures = json.loads((path / "training" / "state.json").read_text(encoding="utf-8"))["metrics"]
+            judged.append((score_of(measures, read_info(path).stage), -step_of(path.name), path.name))
+    return (min(judged)[2], min(judged)[0]) if judged else None

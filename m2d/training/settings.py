@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
-from m2d.files.paths import absolute, input_path, result_path
+from m2d.files.paths import absolute, checkpoint_folder, input_path, require_outside, result_path
 from m2d.models.settings import (
     MIDDLE,
     AutoencoderConfig,
@@ -299,12 +299,16 @@ def with_absolute_paths(config: TrainConfigT) -> TrainConfigT:
     Raises ConfigError for a path that cannot mean in a job of Ray what it says: see m2d.files.paths.
     """
     weights = input_path("feature_extractor.weights", config.feature_extractor.weights)
+    data_root = absolute(input_path("data_root", config.data_root))
+    experiments_dir = absolute(result_path("experiments_dir", config.experiments_dir))
+    cache_dir = absolute(input_path("cache_dir", config.cache_dir, required=False))
+    require_outside(data_root, experiments_dir=experiments_dir, cache_dir=cache_dir)
     return dataclasses.replace(
         config,
-        data_root=absolute(input_path("data_root", config.data_root)),
-        experiments_dir=absolute(result_path("experiments_dir", config.experiments_dir)),
-        init_checkpoint=absolute(input_path("init_checkpoint", config.init_checkpoint)),
-        cache_dir=absolute(input_path("cache_dir", config.cache_dir, required=False)),
+        data_root=data_root,
+        experiments_dir=experiments_dir,
+        init_checkpoint=absolute(checkpoint_folder(input_path("init_checkpoint", config.init_checkpoint))),
+        cache_dir=cache_dir,
         feature_extractor=dataclasses.replace(config.feature_extractor, weights=absolute(weights)),
         data=config.data.in_this_place(),
     )

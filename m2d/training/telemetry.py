@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from m2d.errors import first_line
 from m2d.experiment import Experiment
-from m2d.files.atomic import write_whole
+from m2d.files.atomic import whole_records, write_whole
 from m2d.training.settings import TrainConfig, as_dict
 
 logger = logging.getLogger(__name__)
@@ -61,15 +61,8 @@ class MetricsLog:
             file.write(json.dumps(record) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole record; a last line cut by a crash is left out."""
-        records = []
-        if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
-        return records
+        """Every whole record."""
+        return whole_records(self.path.read_bytes()) if self.path.is_file() else []
 
     def write_csv(self) -> None:
         """The records as a table; a column for every name that occurs."""

@@ -16,7 +16,7 @@ from m2d.cluster.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, 
 from m2d.cluster.start import ray_cluster
 from m2d.data.catalog import class_counts, classes_of, dataset_fingerprint
 from m2d.data.reader import iterate_local
-from m2d.errors import ConfigError, DataError, M2DError
+from m2d.errors import ConfigError, DataError
 from m2d.experiment import Experiment, log_file, newest_step, open_experiment
 from m2d.models.perceptual import lpips_available
 from m2d.models.settings import PerceptualKind, Precision
@@ -29,6 +29,7 @@ from m2d.training.run import (
     prepared_parts,
     run_catalog,
     stop_requests,
+    users_error,
 )
 from m2d.training.settings import TrainConfig, as_dict, differences, with_absolute_paths
 from m2d.training.telemetry import Console, find_wandb_key
@@ -56,20 +57,22 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
     experiment, resumed = open_experiment(
         root, config.name, settings, differences, has_these_images, fresh=config.fresh, command=command
     )
-    if experiment.info()["state"] == "done":
+    if experiment.info().get("state") == "done":
         console.say(
             f"{experiment.path} is done, and this command would repeat it; --fresh trains once more\n"
             f"best checkpoint: {experiment.checkpoints / 'best'}"
         )
         return experiment
-    with experiment.running(), log_file(experiment.path / "logs" / "driver.log"):
+    with experiment.running():
         try:
-            with _resources(config):
+            with log_file(experiment.path / "logs" / "driver.log"), _resources(config):
                 opening = _opening(config)
                 console.say(opening.line)
                 for line in opening.degraded:
                     console.warn(line)
                 console.say(f"experiment: {experiment.path}{' (resumed)' if resumed else ''}")
+                for line in experiment.mend() if resumed else ():
+                    console.warn(line)
                 if config.workers[1] > 0:
                     init = config.init_checkpoint or ""
                     require_shared(
@@ -81,12 +84,15 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
                 if newest_step(experiment.checkpoints) < plan.total_steps:
                     _run(plan, opening.on_gpu, console, callbacks, stoppable)
         except BaseException as error:
-            never_began = isinstance(error, M2DError) and not resumed and not (experiment.path / CATALOG).is_file()
+            told = users_error(error, experiment.path, config) if isinstance(error, Exception) else None
+            never_began = told is not None and not resumed and not (experiment.path / CATALOG).is_file()
             if not (never_began and experiment.discard()):  # so a wrong data_root leaves no trace
                 asked = isinstance(error, (Stopped, KeyboardInterrupt, SystemExit))
                 failed: dict[str, Any] = {"state": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
                 with suppress(OSError):  # of a full disk; the error is raised all the same
                     experiment.update_info(**({"state": "stopped", "error": None} if asked else failed))
+            if told is not None and told is not error:
+                raise told from error
             raise
         experiment.update_info(state="done", finished=datetime.now(UTC).isoformat(timespec="seconds"), error=None)
         console.say(f"done; best checkpoint: {experiment.checkpoints / 'best'}")

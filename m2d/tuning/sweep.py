@@ -22,6 +22,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 from m2d.cluster.nodes import node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
 from m2d.errors import ConfigError, ExperimentError
+from m2d.experiment import read_mapping
 from m2d.files.atomic import try_lock, write_whole
 from m2d.training.settings import as_dict, differences, with_absolute_paths
 from m2d.training.telemetry import Console
@@ -91,9 +92,9 @@ def write_settings(folder: Path, config: SweepConfig) -> None:
 
 def require_same(folder: Path, config: SweepConfig) -> None:
     """Raises ExperimentError, with the difference, where a sweep's trials were begun with other settings."""
-    old, new = (
-        yaml.safe_load(text) for text in ((folder / SETTINGS).read_text("utf-8"), yaml.safe_dump(as_dict(config)))
-    )
+    old, new = read_mapping(folder / SETTINGS), yaml.safe_load(yaml.safe_dump(as_dict(config)))
+    if not old:
+        raise ExperimentError(f"{folder / SETTINGS} is empty or damaged; restore it, or start over with --fresh")
     for settings in (old, new):
         del settings["resume"], settings["num_trials"], settings["sweep"]["max_concurrent"]
     if changed := differences(old, new):

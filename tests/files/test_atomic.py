@@ -1,10 +1,14 @@
 """A file is whole or absent, whatever happens to its writer; a lock keeps other processes out."""
 
+import errno
+import fcntl
 import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -47,6 +51,72 @@ def test_the_file_is_hidden_until_it_is_whole_and_follows_the_umask(tmp_path: Pa
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
     assert [child.name for child in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_mode_is_the_umasks_whoever_writes(tmp_path: Path) -> None:
+    """safetensors and tempfile make files for their user alone."""
+    with whole_file(tmp_path / "file") as partial:
+        partial.unlink()
+        os.close(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600))
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_the_name_before_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = list[tuple[str, bool]]()
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path.name, (tmp_path / "file").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(tmp_path / "other", "quick", durable=False)
+    write_whole(tmp_path / "file", "all of it")
+    (file, named), folder = synced
+    assert file.startswith(".file.")
+    assert not named
+    assert folder == (tmp_path.name, True)
+
+
+def test_a_folder_that_cannot_be_synced_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).is_dir():
+            raise OSError(errno.EINVAL, "Invalid argument")  # CIFS, FUSE
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_whole(tmp_path / "file", "all of it")
+    assert (tmp_path / "file").read_text() == "all of it"
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_where_a_file_system_knows_no_locks_this_machine_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refusal: int
+) -> None:
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    path, real = tmp_path / "mount" / "lock", fcntl.flock
+
+    def flock(file: IO[str], kind: int) -> None:
+        if Path(file.name).parent == path.parent:
+            raise OSError(refusal, os.strerror(refusal))
+        real(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert not is_locked(path)
+    lock = try_lock(path)
+    assert lock is not None
+    with lock:
+        assert is_locked(path)
+        assert try_lock(path) is None
+    assert not is_locked(path)
+    assert [record.message for record in caplog.records] == [
+        f"{path.parent}: its file system knows no locks, so a run on another machine is not noticed"
+    ]
 
 
 def test_leftovers_of_a_kill_are_cleared_and_nothing_else(tmp_path: Path) -> None:

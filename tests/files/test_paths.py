@@ -6,7 +6,7 @@ from tiny_checkpoint import make_checkpoint, write_checkpoint
 
 from m2d.cli import main, parse
 from m2d.errors import ConfigError
-from m2d.files.paths import input_path, result_path
+from m2d.files.paths import checkpoint_folder, input_path, result_path
 from m2d.training.settings import TrainConfig, with_absolute_paths
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # the name by which Ray hands a job its configuration
@@ -170,3 +170,46 @@ def test_commands_find_and_leave_everything_in_the_storage(
     config = parse("evaluate", ["--real", "ISIC", "--generated", "made", "--output", "report"]).in_this_place()
     assert (config.real, config.generated) == (str(storage / "ISIC"), str(storage / "made"))
     assert (config.output, config.cache_dir) == (str(storage / "report"), str(storage / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "setting"),
+    [
+        ("train", ["--cache_dir", "../cache"], "experiments_dir"),
+        ("train", ["--experiments_dir", "../experiments"], "cache_dir"),
+        ("setup_data", ["--all"], "cache_dir"),
+        ("evaluate", ["probe"], "cache_dir"),
+        ("evaluate", ["probe", "--cache_dir", "../cache"], "output"),
+    ],
+)
+def test_the_defaults_never_land_among_the_images(
+    command: str, arguments: list[str], setting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """cd /data/ISIC, then a command with --data_root . and no other place."""
+    data_root = tmp_path / "ISIC"
+    data_root.mkdir()
+    monkeypatch.chdir(data_root)
+    with pytest.raises(SystemExit) as ended:
+        main(command, [*arguments, "--data_root", "."])
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert error.startswith(f"error: {setting}: {data_root}/")
+    assert error.endswith(f"name another place by --{setting}")
+    assert not list(data_root.iterdir())
+    assert list(tmp_path.iterdir()) == [data_root]
+
+
+def test_best_is_what_its_record_says_and_a_link_only_where_there_is_none(tmp_path: Path) -> None:
+    for name in ("step_1", "step_2"):
+        (tmp_path / name).mkdir()
+    best = str(tmp_path / "best")
+    assert checkpoint_folder(best) == best
+    (tmp_path / "best").symlink_to("step_1")
+    assert checkpoint_folder(best) == str(tmp_path / "step_1")
+    (tmp_path / "best.json").write_text('{"checkpoint": "step_2", "score": 1.0}')
+    assert checkpoint_folder(best) == str(tmp_path / "step_2")
+    (tmp_path / "best").unlink()
+    assert checkpoint_folder(best) == str(tmp_path / "step_2")
+    (tmp_path / "best.json").write_text("")
+    assert checkpoint_folder(best) == best

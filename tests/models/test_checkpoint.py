@@ -17,12 +17,11 @@ from torch.testing import assert_close
 
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError
+from m2d.files.atomic import COMPLETE, mark_complete
 from m2d.models.checkpoint import (
-    COMPLETE,
     PRIOR,
     CheckpointInfo,
     load_checkpoint,
-    mark_complete,
     read_prior,
     write_inference_files,
 )

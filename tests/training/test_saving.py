@@ -1,9 +1,12 @@
 """Checkpoints appear whole or not at all; the last few and the best stay."""
 
 import os
+import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,7 @@ from torch.testing import assert_close
 
 import m2d.training.saving as saving
 from m2d.errors import CheckpointError, TrainingError
-from m2d.models.checkpoint import CheckpointInfo, hold_checkpoint, load_checkpoint
+from m2d.models.checkpoint import CheckpointInfo, hold_checkpoint, load_checkpoint, read_info
 from m2d.training.saving import (
     CheckpointKeeper,
     Snapshot,
@@ -171,16 +174,90 @@ def test_a_whole_checkpoint_is_never_replaced(step: JointStep, tmp_path: Path, m
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     step: JointStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Older ones are deleted once it has: a power cut must not find its files empty then."""
-    flushed: set[str] = set()
+    """Files and folders before the list of them, the list before the name, the name before older ones are deleted."""
+    made, synced = tmp_path / "step_00000003", list[str]()
 
     def fsync(descriptor: int) -> None:
-        assert not (tmp_path / "step_00000003").exists()
-        flushed.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        listed = any(path.glob("complete.json")) or (path.parent / "complete.json").exists()
+        synced.append("the name" if path == tmp_path and made.exists() else "the list" if listed else path.name)
 
     monkeypatch.setattr(os, "fsync", fsync)
+    write_snapshot(snapshot_of(step, 3), made)
+    contents = [path.name for path in made.rglob("*") if path.name != "complete.json"]
+    hidden, marker = synced[len(contents)], synced[len(contents) + 1]
+    assert sorted(synced[: len(contents)]) == sorted(contents)
+    assert hidden.startswith(".step_00000003.")
+    assert marker.startswith(".complete.json.")
+    assert synced[len(contents) + 2 :] == ["the list", "the name"]
+
+
+def test_a_folder_that_stays_is_no_checkpoint_and_goes_with_the_next_one(
+    step: JointStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS keeps a deleted file that is open, as .nfs0001, and so its folder."""
+    remove = shutil.rmtree
+    keeper = CheckpointKeeper(tmp_path, keep_last=1)
+    (tmp_path / "step_00000001").mkdir()  # half of a deletion
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)
+    for number in (1, 2):
+        keeper.save(snapshot_of(step, number), 1 / number)
+        keeper.wait()
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000002"]
+    assert len(list(tmp_path.glob(".step_00000001.*"))) == 2
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    keeper.save(snapshot_of(step, 3), 0.1)
+    keeper.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "best.json", "step_00000003"]
+
+
+def test_no_links_and_an_empty_record_of_the_best_cost_no_checkpoint(
+    step: JointStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    keeper = CheckpointKeeper(tmp_path, keep_last=1)
+    for number, perceptual in ((1, 0.1), (2, 0.5)):
+        keeper.save(replace(snapshot_of(step, number), metrics={"val/perceptual": perceptual}), perceptual)
+        keeper.wait()
+    (tmp_path / "best.json").write_text("")  # as a power cut leaves it
+    assert read_best(tmp_path) == ("step_00000001", 0.1)
+    keeper.save(snapshot_of(step, 3), 0.3)
+    keeper.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.json", "step_00000001", "step_00000003"]
+    assert read_info(tmp_path / "best").step == 1
+
+
+def test_every_file_follows_the_umask(step: JointStep, tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        write_snapshot(snapshot_of(step, 3), tmp_path / "step_00000003")
+    finally:
+        os.umask(before)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {0o664}
+
+
+def test_a_refusal_that_is_not_of_a_full_disk_does_not_ask_for_room(step: JointStep, tmp_path: Path) -> None:
+    keeper = CheckpointKeeper(tmp_path / "checkpoints", keep_last=1)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").touch()
+    keeper.save(snapshot_of(step, 1), 0.5)
+    with pytest.raises(TrainingError, match="Not a directory") as refusal:
+        keeper.wait()
+    assert "make room" not in str(refusal.value)
+
+
+def test_a_training_state_that_cannot_be_read_is_refused_in_one_line(step: JointStep, tmp_path: Path) -> None:
     write_snapshot(snapshot_of(step, 3), tmp_path / "step_00000003")
-    assert flushed == {path.name for path in (tmp_path / "step_00000003").rglob("*") if path.is_file()}
+    for name in ("counters.safetensors", "state.json"):
+        file = tmp_path / "step_00000003" / "training" / name
+        file.write_bytes(bytes(file.stat().st_size))  # what some file systems leave of what was not on the disk
+        with pytest.raises(CheckpointError, match=r"cannot be resumed from [^\n]*$"):
+            load_training_state(tmp_path / "step_00000003", step.state_dict())
 
 
 def test_a_crash_between_the_record_of_the_best_and_its_link_is_made_good(step: JointStep, tmp_path: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_resumed_run_without_images_is_kept(tmp_path: Path, saved: bool) -> No
     marker = stopped.checkpoints / "step_00000004" / "complete.json"
     if saved:
         marker.parent.mkdir()
-        marker.write_text("{}", encoding="utf-8")
+        marker.write_text('{"files": {}}', encoding="utf-8")
     with pytest.raises(DataError, match="data_root"):
         train(config)
     assert marker.is_file() is saved

@@ -45,7 +45,7 @@ from m2d.evaluation.images import (
     unknown_lesions,
 )
 from m2d.evaluation.settings import ProbeConfig
-from m2d.files.paths import result_path
+from m2d.files.paths import require_outside, result_path
 from m2d.files.progress import say
 from m2d.generation.generator import pick_device
 from m2d.metrics.bootstrap import Estimate, resampled_confusions
@@ -231,6 +231,7 @@ def probe(config: ProbeConfig) -> Path:
     config = config.in_this_place()
     key = extractor_key(config.feature_extractor)
     folder = Path(result_path("output", config.output or f"probe/{key}")).expanduser()
+    require_outside(config.data_root, output=str(folder))
     listed, lesion_notes = _listed(config)
     classes = listed[0].classes
     fits, tests = (f"{len(side.rows):,} images ({side.source})" for side in listed)
