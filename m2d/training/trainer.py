@@ -31,8 +31,11 @@ from m2d.training.run import (
     stop_requests,
 )
 from m2d.training.settings import TrainConfig, as_dict, differences, with_absolute_paths
-from m2d.training.telemetry import Console, find_wandb_key
+from m2d.training.telemetry import Console, MetricsLog, find_wandb_key
 
+# Of all steps. A few cost nothing: the loss scale of fp16 finds its level by them. Beyond the second share more steps
+# were left out than taken: the run's schedule is over, and it has not had the training that was asked for.
+FEW_SKIPPED, MOST_SKIPPED = 0.01, 0.5
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 
 
@@ -76,7 +79,15 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
                 with suppress(OSError):  # of a full disk; the error is raised all the same
                     experiment.update_info(**({"state": "stopped", "error": None} if asked else failed))
             raise
-        experiment.update_info(state="done", finished=datetime.now(UTC).isoformat(timespec="seconds"), error=None)
+        last = MetricsLog(experiment.path / "metrics", "train").read()[-1:]
+        skipped = int(last[0].get("skipped_steps", 0)) if last else 0
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        experiment.update_info(state="done", finished=finished, error=None, skipped_steps=skipped)
+        if skipped > FEW_SKIPPED * plan.total_steps:
+            console.warn(
+                f"{skipped:,} of {plan.total_steps:,} steps were skipped, since a loss or gradient was not finite; "
+                "look at the curves, lower the learning rates or use --mixed_precision no"
+            )
         console.say(f"done; best checkpoint: {experiment.checkpoints / 'best'}")
     return experiment
 
