@@ -81,13 +81,16 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
             raise
         last = MetricsLog(experiment.path / "metrics", "train").read()[-1:]
         skipped = int(last[0].get("skipped_steps", 0)) if last else 0
-        finished = datetime.now(UTC).isoformat(timespec="seconds")
-        experiment.update_info(state="done", finished=finished, error=None, skipped_steps=skipped)
+        degraded = opening.degraded
         if skipped > FEW_SKIPPED * plan.total_steps:
-            console.warn(
+            degraded = [
+                *degraded,
                 f"{skipped:,} of {plan.total_steps:,} steps were skipped, since a loss or gradient was not finite; "
-                "look at the curves, lower the learning rates or use --mixed_precision no"
-            )
+                "lower the learning rates or use --mixed_precision no",
+            ]
+            console.warn(degraded[-1])
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        experiment.update_info(state="done", finished=finished, error=None, skipped_steps=skipped, degraded=degraded)
         console.say(f"done; best checkpoint: {experiment.checkpoints / 'best'}")
     return experiment
 
