@@ -211,10 +211,7 @@ class _Console(io.FileIO):
 
 
 def run_training(config: TrainConfig) -> None:
-    """Train, then write the experiment's page; with dry_run only say what the run would need.
-
-    Raises Incomplete where most steps were skipped.
-    """
+    """Train, then write the page; with dry_run only say what it would need. Raises Incomplete: most steps skipped."""
     if config.dry_run:
         from m2d.training.dry_run import dry_run
 
@@ -234,7 +231,4 @@ def run_training(config: TrainConfig) -> None:
         print(f"WARNING: the report could not be written ({reason}); try again: {again}")
     info = experiment.info()
     if info["skipped_steps"] > MOST_SKIPPED * info["total_steps"]:
-        steps = f"{info['skipped_steps']:,} of {info['total_steps']:,} steps"
-        raise Incomplete(
-            f"incomplete: {steps} were skipped, see the warning above; {experiment.path} is hardly trained"
-        )
+        raise Incomplete(f"incomplete: {info['degraded'][-1]}")

@@ -280,7 +280,9 @@ def test_less_than_was_asked_for_is_an_exit_code_of_its_own(
 def test_a_run_that_skipped_most_steps_has_a_page_and_no_success(
     skipped: int, code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (experiment := Experiment(tmp_path)).update_info(skipped_steps=skipped, total_steps=40)
+    (experiment := Experiment(tmp_path)).update_info(
+        skipped_steps=skipped, total_steps=40, degraded=[f"{skipped} of 40 steps were skipped"]
+    )
     monkeypatch.setattr("m2d.training.trainer.train", lambda config: experiment)
     monkeypatch.setattr("m2d.experiments.page.write_report", lambda experiment: "report.html")
     if code is None:

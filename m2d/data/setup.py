@@ -59,8 +59,7 @@ class StageReport:
 def setup_data(config: SetupConfig) -> list[StageReport]:
     """Do the stages that the config asks for, each as far as it is not done yet. Prints what it found and made.
 
-    Raises an M2DError for what a user can fix; whatever was finished stays. Raises Incomplete, at the end, where an
-    image of the catalog could not be prepared.
+    Raises an M2DError for what a user can fix; whatever was finished stays. Incomplete: an image was left out.
     """
     stages = config.stages
     # Ray's processes may start in another directory, so local paths become absolute here.

@@ -310,8 +310,7 @@ def stop_requests(experiment: Path, say: Callable[[str], None], *, signals: bool
 
     (experiment / CONTROL).write_bytes(b" " * CONTROL_BYTES)  # forgets what an earlier run left
     handles = signals and threading.current_thread() is threading.main_thread()
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    numbers = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)] if handles else []
+    numbers = [n for n in SIGNALS if handles and not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked

@@ -81,16 +81,14 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
             raise
         last = MetricsLog(experiment.path / "metrics", "train").read()[-1:]
         skipped = int(last[0].get("skipped_steps", 0)) if last else 0
-        degraded = opening.degraded
         if skipped > FEW_SKIPPED * plan.total_steps:
-            degraded = [
-                *degraded,
+            opening.degraded.append(
                 f"{skipped:,} of {plan.total_steps:,} steps were skipped, since a loss or gradient was not finite; "
-                "lower the learning rates or use --mixed_precision no",
-            ]
-            console.warn(degraded[-1])
-        finished = datetime.now(UTC).isoformat(timespec="seconds")
-        experiment.update_info(state="done", finished=finished, error=None, skipped_steps=skipped, degraded=degraded)
+                "lower the learning rates or use --mixed_precision no"
+            )
+            console.warn(opening.degraded[-1])
+        experiment.update_info(degraded=opening.degraded, skipped_steps=skipped)
+        experiment.update_info(state="done", finished=datetime.now(UTC).isoformat(timespec="seconds"), error=None)
         console.say(f"done; best checkpoint: {experiment.checkpoints / 'best'}")
     return experiment
 
