@@ -243,7 +243,7 @@ class BaseStep(Generic[BatchT]):
     def read_scalars(self) -> dict[str, float]:
         """Means since the last call. The only place that waits for the device.
 
-        Raises TrainingError where all steps, or too many in a row, were skipped, naming the losses that were not finite.
+        Raises TrainingError where all steps, or too many in a row, were skipped, naming the losses not finite.
         """
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         means |= {"skipped_steps": self.skipped, "in_row": self.skipped_in_row}
