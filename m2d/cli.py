@@ -4,7 +4,11 @@ Every setting is a flag (--batch_size and --batch-size alike), a key of a --conf
 win over files, a later file over an earlier one. Heavy packages are imported after the arguments are known to be good.
 """
 
+import errno
+import io
+import os
 import pkgutil
+import select
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +17,7 @@ from typing import Any
 from m2d import __version__
 from m2d.arguments import parse_arguments, preset_names
 from m2d.data.settings import SetupConfig
-from m2d.errors import ConfigError, M2DError
+from m2d.errors import ConfigError, Incomplete, M2DError
 from m2d.evaluation.settings import EvaluateConfig, ProbeConfig
 from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, ReportConfig, ShowConfig
 from m2d.generation.settings import GenerateConfig
@@ -31,6 +35,7 @@ class Command:
     presets: bool = False
     also_known: type | None = None  # another command's settings: a file of that one serves this one too
     positional: str | None = None  # the setting that words without a flag are
+    only_says: bool = False  # what it prints is all that it does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,7 @@ class DemoConfig:
 
 
 LISTING = "m2d.experiments.commands:list_command"
+GONE = (errno.EPIPE, errno.EIO)  # of a pipe whose reader has ended, and of a terminal that was closed
 COMMANDS: dict[str, Command] = {
     "train": Command(
         TrainConfig, "m2d.cli:run_training", "Train on a folder of class folders; run again to resume.", presets=True
@@ -72,19 +78,23 @@ COMMANDS: dict[str, Command] = {
         "Sweep loss weights and learning rates; run again to resume.",
         presets=True,
     ),
-    "experiments": Command(ListConfig, LISTING, "List the experiments; the same as experiments list."),
-    "experiments list": Command(ListConfig, LISTING, "List the experiments, their states and best measures."),
+    "experiments": Command(ListConfig, LISTING, "List the experiments; the same as experiments list.", only_says=True),
+    "experiments list": Command(
+        ListConfig, LISTING, "List the experiments, their states and best measures.", only_says=True
+    ),
     "experiments show": Command(
         ShowConfig,
         "m2d.experiments.commands:show_command",
         "Show one experiment: what it did, how it went, how to continue it.",
         positional="experiment",
+        only_says=True,
     ),
     "experiments compare": Command(
         CompareConfig,
         "m2d.experiments.commands:compare_command",
         "Set experiments side by side: settings that differ, measures.",
         positional="experiments",
+        only_says=True,
     ),
     "experiments report": Command(
         ReportConfig,
@@ -102,8 +112,10 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(command: str, arguments: Sequence[str] | None = None) -> None:
-    """Run one command as a script: exit code 0, or 2 after one line for what a user can fix."""
+    """Run one command as a script: exit code 0, or an M2DError's after its line on stderr."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    keep_saying()
+    only_says = True  # --help and --print_config
     try:
         # `evaluate` before `probe ...` is the command `evaluate probe`.
         longer = [name for name in COMMANDS if name.startswith(f"{command} ")]
@@ -113,19 +125,25 @@ def main(command: str, arguments: Sequence[str] | None = None) -> None:
                 known = ", ".join([command.partition(" ")[0], *longer])
                 raise ConfigError(f"command {command} is not known; choose from {known}")
         config = parse(command, given)
+        only_says = COMMANDS[command].only_says or getattr(config, "dry_run", False)
         pkgutil.resolve_name(COMMANDS[command].run)(config)
     except M2DError as error:
-        asked = getattr(error, "exit_code", None)  # a run that was asked to stop, and did
-        print(str(error) if asked else f"error: {error}", file=sys.stderr)
-        sys.exit(asked or 2)
+        print(f"error: {error}" if error.exit_code == M2DError.exit_code else str(error), file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
+    finally:
+        lost = getattr(getattr(sys.stdout, "buffer", None), "lost", None)
+        if only_says and lost:
+            print(f"error: stdout cannot be written ({lost}); make room, or send it elsewhere", file=sys.stderr)
+            sys.exit(M2DError.exit_code)
 
 
 def main_from_shell(arguments: Sequence[str] | None = None) -> None:
     """`m2d COMMAND ...`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    keep_saying()
     if not given or given[0] in ("-h", "--help"):
         lines = [f"  {name:20} {command.description}" for name, command in COMMANDS.items()]
         print("\n".join(["usage: python -m m2d COMMAND [--help] ...", "", *lines]))
@@ -153,14 +171,54 @@ def parse(command: str, arguments: Sequence[str]) -> Any:
     )
 
 
+def keep_saying() -> None:
+    """From here on a console that is gone, full or without a character breaks nothing, in a signal's handler either."""
+    for name in ("stdout", "stderr"):
+        stream, first = getattr(sys, name), getattr(sys, f"__{name}__")
+        if stream is not first:
+            continue  # a test's, a notebook's, or made here before
+        if stream is None:  # closed by the shell (`>&-`); the next file that is opened must not take its number
+            raw, encoding = _Console(os.devnull, "w"), "utf-8"
+        else:
+            stream.flush()
+            raw, encoding = _Console(stream.fileno(), "w", closefd=False), stream.encoding
+        how: dict[str, Any] = {"encoding": encoding, "errors": "backslashreplace", "line_buffering": True}
+        setattr(sys, name, io.TextIOWrapper(raw, **how))
+
+
+class _Console(io.FileIO):
+    """stdout or stderr. What nobody reads is dropped.
+
+    Without a buffer, which raises where a signal's handler writes while the main thread does, and where what is left
+    in it is flushed as the process ends.
+    """
+
+    lost: str | None = None  # why text was dropped although it has a reader, such as a log on a full disk
+
+    def write(self, text: Any, /) -> int:
+        """Write it all, waiting where the reader takes no more. Never raises OSError."""
+        rest = memoryview(text)
+        try:
+            while rest:
+                written: int | None = super().write(rest)
+                if written is None:  # another program has set the pipe not to block
+                    select.select([], [self], [])
+                rest = rest[written or 0 :]
+        except OSError as error:
+            if error.errno not in GONE:
+                self.lost = error.strerror
+        return len(text)
+
+
 def run_training(config: TrainConfig) -> None:
-    """Train, then write the experiment's page; with dry_run only say what the run would need."""
+    """Train, then write the page; with dry_run only say what it would need. Raises Incomplete: most steps skipped."""
     if config.dry_run:
         from m2d.training.dry_run import dry_run
 
-        return dry_run(config)
+        dry_run(config)
+        return
 
-    from m2d.training.trainer import train
+    from m2d.training.trainer import MOST_SKIPPED, train
 
     experiment = train(config)
     try:
@@ -171,3 +229,6 @@ def run_training(config: TrainConfig) -> None:
         reason = " ".join(str(error).split()) or type(error).__name__
         again = f"python -m m2d experiments report {experiment.name} --experiments_dir {config.experiments_dir}"
         print(f"WARNING: the report could not be written ({reason}); try again: {again}")
+    info = experiment.info()
+    if info["skipped_steps"] > MOST_SKIPPED * info["total_steps"]:
+        raise Incomplete(f"incomplete: {info['degraded'][-1]}")

@@ -1,8 +1,10 @@
-"""User-facing errors. The command line prints them as one line and exits with 2; anything else is a bug."""
+"""User-facing errors. The command line prints them as one line and exits with their code; anything else is a bug."""
 
 
 class M2DError(Exception):
     """What is wrong, where, and what to do, in one line."""
+
+    exit_code = 2  # the command did not do what it was asked for; 1 is Python's, for a bug
 
 
 class ConfigError(M2DError):
@@ -23,6 +25,12 @@ class ExperimentError(M2DError):
 
 class TrainingError(M2DError):
     """Training cannot continue; the message names the cause."""
+
+
+class Incomplete(M2DError):
+    """A command came to its end and made less than it was asked for; what it made is whole, and stays."""
+
+    exit_code = 3
 
 
 def first_line(error: Exception) -> str:

@@ -1,9 +1,13 @@
 """The command line: files and flags in their order, one line and exit code 2 for what a user can mend."""
 
 import dataclasses
+import os
 import pkgutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,10 @@ import pytest
 import yaml
 
 from m2d.arguments import setting_comments, setting_types
-from m2d.cli import COMMANDS, main, main_from_shell, parse
+from m2d.cli import COMMANDS, _Console, main, main_from_shell, parse
 from m2d.data.settings import SetupConfig
+from m2d.errors import Incomplete
+from m2d.experiment import Experiment
 from m2d.training.settings import TrainConfig, as_dict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -256,6 +262,102 @@ def test_an_interrupt_says_how_to_resume(monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(SystemExit, match="130"):
         main("train", [])
     assert "run the same command again" in capsys.readouterr().err
+
+
+def test_less_than_was_asked_for_is_an_exit_code_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fewer(config: object) -> None:
+        raise Incomplete("incomplete: 3 of 4 images are missing")
+
+    monkeypatch.setattr("m2d.cli.run_training", fewer)
+    with pytest.raises(SystemExit, match="3"):
+        main("train", [])
+    assert capsys.readouterr().err == "incomplete: 3 of 4 images are missing\n"
+
+
+@pytest.mark.parametrize(("skipped", "code"), [(0, None), (20, None), (21, 3)])
+def test_a_run_that_skipped_most_steps_has_a_page_and_no_success(
+    skipped: int, code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (experiment := Experiment(tmp_path)).update_info(
+        skipped_steps=skipped, total_steps=40, degraded=[f"{skipped} of 40 steps were skipped"]
+    )
+    monkeypatch.setattr("m2d.training.trainer.train", lambda config: experiment)
+    monkeypatch.setattr("m2d.experiments.page.write_report", lambda experiment: "report.html")
+    if code is None:
+        main("train", [])
+    else:
+        with pytest.raises(SystemExit, match=str(code)):
+            main("train", [])
+        assert "21 of 40 steps were skipped" in capsys.readouterr().err
+
+
+TALKATIVE = """
+import logging, sys, m2d.cli
+from rich.console import Console
+from m2d.files.progress import progress, say
+
+def doing(config):
+    logging.warning("on stderr")
+    with progress("work", 2000) as shown:
+        for number in range(2000):  # more than a pipe holds
+            print("a file's name may be any bytes: \\udcff")
+            Console().print(f"step {number}")
+            say("beside the result")
+            shown.advance(1)
+    open(sys.argv[1], "x").close()
+
+m2d.cli.run_training = doing
+m2d.cli.main("train", [])
+"""
+
+
+@pytest.mark.parametrize("console", ["| head -1", "2>&1 | head -1", "> /dev/full 2>&1", ">&- 2>&-", "<&- >&-"])
+def test_a_console_that_nobody_reads_or_that_is_full_changes_nothing(console: str, tmp_path: Path) -> None:
+    """Nor the exit code, which Python makes 120 where it cannot flush stdout at the end."""
+    line = f'set -o pipefail; "$@" {console}'
+    program = [sys.executable, "-c", TALKATIVE, str(tmp_path / "done")]
+    ended = subprocess.run(["bash", "-c", line, "-", *program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (tmp_path / "done").exists(), ended.stderr
+    assert ended.returncode == 0
+    assert "Error" not in ended.stderr
+
+
+def test_a_result_that_could_not_be_printed_whole_is_no_success(tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "m2d", "experiments", "list", "--json", "--experiments_dir", str(tmp_path)]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        ended = subprocess.run(line, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    message = "error: stdout cannot be written (No space left on device); make room, or send it elsewhere\n"
+    assert (ended.returncode, ended.stderr) == (2, message)
+
+
+def test_a_signals_handler_says_its_line_while_another_line_is_being_written() -> None:
+    """To a pipe that is full, so that the signal comes in the middle, and that does not block, as ssh may set it."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    read: list[bytes] = []
+    console = _Console(writer, "w")
+
+    def drain() -> None:
+        time.sleep(0.4)
+        while found := os.read(reader, 2**16):
+            read.append(found)
+
+    draining = threading.Thread(target=drain)
+    draining.start()
+    before = signal.signal(signal.SIGALRM, lambda number, frame: console.write(b"saving"))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        console.write(b"." * 2**20)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        console.close()
+        draining.join()
+    os.close(reader)
+    everything = b"".join(read)
+    assert everything.count(b".") == 2**20
+    assert b"saving" in everything
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -4,6 +4,7 @@ import atexit
 import logging
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,12 +61,16 @@ def ray_cluster(
         options["num_cpus"] = max(os.cpu_count() or 1, int(min_cpus + 0.999))
         # Without the dashboard, whose state API Train asks, stopped Tune trials never free their CPUs.
         options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
+        # Ray's processes end with the driver, which may still save when its terminal is closed; they inherit the mask.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             ray.init(**options)
         except Exception:  # Ray gives its processes 30 s to start, whatever else the machine does; they are warm now
             logger.warning("Ray did not start in time; trying once more", exc_info=True)
             ray.shutdown()
             ray.init(**options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         if joined and wait_s > 0:
             wait_for_nodes(bundles, wait_s, logger.warning)

@@ -29,7 +29,7 @@ from m2d.data.decode import decode_resized
 from m2d.data.reader import READ_THREADS, decode_unchanged
 from m2d.data.settings import DataConfig, SetupConfig
 from m2d.data.store import CATALOG, PreparedImages, pieces, prepared_folder, reusable_catalog, write_images, write_scan
-from m2d.errors import ConfigError, DataError
+from m2d.errors import ConfigError, DataError, Incomplete
 from m2d.files.atomic import clear_leftovers, try_lock
 from m2d.files.paths import absolute, input_path, require_outside, result_path
 from m2d.files.progress import progress
@@ -59,7 +59,7 @@ class StageReport:
 def setup_data(config: SetupConfig) -> list[StageReport]:
     """Do the stages that the config asks for, each as far as it is not done yet. Prints what it found and made.
 
-    Raises an M2DError for what a user can fix; whatever was finished stays.
+    Raises an M2DError for what a user can fix; whatever was finished stays. Incomplete: an image was left out.
     """
     stages = config.stages
     # Ray's processes may start in another directory, so local paths become absolute here.
@@ -130,6 +130,12 @@ def setup_data(config: SetupConfig) -> list[StageReport]:
         say(
             f"{report.name:16} {report.found:9,} {report.made:9,} {report.failed:9,} {report.files:6,} "
             f"{filesize.decimal(report.bytes):>10} {seconds:>8}"
+        )
+    parts = [report for report in reports if report.name != "catalog" and report.seconds is not None]
+    if lack := sum(report.failed for report in parts):
+        raise Incomplete(
+            f"incomplete: {lack:,} images or views of images could not be prepared; were they changed since the scan? "
+            "The same command tries again"
         )
     return reports
 

@@ -258,12 +258,19 @@ class OutputFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def settle(self) -> None:
-        """Put all parts into journal.parquet and write the manifest of it. Raises ConfigError."""
+    def settle(self, plan: pa.Table) -> Counter[str]:
+        """Put all parts into journal.parquet and write the manifest of it. Raises ConfigError.
+
+        Returns how many images of the plan are missing, by class, which the manifest's metadata has too.
+        """
         parts, rows = self._read()
         self._write_journal(rows, parts, changed=False)
-        manifest = self.accepted.drop_columns("accepted").replace_schema_metadata({"m2d": self.recipe.to_json()})
+        lost = plan.filter(pc.invert(pc.is_in(plan["id"], pa.array(self.paths, pa.string()))))
+        missing = Counter(lost["class"].to_pylist())
+        record = {"m2d": self.recipe.to_json(), "asked": str(plan.num_rows), "missing": json.dumps(missing)}
+        manifest = self.accepted.drop_columns("accepted").replace_schema_metadata(record)
         write_rows(self.root / MANIFEST_NAME, manifest)
+        return missing
 
     @property
     def accepted(self) -> pa.Table:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from m2d.cluster.nodes import cluster_gpu, cluster_total, require_shared
 from m2d.diffusion.feature_prior import WEAK_BELOW
-from m2d.errors import ConfigError, M2DError
+from m2d.errors import ConfigError, Incomplete, M2DError
 from m2d.files.paths import checkpoint_folder, input_path, require_outside, result_path
 from m2d.files.progress import progress, say
 from m2d.generation import output, workers
@@ -41,6 +41,7 @@ def generate(config: GenerateConfig) -> Path:
 
     Raises an M2DError, in one line, for what a user can fix: a checkpoint, folder, plan or device that cannot be used,
     an output folder of other settings, a disk that is full, a batch that does not fit. What was finished stays.
+    Raises Incomplete, at the end, where the gates left fewer images than were asked for.
     """
     config = _absolute(config)
     with hold_checkpoint(config.checkpoint) as path, ExitStack() as cluster:
@@ -73,9 +74,11 @@ def generate(config: GenerateConfig) -> Path:
             return root
         with closing(OutputFolder(root, recipe)) as folder:
             _write_plan(root, planned.table)
-            _Run(config, checkpoint, planned, gates, folder, device, precision, cluster).finish()
+            lack = _Run(config, checkpoint, planned, gates, folder, device, precision, cluster).finish()
             if config.merge and config.data_root is not None:
                 write_merged_index(config.data_root, catalog, root / MANIFEST_NAME, root / MERGED_NAME)
+    if lack:
+        raise Incomplete(f"incomplete: {lack}")
     return root
 
 
@@ -93,8 +96,8 @@ class _Run:
     cluster: ExitStack  # holds Ray's connection, once it is needed
     generator: Generator | None = None
 
-    def finish(self) -> None:
-        """Make what is missing and report what is there."""
+    def finish(self) -> str:
+        """Make what is missing and report what is there. Returns what is still missing, and why; "" for nothing."""
         folder, plan = self.folder, self.planned.table
         for line in folder.mended[:10]:
             say(f"output: {line}; it is made again")
@@ -118,10 +121,11 @@ class _Run:
             kept = self._make(rounds, missing)
         except BaseException:
             with suppress(M2DError):  # a disk that is full is full for the manifest too; what is done is in the journal
-                folder.settle()
+                folder.settle(plan)
             raise
-        folder.settle()
-        self._report(f"{kept:,} new" + (f", {kept / (time.monotonic() - began):.1f} images/s" if kept else ""), weak)
+        missing_of = folder.settle(plan)
+        new = f"{kept:,} new" + (f", {kept / (time.monotonic() - began):.1f} images/s" if kept else "")
+        return self._report(new, weak, missing_of)
 
     def _make(self, rounds: list[pa.Table], missing: int) -> int:
         """Round k makes attempt k of all rows that need it; returns how many images were kept."""
@@ -189,32 +193,31 @@ class _Run:
         in_memory = _GROUP_BYTES // (3 * self.checkpoint.image_size**2)
         return max(batch, min(self.config.shard_images, in_memory) // batch * batch)
 
-    def _report(self, new: str, weak: list[str]) -> None:
+    def _report(self, new: str, weak: list[str], missing: Counter[str]) -> str:
         from m2d.generation.contact_sheet import counts_and_rejections, write_pictures  # matplotlib costs a second
 
         folder, plan, classes = self.folder, self.planned.table, self.checkpoint.info.classes
         rejections = folder.rejections()
-        lost = plan.filter(pc.invert(pc.is_in(plan["id"], pa.array(folder.paths, pa.string()))))
-        missing = Counter(lost["class"].to_pylist())
         strips = write_pictures(
             folder, plan, title="M2D synthetic dermoscopy", caption=self._caption(weak), classes=classes
         )
         made = Counter(folder.accepted["class"].to_pylist())
         Console(file=sys.stdout).print(counts_and_rejections(self.planned.before, made, rejections, missing, classes))
-        if missing:
-            reasons = {
-                code: [f"{why} {n}" for (of, why), n in sorted(rejections.items()) if of == code] for code in missing
-            }
-            counts = [f"{code} {missing[code]} ({', '.join(reasons[code])})" for code in missing]
-            say(
-                f"warning: {lost.num_rows:,} of {plan.num_rows:,} images are missing, rejected "
-                f"{self.config.gates.max_attempts} times each: {', '.join(counts)}; raise --gates.max_attempts, or "
-                "look at the gates' settings"
-            )
+        lost = missing.total()
         print(
-            f"{plan.num_rows - lost.num_rows:,} images ({new}), {MANIFEST_NAME} and contact_sheet.png"
+            f"{plan.num_rows - lost:,} images ({new}), {MANIFEST_NAME} and contact_sheet.png"
             f"{f', {strips} strips' if strips else ''} in {folder.root}",
             flush=True,
+        )
+        if not missing:
+            return ""
+        reasons = {
+            code: [f"{why} {n}" for (of, why), n in sorted(rejections.items()) if of == code] for code in missing
+        }
+        counts = [f"{code} {missing[code]} ({', '.join(reasons[code])})" for code in missing]
+        return (
+            f"{lost:,} of {plan.num_rows:,} images are missing, rejected {self.config.gates.max_attempts} times each: "
+            f"{', '.join(counts)}; raise --gates.max_attempts, or look at the gates' settings"
         )
 
     def _caption(self, weak: list[str]) -> str:

@@ -57,7 +57,7 @@ CONTROL = ".control"  # in the experiment's directory
 CONTROL_BYTES = 4096  # taken at the start, so that a word can be left on a disk that is full
 STOP = "stop"
 CPU_ALLOCATOR = "DefaultCPUAllocator"  # in torch's words where the machine's memory runs out: a plain RuntimeError
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last one: the terminal, or its ssh session, is closed
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)  # Ray shows the text of what a trainer is given
@@ -367,14 +367,16 @@ def users_error(error: Exception, experiment: Path, config: TrainConfig) -> M2DE
 
 @contextmanager
 def stop_requests(experiment: Path, say: Callable[[str], None], *, signals: bool = True) -> Iterator[list[int]]:
-    """In the main thread SIGINT and SIGTERM ask the run to save and stop; the second signal ends the process at once.
+    """In the main thread SIGNALS ask the run to save and stop; a second SIGINT or SIGTERM ends the process at once.
 
     Yields the signal that asked, if any. In another thread, which may set no handlers, and with signals=False, signals
-    stay as they are. say: prints a line.
+    stay as they are; so does a SIGHUP that nohup has set to be ignored. say: prints a line.
     """
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if asked and number == signal.SIGHUP:
+            return  # shell and kernel both send one
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         if asked:
@@ -385,7 +387,8 @@ def stop_requests(experiment: Path, say: Callable[[str], None], *, signals: bool
 
     (experiment / CONTROL).write_bytes(b" " * CONTROL_BYTES)  # forgets what an earlier run left
     handles = signals and threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, ask) for number in SIGNALS} if handles else {}
+    numbers = [n for n in SIGNALS if handles and not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked
     finally:

@@ -243,13 +243,14 @@ class BaseStep(Generic[BatchT]):
     def read_scalars(self) -> dict[str, float]:
         """Means since the last call. The only place that waits for the device.
 
-        Raises TrainingError where too many steps in a row were skipped, naming the losses that were not finite.
+        Raises TrainingError where all steps, or too many in a row, were skipped, naming the losses not finite.
         """
         means = {name: total / self._counts[name] for name, total in self._sums.items()}
         means |= {"skipped_steps": self.skipped, "in_row": self.skipped_in_row}
         scalars: dict[str, float] = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
         in_row = int(scalars.pop("in_row"))
-        if in_row >= self.config.schedule.max_skipped_in_row:
+        every = scalars["skipped_steps"] >= self.config.total_steps  # of a short run: it has not trained
+        if every or in_row >= self.config.schedule.max_skipped_in_row:
             bad = [name for name, value in scalars.items() if not math.isfinite(value)]
             raise TrainingError(
                 f"{in_row} steps in a row had a loss or gradient that is not finite ({', '.join(bad) or 'gradients'}); "

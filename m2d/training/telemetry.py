@@ -399,6 +399,7 @@ class Console:
                 first = record if first is None else first
                 step, left = record["step"], time_left(first, record, total)
                 losses = "  ".join(f"{label} {record[name]:.3g}" for name, label in SHOWN.items() if name in record)
+                losses += f"  skipped {record['skipped_steps']:.0f}" if record.get("skipped_steps") else ""
                 if self.interactive:
                     epoch = f"{min(int(record['epoch']) + 1, epochs)}/{epochs}"
                     bar.update(task, completed=step, epoch=epoch, description=losses, left=left)

@@ -32,8 +32,11 @@ from m2d.training.run import (
     users_error,
 )
 from m2d.training.settings import TrainConfig, as_dict, differences, with_absolute_paths
-from m2d.training.telemetry import Console, find_wandb_key
+from m2d.training.telemetry import Console, MetricsLog, find_wandb_key
 
+# Of all steps. A few cost nothing: the loss scale of fp16 finds its level by them. Beyond the second share more steps
+# were left out than taken: the run's schedule is over, and it has not had the training that was asked for.
+FEW_SKIPPED, MOST_SKIPPED = 0.01, 0.5
 PRECISION_NAMES = {"no": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 
 
@@ -94,6 +97,15 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
             if told is not None and told is not error:
                 raise told from error
             raise
+        last = MetricsLog(experiment.path / "metrics", "train").read()[-1:]
+        skipped = int(last[0].get("skipped_steps", 0)) if last else 0
+        if skipped > FEW_SKIPPED * plan.total_steps:
+            opening.degraded.append(
+                f"{skipped:,} of {plan.total_steps:,} steps were skipped, since a loss or gradient was not finite; "
+                "lower the learning rates or use --mixed_precision no"
+            )
+            console.warn(opening.degraded[-1])
+        experiment.update_info(degraded=opening.degraded, skipped_steps=skipped)
         experiment.update_info(state="done", finished=datetime.now(UTC).isoformat(timespec="seconds"), error=None)
         console.say(f"done; best checkpoint: {experiment.checkpoints / 'best'}")
     return experiment

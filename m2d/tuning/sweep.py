@@ -21,7 +21,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter, SearchAlg
 
 from m2d.cluster.nodes import node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
-from m2d.errors import ConfigError, ExperimentError
+from m2d.errors import ConfigError, ExperimentError, Incomplete
 from m2d.experiment import read_mapping
 from m2d.files.atomic import try_lock, write_whole
 from m2d.training.settings import as_dict, differences, with_absolute_paths
@@ -40,6 +40,7 @@ def sweep(config: SweepConfig) -> list[TrialOutcome]:
     """Search to the end, starting or resuming. Returns what came out, which is also in the sweep's folder.
 
     Raises an M2DError for what a user can fix. Finished trials stay whatever happens; the same command resumes.
+    Raises Incomplete, once all is written, where a trial failed.
     """
     config = with_absolute_paths(config)
     console = Console()
@@ -72,6 +73,11 @@ def sweep(config: SweepConfig) -> list[TrialOutcome]:
             raise KeyboardInterrupt  # Tune takes it for a wish to end, and returns as if the sweep were over
         outcome = read_outcome(config, ledger)
         write_outcome(outcome, config, folder, console.rich)
+    if failed := ledger.in_state("failed"):
+        raise Incomplete(
+            f"incomplete: {len(failed)} of {config.count} trials failed ({failed[0].name}: {failed[0].error}); "
+            "the same command tries them again"
+        )
     return outcome
 
 

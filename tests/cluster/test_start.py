@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import signal
 import stat
 import tempfile
 import threading
@@ -30,9 +31,10 @@ class PretendedRay:
         self.initialized = False
         self.cpus = 100.0
         self.dashboard_url: str | None = None
+        self.blocked: set[signal.Signals] = set()  # by its processes, which inherit it
 
     def init(self, **options: Any) -> SimpleNamespace:
-        self.options = options
+        self.options, self.blocked = options, signal.pthread_sigmask(signal.SIG_BLOCK, ())
         return SimpleNamespace(dashboard_url=self.dashboard_url)
 
     def shutdown(self) -> None:
@@ -73,6 +75,13 @@ def test_a_cluster_of_our_own_has_the_cpus_that_were_asked_for_and_is_for_this_m
     assert pretended.options["num_cpus"] == 100
     assert pretended.options["dashboard_host"] == "127.0.0.1"
     assert capsys.readouterr().err == ""  # it is warned of a cluster that was joined alone
+
+
+def test_a_closed_terminal_does_not_end_the_processes_of_a_run_that_saves(pretended: PretendedRay) -> None:
+    """They are in the driver's process group, to which the kernel sends SIGHUP."""
+    with ray_cluster():
+        assert signal.SIGHUP in pretended.blocked
+        assert signal.SIGHUP not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_no_cluster_that_somebody_wrote_into_tmp_is_joined(

@@ -32,7 +32,7 @@ from m2d.data.settings import DataConfig
 from m2d.data.setup import StageReport, prepare_images, setup_data
 from m2d.data.store import PreparedImages, prepared_folder, write_images
 from m2d.data.views import apply_view
-from m2d.errors import ConfigError, DataError
+from m2d.errors import ConfigError, DataError, Incomplete
 from m2d.models.extractors import LITE0, Features, extractor_key, load_feature_extractor, packaged_weights
 from m2d.models.settings import FeatureExtractorConfig
 
@@ -275,6 +275,14 @@ def test_images_gone_bad_since_the_scan_are_left_out_with_the_reason(tmp_path: P
     assert result.failures == ["DF/DF_1.png: is not there", "NV/NV_2.png: has changed since the scan"]
     missing = PreparedImages(folder, SIZE).missing(sums)
     assert [path for path, absent in zip(paths, missing) if absent] == ["DF/DF_1.png", "NV/NV_2.png"]
+
+
+def test_images_that_could_not_be_prepared_are_no_success(
+    root: Path, tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "decode_unchanged", lambda storage, path, sha256, decode: "is not there")
+    with pytest.raises(Incomplete, match=f"{IMAGES} images or views"):
+        run(root, tmp_path / "cache", "--scan", "--images", *HERE)
 
 
 class Overflowing(torch.nn.Module):

@@ -26,7 +26,7 @@ from m2d.generation.output import (
     experiment_of,
     group_name,
 )
-from m2d.generation.plan import PlanRow, retried, table_of
+from m2d.generation.plan import PLAN_SCHEMA, PlanRow, retried, table_of
 from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.generation.workers import GroupWriter
 
@@ -62,7 +62,7 @@ def ids(root: Path, recipe: Recipe = RECIPE) -> list[str]:
 
 def manifest(root: Path) -> list[dict[str, Any]]:
     with closing(OutputFolder(root, RECIPE)) as folder:
-        folder.settle()
+        folder.settle(PLAN_SCHEMA.empty_table())
     return pq.read_table(root / MANIFEST_NAME).to_pylist()
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from tiny_networks import TinyExtractor
 from m2d.classes import ISIC7
 from m2d.data.catalog import class_counts, scan_dataset
 from m2d.data.settings import DataConfig
-from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
+from m2d.errors import CheckpointError, ConfigError, DataError, Incomplete, M2DError
 from m2d.generation import contact_sheet, gates, run
 from m2d.generation.generator import Generator
 from m2d.generation.output import read_pngs
@@ -342,17 +343,22 @@ def test_a_run_interrupted_among_its_retries_ends_like_one_that_was_not(
 def test_what_is_never_accepted_is_said_to_be_missing(
     drawn: list[str], parity_gate: Callable[[np.ndarray], bool], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = run.generate(config(num_samples=10, gates=replace(GATED, max_attempts=1)))
+    with pytest.raises(Incomplete, match=r"^incomplete: (\d+) of 20 images are missing") as ended:
+        run.generate(config(num_samples=10, gates=replace(GATED, max_attempts=1)))
+    told = capsys.readouterr().out
+    root = Path(told.split()[-1])
     missing = 20 - len(pngs(root))
     assert len(drawn) == 20
     assert missing > 0
-    told = capsys.readouterr()
-    assert f"warning: {missing} of 20 images are missing" in told.err
-    assert f"{20 - missing} images ({20 - missing} new" in told.out
+    assert f"incomplete: {missing} of 20" in str(ended.value)
+    assert f"{20 - missing} images ({20 - missing} new" in told
+    record = pq.read_schema(root / "manifest.parquet").metadata
+    assert (record[b"asked"], sum(json.loads(record[b"missing"]).values())) == (b"20", missing)
     drawn.clear()
     run.generate(config(num_samples=10, gates=GATED))
     assert len(pngs(root)) == 20, "more attempts go on where fewer gave up"
     assert len(drawn) >= missing
+    assert pq.read_schema(root / "manifest.parquet").metadata[b"missing"] == b"{}"
 
 
 @pytest.fixture

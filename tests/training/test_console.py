@@ -25,14 +25,14 @@ def shown(tmp_path: Path, *, interactive: bool, monkeypatch: pytest.MonkeyPatch)
         while "0.75" not in screen.getvalue() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.2)
-        log.write(20, {"epoch": 2.0, "loss/diffusion": 0.5, "images_per_s": 32.0})
+        log.write(20, {"epoch": 2.0, "loss/diffusion": 0.5, "images_per_s": 32.0, "skipped_steps": 3.0})
     return screen.getvalue()
 
 
 def test_a_log_file_gets_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = shown(tmp_path, interactive=False, monkeypatch=monkeypatch).splitlines()
     assert lines[0].split() == ["epoch", "1.50/4", "step", "15/40", "diffusion", "0.75", "images/s", "31"]
-    assert lines[1].startswith("epoch 2.00/4  step 20/40  diffusion 0.5  images/s 32")
+    assert lines[1].startswith("epoch 2.00/4  step 20/40  diffusion 0.5  images/s 32  skipped 3")
     assert lines[1].endswith("min left")
     assert "\x1b" not in "".join(lines)
 

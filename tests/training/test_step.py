@@ -178,6 +178,20 @@ def test_training_goes_on_after_bad_steps_unless_too_many_come_in_a_row() -> Non
         step.read_scalars()
 
 
+def test_a_run_whose_every_step_was_skipped_has_not_trained() -> None:
+    """However short: fewer steps than are allowed in a row, and some of them before it was resumed."""
+    step = tiny_step(tiny_networks(), total_steps=2)
+    bad = tiny_batch()
+    bad[1].noise.fill_(float("nan"))
+    step([bad], 0)
+    assert step.read_scalars()["skipped_steps"] == 1
+    resumed = tiny_step(tiny_networks(), total_steps=2)
+    resumed.load_state_dict(step.state_dict())
+    resumed([bad], 1)
+    with pytest.raises(TrainingError, match="not finite"):
+        resumed.read_scalars()
+
+
 def test_a_loss_that_joins_late_is_averaged_over_its_own_steps() -> None:
     means = []
     for reads in (True, False):

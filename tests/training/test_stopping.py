@@ -35,6 +35,25 @@ def test_a_signal_asks_once_and_the_second_one_ends_the_process(tmp_path: Path) 
     assert said == ["SIGTERM: saving a checkpoint, then stopping; once more to stop at once"]
 
 
+def test_a_closed_terminal_asks_and_hurries_nobody(tmp_path: Path) -> None:
+    """The shell sends SIGHUP to its jobs, and the kernel again as the shell ends."""
+    with stop_requests(tmp_path, print) as asked:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGHUP)
+        assert stop_is_wanted(tmp_path)
+        assert asked == [signal.SIGHUP]
+
+
+def test_under_nohup_a_closed_terminal_is_nothing(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests(tmp_path, print) as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert not asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_afterwards_signals_mean_what_they_meant_before_and_the_request_is_forgotten(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     (tmp_path / CONTROL).write_text("stop", encoding="utf-8")  # of an earlier run that was killed
@@ -121,9 +140,11 @@ def test_a_word_can_be_left_where_no_new_file_can(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_on(
-    data_root: Path, tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_on(
+    number: signal.Signals, data_root: Path, tmp_path: Path
 ) -> None:
+    """Ctrl-C, which ends the `tee` behind the run first; or a closed terminal."""
     places = ["--data_root", str(data_root), "--experiments_dir", str(tmp_path / "runs"), "--name", "run"]
     settings = [*TINY, "--num_workers", "0", "--saving.every_steps", "1000", "--max_steps", "30"]
     line = [sys.executable, "-m", "m2d", "train", *places, *settings]
@@ -131,12 +152,14 @@ def test_ctrl_c_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes_o
     deadline = time.monotonic() + 120
     while not steps(tmp_path) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.send_signal(number)
+    err = process.stderr.read()
     last = steps(tmp_path)[-1]
-    assert process.returncode == 130, err
+    assert process.wait(timeout=120) == 128 + number, err
     assert f"stopped at step {last:,} of 30; the same command resumes" in err
-    assert "SIGINT: saving a checkpoint" in out
     (run,) = (tmp_path / "runs").glob("run_*")
     assert [path.name for path in complete_checkpoints(run / "checkpoints")] == [f"step_{last:08d}"]
     again = subprocess.run(line, capture_output=True, text=True, check=False, timeout=240)

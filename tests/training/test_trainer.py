@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,10 @@ from m2d.experiment import complete_checkpoints, open_experiment
 from m2d.generation.run import generate
 from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import load_checkpoint, read_prior
-from m2d.training.run import allocator_settings
+from m2d.training.run import RunPlan, allocator_settings
 from m2d.training.saving import read_best
 from m2d.training.settings import TrainConfig, as_dict, differences
+from m2d.training.telemetry import MetricsLog
 from m2d.training.trainer import _opening, train
 
 
@@ -70,6 +72,21 @@ def test_workers_train_both_stages_and_the_result_generates(ray_cluster: None, d
     )
     assert sorted(path.parent.name for path in output.rglob("*.png") if path.parent != output) == ["DF", "MEL"]
     assert output.is_relative_to(latent.path / "generated_images")
+
+
+@pytest.mark.parametrize(("skipped", "warned"), [(0, False), (2, False), (3, True)])
+def test_skipped_steps_are_in_the_record_and_said_where_they_are_more_than_a_few(
+    skipped: int, warned: bool, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def trains(plan: RunPlan, *_: object) -> None:
+        MetricsLog(plan.experiment.path / "metrics", "train").write(plan.total_steps, {"skipped_steps": float(skipped)})
+
+    monkeypatch.setattr("m2d.training.trainer._run", trains)
+    info = train(tiny_config(data_root, tmp_path, "--epochs", "20", "--max_steps", "200")).info()
+    told = f"{skipped} of 200 steps were skipped"
+    assert (info["state"], info["skipped_steps"]) == ("done", skipped)
+    assert any(line.startswith(told) for line in info["degraded"]) == warned
+    assert (told in capsys.readouterr().out) == warned
 
 
 @pytest.mark.ray

@@ -19,7 +19,7 @@ from tiny_run import TINY, write_images
 from tuning.trial_runs import run_of
 
 from m2d.cli import parse
-from m2d.errors import ConfigError, ExperimentError
+from m2d.errors import ConfigError, ExperimentError, Incomplete
 from m2d.experiment import list_experiments
 from m2d.tuning.ledger import Ledger, TrialRecord
 from m2d.tuning.settings import SweepConfig
@@ -262,6 +262,22 @@ def test_a_sweep_whose_trials_have_all_ended_is_told_again_without_ray(data_root
     folder = begun(config, tmp_path, 3)
     outcome = sweep(config_of(data_root, tmp_path, "--num_trials", "3", "--resume", "--sweep.max_concurrent", "2"))
     assert [trial.finished for trial in outcome] == [True] * 3
+    assert (folder / "best.yaml").is_file()
+
+
+def test_a_sweep_with_a_failed_trial_has_its_table_and_no_success(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(data_root, tmp_path, "--num_trials", "3")
+    folder = begun(config, tmp_path, 2)
+
+    def fails(config: SweepConfig, folder: Path, ledger: Ledger, console: object) -> None:
+        ledger.begin("2", {"loss_weights.diffusion": 3.0, "optimizer.lr_denoiser": 1e-3}, 2)
+        ledger.end("2", "failed", error="no memory")
+
+    monkeypatch.setattr("m2d.tuning.sweep._run", fails)
+    with pytest.raises(Incomplete, match=r"1 of 3 trials failed \(trial_002: no memory\)"):
+        sweep(config)
     assert (folder / "best.yaml").is_file()
 
 
