@@ -59,7 +59,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     output = Path(result_path("output", config.output or beside)).expanduser()
     found, notes = find_checkpoint(place, config.checkpoint)
     checkpoint = load_checkpoint(found, "cpu") if found else None
-    sets = read_image_sets(replace(config, output=str(output)), checkpoint, notes)
+    sets = read_image_sets(config, checkpoint, notes)
     guide = _guide(config, checkpoint, notes)
     for name, images in zip(("training", "unseen", "generated"), sets.values()):
         counts = " ".join(f"{code} {count}" for code, count in images.counts.items())

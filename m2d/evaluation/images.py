@@ -43,7 +43,6 @@ from m2d.models.checkpoint import Checkpoint, read_info
 NAMED = 3  # of shared lesions or unreadable files
 PIXELS = "evaluation_v1/pixels"  # in the cache folder; the number goes up when the way from a file to pixels changes
 CONTACT_SHEET = "contact_sheet.png"  # lies beside the class folders of m2d's own runs
-EVALUATION = "evaluation.json"  # of a report's folder
 RECONSTRUCTED_AT_ONCE = 32
 VIEWS = 8  # of m2d.data.views: flips and quarter turns
 _IMAGES_AT_ONCE = 256
@@ -182,7 +181,7 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     train, test, files = _real_sides(config, real, data, checkpoint, catalogs, notes)
     check_apart(train, test, "real")
     test = _unseen(test, catalogs.values(), notes)
-    generated = _generated(generated_root, config.output, data, train.classes, notes)
+    generated = _generated(generated_root, data, train.classes, notes)
     known, made = (list(class_counts(side.labels, side.classes)) for side in (train, generated))
     if unknown := [code for code in made if code not in known]:
         raise DataError(
@@ -295,11 +294,7 @@ def _unseen(test: Listed, catalogs: Iterable[pa.Table], notes: list[str]) -> Lis
     for catalog in catalogs:
         theirs = catalog.filter(pc.not_equal(catalog["split"], "test"))
         # Without a table a lesion is called as its file, and files of two datasets may have one name.
-        named = [
-            any(line.startswith("lesions: ") and "no table" not in line for line in said_of(one))
-            for one in (catalog, test.rows)
-        ]
-        for column in ("sha256", "lesion_id")[: 1 + all(named)]:
+        for column in ("sha256",) if unknown_lesions(catalog, test.rows) else ("sha256", "lesion_id"):
             seen |= np.isin(test[column], theirs[column].to_pylist())
     return _without(test, seen, "were seen by the generator's training (the catalog of its run)", notes)
 
@@ -443,8 +438,8 @@ def _require_one_run(root: str) -> None:
         raise DataError(f"generated: {root} holds runs of generate; name one, as --generated {' or '.join(runs)}")
 
 
-def _generated(root: str, output: str | None, data: DataConfig, classes: ClassSet, notes: list[str]) -> Listed:
-    """Every image counts, copies too: a generator that repeats itself must be seen to. Reports are passed over."""
+def _generated(root: str, data: DataConfig, classes: ClassSet, notes: list[str]) -> Listed:
+    """Every image counts, copies too: a generator that repeats itself must be seen to."""
     remote = "://" in root
     inner = [] if remote else sorted(path.name for path in Path(root).iterdir())
     if not remote and not any(classes.find(name, own=data.class_map) for name in inner):
@@ -452,17 +447,8 @@ def _generated(root: str, output: str | None, data: DataConfig, classes: ClassSe
             f"generated: {root} has no class folder (found: {', '.join(inner[:NAMED]) or 'nothing'}); only --format "
             "folder can be evaluated"
         )
-    reports = {
-        name for name in inner if Path(root, name, EVALUATION).is_file() or str(Path(root, name).absolute()) == output
-    }
-    references = read_references(
-        root,
-        setting="generated",
-        max_pixels=data.max_pixels,
-        known=classes,
-        class_map=data.class_map,
-        passed_over=reports,
-    )
+    how = {"max_pixels": data.max_pixels, "known": classes, "class_map": data.class_map}
+    references = read_references(root, setting="generated", **how)
     notes += _left_out([one for one in references.rejected if one[0] != CONTACT_SHEET], "generated files")
     images = [image for code in classes.codes for image in references.by_class.get(code, ())]
     repeated = len(images) - len({image.sha256 for image in images})

@@ -6,7 +6,7 @@ The driver reads folders, the generator single images. Nothing heavy is imported
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from m2d.models.checkpoint import Checkpoint
     from m2d.models.extractors import FeatureExtractor
 
+EVALUATION = "evaluation.json"  # a folder that holds one is a report, which `evaluate` leaves beside class folders
 MAX_PIXELS = DataConfig().max_pixels
 _THREADS = 16  # decoding releases the GIL, and on remote storage most of them wait for bytes
 
@@ -57,23 +58,21 @@ def read_references(
     classes: Sequence[str] | None = None,
     known: ClassSet = ISIC7,
     class_map: Mapping[str, str] | None = None,
-    passed_over: Collection[str] = (),
     setting: str = "init_images",
     max_pixels: int = MAX_PIXELS,
 ) -> References:
     """Every usable image of `classes` (None: of those that are there) in a folder, a local path or a URI.
 
-    known: the set that they are of; class_map: folder -> class code; passed_over: folders. The folder holds class
-    folders (any letter case, images at any depth), and an image's class is its folder's name; or it holds images, all
-    of the one class that `classes` then names. The checks are those of a dataset's scan: hidden files are passed over,
-    unreadable ones are left out and listed with a reason. setting: the flag to name in errors. Raises DataError where
-    the folder cannot be used, or a class of `classes` has no usable image in it.
+    known: the set that they are of; class_map: folder -> class code. The folder holds class folders (any letter case,
+    images at any depth), and an image's class is its folder's name; or it holds images, all of the one class that
+    `classes` then names. The checks are those of a dataset's scan: hidden files and reports of an evaluation are passed
+    over, unreadable files are left out and listed with a reason. setting: the flag to name in errors. Raises DataError
+    where the folder cannot be used, or a class of `classes` has no usable image in it.
     """
     refuse_credentials(setting, folder)  # each image's place goes into plan, manifest and image
     filesystem, root = open_storage(folder)
     try:
-        find = partial(known.find, own=class_map)
-        listed, rejected = _listed(filesystem, root, classes, known, find, passed_over, f"{setting}: {folder}")
+        listed, rejected = _listed(filesystem, root, classes, known, class_map, f"{setting}: {folder}")
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{setting}: {folder} cannot be listed ({one_line(error)}); give a folder of images, or of class folders"
@@ -143,8 +142,7 @@ def _listed(
     root: str,
     classes: Sequence[str] | None,
     class_set: ClassSet,
-    find: Callable[[str], str | None],
-    passed_over: Collection[str],
+    class_map: Mapping[str, str] | None,
     where: str,
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(path within root, class) of every file that may be an image, in order; (path, reason) of the others."""
@@ -152,12 +150,11 @@ def _listed(
     if kind != fs.FileType.Directory:
         what = "does not exist" if kind == fs.FileType.NotFound else "is a file"
         raise DataError(f"{where} {what}; give a folder of images, or of class folders")
-    entries = [
-        info
-        for info in filesystem.get_file_info(fs.FileSelector(root))
-        if not is_debris(info.base_name) and info.base_name not in passed_over
-    ]
-    folders = sorted(info.base_name for info in entries if info.type == fs.FileType.Directory)
+    find = partial(class_set.find, own=class_map)
+    entries = [info for info in filesystem.get_file_info(fs.FileSelector(root)) if not is_debris(info.base_name)]
+    inner = [info for info in entries if info.type == fs.FileType.Directory]
+    reports = filesystem.get_file_info([f"{info.path}/{EVALUATION}" for info in inner])
+    folders = sorted(one.base_name for one, report in zip(inner, reports) if report.type == fs.FileType.NotFound)
     files = sorted(info.base_name for info in entries if info.type == fs.FileType.File)
     unknown, known = [name for name in folders if find(name) is None], " ".join(class_set.codes)
     if not set(folders) - set(unknown):  # one flat folder

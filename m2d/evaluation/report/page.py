@@ -19,10 +19,11 @@ from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.classifiers.probe import ConsistencyResult
 from m2d.evaluation.fidelity import FidelityResult
-from m2d.evaluation.images import EVALUATION, FeatureSet, ImageSet
+from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.evaluation.memorization import MemorizationResult
 from m2d.evaluation.report import plots
 from m2d.generation.contact_sheet import contact_sheet
+from m2d.generation.references import EVALUATION
 from m2d.metrics.neighbours import Standardizer, nearest, one_where_constant
 
 Row = dict[str, str | int | float | None]
@@ -83,6 +84,9 @@ def write_report(
     pictures, classes = _pictures(result, sets, redrawn, typicality), sets["train"].classes
     try:
         output.mkdir(parents=True, exist_ok=True)
+        of_set = {} if classes == ISIC7 else {"class_set": classes.as_dict()}
+        document = json.dumps(asdict(result) | of_set, indent=1, allow_nan=False)
+        (output / EVALUATION).write_text(document, encoding="utf-8")  # first, as it marks the folder as a report
         copies = [vars(one) for one in sets["generated"].copies]
         for name, rows in (tables(result) | ({"copies": copies} if copies else {})).items():
             with (output / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
@@ -91,9 +95,6 @@ def write_report(
                 writer.writerows(rows)
         for name, png in pictures.items():
             (output / f"{name}.png").write_bytes(png)
-        of_set = {} if classes == ISIC7 else {"class_set": classes.as_dict()}
-        document = json.dumps(asdict(result) | of_set, indent=1, allow_nan=False)
-        (output / EVALUATION).write_text(document, encoding="utf-8")
         (output / "evaluation.html").write_text(_page(result, pictures, classes), encoding="utf-8")
     except OSError as error:
         raise DataError(
