@@ -18,7 +18,7 @@ from pyarrow import fs
 
 from m2d.classes import ISIC7, ClassSet
 from m2d.data.decode import ImageRejected, decode_resized, probe_image
-from m2d.data.layouts import IMAGE_SUFFIXES, is_debris
+from m2d.data.layouts import IMAGE_SUFFIXES, REPORT, is_debris
 from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.files.paths import refuse_credentials
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from m2d.models.checkpoint import Checkpoint
     from m2d.models.extractors import FeatureExtractor
 
-EVALUATION = "evaluation.json"  # a folder that holds one is a report, which `evaluate` leaves beside class folders
 MAX_PIXELS = DataConfig().max_pixels
 _THREADS = 16  # decoding releases the GIL, and on remote storage most of them wait for bytes
 
@@ -153,7 +152,7 @@ def _listed(
     find = partial(class_set.find, own=class_map)
     entries = [info for info in filesystem.get_file_info(fs.FileSelector(root)) if not is_debris(info.base_name)]
     inner = [info for info in entries if info.type == fs.FileType.Directory]
-    reports = filesystem.get_file_info([f"{info.path}/{EVALUATION}" for info in inner])
+    reports = filesystem.get_file_info([f"{info.path}/{REPORT}" for info in inner])
     folders = sorted(one.base_name for one, report in zip(inner, reports) if report.type == fs.FileType.NotFound)
     files = sorted(info.base_name for info in entries if info.type == fs.FileType.File)
     unknown, known = [name for name in folders if find(name) is None], " ".join(class_set.codes)

@@ -276,6 +276,19 @@ def test_folders_of_generated_images_are_called_as_those_of_real_ones(
     assert read(tmp_path, real, generated, data=data).generated.counts == {"DF": 2, "MEL": 1}
 
 
+def test_a_report_beside_the_class_folders_is_no_class(tmp_path: Path, real: Path, generated: Path) -> None:
+    """Of an earlier evaluation, under any name; its tables say nothing of images."""
+    expected = read(tmp_path, real, generated)
+    for folder in (real / "report", generated / "evaluation"):
+        folder.mkdir()
+        (folder / "evaluation.json").write_text("{}")
+        (folder / "classes.csv").write_text("class,train_images\nMEL,3\n")
+        Image.new("RGB", (30, 30)).save(folder / "confusion.png")
+    found = read(tmp_path, real, generated)
+    assert (found.train.paths, found.generated.paths) == (expected.train.paths, expected.generated.paths)
+    assert found.notes == expected.notes
+
+
 def test_a_folder_of_runs_is_answered_with_the_runs_in_it(tmp_path: Path, real: Path, generated: Path) -> None:
     experiment = tmp_path / "experiment"
     for name in ("aaa", "bbb"):

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m2d.classes import ISIC7, ClassSet
+from m2d.data.layouts import REPORT
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.classifiers.probe import ConsistencyResult
@@ -23,7 +24,6 @@ from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.evaluation.memorization import MemorizationResult
 from m2d.evaluation.report import plots
 from m2d.generation.contact_sheet import contact_sheet
-from m2d.generation.references import EVALUATION
 from m2d.metrics.neighbours import Standardizer, nearest, one_where_constant
 
 Row = dict[str, str | int | float | None]
@@ -86,7 +86,7 @@ def write_report(
         output.mkdir(parents=True, exist_ok=True)
         of_set = {} if classes == ISIC7 else {"class_set": classes.as_dict()}
         document = json.dumps(asdict(result) | of_set, indent=1, allow_nan=False)
-        (output / EVALUATION).write_text(document, encoding="utf-8")  # first, as it marks the folder as a report
+        (output / REPORT).write_text(document, encoding="utf-8")  # first, as it marks the folder as a report
         copies = [vars(one) for one in sets["generated"].copies]
         for name, rows in (tables(result) | ({"copies": copies} if copies else {})).items():
             with (output / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
