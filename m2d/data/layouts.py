@@ -182,7 +182,7 @@ def _read_layout(
 
 
 def list_files(filesystem: fs.FileSystem, root: str, shown: str) -> tuple[list[File], list[tuple[str, str]]]:
-    """All files below root by path but hidden ones, debris and reports; and (path, reason) of names that cannot be used.
+    """All files below root by path but hidden ones, debris, reports; and (path, reason) of names that cannot be used.
 
     A link to a folder is followed once, real folders first, and never to a folder that holds root.
     Raises DataError where root is missing, a file, or cannot be listed.

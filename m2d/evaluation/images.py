@@ -204,7 +204,7 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     if alike.any():
         twins = np.isin(test["sha256"], np.array(sets["test"].sha256)[alike])
         sets["test"] = decode(_without(test, twins, "look the same as training images", notes))
-    sets["generated"] = replace(sets["generated"], copies=_copies(**sets, shapes=shapes, files=files, notes=notes))
+    sets["generated"] = replace(sets["generated"], copies=_copies(sets, shapes, files, notes))
     return sets
 
 
@@ -320,17 +320,13 @@ def _without(test: Listed, seen: np.ndarray, why: str, notes: list[str]) -> List
 
 
 def _copies(
-    train: ImageSet,
-    test: ImageSet,
-    generated: ImageSet,
-    shapes: Sequence[float],
-    files: Mapping[str, str],
-    notes: list[str],
+    sets: Mapping[str, ImageSet], shapes: Sequence[float], files: Mapping[str, str], notes: list[str]
 ) -> tuple[Copy, ...]:
     """Of real images that are not in training: any file of `files` (sha256 -> path), any look of a test image.
 
-    What copies training images is told by m2d.evaluation.memorization; of the same files only the notes tell.
+    Looks of training images are for m2d.evaluation.memorization; here their files are counted.
     """
+    train, test, generated = sets.values()
     rows, distances = near_copies(generated, test, shapes)
     trained, found = set(train.sha256), []
     for path, sha256, row, distance in zip(generated.paths, generated.sha256, rows.tolist(), distances.tolist()):
@@ -431,10 +427,8 @@ def _require_one_run(root: str) -> None:
         if Path(root, PARTS).is_dir():
             raise DataError(f"generated: {root} is of a run that has not ended; finish it by the same generate command")
         return
-    runs = sorted(
-        str(file.parent) for way in ("*", "generated_images/*") for file in Path(root).glob(f"{way}/{RECORD_NAME}")
-    )
-    if runs:
+    records = (Path(root).glob(f"{way}/{RECORD_NAME}") for way in ("*", "generated_images/*"))
+    if runs := sorted(str(file.parent) for found in records for file in found):
         raise DataError(f"generated: {root} holds runs of generate; name one, as --generated {' or '.join(runs)}")
 
 
