@@ -26,6 +26,7 @@ from m2d.errors import DataError
 from m2d.files.storage import one_line, open_storage
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+REPORT = "evaluation.json"  # a folder that holds one is what `evaluate` leaves beside class folders
 FACTS = ("age", "sex", "site", "skin_tone")  # what a catalog keeps of a table beside labels, lesions and splits
 
 _TABLE_SUFFIXES = (".csv", ".tab", ".tsv", ".txt", ".jsonl", "")
@@ -181,7 +182,7 @@ def _read_layout(
 
 
 def list_files(filesystem: fs.FileSystem, root: str, shown: str) -> tuple[list[File], list[tuple[str, str]]]:
-    """All files below root by path, but for hidden ones and debris; and (path, reason) of names that cannot be used.
+    """All files below root by path but hidden ones, debris, reports; and (path, reason) of names that cannot be used.
 
     A link to a folder is followed once, real folders first, and never to a folder that holds root.
     Raises DataError where root is missing, a file, or cannot be listed.
@@ -200,6 +201,8 @@ def list_files(filesystem: fs.FileSystem, root: str, shown: str) -> tuple[list[F
             broken = []
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"data_root: {shown} cannot be listed ({one_line(error)}); check access to it") from error
+    reports = {posixpath.dirname(file.path) for file in files if posixpath.basename(file.path) == REPORT} - {""}
+    files = [file for file in files if posixpath.dirname(file.path) not in reports]
     return sorted(file for file in files if not any(map(is_debris, file.path.split("/")))), sorted(broken)
 
 

@@ -5,7 +5,8 @@ Run again after a kill it resumes: pixels, features and finished trainings are i
 
 import json
 import time
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -15,13 +16,21 @@ from m2d import __version__
 from m2d.cluster.nodes import device_of_actor
 from m2d.cluster.start import ray_cluster
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
-from m2d.evaluation.classifiers.compare import DownstreamResult, Trials
+from m2d.evaluation.classifiers.compare import DownstreamResult, Trials, scored_classes
 from m2d.evaluation.classifiers.finetune import measure_finetuned
 from m2d.evaluation.classifiers.probe import chosen_c, measure_consistency, measure_downstream
 from m2d.evaluation.features import Extraction, ray_pays
 from m2d.evaluation.fidelity import measure_fidelity
-from m2d.evaluation.images import FeatureSet, drawn_like, psnr_db, read_image_sets, reconstructions
-from m2d.evaluation.memorization import VIEWS, measure_memorization
+from m2d.evaluation.images import (
+    VIEWS,
+    FeatureSet,
+    Unanswerable,
+    drawn_like,
+    psnr_db,
+    read_image_sets,
+    reconstructions,
+)
+from m2d.evaluation.memorization import measure_memorization
 from m2d.evaluation.report.page import Evaluation, print_evaluation, typicality, write_report
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.paths import checkpoint_folder, result_path
@@ -38,8 +47,9 @@ KEPT = "evaluation_v1/trainings"  # in the cache folder: what finished trainings
 def evaluate(config: EvaluateConfig) -> Path:
     """Answer config.parts and write evaluation.json, evaluation.html and the CSV tables. Returns their folder.
 
-    A part that cannot be computed leaves its reason in the notes, and the others are computed all the same.
-    Raises ConfigError, DataError or CheckpointError, in one line, for what a user can fix.
+    A part that these images cannot answer leaves its reason in the notes, and the others are answered all the same;
+    where none is left, that reason is the error. Raises ConfigError, DataError or CheckpointError, in one line, for
+    what a user can fix.
     """
     began = time.monotonic()
     device = str(pick_device(config.device))
@@ -70,6 +80,14 @@ def evaluate(config: EvaluateConfig) -> Path:
         def of_sets(extractor: FeatureExtractorConfig) -> dict[str, FeatureSet]:
             return {name: extraction.of(images, extractor) for name, images in sets.items()}
 
+        @contextmanager
+        def asking(part: str) -> Iterator[None]:
+            try:
+                yield
+            except Unanswerable as error:
+                unanswered.append(f"{part} was not measured: {error}")
+
+        unanswered: list[str] = []
         redraw = None
         if checkpoint is not None and checkpoint.image_size == test.image_size:
             cache_dir, batch_size = config.cache_dir, config.batch_size
@@ -99,7 +117,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         # 2. Memorisation, in the guide's features: where a model would copy from is the space that it was shown.
         memorization = None
         if "memorization" in config.part_names:
-            try:
+            with asking("memorisation"):
                 memorization = measure_memorization(
                     train=extraction.of(train, guide),
                     test=extraction.of(test, guide),
@@ -107,8 +125,6 @@ def evaluate(config: EvaluateConfig) -> Path:
                     generated=generated,
                     seed=config.seed,
                 )
-            except DataError as error:
-                notes.append(f"memorisation was not measured: {error}")
 
         # 3. Downstream, in features that did not guide the model: those it was trained towards would take its side.
         independent = of_sets(config.independent_extractor)
@@ -126,15 +142,17 @@ def evaluate(config: EvaluateConfig) -> Path:
         )
         if "logistic" in classifiers:
             of_features = replace(trials, what="logistic regressions")
-            downstream.append(measure_downstream(**independent, c=c, trials=of_features))
-            c = float(downstream[0].settings["c"] or 0)  # choosing it takes minutes
+            with asking("downstream"):
+                downstream.append(measure_downstream(**independent, c=c, trials=of_features))
+                c = float(downstream[0].settings["c"] or 0)  # choosing it takes minutes
         if "finetune" in classifiers:
             own = config.finetune
             if on_ray and own.device is not None:  # each task has its own share of a GPU
                 own = replace(own, device=device_of_actor(own.device))
             of_pixels = replace(trials, what="networks fine-tuned")
-            downstream.append(measure_finetuned(**sets, config=own, trials=of_pixels))
-        if "logistic" in classifiers and redraw is not None:
+            with asking("downstream, fine-tuned,"):
+                downstream.append(measure_finetuned(**sets, config=own, trials=of_pixels))
+        if "logistic" in classifiers and c is not None and downstream and redraw is not None:
             again = extraction.of(redraw(drawn_like(train, generated, config.seed)), config.independent_extractor)
             once = replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions")
             through_autoencoder = measure_downstream(**independent | {"generated": again}, c=c, trials=once)
@@ -142,8 +160,13 @@ def evaluate(config: EvaluateConfig) -> Path:
         # 4. Consistency.
         consistency = None
         if "consistency" in config.part_names:
-            c = c if c is not None else chosen_c(independent["train"], seed=config.seed)[0]
-            consistency = measure_consistency(**independent, c=c, resamples=config.bootstrap, seed=config.seed)
+            with asking("consistency"):
+                scored_classes(train, test)
+                c = c if c is not None else chosen_c(independent["train"], seed=config.seed)[0]
+                consistency = measure_consistency(**independent, c=c, resamples=config.bootstrap, seed=config.seed)
+        if not (fidelity or memorization or downstream or consistency):
+            raise DataError("; ".join(unanswered))
+        notes += unanswered
 
         result = Evaluation(
             checkpoint=checkpoint.path if checkpoint else None,
@@ -201,6 +224,7 @@ def find_checkpoint(generated: str, asked: str | None) -> tuple[str | None, list
         recorded = str(record.get("recipe", record)["checkpoint"])
     except (OSError, ValueError, KeyError, AttributeError):
         pass  # other images than m2d's own, or at a URI
+    unknown = "no autoencoder floor, and whether the generator saw the test images is not known"
     if asked is not None:
         asked = checkpoint_folder(asked)
         read_info(asked)
@@ -212,10 +236,7 @@ def find_checkpoint(generated: str, asked: str | None) -> tuple[str | None, list
             )
         return asked, [] if recorded else [f"{generated} does not say what made it; {asked} is taken on trust"]
     if recorded is None:
-        return None, [
-            f"{generated} does not say what made it and no --checkpoint is given: no autoencoder floor, and whether "
-            "the generator saw the test images is not known"
-        ]
+        return None, [f"{generated} does not say what made it and no --checkpoint is given: {unknown}"]
     around = (Path(generated).resolve().parent.parent / "checkpoints").glob("*/")
     for directory in sorted(around, key=lambda path: (path.name != "best", path.name)):
         with suppress(CheckpointError, OSError):  # one that is being written, or is of another version
@@ -223,6 +244,6 @@ def find_checkpoint(generated: str, asked: str | None) -> tuple[str | None, list
             if checkpoint_sha256(directory) == recorded:
                 return str(directory), []
     return None, [
-        f"checkpoint {recorded[:12]}, which made the images, was not found around them: no autoencoder floor; name it "
-        "by --checkpoint"
+        f"checkpoint {recorded[:12]}, which made the images, was not found around them: {unknown}; name it by "
+        "--checkpoint"
     ]

@@ -6,8 +6,10 @@ Every part (fidelity, memorization, downstream, consistency) is a function of th
 import hashlib
 import os
 import posixpath
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,22 +27,44 @@ from m2d.data.layouts import read_layout
 from m2d.data.reader import decode_unchanged
 from m2d.data.settings import DataConfig
 from m2d.data.store import prepared_folder, reusable_catalog
-from m2d.errors import ConfigError, DataError
+from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
 from m2d.files.storage import inside, open_storage
-from m2d.generation.output import experiment_of
+from m2d.generation.gates import unit_view
+from m2d.generation.output import PARTS, RECORD_NAME, experiment_of
 from m2d.generation.plan import data_config_of
 from m2d.generation.references import read_references
+from m2d.metrics.neighbours import NEAR_DUPLICATE, nearest_in_views, thumbnails
 from m2d.models.autoencoder import coded_at_once
-from m2d.models.checkpoint import Checkpoint
+from m2d.models.checkpoint import Checkpoint, read_info
 
 NAMED = 3  # of shared lesions or unreadable files
 PIXELS = "evaluation_v1/pixels"  # in the cache folder; the number goes up when the way from a file to pixels changes
 CONTACT_SHEET = "contact_sheet.png"  # lies beside the class folders of m2d's own runs
 RECONSTRUCTED_AT_ONCE = 32
+VIEWS = 8  # of m2d.data.views: flips and quarter turns
+_IMAGES_AT_ONCE = 256
+_SHAPES = 3
 _THREADS = 16
+
+# Images as unit vectors, one function for each view in which they are known: rows -> float32 [len(rows), D].
+Views = Sequence[Callable[[slice | np.ndarray], torch.Tensor]]
+ALL_ROWS = slice(None)
+
+
+class Unanswerable(DataError):
+    """A question that these images cannot answer; others can be."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A generated image that is, or nearly is, a real image which is no training image."""
+
+    generated: str  # path
+    real: str
+    distance: float | None  # of the thumbnails, see NEAR_DUPLICATE; None: the same file
 
 
 @dataclass(frozen=True)
@@ -55,6 +79,7 @@ class ImageSet:
     groups: np.ndarray  # object [N]; equal values are one lesion; a generated image is a group of its own
     pixels: np.ndarray  # uint8 [N, S, S, 3], perhaps mapped from a file: take rows, never all at once
     classes: ClassSet = ISIC7  # of the real training images, the same on every side
+    copies: tuple[Copy, ...] = ()  # of generated images
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -141,16 +166,21 @@ def lesion_counts(labels: np.ndarray, groups: np.ndarray, classes: ClassSet) -> 
 
 
 def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[str]) -> dict[str, ImageSet]:
-    """List, check and decode: train, test (real, of lesions that no training image shows) and generated.
+    """List, check and decode: train, test (real, unseen: see below) and generated.
 
     checkpoint: the one that made the images, where it is known. notes: gain a line for what is left out, and the like.
-    Raises ConfigError or DataError in one line: a folder that cannot be used, classes that no real image has, lesions
-    or images on both sides.
+    A test lesion is left out where the generator, or a checkpoint that its training started from, has seen it: a file
+    or a lesion of theirs (train or val split of their own catalogs), wherever the data lies now; and where one of its
+    images looks the same as a training image. Raises ConfigError or DataError in one line: a folder that cannot be
+    used, classes that no real image has, lesions or images on both sides, no test image left.
     """
     real, generated_root = class_folder(config.real, "real"), class_folder(config.generated, "generated")
+    _require_one_run(generated_root)
     data = config.data or (data_config_of(checkpoint.info) if checkpoint else DataConfig())
-    train, test = _real_sides(config, real, data, checkpoint, notes)
+    catalogs = _catalogs_of(checkpoint, notes) if checkpoint else {}
+    train, test, files = _real_sides(config, real, data, checkpoint, catalogs, notes)
     check_apart(train, test, "real")
+    test = _unseen(test, catalogs.values(), notes)
     generated = _generated(generated_root, data, train.classes, notes)
     known, made = (list(class_counts(side.labels, side.classes)) for side in (train, generated))
     if unknown := [code for code in made if code not in known]:
@@ -165,8 +195,17 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
         filesystem, root = open_storage(generated.root)
         with filesystem.open_input_file(posixpath.join(root, generated["path"][0])) as file:
             size = min(probe_image(file.read(), max_pixels=data.max_pixels))
-    sides = (train, test, generated)
-    return {side.name: _decode(side, size, config.cache_dir, data.max_pixels, notes) for side in sides}
+    # Many a pipeline stretches photographs to squares: those of the commonest shapes are told by it too.
+    ratios = Counter(round(width / height, 2) for width, height in zip(test["width"], test["height"]))
+    shapes = [1.0, *(ratio for ratio, _ in ratios.most_common(_SHAPES) if ratio != 1)]
+    decode = partial(_decode, size=size, cache_dir=config.cache_dir, max_pixels=data.max_pixels, notes=notes)
+    sets = {side.name: decode(side) for side in (train, test, generated)}
+    alike = near_copies(sets["test"], sets["train"])[0] >= 0
+    if alike.any():
+        twins = np.isin(test["sha256"], np.array(sets["test"].sha256)[alike])
+        sets["test"] = decode(_without(test, twins, "look the same as training images", notes))
+    sets["generated"] = replace(sets["generated"], copies=_copies(sets, shapes, files, notes))
+    return sets
 
 
 def class_folder(folder: str | None, setting: str) -> str:
@@ -234,10 +273,111 @@ def check_apart(train: Listed, test: Listed, setting: str) -> None:
             )
 
 
+def _catalogs_of(checkpoint: Checkpoint, notes: list[str]) -> dict[Path, pa.Table]:
+    """By file, of the run that wrote the checkpoint and of those whose checkpoints that one started from."""
+    found, place, config = {}, checkpoint.path, checkpoint.info.config
+    while place:
+        file = Path(experiment_of(place), "cache", "catalog.parquet")
+        if file.is_file():
+            found[file] = read_catalog(str(file))
+        else:
+            notes.append(f"whether the generator saw the test images is not known: {file} is not there")
+        place, config = str(config.get("init_checkpoint") or ""), {}
+        with suppress(CheckpointError):  # it is gone; where its run's catalog is not, that is read all the same
+            config = read_info(place).config if place else {}
+    return found
+
+
+def _unseen(test: Listed, catalogs: Iterable[pa.Table], notes: list[str]) -> Listed:
+    """Without what the runs of these catalogs trained on, or chose their best checkpoint by."""
+    seen = np.zeros(len(test.rows), dtype=bool)
+    for catalog in catalogs:
+        theirs = catalog.filter(pc.not_equal(catalog["split"], "test"))
+        # Without a table a lesion is called as its file, and files of two datasets may have one name.
+        for column in ("sha256",) if unknown_lesions(catalog, test.rows) else ("sha256", "lesion_id"):
+            seen |= np.isin(test[column], theirs[column].to_pylist())
+    return _without(test, seen, "were seen by the generator's training (the catalog of its run)", notes)
+
+
+def _without(test: Listed, seen: np.ndarray, why: str, notes: list[str]) -> Listed:
+    """Without the lesions of which an image was seen: bool [N]. Raises DataError where no image is left."""
+    lesions = np.array(test["lesion_id"])
+    gone = np.isin(lesions, lesions[seen])
+    if not gone.any():
+        return test
+    left = replace(test, rows=test.rows.filter(pa.array(~gone)))
+    if not len(left.rows):
+        raise DataError(
+            f"real: none of {len(gone):,} test images ({test.source}) is unseen, for they, or others of their lesions, "
+            f"{why}; name other images by --real"
+        )
+    lost = [code for code in class_counts(test.labels, test.classes) if code not in left["label"]]
+    notes.append(
+        f"left out {gone.sum():,} of {len(gone):,} test images, for they, or others of their lesions, {why}"
+        + (f"; none of {' '.join(lost)} is left" if lost else "")
+    )
+    return left
+
+
+def _copies(
+    sets: Mapping[str, ImageSet], shapes: Sequence[float], files: Mapping[str, str], notes: list[str]
+) -> tuple[Copy, ...]:
+    """Of real images that are not in training: any file of `files` (sha256 -> path), any look of a test image.
+
+    Looks of training images are for m2d.evaluation.memorization; here their files are counted.
+    """
+    train, test, generated = sets.values()
+    rows, distances = near_copies(generated, test, shapes)
+    trained, found = set(train.sha256), []
+    for path, sha256, row, distance in zip(generated.paths, generated.sha256, rows.tolist(), distances.tolist()):
+        if sha256 in files and sha256 not in trained:
+            found.append(Copy(path, files[sha256], None))
+        elif row >= 0:
+            found.append(Copy(path, test.paths[row], distance))
+    if found:
+        first = f"{found[0].generated} of {found[0].real}"
+        notes.append(
+            f"{len(found):,} of {len(generated):,} generated images are copies of unseen real images, as the same file "
+            f"or by their look, {first} for one; copies.csv names all, and whether they help cannot be said"
+        )
+    if same := sum(sha256 in trained for sha256 in generated.sha256):
+        notes.append(f"{same:,} of {len(generated):,} generated images are training images, byte for byte")
+    return tuple(found)
+
+
+def near_copies(images: ImageSet, bank: ImageSet, shapes: Sequence[float] = (1.0,)) -> tuple[np.ndarray, np.ndarray]:
+    """Which image of the bank each one looks the same as, turned or not: int64 [N], -1 for none; and how far it is.
+
+    shapes: width / height of what may have been stretched to a square. An image without contrast is no one's copy.
+    """
+    views = [view for shape in shapes for view in thumbnail_views(images, shape)]
+    distances, rows = nearest_in_views((view(ALL_ROWS) for view in views), thumbnail_views(bank)[0](ALL_ROWS))
+    nearest, view = distances.min(dim=1)
+    alike = (nearest < NEAR_DUPLICATE) & views[0](ALL_ROWS).any(dim=1)
+    return torch.where(alike, rows.gather(1, view[:, None])[:, 0], -1).numpy(), nearest.numpy()
+
+
+def thumbnail_views(images: ImageSet, shape: float = 1.0) -> Views:
+    """In eight views, for a turned image has the turned thumbnail; of the centre of what was stretched from a shape."""
+    top, left = (round(images.image_size * max(0, 1 - share) / 2) for share in (shape, 1 / shape))
+    centre = slice(top, images.image_size - top), slice(left, images.image_size - left)
+    parts = [slice(one, one + _IMAGES_AT_ONCE) for one in range(0, len(images), _IMAGES_AT_ONCE)]  # may be in a file
+    cells = np.concatenate([thumbnails(images.pixels[part, *centre]) for part in parts])
+    return [lambda rows, view=view: unit_view(cells[rows], view) for view in range(VIEWS)]  # type: ignore[misc]
+
+
 def _real_sides(
-    config: EvaluateConfig, real: str, data: DataConfig, checkpoint: Checkpoint | None, notes: list[str]
-) -> list[Listed]:
-    """Two folders, or the splits of one: as the checkpoint's own run split it, where that is known."""
+    config: EvaluateConfig,
+    real: str,
+    data: DataConfig,
+    checkpoint: Checkpoint | None,
+    catalogs: Mapping[Path, pa.Table],
+    notes: list[str],
+) -> tuple[Listed, Listed, dict[str, str]]:
+    """Two folders, or the splits of one: as the checkpoint's own run split it, where that is known.
+
+    And of every real image that is known, here or in a catalog, the sha256 and the path.
+    """
     wanted = checkpoint.info.classes if checkpoint else None
     if wanted is not None and data.classes not in (None, "folders"):
         require_same(named_class_set(str(data.classes)), f"--data.classes {data.classes}", wanted, "the checkpoint")
@@ -247,15 +387,16 @@ def _real_sides(
         classes = classes_of(train)
         test = catalog_of(real, data, config.cache_dir, notes, classes, f"--train {root}")
         notes += unknown_lesions(train, test)
-        return [
+        return (
             Listed("train", f"all of {root}", root, train, classes),
             Listed("test", f"all of {real}", real, test, classes),
-        ]
+            _files(*catalogs.values(), test),
+        )
     own = Path(experiment_of(checkpoint.path), "cache", "catalog.parquet") if checkpoint else Path()
     recorded = str(checkpoint.info.config.get("data_root") or "") if checkpoint else ""
     same = recorded == real or ("://" not in recorded + real and os.path.realpath(recorded) == os.path.realpath(real))
-    if checkpoint and config.data is None and recorded and same and own.is_file():
-        catalog = read_catalog(str(own))
+    if checkpoint and config.data is None and recorded and same and own in catalogs:
+        catalog = catalogs[own]
         require_same(classes_of(catalog), str(own), checkpoint.info.classes, "the checkpoint")
         notes.append("split of the real images: the checkpoint's own")
     else:
@@ -272,19 +413,36 @@ def _real_sides(
         if not len(rows):
             raise DataError(f"real: {real} has no image in its {split} split; set the fractions of --data")
         sides.append(Listed(split, f"{split} split of {real}", real, rows, classes_of(catalog)))
-    return sides
+    return sides[0], sides[1], _files(*catalogs.values(), catalog)
+
+
+def _files(*catalogs: pa.Table) -> dict[str, str]:
+    """The sha256 and the path of each image."""
+    return {row["sha256"]: row["path"] for one in catalogs for row in one.select(("sha256", "path")).to_pylist()}
+
+
+def _require_one_run(root: str) -> None:
+    """Raises DataError for a folder of runs, an experiment for one, and for a run that has not ended."""
+    if "://" in root or Path(root, RECORD_NAME).is_file():
+        if Path(root, PARTS).is_dir():
+            raise DataError(f"generated: {root} is of a run that has not ended; finish it by the same generate command")
+        return
+    records = (Path(root).glob(f"{way}/{RECORD_NAME}") for way in ("*", "generated_images/*"))
+    if runs := sorted(str(file.parent) for found in records for file in found):
+        raise DataError(f"generated: {root} holds runs of generate; name one, as --generated {' or '.join(runs)}")
 
 
 def _generated(root: str, data: DataConfig, classes: ClassSet, notes: list[str]) -> Listed:
     """Every image counts, copies too: a generator that repeats itself must be seen to."""
     remote = "://" in root
     inner = [] if remote else sorted(path.name for path in Path(root).iterdir())
-    if not remote and not any(classes.find(name) for name in inner):
+    if not remote and not any(classes.find(name, own=data.class_map) for name in inner):
         raise DataError(
             f"generated: {root} has no class folder (found: {', '.join(inner[:NAMED]) or 'nothing'}); only --format "
             "folder can be evaluated"
         )
-    references = read_references(root, setting="generated", max_pixels=data.max_pixels, known=classes)
+    how = {"max_pixels": data.max_pixels, "known": classes, "class_map": data.class_map}
+    references = read_references(root, setting="generated", **how)
     notes += _left_out([one for one in references.rejected if one[0] != CONTACT_SHEET], "generated files")
     images = [image for code in classes.codes for image in references.by_class.get(code, ())]
     repeated = len(images) - len({image.sha256 for image in images})

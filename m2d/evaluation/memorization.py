@@ -4,7 +4,7 @@ A function of features and pixels; it reads no files. docs/results/gates.md tell
 features: at 64 px the VAE moves a copy's features further than the step to another lesion is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import floor
 
@@ -12,9 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m2d.errors import DataError
-from m2d.evaluation.images import FeatureSet, ImageSet
-from m2d.generation.gates import unit_view
+from m2d.evaluation.images import ALL_ROWS, FeatureSet, ImageSet, Unanswerable, Views, thumbnail_views
 from m2d.metrics.bootstrap import Estimate
 from m2d.metrics.neighbours import (
     COPY_FLOOR,
@@ -22,17 +20,10 @@ from m2d.metrics.neighbours import (
     at_least_median,
     calibration_distances,
     nearest_in_views,
-    thumbnails,
 )
 
-VIEWS = 8  # of m2d.data.views: flips and quarter turns
 EITHER = "either"  # of the two spaces
 FEWEST = 10  # training images: the nearest of fewer is no rare distance
-_IMAGES_AT_ONCE = 256
-
-# Images as unit vectors, one function for each view in which they are known: rows -> float32 [len(rows), D].
-Views = Sequence[Callable[[slice | np.ndarray], Tensor]]
-_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -133,25 +124,25 @@ def measure_memorization(
     Flagged: the 95 % Wilson interval of the generated images' share lies wholly above that of the unseen images', over
     all classes or in one. Over all classes, unseen images weigh as the generated ones' mix of classes has it, for
     nevi have more doubles than other classes; their number in Wilson's formula is Kish's effective one, of lesions.
-    Raises DataError for fewer than 10 training images, one lesion, or no class that both test and generated have.
+    Raises Unanswerable for fewer than 10 training images, one lesion, or no class that both test and generated have.
     """
     codes = generated.classes.codes
     lesions = np.unique(train.groups, return_inverse=True)[1]
     shared = np.intersect1d(generated.labels, test.labels).tolist()
     if len(train) < FEWEST or lesions.max() == 0:
-        raise DataError(
+        raise Unanswerable(
             f"memorization: train ({train.images.source}) has {len(train)} images of {lesions.max() + 1} lesions, too "
             f"few to tell which distance between lesions is small; give at least {FEWEST} images of two lesions"
         )
     if not shared:
-        raise DataError(
+        raise Unanswerable(
             f"memorization: generated has {' '.join(generated.counts)}, test has {' '.join(test.images.counts)}; "
             "give unseen images of a generated class"
         )
     standard = Standardizer.of(train.cls, at_least_median)
     calibrate = torch.from_numpy(lesions.astype(np.int64)), calibration_images, seed, quantile
     in_features = [_in_features(standard, views) for views in ([train.cls], [test.cls], generated_views)]
-    in_thumbnails = [_in_thumbnails(images) for images in (train.images, test.images, generated)]
+    in_thumbnails = [thumbnail_views(images) for images in (train.images, test.images, generated)]
     spaces = {"features": _Space(in_features, *calibrate), "thumbnails": _Space(in_thumbnails, *calibrate)}
     strictness = np.stack([one.generated.min(axis=1) / one.limits.any_try for one in spaces.values()], axis=1)
 
@@ -247,15 +238,15 @@ class _Space:
         """views: of train and test, as many of both, and of generated, at least these. lesions: of train, int64."""
         train, test, generated = views
         self._train, self._generated = train, generated
-        bank = train[0](_ALL)
+        bank = train[0](ALL_ROWS)
         self.calibration = calibration_distances(
             lambda rows: (view(rows) for view in train), bank, lesions, most=calibration_images, seed=seed
         )
-        in_views, rows = (part.numpy() for part in nearest_in_views((view(_ALL) for view in test), bank))
+        in_views, rows = (part.numpy() for part in nearest_in_views((view(ALL_ROWS) for view in test), bank))
         self.test = in_views.min(axis=1)  # [M], in the best view
         self.test_rows = rows[np.arange(len(rows)), in_views.argmin(axis=1)]
         self.generated, self.generated_rows = (  # [N, V]
-            part.numpy() for part in nearest_in_views((view(_ALL) for view in generated), bank)
+            part.numpy() for part in nearest_in_views((view(ALL_ROWS) for view in generated), bank)
         )
         # [N, tries]; each the least of as many views as a real image has.
         self.tries = self.generated.reshape(len(self.generated), -1, len(test)).min(axis=2)
@@ -287,13 +278,6 @@ class _Space:
 def _in_features(standard: Standardizer, views: Sequence[np.ndarray]) -> Views:
     """Standardised by the training images, as the gates do: docs/results/gates.md measures it."""
     return [lambda rows, cls=cls: standard.unit(cls[rows]) for cls in views]  # type: ignore[misc]
-
-
-def _in_thumbnails(images: ImageSet) -> Views:
-    """In eight views, for a turned image has the turned thumbnail. Few images at once: pixels may be in a file."""
-    parts = range(0, len(images), _IMAGES_AT_ONCE)
-    cells = np.concatenate([thumbnails(images.pixels[one : one + _IMAGES_AT_ONCE]) for one in parts])
-    return [lambda rows, view=view: unit_view(cells[rows], view) for view in range(VIEWS)]  # type: ignore[misc]
 
 
 def _share(near_copies: np.ndarray, weights: np.ndarray, groups: np.ndarray) -> Share:

@@ -6,9 +6,10 @@ The driver reads folders, the generator single images. Nothing heavy is imported
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from pyarrow import fs
 
 from m2d.classes import ISIC7, ClassSet
 from m2d.data.decode import ImageRejected, decode_resized, probe_image
-from m2d.data.layouts import IMAGE_SUFFIXES, is_debris
+from m2d.data.layouts import IMAGE_SUFFIXES, REPORT, is_debris
 from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.files.paths import refuse_credentials
@@ -55,21 +56,22 @@ def read_references(
     *,
     classes: Sequence[str] | None = None,
     known: ClassSet = ISIC7,
+    class_map: Mapping[str, str] | None = None,
     setting: str = "init_images",
     max_pixels: int = MAX_PIXELS,
 ) -> References:
     """Every usable image of `classes` (None: of those that are there) in a folder, a local path or a URI.
 
-    known: the set that they are of. The folder holds class folders (any letter case, images at any depth), and an
-    image's class is its folder's name; or it holds images, all of the one class that `classes` then names. The checks
-    are those of a dataset's scan: hidden files are passed over, unreadable ones are left out and listed with a reason.
-    setting: the flag to name in errors. Raises DataError where the folder cannot be used, or a class of `classes` has
-    no usable image in it.
+    known: the set that they are of; class_map: folder -> class code. The folder holds class folders (any letter case,
+    images at any depth), and an image's class is its folder's name; or it holds images, all of the one class that
+    `classes` then names. The checks are those of a dataset's scan: hidden files and reports of an evaluation are passed
+    over, unreadable files are left out and listed with a reason. setting: the flag to name in errors. Raises DataError
+    where the folder cannot be used, or a class of `classes` has no usable image in it.
     """
     refuse_credentials(setting, folder)  # each image's place goes into plan, manifest and image
     filesystem, root = open_storage(folder)
     try:
-        listed, rejected = _listed(filesystem, root, classes, known, f"{setting}: {folder}")
+        listed, rejected = _listed(filesystem, root, classes, known, class_map, f"{setting}: {folder}")
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{setting}: {folder} cannot be listed ({one_line(error)}); give a folder of images, or of class folders"
@@ -135,17 +137,25 @@ def _probe(filesystem: fs.FileSystem, path: str, max_pixels: int = MAX_PIXELS) -
 
 
 def _listed(
-    filesystem: fs.FileSystem, root: str, classes: Sequence[str] | None, class_set: ClassSet, where: str
+    filesystem: fs.FileSystem,
+    root: str,
+    classes: Sequence[str] | None,
+    class_set: ClassSet,
+    class_map: Mapping[str, str] | None,
+    where: str,
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """(path within root, class) of every file that may be an image, in order; (path, reason) of the others."""
     kind = filesystem.get_file_info(root).type
     if kind != fs.FileType.Directory:
         what = "does not exist" if kind == fs.FileType.NotFound else "is a file"
         raise DataError(f"{where} {what}; give a folder of images, or of class folders")
+    find = partial(class_set.find, own=class_map)
     entries = [info for info in filesystem.get_file_info(fs.FileSelector(root)) if not is_debris(info.base_name)]
-    folders = sorted(info.base_name for info in entries if info.type == fs.FileType.Directory)
+    inner = [info for info in entries if info.type == fs.FileType.Directory]
+    reports = filesystem.get_file_info([f"{info.path}/{REPORT}" for info in inner])
+    folders = sorted(one.base_name for one, report in zip(inner, reports) if report.type == fs.FileType.NotFound)
     files = sorted(info.base_name for info in entries if info.type == fs.FileType.File)
-    unknown, known = [name for name in folders if class_set.find(name) is None], " ".join(class_set.codes)
+    unknown, known = [name for name in folders if find(name) is None], " ".join(class_set.codes)
     if not set(folders) - set(unknown):  # one flat folder
         if not any(map(_is_image, files)):
             found = f"found: {', '.join([*folders, *files][:8])}" if folders or files else "it is empty"
@@ -167,9 +177,7 @@ def _listed(
             if info.type == fs.FileType.File
         ]
         paths = [
-            (path, str(class_set.find(path.partition("/")[0])))
-            for path in below
-            if not any(map(is_debris, path.split("/")))
+            (path, str(find(path.partition("/")[0]))) for path in below if not any(map(is_debris, path.split("/")))
         ]
         rejected = [(name, "lies beside the class folders") for name in files if _is_image(name)]
     wanted = sorted(pair for pair in paths if classes is None or pair[1] in classes)

@@ -146,8 +146,9 @@ def read_info(path: str | Path) -> CheckpointInfo:
     if not directory.is_dir():
         raise CheckpointError(f"checkpoint: {path} is not a directory; name one such as EXPERIMENT/checkpoints/best")
     if not (directory / COMPLETE).is_file():
-        inside = [*directory.glob(f"*/{COMPLETE}"), *directory.glob(f"checkpoints/*/{COMPLETE}")]
-        hint = f"did you mean {max(inside).parent}?" if inside else f"name one that has {COMPLETE}"
+        inside = [file.parent for way in ("*", "checkpoints/*") for file in directory.glob(f"{way}/{COMPLETE}")]
+        meant = max(inside, key=lambda one: (one.name == "best", one), default=None)
+        hint = f"did you mean {meant}?" if meant else f"name one that has {COMPLETE}"
         raise CheckpointError(f"checkpoint: {path} is not a complete checkpoint; {hint}")
     if reason := damage(directory):
         raise CheckpointError(f"checkpoint: {reason}; take another checkpoint")

@@ -33,7 +33,7 @@ from m2d.evaluation.classifiers.compare import (
     verdict,
 )
 from m2d.evaluation.classifiers.probe import ProbeClassifier, measure_downstream
-from m2d.evaluation.images import FeatureSet
+from m2d.evaluation.images import Copy, FeatureSet
 from m2d.metrics.bootstrap import Estimate
 
 BKL, DF, MEL, NV, VASC = (ISIC7.index(code) for code in ("BKL", "DF", "MEL", "NV", "VASC"))
@@ -279,6 +279,14 @@ def test_classes_of_one_side_are_left_out_with_the_reason() -> None:
     assert set(reasons) == {"DF", "VASC"}
     assert "no test image" in reasons["DF"]
     assert "no real training image" in reasons["VASC"]
+
+
+def test_real_images_that_were_kept_out_of_training_get_no_verdict_however_much_they_help() -> None:
+    copies = (Copy("generated/0.png", "test/0.png", None),)
+    told = measure(replace(TRUE, images=replace(TRUE.images, copies=copies)))
+    assert told.minus_c["balanced_accuracy"].low > 0
+    assert told.verdict.word == "no verdict"
+    assert "1 of 384 generated images are copies of unseen real images" in told.verdict.sentence
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tiny_sets import feature_set, image_set
 from m2d.classes import BINARY, ISIC7, ISIC8, ClassSet
 from m2d.cli import main, parse
 from m2d.cluster.nodes import device_of_actor
-from m2d.errors import ConfigError
+from m2d.errors import ConfigError, DataError
 from m2d.evaluation import evaluate as evaluate_module
 from m2d.evaluation.evaluate import evaluate, find_checkpoint
 from m2d.evaluation.images import FeatureSet, ImageSet, reconstructions
@@ -206,6 +206,38 @@ def test_a_second_run_extracts_and_trains_nothing(
     assert first["fidelity"] == []
     assert first["consistency"] is None
     assert first["memorization"] is None
+
+
+def test_of_one_class_what_can_be_asked_is_answered_and_the_report_is_no_class_the_next_time(
+    tmp_path: Path, paint_images: Any
+) -> None:
+    paint_images(tmp_path / "real", {"MEL": 40})
+    paint_generated(tmp_path / "generated", {"MEL": 8})
+    asked = flags((tmp_path / "real", tmp_path / "generated"), tmp_path)
+    del asked[asked.index("--output") : asked.index("--output") + 2]
+    for _ in range(2):
+        out = evaluate(parse("evaluate", asked))
+    found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert out == tmp_path / "generated" / "evaluation"
+    assert found["fidelity"]
+    assert found["memorization"]
+    assert (found["downstream"], found["consistency"]) == ([], None)
+    for part in ("downstream", "consistency"):
+        assert any(note.startswith(f"{part} was not measured: training and test images") for note in found["notes"])
+    with pytest.raises(DataError, match=r"downstream was not measured: .* share too few classes .MEL."):
+        evaluate(parse("evaluate", [*asked, "--parts", "downstream"]))
+
+
+def test_test_images_among_the_generated_ones_are_listed_and_no_verdict_is_given(
+    folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(folders[1], tmp_path / "merged")
+    for path in (folders[0] / "MEL").iterdir():
+        shutil.copy(path, tmp_path / "merged" / "MEL")
+    out = evaluate(parse("evaluate", flags((folders[0], tmp_path / "merged"), tmp_path, "--parts", "downstream")))
+    assert json.loads((out / "evaluation.json").read_text())["downstream"][0]["verdict"]["word"] == "no verdict"
+    assert len((out / "copies.csv").read_text().splitlines()) == 1 + 12
+    assert '<div class="answer open">' in (out / "evaluation.html").read_text(encoding="utf-8")
 
 
 def test_one_network_as_both_extractors_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:

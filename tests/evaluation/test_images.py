@@ -8,15 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from tiny_checkpoint import write_checkpoint
+from tiny_sets import image_set
 
 from m2d.classes import ISIC8
 from m2d.data.catalog import scan_dataset, write_catalog
 from m2d.data.decode import decode_resized
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError, DataError
-from m2d.evaluation.images import PIXELS, read_image_sets, with_pixels
+from m2d.evaluation.images import PIXELS, near_copies, read_image_sets, with_pixels
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.models.checkpoint import Checkpoint
 
@@ -137,6 +140,167 @@ def test_every_side_is_of_the_set_of_the_checkpoint_or_of_the_training_images(
     with pytest.raises(DataError, match=lists) as caught:
         read(tmp_path, tmp_path / "two", generated, train=str(real))
     assert "\n" not in str(caught.value)
+
+
+def made_by(checkpoint: Checkpoint, experiment: Path, catalog: pa.Table | None, **config: str) -> Checkpoint:
+    """The checkpoint as that of an experiment with this catalog."""
+    if catalog is not None:
+        write_catalog(catalog, experiment / "cache" / "catalog.parquet")
+    path = str(experiment / "checkpoints" / "best")
+    return replace(checkpoint, path=path, info=replace(checkpoint.info, config=config))
+
+
+def rows_of(catalog: pa.Table, column: str, *splits: str) -> set[str]:
+    return {row[column] for row in catalog.to_pylist() if row["split"] in splits}
+
+
+OTHER_SPLIT = DataConfig(split_seed=7, test_fraction=0.5, val_fraction=0)
+
+
+def test_what_the_generator_was_trained_on_is_not_unseen_wherever_it_lies_now(
+    tmp_path: Path, real: Path, generated: Path, prior_checkpoint: Checkpoint
+) -> None:
+    """By the file: the images lie elsewhere, under other names, and are split otherwise."""
+    own = scan_dataset(str(real), DataConfig()).catalog
+    moved = tmp_path / "moved"
+    for number, path in enumerate(sorted(real.glob("*/*.png"))):
+        (moved / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, moved / path.parent.name / f"{number}.png")
+    checkpoint = made_by(prior_checkpoint, tmp_path / "experiment", own, data_root=str(real))
+    sets = read(tmp_path, moved, generated, checkpoint=checkpoint, data=OTHER_SPLIT)
+    assert sets.test.sha256
+    assert set(sets.test.sha256) <= rows_of(own, "sha256", "test")
+    before = sum(row["split"] == "test" for row in scan_dataset(str(moved), OTHER_SPLIT).catalog.to_pylist())
+    (note,) = [note for note in sets.notes if note.startswith("left out")]
+    assert note.startswith(f"left out {before - len(sets.test)} of {before} test images, for they, or others")
+    assert "none of NV is left" in note
+
+    only = scan_dataset(str(moved), replace(OTHER_SPLIT, test_fraction=0.0)).catalog
+    checkpoint = made_by(prior_checkpoint, tmp_path / "experiment", only, data_root=str(real))
+    with pytest.raises(DataError, match=r"real: none of 20 test images .* is unseen, .* seen by the generator") as one:
+        read(tmp_path, moved, generated, checkpoint=checkpoint, data=OTHER_SPLIT)
+    assert "\n" not in str(one.value)
+
+
+def test_a_lesion_that_the_generator_saw_is_not_unseen_in_another_file(
+    tmp_path: Path, real: Path, generated: Path, prior_checkpoint: Checkpoint
+) -> None:
+    """By the tables' names of lesions; without a table two datasets may call their files alike."""
+    table = "image_id,lesion_id\n" + "".join(f"{path.stem},L_{path.stem}\n" for path in real.glob("*/*.png"))
+    (real / "metadata.csv").write_text(table)
+    own = scan_dataset(str(real), DataConfig()).catalog
+    smaller = tmp_path / "smaller"
+    for path in sorted(real.glob("*/*.png")):
+        (smaller / path.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.open(path).rotate(12, expand=True).save(smaller / path.parent.name / path.name)
+    checkpoint = made_by(prior_checkpoint, tmp_path / "experiment", own, data_root=str(real))
+    unnamed = read(tmp_path, smaller, generated, checkpoint=checkpoint, data=OTHER_SPLIT)
+    assert len(unnamed.test) == 20
+    (smaller / "metadata.csv").write_text(table)
+    named = read(tmp_path, smaller, generated, checkpoint=checkpoint, data=OTHER_SPLIT)
+    assert set(named.test.groups) <= rows_of(own, "lesion_id", "test")
+    assert any(f"left out {20 - len(named.test)} of 20 test images" in note for note in named.notes)
+
+
+def test_what_an_earlier_stage_was_trained_on_is_not_unseen_either(
+    tmp_path: Path, real: Path, generated: Path, prior_checkpoint: Checkpoint
+) -> None:
+    """A decoder is tuned on the latents of a run that split otherwise; where a catalog is gone, the notes say so."""
+    first, second = (scan_dataset(str(real), data).catalog for data in (DataConfig(split_seed=3), DataConfig()))
+    earlier = write_checkpoint(prior_checkpoint, tmp_path / "earlier" / "checkpoints" / "best")
+    config = {"data_root": str(real), "init_checkpoint": str(earlier)}
+    checkpoint = made_by(prior_checkpoint, tmp_path / "experiment", second, **config)
+    lost = f"whether the generator saw the test images is not known: {tmp_path / 'earlier/cache/catalog.parquet'}"
+    sets = read(tmp_path, real, generated, checkpoint=checkpoint)
+    assert set(sets.test.sha256) == rows_of(second, "sha256", "test")
+    assert any(note.startswith(lost) for note in sets.notes)
+    made_by(prior_checkpoint, tmp_path / "earlier", first)
+    with pytest.raises(DataError, match=r"none of 4 test images .* is unseen"):
+        read(tmp_path, real, generated, checkpoint=checkpoint)
+
+
+def test_a_test_image_that_looks_the_same_as_a_training_image_is_left_out(
+    tmp_path: Path, real: Path, generated: Path
+) -> None:
+    """Turned and saved anew, under another lesion's name: other bytes, the same photograph."""
+    other = tmp_path / "other"
+    paint_blobs(other / "NV", ["new_0", "new_1"], seed=5)
+    Image.open(real / "NV" / "NV_0.png").transpose(Image.Transpose.ROTATE_90).save(
+        other / "NV" / "twin.jpg", quality=80
+    )
+    sets = read(tmp_path, other, generated, train=str(real))
+    assert sorted(Path(path).stem for path in sets.test.paths) == ["new_0", "new_1"]
+    assert any("left out 1 of 3 test images, " in note and "look the same as training" in note for note in sets.notes)
+
+
+def paint_blobs(folder: Path, names: list[str], seed: int) -> None:
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for name in names:
+        pixels = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((48, 40), Image.Resampling.BICUBIC).save(folder / f"{name}.png")
+
+
+def test_generated_images_that_are_real_ones_are_named(tmp_path: Path, real: Path, generated: Path) -> None:
+    """As the same file, of the test or the val split; and made smaller, turned or stretched."""
+    catalog = scan_dataset(str(real), DataConfig()).catalog.to_pylist()
+    of_split = {
+        split: [real / row["path"] for row in catalog if row["split"] == split] for split in ("train", "val", "test")
+    }
+    same, saved = of_split["test"][:2]
+    shutil.copy(same, generated / "DF" / "same.png")
+    shutil.copy(of_split["val"][0], generated / "DF" / "val.png")
+    shutil.copy(of_split["train"][0], generated / "DF" / "train.png")
+    turned = Image.open(saved).crop((4, 0, 44, 40)).resize((24, 24)).transpose(Image.Transpose.ROTATE_180)
+    turned.save(generated / "DF" / "turned.png")
+    Image.open(saved).resize((64, 64)).save(generated / "DF" / "stretched.png")
+    sets = read(tmp_path, real, generated, image_size=64)
+    copies = {Path(one.generated).name: (Path(one.real).name, one.distance) for one in sets.generated.copies}
+    assert set(copies) == {"same.png", "val.png", "turned.png", "stretched.png"}
+    assert (copies["same.png"], copies["turned.png"][0]) == ((same.name, None), saved.name)
+    assert 0 < copies["turned.png"][1] < 3e-3
+    assert any("4 of 8 generated images are copies of unseen real images" in note for note in sets.notes)
+    assert any("1 of 8 generated images are training images, byte for byte" in note for note in sets.notes)
+
+
+def test_a_black_image_is_no_copy_of_another(tmp_path: Path) -> None:
+    black, grey = (image_set([0], "x", pixels=np.full((1, 16, 16, 3), level, np.uint8)) for level in (0, 90))
+    assert near_copies(black, grey)[0].tolist() == [-1]
+
+
+def test_folders_of_generated_images_are_called_as_those_of_real_ones(
+    tmp_path: Path, real: Path, generated: Path
+) -> None:
+    (generated / "DF").rename(generated / "my_fibromas")
+    data = DataConfig(class_map={"my_fibromas": "DF"})
+    assert read(tmp_path, real, generated, data=data).generated.counts == {"DF": 2, "MEL": 1}
+
+
+def test_a_report_beside_the_class_folders_is_no_class(tmp_path: Path, real: Path, generated: Path) -> None:
+    """Of an earlier evaluation, under any name; its tables say nothing of images."""
+    expected = read(tmp_path, real, generated)
+    for folder in (real / "report", generated / "evaluation"):
+        folder.mkdir()
+        (folder / "evaluation.json").write_text("{}")
+        (folder / "classes.csv").write_text("class,train_images\nMEL,3\n")
+        Image.new("RGB", (30, 30)).save(folder / "confusion.png")
+    found = read(tmp_path, real, generated)
+    assert (found.train.paths, found.generated.paths) == (expected.train.paths, expected.generated.paths)
+    assert found.notes == expected.notes
+
+
+def test_a_folder_of_runs_is_answered_with_the_runs_in_it(tmp_path: Path, real: Path, generated: Path) -> None:
+    experiment = tmp_path / "experiment"
+    for name in ("aaa", "bbb"):
+        (experiment / "generated_images" / name).mkdir(parents=True)
+        (experiment / "generated_images" / name / "generation.json").write_text("{}")
+        for above in (experiment, experiment / "generated_images"):
+            with pytest.raises(DataError, match=rf"--generated .*generated_images/(aaa or .*)?{name}$"):
+                read(tmp_path, real, above)
+    (generated / "generation.json").write_text("{}")
+    (generated / "parts").mkdir()
+    with pytest.raises(DataError, match="a run that has not ended"):
+        read(tmp_path, real, generated)
 
 
 @pytest.mark.parametrize(

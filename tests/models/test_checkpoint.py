@@ -212,12 +212,14 @@ def test_a_damaged_list_of_files_is_refused(copy: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("given", [".", ".."], ids=["the checkpoints folder", "the experiment"])
-def test_a_folder_above_it_is_answered_with_the_newest_checkpoint(copy: Path, given: str) -> None:
+def test_a_folder_above_it_is_answered_with_the_best_checkpoint_or_the_newest(copy: Path, given: str) -> None:
     newest = copy.with_name("step_00000010")
     shutil.copytree(copy, newest)
-    (copy.parent / "best").symlink_to(copy.name)
     (copy.parent / "step_00000020").mkdir()  # not complete
-    assert f"did you mean {newest}?" in refusal_of(copy.parent if given == "." else copy.parent.parent)
+    above = copy.parent if given == "." else copy.parent.parent
+    assert f"did you mean {newest}?" in refusal_of(above)
+    (copy.parent / "best").symlink_to(copy.name)
+    assert f"did you mean {copy.parent / 'best'}?" in refusal_of(above)
 
 
 def test_a_feature_prior_comes_back_as_it_was(with_prior: Path) -> None:

@@ -19,8 +19,7 @@ from m2d.classes import ISIC7, ClassSet
 from m2d.cluster.fan_out import fan_out, numbered, on_tasks
 from m2d.cluster.nodes import cluster_total
 from m2d.cluster.start import ray_cluster
-from m2d.errors import DataError
-from m2d.evaluation.images import ImageSet, class_counts, lesion_counts
+from m2d.evaluation.images import ImageSet, Unanswerable, class_counts, lesion_counts
 from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
 from m2d.metrics.bootstrap import Estimate, resampled_seeds, resampled_weights
@@ -36,7 +35,7 @@ ARMS = {
 FEW_LESIONS = 10  # of a class in the test images: its interval is then a rough one
 GPU_SHARE = 0.25  # of a task: small networks on small images leave most of a GPU idle
 Settings = dict[str, str | int | float | bool | None]
-Word = Literal["helps", "no difference shown", "hurts"]
+Word = Literal["helps", "no difference shown", "hurts", "no verdict"]
 _INTERVALS = (
     "Intervals cover the choice of test lesions and what a seed decides, not what other real training images or "
     "another synthetic set would change."
@@ -160,8 +159,8 @@ def compare_arms(
 
     images: train, test and generated, in the order of the classifier's rows. Scores are averaged over the seeds. A
     bootstrap sample draws whole test lesions within their class, and training seeds (see metrics.bootstrap), and is the
-    same one for all arms, so that differences are paired and what makes a lesion hard cancels. Raises DataError where
-    fewer than two classes are both in train and test.
+    same one for all arms, so that differences are paired and what makes a lesion hard cancels. Raises Unanswerable
+    where fewer than two classes are both in train and test.
     """
     train, test, generated = images
     counted = partial(class_counts, classes=train.classes)
@@ -244,7 +243,7 @@ def compare_arms(
             )
             for ratio in trials.ratios
         ],
-        verdict=verdict(minus_b, minus_c),
+        verdict=_no_verdict(generated) if generated.copies else verdict(minus_b, minus_c),
         left_out=left_out,
         notes=notes,
     )
@@ -282,11 +281,11 @@ def limits(real: np.ndarray, generated: np.ndarray, ratio: float, classes: Class
 
 
 def scored_classes(train: ImageSet, test: ImageSet) -> list[int]:
-    """Those in both, ascending. Raises DataError for fewer than two."""
+    """Those in both, ascending. Raises Unanswerable for fewer than two."""
     scored = np.intersect1d(train.labels, test.labels).tolist()
     if len(scored) < 2:
-        raise DataError(
-            "downstream: training and test images share too few classes "
+        raise Unanswerable(
+            "training and test images share too few classes "
             f"({' '.join(train.classes.codes[k] for k in scored) or 'none'}); a classifier needs two at least, so "
             "give images of more classes"
         )
@@ -353,6 +352,14 @@ def verdict(minus_b: Mapping[str, Estimate], minus_c: Mapping[str, Estimate]) ->
             beaten = _CONTROLS[control]
             warnings.append(f"Balanced accuracy rose against {beaten}, yet this got worse: {'; '.join(worse)}.")
     return Verdict(word, sentence, warnings)
+
+
+def _no_verdict(generated: ImageSet) -> Verdict:
+    sentence = (
+        f"no verdict: {len(generated.copies):,} of {len(generated):,} generated images are copies of unseen real "
+        "images, which would help any classifier; take them out (copies.csv) and evaluate again."
+    )
+    return Verdict("no verdict", sentence, [])
 
 
 # --- the trainings --------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from m2d.evaluation.features import ClsFeatures, cls_features
 from m2d.evaluation.images import (
     FeatureSet,
     Listed,
+    Unanswerable,
     catalog_of,
     check_apart,
     class_counts,
@@ -71,9 +72,10 @@ def measure_downstream(
     """The comparison for classifier 1; see compare.compare_arms.
 
     train, test: real images, no lesion in both; generated: the images to judge. c: inverse strength of the L2 penalty,
-    the same for all arms; None: see `chosen_c`. Raises DataError for lesions too few to choose c by, or classes too
+    the same for all arms; None: see `chosen_c`. Raises Unanswerable for lesions too few to choose c by, or classes too
     few.
     """
+    scored_classes(train.images, test.images)
     picked, tried = (c, {}) if c is not None else chosen_c(train, seed=trials.seed)
     settings: Settings = {"extractor": train.extractor, "c": picked}
     settings |= {f"cross-validated balanced accuracy at c = {one:g}": score for one, score in tried.items()}
@@ -94,12 +96,12 @@ def measure_downstream(
 def chosen_c(train: FeatureSet, *, seed: int) -> tuple[float, dict[float, float]]:
     """The c that lesion-grouped cross-validation on these images prefers, and the score of each that was tried.
 
-    Raises DataError where the lesions are too few for it.
+    Raises Unanswerable where the lesions are too few for it.
     """
     best, tried = choose_c(train.cls, train.labels, train.groups, num_classes=len(train.classes), seed=seed)
     if best is None:
-        raise DataError(
-            f"downstream: {len(train)} training images of {len(set(train.groups.tolist()))} lesions are too few to "
+        raise Unanswerable(
+            f"{len(train)} training images of {len(set(train.groups.tolist()))} lesions are too few to "
             "choose c by cross-validation; give more images, or a value of c"
         )
     return best, tried
@@ -169,7 +171,7 @@ def measure_consistency(
     A linear probe is fitted on the real training images, every class weighing the same, and classifies both other sets.
     Intervals: of a class's agreement Wilson's, for generated images are independent and a share of 1 is no certainty;
     of the real recall and of both means a bootstrap over lesions, or generated images, within each class.
-    Raises DataError where fewer than two classes are both in train and test.
+    Raises Unanswerable where fewer than two classes are both in train and test.
     """
     scored_classes(train.images, test.images)
     probe = LinearProbe.fit(train.cls, train.labels, c=c)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m2d.classes import ISIC7, ClassSet
+from m2d.data.layouts import REPORT
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.classifiers.probe import ConsistencyResult
@@ -83,16 +84,17 @@ def write_report(
     pictures, classes = _pictures(result, sets, redrawn, typicality), sets["train"].classes
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for name, rows in tables(result).items():
+        of_set = {} if classes == ISIC7 else {"class_set": classes.as_dict()}
+        document = json.dumps(asdict(result) | of_set, indent=1, allow_nan=False)
+        (output / REPORT).write_text(document, encoding="utf-8")  # first, as it marks the folder as a report
+        copies = [vars(one) for one in sets["generated"].copies]
+        for name, rows in (tables(result) | ({"copies": copies} if copies else {})).items():
             with (output / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
                 writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
         for name, png in pictures.items():
             (output / f"{name}.png").write_bytes(png)
-        of_set = {} if classes == ISIC7 else {"class_set": classes.as_dict()}
-        document = json.dumps(asdict(result) | of_set, indent=1, allow_nan=False)
-        (output / "evaluation.json").write_text(document, encoding="utf-8")
         (output / "evaluation.html").write_text(_page(result, pictures, classes), encoding="utf-8")
     except OSError as error:
         raise DataError(
