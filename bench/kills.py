@@ -35,6 +35,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from m2d.demo.dataset import write_demo_dataset
+from m2d.training.telemetry import MetricsLog
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -191,7 +192,7 @@ def training(kills: int = 10, notices: int = 2, mtbf_s: float = 60.0, notice_s: 
             folder = Path(name)
             write_demo_dataset(folder / "data", total=70)
             broken = Training(folder, "broken", cluster.address, every_steps, log)
-            until(lambda: broken.step() > 0, broken.process, log_path)
+            broken.begin()
             strikes: list[Strike] = []
             last = time.monotonic()
             for what in kinds:
@@ -203,6 +204,7 @@ def training(kills: int = 10, notices: int = 2, mtbf_s: float = 60.0, notice_s: 
             goal = (broken.step() // every_steps + 1) * every_steps
             broken.stop_after(goal)
             unbroken = Training(folder, "unbroken", cluster.address, every_steps, log)
+            unbroken.begin()
             unbroken.stop_after(goal)
             outcome = held_against(broken, unbroken, goal)
     finally:
@@ -247,20 +249,25 @@ class Training:
         """A line for each step. Resuming replaces the file by one without the steps that will be taken again."""
         return self.place / "metrics" / "train.jsonl"
 
-    def records(self) -> list[dict[str, float]]:
-        """All whole lines."""
-        lines = self.record.read_text(encoding="utf-8").splitlines() if self.record.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]
+    def records(self) -> list[dict[str, Any]]:
+        """All steps."""
+        return MetricsLog(self.record.parent, "train").read()
 
     def step(self) -> int:
         """The last one on record."""
-        records = self.records()
-        return int(records[-1]["step"]) if records else 0
+        last = MetricsLog(self.record.parent, "train").last() if self.record.is_file() else None
+        return 0 if last is None else int(last["step"])
+
+    def begin(self) -> None:
+        """Wait for the first step, from which time counts."""
+        until(lambda: self.step() > 0, self.process, Path(self.log.name))
+        self.began = time.monotonic()
 
     def stop_after(self, step: int) -> None:
         """Ask it to stop as soon as that step's checkpoint is whole, and wait for its end."""
         complete = f"checkpoints/step_{step:08d}/complete.json"
         until(lambda: (self.place / complete).is_file(), self.process, Path(self.log.name))
+        self.seconds = time.monotonic() - self.began
         self.process.send_signal(signal.SIGTERM)
         if (code := self.process.wait(LONGEST_S)) != 128 + signal.SIGTERM:
             raise SystemExit(f"the run was asked to stop and ended with {code}; its log is {self.log.name}")
@@ -271,7 +278,7 @@ def strike(
 ) -> Strike:
     """Kill, and wait until the run takes steps again."""
     if what == "notice":
-        drain(cluster.address, cluster.worker_nodes[-1].node_id, notice_s)
+        drain(cluster.address, next(iter(cluster.worker_nodes)).node_id, notice_s)
         time.sleep(notice_s)
     workers = below(os.getpid(), WORKER)
     before, at_step, struck = run.record.stat().st_ino, run.step(), time.monotonic()
@@ -282,7 +289,7 @@ def strike(
         run.process.wait()
         run.start()
     else:
-        cluster.remove_node(cluster.worker_nodes[-1], allow_graceful=False)
+        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
         cluster.add_node(**NODE)
     until(lambda: run.record.stat().st_ino != before, run.process, Path(run.log.name))
     resumed_from = run.step()  # at once: the first step after it takes longer
@@ -320,8 +327,8 @@ def held_against(broken: Training, unbroken: Training, step: int) -> Comparison:
         missing=step - len(set(steps)),
         twice=len(steps) - len(set(steps)),
         leftovers=len(list(broken.place.rglob("*.partial*"))),
-        unbroken_s=records[1][-1]["time"] - records[1][0]["time"],
-        broken_s=records[0][-1]["time"] - records[0][0]["time"],
+        unbroken_s=unbroken.seconds,
+        broken_s=broken.seconds,
     )
 
 

@@ -29,6 +29,7 @@ from jsonargparse import auto_cli
 from scipy.stats import theilslopes
 
 from m2d.demo.dataset import write_demo_dataset
+from m2d.training.telemetry import MetricsLog
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -170,13 +171,8 @@ def object_store(session: Path) -> Sample:
 
 def steps(folder: Path) -> int:
     """The last one on record."""
-    for path in folder.glob("runs/*/metrics/train.jsonl"):
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            for line in reversed(file.read().splitlines()):
-                if line.startswith(b"{") and line.endswith(b"}"):
-                    return int(json.loads(line)["step"])
-    return 0
+    last = [MetricsLog(path.parent, "train").last() for path in folder.glob("runs/*/metrics/train.jsonl")]
+    return max((int(record["step"]) for record in last if record is not None), default=0)
 
 
 def trends(samples: list[Sample]) -> list[Trend]:
