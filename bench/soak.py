@@ -43,7 +43,9 @@ ROLES = {
     "ray-dashboard": "Ray's dashboard and monitors",
 }
 TASKS = ("IDLE", "Read_BlockNumbers")  # a worker takes what comes: all of them are one row
-OBJECT_STORE = 100_000_000  # bytes; Ray's smallest is 75 MiB. The stream reads ahead until it is full
+# What fills up by design is small here, so that it is full soon: the store by what the stream reads ahead, and the
+# tasks that Ray remembers (100,000 otherwise, in 140 MiB).
+SMALL = {"RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "100000000", "RAY_task_events_max_num_task_in_gcs": "2000"}
 Sample = dict[str, float]  # seconds, steps and "role: what"
 
 
@@ -91,7 +93,7 @@ def soak(minutes: float = 30.0, num_workers: int = 2, every_steps: int = 20, sam
             "--use_wandb", "--wandb_mode", "offline",
         ]  # fmt: skip
         environment = {**os.environ, "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
-        environment["RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES"] = str(OBJECT_STORE)
+        environment |= SMALL
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
         deadline = time.monotonic() + 60 * minutes
         began, family = time.monotonic(), [psutil.Process(process.pid)]
