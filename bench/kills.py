@@ -209,6 +209,8 @@ def training(kills: int = 10, notices: int = 2, mtbf_s: float = 60.0, notice_s: 
             outcome = held_against(broken, unbroken, goal)
     finally:
         cluster.shutdown()
+        for process in below(os.getpid(), ""):
+            process.kill()
     result = {"settings": {"mtbf_s": mtbf_s, "notice_s": notice_s, "every_steps": every_steps, "seed": seed},
               "cores": os.cpu_count(), "comparison": asdict(outcome),
               "strikes": [{**asdict(one), "lost": one.lost} for one in strikes]}  # fmt: skip
