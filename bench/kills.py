@@ -16,6 +16,7 @@ import math
 import os
 import random
 import secrets
+import shutil
 import signal
 import statistics
 import subprocess
@@ -180,15 +181,18 @@ def training(kills: int = 10, notices: int = 2, mtbf_s: float = 60.0, notice_s: 
 
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by 15 otherwise: on a busy machine they would starve
     moments = random.Random(seed)
     kinds = [("worker", "driver", "node")[number % 3] for number in range(kills)] + ["notice"] * notices
     moments.shuffle(kinds)
     log_path = Path(f"{output}.log")
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    # Not in the default place, where other programs of this machine would take it for theirs; short, for its sockets.
+    os.environ["RAY_TMPDIR"] = temporary = tempfile.mkdtemp(prefix="m2d-", dir="/tmp")
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
     try:
         with tempfile.TemporaryDirectory(prefix="m2d-kills-") as name, log_path.open("w") as log:
-            cluster.add_node(**NODE)
+            add_node(cluster)
             folder = Path(name)
             write_demo_dataset(folder / "data", total=70)
             broken = Training(folder, "broken", cluster.address, every_steps, log)
@@ -211,6 +215,7 @@ def training(kills: int = 10, notices: int = 2, mtbf_s: float = 60.0, notice_s: 
         cluster.shutdown()
         for process in below(os.getpid(), ""):
             process.kill()
+        shutil.rmtree(temporary, ignore_errors=True)
     result = {"settings": {"mtbf_s": mtbf_s, "notice_s": notice_s, "every_steps": every_steps, "seed": seed},
               "cores": os.cpu_count(), "comparison": asdict(outcome),
               "strikes": [{**asdict(one), "lost": one.lost} for one in strikes]}  # fmt: skip
@@ -292,11 +297,23 @@ def strike(
         run.start()
     else:
         cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
-        cluster.add_node(**NODE)
+        add_node(cluster)
     until(lambda: run.record.stat().st_ino != before, run.process, Path(run.log.name))
     resumed_from = run.step()  # at once: the first step after it takes longer
     until(lambda: run.step() > resumed_from, run.process, Path(run.log.name))
     return Strike(what, struck - last, max(at_step, resumed_from), resumed_from, time.monotonic() - struck)
+
+
+def add_node(cluster: "Cluster") -> None:
+    """A second node; Ray gives it a few seconds to answer, which a busy machine may not keep."""
+    for attempt in range(5):
+        try:
+            cluster.add_node(**NODE)
+        except Exception:
+            if attempt == 4:
+                raise
+        else:
+            return
 
 
 def drain(address: str, node_id: str, notice_s: float) -> None:
