@@ -73,6 +73,7 @@ def ray_cluster() -> Iterator[None]:
         environment.setenv("RAY_AUTH_MODE", "disabled")
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
+            address="local",  # or it would join what another process left as the machine's current cluster
             num_cpus=8,
             num_gpus=0,
             object_store_memory=400 * 2**20,

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ Mode = Literal["online", "offline", "disabled"]
 # wandb's own process writes blocks of 32 KiB and dies with ours, so an offline file lacks what came last; a record
 # takes about 1 KiB. Online it has been sent.
 OFFLINE_FORGETS = 100
+LONGEST_RECORD = 2**16  # bytes; a step's are about 1 KiB
 PLAIN_SECONDS = 15.0  # between two plain lines of progress
 SHOWN = {f"loss/{name}": name for name in ("diffusion", "reconstruction", "alignment", "perceptual")} | {
     "images_per_s": "images/s"
@@ -63,6 +64,16 @@ class MetricsLog:
     def read(self) -> list[dict[str, Any]]:
         """Every whole record."""
         return whole_records(self.path.read_bytes()) if self.path.is_file() else []
+
+    def last(self) -> dict[str, Any] | None:
+        """The newest whole record, without those before it, of which a long run has hundreds of thousands."""
+        with suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST_RECORD))
+            for line in reversed(file.read().splitlines()):
+                with suppress(ValueError):  # cut by a crash, or by the seek
+                    record: dict[str, Any] = json.loads(line)
+                    return record
+        return None
 
     def write_csv(self) -> None:
         """The records as a table; a column for every name that occurs."""
@@ -392,10 +403,9 @@ class Console:
             task = bar.add_task("starting workers", total=total, completed=start, epoch=f"-/{epochs}", left="")
             while not ended:
                 ended = stop.wait(1.0)
-                records = log.read()
-                if not records or records[-1]["time"] < since:  # of an earlier run, whose steps are taken again
+                record = log.last()
+                if record is None or record["time"] < since:  # of an earlier run, whose steps are taken again
                     continue
-                record = records[-1]
                 first = record if first is None else first
                 step, left = record["step"], time_left(first, record, total)
                 losses = "  ".join(f"{label} {record[name]:.3g}" for name, label in SHOWN.items() if name in record)

@@ -46,7 +46,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PretendedRay:
     """No cluster to join, no token in the home directory, an empty /tmp; what the code sets is undone."""
     for name in (
         "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_DATA_DISABLE_PROGRESS_BARS",
-        "RAY_USAGE_STATS_ENABLED", "RAY_TMPDIR",
+        "RAY_USAGE_STATS_ENABLED", "RAY_TMPDIR", "RAY_DATA_LOG_LEVEL",
     ):  # fmt: skip
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -231,8 +231,9 @@ def test_a_token_that_the_user_has_is_used(tmp_path: Path) -> None:
         assert "RAY_AUTH_TOKEN_PATH" not in os.environ
 
 
-def test_bars_are_off_unless_asked_for() -> None:
+def test_bars_and_logs_of_debugging_are_off_unless_asked_for() -> None:
     quiet(verbose=True)
-    assert "RAY_DATA_DISABLE_PROGRESS_BARS" not in os.environ
+    assert not {"RAY_DATA_DISABLE_PROGRESS_BARS", "RAY_DATA_LOG_LEVEL"} & os.environ.keys()
     quiet(verbose=False)
     assert os.environ["RAY_DATA_DISABLE_PROGRESS_BARS"] == "1"
+    assert os.environ["RAY_DATA_LOG_LEVEL"] == "INFO"

@@ -50,3 +50,19 @@ def test_the_time_left_counts_from_the_first_record_and_is_in_hours_where_it_is_
     assert time_left(first, first, 40) == ""
     assert time_left(first, {"step": 10, "time": 1005.0}, 40) == "0.2 min left"
     assert time_left(first, {"step": 1, "time": 1001.0}, 7201) == "2.0 h left"
+
+
+def test_following_a_long_run_reads_the_end_of_its_record_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a second it read all of it: a core and a GB after a week."""
+    log = MetricsLog(tmp_path, "train")
+    log.path.write_text("x" * 2**20 + "\n")
+    log.write(7, {"loss/diffusion": 0.5})
+    with log.path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 8, "ti')  # being written
+    last = log.last()
+    assert last is not None
+    assert last["step"] == 7
+    monkeypatch.setattr(MetricsLog, "read", lambda self: pytest.fail("read whole"))
+    assert "step 20/40" in shown(tmp_path / "run", interactive=False, monkeypatch=monkeypatch)
