@@ -456,7 +456,7 @@ def _reason_to_keep(record: Record, records: Sequence[Record], *, include_unfini
 
 def _being_read(record: Record) -> str | None:
     paths = [record.experiment.checkpoints / name / COMPLETE for name in record.checkpoints]
-    return "a generation or an evaluation reads its checkpoint" if any(map(is_in_use, paths)) else None
+    return "a generation reads its checkpoint" if any(map(is_in_use, paths)) else None
 
 
 def _plan(removals: Sequence[Removal], config: CleanConfig) -> Table:

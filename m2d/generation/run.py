@@ -18,7 +18,7 @@ from rich.console import Console
 from m2d.cluster.nodes import cluster_gpu, cluster_total, require_shared
 from m2d.diffusion.feature_prior import WEAK_BELOW
 from m2d.errors import ConfigError, Incomplete, M2DError
-from m2d.files.paths import checkpoint_folder, input_path, require_outside, result_path
+from m2d.files.paths import input_path, require_outside, result_path
 from m2d.files.progress import progress, say
 from m2d.generation import output, workers
 from m2d.generation.gates import GatesAtWork, prepare_gates
@@ -243,7 +243,6 @@ def _absolute(config: GenerateConfig) -> GenerateConfig:
     """Ray's processes may start in another directory, so local paths become absolute here."""
     names = ("checkpoint", "init_images", "reference_images", "reference_images_b", "data_root", "catalog", "plan")
     places = {name: input_path(name, getattr(config, name)) for name in (*names, "extractor_weights")}
-    places["checkpoint"] = checkpoint_folder(places["checkpoint"])
     places["output"] = result_path("output", config.output)
     require_outside(places["data_root"], output=places["output"])
     local = {name: place for name, place in places.items() if place is not None and "://" not in place}

@@ -64,8 +64,8 @@ def test_one_whose_checkpoint_is_being_read_is_left_alone(clean: Any, root: Path
     path = make_experiment(names(1)[0], steps=(5,))
     (removal,), _ = planned(CleanConfig(experiments_dir=str(root), keep=0))
     with hold_checkpoint(str(path / "checkpoints" / "step_00000005")):
-        assert "an evaluation reads its checkpoint" in clean()
-        assert "an evaluation reads its checkpoint" in str(remove(removal))
+        assert "a generation reads its checkpoint" in clean()
+        assert "a generation reads its checkpoint" in str(remove(removal))
     assert there(root) == names(1)
     clean()
     assert there(root) == []
