@@ -14,6 +14,7 @@ from m2d.data.setup import prepare_images
 from m2d.data.store import prepared_folder
 from m2d.errors import ConfigError, DataError
 from m2d.experiment import Experiment, open_experiment
+from m2d.files.atomic import mark_complete
 from m2d.training.run import CATALOG, run_catalog
 from m2d.training.settings import TrainConfig, as_dict, differences
 from m2d.training.telemetry import Console
@@ -33,9 +34,8 @@ def run(config: TrainConfig) -> Experiment:
     settings = as_dict(config)
     experiment, _ = open_experiment(config.experiments_dir, "run", settings, differences, fresh=False, command=[])
     run_catalog(config, experiment, config.checked_data_root, Console())
-    marker = experiment.checkpoints / "step_00000004" / "complete.json"
-    marker.parent.mkdir()
-    marker.write_text("{}", encoding="utf-8")
+    (experiment.checkpoints / "step_00000004").mkdir()
+    mark_complete(experiment.checkpoints / "step_00000004")
     return experiment
 
 
