@@ -71,6 +71,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
                 plan = _plan(config, experiment, catalog, opening, console)
                 if newest_step(experiment.checkpoints) < plan.total_steps:
                     _run(plan, opening.on_gpu, console, callbacks, stoppable)
+            experiment.update_info(state="done", finished=datetime.now(UTC).isoformat(timespec="seconds"), error=None)
         except BaseException as error:
             told = users_error(error, experiment.path, config) if isinstance(error, Exception) else None
             never_began = told is not None and not resumed and not (experiment.path / CATALOG).is_file()
@@ -82,7 +83,6 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
             if told is not None and told is not error:
                 raise told from error
             raise
-        experiment.update_info(state="done", finished=datetime.now(UTC).isoformat(timespec="seconds"), error=None)
         console.say(f"done; best checkpoint: {experiment.checkpoints / 'best'}")
     return experiment
 
