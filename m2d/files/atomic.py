@@ -179,7 +179,6 @@ def _flock(path: Path, mode: str, kind: int) -> IO[Any] | None:
         lock.close()
         if isinstance(error, BlockingIOError):
             return None
-        local = private_folder("locks") / hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:32]
-        if error.errno not in _UNSUPPORTED or path.parent == local.parent:
+        if error.errno not in _UNSUPPORTED or path.parent == private_folder("locks"):
             raise
-    return _flock(local, "a", kind)
+    return _flock(private_folder("locks") / hashlib.sha256(str(path.resolve()).encode()).hexdigest(), "a", kind)

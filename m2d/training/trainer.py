@@ -86,6 +86,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
                 plan = _plan(config, experiment, catalog, opening, console)
                 if newest_step(experiment.checkpoints) < plan.total_steps:
                     _run(plan, opening.on_gpu, console, callbacks, stoppable)
+            experiment.update_info(**_ending(plan, opening.degraded, console))
         except BaseException as error:
             told = users_error(error, experiment.path, config) if isinstance(error, Exception) else None
             never_began = told is not None and not resumed and not (experiment.path / CATALOG).is_file()
@@ -97,16 +98,6 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
             if told is not None and told is not error:
                 raise told from error
             raise
-        last = MetricsLog(experiment.path / "metrics", "train").read()[-1:]
-        skipped = int(last[0].get("skipped_steps", 0)) if last else 0
-        if skipped > FEW_SKIPPED * plan.total_steps:
-            opening.degraded.append(
-                f"{skipped:,} of {plan.total_steps:,} steps were skipped, since a loss or gradient was not finite; "
-                "lower the learning rates or use --mixed_precision no"
-            )
-            console.warn(opening.degraded[-1])
-        experiment.update_info(degraded=opening.degraded, skipped_steps=skipped)
-        experiment.update_info(state="done", finished=datetime.now(UTC).isoformat(timespec="seconds"), error=None)
         console.say(f"done; best checkpoint: {experiment.checkpoints / 'best'}")
     return experiment
 
@@ -259,6 +250,21 @@ def _run(plan: RunPlan, on_gpu: bool, console: Console, callbacks: Sequence[Any]
     done = newest_step(experiment.checkpoints)
     if asked and done < plan.total_steps:
         raise Stopped(f"stopped at step {done:,} of {plan.total_steps:,}; the same command resumes", asked[0])
+
+
+def _ending(plan: RunPlan, degraded: list[str], console: Console) -> dict[str, Any]:
+    """What the record says of a run that came to its last step; warns of skipped ones."""
+    last = MetricsLog(plan.experiment.path / "metrics", "train").read()[-1:]
+    skipped = int(last[0].get("skipped_steps", 0)) if last else 0
+    if skipped > FEW_SKIPPED * plan.total_steps:
+        degraded = [
+            *degraded,
+            f"{skipped:,} of {plan.total_steps:,} steps were skipped, since a loss or gradient was not finite; lower the "
+            "learning rates or use --mixed_precision no",
+        ]
+        console.warn(degraded[-1])
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"state": "done", "finished": finished, "error": None, "degraded": degraded, "skipped_steps": skipped}
 
 
 class _LocalLink:

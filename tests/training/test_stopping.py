@@ -83,7 +83,10 @@ def test_a_thread_leaves_signals_alone(tmp_path: Path) -> None:
     ("raised", "told"),
     [
         (ConfigError("image_size is 7; use 8"), "ConfigError: image_size is 7; use 8"),
-        (OSError(28, "No space left on device", "metrics/train.jsonl"), "TrainingError: metrics/train.jsonl cannot be written (No space"),
+        (
+            OSError(28, "No space left on device", "metrics/train.jsonl"),
+            "TrainingError: metrics/train.jsonl cannot be written (No space",
+        ),
     ],
 )
 def test_what_a_user_has_to_mend_is_left_for_the_driver(tmp_path: Path, raised: Exception, told: str) -> None:
