@@ -196,7 +196,7 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
         with filesystem.open_input_file(posixpath.join(root, generated["path"][0])) as file:
             size = min(probe_image(file.read(), max_pixels=data.max_pixels))
     # Many a pipeline stretches photographs to squares: those of the commonest shapes are told by it too.
-    ratios = Counter(round(width / height, 2) for width, height in zip(test["width"], test["height"]))
+    ratios = Counter(round(row["width"] / row["height"], 2) for row in test.rows.to_pylist())
     shapes = [1.0, *(ratio for ratio, _ in ratios.most_common(_SHAPES) if ratio != 1)]
     decode = partial(_decode, size=size, cache_dir=config.cache_dir, max_pixels=data.max_pixels, notes=notes)
     sets = {side.name: decode(side) for side in (train, test, generated)}
@@ -441,8 +441,9 @@ def _generated(root: str, data: DataConfig, classes: ClassSet, notes: list[str])
             f"generated: {root} has no class folder (found: {', '.join(inner[:NAMED]) or 'nothing'}); only --format "
             "folder can be evaluated"
         )
-    how = {"max_pixels": data.max_pixels, "known": classes, "class_map": data.class_map}
-    references = read_references(root, setting="generated", **how)
+    references = read_references(
+        root, known=classes, class_map=data.class_map, setting="generated", max_pixels=data.max_pixels
+    )
     notes += _left_out([one for one in references.rejected if one[0] != CONTACT_SHEET], "generated files")
     images = [image for code in classes.codes for image in references.by_class.get(code, ())]
     repeated = len(images) - len({image.sha256 for image in images})
