@@ -170,8 +170,8 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
 
     checkpoint: the one that made the images, where it is known. notes: gain a line for what is left out, and the like.
     A test lesion is left out where the generator, or a checkpoint that its training started from, has seen it: a file
-    or a lesion of theirs (train or val split of their own catalogs), wherever the data lies now; and where one of its
-    images looks the same as a training image. Raises ConfigError or DataError in one line: a folder that cannot be
+    or a lesion of the train split of their own catalogs, wherever the data lies now; and where one of its images looks
+    the same as a training image. Raises ConfigError or DataError in one line: a folder that cannot be
     used, classes that no real image has, lesions or images on both sides, no test image left.
     """
     real, generated_root = class_folder(config.real, "real"), class_folder(config.generated, "generated")
@@ -289,14 +289,18 @@ def _catalogs_of(checkpoint: Checkpoint, notes: list[str]) -> dict[Path, pa.Tabl
 
 
 def _unseen(test: Listed, catalogs: Iterable[pa.Table], notes: list[str]) -> Listed:
-    """Without what the runs of these catalogs trained on, or chose their best checkpoint by."""
-    seen = np.zeros(len(test.rows), dtype=bool)
+    """Without what the runs of these catalogs trained on; of what they only chose a checkpoint by, a note tells."""
+    seen = {split: np.zeros(len(test.rows), dtype=bool) for split in ("train", "val")}
     for catalog in catalogs:
-        theirs = catalog.filter(pc.not_equal(catalog["split"], "test"))
         # Without a table a lesion is called as its file, and files of two datasets may have one name.
         for column in ("sha256",) if unknown_lesions(catalog, test.rows) else ("sha256", "lesion_id"):
-            seen |= np.isin(test[column], theirs[column].to_pylist())
-    return _without(test, seen, "were seen by the generator's training (the catalog of its run)", notes)
+            for split, mask in seen.items():
+                mask |= np.isin(test[column], catalog.filter(pc.equal(catalog["split"], split))[column].to_pylist())
+    if validated := np.count_nonzero(seen["val"] & ~seen["train"]):
+        notes.append(
+            f"the generator's training chose its best checkpoint by {validated:,} of {len(test.rows):,} test images"
+        )
+    return _without(test, seen["train"], "were trained on by the generator (the catalog of its run)", notes)
 
 
 def _without(test: Listed, seen: np.ndarray, why: str, notes: list[str]) -> Listed:
