@@ -170,8 +170,8 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
 
     checkpoint: the one that made the images, where it is known. notes: gain a line for what is left out, and the like.
     A test lesion is left out where the generator, or a checkpoint that its training started from, has seen it: a file
-    or a lesion of theirs (train or val split of their own catalogs), wherever the data lies now; and where one of its
-    images looks the same as a training image. Raises ConfigError or DataError in one line: a folder that cannot be
+    or a lesion of the train split of their own catalogs, wherever the data lies now; and where one of its images looks
+    the same as a training image. Raises ConfigError or DataError in one line: a folder that cannot be
     used, classes that no real image has, lesions or images on both sides, no test image left.
     """
     real, generated_root = class_folder(config.real, "real"), class_folder(config.generated, "generated")
@@ -196,7 +196,7 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
         with filesystem.open_input_file(posixpath.join(root, generated["path"][0])) as file:
             size = min(probe_image(file.read(), max_pixels=data.max_pixels))
     # Many a pipeline stretches photographs to squares: those of the commonest shapes are told by it too.
-    ratios = Counter(round(width / height, 2) for width, height in zip(test["width"], test["height"]))
+    ratios = Counter(round(row["width"] / row["height"], 2) for row in test.rows.to_pylist())
     shapes = [1.0, *(ratio for ratio, _ in ratios.most_common(_SHAPES) if ratio != 1)]
     decode = partial(_decode, size=size, cache_dir=config.cache_dir, max_pixels=data.max_pixels, notes=notes)
     sets = {side.name: decode(side) for side in (train, test, generated)}
@@ -289,14 +289,18 @@ def _catalogs_of(checkpoint: Checkpoint, notes: list[str]) -> dict[Path, pa.Tabl
 
 
 def _unseen(test: Listed, catalogs: Iterable[pa.Table], notes: list[str]) -> Listed:
-    """Without what the runs of these catalogs trained on, or chose their best checkpoint by."""
-    seen = np.zeros(len(test.rows), dtype=bool)
+    """Without what the runs of these catalogs trained on; of what they only chose a checkpoint by, a note tells."""
+    seen = {split: np.zeros(len(test.rows), dtype=bool) for split in ("train", "val")}
     for catalog in catalogs:
-        theirs = catalog.filter(pc.not_equal(catalog["split"], "test"))
         # Without a table a lesion is called as its file, and files of two datasets may have one name.
         for column in ("sha256",) if unknown_lesions(catalog, test.rows) else ("sha256", "lesion_id"):
-            seen |= np.isin(test[column], theirs[column].to_pylist())
-    return _without(test, seen, "were seen by the generator's training (the catalog of its run)", notes)
+            for split, mask in seen.items():
+                mask |= np.isin(test[column], catalog.filter(pc.equal(catalog["split"], split))[column].to_pylist())
+    if validated := np.count_nonzero(seen["val"] & ~seen["train"]):
+        notes.append(
+            f"the generator's training chose its best checkpoint by {validated:,} of {len(test.rows):,} test images"
+        )
+    return _without(test, seen["train"], "were trained on by the generator (the catalog of its run)", notes)
 
 
 def _without(test: Listed, seen: np.ndarray, why: str, notes: list[str]) -> Listed:
@@ -441,8 +445,9 @@ def _generated(root: str, data: DataConfig, classes: ClassSet, notes: list[str])
             f"generated: {root} has no class folder (found: {', '.join(inner[:NAMED]) or 'nothing'}); only --format "
             "folder can be evaluated"
         )
-    how = {"max_pixels": data.max_pixels, "known": classes, "class_map": data.class_map}
-    references = read_references(root, setting="generated", **how)
+    references = read_references(
+        root, known=classes, class_map=data.class_map, setting="generated", max_pixels=data.max_pixels
+    )
     notes += _left_out([one for one in references.rejected if one[0] != CONTACT_SHEET], "generated files")
     images = [image for code in classes.codes for image in references.by_class.get(code, ())]
     repeated = len(images) - len({image.sha256 for image in images})

@@ -167,17 +167,20 @@ def test_what_the_generator_was_trained_on_is_not_unseen_wherever_it_lies_now(
         (moved / path.parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, moved / path.parent.name / f"{number}.png")
     checkpoint = made_by(prior_checkpoint, tmp_path / "experiment", own, data_root=str(real))
+    before = sum(row["split"] == "test" for row in scan_dataset(str(moved), OTHER_SPLIT).catalog.to_pylist())
     sets = read(tmp_path, moved, generated, checkpoint=checkpoint, data=OTHER_SPLIT)
     assert sets.test.sha256
-    assert set(sets.test.sha256) <= rows_of(own, "sha256", "test")
-    before = sum(row["split"] == "test" for row in scan_dataset(str(moved), OTHER_SPLIT).catalog.to_pylist())
+    assert set(sets.test.sha256) <= rows_of(own, "sha256", "val", "test")
+    validated = set(sets.test.sha256) & rows_of(own, "sha256", "val")
+    assert f"chose its best checkpoint by {len(validated)} of {before} test images" in " ".join(sets.notes)
     (note,) = [note for note in sets.notes if note.startswith("left out")]
     assert note.startswith(f"left out {before - len(sets.test)} of {before} test images, for they, or others")
-    assert "none of NV is left" in note
 
     only = scan_dataset(str(moved), replace(OTHER_SPLIT, test_fraction=0.0)).catalog
     checkpoint = made_by(prior_checkpoint, tmp_path / "experiment", only, data_root=str(real))
-    with pytest.raises(DataError, match=r"real: none of 20 test images .* is unseen, .* seen by the generator") as one:
+    with pytest.raises(
+        DataError, match=r"real: none of 20 test images .* is unseen, .* trained on by the generator"
+    ) as one:
         read(tmp_path, moved, generated, checkpoint=checkpoint, data=OTHER_SPLIT)
     assert "\n" not in str(one.value)
 
@@ -198,7 +201,7 @@ def test_a_lesion_that_the_generator_saw_is_not_unseen_in_another_file(
     assert len(unnamed.test) == 20
     (smaller / "metadata.csv").write_text(table)
     named = read(tmp_path, smaller, generated, checkpoint=checkpoint, data=OTHER_SPLIT)
-    assert set(named.test.groups) <= rows_of(own, "lesion_id", "test")
+    assert set(named.test.groups) <= rows_of(own, "lesion_id", "val", "test")
     assert any(f"left out {20 - len(named.test)} of 20 test images" in note for note in named.notes)
 
 
@@ -225,12 +228,13 @@ def test_a_test_image_that_looks_the_same_as_a_training_image_is_left_out(
     """Turned and saved anew, under another lesion's name: other bytes, the same photograph."""
     other = tmp_path / "other"
     paint_blobs(other / "NV", ["new_0", "new_1"], seed=5)
-    Image.open(real / "NV" / "NV_0.png").transpose(Image.Transpose.ROTATE_90).save(
-        other / "NV" / "twin.jpg", quality=80
-    )
+    (other / "MEL").mkdir()
+    photograph = Image.open(real / "NV" / "NV_0.png")
+    photograph.transpose(Image.Transpose.ROTATE_90).save(other / "MEL" / "twin.png")
     sets = read(tmp_path, other, generated, train=str(real))
     assert sorted(Path(path).stem for path in sets.test.paths) == ["new_0", "new_1"]
-    assert any("left out 1 of 3 test images, " in note and "look the same as training" in note for note in sets.notes)
+    (note,) = [note for note in sets.notes if note.startswith("left out 1 of 3 test images, ")]
+    assert note.endswith("look the same as training images; none of MEL is left")
 
 
 def paint_blobs(folder: Path, names: list[str], seed: int) -> None:
