@@ -259,8 +259,8 @@ def _ending(plan: RunPlan, degraded: list[str], console: Console) -> dict[str, A
     if skipped > FEW_SKIPPED * plan.total_steps:
         degraded = [
             *degraded,
-            f"{skipped:,} of {plan.total_steps:,} steps were skipped, since a loss or gradient was not finite; lower the "
-            "learning rates or use --mixed_precision no",
+            f"{skipped:,} of {plan.total_steps:,} steps were skipped, since a loss or gradient was not finite; lower "
+            "the learning rates or use --mixed_precision no",
         ]
         console.warn(degraded[-1])
     finished = datetime.now(UTC).isoformat(timespec="seconds")
