@@ -230,5 +230,5 @@ def run_training(config: TrainConfig) -> None:
         again = f"python -m m2d experiments report {experiment.name} --experiments_dir {config.experiments_dir}"
         print(f"WARNING: the report could not be written ({reason}); try again: {again}")
     info = experiment.info()
-    if info["skipped_steps"] > MOST_SKIPPED * info["total_steps"]:
+    if info.get("skipped_steps", 0) > MOST_SKIPPED * info["total_steps"]:
         raise Incomplete(f"incomplete: {info['degraded'][-1]}")
