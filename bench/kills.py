@@ -165,7 +165,7 @@ class Comparison:
 
 
 def training(kills: int = 10, notices: int = 2, mtbf_s: float = 60.0, notice_s: float = 10.0, every_steps: int = 100,
-             seed: int = 0, output: str = "bench/out/kills-training.json") -> None:  # fmt: skip
+             minutes: float = 12.0, seed: int = 0, output: str = "bench/out/kills-training.json") -> None:  # fmt: skip
     """Kill, let it go on, compare.
 
     Args:
@@ -174,6 +174,7 @@ def training(kills: int = 10, notices: int = 2, mtbf_s: float = 60.0, notice_s: 
         mtbf_s: mean time between failures, exponential; never before the run has made a step since the last one.
         notice_s: from a notice to the node's end.
         every_steps: from checkpoint to checkpoint.
+        minutes: after which nothing is killed any more; the unbroken run takes about half as long.
         seed: of kinds and moments.
         output: where the outcome goes as JSON, and a table beside it as Markdown.
     """
@@ -201,6 +202,8 @@ def training(kills: int = 10, notices: int = 2, mtbf_s: float = 60.0, notice_s: 
             last = time.monotonic()
             for what in kinds:
                 due = last + moments.expovariate(1 / mtbf_s)
+                if due > broken.began + 60 * minutes:
+                    break
                 until(lambda due=due: time.monotonic() >= due, broken.process, log_path)  # type: ignore[misc]
                 strikes.append(strike(what, broken, cluster, notice_s, last, moments))
                 last = time.monotonic() - strikes[-1].again_s

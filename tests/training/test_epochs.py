@@ -112,7 +112,7 @@ def weights(experiments: Path, step: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_resumed_by_two_and_by_three_workers_takes_the_steps_of_the_unbroken_one(
     ray_cluster: None, data_root: Path, tmp_path: Path
 ) -> None:
