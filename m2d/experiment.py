@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -190,18 +190,33 @@ def open_experiment(
 
 
 def list_experiments(root: str, name: str | None = None) -> list[Experiment]:
-    """Experiments under a root, oldest first; those of one name only where it is given."""
+    """Experiments under a root, oldest first by their records; those of one name only where it is given."""
     pattern = re.compile(rf"{re.escape(name) if name else '.+'}_\d{{8}}_\d{{6}}")
     with _reaching(root, "read"):
         filesystem, base = open_storage(root)
         found = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
-        names = sorted((info.base_name for info in found if pattern.fullmatch(info.base_name)), key=lambda n: n[-15:])
+        names = [info.base_name for info in found if pattern.fullmatch(info.base_name)]
         experiments = [Experiment((Path(base) / name).resolve()) for name in names]
         if "://" in root:
             experiments = [Experiment(_staging(root) / name, inside(root, name)) for name in names]
             for one in experiments:
                 copy_changed(str(one.remote), str(one.path), {INFO, CONFIG}.__contains__)  # as far as a list needs it
-    return [experiment for experiment in experiments if (experiment.path / INFO).is_file()]
+    made = [experiment for experiment in experiments if (experiment.path / INFO).is_file()]
+
+    def age(experiment: Experiment) -> tuple[datetime, str]:
+        with suppress(ExperimentError):  # who opens a damaged one is told
+            return created(experiment.name, experiment.info()), experiment.name
+        return created(experiment.name, {}), experiment.name
+
+    return sorted(made, key=age)
+
+
+def created(name: str, info: dict[str, Any]) -> datetime:
+    """When an experiment was made, by its record; else by its name, whose time is UTC (in older ones local)."""
+    for text in (str(info.get("created")), f"{name[-15:].replace('_', 'T')}+00:00"):
+        with suppress(ValueError):  # digits that are no time
+            return datetime.fromisoformat(text).astimezone(UTC)
+    return datetime.fromtimestamp(0, UTC)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -233,7 +248,7 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
     base = _staging(root) if remote else Path(root).expanduser()
     with _reaching(root, "written"):
         while True:
-            path = base / f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
+            path = base / f"{name}_{datetime.now(UTC):%Y%m%d_%H%M%S}"
             try:
                 path.mkdir(parents=True)
                 break
@@ -265,17 +280,8 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
 
 
 def _staging(root: str) -> Path:
-    """Where experiments of a remote root lie on this machine; another root's, or another user's, lie elsewhere.
-
-    Its name can be guessed, so another user may have been there first: raises ExperimentError unless it is ours alone.
-    """
-    try:
-        return private_folder("staging") / hashlib.sha256(root.encode()).hexdigest()[:12]
-    except OSError as error:
-        raise ExperimentError(
-            f"staging: {error.filename} cannot be used for the files of {root} ({error.strerror}); "
-            "remove it, or set TMPDIR to a directory of yours"
-        ) from None
+    """Where experiments of a remote root lie on this machine; another root's, or another user's, lie elsewhere."""
+    return private_folder("staging") / hashlib.sha256(root.encode()).hexdigest()[:12]
 
 
 def _make_folders(path: Path) -> None:

@@ -31,6 +31,7 @@ from m2d.models.settings import COMPLETE, ConditioningConfig
 from m2d.models.unet import ConditionEncoder, Denoiser
 
 FORMAT = 1
+TRAINING = "training"  # the folder of what resuming also needs
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONDITIONING = "conditioning.safetensors"
 PRIOR = "feature_prior.safetensors"
@@ -139,6 +140,8 @@ def read_info(path: str | Path) -> CheckpointInfo:
     reading = marker
     try:
         sizes = dict(json.loads(marker.read_text(encoding="utf-8"))["files"])
+        if not (directory / TRAINING).exists():  # given away without what only resuming needs
+            sizes = {name: size for name, size in sizes.items() if not name.startswith(f"{TRAINING}/")}
         for file, size in ((directory / name, size) for name, size in sizes.items()):
             if not file.is_file() or file.stat().st_size != size:
                 raise CheckpointError(f"checkpoint: {file} is missing or cut short; take another checkpoint")

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def sweep(config: SweepConfig) -> list[TrialOutcome]:
         raise ExperimentError(f"resume: there is no sweep {folder}; leave --resume out to begin it")
     if known and config.fresh:
         with held(folder):  # not from under a sweep that runs
-            began = datetime.fromtimestamp((folder / SETTINGS).stat().st_mtime)
+            began = datetime.fromtimestamp((folder / SETTINGS).stat().st_mtime, UTC)
             folder.rename(folder.with_name(f"{folder.name}_until_{began:%Y%m%d_%H%M%S}"))
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
@@ -95,8 +95,9 @@ def require_same(folder: Path, config: SweepConfig) -> None:
         yaml.safe_load(text) for text in ((folder / SETTINGS).read_text("utf-8"), yaml.safe_dump(as_dict(config)))
     )
     for settings in (old, new):
-        del settings["resume"], settings["num_trials"], settings["sweep"]["max_concurrent"]
-    if changed := differences(old, new):
+        del settings["resume"], settings["num_trials"]
+        settings["sweep"].pop("max_concurrent", None)
+    if changed := differences(old, new, defaults=as_dict(SweepConfig())):
         raise ExperimentError(
             f"the sweep {folder} was begun with other settings ({'; '.join(changed)}); repeat its command to resume, "
             "or start over with --fresh or another --name"
@@ -147,7 +148,7 @@ def _run(config: SweepConfig, folder: Path, ledger: Ledger, console: Console) ->
                 trial_dirname_creator=lambda trial: str(trial.trial_id),  # the default has every value in its name
             ),
             run_config=RunConfig(
-                name=f"{datetime.now():%Y%m%d_%H%M%S}",
+                name=f"{datetime.now(UTC):%Y%m%d_%H%M%S}",
                 storage_path=str(folder / "tune"),  # what Tune keeps of each time that the sweep ran
                 verbose=0,
                 callbacks=[FollowTrials(ledger, config.count, chosen)],
