@@ -11,13 +11,14 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from m2d.errors import ConfigError, M2DError
+from m2d.errors import ConfigError, M2DError, refuse_repeated_keys
 from m2d.files.paths import input_path
 
 ConfigT = TypeVar("ConfigT")
@@ -136,6 +137,9 @@ def _for_jsonargparse(
             equals, value = "=", "true"
         elif not equals and following is not None:
             equals, value = "=", waiting.pop(0)
+        if value.startswith("{"):
+            with suppress(yaml.YAMLError):  # jsonargparse reports it
+                refuse_repeated_keys(value, key)
         flags.append(f"--{key}{equals}{value}")
     if positional and words and "-h" not in words:
         takes_many = typing.get_origin(kinds[positional]) is list
@@ -150,8 +154,10 @@ def _without_keys(file: Path, ignored: set[str]) -> str:
     if not file.is_file():
         raise ConfigError(f"config: {file} is not a file; give the path of a YAML file of settings")
     try:
+        text = file.read_text(encoding="utf-8")
+        refuse_repeated_keys(text, f"config: {file}")
         # As nodes, not values: what remains keeps its spelling, and jsonargparse reads YAML in its own way.
-        root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader) if ignored else None
+        root = yaml.compose(text, Loader=yaml.SafeLoader) if ignored else None
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
         root = None  # jsonargparse reports what is wrong with it
     if not isinstance(root, yaml.MappingNode):

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from m2d.errors import ConfigError
+from m2d.errors import ConfigError, refuse_repeated_keys
 
 _CODE = re.compile(r"[^\W_][\w+-]{0,39}")  # it becomes the name of a folder
 _RESERVED = {"train", "val", "test", "shards", "parts"}
@@ -206,7 +206,9 @@ def named_class_set(name: str) -> ClassSet:
     import yaml
 
     try:
-        entries = yaml.safe_load(Path(name).expanduser().read_text(encoding="utf-8"))
+        text = Path(name).expanduser().read_text(encoding="utf-8")
+        refuse_repeated_keys(text, f"data.classes: {name}")
+        entries = yaml.safe_load(text)
         records = [{"code": str(one)} if not isinstance(one, dict) else one for one in entries]
         return class_set_of(
             (record["code"] for record in records), Path(name).stem, {one["code"]: one for one in records}

@@ -20,6 +20,7 @@ from m2d.data.settings import SetupConfig
 from m2d.errors import ConfigError, Incomplete, M2DError
 from m2d.evaluation.settings import EvaluateConfig, ProbeConfig
 from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, ReportConfig, ShowConfig
+from m2d.files.paths import ensure_home
 from m2d.generation.settings import GenerateConfig
 from m2d.training.settings import TrainConfig
 from m2d.tuning.settings import SweepConfig
@@ -117,6 +118,7 @@ def main(command: str, arguments: Sequence[str] | None = None) -> None:
     keep_saying()
     only_says = True  # --help and --print_config
     try:
+        ensure_home()
         # `evaluate` before `probe ...` is the command `evaluate probe`.
         longer = [name for name in COMMANDS if name.startswith(f"{command} ")]
         if longer and given and not given[0].startswith("-"):

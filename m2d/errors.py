@@ -1,5 +1,7 @@
 """User-facing errors. The command line prints them as one line and exits with their code; anything else is a bug."""
 
+from typing import Any
+
 
 class M2DError(Exception):
     """What is wrong, where, and what to do, in one line."""
@@ -31,6 +33,32 @@ class Incomplete(M2DError):
     """A command came to its end and made less than it was asked for; what it made is whole, and stays."""
 
     exit_code = 3
+
+
+def refuse_repeated_keys(text: str, where: str) -> None:
+    """Raise ConfigError where a mapping of a YAML text has a key twice: YAML's readers drop the first one silently.
+
+    where: how the message begins. Raises yaml.YAMLError for what is no YAML.
+    """
+    import yaml
+
+    lines: dict[str, int] = {}  # `data.image_size` -> where it stands, in either of its two spellings
+
+    def look(node: Any, name: str, above: tuple[Any, ...]) -> None:
+        if not isinstance(node, yaml.CollectionNode) or node in above:
+            return
+        for place, entry in enumerate(node.value):
+            if isinstance(node, yaml.SequenceNode):
+                look(entry, f"{name}[{place}].", (*above, node))
+                continue
+            key, value = entry
+            word, line = f"{name}{key.value}", key.start_mark.line + 1
+            if word in lines:
+                raise ConfigError(f"{where} has {word} twice, in lines {lines[word]} and {line}; keep one")
+            lines[word] = line
+            look(value, f"{word}.", (*above, node))
+
+    look(yaml.compose(text, Loader=yaml.SafeLoader), "", ())
 
 
 def first_line(error: Exception) -> str:

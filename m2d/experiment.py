@@ -197,7 +197,8 @@ def open_experiment(
     of this one. Raises ExperimentError, with the differences, where the unfinished one was made with other settings.
     """
     found = list_experiments(root, name)
-    own = [one for one in found if one.info().get("user", _user()) == _user()]
+    user = getpass.getuser()
+    own = [one for one in found if one.info().get("user", user) == user]
     finished = ("done", "superseded")
     unfinished = [one for one in own if one.info().get("state") not in finished]
     for one in () if unfinished else set(found) - set(own):
@@ -223,18 +224,33 @@ def open_experiment(
 
 
 def list_experiments(root: str, name: str | None = None) -> list[Experiment]:
-    """Experiments under a root, oldest first; those of one name only where it is given."""
+    """Experiments under a root, oldest first by their records; those of one name only where it is given."""
     pattern = re.compile(rf"(?!\.){re.escape(name) if name else '.+'}_\d{{8}}_\d{{6}}")
     with _reaching(root, "read"):
         filesystem, base = open_storage(root)
         found = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
-        names = sorted((info.base_name for info in found if pattern.fullmatch(info.base_name)), key=lambda n: n[-15:])
+        names = [info.base_name for info in found if pattern.fullmatch(info.base_name)]
         experiments = [Experiment((Path(base) / name).resolve()) for name in names]
         if "://" in root:
             experiments = [Experiment(_staging(root) / name, inside(root, name)) for name in names]
             for one in experiments:
                 copy_changed(str(one.remote), str(one.path), {INFO, CONFIG}.__contains__)  # as far as a list needs it
-    return [experiment for experiment in experiments if (experiment.path / INFO).is_file()]
+    made = [experiment for experiment in experiments if (experiment.path / INFO).is_file()]
+
+    def age(experiment: Experiment) -> tuple[datetime, str]:
+        with suppress(ExperimentError):  # who opens a damaged one is told
+            return created(experiment.name, experiment.info()), experiment.name
+        return created(experiment.name, {}), experiment.name
+
+    return sorted(made, key=age)
+
+
+def created(name: str, info: dict[str, Any]) -> datetime:
+    """When an experiment was made, by its record; else by its name, whose time is UTC (in older ones local)."""
+    for text in (str(info.get("created")), f"{name[-15:].replace('_', 'T')}+00:00"):
+        with suppress(ValueError):  # digits that are no time
+            return datetime.fromisoformat(text).astimezone(UTC)
+    return datetime.fromtimestamp(0, UTC)
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -287,7 +303,7 @@ def _create(root: str, name: str, config: dict[str, Any], command: list[str]) ->
     base = _staging(root) if remote else Path(root).expanduser()
     with _reaching(root, "written"):
         while True:
-            path = base / f"{name}_{datetime.now():%Y%m%d_%H%M%S}"
+            path = base / f"{name}_{datetime.now(UTC):%Y%m%d_%H%M%S}"
             try:
                 path.mkdir(parents=True)
                 break
@@ -319,7 +335,7 @@ def _fill(experiment: Experiment, config: dict[str, Any], command: list[str]) ->
     experiment.update_info(
         name=path.name,
         state="running",
-        user=_user(),
+        user=getpass.getuser(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=shlex.join(command),
         cwd=os.getcwd(),  # where relative paths of the command begin
@@ -330,25 +346,9 @@ def _fill(experiment: Experiment, config: dict[str, Any], command: list[str]) ->
     to_disk(path.parent)
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user may have no name
-        return str(os.getuid())
-
-
 def _staging(root: str) -> Path:
-    """Where experiments of a remote root lie on this machine; another root's, or another user's, lie elsewhere.
-
-    Its name can be guessed, so another user may have been there first: raises ExperimentError unless it is ours alone.
-    """
-    try:
-        return private_folder("staging") / hashlib.sha256(root.encode()).hexdigest()[:12]
-    except OSError as error:
-        raise ExperimentError(
-            f"staging: {error.filename} cannot be used for the files of {root} ({error.strerror}); "
-            "remove it, or set TMPDIR to a directory of yours"
-        ) from None
+    """Where experiments of a remote root lie on this machine; another root's, or another user's, lie elsewhere."""
+    return private_folder("staging") / hashlib.sha256(root.encode()).hexdigest()[:12]
 
 
 def _make_folders(path: Path) -> None:

@@ -69,3 +69,9 @@ def test_a_file_that_is_no_set_is_an_error_of_one_line(tmp_path: Path, text: str
 def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="isic7 isic8 milk11 binary folders"):
         named_class_set("isic9")
+
+
+def test_a_key_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("- A\n- {code: B, name: one, name: two}\n")
+    with pytest.raises(ConfigError, match=r"^data.classes: .* has \[1\]\.name twice"):
+        named_class_set(str(tmp_path / "own.yaml"))

@@ -17,7 +17,7 @@ import yaml
 from m2d.arguments import setting_comments, setting_types
 from m2d.cli import COMMANDS, _Console, main, main_from_shell, parse
 from m2d.data.settings import SetupConfig
-from m2d.errors import Incomplete
+from m2d.errors import ConfigError, Incomplete
 from m2d.experiment import Experiment
 from m2d.training.settings import TrainConfig, as_dict
 
@@ -390,3 +390,28 @@ def test_the_shell_sees_exit_code_two_and_no_traceback() -> None:
     command = [sys.executable, "jobs/train.py", "--batch_size", "0"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (2, "error: batch_size is 0; it must be at least 1\n")
+
+
+@pytest.mark.parametrize("command", ["train", "setup_data", "generate", "evaluate", "tune"])
+@pytest.mark.parametrize(
+    "text",
+    ["data: {image_size: 16}\nseed: 1\nseed: 2\n", "seed: 1\ndata:\n  class_map: {nv: NV, nv: MEL}\n",
+     "data: {image_size: 16}\ndata.image_size: 32\n"],
+    ids=["a setting", "a word of a map", "two spellings"],
+)  # fmt: skip
+def test_a_key_twice_in_a_file_is_refused_by_every_command(tmp_path: Path, command: str, text: str) -> None:
+    """YAML's readers would take the second one without a word."""
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"^config: .*run\.yaml has [\w.]+ twice, in lines \d and \d; keep one$"):
+        parse(command, ["--config", str(tmp_path / "run.yaml")])
+
+
+def test_a_word_twice_in_a_flags_map_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^data\.class_map has nv twice"):
+        parse("train", ["--data.class_map", "{nv: NV, nv: MEL}"])
+
+
+def test_what_an_anchor_repeats_is_not_twice(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("unet: {block_channels: &a [32, 64, 96]}\nautoencoder: {block_channels: *a}\n")
+    config = parse("train", ["--config", str(tmp_path / "run.yaml")])
+    assert config.unet.block_channels == config.autoencoder.block_channels == [32, 64, 96]

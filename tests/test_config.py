@@ -102,6 +102,10 @@ def refusal_of(make: type, **settings: object) -> str:
         ("name", ""),
         ("name", "a/b"),
         ("name", "a b"),
+        ("name", ".a"),
+        ("name", "-a"),
+        ("name", "a" * 201),
+        ("seed", 2**64),
         ("name", "a\nb"),
         ("name", "*"),
     ],
@@ -249,3 +253,8 @@ def test_a_setting_that_an_older_run_lacks_had_its_default_value() -> None:
     assert differences(old, new) == []
     new["optimizer"]["weight_decay"] = 0.5
     assert differences(old, new) == ["optimizer.weight_decay: 0.0 -> 0.5"]
+
+
+def test_a_setting_that_this_version_lacks_is_named_as_such() -> None:
+    old = {**as_dict(TrainConfig()), "gone": 3}
+    assert differences(old, as_dict(TrainConfig())) == ["gone: 3 -> not a setting of this M2D"]

@@ -9,6 +9,8 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from m2d.experiment import (
     Experiment,
     back_up_code,
     complete_checkpoints,
+    created,
     list_experiments,
     open_experiment,
 )
@@ -274,6 +277,28 @@ def test_the_list_goes_by_time_and_leaves_out_what_is_no_experiment(tmp_path: Pa
         "a_20250102_000000",
     ]
     assert [e.name for e in list_experiments(location, "a")] == ["a_20241231_235959", "a_20250102_000000"]
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["path", "uri"])
+def test_the_list_goes_by_the_recorded_time_where_names_are_of_several_time_zones(tmp_path: Path, remote: bool) -> None:
+    """Earlier versions named a run in local time and recorded UTC; the last one's record is damaged."""
+    make(tmp_path, "a_20261127_004317", created="2026-11-26T10:43:17+00:00")  # in Kiritimati
+    make(tmp_path, "a_20261126_004329", created="2026-11-26T10:43:29+00:00")  # in Honolulu
+    make(tmp_path, "a_20261126_104400")
+    (tmp_path / "a_20261126_104400" / "experiment_info.json").write_text("{")
+    location = tmp_path.as_uri() if remote else str(tmp_path)
+    assert [e.name[-6:] for e in list_experiments(location)] == ["004317", "004329", "104400"]
+
+
+def test_a_new_ones_name_is_in_utc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Pacific/Kiritimati")
+    time.tzset()
+    try:
+        experiment = opened(tmp_path)
+        assert created(experiment.name, {}) - created("", experiment.info()) <= timedelta(seconds=5)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize("remote", [False, True], ids=["path", "uri"])

@@ -18,7 +18,8 @@ from m2d.files.progress import say
 
 logger = logging.getLogger(__name__)
 DASHBOARD_S = 3.0  # in which it answers, or is not asked
-LONGEST_FOLDER = 36  # characters: a socket's path has 107, of which Ray's session takes up to 71
+LONGEST_FOLDER = 36  # bytes: a socket's path has 107, of which Ray's session takes up to 71
+LONGEST_TMPDIR = 75  # bytes: multiprocessing adds /pymp-xxxxxxxx/listener-xxxxxxxx
 
 
 @contextmanager
@@ -37,6 +38,7 @@ def ray_cluster(
     """
     quiet(verbose)
     import ray
+    from joblib import cpu_count
 
     if ray.is_initialized():
         yield
@@ -58,14 +60,21 @@ def ray_cluster(
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or Ray reports to its makers; the user may want it to
         # Without an address Ray would first look into /tmp/ray, where everybody can write, for a cluster to join.
         options["address"] = "local"
-        options["num_cpus"] = max(os.cpu_count() or 1, int(min_cpus + 0.999))
+        options["num_cpus"] = max(cpu_count(), int(min_cpus + 0.999))
         # Without the dashboard, whose state API Train asks, stopped Tune trials never free their CPUs.
         options |= {"include_dashboard": True, "dashboard_host": "127.0.0.1"}
         # Ray's processes end with the driver, which may still save when its terminal is closed; they inherit the mask.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             ray.init(**options)
-        except Exception:  # Ray gives its processes 30 s to start, whatever else the machine does; they are warm now
+        except (
+            Exception
+        ) as error:  # Ray gives its processes 30 s to start, whatever else the machine does; they are warm now
+            if "AF_UNIX" in str(error):
+                raise ConfigError(
+                    f"RAY_TMPDIR: {os.environ['RAY_TMPDIR']} is too long a path for Ray's sockets; name one of up to "
+                    f"{LONGEST_FOLDER} bytes, or unset it"
+                ) from None
             logger.warning("Ray did not start in time; trying once more", exc_info=True)
             ray.shutdown()
             ray.init(**options)
@@ -134,23 +143,17 @@ def _answers_without_token(dashboard: str | None) -> bool:
 
 def _use_private_folder() -> None:
     """Ray's logs and sockets, elsewhere than in /tmp/ray, where everybody can read and write."""
-    if "RAY_TMPDIR" in os.environ:
-        return
-    try:
-        folder = private_folder("ray")
-    except OSError as error:
-        raise ConfigError(
-            f"RAY_TMPDIR: {error.filename} cannot be used for Ray's files ({error.strerror}); remove it, or set "
-            "RAY_TMPDIR to a directory of yours"
-        ) from None
-    if len(str(folder)) <= LONGEST_FOLDER:
-        os.environ["RAY_TMPDIR"] = str(folder)
+    if "RAY_TMPDIR" not in os.environ:
+        os.environ["RAY_TMPDIR"] = str(private_folder("ray", LONGEST_FOLDER))
+    # The dashboard's processes meet at a socket of Python's in TMPDIR, whose path has the same limit.
+    if len(os.fsencode(os.environ.get("TMPDIR", ""))) > LONGEST_TMPDIR:
+        os.environ["TMPDIR"] = os.environ["RAY_TMPDIR"]
 
 
 def _use_private_token() -> None:
     """Ray's local clusters make an access token; keep it out of the home directory unless the user has one there."""
-    home_token = Path.home() / ".ray" / "auth_token"
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ or home_token.is_file():
+    is_there = os.path.isfile(os.path.expanduser("~/.ray/auth_token"))  # never raises, whosever that home may be
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ or is_there:
         return
     folder = Path(tempfile.mkdtemp(prefix="m2d-ray-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

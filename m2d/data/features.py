@@ -8,7 +8,6 @@ The extractor saw the image as it is decoded for training, turned by apply_view(
 """
 
 import logging
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save as arrays_as_bytes
@@ -59,8 +59,8 @@ class ExtractionJobs:
 
         Raises ConfigError where this machine's weights are not the driver's.
         """
-        if device == "cpu" and threads is not None:
-            torch.set_num_threads(min(threads, os.cpu_count() or 1))
+        if device == "cpu":
+            torch.set_num_threads(min(threads or torch.get_num_threads(), cpu_count()))
         config = self.config
         extractor = load_feature_extractor(config.name, config.weights, config.input_size, config.crop)
         if extractor.key != self.key:

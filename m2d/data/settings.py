@@ -26,6 +26,12 @@ def collection_number(collection: int | str) -> int | None:
     return int(number) if re.fullmatch(r"[0-9]{1,9}", str(number)) else None
 
 
+def require_seed(name: str, seed: int, highest: int = 2**64 - 1) -> None:
+    """Raise ConfigError for a seed that a generator would refuse in the middle of a run."""
+    if not 0 <= seed <= highest:
+        raise ConfigError(f"{name} is {seed}; it must be a whole number from 0 to {highest}")
+
+
 def is_web_address(url: str) -> bool:
     """Whether this is an http or https URL with a host and without a name or password in it."""
     try:
@@ -58,6 +64,7 @@ class DataConfig:
     read_cpus: float = 1.0  # logical CPUs a decoding task asks of Ray
 
     def __post_init__(self) -> None:
+        require_seed("data.split_seed", self.split_seed)
         fractions = (self.val_fraction, self.test_fraction)
         sets = [] if self.classes == "folders" else [named_class_set(self.classes)] if self.classes else NAMED.values()
         codes = list(dict.fromkeys(code for one in sets for code in one.codes))

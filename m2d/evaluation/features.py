@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from PIL import Image
 
 from m2d.cluster.fan_out import JobResult, run_jobs
@@ -35,7 +36,7 @@ from m2d.models.settings import FeatureExtractorConfig
 FOLDER, PROBE_FOLDER = "evaluation_v1/features", "probe_v1"
 SHARD_IMAGES = 256
 RAY_PAYS_FROM = 2048  # images on a CPU; starting Ray and its actors costs about 15 s
-DECODE_THREADS = min(16, os.cpu_count() or 1)
+DECODE_THREADS = min(16, cpu_count())
 
 
 def ray_pays(num_actors: int | None, device: str, images: int) -> bool:
@@ -99,7 +100,7 @@ class Extraction:
     def _on_ray(self, jobs: ExtractionJobs) -> Iterator[JobResult]:
         with ray_cluster(verbose=self.verbose):
             # Of a machine started here its cores, however many logical CPUs it was given.
-            cores = min(int(cluster_total("CPU")), len(node_resources()) * (os.cpu_count() or 1))
+            cores = min(int(cluster_total("CPU")), len(node_resources()) * cpu_count())
             gpus = 0 if self.device == "cpu" else int(cluster_total("GPU"))
             limit = gpus or max(1, cores)
             actors = min(self.num_actors or limit, limit, len(jobs.jobs))

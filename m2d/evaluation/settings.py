@@ -4,12 +4,13 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, ClassVar, Self
 
-from m2d.data.settings import DataConfig
+from m2d.data.settings import DataConfig, require_seed
 from m2d.errors import ConfigError
 from m2d.files.paths import input_path, require_outside, result_path
 from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorConfig, Precision, require_extractor
 
 FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three lowest resamples: noise
+HIGHEST_SEED = 2**32 - 1  # scikit-learn's
 PARTS = ("fidelity", "memorization", "downstream", "consistency")
 CLASSIFIERS = ("logistic", "finetune")
 
@@ -123,7 +124,8 @@ class EvaluateConfig(_Command):
             asked = _words(getattr(self, name))
             if asked == () or any(word not in known for word in asked or ()):
                 raise ConfigError(f"{name} is {getattr(self, name) or 'empty'}; choose some of {' '.join(known)}")
-        self._check(seeds=1, bootstrap=FEWEST_RESAMPLES, seed=0, num_actors=0, batch_size=1, image_size=16)
+        self._check(seeds=1, bootstrap=FEWEST_RESAMPLES, num_actors=0, batch_size=1, image_size=16)
+        require_seed("seed", self.seed, HIGHEST_SEED - self.seeds + 1)  # each repetition takes the next one
         if any(not 0 < ratio <= 1000 for ratio in self.ratio_list):
             raise ConfigError(f"ratios is {self.ratios}; each must be above 0 and at most 1000")
 
@@ -175,7 +177,8 @@ class ProbeConfig(_Command):
             raise ConfigError("test_catalog is given without train_catalog; name the one to fit on by --train_catalog")
         if self.test_data_root is not None and self.test_catalog is None:
             raise ConfigError("test_data_root is given without test_catalog; name the test images by --test_catalog")
-        self._check(bootstrap=FEWEST_RESAMPLES, batch_size=1, seed=0)
+        require_seed("seed", self.seed, HIGHEST_SEED)
+        self._check(bootstrap=FEWEST_RESAMPLES, batch_size=1)
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

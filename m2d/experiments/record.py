@@ -21,7 +21,7 @@ import yaml
 from pyarrow import fs
 
 from m2d.errors import ExperimentError
-from m2d.experiment import CONFIG, INFO, Experiment, checkpoint_names, list_experiments, step_of
+from m2d.experiment import CONFIG, INFO, Experiment, checkpoint_names, created, list_experiments, step_of
 from m2d.files.atomic import whole_records
 from m2d.files.paths import result_path
 from m2d.files.storage import open_storage
@@ -119,11 +119,8 @@ class Record:
 
     @cached_property
     def started(self) -> datetime:
-        """When it was made, in this machine's time zone; by its directory's name where the record does not say."""
-        for text in (str(self.info.get("created")), self.name[-15:].replace("_", "T")):
-            with suppress(ValueError):  # digits that are no time
-                return datetime.fromisoformat(text).astimezone()
-        return datetime.fromtimestamp(0).astimezone()
+        """When it was made, in this machine's time zone."""
+        return created(self.name, self.info).astimezone()
 
     @cached_property
     def train(self) -> list[dict[str, Any]]:
@@ -245,7 +242,7 @@ def find_records(root: str, name: str | None = None) -> list[Record]:
             ) from None
         found = [Experiment(path) for path in paths]
     records = [record for record in map(read_record, found) if name in (None, record.family)]
-    return sorted(records, key=lambda record: (record.name[-15:], record.name))
+    return sorted(records, key=lambda record: (record.started, record.name))
 
 
 def resolve(records: Sequence[Record], wanted: str, root: str) -> Record:

@@ -105,14 +105,19 @@ def mark_complete(folder: Path) -> None:
     write_whole(folder / COMPLETE, json.dumps({"files": files}, indent=1))
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that was marked complete; None where all files are there with their sizes."""
+def damage(folder: Path, *, optional: str | None = None) -> str | None:
+    """What is wrong with a folder that was marked complete; None where all files are there with their sizes.
+
+    optional: a folder in it that may be missing as a whole.
+    """
     marker = folder / COMPLETE
     try:
         sizes = dict(json.loads(marker.read_text(encoding="utf-8"))["files"])
     except (KeyError, TypeError, ValueError) as error:
         return f"{marker} is damaged ({' '.join(str(error).split())})"
     for file, size in ((folder / name, size) for name, size in sizes.items()):
+        if optional and file.is_relative_to(folder / optional) and not (folder / optional).exists():
+            continue
         if not file.is_file() or file.stat().st_size != size:
             return f"{file} is missing or cut short"
     return None

@@ -4,7 +4,7 @@
 lost. Every command asks here before it opens a path that a user gave. Light: the standard library alone.
 """
 
-import errno
+import getpass
 import json
 import os
 import re
@@ -17,6 +17,7 @@ from m2d.errors import ConfigError
 
 STORAGE = "M2D_STORAGE"  # set on the nodes of a cluster: the directory that relative paths of a job begin in
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # the variable's very name; Ray gives it to a job's own process alone
+LONGEST_NAME = 255  # bytes of a file's name
 _COPIES = "working_dir_files"  # Ray unpacks each submitted directory into a folder in one of this name
 
 Location = TypeVar("Location", str, str | None)
@@ -77,6 +78,7 @@ class _Job(NamedTuple):
 def _job_of(setting: str, location: str | None) -> _Job | None:
     """The job that this process runs for; None where none began it, and for a URI. Refuses credentials in it."""
     refuse_credentials(setting, location or "")
+    _refuse_unusable(setting, location or "")
     config = os.environ.get(_JOB_CONFIG)
     if config is None or "://" in (location or ""):
         return None
@@ -86,6 +88,15 @@ def _job_of(setting: str, location: str | None) -> _Job | None:
     submitted = (json.loads(config).get("runtime_env") or {}).get("working_dir")
     copy = copy_around(Path.cwd().resolve()) if submitted else None  # the command may have gone elsewhere
     return _Job(copy, None if storage is None else Path(os.path.normpath(storage)))
+
+
+def _refuse_unusable(setting: str, location: str) -> None:
+    """Raise ConfigError for what no file system takes, and for a home folder that is not there."""
+    if os.path.expanduser(location).startswith("~"):
+        raise ConfigError(f"{setting}: {location} begins with a home folder that is not known here; give a whole path")
+    if "\0" in location or max(map(len, os.fsencode(location).split(b"/"))) > LONGEST_NAME:
+        shown = f"{location[:40]!r}..."
+        raise ConfigError(f"{setting}: {shown} is no path: a name in it has over {LONGEST_NAME} bytes, or a NUL")
 
 
 def refuse_credentials(setting: str, location: str) -> None:
@@ -152,15 +163,35 @@ def require_outside(data_root: str | None, **places: str | None) -> None:
             )
 
 
-def private_folder(purpose: str) -> Path:
-    """/tmp/m2d-PURPOSE-UID, made with mode 700 where it is not there yet.
+def private_folder(purpose: str, longest: int = 4096) -> Path:
+    """$TMPDIR/m2d-PURPOSE-UID, made with mode 700 where it is not there yet.
 
-    Who guesses the name may have been there first and read along: raises OSError for a link and for another user's.
+    longest: bytes of its path, for one that holds sockets; with a longer TMPDIR it is in /tmp.
+    Who guesses the name may have been there first and read along: raises ConfigError for a link, for another user's,
+    and where the folder cannot be made.
     """
-    folder = Path(tempfile.gettempdir()) / f"m2d-{purpose}-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise PermissionError(errno.EPERM, "it is a link or another user's", str(folder))
-    folder.chmod(0o700)
-    return folder
+    places = (Path(place) / f"m2d-{purpose}-{os.getuid()}" for place in (tempfile.gettempdir(), "/tmp"))
+    folder = next(place for place in places if len(os.fsencode(place)) <= longest)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            folder.chmod(0o700)
+            return folder
+        reason = "it is a link or another user's; remove it"
+    except OSError as error:
+        reason = str(error.strerror)
+    raise ConfigError(f"TMPDIR: {folder} cannot be used ({reason}); set TMPDIR to a short path that is yours")
+
+
+def ensure_home() -> None:
+    """HOME and USER for a process that has neither, nor an entry in the system's list of users: `docker run --user`.
+
+    Libraries keep caches there and name files by the user; they would raise, or make a folder called `~`.
+    """
+    if not os.path.isabs(os.path.expanduser("~")):
+        os.environ["HOME"] = str(private_folder("home"))
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # as Python 3.11 and 3.13 say it
+        os.environ["USER"] = f"uid{os.getuid()}"

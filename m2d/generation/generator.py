@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from torch import Tensor, nn
 
 from m2d.diffusion.solver import GuidedVelocity, solve
@@ -257,6 +258,8 @@ def slerp(a: Tensor, b: Tensor, position: float) -> Tensor:
 
 def pick_device(device: str | None) -> torch.device:
     """None: cuda where there is one, otherwise cpu. Raises ConfigError for a device that this machine lacks."""
+    # A container's limit in time (docker --cpus), which OpenMP does not see: a thread a core would mostly wait.
+    torch.set_num_threads(min(torch.get_num_threads(), cpu_count()))
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -126,6 +126,14 @@ class Recipe:
         if self.classes == ISIC7.codes:
             del fields["classes"]
         return json.dumps(fields, sort_keys=True)
+
+    def is_read_from(self, record: str) -> bool:
+        """Whether a record is of this recipe; fields that it lacks, for M2D had none, have the default."""
+        defaults = {field.name: field.default for field in fields(self) if field.default is not MISSING}
+        try:
+            return json.loads(json.dumps(asdict(self))) == json.loads(json.dumps(defaults)) | json.loads(record)
+        except (ValueError, TypeError):
+            return False
 
 
 def experiment_of(checkpoint_path: str) -> Path:
@@ -291,7 +299,7 @@ class OutputFolder:
         """Write the record, or find it equal to ours; then take the lock."""
         path = self.root / RECORD_NAME
         if path.exists():
-            if path.read_text(encoding="utf-8").strip() != self.recipe.to_json():
+            if not self.recipe.is_read_from(path.read_text(encoding="utf-8")):
                 raise ConfigError(
                     f"output: {self.root} holds images of other settings ({_difference(path, self.recipe)}); "
                     "name another --output, or leave it out"
@@ -384,7 +392,7 @@ class OutputFolder:
         """Whether a PNG says that this recipe made it; a user's own stays."""
         try:
             with Image.open(path, formats=["PNG"]) as image:
-                return image.info.get("settings") == self.recipe.to_json()
+                return self.recipe.is_read_from(image.info.get("settings", ""))
         except (OSError, SyntaxError, ValueError):
             return False
 

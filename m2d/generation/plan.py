@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -21,7 +21,7 @@ from m2d.data.catalog import catalog_hash, class_counts, classes_of, read_catalo
 from m2d.data.settings import DataConfig
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.diffusion.settings import SOLVERS, SamplingSettings, Solver
-from m2d.errors import ConfigError, DataError
+from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.files.progress import progress, say
 from m2d.files.storage import one_line
 from m2d.generation.references import Reference, read_references, read_sha256
@@ -199,14 +199,21 @@ def dataset_catalog(config: GenerateConfig, info: CheckpointInfo) -> pa.Table | 
 
 
 def data_config_of(info: CheckpointInfo) -> DataConfig:
-    """How the checkpoint's run found and split its images; the defaults where it does not say."""
-    recorded = info.config.get("data")
+    """How the checkpoint's run found and split its images; the default for a setting that it does not say.
+
+    Raises CheckpointError where this M2D cannot do so: another split would pass training images off as unseen.
+    """
+    known = {field.name for field in fields(DataConfig)}  # of another version of M2D there may be others
+    recorded = {name: value for name, value in (info.config.get("data") or {}).items() if name in known}
+    if recorded.get("classes") not in (None, "folders", *NAMED):
+        recorded["classes"] = None  # a file of another machine; the checkpoint has its classes
     try:
-        if isinstance(recorded, dict) and recorded.get("classes") not in (None, "folders", *NAMED):
-            recorded = {**recorded, "classes": None}  # a file of another machine; the checkpoint has its classes
-        return DataConfig(**recorded) if isinstance(recorded, dict) else DataConfig()
-    except (TypeError, ConfigError):  # of another version of M2D
-        return DataConfig()
+        return DataConfig(**recorded)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"checkpoint: it was trained with settings that this M2D does not take ({error}); use the version that "
+            "wrote it"
+        ) from None
 
 
 def standard_plan(

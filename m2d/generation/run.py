@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from joblib import cpu_count
 from rich.console import Console
 
 from m2d.cluster.nodes import cluster_gpu, cluster_total, require_shared
@@ -182,7 +183,7 @@ class _Run:
         if os.environ.get("RAY_ADDRESS") or self.config.gpus_per_actor is not None:
             return True
         if self.device == "cpu":
-            return (os.cpu_count() or 1) > 1 and images >= _RAY_PAYS_FROM
+            return cpu_count() > 1 and images >= _RAY_PAYS_FROM
         return self.config.device is None and torch.cuda.device_count() > 1
 
     def _group_size(self) -> int:
@@ -265,7 +266,7 @@ def _connect(cluster: ExitStack, config: GenerateConfig) -> None:
     from m2d.cluster.start import ray_cluster
 
     joined = bool(os.environ.get("RAY_ADDRESS"))
-    actors = config.num_actors or os.cpu_count() or 1
+    actors = config.num_actors or cpu_count()
     # A cluster of our own gets room for a writer beside the actors; a given one is taken as it is.
     cluster.enter_context(ray_cluster(verbose=config.verbose, min_cpus=1.0 if joined else actors + workers.WRITER_CPUS))
 

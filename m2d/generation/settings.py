@@ -6,6 +6,7 @@ from math import isfinite
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from m2d.classes import ClassSet
+from m2d.data.settings import require_seed
 from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import ConfigError
 from m2d.models.settings import Precision
@@ -83,9 +84,10 @@ class GenerateConfig(SamplingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_seed("seed", self.seed)
         if not self.checkpoint:
             raise ConfigError("checkpoint is empty; name a checkpoint directory")
-        least = {"num_samples": 1, "batch_size": 1, "shard_images": 1, "seed": 0, "steps_between": 0, "num_actors": 0}
+        least = {"num_samples": 1, "batch_size": 1, "shard_images": 1, "steps_between": 0, "num_actors": 0}
         for name, minimum in least.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")

@@ -253,11 +253,12 @@ def make_on_ray(
 def _load(load: Callable[[str], Generator], device: str, threads: int) -> Generator:
     if device == "cpu":
         import torch
+        from joblib import cpu_count
 
         # Ray's CPUs are a budget, which may be more than the machine has. OMP_NUM_THREADS: as the user set it, or Ray
         # from the actor's CPUs.
         limit = int(os.environ.get("OMP_NUM_THREADS") or threads)
-        torch.set_num_threads(max(1, min(threads, limit, os.cpu_count() or 1)))
+        torch.set_num_threads(max(1, min(threads, limit, cpu_count())))
     return load(device)
 
 

@@ -35,6 +35,7 @@ from m2d.models.settings import ConditioningConfig
 from m2d.models.unet import ConditionEncoder, Denoiser
 
 FORMAT = 1
+TRAINING = "training"  # the folder of what resuming also needs
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONDITIONING = "conditioning.safetensors"
 PRIOR = "feature_prior.safetensors"
@@ -150,7 +151,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
         meant = max(inside, key=lambda one: (one.name == "best", one), default=None)
         hint = f"did you mean {meant}?" if meant else f"name one that has {COMPLETE}"
         raise CheckpointError(f"checkpoint: {path} is not a complete checkpoint; {hint}")
-    if reason := damage(directory):
+    if reason := damage(directory, optional=TRAINING):  # a checkpoint is given away without it
         raise CheckpointError(f"checkpoint: {reason}; take another checkpoint")
     try:
         document = yaml.safe_load(description.read_text(encoding="utf-8"))

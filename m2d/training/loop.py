@@ -1,7 +1,6 @@
 """The loop of one worker, without Ray: start or resume, train, validate, save. Called by a Ray worker or in-process."""
 
 import dataclasses
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from joblib import cpu_count
 from torch import Tensor
 
 from m2d.data.order import micro_batch_number, worker_rows
@@ -51,7 +51,7 @@ class WorkerLink(Protocol):
 def train_worker(plan: RunPlan, link: WorkerLink) -> None:
     """Train from the newest checkpoint, or from the start, to the plan's last step."""
     if link.device.type == "cpu":
-        threads = max(1, (os.cpu_count() or 1) // max(1, link.world_size))
+        threads = max(1, cpu_count() // max(1, link.world_size))
         torch.set_num_threads(plan.config.ray.threads_per_worker or threads)
     else:
         torch.backends.cuda.matmul.allow_tf32 = True

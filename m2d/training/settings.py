@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from m2d.data.settings import DataConfig
+from m2d.data.settings import DataConfig, require_seed
 from m2d.errors import ConfigError
 from m2d.files.paths import absolute, checkpoint_folder, input_path, require_outside, result_path
 from m2d.models.settings import (
@@ -22,6 +22,8 @@ from m2d.models.settings import (
     UNetConfig,
     parse_tap,
 )
+
+LONGEST_NAME = 200  # characters: of a folder's 255 bytes the date takes 16, and its removal and a sweep's past more
 
 
 def require(condition: bool, message: str) -> None:
@@ -217,11 +219,12 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require_range(self, "", 1, "epochs", "batch_size", "gradient_accumulation_steps", "max_steps")
-        require_range(self, "", 0, "seed")
+        require_seed("seed", self.seed)
         parse_num_workers(self.num_workers)
         require(
-            re.fullmatch(r"[\w.-]+", self.name, flags=re.ASCII) is not None,
-            f"name is {self.name!r}; use letters, digits, '.', '_' and '-'",
+            re.fullmatch(rf"\w[\w.-]{{0,{LONGEST_NAME - 1}}}", self.name, flags=re.ASCII) is not None,
+            f"name is {self.name[:300]!r}; use up to {LONGEST_NAME} letters, digits, '.', '_' and '-', and begin with "
+            "none of '.' and '-'",
         )
         if self.init_checkpoint is None and not self.dry_run:
             require(
@@ -336,7 +339,7 @@ def differences(
         if isinstance(before, dict) and isinstance(after, dict):
             changed += differences(before, after, f"{prefix}{key}.", default if isinstance(default, dict) else {})
         else:
-            changed.append(f"{prefix}{key}: {before} -> {after}")
+            changed.append(f"{prefix}{key}: {before} -> {after if key in new else 'not a setting of this M2D'}")
     return changed
 
 

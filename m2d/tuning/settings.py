@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeVar
 
 from m2d.arguments import setting_types
+from m2d.data.settings import require_seed
 from m2d.training.settings import TrainConfig, require, require_range
 
 ConfigT = TypeVar("ConfigT")
@@ -79,6 +80,7 @@ class SweepSettings:
 
     def __post_init__(self) -> None:
         require_range(self, "sweep.", 1, "reports", "grace_reports", "max_concurrent")
+        require_seed("sweep.seed", self.seed)
         require_range(self, "sweep.", 3, "samples")  # fewer have no unbiased kernel distance
         require_range(self, "sweep.", 1, "reduction_factor", above=True)
         require_range(self, "sweep.", 0, "reconstruction_weight")

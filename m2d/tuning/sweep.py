@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def sweep(config: SweepConfig) -> list[TrialOutcome]:
         raise ExperimentError(f"resume: there is no sweep {folder}; leave --resume out to begin it")
     if known and config.fresh:
         with held(folder):  # not from under a sweep that runs
-            began = datetime.fromtimestamp((folder / SETTINGS).stat().st_mtime)
+            began = datetime.fromtimestamp((folder / SETTINGS).stat().st_mtime, UTC)
             folder.rename(folder.with_name(f"{folder.name}_until_{began:%Y%m%d_%H%M%S}"))
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
@@ -102,8 +102,9 @@ def require_same(folder: Path, config: SweepConfig) -> None:
     if not old:
         raise ExperimentError(f"{folder / SETTINGS} is empty or damaged; restore it, or start over with --fresh")
     for settings in (old, new):
-        del settings["resume"], settings["num_trials"], settings["sweep"]["max_concurrent"]
-    if changed := differences(old, new):
+        del settings["resume"], settings["num_trials"]
+        settings["sweep"].pop("max_concurrent", None)
+    if changed := differences(old, new, defaults=as_dict(SweepConfig())):
         raise ExperimentError(
             f"the sweep {folder} was begun with other settings ({'; '.join(changed)}); repeat its command to resume, "
             "or start over with --fresh or another --name"
@@ -154,7 +155,7 @@ def _run(config: SweepConfig, folder: Path, ledger: Ledger, console: Console) ->
                 trial_dirname_creator=lambda trial: str(trial.trial_id),  # the default has every value in its name
             ),
             run_config=RunConfig(
-                name=f"{datetime.now():%Y%m%d_%H%M%S}",
+                name=f"{datetime.now(UTC):%Y%m%d_%H%M%S}",
                 storage_path=str(folder / "tune"),  # what Tune keeps of each time that the sweep ran
                 verbose=0,
                 callbacks=[FollowTrials(ledger, config.count, chosen)],

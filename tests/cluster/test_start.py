@@ -103,21 +103,54 @@ def test_rays_files_are_for_the_user_alone(monkeypatch: pytest.MonkeyPatch, tmp_
     assert folder.is_relative_to(tmp_path)
 
 
-def test_a_folder_of_that_name_which_is_anothers_is_refused(tmp_path: Path) -> None:
+def test_a_folder_of_that_name_which_is_anothers_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / f"m2d-ray-{os.getuid()}").symlink_to("/")
-    with pytest.raises(ConfigError, match=r"^RAY_TMPDIR: .*a link or another user's[^\n]*$"), ray_cluster():
+    monkeypatch.setattr(cluster, "LONGEST_FOLDER", 1000)
+    with pytest.raises(ConfigError, match=r"^TMPDIR: .*a link or another user's[^\n]*$"), ray_cluster():
         pass
 
 
-@pytest.mark.parametrize("named", ["/theirs", None], ids=["the user named one", "sockets there have too long names"])
-def test_rays_files_are_left_where_they_were(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str | None
-) -> None:
-    monkeypatch.setattr(cluster, "LONGEST_FOLDER", 1000 if named else len(str(tmp_path)))
-    if named:
-        monkeypatch.setenv("RAY_TMPDIR", named)
+def test_rays_files_are_where_the_user_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/theirs")
     with ray_cluster():
-        assert os.environ.get("RAY_TMPDIR") == named
+        assert os.environ["RAY_TMPDIR"] == "/theirs"
+
+
+@pytest.mark.parametrize("letter", ["t", "é"])
+def test_sockets_find_room_however_long_tmpdir_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, letter: str) -> None:
+    """A socket's path has 107 bytes, Ray's own and multiprocessing's, which the dashboard's processes use."""
+    long = tmp_path / (letter * 40) / (letter * 40)
+    long.mkdir(parents=True)
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with ray_cluster():
+        session = Path(get_default_ray_temp_dir()) / "session_2026-11-26_00-43-29_123456_1234567/sockets/plasma_store"
+        assert len(os.fsencode(session)) <= 107
+        assert len(os.fsencode(os.environ["TMPDIR"])) + len("/pymp-xxxxxxxx/listener-xxxxxxxx") <= 107
+        assert stat.S_IMODE(Path(os.environ["RAY_TMPDIR"]).stat().st_mode) == 0o700
+
+
+def test_a_folder_of_the_users_that_is_too_long_for_sockets_is_refused_once(
+    pretended: PretendedRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(**options: Any) -> None:
+        raise OSError("validate_socket_filename failed: AF_UNIX path length cannot exceed 107 bytes: /theirs/ray/x")
+
+    monkeypatch.setenv("RAY_TMPDIR", "/theirs")
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ConfigError, match=r"^RAY_TMPDIR: /theirs is too long [^\n]*$"), ray_cluster():
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system pins no process to cores")
+def test_a_cluster_of_our_own_has_the_cores_that_this_process_may_use(pretended: PretendedRay) -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        with ray_cluster():
+            assert pretended.options["num_cpus"] == 1
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 @pytest.mark.parametrize("chosen", [None, "1"])
@@ -222,6 +255,13 @@ def test_the_access_token_is_for_the_user_alone_and_not_in_the_home_directory(tm
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert len(bytes.fromhex(path.read_text())) == 32
     assert list((tmp_path / "home").iterdir()) == []
+
+
+@pytest.mark.parametrize("home", ["/root/not-ours/\0", "/nowhere", ""], ids=["no path", "not there", "empty"])
+def test_a_home_that_cannot_be_read_is_no_hindrance(monkeypatch: pytest.MonkeyPatch, home: str) -> None:
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path.replace("~", home))
+    with ray_cluster():
+        assert "RAY_AUTH_TOKEN_PATH" in os.environ
 
 
 def test_a_token_that_the_user_has_is_used(tmp_path: Path) -> None:

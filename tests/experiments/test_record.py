@@ -51,6 +51,13 @@ def test_they_come_by_time_whatever_their_names(root: Path, make_experiment: Any
     assert [row.split()[0] for row in listed().splitlines()[1:]] == names(root)
 
 
+def test_the_latest_is_the_last_one_made_whatever_its_time_zone(root: Path, make_experiment: Any) -> None:
+    """Names of earlier versions are in local time."""
+    make_experiment("a_20261127_004317", created="2026-11-26T10:43:17+00:00")
+    make_experiment("a_20261126_004329", created="2026-11-26T10:43:29+00:00")
+    assert meant(root, "latest") == "a_20261126_004329"
+
+
 def test_what_has_no_experiments_name_is_none_and_a_broken_one_is_one(root: Path, make_experiment: Any) -> None:
     for name in (A, "notes_of_my_own_experiments", ".removing-a_20250101_000001"):
         make_experiment(name)

@@ -1,4 +1,8 @@
 import json
+import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -213,3 +217,31 @@ def test_best_is_what_its_record_says_and_a_link_only_where_there_is_none(tmp_pa
     assert checkpoint_folder(best) == str(tmp_path / "step_2")
     (tmp_path / "best.json").write_text("")
     assert checkpoint_folder(best) == best
+
+
+@pytest.mark.parametrize("location", ["~nobody_of_this_name/runs", "a" * 256, f"runs/{'é' * 128}/a", "a\0b"])
+def test_what_no_file_system_takes_is_refused_in_one_line(location: str) -> None:
+    for of in (result_path, input_path):
+        with pytest.raises(ConfigError, match=r"^data_root: [^\n\0]*$"):
+            of("data_root", location)
+
+
+def test_a_process_without_home_and_name_gets_a_folder_of_its_own(tmp_path: Path) -> None:
+    """As `docker run --user 12345`; libraries would raise, or keep their caches in a folder called `~`."""
+    program = (
+        "import getpass, os, pwd\n"
+        "def unknown(*_): raise KeyError\n"
+        "pwd.getpwuid = unknown\n"
+        "from m2d.files.paths import ensure_home\n"
+        "ensure_home()\n"
+        "print(os.path.expanduser('~'), getpass.getuser())"
+    )
+    names = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment | {"TMPDIR": str(tmp_path)}
+    )
+    home, user = done.stdout.split()
+    assert Path(home).parent == tmp_path
+    assert stat.S_IMODE(Path(home).stat().st_mode) == 0o700
+    assert user == f"uid{os.getuid()}"

@@ -512,6 +512,18 @@ def test_a_model_that_gives_nan_is_a_one_line_error(checkpoint: Checkpoint) -> N
     assert "\n" not in str(caught.value)
 
 
+def test_torch_takes_no_more_threads_than_a_containers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit in time, as docker's --cpus: OpenMP sees the machine's cores."""
+    monkeypatch.setattr(generator_module, "cpu_count", lambda: 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        pick_device("cpu")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_device_that_is_not_there_is_a_one_line_error() -> None:
     with pytest.raises(ConfigError, match="device is nonsense"):
         pick_device("nonsense")

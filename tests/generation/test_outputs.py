@@ -301,6 +301,14 @@ def test_a_damaged_record_is_not_trusted(tmp_path: Path, content: str) -> None:
         OutputFolder(tmp_path, RECIPE)
 
 
+def test_a_folder_of_an_m2d_that_lacked_a_field_is_continued_where_the_field_has_its_default(tmp_path: Path) -> None:
+    older = {name: value for name, value in json.loads(RECIPE.to_json()).items() if name not in ("mode", "balance")}
+    (tmp_path / RECORD_NAME).write_text(json.dumps(older))
+    OutputFolder(tmp_path, RECIPE).close()
+    with pytest.raises(ConfigError, match="mode"):
+        OutputFolder(tmp_path, replace(RECIPE, mode="balance"))
+
+
 @pytest.mark.parametrize("taken", ["MEL", MANIFEST_NAME, "shards"])
 def test_a_folder_that_m2d_did_not_start_is_left_alone(tmp_path: Path, taken: str) -> None:
     (tmp_path / taken).mkdir()

@@ -11,13 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from m2d.data.settings import DataConfig
 from m2d.diffusion.settings import SamplingSettings
-from m2d.errors import ConfigError
+from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.output import write_rows
 from m2d.generation.plan import (
     PLAN_SCHEMA,
     PlanRow,
     check_plan,
+    data_config_of,
     image2image_plan,
     interpolation_plan,
     read_plan,
@@ -28,6 +30,7 @@ from m2d.generation.plan import (
     table_of,
 )
 from m2d.generation.references import Reference
+from m2d.models.checkpoint import CheckpointInfo
 
 SAMPLING = SamplingSettings(solver="heun", steps=9, guidance_scale=2.0, guidance_interval=(0.1, 0.7))
 
@@ -246,3 +249,15 @@ def test_any_sound_plan_passes() -> None:
     rows = mixed_plan().to_pylist()
     rows[NORMAL] |= {"feature": "reference", "feature_temperature": None, "reference": "s3://bucket/a.png"}
     check_plan(pa.Table.from_pylist(rows, PLAN_SCHEMA))
+
+
+def test_the_split_of_a_checkpoint_of_another_version_is_its_own() -> None:
+    """One setting that this M2D lacks must not turn the others into defaults: training images would pass as unseen."""
+    info = CheckpointInfo(
+        step=1, stage="joint", image_size=16, feature_extractor="a", feature_dim=1, num_patches=1, conditioning={},
+        config={"data": {"split_seed": 7, "gone": 3}},
+    )  # fmt: skip
+    assert data_config_of(info) == DataConfig(split_seed=7)
+    info.config["data"]["val_fraction"] = -1
+    with pytest.raises(CheckpointError, match="val_fraction"):
+        data_config_of(info)

@@ -35,6 +35,7 @@ def test_no_classes_means_all() -> None:
         ({"num_samples": 0}, "num_samples is 0; it must be at least 1"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"steps": 0}, "steps is 0"),
         ({"solver": "rk45"}, "solver is rk45; known: euler heun dpmpp unipc"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),

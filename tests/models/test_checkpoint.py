@@ -25,7 +25,7 @@ from m2d.models.checkpoint import (
     read_prior,
     write_inference_files,
 )
-from m2d.training.saving import take_snapshot, write_snapshot
+from m2d.training.saving import load_training_state, take_snapshot, write_snapshot
 from m2d.training.step import JointStep
 
 INFO = CheckpointInfo(
@@ -268,3 +268,19 @@ def test_a_prior_of_other_features_is_not_written(written: tuple[Path, JointStep
         write_inference_files(
             tmp_path, INFO, networks.autoencoder, networks.denoiser.unet, {}, tiny_prior(FEATURE_DIM + 1)
         )
+
+
+def test_without_training_it_loads_as_before_and_resuming_says_what_is_missing(
+    written: tuple[Path, JointStep], copy: Path
+) -> None:
+    """To give it away, most of the bytes are dropped."""
+    shutil.rmtree(copy / "training")
+    assert load_checkpoint(copy).sha256 == load_checkpoint(written[0]).sha256
+    with pytest.raises(CheckpointError, match="no training state; start from it by --init_checkpoint"):
+        load_training_state(copy, written[1].state_dict())
+
+
+def test_a_file_of_training_that_is_missing_by_itself_is_damage(copy: Path) -> None:
+    (copy / "training" / "counters.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"counters\.safetensors is missing"):
+        load_checkpoint(copy)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from processes import descendants, end_all
 from ray.tune.experiment import Trial
 from tiny_run import TINY, write_images
@@ -23,7 +24,7 @@ from m2d.errors import ConfigError, ExperimentError, Incomplete
 from m2d.experiment import list_experiments
 from m2d.tuning.ledger import Ledger, TrialRecord
 from m2d.tuning.settings import SweepConfig
-from m2d.tuning.sweep import _in_own_words, _optuna, _scheduler, held, sweep, write_settings
+from m2d.tuning.sweep import _in_own_words, _optuna, _scheduler, held, require_same, sweep, write_settings
 
 ROOT = Path(__file__).parents[2]
 SPACE = "{loss_weights.diffusion: 'loguniform(0.1, 10)', optimizer.lr_denoiser: 'loguniform(1e-5, 1e-2)'}"
@@ -245,6 +246,15 @@ def test_a_resumption_that_would_be_another_sweep_is_refused(
     begun(config_of(data_root, tmp_path), tmp_path, 3)
     with pytest.raises((ConfigError, ExperimentError), match=message):
         sweep(config_of(data_root, tmp_path, "--resume", *more))
+
+
+def test_a_setting_of_sweeps_that_a_newer_m2d_added_is_no_difference(data_root: Path, tmp_path: Path) -> None:
+    config = config_of(data_root, tmp_path)
+    path = begun(config, tmp_path, 3) / "sweep.yaml"
+    old = yaml.safe_load(path.read_text())
+    del old["sweep"]["reduction_factor"], old["sweep"]["max_concurrent"], old["optimizer"]["weight_decay"]
+    path.write_text(yaml.safe_dump(old))
+    require_same(path.parent, config)
 
 
 def test_a_sweep_that_never_began_a_trial_may_be_repeated_with_other_settings(
