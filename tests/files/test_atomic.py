@@ -13,7 +13,7 @@ from typing import IO
 import pytest
 
 from m2d.errors import DataError
-from m2d.files.atomic import cache_file, clear_leftovers, is_locked, try_lock, whole_file, write_whole
+from m2d.files.atomic import cache_file, clear_leftovers, is_locked, try_lock, whole_file, whole_records, write_whole
 
 
 def fail_midway(path: Path) -> None:
@@ -141,3 +141,8 @@ def test_one_process_holds_a_lock_until_it_closes_it(tmp_path: Path) -> None:
         assert subprocess.run(asked, check=False).returncode == 1
     assert not is_locked(path)
     assert subprocess.run(asked, check=False).returncode == 0
+
+
+def test_of_a_garbled_file_of_metrics_the_whole_records_are_read() -> None:
+    content = b'{"step": 1}\n' + b"\xff\xfe\0" * 9 + b'\n5\n{"loss": 2.0}\n{"step": 2}\n{"step": 3, "ti'
+    assert whole_records(content) == [{"step": 1}, {"step": 2}]

@@ -1,5 +1,6 @@
 """Training on Ray: two DDP workers, the stream, the checkpoints, and a worker lost on the way."""
 
+import re
 import shutil
 import signal
 import threading
@@ -225,3 +226,21 @@ def test_a_decoder_run_changes_the_checkpoints_decoder_alone(data_root: Path, tm
     other_unet = ["--name", "other", *stage, "--unet.block_channels", "[16,64]"]
     with pytest.raises(CheckpointError, match=r"stage decoder keeps the U-Net of .* another shape or extractor"):
         train(tiny_config(data_root, tmp_path, *other_unet))
+
+
+def test_what_a_power_cut_emptied_costs_the_steps_since_the_newest_whole_checkpoint(
+    data_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(data_root, tmp_path, "--max_steps", "4", "--saving.every_steps", "2")
+    experiment = train(config)
+    names = ("experiment_info.json", "configs/config.yaml", "checkpoints/best.json", "metrics/validation.jsonl")
+    for name in (*names, "checkpoints/step_00000004/unet/diffusion_pytorch_model.safetensors"):
+        (experiment.path / name).write_bytes(b"")
+    (experiment.checkpoints / "best").unlink()
+    capsys.readouterr()
+    assert train(config).path == experiment.path
+    assert re.search(r"is missing or cut short, so step_00000004 .* of step 2$", capsys.readouterr().out, re.MULTILINE)
+    assert [load_checkpoint(path).step for path in complete_checkpoints(experiment.checkpoints)] == [2, 4]
+    assert load_checkpoint(experiment.checkpoints / "best").step in (2, 4)
+    assert experiment.info()["state"] == "done"
+    assert [record["step"] for record in records(experiment.path)] == [1, 2, 3, 4]

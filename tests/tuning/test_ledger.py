@@ -7,6 +7,8 @@ from tuning.trial_runs import run_of
 
 from m2d.errors import ExperimentError
 from m2d.tuning.ledger import Ledger
+from m2d.tuning.settings import SweepConfig
+from m2d.tuning.sweep import require_same
 
 FIRST, SECOND = {"optimizer.lr_denoiser": 0.001}, {"optimizer.lr_denoiser": 0.002}
 
@@ -64,3 +66,9 @@ def test_a_damaged_ledger_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "trials.json").write_text("[{")
     with pytest.raises(ExperimentError, match=r"trials\.json is damaged"):
         Ledger(tmp_path)
+
+
+def test_settings_that_a_power_cut_emptied_are_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "sweep.yaml").touch()
+    with pytest.raises(ExperimentError, match=r"sweep\.yaml is empty or damaged"):
+        require_same(tmp_path, SweepConfig())
