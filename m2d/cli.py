@@ -20,6 +20,7 @@ from m2d.data.settings import SetupConfig
 from m2d.errors import ConfigError, Incomplete, M2DError
 from m2d.evaluation.settings import EvaluateConfig, ProbeConfig
 from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, ReportConfig, ShowConfig
+from m2d.files.atomic import FULL
 from m2d.files.paths import ensure_home
 from m2d.generation.settings import GenerateConfig
 from m2d.training.settings import TrainConfig
@@ -132,6 +133,11 @@ def main(command: str, arguments: Sequence[str] | None = None) -> None:
     except M2DError as error:
         print(f"error: {error}" if error.exit_code == M2DError.exit_code else str(error), file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; make room and run the same command again", file=sys.stderr)
+        sys.exit(M2DError.exit_code)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
         sys.exit(130)

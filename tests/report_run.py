@@ -132,7 +132,7 @@ def write_experiment(
     run = Run(root / name)
     for folder in ("configs", "metrics", "checkpoints", "cache", "generated_images"):
         (run.path / folder).mkdir(parents=True)
-    settings = as_dict(TrainConfig(name=name[:-16])) | (config or {})
+    settings = as_dict(TrainConfig(name=name[:-16].lstrip("."))) | (config or {})
     text = yaml.dump(settings, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper))
     (run.path / "configs" / "config.yaml").write_text(text)
     record = {"name": name, "state": state, "command": "jobs/train.py --name tiny", **info}

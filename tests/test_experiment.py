@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from m2d import experiment as experiment_module
-from m2d.errors import ExperimentError
+from m2d.errors import ConfigError, ExperimentError
 from m2d.experiment import (
     FOLDERS,
     Experiment,
@@ -425,7 +425,7 @@ def test_a_staging_directory_that_is_not_the_users_own_is_refused(
         uid = os.getuid()
         monkeypatch.setattr(os, "getuid", lambda: uid + 1)
         staging.rename(tmp_path / "tmp" / f"m2d-staging-{uid + 1}")
-    with pytest.raises(ExperimentError, match=r"^staging: .*TMPDIR[^\n]*$"):
+    with pytest.raises(ConfigError, match=r"^TMPDIR: .*m2d-staging[^\n]*$"):
         opened((tmp_path / "bucket").as_uri())
     assert list((tmp_path / "elsewhere").iterdir()) == []
 

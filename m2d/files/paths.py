@@ -92,7 +92,7 @@ def _job_of(setting: str, location: str | None) -> _Job | None:
 
 def _refuse_unusable(setting: str, location: str) -> None:
     """Raise ConfigError for what no file system takes, and for a home folder that is not there."""
-    if os.path.expanduser(location).startswith("~"):
+    if location.startswith("~") and re.match(r"~|.*/m2d-home-\d+(/|$)", os.path.expanduser(location)):
         raise ConfigError(f"{setting}: {location} begins with a home folder that is not known here; give a whole path")
     if "\0" in location or max(map(len, os.fsencode(location).split(b"/"))) > LONGEST_NAME:
         shown = f"{location[:40]!r}..."

@@ -252,7 +252,7 @@ def test_a_setting_of_sweeps_that_a_newer_m2d_added_is_no_difference(data_root: 
     config = config_of(data_root, tmp_path)
     path = begun(config, tmp_path, 3) / "sweep.yaml"
     old = yaml.safe_load(path.read_text())
-    del old["sweep"]["reduction_factor"], old["sweep"]["max_concurrent"], old["optimizer"]["weight_decay"]
+    del old["sweep"]["reconstruction_weight"], old["sweep"]["max_concurrent"], old["optimizer"]["weight_decay"]
     path.write_text(yaml.safe_dump(old))
     require_same(path.parent, config)
 
