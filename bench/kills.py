@@ -188,6 +188,7 @@ def training(kills: int = 10, notices: int = 2, mtbf_s: float = 60.0, notice_s: 
     moments.shuffle(kinds)
     log_path = Path(f"{output}.log")
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
     # Not in the default place, where other programs of this machine would take it for theirs; short, for its sockets.
     os.environ["RAY_TMPDIR"] = temporary = tempfile.mkdtemp(prefix="m2d-", dir="/tmp")
     cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False})
