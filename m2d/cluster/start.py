@@ -67,14 +67,13 @@ def ray_cluster(
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         try:
             ray.init(**options)
-        except (
-            Exception
-        ) as error:  # Ray gives its processes 30 s to start, whatever else the machine does; they are warm now
+        except Exception as error:
             if "AF_UNIX" in str(error):
                 raise ConfigError(
                     f"RAY_TMPDIR: {os.environ['RAY_TMPDIR']} is too long a path for Ray's sockets; name one of up to "
                     f"{LONGEST_FOLDER} bytes, or unset it"
                 ) from None
+            # It gives its processes 30 s to start, whatever else the machine does; they are warm now.
             logger.warning("Ray did not start in time; trying once more", exc_info=True)
             ray.shutdown()
             ray.init(**options)

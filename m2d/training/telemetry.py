@@ -69,10 +69,7 @@ class MetricsLog:
         """The newest whole record, without those before it, of which a long run has hundreds of thousands."""
         with suppress(FileNotFoundError), self.path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - LONGEST_RECORD))
-            for line in reversed(file.read().splitlines()):
-                with suppress(ValueError):  # cut by a crash, or by the seek
-                    record: dict[str, Any] = json.loads(line)
-                    return record
+            return next(reversed(whole_records(file.read())), None)
         return None
 
     def write_csv(self) -> None:

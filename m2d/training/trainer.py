@@ -254,8 +254,8 @@ def _run(plan: RunPlan, on_gpu: bool, console: Console, callbacks: Sequence[Any]
 
 def _ending(plan: RunPlan, degraded: list[str], console: Console) -> dict[str, Any]:
     """What the record says of a run that came to its last step; warns of skipped ones."""
-    last = MetricsLog(plan.experiment.path / "metrics", "train").read()[-1:]
-    skipped = int(last[0].get("skipped_steps", 0)) if last else 0
+    last = MetricsLog(plan.experiment.path / "metrics", "train").last() or {}
+    skipped = int(last.get("skipped_steps", 0))
     if skipped > FEW_SKIPPED * plan.total_steps:
         degraded = [
             *degraded,
