@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,15 @@ def test_a_signal_asks_once_and_the_second_one_ends_the_process(tmp_path: Path) 
 
 def test_a_closed_terminal_asks_and_hurries_nobody(tmp_path: Path) -> None:
     """The shell sends SIGHUP to its jobs, and the kernel again as the shell ends."""
-    with stop_requests(tmp_path, print) as asked:
-        for _ in range(2):
-            signal.raise_signal(signal.SIGHUP)
-        assert stop_is_wanted(tmp_path)
-        assert asked == [signal.SIGHUP]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    try:
+        with stop_requests(tmp_path, print) as asked:
+            for _ in range(2):
+                signal.raise_signal(signal.SIGHUP)
+            assert stop_is_wanted(tmp_path)
+            assert asked == [signal.SIGHUP]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_under_nohup_a_closed_terminal_is_nothing(tmp_path: Path) -> None:
@@ -151,7 +156,8 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_step_and_the_same_command_goes
     places = ["--data_root", str(data_root), "--experiments_dir", str(tmp_path / "runs"), "--name", "run"]
     settings = [*TINY, "--num_workers", "0", "--saving.every_steps", "1000", "--max_steps", "30"]
     line = [sys.executable, "-m", "m2d", "train", *places, *settings]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    not_by_nohup = partial(signal.signal, number, signal.SIG_DFL)  # these tests may run under it
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=not_by_nohup)
     deadline = time.monotonic() + 120
     while not steps(tmp_path) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
