@@ -204,10 +204,11 @@ def open_experiment(
     for one in () if unfinished else set(found) - set(own):
         if (info := one.info()).get("state") not in finished:
             logger.warning("%s is unfinished and of the user %s; a new one begins beside it", one.path, info["user"])
-    if own and not fresh and not unfinished and not differences(own[-1].config(), config):
-        own[-1].fetch()
-        if own[-1].info().get("state") == "done" and repeats(own[-1]):
-            return own[-1], True
+    newest = own[-1] if own and not unfinished and not fresh else None
+    if newest is not None and newest.info().get("state") == "done" and not differences(newest.config(), config):
+        newest.fetch()
+        if repeats(newest):
+            return newest, True
     if unfinished and not fresh:
         experiment = unfinished[-1]
         experiment.fetch()
