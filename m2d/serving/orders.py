@@ -1,0 +1,201 @@
+"""What the parts of the service say to each other: models, orders, what becomes of an order, and jobs.
+
+Plain data and protocols, cheap to pickle: they cross Ray between the HTTP side and the replicas that hold a model.
+Nothing heavy is imported.
+"""
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from m2d.classes import ClassSet
+from m2d.errors import M2DError
+from m2d.generation.plan import PlanRow
+from m2d.generation.settings import GenerateConfig
+
+JobState = Literal["queued", "running", "succeeded", "incomplete", "failed", "cancelled"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """A checkpoint that is served, as GET /v1/models tells it."""
+
+    name: str  # how requests call it: its experiment's name
+    checkpoint: str  # its directory, which every node sees; not told to clients
+    sha256: str  # over everything that shapes an image
+    step: int
+    stage: str
+    image_size: int  # pixels a side
+    classes: ClassSet
+    extractor: str  # that guided its training
+    has_prior: bool  # it can draw features
+    has_extractor: bool  # it can take features of uploaded images
+    size_bytes: int  # of the weights that are loaded
+    created: int  # Unix time of the checkpoint
+    licence: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """Images that one request asks for."""
+
+    id: str  # of the request
+    model: ModelCard
+    config: GenerateConfig  # the settings by which `generate` would make the same images
+    rows: tuple[PlanRow, ...]  # as `generate` plans them; references are names of `uploads`
+    plan: str | None = None  # digest of the rows where uploads decide, see generation.output.Recipe
+    uploads: Mapping[str, bytes] = field(default_factory=dict)  # SHA-256 and suffix -> an image file that was checked
+    previews: int = 0  # of each image, on the way to it
+    deadline: float | None = None  # Unix time at which what is not made yet is given up
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far an order is: solver steps of its images, done and in all (a refused attempt adds to both)."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What an image looks like so far."""
+
+    index: int  # place in the order's rows
+    number: int  # from 0 to previews - 1
+    png: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A finished image."""
+
+    index: int
+    png: bytes  # with the text chunks that `generate` writes
+    entry: dict[str, Any]  # its row of the manifest, JOURNAL_SCHEMA without `accepted`; path is CLASS/ID.png
+    gates: tuple[str, ...]  # that were at work, see generation.gates.active_gates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    """An image that the gates refused at each attempt."""
+
+    index: int
+    reason: str
+    attempts: int
+
+
+Event = Progress | Preview | Drawn | Refused
+
+
+class Overloaded(M2DError):
+    """The service has as much to do as it may; the same request may succeed later."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(M2DError):
+    """An order was given up at its deadline."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOrder:
+    """A job's plan, made as `generate` would make it."""
+
+    model: ModelCard
+    config: GenerateConfig  # without output and plan, which the job has in its own folder
+    rows: tuple[PlanRow, ...]
+    uploads: Mapping[str, bytes] = field(default_factory=dict)
+    request: Mapping[str, Any] = field(default_factory=dict)  # what the client sent, to be told again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job as it is told to its owner."""
+
+    id: str  # not to be guessed
+    owner: str  # name of the key
+    state: JobState
+    model: str
+    sha256: str
+    counts: dict[str, int]  # images by class code
+    total: int
+    done: int
+    created: float  # Unix times
+    started: float | None = None
+    finished: float | None = None
+    images_per_second: float | None = None  # since it was last started
+    seconds_left: float | None = None
+    detail: str | None = None  # why it failed or is incomplete
+    request: dict[str, Any] = field(default_factory=dict)
+
+
+class JobConflict(M2DError):
+    """An idempotency key came again with another order."""
+
+
+class TooManyJobs(M2DError):
+    """The key has as many unfinished jobs as it may."""
+
+
+class JobService(Protocol):
+    """Jobs of all owners; a job that is not the owner's is not there (KeyError)."""
+
+    async def create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> Job:
+        """The new job, or the one that this owner's idempotency key began. Raises JobConflict or TooManyJobs."""
+        ...
+
+    async def all(self, owner: str) -> list[Job]:
+        """The owner's jobs, the newest first."""
+        ...
+
+    async def get(self, job_id: str, owner: str) -> Job:
+        """Raises KeyError."""
+        ...
+
+    async def cancel(self, job_id: str, owner: str) -> Job:
+        """Stops it; images that are done stay. A job that has ended stays as it is. Raises KeyError."""
+        ...
+
+    async def entries(self, job_id: str, owner: str, first: int, count: int) -> tuple[list[dict[str, Any]], int]:
+        """(rows of the manifest from `first` on, by id; how many there are so far). Raises KeyError."""
+        ...
+
+    async def image(self, job_id: str, owner: str, image_id: str) -> bytes:
+        """A PNG. Raises KeyError."""
+        ...
+
+    def archive(self, job_id: str, owner: str) -> AsyncIterator[bytes]:
+        """A tar in WebDataset's layout, piece by piece: <id>.png, .cls, .json of each image. Raises KeyError."""
+        ...
+
+
+class Service(Protocol):
+    """What the HTTP side asks of the rest."""
+
+    jobs: JobService
+
+    async def models(self) -> list[ModelCard]:
+        """All that are served, the default first."""
+        ...
+
+    async def add_model(self, checkpoint: str, name: str | None = None) -> ModelCard:
+        """Serve a checkpoint; one of the same name is replaced once it is loaded. Raises ConfigError, CheckpointError.
+
+        checkpoint: relative to ServeConfig.checkpoints_root.
+        """
+        ...
+
+    async def is_ready(self) -> bool:
+        """Whether a model is loaded, so that an order would be begun at once."""
+        ...
+
+    def draw(self, order: Order) -> AsyncIterator[Event]:
+        """What becomes of an order; closing the iterator gives it up. Raises an M2DError."""
+        ...
+
+    async def metrics(self) -> str:
+        """In Prometheus's text format."""
+        ...
