@@ -146,10 +146,13 @@ class Client:
     def download(self, job_id: str, path: str | PathLike[str]) -> Path:
         """The job's images so far, as a tar in WebDataset's layout, whole or not at all."""
         place = Path(path)
-        with self._ask("GET", f"/v1/jobs/{job_id}/archive", stream=True) as response, whole_file(place) as partial:
-            with partial.open("wb") as file:
-                for piece in response.iter_content(1 << 20):
-                    file.write(piece)
+        with (
+            self._ask("GET", f"/v1/jobs/{job_id}/archive", stream=True) as response,
+            whole_file(place) as partial,
+            partial.open("wb") as file,
+        ):
+            for piece in response.iter_content(1 << 20):
+                file.write(piece)
         return place
 
     def _ask(self, method: str, path: str, **how: Any) -> requests.Response:
