@@ -87,6 +87,29 @@ class ServeConfig:
         return Path(self.directory).expanduser() / "jobs"
 
 
+@dataclass(frozen=True, kw_only=True)
+class KeysConfig:
+    """API keys: `serve keys add NAME`, `serve keys list`, `serve keys remove NAME`."""
+
+    words: list[str]  # add NAME, list, or remove NAME; the words without a flag
+    keys: str = "./serving/keys.json"  # the file that ServeConfig.keys names
+    operator: bool = False  # add: may also load checkpoints
+    images_per_minute: int | None = None  # add: None: limits.images_per_minute of the service
+    images_per_day: int | None = None  # add: of a day in UTC; None: as many as the rate allows
+
+    def __post_init__(self) -> None:
+        action, *names = self.words or [""]
+        if action not in ("add", "list", "remove") or len(names) != (action != "list"):
+            raise ConfigError("say `serve keys add NAME`, `serve keys list` or `serve keys remove NAME`")
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+                raise ConfigError(f"name is {name!r}; up to 64 of A-Z a-z 0-9 . _ -, the first a letter or a digit")
+        for limit in ("images_per_minute", "images_per_day"):
+            value = getattr(self, limit)
+            if value is not None and value < 1:
+                raise ConfigError(f"{limit} is {value}; it must be at least 1")
+
+
 def is_loopback(host: str) -> bool:
     """Whether an address to listen on is this machine's own, which nobody else reaches."""
     if host == "localhost":
