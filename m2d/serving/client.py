@@ -100,13 +100,12 @@ class Client:
         asked = {"json": _order(label, count, settings), "headers": {"Accept": "application/x-ndjson"}, "stream": True}
         with self._ask("POST", "/v1/images", **asked) as response:
             for line in response.iter_lines():
-                event = json.loads(line) if line else {"event": "heartbeat"}
+                if not line:  # a sign of life
+                    continue
+                event: dict[str, Any] = json.loads(line)
                 if event["event"] == "error":
                     raise ServiceError(event.get("status", 500), event)
-                if event["event"] == "image":
-                    yield SyntheticImage.of(event)
-                elif line:
-                    yield event
+                yield SyntheticImage.of(event) if event["event"] == "image" else event
 
     def order(
         self,
