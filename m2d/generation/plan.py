@@ -128,7 +128,7 @@ def make_plan(config: GenerateConfig, feature: Feature, catalog: pa.Table | None
     if config.plan is not None:
         table = read_plan(config.plan, known)
         paths = {path for name in ("reference", "reference_b") for path in table[name].to_pylist() if path is not None}
-        return Planned(table, _digest(table, read_sha256(paths)))
+        return Planned(table, digest_of(table, read_sha256(paths)))
     classes = config.class_codes(known) if config.classes is not None else None
     sums: dict[str, str] = {}
 
@@ -153,7 +153,7 @@ def make_plan(config: GenerateConfig, feature: Feature, catalog: pa.Table | None
         table = standard_plan(targets(before, config.to, classes), **drawn)
     else:
         table = standard_plan(dict.fromkeys(config.class_codes(known), config.num_samples), **drawn)
-    return Planned(table, _digest(table, sums) if sums else None, counted, before)
+    return Planned(table, digest_of(table, sums) if sums else None, counted, before)
 
 
 def targets(counts: Mapping[str, int], to: str, classes: Iterable[str] | None = None) -> dict[str, int]:
@@ -440,7 +440,7 @@ def _say_rejected(setting: str, rejected: Sequence[tuple[str, str]]) -> None:
         say(f"{setting}: left out {len(rejected):,} files in all")
 
 
-def _digest(table: pa.Table, sums: Mapping[str, str]) -> str:
+def digest_of(table: pa.Table, sums: Mapping[str, str]) -> str:
     """SHA-256 over all rows, in any order, input images by their content and not by their place."""
     columns = {name: table[name].to_pylist() for name in PLAN_SCHEMA.names}
     for name in ("reference", "reference_b"):
