@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m2d.errors import ConfigError, DataError
@@ -83,12 +83,11 @@ def as_problem(error: Exception) -> Problem | None:
 
 def problem_document(problem: Problem, path: str, request_id: str) -> dict[str, Any]:
     """The members of a problem, also for the last event of a stream that breaks off."""
-    title = HTTPStatus(problem.status_code).phrase
     return {
         "type": "about:blank",
-        "title": title,
+        "title": HTTPStatus(problem.status_code).phrase,
         "status": problem.status_code,
-        "detail": problem.detail,
+        "detail": " ".join(problem.detail.split()),
         "instance": path,
         "request_id": request_id,
         **problem.more,
@@ -234,15 +233,16 @@ def _too_large(limit: int) -> Problem:
     return Problem(413, f"the request has more than {limit} bytes", limit=limit)
 
 
-async def _answer(request: Request, error: Exception) -> JSONResponse:
+async def _answer(request: Request, error: Exception) -> Response:
     problem = as_problem(error)
     assert problem is not None
     return _response(request, problem)
 
 
-def _response(request: Request, problem: Problem) -> JSONResponse:
+def _response(request: Request, problem: Problem) -> Response:
     document = problem_document(problem, request.url.path, request_id(request))
-    return JSONResponse(document, problem.status_code, problem.headers, media_type=MEDIA_TYPE)
+    # In ASCII: a detail may repeat what a client sent, also half a surrogate pair, which has no encoding.
+    return Response(json.dumps(document), problem.status_code, problem.headers, media_type=MEDIA_TYPE)
 
 
 def _validation_problem(error: RequestValidationError | ValidationError) -> Problem:

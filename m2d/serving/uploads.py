@@ -46,9 +46,7 @@ async def read_order(request: Request, limits: ServingLimits) -> tuple[dict[str,
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        order = await to_thread.run_sync(_parse, await request.body())
-        texts = {field: order.pop(field) for field in FIELDS if order.get(field) is not None}
-        files = {field: value if isinstance(value, list) else [value] for field, value in texts.items()}
+        order, files = await to_thread.run_sync(_parse, await request.body())
     elif kind == "multipart/form-data":
         order, files = await _read_form(request, limits)
     else:
@@ -91,11 +89,9 @@ async def _parts(form: FormData) -> tuple[dict[str, Any], dict[str, list[Any]]]:
             raise Problem(422, f"the form may have one part `request`, and files {' '.join(FIELDS)}")
     if body is None:
         raise Problem(422, "the form has no part `request` with the order as JSON")
-    if len(body) > _REQUEST_BYTES:
-        raise Problem(413, f"the part `request` has more than {_REQUEST_BYTES} bytes", limit=_REQUEST_BYTES)
-    order = await to_thread.run_sync(_parse, body)
-    if twice := [field for field in FIELDS if field in order]:
-        raise Problem(422, f"{twice[0]} is a file of the form, not a member of `request`")
+    order, members = await to_thread.run_sync(_parse, body)
+    if members:
+        raise Problem(422, f"{next(iter(members))} is a file of the form, not a member of `request`")
     return order, files
 
 
@@ -107,20 +103,26 @@ async def _pieces(request: Request) -> AsyncGenerator[bytes, None]:
             await asyncio.sleep(0)
 
 
-def _parse(body: bytes) -> dict[str, Any]:
+def _parse(body: bytes) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """(the order, what its FIELDS hold)."""
     if sum(map(body.count, (b"{", b"[", b","))) > _VALUES:  # of which base64 has none
         raise Problem(413, f"the order has more than {_VALUES} values", limit=_VALUES)
     try:
         order = json.loads(
             body.decode(), object_pairs_hook=_once, parse_constant=_not_finite, parse_float=_finite_float
         )
+        if not isinstance(order, dict):
+            raise ValueError("it must be an object, {...}")
+        members = {field: order.pop(field) for field in FIELDS if field in order}
+        size = len(json.dumps(order, ensure_ascii=False).encode())  # half a surrogate pair has no encoding
     except RecursionError:
-        raise Problem(400, "the body is no JSON that can be read: it is nested too deep") from None
+        raise Problem(400, "the body cannot be used as JSON: it is nested too deep") from None
     except ValueError as error:
-        raise Problem(400, f"the body is no JSON that can be read: {error}") from None
-    if not isinstance(order, dict):
-        raise Problem(400, "the body must be an object: {...}")
-    return order
+        raise Problem(400, f"the body cannot be used as JSON: {error}") from None
+    if size > _REQUEST_BYTES:
+        raise Problem(413, f"the order has more than {_REQUEST_BYTES} bytes without its images", limit=_REQUEST_BYTES)
+    texts = {field: value for field, value in members.items() if value is not None}
+    return order, {field: value if isinstance(value, list) else [value] for field, value in texts.items()}
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
