@@ -20,6 +20,7 @@ import json
 import os
 import re
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ from PIL import Image, PngImagePlugin
 
 from m2d.classes import ISIC7
 from m2d.errors import ConfigError
-from m2d.files.atomic import PARTIAL, try_lock, whole_file, write_whole
+from m2d.files.atomic import PARTIAL, is_locked, try_lock, whole_file, write_whole
 from m2d.generation.plan import PLAN_SCHEMA, PlanRow
 from m2d.generation.settings import Feature, GenerateConfig
 
@@ -189,17 +190,33 @@ def write_images(
         if output_format == "webdataset":
             with tarfile.open(partial, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for row, png in images:
-                    label = str(classes.index(row.label)).encode()
-                    for suffix, content in (("png", png), ("cls", label), ("json", _row_json(row).encode())):
-                        member = tarfile.TarInfo(f"{row.id}.{suffix}")  # owner, time and mode are always the same
-                        member.size = len(content)
-                        tar.addfile(member, io.BytesIO(content))
+                    _add_to_tar(tar, row, png, classes)
         else:
             rows = [(row.id, row.label, classes.index(row.label), png, _row_json(row)) for row, png in images]
             schema = SHARD_SCHEMA.with_metadata({"classes": " ".join(classes)})
             table = pa.table(dict(zip(schema.names, zip(*rows), strict=True)), schema=schema)
             pq.write_table(table, partial, compression="none", row_group_size=64)  # PNGs are compressed already
     return [f"{SHARDS}/{shard.name}"] * len(images)
+
+
+def tar_pieces(images: Iterable[tuple[PlanRow, bytes]], classes: Sequence[str]) -> Iterator[bytes]:
+    """The webdataset shard that write_images would write, a piece for each image and one for the end."""
+    pieces = io.BytesIO()
+    with tarfile.open(fileobj=pieces, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for row, png in images:
+            _add_to_tar(tar, row, png, classes)
+            yield pieces.getvalue()
+            pieces.seek(0)
+            pieces.truncate()
+    yield pieces.getvalue()
+
+
+def _add_to_tar(tar: tarfile.TarFile, row: PlanRow, png: bytes, classes: Sequence[str]) -> None:
+    label = str(classes.index(row.label)).encode()
+    for suffix, content in (("png", png), ("cls", label), ("json", _row_json(row).encode())):
+        member = tarfile.TarInfo(f"{row.id}.{suffix}")  # owner, time and mode are always the same
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
 
 
 def read_pngs(file: Path) -> dict[str, bytes]:
@@ -395,6 +412,68 @@ class OutputFolder:
                 return self.recipe.is_read_from(image.info.get("settings", ""))
         except (OSError, SyntaxError, ValueError):
             return False
+
+
+class FolderSoFar:
+    """The images of a folder, while another process may be writing it. Each part is read once. For any thread."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._lock = threading.Lock()
+        self._journal: tuple[int, ...] | None = None  # which one was read
+        self._tables: dict[str, pa.Table] = {}  # images of the journal ("") and of parts, by name
+        self._ids: set[str] = set()
+        self._sorted: pa.Table | None = None
+
+    def count(self) -> int:
+        """Images that are done."""
+        with self._lock:
+            self._read_new()
+            return len(self._ids)
+
+    def rows(self) -> pa.Table:
+        """Rows of the images that are done, JOURNAL_SCHEMA, sorted by id."""
+        with self._lock:
+            self._read_new()
+            if self._sorted is None:
+                rows = pa.concat_tables([JOURNAL_SCHEMA.empty_table(), *self._tables.values()])
+                once = rows if rows.num_rows == len(self._ids) else _once(rows)
+                self._sorted = once.sort_by("id").combine_chunks()
+            return self._sorted
+
+    def _read_new(self) -> None:
+        """A part goes once a new journal has its rows, so if the journal stayed the same, no part was missed."""
+        while (journal := self._find_journal()) != self._journal or self._read_parts():
+            if journal != self._journal:
+                self._journal, self._tables, self._ids = journal, {}, set()
+                self._read("", self.root / JOURNAL_NAME)
+
+    def _find_journal(self) -> tuple[int, ...] | None:
+        try:
+            found = (self.root / JOURNAL_NAME).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def _read_parts(self) -> bool:
+        """Whether there were new ones."""
+        new = [path for path in (self.root / PARTS).glob("*.parquet") if path.name not in self._tables]
+        for path in new:
+            self._read(path.name, path)
+        return bool(new)
+
+    def _read(self, name: str, path: Path) -> None:
+        table = JOURNAL_SCHEMA.empty_table()
+        with suppress(pa.ArrowException, OSError), path.open("rb") as stream:  # gone meanwhile, or damaged: not done
+            table = pq.read_table(stream, schema=JOURNAL_SCHEMA)
+        self._tables[name] = table.filter(table["accepted"])
+        self._ids.update(self._tables[name]["id"].to_pylist())
+        self._sorted = None
+
+
+def is_in_use(root: Path) -> bool:
+    """Whether a run is working in a folder, or whether that cannot be found out."""
+    return is_locked(root / _LOCK)
 
 
 def group_name(rows: Iterable[PlanRow]) -> str:
