@@ -3,7 +3,7 @@
 A velocity is any callable; GuidedVelocity makes one of a network. Nothing here is random.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import expm1
@@ -16,6 +16,9 @@ from m2d.diffusion.settings import Solver
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], t: float64 scalar tensor on the CPU) -> d x / d t, the shape of x."""
+
+Watch = Callable[[int, Tensor], Sequence[int] | None]
+"""(steps taken, the estimate of x_0 [B, ...]) -> the rows to go on with, or None for all of them."""
 
 # The multistep solvers work in log((1 - t) / t), infinite at t = 1: the first step starts this much later, where the
 # noise is the same to seven digits. So near t = 0 the path has arrived.
@@ -59,6 +62,12 @@ class GuidedVelocity:
         null, conditional = velocity.to(x.dtype).chunk(2)
         return null + self.scale * (conditional - null)
 
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some rows of the batch alone."""
+        both = self._both.unflatten(0, (2, -1))
+        self._both = torch.cat([keep_rows(half, rows) for half in both])
+        self.conditional = keep_rows(self.conditional, rows)
+
 
 @torch.no_grad()
 def solve(
@@ -69,6 +78,7 @@ def solve(
     solver: Solver = "unipc",
     shift: float = 1.0,
     start_time: float = 1.0,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Follow the flow from `start` at t = start_time, noise at t = 1, to data at t = 0.
 
@@ -76,6 +86,8 @@ def solve(
     data already, to six digits, and is returned without a call of the network. Returns the same shape, in float32
     whatever the network's type, or in float64 if start is float64.
     The network runs `steps` times, or 2 `steps` times with heun.
+    watch: called after each step. The rows that it returns are all that goes on, in their order, and all that is
+    returned; a velocity that knows of rows is for the caller to narrow. Where none is left, the rest is not computed.
     shift > 1 spends more of the steps near the noise, see `time_grid`.
     """
     start = start.to(torch.float64 if start.dtype == torch.float64 else torch.float32)
@@ -83,8 +95,13 @@ def solve(
     if start_time < _EDGE:
         return start
     if solver in ("dpmpp", "unipc"):
-        return _multistep(velocity, start, times, corrected=solver == "unipc")
-    return (_heun if solver == "heun" else _euler)(velocity, start, times)
+        return _multistep(velocity, start, times, watch, corrected=solver == "unipc")
+    return (_heun if solver == "heun" else _euler)(velocity, start, times, watch)
+
+
+def keep_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
+    """[B, ...] to [len(rows), ...]. An index would be copied to a GPU, and the host would wait for it."""
+    return torch.stack([x[row] for row in rows]) if rows else x[:0]
 
 
 def time_grid(steps: int, shift: float = 1.0, start_time: float = 1.0) -> Tensor:
@@ -100,22 +117,31 @@ def time_grid(steps: int, shift: float = 1.0, start_time: float = 1.0) -> Tensor
     return shift * times / (1 + (shift - 1) * times)
 
 
-def _euler(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
-    for t, t_next in pairwise(times):
-        x = x + (t_next - t) * velocity(x, t).to(x.dtype)
+def _euler(velocity: Velocity, x: Tensor, times: Tensor, watch: Watch | None) -> Tensor:
+    for step, (t, t_next) in enumerate(pairwise(times), 1):
+        slope = velocity(x, t).to(x.dtype)
+        x = x + (t_next - t) * slope
+        if watch is not None and (rows := watch(step, x - t_next * slope)) is not None:
+            x = keep_rows(x, rows)
+            if not rows:
+                break
     return x
 
 
-def _heun(velocity: Velocity, x: Tensor, times: Tensor) -> Tensor:
+def _heun(velocity: Velocity, x: Tensor, times: Tensor, watch: Watch | None) -> Tensor:
     """The trapezoid rule with an Euler predictor, also in the last step: this path's velocity is finite at t = 0."""
-    for t, t_next in pairwise(times):
+    for step, (t, t_next) in enumerate(pairwise(times), 1):
         here = velocity(x, t).to(x.dtype)
         there = velocity(x + (t_next - t) * here, t_next).to(x.dtype)
         x = x + (t_next - t) * (here + there) / 2
+        if watch is not None and (rows := watch(step, x - t_next * there)) is not None:
+            x = keep_rows(x, rows)
+            if not rows:
+                break
     return x
 
 
-def _multistep(velocity: Velocity, x: Tensor, times: Tensor, *, corrected: bool) -> Tensor:
+def _multistep(velocity: Velocity, x: Tensor, times: Tensor, watch: Watch | None, *, corrected: bool) -> Tensor:
     """DPM-Solver++(2M); corrected: UniPC of order 2 with B(h) = e^h - 1, whose prediction is the same.
 
     Both integrate x_0 = x - t v over the log of the signal-to-noise ratio, along a line through its last two values.
@@ -134,6 +160,11 @@ def _multistep(velocity: Velocity, x: Tensor, times: Tensor, *, corrected: bool)
         slope = 0.0 if step.ratio is None else (before - clean) / step.ratio
         begin, before = x, clean
         x = step.decay * x + step.gain * (clean + slope / 2)
+        if watch is not None and (rows := watch(i + 1, clean)) is not None:
+            x, begin, before = (keep_rows(state, rows) for state in (x, begin, before))
+            slope = keep_rows(slope, rows) if isinstance(slope, Tensor) else slope
+            if not rows:
+                break
     return x
 
 

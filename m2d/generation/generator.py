@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from joblib import cpu_count
 from torch import Tensor, nn
 
-from m2d.diffusion.solver import GuidedVelocity, solve
+from m2d.diffusion.solver import GuidedVelocity, Watch, keep_rows, solve
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import PlanRow, seed_of
 from m2d.generation.references import read_reference, require_dim
@@ -61,14 +62,19 @@ class Generator:
         self._dtype = DTYPES[self.precision]
         self.denoiser = _placed(_with_unet_in(self._dtype, checkpoint.denoiser, self.device), self.device)
         self.autoencoder = _placed(checkpoint.autoencoder, self.device)
+        self.extractor: FeatureExtractor | None = None
         if extractor is not None:
-            require_dim(extractor, checkpoint)
-        self.extractor = None if extractor is None else _placed(extractor, self.device)
+            self.take_extractor(extractor)
         self._compiled = compile
         if compile:
             self.denoiser.unet.compile(mode=compile_mode, dynamic=False)  # two shapes: guided, which is twice, and not
         self._latents: dict[str, Tensor] = {}
         self._features: dict[str, Tensor] = {}
+
+    def take_extractor(self, extractor: FeatureExtractor) -> None:
+        """For rows that a reference's feature guides, and for `features`. Raises ConfigError for another run's."""
+        require_dim(extractor, self.checkpoint)
+        self.extractor = _placed(extractor, self.device)
 
     def generate(self, rows: Sequence[PlanRow]) -> np.ndarray:
         """Images of the rows, uint8 [N, H, W, 3] RGB, in their order.
@@ -83,15 +89,10 @@ class Generator:
         return images
 
     def batches(self, rows: Sequence[PlanRow]) -> list[list[int]]:
-        """Places in `rows` of each batch: at most `batch_size`, all of the same solver settings, in their order.
-
-        Only settings that every sample of a batch must share divide: classes, modes, features and positions may mix.
-        """
+        """Places in `rows` of each batch: at most `batch_size`, all of one `batch_key`, in their order."""
         alike: dict[tuple[Any, ...], list[int]] = {}
         for place, row in enumerate(rows):
-            start_time, steps = start_of(row)
-            solver = (row.solver, steps, row.guidance_scale, row.guidance_low, row.guidance_high)
-            alike.setdefault((start_time, *(solver if start_time else ())), []).append(place)  # at 0 no solver runs
+            alike.setdefault(batch_key(row), []).append(place)
         return [
             places[first : first + self.batch_size]
             for places in alike.values()
@@ -99,8 +100,11 @@ class Generator:
         ]
 
     @torch.inference_mode()
-    def denoise(self, rows: Sequence[PlanRow]) -> Tensor:
-        """Normalised latents at t = 0, float32 [B, C, h, w] on the device, of one of the `batches`."""
+    def denoise(self, rows: Sequence[PlanRow], watch: Watch | None = None) -> Tensor:
+        """Normalised latents at t = 0, float32 [B, C, h, w] on the device, of one of the `batches`.
+
+        watch: as of `solve`; the latents are then of the rows that stayed. At strength 0 there is no step to watch.
+        """
         row, wanted = rows[0], len(rows)
         start_time, steps = start_of(row)
         if start_time == 0:
@@ -120,7 +124,23 @@ class Generator:
             scale=row.guidance_scale,
             interval=(row.guidance_low, row.guidance_high),
         )
-        return solve(velocity, latents, steps=steps, solver=row.solver, start_time=start_time)[:wanted]
+        staying = list(range(wanted))
+        narrow = None if watch is None else partial(self._narrow, watch, velocity, staying)
+        latents = solve(velocity, latents, steps=steps, solver=row.solver, start_time=start_time, watch=narrow)
+        return keep_rows(latents, staying) if self._compiled and watch else latents[:wanted]
+
+    def _narrow(
+        self, watch: Watch, velocity: GuidedVelocity, staying: list[int], step: int, clean: Tensor
+    ) -> Sequence[int] | None:
+        """What the solver's watch returns. staying: rows of a compiled batch, whose shape must not change."""
+        kept = watch(step, keep_rows(clean, staying) if self._compiled else clean)
+        if kept is None:
+            return None
+        if not self._compiled:
+            velocity.keep(kept)
+            return kept
+        staying[:] = [staying[row] for row in kept]
+        return None if staying else []
 
     def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """d x_t / d t, [B, C, h, w] in x_t's type, by the U-Net in its own. context: [B, L, Dc], in the U-Net's type.
@@ -217,6 +237,13 @@ class Generator:
         for path in list(kept)[:-_REFERENCES_KEPT]:
             del kept[path]
         return values
+
+
+def batch_key(row: PlanRow) -> tuple[Any, ...]:
+    """What all samples of a batch must share: the solver's settings. Classes, modes, features, positions may mix."""
+    start_time, steps = start_of(row)
+    solver = (row.solver, steps, row.guidance_scale, row.guidance_low, row.guidance_high)
+    return (start_time, *(solver if start_time else ()))  # at 0 no solver runs
 
 
 def start_of(row: PlanRow) -> tuple[float, int]:

@@ -27,8 +27,9 @@ from m2d.files.storage import inside, one_line, open_storage, read_file
 if TYPE_CHECKING:
     import numpy as np
 
-    from m2d.models.checkpoint import Checkpoint
+    from m2d.models.checkpoint import Checkpoint, CheckpointInfo
     from m2d.models.extractors import FeatureExtractor
+    from m2d.models.settings import Crop
 
 MAX_PIXELS = DataConfig().max_pixels
 _THREADS = 16  # decoding releases the GIL, and on remote storage most of them wait for bytes
@@ -198,20 +199,31 @@ def load_reference_extractor(checkpoint: Checkpoint, weights: str | None = None)
     """
     from m2d.models.extractors import load_feature_extractor
 
-    recorded: Any = checkpoint.info.config.get("feature_extractor")
+    extractor = load_feature_extractor(*extractor_settings(checkpoint.info, checkpoint.path, weights))
+    require_dim(extractor, checkpoint)
+    return extractor
+
+
+def extractor_settings(
+    info: CheckpointInfo, path: str, weights: str | None = None
+) -> tuple[str, str | None, int | None, Crop]:
+    """Name, file of the weights, input size and crop of the extractor that guided the training of the checkpoint.
+
+    weights: as of load_reference_extractor. Raises CheckpointError or ConfigError where it cannot be had, as far as
+    that is known without loading it.
+    """
+    recorded: Any = info.config.get("feature_extractor")
     if not isinstance(recorded, dict) or "name" not in recorded:
         raise CheckpointError(
-            f"checkpoint: {checkpoint.path} does not say which feature extractor guided it; guide by --feature prior "
+            f"checkpoint: {path} does not say which feature extractor guided it; guide by --feature prior "
             "or none, or take a checkpoint that was trained with this M2D"
         )
     name, place = str(recorded["name"]), weights or recorded.get("weights")
     if place is not None and not Path(place).is_file():
         raise ConfigError(
-            f"extractor_weights: {place} is not a file; give the weights of {name}, which guided {checkpoint.path}"
+            f"extractor_weights: {place} is not a file; give the weights of {name}, which guided {path}"
         )
-    extractor = load_feature_extractor(name, place, recorded.get("input_size"), recorded.get("crop", "whole"))
-    require_dim(extractor, checkpoint)
-    return extractor
+    return name, place, recorded.get("input_size"), recorded.get("crop", "whole")
 
 
 def require_dim(extractor: FeatureExtractor, checkpoint: Checkpoint) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,7 +30,7 @@ from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.models.settings import Precision
 
 if TYPE_CHECKING:
-    from m2d.generation.gates import Verdict
+    from m2d.generation.gates import GateReference, Verdict
     from m2d.generation.generator import Generator
     from m2d.models.checkpoint import Checkpoint
     from m2d.models.extractors import FeatureExtractor
@@ -120,17 +120,17 @@ class GroupWriter:
 
     def write(self, rows: Sequence[PlanRow], images: np.ndarray, features: np.ndarray | None) -> GroupResult:
         """Of `Made`. Raises ConfigError where the disk refuses; then nothing of the group counts."""
-        verdicts: Sequence[Verdict | None] = [None] * len(rows)
-        if self.gates.enabled:
-            from m2d.generation.gates import check, load_once
+        reference = None
+        if self.gate_reference is not None and self.gates.enabled:
+            from m2d.generation.gates import load_once
 
-            reference = None if self.gate_reference is None else load_once(self.gate_reference)
-            verdicts = check(images, features, [row.label for row in rows], reference, self.gates)
-        # What cannot be replaced is kept: a walk has its ends, and without noise the next attempt is the same image.
-        fixed = [row.mode == "interpolate" or (row.mode == "image2image" and row.strength == 0) for row in rows]
-        kept = [verdict is None or verdict.accepted or stays for verdict, stays in zip(verdicts, fixed, strict=True)]
-        pairs = [pair for pair, keep in zip(zip(rows, images, strict=True), kept, strict=True) if keep]
-        encoded = [(row, output.encode_png(image, row, self.recipe)) for row, image in pairs]
+            reference = load_once(self.gate_reference)
+        looked = look_at(rows, images, features, self.gates, reference)
+        encoded = [
+            (one.row, output.encode_png(image, one.row, self.recipe))
+            for one, image in zip(looked, images, strict=True)
+            if one.kept
+        ]
         name = output.group_name(rows)
         try:
             paths = (
@@ -140,31 +140,77 @@ class GroupWriter:
             )
         except OSError as error:
             raise output.cannot_write(self.root, error) from None
-        files = {row.id: (path, hashlib.sha256(png).hexdigest()) for (row, png), path in zip(encoded, paths)}
-        shared = {
-            "height": images.shape[1],
-            "width": images.shape[2],
-            "precision": self.recipe.precision,
-            "checkpoint": self.recipe.checkpoint,
-            "created": datetime.now(UTC).replace(microsecond=0),
-        }
-        entries: list[dict[str, Any]] = []  # the journal has columns for most of it
-        for row, verdict, keep, stays in zip(rows, verdicts, kept, fixed, strict=True):
-            path, sha256 = files.get(row.id, (None, None))
-            own = {
-                "class": row.label,
-                "accepted": keep,
-                "gates": "off" if verdict is None else "recorded" if stays else "on",
-                "path": path,
-                "sha256": sha256,
-                "feature_weak": row.feature == "prior" and row.label in self.weak_classes,
-            }
-            found = {} if verdict is None else vars(verdict)
-            known = {name: value for name, value in found.items() if value == value}  # NaN is not
-            entries.append({**known, **vars(row), **shared, **own})
-        table = pa.Table.from_pylist(entries, output.JOURNAL_SCHEMA)
+        files = {row.id: (path, png) for (row, png), path in zip(encoded, paths)}
+        size = (images.shape[1], images.shape[2])
+        table = journal_rows(
+            [(one, *files.get(one.row.id, (None, None))) for one in looked], size, self.recipe, self.weak_classes
+        )
         output.write_rows(self.root / output.PARTS / f"{name}.parquet", table)
-        return GroupResult(sum(kept), [row.id for row, keep in zip(rows, kept, strict=True) if not keep])
+        rejected = [one.row.id for one in looked if not one.kept]
+        return GroupResult(len(looked) - len(rejected), rejected)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """An image that the gates have looked at, or have not where they are off."""
+
+    row: PlanRow
+    verdict: Verdict | None
+    fixed: bool  # kept whatever the gates find
+
+    @property
+    def kept(self) -> bool:
+        """It counts as made."""
+        return self.fixed or self.verdict is None or self.verdict.accepted
+
+
+def look_at(
+    rows: Sequence[PlanRow],
+    images: np.ndarray,
+    features: np.ndarray | None,
+    gates: GateConfig,
+    reference: GateReference | None,
+) -> list[Looked]:
+    """Of `Made`, what the gates say of each image, in order. reference: None where they have none."""
+    verdicts: Sequence[Verdict | None] = [None] * len(rows)
+    if gates.enabled:
+        from m2d.generation.gates import check
+
+        verdicts = check(images, features, [row.label for row in rows], reference, gates)
+    # What cannot be replaced is kept: a walk has its ends, and without noise the next attempt is the same image.
+    fixed = [row.mode == "interpolate" or (row.mode == "image2image" and row.strength == 0) for row in rows]
+    return [Looked(*one) for one in zip(rows, verdicts, fixed, strict=True)]
+
+
+def journal_rows(
+    files: Sequence[tuple[Looked, str | None, bytes | None]],
+    size: tuple[int, int],
+    recipe: output.Recipe,
+    weak_classes: Collection[str],
+) -> pa.Table:
+    """JOURNAL_SCHEMA of images, each with its file's path below the output and its PNG. size: height, width."""
+    shared = {
+        "height": size[0],
+        "width": size[1],
+        "precision": recipe.precision,
+        "checkpoint": recipe.checkpoint,
+        "created": datetime.now(UTC).replace(microsecond=0),
+    }
+    entries: list[dict[str, Any]] = []  # the journal has columns for most of it
+    for looked, path, png in files:
+        row, verdict = looked.row, looked.verdict
+        own = {
+            "class": row.label,
+            "accepted": looked.kept,
+            "gates": "off" if verdict is None else "recorded" if looked.fixed else "on",
+            "path": path,
+            "sha256": None if png is None else hashlib.sha256(png).hexdigest(),
+            "feature_weak": row.feature == "prior" and row.label in weak_classes,
+        }
+        found = {} if verdict is None else vars(verdict)
+        known = {name: value for name, value in found.items() if value == value}  # NaN is not
+        entries.append({**known, **vars(row), **shared, **own})
+    return pa.Table.from_pylist(entries, output.JOURNAL_SCHEMA)
 
 
 def make_here(
