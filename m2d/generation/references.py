@@ -220,9 +220,7 @@ def extractor_settings(
         )
     name, place = str(recorded["name"]), weights or recorded.get("weights")
     if place is not None and not Path(place).is_file():
-        raise ConfigError(
-            f"extractor_weights: {place} is not a file; give the weights of {name}, which guided {path}"
-        )
+        raise ConfigError(f"extractor_weights: {place} is not a file; give the weights of {name}, which guided {path}")
     return name, place, recorded.get("input_size"), recorded.get("crop", "whole")
 
 
