@@ -26,15 +26,14 @@ from pathlib import Path
 import requests
 import torch
 from jsonargparse import auto_cli
+from sampling import random_checkpoint
 
-from m2d.cli import parse
 from m2d.diffusion.settings import SamplingSettings
 from m2d.files.atomic import mark_complete
 from m2d.generation.generator import Generator
 from m2d.generation.plan import rows_of, standard_plan
-from m2d.models.checkpoint import CheckpointInfo, load_checkpoint, write_inference_files
+from m2d.models.checkpoint import Checkpoint, load_checkpoint, write_inference_files
 from m2d.serving.client import Client
-from m2d.training.networks import build_networks
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 300
@@ -80,7 +79,7 @@ def main(
     """
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="m2d-bench-") as folder:
-        place = checkpoint or str(random_checkpoint(Path(folder) / "random/checkpoints/best", preset))
+        place = checkpoint or str(written(random_checkpoint(preset), Path(folder) / "random/checkpoints/best"))
         before = direct_rate(place, batch_size, steps, seconds / 2)
         found = []
         with served(place, batch_size, Path(folder) / "serving") as url:
@@ -119,24 +118,13 @@ def main(
         Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def random_checkpoint(directory: Path, preset: str) -> Path:
-    """A complete checkpoint of a preset's networks, untrained."""
-    config = parse("train", ["--preset", preset, "--data_root", "nowhere"])
-    networks = build_networks(config, feature_dim=1280)
-    info = CheckpointInfo(
-        step=0,
-        stage="joint",
-        image_size=config.data.image_size,
-        feature_extractor="none",
-        feature_dim=1280,
-        num_patches=4,
-        conditioning=asdict(config.conditioning),
-        config={},
-    )
+def written(checkpoint: Checkpoint, directory: Path) -> Path:
+    """The checkpoint, as training writes it."""
     for part in ("vae", "unet"):
         (directory / part).mkdir(parents=True)
-    tensors = {"vae": networks.autoencoder.vae.state_dict(), "denoiser": networks.denoiser.state_dict()}
-    write_inference_files(directory, info, networks.autoencoder, networks.denoiser.unet, tensors)
+    networks = checkpoint.autoencoder, checkpoint.denoiser
+    tensors = {"vae": networks[0].vae.state_dict(), "denoiser": networks[1].state_dict()}
+    write_inference_files(directory, checkpoint.info, networks[0], networks[1].unet, tensors)
     mark_complete(directory)
     return directory
 
