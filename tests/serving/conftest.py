@@ -1,0 +1,143 @@
+"""A service in this process: the real engine on the smallest real checkpoint, and jobs in processes of their own."""
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+from tiny_checkpoint import make_checkpoint, make_prior, write_checkpoint
+
+from m2d.classes import ISIC7
+from m2d.errors import ConfigError
+from m2d.generation.settings import GateConfig
+from m2d.serving.app import create_app
+from m2d.serving.engine import Engine, describe
+from m2d.serving.jobs import Jobs, run_in_process
+from m2d.serving.orders import Event, ModelCard, Order
+from m2d.serving.settings import ServeConfig
+
+
+class LocalService:
+    """A Service without Ray. Its engines work in whichever event loop asks, one loop at a time."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self.config = config
+        self.jobs = Jobs(config.jobs_folder, run_in_process, limits=config.limits)
+        self.ready = True
+        self._executor = ThreadPoolExecutor(1)
+        self.engines: dict[str, Engine] = {}  # by the model's name, the default first
+        for path in config.checkpoint:
+            self._load(path, Path(path).parent.name)
+
+    def _load(self, path: str, name: str) -> ModelCard:
+        card = describe(path, name, self.config.licence)
+        self.engines[name] = Engine.load(card, self.config, self._executor)
+        return card
+
+    @property
+    def engine(self) -> Engine:
+        """Of the default model."""
+        return next(iter(self.engines.values()))
+
+    async def models(self) -> list[ModelCard]:
+        return [engine.card for engine in self.engines.values()]
+
+    async def add_model(self, checkpoint: str, name: str | None = None) -> ModelCard:
+        if self.config.checkpoints_root is None:
+            raise ConfigError("checkpoint: none may be added; start the service with --checkpoints_root")
+        return self._load(str(Path(self.config.checkpoints_root) / checkpoint), name or Path(checkpoint).name)
+
+    async def is_ready(self) -> bool:
+        return self.ready
+
+    async def draw(self, order: Order) -> AsyncIterator[Event]:
+        engine = next(one for one in self.engines.values() if one.card.sha256 == order.model.sha256)
+        async for event in engine.draw(order):
+            yield event
+
+    async def metrics(self) -> str:
+        return "".join(f"m2d_{name} {value}\n" for name, value in self.engine.stats().items())
+
+    def close(self) -> None:
+        for engine in self.engines.values():
+            engine.close()
+        self._executor.shutdown()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16-pixel images of the seven classes, each with features to draw; its model is called tiny."""
+    made = replace(make_checkpoint(), prior=make_prior(dict.fromkeys(ISIC7.codes, 40)))
+    return write_checkpoint(made, tmp_path_factory.mktemp("serving") / "tiny" / "step_1000")
+
+
+@pytest.fixture(scope="session")
+def config(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> ServeConfig:
+    """On this machine alone and without keys; no gate, which would refuse a random network's images."""
+    return ServeConfig(
+        checkpoint=[str(checkpoint)],
+        directory=str(tmp_path_factory.mktemp("served")),
+        device="cpu",
+        mixed_precision="no",
+        gates=GateConfig(enabled=False),
+    )
+
+
+@pytest.fixture(scope="session")
+def service(config: ServeConfig) -> Iterator[LocalService]:
+    made = LocalService(config)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def app(service: LocalService, config: ServeConfig) -> FastAPI:
+    return create_app(service, config)
+
+
+@pytest.fixture(scope="session")
+def client(app: FastAPI, service: LocalService) -> Iterator[TestClient]:
+    """Asks the app in this process, in an event loop of its own; an answer is read whole."""
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as made:
+        assert made.portal is not None
+        made.portal.call(service.jobs.start)
+        yield made
+        made.portal.call(service.jobs.stop)
+
+
+Serve = Callable[[FastAPI], str]
+
+
+@pytest.fixture(scope="session")
+def serve() -> Iterator[Serve]:
+    """A function that serves an app over real HTTP on a free port of this machine until the tests end; its URL."""
+    servers: list[tuple[uvicorn.Server, threading.Thread]] = []
+
+    def begin(app: FastAPI) -> str:
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
+        thread.start()
+        servers.append((server, thread))
+        while not server.started:
+            time.sleep(0.01)
+        return f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+    yield begin
+    for server, thread in servers:
+        server.should_exit = True
+        thread.join(10)
+
+
+@pytest.fixture(scope="session")
+def url(app: FastAPI, serve: Serve) -> str:
+    """The service over real HTTP, for streams and for clients that go away."""
+    return serve(app)
