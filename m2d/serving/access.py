@@ -72,8 +72,7 @@ class Access:
             self._read_again()
             name = self._owner(credentials.credentials if credentials else "")
             if name is None:
-                text = "no valid API key; send the header Authorization: Bearer KEY"
-                raise Problem(401, text, {"WWW-Authenticate": "Bearer"})
+                raise _unknown()
             caller = Caller(name, self._keys[name].operator)
         request.state.caller = caller
         return caller
@@ -84,7 +83,9 @@ class Access:
         at_once: a job's images, False, come as there is room for them: the rate does not hold for them, the quota does.
         """
         if self._file is not None:
-            key = self._keys[caller.name]
+            key = self._keys.get(caller.name)
+            if key is None:  # removed since the request came
+                raise _unknown()
             rate = key.images_per_minute or self._rate
             left = self._left(caller.name, rate)
             # More than the bucket holds is for a full one, which then owes the rest.
@@ -216,6 +217,11 @@ def _read_usage(path: Path) -> tuple[str, dict[str, int]]:
         return str(usage["day"]), {str(name): int(images) for name, images in usage["images"].items()}
     except (OSError, AttributeError, KeyError, TypeError, ValueError):
         return "", {}
+
+
+def _unknown() -> Problem:
+    text = "no valid API key; send the header Authorization: Bearer KEY"
+    return Problem(401, text, {"WWW-Authenticate": "Bearer"})
 
 
 def _too_many(text: str, limit: int, wait_s: float) -> Problem:
