@@ -157,6 +157,7 @@ class Streamed(StreamingResponse):
         self.drawing = drawing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
         async with self.drawing:
             await super().__call__(scope, receive, send)
 
