@@ -41,6 +41,10 @@ def mixture_velocity(x: Tensor, t: Tensor) -> Tensor:
     return (posterior * (-MEANS + (t - (1 - t) * STDS**2) / var * offset)).sum(-1)
 
 
+def mixture_flow(x: Tensor, t: Tensor) -> Tensor:
+    return mixture_velocity(x.double(), t).to(x.dtype)
+
+
 def seeded_noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -218,12 +222,9 @@ def test_from_a_time_on_the_path_the_gaussian_ends_where_the_path_from_noise_doe
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("shift", [1.0, 3.3])
 def test_a_start_time_of_one_changes_no_bit(solver: Solver, shift: float) -> None:
-    def velocity(x: Tensor, t: Tensor) -> Tensor:
-        return mixture_velocity(x.double(), t).to(x.dtype)
-
     start = seeded_noise(64, 1).float()
-    from_one = solve(velocity, start, steps=7, solver=solver, shift=shift, start_time=1.0)
-    assert torch.equal(from_one, solve(velocity, start, steps=7, solver=solver, shift=shift))
+    from_one = solve(mixture_flow, start, steps=7, solver=solver, shift=shift, start_time=1.0)
+    assert torch.equal(from_one, solve(mixture_flow, start, steps=7, solver=solver, shift=shift))
     uniform = torch.linspace(1, 0, 8, dtype=torch.float64)
     assert torch.equal(time_grid(7, shift, 1.0), shift * uniform / (1 + (shift - 1) * uniform))
 
@@ -252,6 +253,78 @@ def test_one_step_from_any_time_over_constant_velocity_is_exact(solver: Solver, 
 def test_a_start_time_off_the_path_is_refused(start_time: float) -> None:
     with pytest.raises(ValueError, match="start_time is"):
         solve(lambda x, t: x, torch.zeros(1, 1), steps=2, start_time=start_time)
+
+
+# --- watching
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_being_watched_changes_no_bit_and_each_step_is_seen_once(solver: Solver) -> None:
+    seen: list[int] = []
+    start = seeded_noise(64, 1).float()
+    watched = solve(mixture_flow, start, steps=6, solver=solver, watch=lambda step, clean: seen.append(step))
+    assert torch.equal(watched, solve(mixture_flow, start, steps=6, solver=solver))
+    assert seen == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_estimate_of_the_data_is_right_from_the_first_step_on_where_the_data_is_a_point(solver: Solver) -> None:
+    noise, clean = seeded_noise(2, 3), torch.tensor([[1.0, 2.0, 3.0]], dtype=torch.float64)
+    seen: list[Tensor] = []
+    solve(lambda x, t: noise - clean, noise, steps=5, solver=solver, watch=lambda _, x_0: seen.append(x_0))
+    for estimate in seen:
+        assert_close(estimate, clean.expand(2, 3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_rows_that_stay_end_where_they_end_alone(solver: Solver) -> None:
+    """Rows 1 and 3 leave after the second step, 0 after the fourth; each has a context of its own."""
+    start, contexts = seeded_noise(5, 1, 2, 2), torch.arange(5.0, dtype=torch.float64).view(5, 1, 1)
+    leaving = {2: [0, 2, 4], 4: [1, 2]}
+    velocity = GuidedVelocity(CountingModel(), contexts, NULL.double(), scale=2.0, interval=(0.0, 0.7))
+
+    def watch(step: int, clean: Tensor) -> list[int] | None:
+        rows = leaving.get(step)
+        if rows is not None:
+            velocity.keep(rows)
+        return rows
+
+    end = solve(velocity, start, steps=8, solver=solver, watch=watch)
+    alone = GuidedVelocity(CountingModel(), contexts[[2, 4]], NULL.double(), scale=2.0, interval=(0.0, 0.7))
+    assert_close(end, solve(alone, start[[2, 4]], steps=8, solver=solver), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_where_no_row_is_left_the_network_is_asked_no_more(solver: Solver) -> None:
+    times: list[float] = []
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        times.append(float(t))
+        return x
+
+    end = solve(velocity, torch.ones(3, 2), steps=9, solver=solver, watch=lambda step, _: [] if step == 3 else None)
+    assert end.shape == (0, 2)
+    assert len(times) == (6 if solver == "heun" else 3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_narrowing_waits_for_no_device(solver: Solver) -> None:
+    """On tensors without values, of which nothing can be read; a list of rows as an index would be copied to a GPU."""
+    asked: set[str] = set()
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **kwargs or {})
+            if isinstance(result, Tensor) and result.device.type == "meta":
+                asked.add(func.overloadpacket.__name__)
+            return result
+
+    watched = {2: [2, 0], 3: [1]}
+    start = torch.zeros(3, 4, device="meta")
+    with Asked():
+        end = solve(lambda x, t: x, start, steps=5, solver=solver, watch=lambda step, _: watched.get(step))
+    assert end.shape == (1, 4)
+    assert asked <= {"add", "sub", "mul", "div", "detach", "select", "stack"}
 
 
 # --- guidance

@@ -343,6 +343,42 @@ def test_images_come_as_uint8_rgb_in_the_order_of_the_rows(checkpoint: Checkpoin
     assert images_of(checkpoint, []).shape == (0, 16, 16, 3)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rows_that_leave_their_batch_change_none_of_those_that_stay(
+    prior_checkpoint: Checkpoint,
+    references: ByClass,
+    extractor: FeatureExtractor,
+    uncompiled: list[dict[str, Any]],
+    compiled: bool,
+) -> None:
+    """Row 1 of three leaves after the first step, what is then row 0 after the third."""
+    generator = Generator(prior_checkpoint, batch_size=4, device="cpu", extractor=extractor, compile=compiled)
+    for rows in (PRIOR_ROWS[:3], from_images(references, 0.9, num_samples=3)[:3], walks(references)[:3]):
+        seen: list[int] = []
+
+        def watch(step: int, clean: torch.Tensor) -> list[int] | None:
+            seen.append(len(clean))  # noqa: B023
+            return {1: [0, 2], 3: [1]}.get(step)
+
+        stayed = generator.denoise(rows, watch)
+        assert seen == [3, 2, 2, 1][: len(seen)]
+        assert levels_apart(generator.decode(stayed), images_of(prior_checkpoint, rows[2:], 4, extractor)) <= 1
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_that_all_have_left_ends_at_that_step(
+    checkpoint: Checkpoint, uncompiled: list[dict[str, Any]], compiled: bool
+) -> None:
+    generator, steps = Generator(checkpoint, batch_size=4, device="cpu", compile=compiled), []
+
+    def watch(step: int, clean: torch.Tensor) -> list[int]:
+        steps.append(step)
+        return []
+
+    assert generator.denoise(ROWS[:2], watch).shape == (0, 4, 8, 8)
+    assert steps == [1]
+
+
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the U-Net would have been compiled with; it computes as it is."""
