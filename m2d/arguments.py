@@ -61,7 +61,7 @@ def parse_arguments(
     values = parser.parse_args(_for_jsonargparse(arguments, parser.settings, presets, ignored, positional))
     for key in ("config", "preset"):
         values.pop(key, None)
-    return config(**vars(parser.instantiate(values)))
+    return config(**parser.instantiate(values).as_dict())  # vars() gives a setting called `keys` another name
 
 
 def setting_types(config: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -105,13 +105,15 @@ def preset_names() -> list[str]:
 def _for_jsonargparse(
     arguments: Sequence[str], kinds: dict[str, Any], presets: bool, ignored: set[str], positional: str | None
 ) -> list[str]:
-    """What jsonargparse lacks: presets, dashes, bare switches (a group's `enabled` too), flags over files.
+    """What jsonargparse lacks: presets, dashes, bare switches (a group's `enabled` too), flags over files, and a list
+    of texts as one flag that is given several times.
 
     ignored: top-level keys left out of files.
     """
     files: list[str] = []
     flags: list[str] = []
     words: list[str] = []
+    gathered: dict[str, list[str]] = {}
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
@@ -137,6 +139,9 @@ def _for_jsonargparse(
             equals, value = "=", "true"
         elif not equals and following is not None:
             equals, value = "=", waiting.pop(0)
+        if kinds.get(key) == list[str] and value and not value.startswith("["):
+            gathered.setdefault(key, []).append(value)
+            continue
         if value.startswith("{"):
             with suppress(yaml.YAMLError):  # jsonargparse reports it
                 refuse_repeated_keys(value, key)
@@ -146,7 +151,7 @@ def _for_jsonargparse(
         if not takes_many and len(words) > 1:
             raise ConfigError(f"{positional} is one word, and there are {len(words)}: {' '.join(words)}; give one")
         words = [f"--{positional}={json.dumps(words) if takes_many else words[0]}"]
-    return [*files, *flags, *words]
+    return [*files, *flags, *(f"--{key}={json.dumps(values)}" for key, values in gathered.items()), *words]
 
 
 def _without_keys(file: Path, ignored: set[str]) -> str:

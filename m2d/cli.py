@@ -23,6 +23,7 @@ from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, Rep
 from m2d.files.atomic import FULL
 from m2d.files.paths import ensure_home
 from m2d.generation.settings import GenerateConfig
+from m2d.serving.settings import KeysConfig, ServeConfig
 from m2d.training.settings import TrainConfig
 from m2d.tuning.settings import SweepConfig
 
@@ -64,6 +65,16 @@ COMMANDS: dict[str, Command] = {
         also_known=TrainConfig,
     ),
     "generate": Command(GenerateConfig, "m2d.generation.run:generate", "Generate labelled images from a checkpoint."),
+    "serve": Command(
+        ServeConfig, "m2d.serving.command:serve_command", "Serve images on demand over HTTP, and a page, on Ray Serve."
+    ),
+    "serve keys": Command(
+        KeysConfig,
+        "m2d.serving.access:keys_command",
+        "Serve by API keys: keys add NAME, keys list, keys remove NAME.",
+        positional="words",
+        only_says=True,
+    ),
     "evaluate": Command(
         EvaluateConfig,
         "m2d.evaluation.evaluate:evaluate",
