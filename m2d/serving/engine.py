@@ -159,7 +159,7 @@ class Engine:
         self._reference = None if gates.reference is None else GateReference.load(gates.reference)
         self._weak = frozenset(generator.checkpoint.prior.weak if generator.checkpoint.prior else ())
         self._held = ExitStack()
-        self._uploads = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="m2d-serving-")))
+        self.uploads = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="m2d-serving-")))
         self._users: Counter[str] = Counter()  # of uploads
         self._orders: set[_UnderWay] = set()
         self._waiting: list[_Sample] = []  # those who came first are first
@@ -294,7 +294,7 @@ class Engine:
 
     def _write(self, order: Order) -> None:
         for name, content in order.uploads.items():
-            write_whole(self._uploads / name, content, durable=False)
+            write_whole(self.uploads / name, content, durable=False)
 
     def _remove(self, order: Order) -> None:
         """Its uploads, but those that others use too."""
@@ -302,7 +302,7 @@ class Engine:
         for name in order.uploads:
             if not self._users[name]:
                 del self._users[name]
-                (self._uploads / name).unlink(missing_ok=True)
+                (self.uploads / name).unlink(missing_ok=True)
 
     def _need_extractor(self) -> None:
         if self._generator.extractor is None:
@@ -326,23 +326,18 @@ class Engine:
         for sample in samples:
             if not sample.of.closed:
                 insort(self._waiting, sample, key=lambda one: one.number)
-        if self._waiting and self._work is None:
+        if self._waiting and (self._work is None or self._work.done()):
             self._work = asyncio.create_task(self._draw_all())
 
     async def _draw_all(self) -> None:
         """Passes until nothing waits."""
-        try:
-            if len(self._waiting) < self._batch_size:
-                await asyncio.sleep(self._config.batch_wait_s)
-            while self._waiting:
-                key = batch_key(self._waiting[0].row)
-                alike = [sample for sample in self._waiting if batch_key(sample.row) == key]
-                batch = alike[: self._batch_size]
-                taken = set(map(id, batch))
-                self._waiting = [sample for sample in self._waiting if id(sample) not in taken]
-                await self._pass(batch)
-        finally:
-            self._work = None
+        if len(self._waiting) < self._batch_size:
+            await asyncio.sleep(self._config.batch_wait_s)
+        while self._waiting:
+            key = batch_key(self._waiting[0].row)
+            batch = [sample for sample in self._waiting if batch_key(sample.row) == key][: self._batch_size]
+            self._waiting = [sample for sample in self._waiting if sample not in batch]
+            await self._pass(batch)
 
     async def _pass(self, batch: Sequence[_Sample]) -> None:
         """Draw a batch. Where that fails, each order's samples are drawn alone, and who fails alone is told so."""
@@ -397,11 +392,11 @@ class Engine:
         """Without the folder of the uploads, which is nobody's business."""
         if not isinstance(error, M2DError):
             return error
-        return type(error)(str(error).replace(f"{self._uploads}/", ""))
+        return type(error)(str(error).replace(f"{self.uploads}/", ""))
 
     def _located(self, row: PlanRow) -> PlanRow:
         """With the places of its references, for the generator."""
-        a, b = (None if name is None else str(self._uploads / name) for name in (row.reference, row.reference_b))
+        a, b = (None if name is None else str(self.uploads / name) for name in (row.reference, row.reference_b))
         return replace(row, reference=a, reference_b=b)
 
     def _draw_batch(
