@@ -105,7 +105,7 @@ def _child() -> None:
     settings, sha256 = json.loads(sys.stdin.buffer.readline())
 
     def end_with_parent() -> None:
-        sys.stdin.buffer.read()
+        os.read(sys.stdin.fileno(), 1)  # not through a buffer, whose lock would abort Python's end
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -367,7 +367,7 @@ class Jobs:
 
     def _line(self, error: M2DError, record: _Record) -> str:
         """An error of `generate` for a client: no paths of this machine, no advice on a command line."""
-        text = str(error).replace(f"{self._folder / record.job.id}/", "").replace(record.config.checkpoint, "it")
+        text = str(error).replace(f"{self._folder / record.job.id}/", "").replace(record.config.checkpoint, record.job.model)
         text = _PATH.sub(lambda found: Path(found[0]).name, text)
         text = text.rpartition("; ")[0] or text
         return text if isinstance(error, Incomplete) else f"{text}; order it again"
