@@ -4,9 +4,10 @@ PY := .venv/bin/python
 ARGS ?=
 WORKERS ?= 3
 BENCH ?= ingest sampling scaleout
+DEMO = $(dir $(lastword $(sort $(wildcard demo/experiments/*/checkpoints/best.json))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test exhaustive lint audit format bench gpu lock clean distclean
+.PHONY: help setup demo serve test exhaustive lint audit format bench gpu lock clean distclean
 
 help:  ## This list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -16,6 +17,10 @@ setup:  ## Create .venv and install everything (PYTHON=python3.12: with that int
 
 demo: setup  ## Train on generated images with two workers and show samples, in ./demo
 	$(PY) -m m2d demo $(ARGS)
+
+serve: setup  ## The page on the demo's checkpoint, which `make demo` has trained: http://127.0.0.1:8000
+	@test -n "$(DEMO)" || { echo "error: ./demo has no checkpoint; run make demo first" >&2; exit 2; }
+	$(PY) jobs/serve.py --checkpoint $(DEMO)best --directory ./demo/serving --gates.enabled false $(ARGS)
 
 test: setup  ## The tests, in three processes; make test WORKERS=0 ARGS="tests/data -k decode" for some, in one
 	$(PY) -m pytest --durations=25 --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)

@@ -1,5 +1,6 @@
 """The command `serve`: the service on a Ray cluster until it is told to end, or the file for `serve deploy`."""
 
+import errno
 import logging
 import os
 import signal
@@ -38,6 +39,8 @@ def serve_command(config: ServeConfig) -> None:
         write_whole(path, deploy_file(config))
         print(f"{path}: start the service on a cluster by `serve deploy {path}`")
         return
+    if not os.environ.get("RAY_ADDRESS"):
+        _require_free(config)  # a cluster's own Serve may listen there
     cards = described(config)
     signal.signal(signal.SIGTERM, _end)
     with ray_cluster(verbose=config.verbose, min_cpus=_logical_cpus(config)):
@@ -143,15 +146,22 @@ def _start(config: ServeConfig) -> None:
                 "`serve shutdown`"
             )
         return
+    _require_free(config)
+    serve.start(http_options=wanted)
+
+
+def _require_free(config: ServeConfig) -> None:
+    """Raise ConfigError where nobody can listen at host and port of this machine."""
     try:
         family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         socket.create_server(address[:2], family=family).close()
     except OSError as error:
-        name = "port" if isinstance(error, socket.gaierror) is False and error.errno == 98 else "host"
+        is_taken = error.errno == errno.EADDRINUSE
+        reason = "another program does already" if is_taken else first_line(error)
+        name = "port" if is_taken or error.errno == errno.EACCES else "host"
         raise ConfigError(
-            f"{name}: {config.host}:{config.port} cannot be listened on ({error.strerror}); name another --{name}"
+            f"{name}: the service cannot listen at {config.host}:{config.port} ({reason}); name another --{name}"
         ) from None
-    serve.start(http_options=wanted)
 
 
 def _reason(error: RuntimeError) -> str:

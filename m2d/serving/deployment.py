@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -57,6 +58,8 @@ ANSWER_S = 2.0  # in which a replica that has nothing to load answers
 EXPORTER_S = 5.0  # in which a node's exporter of metrics answers
 REPORT_EVERY_S = 1.0
 MARGIN_S = 30.0  # beyond the longest request, for a replica that is to end
+FAMILIES = tuple(f"ray_{name}_" for name in ("m2d", "serve_deployment", "serve_replica", "serve_num", "serve_http"))
+_NOISE = re.compile(r'(?:Component|SessionName|Version|otel_scope_\w+)="[^"]*",?')  # labels that are always the same
 IMAGES_OF_A_REQUEST = 4  # a guess: requests that fill a replica's batch
 
 
@@ -243,6 +246,12 @@ class Replica:
         """Asked of a replica that has started."""
         return True
 
+    async def stats(self) -> dict[str, dict[str, float]]:
+        """Of each model in memory, by its name."""
+        wrapper = getattr(self, "__serve_multiplex_wrapper", None)
+        residents = [] if wrapper is None else list(wrapper.models.values())
+        return {resident.engine.card.name: resident.engine.stats() for resident in residents}
+
     async def check_health(self) -> None:
         """Serve replaces a replica where this raises."""
         if self._broken is not None:
@@ -250,9 +259,7 @@ class Replica:
 
     async def _report(self) -> None:
         while True:
-            wrapper = getattr(self, "__serve_multiplex_wrapper", None)
-            residents = [] if wrapper is None else list(wrapper.models.values())
-            self._meters.report({resident.engine.card.name: resident.engine.stats() for resident in residents})
+            self._meters.report(await self.stats())
             await asyncio.sleep(REPORT_EVERY_S)
 
 
@@ -260,13 +267,24 @@ class _Meters:
     """Numbers of a replica for Prometheus, by model."""
 
     def __init__(self) -> None:
-        def each(kind: Any, names: Mapping[str, str]) -> dict[str, Any]:
-            return {stat: kind(f"m2d_{name}", description=stat, tag_keys=("model",)) for stat, name in names.items()}
+        gauges = {
+            "waiting": ("waiting_images", "images that wait for a batch"),
+            "orders": ("orders", "requests under way"),
+            "batch_fill": ("batch_fill", "share of the batch size that the last passes used"),
+            "gpu_memory_bytes": ("gpu_memory_bytes", "memory of the GPU that the replica holds"),
+        }
+        counters = {
+            "images": ("images", "images made and kept"),
+            "passes": ("passes", "batches that went through the solver"),
+            "pass_seconds": ("pass_seconds", "seconds that these took"),
+        }
 
-        gauges = {"waiting": "waiting_images", "orders": "orders", "batch_fill": "batch_fill"}
-        self._gauges = each(metrics.Gauge, gauges | {"gpu_memory_bytes": "gpu_memory_bytes"})
-        counters = {"images": "images", "passes": "passes", "pass_seconds": "pass_seconds"}
-        self._counters = each(metrics.Counter, counters)
+        def each(kind: Any, stats: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
+            return {
+                stat: kind(f"m2d_{name}", description=told, tag_keys=("model",)) for stat, (name, told) in stats.items()
+            }
+
+        self._gauges, self._counters = each(metrics.Gauge, gauges), each(metrics.Counter, counters)
         self.latency = metrics.Histogram(
             "m2d_request_seconds",
             description="from a request's arrival at the replica to its last image",
@@ -482,15 +500,17 @@ def _fetch(url: str) -> str:
 
 
 def of_ours(texts: Sequence[str]) -> str:
-    """Of texts in Prometheus's format the metrics of M2D and of Serve, each in one group as the format asks."""
-    groups: dict[str, dict[str, None]] = {}  # a family's lines, each once
+    """Of texts in Prometheus's format M2D's metrics and Serve's of requests, each in one group as the format asks."""
+    groups: dict[str, list[str]] = {}
     for text in texts:
         family = ""
         for line in text.splitlines():
             if line.startswith("# HELP "):
                 family = line.split()[2]
-            if family.startswith(("ray_m2d_", "ray_serve_")):
-                groups.setdefault(family, {})[line] = None
+            if family.startswith(FAMILIES):
+                lines = groups.setdefault(family, [])
+                if not line.startswith("#") or line not in lines:
+                    lines.append(_NOISE.sub("", line))
     return "".join(f"{line}\n" for lines in groups.values() for line in lines)
 
 

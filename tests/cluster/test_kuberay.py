@@ -5,14 +5,15 @@ to 1.7) and Kubernetes' PodSpec. A field that is not listed is refused, as `kube
 unknown one, so a manifest that needs another one needs it here first. rayStartParams is required by older operators.
 """
 
-import ast
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 import yaml
-from cluster.cluster_files import MANIFESTS, ROOT
+from cluster.cluster_files import MANIFESTS
+
+from m2d.cli import parse
 
 JOB, SERVICE = MANIFESTS
 Schema = dict[str, Any]
@@ -113,6 +114,7 @@ SPECS = {
     ),
     "RayService": record("serveConfigV2 rayClusterConfig", serveConfigV2=TEXT, rayClusterConfig=RAY_CLUSTER),
 }
+HTTP = record("host port", host=TEXT, port=COUNT, keep_alive_timeout_s=COUNT)
 APPLICATION = record(
     "name import_path",
     name=TEXT,
@@ -137,7 +139,9 @@ def problems(manifest_text: str) -> list[str]:
     whole = record("apiVersion kind metadata spec", apiVersion=version, kind=TEXT, metadata=METADATA, spec=SPECS[kind])
     errors = list(jsonschema.Draft202012Validator(whole).iter_errors(manifest))
     if not errors and kind == "RayService":
-        serve = jsonschema.Draft202012Validator(record("applications", applications=many(APPLICATION)))
+        serve = jsonschema.Draft202012Validator(
+            record("http_options applications", http_options=HTTP, applications=many(APPLICATION))
+        )
         errors = list(serve.iter_errors(yaml.safe_load(manifest["spec"]["serveConfigV2"])))
     return [f"{'.'.join(map(str, error.absolute_path))}: {error.message}" for error in errors]
 
@@ -168,7 +172,12 @@ BREAKS = {
     "an unknown size": (SERVICE, "sizeLimit: 5Gi", "sizeLimit: 5 gigabytes", "5 gigabytes"),
     "another kind": (JOB, "kind: RayJob", "kind: RayTask", "RayTask"),
     "an old version": (SERVICE, "ray.io/v1\n", "ray.io/v1alpha1\n", "'ray.io/v1' was expected"),
-    "no application": (SERVICE, "        import_path: m2d.serving.app:app\n", "", "'import_path' is a required"),
+    "no application": (
+        SERVICE,
+        "        import_path: m2d.serving.deployment:app_builder\n",
+        "",
+        "'import_path' is a required",
+    ),
     "broken YAML": (JOB, "  name: m2d-train", "  name: {m2d-train", "not YAML"),
 }
 
@@ -210,16 +219,26 @@ def test_the_job_has_a_gpu_for_each_of_its_workers() -> None:
     assert words[words.index("--num_workers") + 1] == str(gpus)
 
 
-def test_the_service_names_an_application_or_says_that_there_is_none_yet() -> None:
-    manifest = SERVICE.read_text()
-    serve = yaml.safe_load(yaml.safe_load(manifest)["spec"]["serveConfigV2"])
-    module, _, name = serve["applications"][0]["import_path"].partition(":")
-    path = ROOT / (module.replace(".", "/") + ".py")
-    if not path.is_file():
-        assert manifest.startswith("# NOT USABLE YET: ")
-        return
-    assert "NOT USABLE YET" not in manifest
-    tree = ast.parse(path.read_text())
-    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
-    defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    assert name in defined | {target.id for target in targets if isinstance(target, ast.Name)}
+def test_the_service_is_the_one_that_serves_and_asks_everybody_for_a_key(tmp_path: Path) -> None:
+    """tests/serving/test_serve.py starts it."""
+    (served,) = serve_config()["applications"]
+    assert served["import_path"] == "m2d.serving.deployment:app_builder"
+    settings = parse(
+        "serve", [f"--{name}={json.dumps(value).strip(chr(34))}" for name, value in served["args"].items()]
+    )
+    assert settings.host == serve_config()["http_options"]["host"] == "0.0.0.0"
+    assert settings.keys is not None
+    (mount,) = {
+        mount["mountPath"]
+        for group in groups_of(SERVICE)
+        for container in group["template"]["spec"]["containers"]
+        for mount in container["volumeMounts"]
+        if mount["name"] == "shared"
+    }
+    places = [*settings.checkpoint, settings.checkpoints_root, settings.directory, settings.keys]
+    assert all(Path(place).is_relative_to(mount) for place in places)
+
+
+def serve_config() -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(yaml.safe_load(SERVICE.read_text())["spec"]["serveConfigV2"])
+    return found
