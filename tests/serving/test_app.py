@@ -10,7 +10,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from m2d.serving.orders import Drawn
 from m2d.serving.requests import ImageRequest, JobRequest, class_in, parse, plan_images, plan_job
 from m2d.serving.settings import KeysConfig, ServeConfig, ServingLimits
 from m2d.serving.uploads import Upload
+from tests.serving.conftest import LocalService
 
 ORDER = {"class": "MEL", "seed": 7, "steps": 3}
 
@@ -325,6 +326,26 @@ def test_more_than_may_wait_is_a_503_that_says_when_to_ask_again(strict: TestCli
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) >= 1
         assert len(pngs(strict.post("/v1/images", json={**ORDER, "count": 3}))) == 3
+
+
+def test_images_that_the_gates_refuse_are_told(config: ServeConfig, tmp_path: Path) -> None:
+    gates = GateConfig(min_contrast=127.5, max_attempts=2)  # no image has so much
+    strict = replace(config, gates=gates, directory=str(tmp_path))
+    with (
+        closing(LocalService(strict)) as service,
+        TestClient(create_app(service, strict), base_url="http://localhost") as client,
+    ):
+        answer = client.post("/v1/images", json={**ORDER, "count": 2}).json()
+        assert answer["images"] == []
+        assert answer["refused"] == [{"index": place, "reason": "blank", "attempts": 2} for place in range(2)]
+        assert answer["gates"] == {"at_work": ["blank"], "near_copy": False}
+        told = events(client.post("/v1/images", json=ORDER, headers={"Accept": "text/event-stream"}))
+        assert told[-2] == ("refused", {"index": 0, "reason": "blank", "attempts": 2})
+        assert (told[-1][1]["images"], told[-1][1]["refused"]) == (0, 1)
+        for headers, path in (({"Accept": "image/png"}, "/v1/images"), ({}, "/v1/images/generations")):
+            wanted = ORDER if path == "/v1/images" else {"prompt": "MEL", "steps": 2}
+            alone = client.post(path, json=wanted, headers=headers)
+            assert (alone.status_code, "2 times (blank)" in alone.text) == (422, True)
 
 
 def test_wrong_methods_and_unknown_paths_are_problems(client: TestClient) -> None:
