@@ -1,0 +1,204 @@
+"""/v1/jobs: large orders over HTTP. What is asked is planned here; m2d.serving.jobs does it."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from anyio import to_thread
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from m2d.serving import requests as asked
+from m2d.serving.access import Access, Caller
+from m2d.serving.jobs import keyed_id
+from m2d.serving.orders import Job, JobOrder, JobState, Service
+from m2d.serving.problems import Problem, documented
+from m2d.serving.settings import ServeConfig
+from m2d.serving.uploads import read_order
+
+_TAR, _PNG = "application/x-tar", "image/png"
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+
+
+class JobTold(BaseModel):
+    """A job."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: str
+    object: Literal["job"] = "job"
+    state: JobState
+    model: str
+    sha256: str = Field(description="of the checkpoint")
+    counts: dict[str, int] = Field(description="images by class")
+    total: int
+    done: int
+    created: float = Field(description="Unix time, as the two below")
+    started: float | None
+    finished: float | None
+    images_per_second: float | None = Field(description="since it was last started")
+    seconds_left: float | None
+    detail: str | None = Field(description="why it failed or is incomplete")
+    request: dict[str, Any] = Field(description="what was ordered")
+
+
+class JobList(BaseModel):
+    """A key's jobs, the newest first."""
+
+    object: Literal["list"] = "list"
+    data: list[JobTold]
+
+
+class JobImages(BaseModel):
+    """A page of a job's images."""
+
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]] = Field(description="rows of the manifest, by id, each with the url of its PNG")
+    total: int = Field(description="images there are so far")
+    next: int | None = Field(description="`first` of the next page; null where this is the last")
+
+
+def create_router(service: Service, access: Access, config: ServeConfig) -> APIRouter:
+    """All routes below /v1/jobs."""
+    router = APIRouter(prefix="/v1/jobs")
+    caller_of = Annotated[Caller, Depends(access)]
+    one_at_a_time = asyncio.Lock()  # so that no image is counted, or given back, twice
+
+    @router.post(
+        "",
+        status_code=202,
+        summary="Order many images",
+        openapi_extra=asked.body_of(asked.JobRequest, "references", "references_b", many=True),
+        response_model=JobTold,
+        responses={
+            200: {"model": JobTold, "description": "The job that this Idempotency-Key began"},
+            **documented(400, 401, 403, 404, 409, 413, 415, 422, 429, 500, 503),
+        },
+    )
+    async def create(
+        request: Request,
+        response: Response,
+        caller: caller_of,
+        idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
+    ) -> Job:
+        """Jobs wait for each other and survive the server. The same Idempotency-Key again is the same job."""
+        content, uploads = await read_order(request, config.limits)
+        ask = asked.parse(asked.JobRequest, content)
+        card = asked.pick_model(await service.models(), ask.model)
+        order = await to_thread.run_sync(asked.plan_job, ask, card, uploads, config.limits)
+        async with one_at_a_time:
+            if idempotency_key is not None and await _is_there(service, keyed_id(caller.name, idempotency_key), caller):
+                response.status_code = 200
+                job = await service.jobs.create(order, caller.name, idempotency_key)
+            else:
+                access.spend(caller, len(order.rows), at_once=False)
+                try:
+                    job = await service.jobs.create(_as_served(order, config), caller.name, idempotency_key)
+                except BaseException:
+                    access.refund(caller, len(order.rows), at_once=False)
+                    raise
+        response.headers["Location"] = f"{router.prefix}/{job.id}"
+        return job
+
+    @router.get("", summary="This key's jobs", response_model=JobList, responses=documented(401, 403, 500, 503))
+    async def all_jobs(caller: caller_of) -> dict[str, Any]:
+        """The newest first."""
+        return {"data": await service.jobs.all(caller.name)}
+
+    @router.get(
+        "/{job_id}", summary="How far a job is", response_model=JobTold, responses=documented(401, 403, 404, 500, 503)
+    )
+    async def one(job_id: str, caller: caller_of) -> Job:
+        """Its state, and how much of it is done."""
+        with _or_404():
+            return await service.jobs.get(job_id, caller.name)
+
+    @router.delete(
+        "/{job_id}", summary="Stop a job", response_model=JobTold, responses=documented(401, 403, 404, 500, 503)
+    )
+    async def cancel(job_id: str, caller: caller_of) -> Job:
+        """Images that are done stay. A job that has ended stays as it is."""
+        with _or_404():
+            async with one_at_a_time:
+                before = await service.jobs.get(job_id, caller.name)
+                job = await service.jobs.cancel(job_id, caller.name)
+                if before.finished is None and job.state == "cancelled":
+                    access.refund(caller, job.total - job.done, at_once=False)
+        return job
+
+    @router.get(
+        "/{job_id}/images",
+        summary="A job's images, page by page",
+        response_model=JobImages,
+        responses=documented(401, 403, 404, 422, 500, 503),
+    )
+    async def images(
+        job_id: str,
+        caller: caller_of,
+        first: Annotated[int, Query(ge=0, le=2**31, description="of the page, counted from 0")] = 0,
+        count: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> dict[str, Any]:
+        """Those that are done, by id; while the job is running new ones may come in between."""
+        with _or_404():
+            rows, total = await service.jobs.entries(job_id, caller.name, first, count)
+        data = [{**row, "url": f"{router.prefix}/{job_id}/images/{row['id']}"} for row in rows]
+        after = first + len(rows)
+        return {"data": data, "total": total, "next": after if rows and after < total else None}
+
+    @router.get(
+        "/{job_id}/images/{image_id}",
+        summary="An image",
+        response_class=Response,
+        responses={200: {"content": {_PNG: _BINARY}}, **documented(401, 403, 404, 500, 503)},
+    )
+    async def image(job_id: str, image_id: str, caller: caller_of) -> Response:
+        """With what made it in its text chunks."""
+        with _or_404("no job of this key has this image"):
+            return Response(await service.jobs.image(job_id, caller.name, image_id), media_type=_PNG)
+
+    @router.get(
+        "/{job_id}/archive",
+        summary="All images of a job",
+        response_class=StreamingResponse,
+        responses={200: {"content": {_TAR: _BINARY}}, **documented(401, 403, 404, 500, 503)},
+    )
+    async def archive(job_id: str, caller: caller_of) -> StreamingResponse:
+        """Those that are done, as a tar in WebDataset's layout: <id>.png, <id>.cls, <id>.json."""
+        with _or_404():
+            await service.jobs.get(job_id, caller.name)
+        name = {"Content-Disposition": f'attachment; filename="m2d-job-{job_id[:8]}.tar"'}
+        return StreamingResponse(service.jobs.archive(job_id, caller.name), media_type=_TAR, headers=name)
+
+    return router
+
+
+def _as_served(order: JobOrder, config: ServeConfig) -> JobOrder:
+    """With the settings that are the service's, kept with the job so that a restart with others changes nothing."""
+    own = replace(
+        order.config,
+        gates=config.gates,
+        batch_size=config.batch_size,
+        device=config.device,
+        mixed_precision=config.mixed_precision,
+        extractor_weights=config.extractor_weights,
+    )
+    return replace(order, config=own)
+
+
+async def _is_there(service: Service, job_id: str, caller: Caller) -> bool:
+    try:
+        await service.jobs.get(job_id, caller.name)
+    except KeyError:
+        return False
+    return True
+
+
+@contextmanager
+def _or_404(text: str = "no job of this key has this id") -> Iterator[None]:
+    try:
+        yield
+    except KeyError:
+        raise Problem(404, text) from None
