@@ -223,9 +223,8 @@ def test_the_service_is_the_one_that_serves_and_asks_everybody_for_a_key(tmp_pat
     """tests/serving/test_serve.py starts it."""
     (served,) = serve_config()["applications"]
     assert served["import_path"] == "m2d.serving.deployment:app_builder"
-    settings = parse(
-        "serve", [f"--{name}={json.dumps(value).strip(chr(34))}" for name, value in served["args"].items()]
-    )
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(served["args"]))
+    settings = parse("serve", ["--config", str(tmp_path / "args.yaml")])
     assert settings.host == serve_config()["http_options"]["host"] == "0.0.0.0"
     assert settings.keys is not None
     (mount,) = {
