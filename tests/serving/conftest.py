@@ -113,18 +113,29 @@ def client(app: FastAPI, service: LocalService) -> Iterator[TestClient]:
         made.portal.call(service.jobs.stop)
 
 
-Serve = Callable[[FastAPI], str]
+Serve = Callable[..., str]
 
 
 @pytest.fixture(scope="session")
 def serve() -> Iterator[Serve]:
-    """A function that serves an app over real HTTP on a free port of this machine until the tests end; its URL."""
+    """A function that serves an app over real HTTP on a free port of this machine until the tests end; its URL.
+
+    jobs: to be at work meanwhile.
+    """
     servers: list[tuple[uvicorn.Server, threading.Thread]] = []
 
-    def begin(app: FastAPI) -> str:
+    def begin(app: FastAPI, jobs: Jobs | None = None) -> str:
         listening = socket.create_server(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2))
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve([listening])), daemon=True)
+
+        async def run() -> None:
+            if jobs is not None:
+                await jobs.start()
+            await server.serve([listening])
+            if jobs is not None:
+                await jobs.stop()
+
+        thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
         thread.start()
         servers.append((server, thread))
         while not server.started:
