@@ -37,7 +37,7 @@ from m2d.generation.output import Recipe, encode_png
 from m2d.generation.plan import PlanRow, retried
 from m2d.generation.references import extractor_settings, load_reference_extractor
 from m2d.generation.settings import GenerateConfig
-from m2d.generation.workers import journal_rows, look_at
+from m2d.generation.workers import Looked, journal_rows, look_at
 from m2d.models.checkpoint import (
     CONDITIONING,
     PRIOR,
@@ -268,9 +268,10 @@ class Engine:
         if order.deadline is not None:
             late = DeadlineExceeded("the deadline passed before all images were made; ask for fewer, or allow longer")
             timer = loop.call_later(max(0.0, order.deadline - time.time()), self._end, under, late)
-        writing = asyncio.create_task(asyncio.to_thread(self._write, order))
+        writing = asyncio.create_task(asyncio.to_thread(self._write, order)) if order.uploads else None
         try:
-            await asyncio.shield(writing)
+            if writing is not None:
+                await asyncio.shield(writing)
             self._enqueue(
                 _Sample(number=self._samples + index, of=under, index=index, row=row) for index, row in enumerate(rows)
             )
@@ -287,14 +288,17 @@ class Engine:
             if timer is not None:
                 timer.cancel()
             self._end(under)
-            if writing.done():
+            if writing is None or writing.done():
                 self._remove(order)
             else:
                 writing.add_done_callback(lambda _: self._remove(order))
 
     def _write(self, order: Order) -> None:
-        for name, content in order.uploads.items():
-            write_whole(self.uploads / name, content, durable=False)
+        try:
+            for name, content in order.uploads.items():
+                write_whole(self.uploads / name, content, durable=False)
+        except OSError as error:
+            raise Overloaded(f"references cannot be kept ({error.strerror}); ask again later", 30) from None
 
     def _remove(self, order: Order) -> None:
         """Its uploads, but those that others use too."""
@@ -330,14 +334,22 @@ class Engine:
             self._work = asyncio.create_task(self._draw_all())
 
     async def _draw_all(self) -> None:
-        """Passes until nothing waits."""
-        if len(self._waiting) < self._batch_size:
-            await asyncio.sleep(self._config.batch_wait_s)
+        """Passes until nothing waits.
+
+        Where fewer wait than have just been drawn, those who now get their images are likely to ask again: begun
+        without them, small and large batches would take turns for good.
+        """
+        company = self._batch_size
         while self._waiting:
-            key = batch_key(self._waiting[0].row)
+            if len(self._waiting) < company:
+                if self._finishing:
+                    await asyncio.wait(self._finishing)
+                await asyncio.sleep(self._config.batch_wait_s)
+            key = batch_key(self._waiting[0].row) if self._waiting else None
             batch = [sample for sample in self._waiting if batch_key(sample.row) == key][: self._batch_size]
             self._waiting = [sample for sample in self._waiting if sample not in batch]
             await self._pass(batch)
+            company = min(len(batch), self._batch_size)
 
     async def _pass(self, batch: Sequence[_Sample]) -> None:
         """Draw a batch. Where that fails, each order's samples are drawn alone, and who fails alone is told so."""
@@ -451,45 +463,45 @@ class Engine:
 
     async def _finish(self, samples: Sequence[_Sample], images: np.ndarray, features: np.ndarray | None) -> None:
         """Tell what became of a batch; what the gates refused waits again."""
+        rows = [sample.row for sample in samples]
         try:
-            ended = await asyncio.to_thread(self._look, samples, images, features)
+            looked = await asyncio.to_thread(look_at, rows, images, features, self._gates.config, self._reference)
         except Exception as error:
             for under in dict.fromkeys(sample.of for sample in samples):
                 self._end(under, error)
-            return
-        again = []
-        for sample, outcome in zip(samples, ended, strict=True):
-            under = sample.of
-            if under.closed:
-                continue
-            under.done += sample.steps - sample.done
-            if isinstance(outcome, str) and sample.attempts < self._config.gates.max_attempts:
-                under.total += sample.steps
-                sample.row, sample.attempts, sample.done = retried(sample.row), sample.attempts + 1, 0
-                again.append(sample)
-                continue
-            under.left -= 1
-            if isinstance(outcome, str):
-                under.tell(Refused(index=sample.index, reason=outcome, attempts=sample.attempts))
-            else:
-                self.images += 1
-                under.tell(outcome)
-        self._enqueue(again)
+        else:
+            await asyncio.gather(*map(self._tell, samples, looked, images))
 
-    def _look(self, samples: Sequence[_Sample], images: np.ndarray, features: np.ndarray | None) -> list[Drawn | str]:
-        """Each image as it is sent, or why the gates refused it."""
-        looked = look_at([sample.row for sample in samples], images, features, self._gates.config, self._reference)
-        ended: list[Drawn | str] = []
-        for sample, one, image in zip(samples, looked, images, strict=True):
-            if not one.kept:
-                ended.append(str(one.verdict.reason if one.verdict else None))
-                continue
-            row, recipe = sample.row, sample.of.recipe
-            png = encode_png(image, row, recipe)
-            table = journal_rows([(one, f"{row.label}/{row.id}.png", png)], image.shape[:2], recipe, self._weak)
-            entry = table.drop_columns("accepted").to_pylist()[0]
-            ended.append(Drawn(index=sample.index, png=png, entry=entry, gates=self._gates.names))
-        return ended
+    async def _tell(self, sample: _Sample, looked: Looked, image: np.ndarray) -> None:
+        under = sample.of
+        if under.closed:
+            return
+        if sample.done < sample.steps:  # without noise there is no step
+            self._stepped([sample], sample.steps, [])
+        if not looked.kept and sample.attempts < self._config.gates.max_attempts:
+            under.total += sample.steps
+            sample.row, sample.attempts, sample.done = retried(sample.row), sample.attempts + 1, 0
+            self._enqueue([sample])
+            return
+        event: Event
+        if looked.verdict is not None and not looked.kept:
+            event = Refused(index=sample.index, reason=str(looked.verdict.reason), attempts=sample.attempts)
+        else:
+            try:
+                event = await asyncio.to_thread(self._encode, sample, looked, image)
+            except Exception as error:
+                self._end(under, error)
+                return
+            self.images += 1
+        under.left -= 1
+        under.tell(event)
+
+    def _encode(self, sample: _Sample, looked: Looked, image: np.ndarray) -> Drawn:
+        row, recipe = looked.row, sample.of.recipe
+        png = encode_png(image, row, recipe)
+        table = journal_rows([(looked, f"{row.label}/{row.id}.png", png)], image.shape[:2], recipe, self._weak)
+        entry = table.drop_columns("accepted").to_pylist()[0]
+        return Drawn(index=sample.index, png=png, entry=entry, gates=self._gates.names)
 
 
 def _small_png(image: np.ndarray) -> bytes:
