@@ -42,6 +42,7 @@ from m2d.serving.drawing import (
     told,
     zip_of,
 )
+from m2d.serving.job_routes import create_router
 from m2d.serving.orders import Drawn, Order, Preview, Refused, Service
 from m2d.serving.problems import Problem, as_problem, documented, install
 from m2d.serving.settings import ServeConfig
@@ -69,6 +70,7 @@ def create_app(service: Service, config: ServeConfig) -> FastAPI:
     app.state.desk = desk
     app.include_router(_image_routes(desk), tags=["images"])
     app.include_router(_openai_routes(desk), tags=["images"])
+    app.include_router(create_router(service, access, config), tags=["jobs"])
     app.include_router(_model_routes(service, access, config), tags=["models"])
     app.include_router(_service_routes(service, access, config), tags=["service"])
     app.include_router(_page_routes(app))
