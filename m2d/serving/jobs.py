@@ -147,7 +147,7 @@ class Jobs:
         self._records: dict[str, _Record] = {}
         self._at_work: dict[str, asyncio.Task[None]] = {}
         self._read_folders: dict[str, FolderSoFar] = {}
-        self._is_ours = asyncio.Event()
+        self._is_ours = False
         self._one_at_a_time = asyncio.Lock()  # new jobs
         self._saving = asyncio.Lock()
         self._lock: IO[Any] | None = None
@@ -164,7 +164,7 @@ class Jobs:
 
     async def stop(self) -> None:
         """End the work; the next service goes on with it."""
-        self._is_ours.clear()
+        self._is_ours = False
         if self._taking_over is not None:
             self._taking_over.cancel()
             await asyncio.wait([self._taking_over])
@@ -250,14 +250,16 @@ class Jobs:
             await asyncio.sleep(_LOOK_EVERY_S)
             self._lock = try_lock(self._folder / ".lock")
         self._records = await asyncio.to_thread(self._read)
-        self._is_ours.set()
+        self._is_ours = True
         self._begin_next()
 
     async def _wait_until_ours(self) -> None:
-        try:
-            await asyncio.wait_for(self._is_ours.wait(), _PATIENCE_S)
-        except TimeoutError:
-            raise Overloaded("the jobs are with the service that this one replaces, which is still at work") from None
+        assert self._taking_over is not None
+        await asyncio.wait([self._taking_over], timeout=_PATIENCE_S)
+        if self._taking_over.done() and not self._taking_over.cancelled():
+            self._taking_over.result()  # raises, for example where the disk refused
+        if not self._is_ours:
+            raise Overloaded("the jobs are with another service, which this one replaces or is replaced by", 5)
 
     async def _find(self, job_id: str, owner: str) -> _Record:
         await self._wait_until_ours()
@@ -267,7 +269,7 @@ class Jobs:
         return record
 
     async def _create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> Job:
-        digest = _digest(order)
+        digest = await asyncio.to_thread(_digest, order)
         async with self._one_at_a_time:
             job_id = secrets.token_hex(16) if idempotency_key is None else keyed_id(owner, idempotency_key)
             if known := self._records.get(job_id):
@@ -301,7 +303,7 @@ class Jobs:
         return record.job
 
     def _begin_next(self) -> None:
-        while len(self._at_work) < self._at_once and self._is_ours.is_set():
+        while len(self._at_work) < self._at_once and self._is_ours:
             waiting = [record for record in self._records.values() if record.job.state == "queued"]
             if not waiting:
                 return
@@ -367,7 +369,11 @@ class Jobs:
 
     def _line(self, error: M2DError, record: _Record) -> str:
         """An error of `generate` for a client: no paths of this machine, no advice on a command line."""
-        text = str(error).replace(f"{self._folder / record.job.id}/", "").replace(record.config.checkpoint, record.job.model)
+        text = (
+            str(error)
+            .replace(f"{self._folder / record.job.id}/", "")
+            .replace(record.config.checkpoint, record.job.model)
+        )
         text = _PATH.sub(lambda found: Path(found[0]).name, text)
         text = text.rpartition("; ")[0] or text
         return text if isinstance(error, Incomplete) else f"{text}; order it again"

@@ -8,10 +8,9 @@ import logging
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,20 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from job_bench import Bench
 from PIL import Image
 from processes import descendants
-from tiny_checkpoint import make_checkpoint, write_checkpoint
 
-from m2d.classes import ISIC7
 from m2d.data.catalog import class_counts, scan_dataset
 from m2d.data.settings import DataConfig
 from m2d.generation import output
-from m2d.generation.generator import Generator
 from m2d.generation.output import FolderSoFar, cannot_write, write_images
 from m2d.generation.plan import rows_of, standard_plan
 from m2d.generation.run import generate
 from m2d.generation.settings import GateConfig, GenerateConfig
-from m2d.models.checkpoint import checkpoint_sha256
-from m2d.serving.jobs import Jobs, Run, make_images, run_in_process
-from m2d.serving.orders import Job, JobConflict, JobOrder, ModelCard, Overloaded, TooManyJobs
+from m2d.serving.engine import describe
+from m2d.serving.jobs import Jobs, Run, run_in_process
+from m2d.serving.orders import Job, JobConflict, JobOrder, Overloaded, TooManyJobs
 from m2d.serving.settings import ServingLimits
 
 pytestmark = pytest.mark.anyio
@@ -47,19 +44,10 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(make_checkpoint(), tmp_path_factory.mktemp("tiny") / "checkpoints" / "step_1000")
-
-
 @pytest.fixture
 def order(checkpoint: Path) -> JobSettings:
     """A function that plans a job as the HTTP side does: groups of two images, no gates."""
-    card = ModelCard(
-        name="tiny", checkpoint=str(checkpoint), sha256=checkpoint_sha256(checkpoint), step=1000, stage="joint",
-        image_size=16, classes=ISIC7, extractor="none", has_prior=False, has_extractor=False, size_bytes=0, created=0,
-        licence="",
-    )  # fmt: skip
+    card = describe(str(checkpoint), "tiny", "")
 
     def plan(counts: dict[str, int], seed: int = 0, **settings: Any) -> JobOrder:
         config = GenerateConfig(
@@ -74,50 +62,9 @@ def order(checkpoint: Path) -> JobSettings:
     return plan
 
 
-class Stopped(BaseException):
-    """Ends the work of a thread, as a signal ends a process."""
-
-
-class Bench:
-    """A `Run` in a thread of this process, which makes as many groups as the test allows."""
-
-    def __init__(self) -> None:
-        self.allowed = threading.Semaphore(0)
-        self.stopping = threading.Event()
-        self.begun: list[str] = []  # ids of jobs, in order
-        self.drawn: list[str] = []  # ids of images
-
-    def allow(self, groups: int) -> None:
-        self.allowed.release(groups)
-
-    async def __call__(self, config: GenerateConfig, sha256: str, log: Path) -> None:
-        def work() -> None:
-            with suppress(Stopped):
-                make_images(replace(config, num_actors=0), sha256)
-
-        self.begun.append(log.parent.name)
-        working = asyncio.ensure_future(asyncio.to_thread(work))
-        try:
-            await asyncio.shield(working)
-        finally:
-            self.stopping.set()
-            await asyncio.wait([working])
-            self.stopping.clear()
-
-
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    bench, real = Bench(), Generator.generate
-
-    def paced(self: Generator, rows: Any, *arguments: Any) -> Any:
-        while not bench.allowed.acquire(timeout=0.01):
-            if bench.stopping.is_set():
-                raise Stopped
-        bench.drawn.extend(row.id for row in rows)
-        return real(self, rows, *arguments)
-
-    monkeypatch.setattr(Generator, "generate", paced)
-    return bench
+    return Bench(monkeypatch)
 
 
 @asynccontextmanager
