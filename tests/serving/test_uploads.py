@@ -77,6 +77,8 @@ def test_base64_is_whole_across_the_pieces_in_which_it_is_decoded(client, monkey
     monkeypatch.setattr(uploads, "_BASE64_PIECE", 64)
     answer = sent(client, json.dumps({"reference": base64.b64encode(PNG).decode()}))
     assert answer.json()["files"] == {"reference": [named(PNG, ".png")]}
+    padded_at_its_piece = base64.b64encode(PNG[:46]) + base64.b64encode(PNG[46:])
+    assert sent(client, json.dumps({"reference": padded_at_its_piece.decode()})).status_code == 422
 
 
 def test_a_reference_that_is_null_is_none(client) -> None:
