@@ -228,7 +228,8 @@ function addImages(card, job, classes) {
   const load = () =>
     attempt(card, more, async () => {
       const { data, next } = await get(`v1/jobs/${job.id}/images?first=${images.length}&count=${PAGE}`);
-      for (const { url, ...row } of data) {
+      const shown = new Set(images.map(({ row }) => row.id)); // a running job's come in between
+      for (const { url, ...row } of data.filter(({ id }) => !shown.has(id))) {
         const blob = await (await call(url)).blob();
         const interval = [row.guidance_low, row.guidance_high];
         const { mode, solver, steps, guidance_scale, feature, feature_temperature } = row;
@@ -244,7 +245,12 @@ function addImages(card, job, classes) {
       more.hidden = next === null && isOver(card.job);
     });
   more.addEventListener("click", load);
-  card.look.addEventListener("toggle", () => card.look.open && !images.length && load());
+  card.look.addEventListener("toggle", () => {
+    if (!card.look.open) return;
+    images.length = 0;
+    grid.replaceChildren();
+    load();
+  });
 }
 
 /** Do what a button is for; the problem, if any, is said on the job. */
