@@ -50,7 +50,7 @@ class SyntheticImage:
 
     @property
     def picture(self) -> Image.Image:
-        """Decoded, with what its text chunks say in `.info`."""
+        """Decoded, with what its text chunks say in `.info`; to keep those, write `png` to a file."""
         return Image.open(io.BytesIO(self.png))
 
 

@@ -80,7 +80,7 @@ def test_the_client_streams_images_between_other_events(with_jobs: str) -> None:
     kinds = [event["event"] if isinstance(event, dict) else "image" for event in events]
     assert (kinds[0], kinds[-1]) == ("started", "done")
     assert kinds.count("image") == kinds.count("preview") == 2
-    drawn = [event for event in events if isinstance(event, SyntheticImage)]
+    drawn = sorted((one for one in events if isinstance(one, SyntheticImage)), key=lambda image: image.index)
     assert [image.id for image in drawn] == ["MEL_000000", "MEL_000001"]
     assert drawn == Client(with_jobs).images("melanoma", 2, seed=3, steps=3)  # by name, at once, the same
 
