@@ -50,7 +50,9 @@ from m2d.serving.uploads import Upload, read_order
 
 PAGE = Path(__file__).parent / "page"
 _JSON, _ZIP, _PNG = "application/json", "application/zip", "image/png"
-_STREAMS = {"text/event-stream": sse, "application/x-ndjson": ndjson}
+_SSE, _NDJSON = "text/event-stream", "application/x-ndjson"
+_STREAMS = {_SSE: sse, _NDJSON: ndjson}
+_OPENAI_EVENTS = ["image_generation.partial_image", "image_generation.completed", "error"]
 _FORMS = (_JSON, _ZIP, _PNG, *_STREAMS)
 _DEFAULTS = (
     "solver", "steps", "guidance_scale", "guidance_interval", "feature_temperature", "strength", "steps_between",
@@ -96,7 +98,8 @@ class _NoStore:
 def _image_routes(desk: Desk) -> APIRouter:
     router = APIRouter()
     binary = {"schema": {"type": "string", "format": "binary"}}
-    contents = {_ZIP: binary, _PNG: binary, **{kind: {"schema": {"type": "string"}} for kind in _STREAMS}}
+    names = ["started", "progress", "preview", "image", "refused", "done", "error"]
+    contents = {_ZIP: binary, _PNG: binary, **_events_schema(names)}
 
     @router.post(
         "/v1/images",
@@ -124,7 +127,7 @@ def _image_routes(desk: Desk) -> APIRouter:
         async with drawing:
             drawn, refused = await drawing.finish(request)
         if form == _ZIP:
-            archive = await to_thread.run_sync(zip_of, drawn, len(order.rows))
+            archive = await to_thread.run_sync(zip_of, order, drawn)
             return Response(archive, media_type=_ZIP, headers=_attachment(f"{order.id}.zip"))
         if form == _PNG:
             if not drawn:
@@ -147,6 +150,14 @@ def _form_of(request: Request) -> str:
     if form is None:
         raise Problem(406, f"Accept is {accept[:80]}; there are {' '.join(_FORMS)}")
     return form
+
+
+def _events_schema(names: list[str]) -> dict[str, Any]:
+    """Of streams, as FastAPI writes it for its own: one item's."""
+    name = {"type": "string", "enum": names}
+    event = {"type": "object", "properties": {"event": name, "data": {"type": "string"}}, "required": ["event", "data"]}
+    line = {"type": "object", "properties": {"event": name}, "required": ["event"]}
+    return {_SSE: {"itemSchema": event}, _NDJSON: {"itemSchema": line}}
 
 
 def _attachment(name: str) -> dict[str, str]:
@@ -188,7 +199,7 @@ def _openai_routes(desk: Desk) -> APIRouter:
         summary="OpenAI's images.generate",
         openapi_extra=asked.body_of(asked.OpenAIRequest),
         responses={
-            200: {"model": asked.OpenAIAnswer, "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+            200: {"model": asked.OpenAIAnswer, "content": {_SSE: _events_schema(_OPENAI_EVENTS)[_SSE]}},
             **documented(400, 401, 403, 404, 413, 415, 422, 429, 500, 503, 504),
         },
     )
@@ -212,7 +223,7 @@ def _openai_routes(desk: Desk) -> APIRouter:
         order = await _planned(desk, asked.parse(asked.ImageRequest, own), uploads)
         drawing = desk.take(order, caller)
         if ask.stream:
-            return Streamed(drawing, _openai_events(drawing, request, size), "text/event-stream")
+            return Streamed(drawing, _openai_events(drawing, request, size), _SSE)
         async with drawing:
             drawn, refused = await drawing.finish(request)
         if not drawn:
@@ -220,7 +231,7 @@ def _openai_routes(desk: Desk) -> APIRouter:
         whole = answer(order, drawn, refused)
         names = ("id", "class", "seed")
         data = [{"b64_json": one["b64_png"], **{name: one[name] for name in names}} for one in whole["images"]]
-        kept = {name: whole[name] for name in ("created", "seed", "model", "synthetic", "notice")}
+        kept = {name: whole[name] for name in ("created", "seed", "model", "synthetic", "notice", "refused")}
         return JSONResponse({"data": data, "background": "opaque", "output_format": "png", "size": size, **kept})
 
     return router
@@ -231,6 +242,7 @@ async def _openai_events(drawing: Drawing, request: Request, size: str) -> Async
     shared["output_format"] = "png"
     usage: dict[str, Any] = {"input_tokens": 0, "output_tokens": 0, "total_tokens": 0}
     usage |= {"input_tokens_details": {"image_tokens": 0, "text_tokens": 0}}
+    refused: list[Refused] = []
     try:
         async for event in drawing.events():
             match event:
@@ -242,9 +254,12 @@ async def _openai_events(drawing: Drawing, request: Request, size: str) -> Async
                     final = {"b64_json": entry["b64_png"], "id": entry["id"], "class": entry["class"]}
                     yield _openai_event("completed", final | {"seed": entry["seed"], "usage": usage} | shared)
                 case Refused():
-                    raise Problem(422, f"the gates refused the image {event.attempts} times ({event.reason})")
+                    refused.append(event)
                 case None:
                     yield b": at work\n\n"
+        if refused:  # OpenAI has no event for it
+            first = refused[0]
+            raise Problem(422, f"the gates refused {len(refused)} images {first.attempts} times each ({first.reason})")
     except Exception as error:
         problem = broken_off(error, request)
         yield sse("error", {"type": "error", "error": _openai_error(problem["status"], problem["detail"])})
@@ -358,5 +373,9 @@ def _openapi(app: FastAPI, config: ServeConfig) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         document["components"].setdefault("schemas", {}).update(asked.schemas(config.limits))
+        if config.keys is None:  # nobody has to send one
+            del document["components"]["securitySchemes"]
+            for route in (route for methods in document["paths"].values() for route in methods.values()):
+                route.pop("security", None)
         app.openapi_schema = document
     return app.openapi_schema

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -226,11 +226,12 @@ def answer(order: Order, drawn: list[Drawn], refused: list[Refused]) -> dict[str
     }
 
 
-def zip_of(drawn: list[Drawn], asked: int) -> bytes:
+def zip_of(order: Order, drawn: list[Drawn]) -> bytes:
     """CLASS/ID.png and a manifest as `generate` writes them."""
     schema = JOURNAL_SCHEMA.remove(JOURNAL_SCHEMA.get_field_index("accepted"))
     table = pa.Table.from_pylist([one.entry for one in drawn], schema).sort_by("id")
-    record = {"asked": str(asked), "missing": json.dumps({})}
+    missing = Counter(row.label for row in order.rows) - Counter(one.entry["class"] for one in drawn)
+    record = {"asked": str(len(order.rows)), "missing": json.dumps(missing)}
     if drawn:
         with Image.open(io.BytesIO(drawn[0].png)) as image:
             record["m2d"] = image.info["settings"]

@@ -135,7 +135,9 @@ class ModelRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     checkpoint: str = Field(min_length=1, max_length=1000, description="Folder below the service's --checkpoints_root")
-    name: _Word | None = Field(None, description="What requests call it; null: its experiment's name")
+    name: str | None = Field(
+        None, pattern=r"^[\w.+-]{1,100}$", description="What requests call it; null: its experiment's name"
+    )
 
 
 class ModelTold(BaseModel):
@@ -207,6 +209,7 @@ class OpenAIAnswer(BaseModel):
     model: ModelTold
     synthetic: Literal[True]
     notice: str
+    refused: list[RefusedTold]
 
 
 class ClassTold(BaseModel):
