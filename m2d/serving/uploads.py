@@ -28,7 +28,7 @@ _REQUEST_BYTES = 2**18  # of an order without its images
 _VALUES = 10_000  # of an order; real ones have dozens
 _PIECE = 2**14  # bytes of a form that are parsed before others get their turn
 _BASE64_PIECE = 2**20  # characters decoded before others get their turn; a multiple of 4
-_CHECKS = CapacityLimiter(2)  # pictures decoded at the same time, of whichever requests: each may be large
+_CHECKS = CapacityLimiter(1)  # pictures decoded at a time, of all requests: each takes up to 15 bytes a pixel
 
 
 @dataclass(frozen=True)
