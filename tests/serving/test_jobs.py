@@ -180,6 +180,14 @@ async def test_a_running_job_is_stopped_and_what_is_done_stays(
     assert bench.begun == [job.id, other.id]
 
 
+async def test_a_stopped_child_process_is_gone(tmp_path: Path, order: JobSettings) -> None:
+    async with serving(tmp_path, run_in_process) as jobs:
+        job = await jobs.create(order({"MEL": 6}), "ann", None)
+        await until(jobs, job, lambda _: bool(descendants("m2d.serving.jobs")))
+        assert (await jobs.cancel(job.id, "ann")).state == "cancelled"
+        assert descendants("m2d.serving.jobs") == []
+
+
 async def test_a_waiting_job_is_cancelled_and_the_running_one_goes_on(
     tmp_path: Path, order: JobSettings, bench: Bench
 ) -> None:
