@@ -18,19 +18,17 @@ import numpy as np
 import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
-from tests.serving.conftest import LocalService
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
-import m2d.serving.app
 from m2d.generation.plan import seed_of
 from m2d.generation.settings import GenerateConfig
 from m2d.serving.access import keys_command
-from m2d.serving.app import create_app
+from m2d.serving.app import PAGE, create_app
 from m2d.serving.jobs import Jobs, make_images
 from m2d.serving.settings import KeysConfig, ServeConfig, ServingLimits
+from tests.serving.conftest import LocalService
 
-PAGE = Path(m2d.serving.app.__file__).parent / "page"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium: `make setup` installs Debian's package of that name where it is root"
