@@ -386,9 +386,10 @@ class Engine:
                 return
             failed = [[sample for sample in batch if sample.of is under] for under in orders]
         else:
-            task = asyncio.create_task(self._finish(*made))
-            self._finishing.add(task)
-            task.add_done_callback(self._finishing.discard)
+            if made is not None:
+                task = asyncio.create_task(self._finish(*made))
+                self._finishing.add(task)
+                task.add_done_callback(self._finishing.discard)
             return
         finally:
             self._seconds += time.monotonic() - began
@@ -413,12 +414,14 @@ class Engine:
 
     def _draw_batch(
         self, batch: Sequence[_Sample], loop: asyncio.AbstractEventLoop
-    ) -> tuple[list[_Sample], np.ndarray, np.ndarray | None]:
-        """In the device's thread: those who stayed, their images uint8 [N, H, W, 3] and what the gates want of them."""
+    ) -> tuple[list[_Sample], np.ndarray, np.ndarray | None] | None:
+        """In the device's thread: those who stayed, their images uint8 [N, H, W, 3] and features where the gates ask.
+
+        None: nobody stayed.
+        """
         staying = [sample for sample in batch if not sample.of.closed]
-        none = np.empty((0, 0, 0, 3), np.uint8)
         if not staying:
-            return [], none, None
+            return None
         generator, ahead = self._generator, deque[torch.cuda.Event]()
 
         def watch(step: int, clean: Tensor) -> list[int] | None:
@@ -444,7 +447,7 @@ class Engine:
 
         latents = generator.denoise([self._located(sample.row) for sample in staying], watch)
         if not staying:
-            return [], none, None
+            return None
         images = generator.decode(latents)
         return staying, images, generator.features(images) if self._gates.need_features else None
 
