@@ -81,4 +81,6 @@ fi
 # pip would compile on one core. Some packages hold templates that are no Python; those stay as they are.
 "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" </dev/null >/dev/null || true
 "${pip[@]}" install --no-deps --no-build-isolation --editable . </dev/null
+# The tests of the page open it in Debian's browser. Nothing else needs one, so the set-up goes on without.
+command -v chromium >/dev/null || (install_debian chromium) || say "without chromium the tests of the page are skipped"
 fingerprint >"$stamp"

@@ -29,7 +29,7 @@ from m2d.serving.jobs import Jobs, make_images
 from m2d.serving.settings import KeysConfig, ServeConfig, ServingLimits
 from tests.serving.conftest import LocalService
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium: `make setup` installs Debian's package of that name where it is root"
 )
