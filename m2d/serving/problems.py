@@ -265,7 +265,9 @@ def _validation_problem(error: RequestValidationError | ValidationError) -> Prob
 
 def _short(value: object) -> str:
     """What was sent, as far as it may be repeated: no keys, no files."""
-    if isinstance(value, str | int | float | bool | None):
-        text = json.dumps(value, ensure_ascii=False)
-        return text if len(text) <= 48 and "m2d_" not in text else "too long to repeat" if len(text) > 48 else "a key"
-    return {dict: "an object", list: "a list"}.get(type(value), "not what is asked for")
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else "a list"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    if len(text) > 48:
+        return "too long to repeat"
+    return "a key" if "m2d_" in text else text
