@@ -19,6 +19,7 @@ from m2d.cluster.start import quiet, ray_cluster
 from m2d.errors import ConfigError, M2DError, first_line
 from m2d.files.atomic import write_whole
 from m2d.files.paths import result_path
+from m2d.files.progress import say
 from m2d.serving.access import read_keys
 from m2d.serving.settings import ServeConfig, replica_range
 
@@ -45,8 +46,9 @@ def serve_command(config: ServeConfig) -> None:
     signal.signal(signal.SIGTERM, _end)
     with ray_cluster(verbose=config.verbose, min_cpus=_logical_cpus(config)):
         signal.signal(signal.SIGTERM, _end)  # Ray has set its own
+        read = {f"checkpoint ({card.name})": card.checkpoint for card in cards}
+        require_shared(written={"directory": config.directory}, read=read)
         _start(config)
-        require_shared(written={"directory": config.directory}, read={card.name: card.checkpoint for card in cards})
         from ray import serve
 
         from m2d.serving.deployment import NAME, application
@@ -179,6 +181,7 @@ def _drain(config: ServeConfig) -> None:
 
     signal.signal(signal.SIGTERM, _end)
     logging.getLogger("ray.serve").setLevel(logging.CRITICAL)
+    say(f"ending: requests under way have {config.limits.deadline_s:g} s, or until the next signal")
     deadline = time.monotonic() + config.limits.deadline_s
     while NAME in serve.status().applications and time.monotonic() < deadline:
         with suppress(TimeoutError):  # Serve waits for a minute

@@ -22,6 +22,7 @@ from functools import partial
 from math import ceil, floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
 import ray
 import requests
@@ -41,6 +42,7 @@ from m2d.cluster.nodes import cluster_total, device_of_actor
 from m2d.errors import ConfigError, M2DError
 from m2d.files.atomic import write_whole
 from m2d.files.paths import absolute, checkpoint_folder, input_path, result_path
+from m2d.files.progress import say
 from m2d.generation.output import experiment_of
 from m2d.generation.settings import GenerateConfig
 from m2d.serving.jobs import Jobs, make_images
@@ -103,11 +105,18 @@ def describe(config: ServeConfig, path: str, name: str | None) -> ModelCard:
 
 
 def application(config: ServeConfig, cards: Sequence[ModelCard], threads: int | None = None) -> serve.Application:
-    """Of a resolved config. threads: of torch in a replica on a CPU; None: all cores but one, which answers HTTP."""
+    """Of a resolved config. threads: of torch in a replica on a CPU; None: all cores but one, which answers HTTP.
+
+    Raises ConfigError for a GPU that the cluster does not have.
+    """
     gpus, job_gpus = gpu_shares(config, cluster_total("GPU"))
+    if not gpus and config.device not in (None, "cpu"):
+        raise ConfigError(f"device is {config.device}, and the Ray cluster has no GPU; name cpu, or add a node")
     config = replace(config, device=device_of_actor(config.device or "cuda") if gpus else "cpu")
     least, most = replica_range(config.replicas)
-    waiting = config.limits.queued_images
+    waiting, threads = config.limits.queued_images, threads or max(1, (cpu_count() - 1) // most)
+    each = f"{gpus:g} GPU each, {job_gpus:g} for a job" if gpus else f"{threads} CPU threads each, one for a job"
+    say(f"models on {config.replicas} replicas: {each}")
     if least == most:
         count: dict[str, Any] = {"num_replicas": most}
     else:
@@ -130,7 +139,7 @@ def application(config: ServeConfig, cards: Sequence[ModelCard], threads: int | 
         ray_actor_options={"num_gpus": gpus, "num_cpus": 0} if gpus else {"num_cpus": 1},
         **count,
         **shared,
-    )(replica).bind(config, list(cards), threads or max(1, (cpu_count() - 1) // most))
+    )(replica).bind(config, list(cards), threads)
     light: dict[str, Any] = {"max_ongoing_requests": 1000, "max_queued_requests": 1000}
     light |= {"ray_actor_options": {"num_cpus": 0}, **shared}
     jobs = serve.deployment(name="Jobs", **light)(JobsReplica).bind(config, job_gpus)
@@ -189,6 +198,7 @@ class Replica:
         self._config = config
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="m2d-device")
         self._cards: dict[str, ModelCard] = {}
+        self._residents = WeakSet[_Resident]()
         self._broken: str | None = None
         self._meters = _Meters()
         self._reporting = asyncio.create_task(self._report())
@@ -202,7 +212,8 @@ class Replica:
         from m2d.serving.engine import Engine
 
         engine = await asyncio.to_thread(Engine.load, self._cards[sha256], self._config, self._executor)
-        return _Resident(engine)
+        self._residents.add(resident := _Resident(engine))
+        return resident
 
     async def draw(self, order: Order) -> AsyncIterator[Event | M2DError]:
         """See Engine.draw; the M2DError that this raises comes last."""
@@ -248,9 +259,7 @@ class Replica:
 
     async def stats(self) -> dict[str, dict[str, float]]:
         """Of each model in memory, by its name."""
-        wrapper = getattr(self, "__serve_multiplex_wrapper", None)
-        residents = [] if wrapper is None else list(wrapper.models.values())
-        return {resident.engine.card.name: resident.engine.stats() for resident in residents}
+        return {resident.engine.card.name: resident.engine.stats() for resident in self._residents}
 
     async def check_health(self) -> None:
         """Serve replaces a replica where this raises."""
@@ -371,6 +380,7 @@ class JobActor:
 
     def run(self, config: GenerateConfig, sha256: str, log: Path) -> M2DError | None:
         """The error that is the user's, if any."""
+        os.nice(19)  # who waits for an answer comes first
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # the GPUs are the cluster's, not this node's
         with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
             try:

@@ -190,10 +190,10 @@ def running(folder: Path, checkpoint: Path, *flags: str, verify: Any = True) -> 
 
         def is_ready() -> bool:
             assert process.poll() is None, log.read_text()
-            return "serving " in log.read_text()
+            return "(page, /docs, /v1)" in log.read_text()
 
         await_that(is_ready, STARTING_S, "the service starts")
-        (line,) = log.read_text().splitlines()
+        *_, line = log.read_text().splitlines()
         found = re.search(r"https?://\S+", line)
         assert found is not None
         with httpx.Client(base_url=found[0], verify=verify, timeout=60) as client:
