@@ -41,7 +41,7 @@ from m2d.serving.settings import ServingLimits
 logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 0.5
 _PATIENCE_S = 30.0  # of who calls, and of a job, for a service that is being replaced to let go of its files
-_FOLDERS_KEPT = 4  # whose rows stay in memory, 80 MB for 100,000 images
+_FOLDERS_KEPT = 4  # of jobs that are not at work: their rows in memory, 80 MB for 100,000 images
 _PIECE_BYTES = 2**18  # of an archive
 
 
@@ -375,17 +375,19 @@ class Jobs:
             .replace(record.config.checkpoint, record.job.model)
         )
         text = _PATH.sub(lambda found: Path(found[0]).name, text)
+        text = " ".join(text.split())
         text = text.rpartition("; ")[0] or text
         return text if isinstance(error, Incomplete) else f"{text}; order it again"
 
     # --- the folder -------------------------------------------------------------------------------------------------
 
     def _images(self, job_id: str) -> FolderSoFar:
-        """The one used last is the last to go."""
+        """Those at work stay in memory, for they have thousands of parts; of the others those that were used last."""
         images = self._read_folders.pop(job_id, None) or FolderSoFar(self._folder / job_id / "images")
         self._read_folders[job_id] = images
-        if len(self._read_folders) > _FOLDERS_KEPT:
-            del self._read_folders[next(iter(self._read_folders))]
+        others = [other for other in self._read_folders if other not in self._at_work]
+        for other in others[:-_FOLDERS_KEPT]:
+            del self._read_folders[other]
         return images
 
     def _read(self) -> dict[str, _Record]:
