@@ -37,7 +37,7 @@ class ServeConfig:
 
     checkpoint: list[str]  # checkpoint directories; the flag may be given more than once, the first is the default
     host: str = "127.0.0.1"  # address to listen on; any other than this machine's own needs a file of keys
-    port: int = 8000
+    port: int = 8000  # to listen on
     replicas: str = "1"  # of the models: a number, or a range such as 1-4 or 0-4 to follow the load
     gpus_per_replica: float | None = None  # None: one where there is any, a fraction shares it
     models_per_replica: int = 2  # checkpoints in memory at once; the one not used for longest goes
