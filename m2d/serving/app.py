@@ -123,6 +123,7 @@ def _image_routes(desk: Desk) -> APIRouter:
             raise Problem(406, f"image/png is one image, and {len(order.rows)} are asked for; accept {_ZIP} or {_JSON}")
         drawing = desk.take(order, caller)
         if form in _STREAMS:
+            await drawing.begin()
             return Streamed(drawing, told(drawing, request, _STREAMS[form]), form)
         async with drawing:
             drawn, refused = await drawing.finish(request)
@@ -223,6 +224,7 @@ def _openai_routes(desk: Desk) -> APIRouter:
         order = await _planned(desk, asked.parse(asked.ImageRequest, own), uploads)
         drawing = desk.take(order, caller)
         if ask.stream:
+            await drawing.begin()
             return Streamed(drawing, _openai_events(drawing, request, size), _SSE)
         async with drawing:
             drawn, refused = await drawing.finish(request)

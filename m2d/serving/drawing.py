@@ -9,7 +9,7 @@ import time
 import zipfile
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Self, cast
@@ -45,6 +45,7 @@ NOTICE = {
     "zh": "合成图像，并非患者。不得用于诊断。",
 }
 HEARTBEAT_S = 10.0  # proxies close a connection that says nothing
+_AT_ONCE_S = 0.25
 _WAITING = 64  # events that a slow client has not read; then previews and progress are left out, images never
 
 
@@ -90,6 +91,18 @@ class Drawing:
         await asyncio.wait([self._reader])
         if not self._reader.cancelled():
             self._reader.exception()  # has been told, or nobody is there to be told
+
+    async def begin(self) -> None:
+        """For a stream, which then ends it. What goes wrong at once is raised here, so that it can be a status."""
+        await self.__aenter__()
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), _AT_ONCE_S)
+            if self._reader.done() and not self._waiting:
+                self._reader.result()
+        except BaseException:
+            await self.__aexit__()
+            raise
 
     async def events(self) -> AsyncIterator[Event | None]:
         """As they come; None after a while of silence. Raises what `Service.draw` raises, or ClientDisconnect."""
@@ -150,7 +163,7 @@ class Drawing:
 
 
 class Streamed(StreamingResponse):
-    """A body made of a drawing's events. However it ends, the drawing ends with it."""
+    """A body made of the events of a drawing that has begun. However it ends, the drawing ends with it."""
 
     def __init__(self, drawing: Drawing, body: AsyncIterator[bytes], media_type: str) -> None:
         super().__init__(body, media_type=media_type, headers={"X-Accel-Buffering": "no"})
@@ -158,8 +171,10 @@ class Streamed(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
-        async with self.drawing:
+        try:
             await super().__call__(scope, receive, send)
+        finally:
+            await self.drawing.__aexit__()
 
 
 def sse(name: str, content: Mapping[str, Any]) -> bytes:
