@@ -139,8 +139,11 @@ class Access:
     def _count(self, name: str, images: int, at_once: int, rate: int) -> None:
         self._buckets[name] = (min(rate, self._left(name, rate) - at_once), self._now())
         self._used[name] = max(0, self._used_today(name) + images)
-        self._usage.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._usage, json.dumps({"day": self._day, "images": self._used}), durable=False)
+        try:
+            self._usage.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(self._usage, json.dumps({"day": self._day, "images": self._used}), durable=False)
+        except OSError as error:  # of a full disk, say: images can be made, and are counted until a restart
+            logger.error("%s cannot be written (%s)", self._usage, error.strerror)
 
 
 def read_keys(path: Path) -> dict[str, Key]:

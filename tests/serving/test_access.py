@@ -205,6 +205,15 @@ def test_the_quota_of_a_day_outlives_a_restart_and_ends_at_midnight_in_utc(file,
     access.spend(ann, 10)
 
 
+def test_a_disk_that_takes_no_count_stops_no_images_and_no_counting(file, add, caplog) -> None:
+    add("ann", images_per_day=10)
+    (file.parent / "serving").write_text("a file where the service's directory should be")
+    access = access_to(file)
+    access.spend(Caller("ann", False), 10)
+    assert refused(access, Caller("ann", False), 1)[2] == 10
+    assert "usage.json cannot be written" in caplog.text
+
+
 def test_images_that_were_not_made_are_given_back(file, add) -> None:
     add("ann", images_per_minute=10, images_per_day=10)
     ann = Caller("ann", False)
