@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError
 from m2d.generation.settings import GateConfig
 from m2d.models.settings import Precision
@@ -19,7 +18,7 @@ class ServingLimits:
     steps: int = 100  # of the solver
     queued_images: int = 256  # asked for and not made yet, of all requests; beyond it a request is answered 503
     upload_bytes: int = 20 * 2**20  # of a request with its reference images
-    upload_pixels: int = DataConfig().max_pixels  # of a reference image
+    upload_pixels: int = 50_000_000  # of the reference images of a request; decoding takes up to 15 bytes for each
     deadline_s: float = 600.0  # from a request's arrival to its last image; a request may ask for less
     job_images: int = 100_000  # of a job
     jobs: int = 20  # of a key, waiting or running
