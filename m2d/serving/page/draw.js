@@ -214,6 +214,7 @@ async function order(request, references) {
   }
   if (!grid.children.length) grid.remove();
   bar.remove();
+  if (cancel === document.activeElement) heading.focus();
   cancel.remove();
   set.setAttribute("aria-busy", "false");
   keepAll.hidden = made.length < 2;
@@ -225,7 +226,9 @@ async function order(request, references) {
 /** The problem, and a button to try again, from when it makes sense to. */
 function showTrouble(place, error, retry) {
   const button = element("button", { type: "button", words: "tryAgain", on: { click: retry } });
-  if (error.retryAfter) {
+  if (error.status >= 400 && error.status < 500 && ![401, 429].includes(error.status)) {
+    alarm(place, error); // it would fail again
+  } else if (error.retryAfter) {
     button.disabled = true;
     setTimeout(() => (button.disabled = false), 1000 * error.retryAfter);
     alarm(place, error, element("p", { words: ["againIn", { n: error.retryAfter }] }), button);

@@ -196,7 +196,7 @@ function newCard(job) {
   };
   const created = element("time", { datetime: new Date(job.created * 1000).toISOString() }, time(job.created));
   document.addEventListener("language", () => (created.textContent = time(job.created)));
-  const heading = element("h2", { words: ["jobTotal", { total: job.total }] });
+  const heading = element("h2", { tabindex: "-1", words: ["jobTotal", { total: job.total }] });
   const node = element(
     "article", { class: "set" },
     element("div", { class: "heading" }, heading, card.state, card.tar, card.cancel),
@@ -205,7 +205,10 @@ function newCard(job) {
     card.bar, card.detail, card.trouble, card.look,
   );
   card.cancel.addEventListener("click", () =>
-    attempt(card, card.cancel, async () => show(await (await call(`v1/jobs/${job.id}`, { method: "DELETE" })).json())),
+    attempt(card, card.cancel, async () => {
+      show(await (await call(`v1/jobs/${job.id}`, { method: "DELETE" })).json());
+      heading.focus();
+    }),
   );
   card.tar.addEventListener("click", () =>
     attempt(card, card.tar, () => download(`v1/jobs/${job.id}/archive`, `m2d-job-${job.id.slice(0, 8)}.tar`)),

@@ -57,7 +57,8 @@ function build() {
   image.addEventListener("load", () => URL.revokeObjectURL(image.src), { once: true });
 
   const turn = (key, step, there) =>
-    element("button", { type: "button", class: key, words: key, disabled: !there, on: { click: () => move(step) } });
+    element("button", { type: "button", class: `quiet ${key}`, words: key, disabled: !there, on: { click: () => move(step) } });
+  const turns = [turn("previous", -1, place > 0), turn("next", 1, place + 1 < neighbours.length)];
   const again = element("button", {
     type: "button", class: "main", words: "useSeed",
     on: {
@@ -96,12 +97,11 @@ function build() {
     element("pre", { tabindex: "0" }, serialize(row, 1)),
   );
   dialog.replaceChildren(
-    element("div", { class: "heading" }, heading, close),
+    element("div", { class: "heading" }, heading, ...turns, close),
     element(
       "div", { class: "picture" },
       element("figure", {}, image, element("figcaption", {}, row.id, " · ", find("#notice").textContent)),
       element("div", {}, element("div", { class: "buttons" }, again, keeping, png), facts, manifest),
     ),
-    element("div", { class: "buttons turn" }, turn("previous", -1, place > 0), turn("next", 1, place + 1 < neighbours.length)),
   );
 }

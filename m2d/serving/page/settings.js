@@ -29,8 +29,8 @@ export function fill(form, values) {
 
 function showRanges(form) {
   for (const range of findAll("input[type=range]", form)) {
-    const output = find("output", range.labels[0]);
-    output.value = new Intl.NumberFormat("en", { maximumFractionDigits: 2 }).format(range.valueAsNumber);
+    const value = find(".value", range.labels[0]);
+    value.textContent = new Intl.NumberFormat("en", { maximumFractionDigits: 2 }).format(range.valueAsNumber);
   }
 }
 
@@ -77,6 +77,7 @@ export function swatch(colour) {
 export function summary(request) {
   const { guidance_scale: guidance, steps, solver } = request;
   const parts = [element("span", { words: ["setSettings", { guidance, steps, solver }] })];
+  if (request.mode !== "standard") parts.unshift(element("span", { words: request.mode }));
   if (request.mode === "image2image") {
     parts.push(element("span", { words: ["setStrength", { strength: request.strength }] }));
   }

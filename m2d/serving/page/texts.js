@@ -172,7 +172,12 @@ const en = {
   broken: "The connection ended before the last image.",
   notReady: "The model is being loaded; images come once it is there.",
   againIn: ({ n }) => `It can be tried again in ${n} s.`,
-  problem: ({ title }) => title,
+  problem: ({ status, title }) =>
+    ({
+      401: "The key is not accepted", 403: "Not allowed", 404: "Not found", 409: "At odds with an earlier order",
+      413: "Too large", 415: "Not an image that can be read", 422: "This cannot be made", 429: "Too much at once",
+      503: "The service is busy", 504: "It took too long",
+    })[status] ?? title,
 };
 
 const zh = {
@@ -348,7 +353,7 @@ const zh = {
   problem: ({ status, title }) =>
     ({
       401: "密钥无效", 403: "没有权限", 404: "未找到", 409: "与先前的请求冲突", 413: "上传内容过大",
-      415: "图像格式不受支持", 422: "设置有误", 429: "请求过于频繁", 503: "服务繁忙", 504: "超过时限",
+      415: "图像格式不受支持", 422: "无法生成", 429: "请求过于频繁", 503: "服务繁忙", 504: "超过时限",
     })[status] ?? title,
 };
 

@@ -28,7 +28,11 @@ function show() {
   say(find("#tray-hint"), all.length ? (lasts() ? "trayHint" : "trayMemory") : "trayEmpty");
   find("#download").hidden = find("#clear").hidden = !all.length;
   const tiles = findAll(".tile", grid);
-  for (const tile of tiles.filter(({ dataset }) => !ids.has(dataset.image))) tile.remove();
+  for (const tile of tiles.filter(({ dataset }) => !ids.has(dataset.image))) {
+    const next = tile.nextElementSibling ?? tile.previousElementSibling;
+    if (tile.contains(document.activeElement)) (next ? find(".keep", next) : find("#tray-heading")).focus();
+    tile.remove();
+  }
   const shown = new Set(tiles.map(({ dataset }) => dataset.image));
   for (const image of all.filter(({ id }) => !shown.has(id))) showImage(newTile(grid), image, allKept);
 }

@@ -79,14 +79,14 @@ export function announce(key, values = {}, every = 0) {
   }, every ? Math.max(0, nextAt - Date.now()) : 0);
 }
 
-/** An error for people to read, in place of what the node held. Returns the alert. */
+/** An error for people to read, in place of what the node held. */
 export function alarm(place, error, ...more) {
   const alert = element("div", { class: "alert", role: "alert" });
   if (error.words) alert.append(element("p", { words: error.words }));
-  if (error.title) alert.append(element("p", { words: ["problem", { status: error.status, title: error.title }] }));
+  if (error.title) alert.append(element("p", { words: ["problem", { status: String(error.status), title: error.title }] }));
   if (error.detail) alert.append(element("p", { lang: "en" }, error.detail));
   if (!alert.children.length) alert.append(element("p", { lang: "en" }, String(error)));
   alert.append(...more);
   place.replaceChildren(alert);
-  return alert;
+  alert.scrollIntoView({ block: "nearest" });
 }
