@@ -78,7 +78,7 @@ async def serving(folder: Path, run: Run, limits: ServingLimits | None = None) -
 
 
 async def until(jobs: Jobs, job: Job, is_so: Callable[[Job], bool]) -> Job:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not is_so(found := await jobs.get(job.id, job.owner)):
         assert time.monotonic() < deadline, found
         await asyncio.sleep(0.02)
@@ -181,12 +181,14 @@ async def test_a_running_job_is_stopped_and_what_is_done_stays(
 
 
 async def test_a_stopped_child_process_is_gone(tmp_path: Path, order: JobSettings) -> None:
+    others = descendants("m2d.serving.jobs")  # of a service that other tests share
     async with serving(tmp_path, run_in_process) as jobs:
         job = await jobs.create(order({"MEL": 6}), "ann", None)
-        await until(jobs, job, lambda _: bool(descendants("m2d.serving.jobs")))
+        await until(jobs, job, lambda _: len(descendants("m2d.serving.jobs")) > len(others))
+        (child,) = set(descendants("m2d.serving.jobs")) - set(others)
         job = await jobs.cancel(job.id, "ann")
         assert (job.state, job.done) == ("cancelled", 0)
-        assert descendants("m2d.serving.jobs") == []
+        assert not child.is_running()
 
 
 async def test_a_waiting_job_is_cancelled_and_the_running_one_goes_on(
