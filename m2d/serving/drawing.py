@@ -86,7 +86,8 @@ class Drawing:
 
     async def __aexit__(self, *_: object) -> None:
         self.desk.images -= self.left
-        self.desk.access.refund(self.caller, self.left)
+        if self.left:
+            self.desk.access.refund(self.caller, self.left)
         self._reader.cancel()
         await asyncio.wait([self._reader])
         if not self._reader.cancelled():
