@@ -12,9 +12,9 @@ import tarfile
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -219,7 +219,7 @@ def test_a_full_service_says_so_and_clients_that_go_make_room(served: Served) ->
         client = clients.enter_context(served.client())
         for _ in range(QUEUED // 16):
             stream = client.stream("POST", "/v1/images", json=LONG, headers={"Accept": NDJSON})
-            next(clients.enter_context(stream).iter_lines())
+            next(clients.enter_context(closing(clients.enter_context(stream).iter_lines())))
         refused = client.post("/v1/images", json=LONG)
     assert (refused.status_code, refused.headers["content-type"]) == (503, "application/problem+json")
     assert int(refused.headers["Retry-After"]) >= 1
@@ -228,16 +228,16 @@ def test_a_full_service_says_so_and_clients_that_go_make_room(served: Served) ->
     assert len(served.images(count=16)["images"]) == 16
 
 
-def test_health_is_answered_under_full_load(served: Served, record_property: Callable[[str, object], None]) -> None:
+def test_health_is_answered_under_full_load(served: Served) -> None:
     took: list[float] = []
     with under_load(served, count=8, steps=50), httpx.Client(base_url=served.url) as client:
-        end = time.monotonic() + 4
+        end = time.monotonic() + 2
         while time.monotonic() < end:
             began = time.monotonic()
             assert client.get("/healthz").status_code == 200
             took.append(time.monotonic() - began)
     p50, p99 = statistics.median(took), statistics.quantiles(took, n=100)[-1]
-    record_property("healthz", f"{len(took)} answers, p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms")
+    print(f"/healthz: {len(took)} answers, p50 {p50 * 1e3:.1f} ms, p99 {p99 * 1e3:.1f} ms")
     assert p50 < 1
 
 
@@ -268,7 +268,7 @@ def test_an_operator_names_checkpoints_below_the_root_alone(
     assert ("below" if checkpoint != "second" else "not a complete checkpoint") in refused.json()["detail"]
 
 
-def test_a_model_is_replaced_under_load_and_stays_so_when_the_service_is_replaced_too(served: Served) -> None:
+def test_a_model_is_replaced_under_load(served: Served) -> None:
     new = {"checkpoint": "second/checkpoints/step_1000", "name": "tiny"}
     old = served.images()["model"]["sha256"]
     with under_load(served, count=2, steps=20) as answers, served.client() as client:
@@ -276,26 +276,7 @@ def test_a_model_is_replaced_under_load_and_stays_so_when_the_service_is_replace
         assert replaced.status_code == 201, replaced.text
         sha256 = replaced.json()["sha256"]
         await_that(lambda: answers[-1:] and answers[-1]["model"]["sha256"] == sha256, 20, "the new model answers")
-        changed = served.config["applications"][0]["args"] | {"licence": "of the second kind"}
-        served.deploy(args=changed)
-        at = len(answers)
-        await_that(lambda: len(answers) > at + 4, 20, "more answers")
-        models = client.get("/v1/models").json()["data"]
-    assert old != sha256
-    assert [answer["model"]["sha256"] for answer in answers[-4:]] == [sha256] * 4
-    assert [(model["id"], model["licence"]) for model in models][1] == ("third", "of the second kind")
-
-
-def test_replicas_that_come_and_go_lose_no_request(served: Served) -> None:
-    def replicas() -> int:
-        return serve.status().applications["m2d"].deployments["Models"].replica_states.get("RUNNING", 0)
-
-    with under_load(served, count=8, steps=50) as answers:
-        for number in (2, 1):
-            served.deploy(deployments=[{"name": "Models", "num_replicas": number}])
-            await_that(lambda number=number: replicas() == number, 60, f"{number} replicas")  # type: ignore[misc]
-            at = len(answers)
-            await_that(lambda at=at: len(answers) > at + 4, 60, "more answers")  # type: ignore[misc]
+    assert sha256 != old == answers[0]["model"]["sha256"]
 
 
 def test_prometheus_is_told_of_queues_batches_images_and_seconds(served: Served) -> None:
@@ -311,3 +292,29 @@ def test_prometheus_is_told_of_queues_batches_images_and_seconds(served: Served)
         return {sample.name.removeprefix("ray_m2d_") for family in families for sample in family.samples}
 
     await_that(lambda: wanted <= told(), 30, "the exporter has them, which it asks for every ten seconds")
+
+
+@pytest.mark.exhaustive
+def test_the_service_is_replaced_under_load_with_what_an_operator_has_added(served: Served) -> None:
+    with served.client() as client:
+        added = client.post("/v1/models", json={"checkpoint": "second/checkpoints/step_1000", "name": "tiny"}).json()
+    with under_load(served, count=2, steps=20) as answers, served.client() as client:
+        served.deploy(args=served.config["applications"][0]["args"] | {"licence": "of the second kind"})
+        at = len(answers)
+        await_that(lambda: len(answers) > at + 4, 20, "more answers")
+        models = client.get("/v1/models").json()["data"]
+    assert {answer["model"]["sha256"] for answer in answers} == {added["sha256"]}
+    assert [model["licence"] for model in models if model["id"] == "third"] == ["of the second kind"]
+
+
+@pytest.mark.exhaustive
+def test_replicas_that_come_and_go_lose_no_request(served: Served) -> None:
+    def replicas() -> int:
+        return serve.status().applications["m2d"].deployments["Models"].replica_states.get("RUNNING", 0)
+
+    with under_load(served, count=8, steps=50) as answers:
+        for number in (2, 1):
+            served.deploy(deployments=[{"name": "Models", "num_replicas": number}])
+            await_that(lambda number=number: replicas() == number, 60, f"{number} replicas")  # type: ignore[misc]
+            at = len(answers)
+            await_that(lambda at=at: len(answers) > at + 4, 60, "more answers")  # type: ignore[misc]
