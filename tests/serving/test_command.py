@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import httpx
 import pytest
 import yaml
 from click.testing import CliRunner
-from cluster.job_cluster import await_that
+from cluster.job_cluster import await_that, job_cluster
 from processes import descendants, end_all
 from tiny_checkpoint import make_checkpoint, write_checkpoint
 
@@ -262,3 +262,33 @@ def entries(service: Running, place: str) -> list[dict[str, Any]]:
         found += page["data"]
         if page["next"] is None or not page["data"]:
             return found
+
+
+@pytest.mark.processes
+@pytest.mark.exhaustive
+def test_a_submitted_job_serves_until_it_is_stopped_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
+    """Relative places of results begin where the head was started; a service of other HTTP options is refused."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    with job_cluster(tmp_path) as cluster:
+        words = ["python", "jobs/serve.py", "--checkpoint", str(checkpoint), "--gates.enabled", "false"]
+        submit = ["job", "submit", "--submission-id", "served", "--no-wait", "--", *words, "--port", port]
+        assert cluster.ray(*submit, cwd=tmp_path).returncode == 0
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+
+            def is_ready() -> bool:
+                assert cluster.job_status("served") in ("PENDING", "RUNNING"), cluster.ray(
+                    "job", "logs", "served", cwd=tmp_path
+                ).stdout
+                with suppress(httpx.TransportError):
+                    return client.get("/readyz").status_code == 200
+                return False
+
+            await_that(is_ready, STARTING_S, "the service answers")
+            assert client.post("/v1/images", json={"class": "MEL", "steps": 2}).status_code == 200
+        assert (cluster.repository / "serving" / "jobs").is_dir()
+        other = cluster.ray("job", "submit", "--", *words, "--port", "1", cwd=tmp_path)
+        assert f"error: Serve already runs on this cluster with port {port}; " in other.stdout
+        cluster.ray("job", "stop", "served", cwd=tmp_path)
+        await_that(lambda: cluster.living_actors() == [], 120, "no actor is left")
