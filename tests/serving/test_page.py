@@ -1,6 +1,7 @@
 """The page in a real browser, on the real service with the smallest checkpoint. Skipped without Debian's Chromium."""
 
 import asyncio
+import base64
 import hashlib
 import json
 import re
@@ -174,7 +175,19 @@ def test_reference_image_is_varied(open_page: Open, tmp_path: Path) -> None:
     expect(page.locator(".drop").first).to_contain_text("lesion.png")
     page.get_by_role("button", name="Remove").click()
     expect(page.locator(".drop").first).to_contain_text("Drop an image here")
-    page.get_by_label("Reference image").set_input_files(tmp_path / "lesion.png")
+    page.get_by_label("Noise").check()
+    encoded = base64.b64encode((tmp_path / "lesion.png").read_bytes()).decode()
+    dropped = page.evaluate_handle(
+        """encoded => {
+            const bytes = Uint8Array.from(atob(encoded), one => one.charCodeAt(0));
+            const transfer = new DataTransfer();
+            transfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+            return transfer;
+        }""",
+        encoded,
+    )
+    page.dispatch_event("#sets", "drop", {"dataTransfer": dropped})
+    expect(page.locator(".drop").first).to_contain_text("dropped.png")
     page.get_by_label("Strength").fill("0.4")
     draw(page, "NV", count="2")
     page.locator(".open").first.click()

@@ -37,6 +37,7 @@ export function startDrawing(service, served) {
       find("input", missing).focus();
       return;
     }
+    find("#order-trouble").replaceChildren();
     order(readRequest(), Object.fromEntries(needed().map(({ dataset: { reference } }) => [reference, files[reference]])));
   });
   showModel();
@@ -76,6 +77,7 @@ function readRequest() {
 
 /** Fill the form so that it asks for one image again. */
 function useAgain({ request, references, row }) {
+  find("#order-trouble").replaceChildren();
   const [guidance_low, guidance_high] = request.guidance_interval;
   form.model.value = request.model ?? form.model.value;
   showModel();
@@ -84,7 +86,8 @@ function useAgain({ request, references, row }) {
   for (const drop of drops) setReference(drop, references[drop.dataset.reference]);
   showMode();
   location.hash = "#draw";
-  announce("useSeedDone");
+  if (model().sha256 === row.checkpoint) announce("useSeedDone");
+  else alarm(find("#order-trouble"), { words: "otherCheckpoint" });
   find("button.main", form).focus();
 }
 
@@ -103,18 +106,23 @@ function buildDrop(drop) {
   const line = element("span", { class: "file-name" });
   const label = element("label", {}, input, picture, element("b", { words: name }), line);
   drop.replaceChildren(label, remove, element("div", { class: "said" }));
-  drop.addEventListener("dragover", (event) => {
-    event.preventDefault();
-    drop.classList.add("over");
-  });
+  drop.addEventListener("dragenter", () => drop.classList.add("over"));
   drop.addEventListener("dragleave", () => drop.classList.remove("over"));
-  drop.addEventListener("drop", (event) => {
-    event.preventDefault();
-    drop.classList.remove("over");
-    if (event.dataTransfer.files.length) setReference(drop, event.dataTransfer.files[0]);
-  });
   setReference(drop, undefined);
 }
+
+/** An image that is dropped anywhere is a reference: the browser would leave the page to show it. */
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  for (const drop of drops) drop.classList.remove("over");
+  const [file] = event.dataTransfer.files;
+  if (!file || !models.length) return;
+  if (mode() === "standard") form.elements.mode.value = "image2image";
+  showMode();
+  const empty = needed().find(({ dataset }) => !files[dataset.reference]);
+  setReference(event.target.closest(".drop") ?? empty ?? drops[0], file);
+});
 
 function setReference(drop, file) {
   const picture = find("img", drop);
@@ -172,6 +180,7 @@ async function order(request, references) {
       if (event.event === "started") {
         again.seed = event.seed;
         again.model = card.id;
+        Object.assign(card, event.model); // it may have been replaced since the page asked
         say(seed, "setSeed", { seed: String(event.seed) });
         announce("saidStarted", { total });
       } else if (event.event === "progress") {
