@@ -195,6 +195,8 @@ class Replica:
 
         _log_here()
         torch.set_num_threads(threads)
+        if config.device == "cpu":
+            os.nice(4)  # /healthz comes first
         self._config = config
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="m2d-device")
         self._cards: dict[str, ModelCard] = {}

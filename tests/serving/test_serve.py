@@ -38,7 +38,7 @@ from m2d.classes import ISIC7
 from m2d.serving.access import keys_command
 from m2d.serving.settings import KeysConfig
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
 QUEUED = 48  # images that the whole service may have waiting
 NDJSON = "application/x-ndjson"
@@ -85,7 +85,7 @@ class Served:
             assert found is None or found.status != "DEPLOY_FAILED", found
             return found is not None and found.status == "RUNNING"
 
-        await_that(runs, 120, "the application runs")
+        await_that(runs, 400, "the application runs")
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +301,7 @@ def test_the_service_is_replaced_under_load_with_what_an_operator_has_added(serv
     with under_load(served, count=2, steps=20) as answers, served.client() as client:
         served.deploy(args=served.config["applications"][0]["args"] | {"licence": "of the second kind"})
         at = len(answers)
-        await_that(lambda: len(answers) > at + 4, 20, "more answers")
+        await_that(lambda: len(answers) > at + 4, 60, "more answers")
         models = client.get("/v1/models").json()["data"]
     assert {answer["model"]["sha256"] for answer in answers} == {added["sha256"]}
     assert [model["licence"] for model in models if model["id"] == "third"] == ["of the second kind"]
