@@ -23,6 +23,7 @@ serve: setup  ## The page on the demo's checkpoint, which `make demo` has traine
 	$(PY) jobs/serve.py --checkpoint $(DEMO)best --directory ./demo/serving --gates.enabled false $(ARGS)
 
 test: setup  ## The tests, in three processes; make test WORKERS=0 ARGS="tests/data -k decode" for some, in one
+	@scripts/setup.sh browser
 	$(PY) -m pytest --durations=25 --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 exhaustive: setup  ## The tests that take minutes each: nodes that are taken away, a worker that hangs, a sweep of six trials

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv hold what M2D needs. `make` calls this before everything else; where nothing changed it returns at once.
 # PYTHON=python3.12 make setup   makes a new .venv with that interpreter instead of the first suitable one.
+# scripts/setup.sh browser       has Debian's chromium installed, once .venv is there: what `make test` wants besides.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -24,10 +25,6 @@ fingerprint() { { pwd -P; "$venv/bin/python" -VV; cat requirements*.txt requirem
 
 usable() { new_enough "$venv/bin/python" && "$venv/bin/python" -c 'import pip' 2>/dev/null; }
 
-if usable && [ -f "$stamp" ] && [ "$(fingerprint)" = "$(cat "$stamp")" ]; then
-    exit 0
-fi
-
 install_debian() {
     command -v apt-get >/dev/null || refuse "$1 is missing; install it with this system's package manager, then run make again"
     [ "$(id -u)" = 0 ] || refuse "$1 is missing; run: sudo apt-get install $1"
@@ -36,6 +33,18 @@ install_debian() {
     { apt-get -qq update && apt-get -qq install --yes --no-install-recommends "$1"; } >/dev/null </dev/null ||
         refuse "apt-get could not install $1; its own words are above"
 }
+
+# For the tests of the page, which are skipped without it. Tried once.
+if [ "${1:-}" = browser ]; then
+    tried=$venv/.m2d-browser
+    [ -e "$tried" ] || command -v chromium >/dev/null || (install_debian chromium) || say "without chromium the tests of the page are skipped"
+    touch "$tried"
+    exit 0
+fi
+
+if usable && [ -f "$stamp" ] && [ "$(fingerprint)" = "$(cat "$stamp")" ]; then
+    exit 0
+fi
 
 # The first of the candidates that is there and new enough; nothing where there is none.
 find_python() {
@@ -81,6 +90,4 @@ fi
 # pip would compile on one core. Some packages hold templates that are no Python; those stay as they are.
 "$venv/bin/python" -m compileall -qq -j 0 "$venv/lib" </dev/null >/dev/null || true
 "${pip[@]}" install --no-deps --no-build-isolation --editable . </dev/null
-# The tests of the page open it in Debian's browser. Nothing else needs one, so the set-up goes on without.
-command -v chromium >/dev/null || (install_debian chromium) || say "without chromium the tests of the page are skipped"
 fingerprint >"$stamp"
