@@ -203,6 +203,24 @@ async def test_a_waiting_job_is_cancelled_and_the_running_one_goes_on(
     assert bench.begun == [running.id]
 
 
+async def test_a_job_that_is_cancelled_in_the_moment_of_its_turn_ends_and_the_next_one_begins(
+    tmp_path: Path, order: JobSettings, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def at_once() -> None:
+        pass
+
+    async with serving(tmp_path, bench) as jobs:
+        first, second, third = [await jobs.create(order({"MEL": 1}, seed), "ann", None) for seed in range(3)]
+        monkeypatch.setattr(jobs, "_wait_until_ours", at_once)
+        stopping = asyncio.create_task(jobs.cancel(first.id, "ann"))
+        while second.id not in jobs._at_work:
+            await asyncio.sleep(0)
+        assert (await jobs.cancel(second.id, "ann")).state == "cancelled"
+        await stopping
+        bench.allow(1)
+        assert (await ended(jobs, third)).state == "succeeded"
+
+
 async def test_owners_take_turns_and_see_their_own_jobs_alone(tmp_path: Path, order: JobSettings, bench: Bench) -> None:
     async with serving(tmp_path, bench) as jobs:
         ann = [await jobs.create(order({"MEL": 1}, seed), "ann", None) for seed in range(3)]
