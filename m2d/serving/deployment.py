@@ -46,7 +46,7 @@ from m2d.files.progress import say
 from m2d.generation.output import experiment_of
 from m2d.generation.settings import GenerateConfig
 from m2d.serving.jobs import Jobs, make_images
-from m2d.serving.orders import Event, JobOrder, JobService, ModelCard, Order, Overloaded
+from m2d.serving.orders import Event, JobService, ModelCard, Order, Overloaded
 from m2d.serving.settings import ServeConfig, is_loopback, replica_range
 
 if TYPE_CHECKING:
@@ -368,7 +368,8 @@ class JobsReplica:
         try:
             error = await ended
         except RayActorError as lost:
-            raise M2DError(f"the process that makes the images is gone ({lost})") from None
+            logger.warning("job %s: its process is gone: %s", log.parent.name, lost)
+            raise M2DError("the process that makes the images is gone; the service's log says more") from None
         finally:
             ray.kill(actor)
             with suppress(RayActorError):
@@ -443,7 +444,7 @@ class RayService:
         jobs: DeploymentHandle[Any],
     ) -> None:
         """cards: of the configured checkpoints."""
-        self.jobs = cast(JobService, RemoteJobs(config, jobs))
+        self.jobs = cast(JobService, RemoteJobs(jobs))
         self._config, self._models = config, models
         self._additions = Path(config.directory) / ADDITIONS
         self._configured = list(cards)
@@ -575,18 +576,11 @@ def write_addition(file: Path, configured: Sequence[ModelCard], card: ModelCard)
 class RemoteJobs:
     """A JobService of m2d.serving.orders: each of its methods is asked of the Jobs deployment."""
 
-    def __init__(self, config: ServeConfig, handle: Handle) -> None:
-        self._config, self._handle = config, handle
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
 
     def __getattr__(self, what: str) -> Any:
         return partial(self._ask, what)
-
-    async def create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> Any:
-        """With the settings that are the service's, as the models have them."""
-        names = ("batch_size", "mixed_precision", "extractor_weights", "gates")
-        own = {name: getattr(self._config, name) for name in names}
-        order = replace(order, config=replace(order.config, **own))
-        return await self._ask("create", order, owner, idempotency_key)
 
     async def archive(self, job_id: str, owner: str) -> AsyncIterator[bytes]:
         """See JobService.archive."""
