@@ -197,7 +197,7 @@ class Jobs:
         record = await self._find(job_id, owner)
         task = self._at_work.get(job_id)
         if task is not None:
-            await asyncio.sleep(0)  # it has begun now: a task that is cancelled before does nothing, not even end the job
+            await asyncio.sleep(0)  # it has begun then; cancelled before, it would never end the job
             if record.can_stop:
                 record.can_stop, record.cancelled = False, True
                 task.cancel()
