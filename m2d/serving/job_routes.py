@@ -67,6 +67,28 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
     caller_of = Annotated[Caller, Depends(access)]
     one_at_a_time = asyncio.Lock()  # so that no image is counted, or given back, twice
 
+    # Each is whole though its client goes: a job that is there has been counted, and one that was stopped given back.
+
+    async def ordered(order: JobOrder, caller: Caller, idempotency_key: str | None) -> tuple[Job, bool]:
+        """(the job, whether it is a new one)."""
+        async with one_at_a_time:
+            if idempotency_key is not None and await _is_there(service, keyed_id(caller.name, idempotency_key), caller):
+                return await service.jobs.create(order, caller.name, idempotency_key), False
+            access.spend(caller, len(order.rows), at_once=False)
+            try:
+                return await service.jobs.create(_as_served(order, config), caller.name, idempotency_key), True
+            except BaseException:
+                access.refund(caller, len(order.rows), at_once=False)
+                raise
+
+    async def stopped(job_id: str, caller: Caller) -> Job:
+        async with one_at_a_time:
+            before = await service.jobs.get(job_id, caller.name)
+            job = await service.jobs.cancel(job_id, caller.name)
+            if before.finished is None and job.state == "cancelled":
+                access.refund(caller, job.total - job.done, at_once=False)
+        return job
+
     @router.post(
         "",
         status_code=202,
@@ -89,17 +111,9 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         ask = asked.parse(asked.JobRequest, content)
         card = asked.pick_model(await service.models(), ask.model)
         order = await to_thread.run_sync(asked.plan_job, ask, card, uploads, config.limits)
-        async with one_at_a_time:
-            if idempotency_key is not None and await _is_there(service, keyed_id(caller.name, idempotency_key), caller):
-                response.status_code = 200
-                job = await service.jobs.create(order, caller.name, idempotency_key)
-            else:
-                access.spend(caller, len(order.rows), at_once=False)
-                try:
-                    job = await service.jobs.create(_as_served(order, config), caller.name, idempotency_key)
-                except BaseException:
-                    access.refund(caller, len(order.rows), at_once=False)
-                    raise
+        job, is_new = await asyncio.shield(ordered(order, caller, idempotency_key))
+        if not is_new:
+            response.status_code = 200
         response.headers["Location"] = f"{router.prefix}/{job.id}"
         return job
 
@@ -122,12 +136,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
     async def cancel(job_id: str, caller: caller_of) -> Job:
         """Images that are done stay. A job that has ended stays as it is."""
         with _or_404():
-            async with one_at_a_time:
-                before = await service.jobs.get(job_id, caller.name)
-                job = await service.jobs.cancel(job_id, caller.name)
-                if before.finished is None and job.state == "cancelled":
-                    access.refund(caller, job.total - job.done, at_once=False)
-        return job
+            return await asyncio.shield(stopped(job_id, caller))
 
     @router.get(
         "/{job_id}/images",

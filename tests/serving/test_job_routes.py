@@ -1,5 +1,6 @@
 """/v1/jobs over HTTP: two keys, the real planning, the real pipeline in a thread."""
 
+import asyncio
 import copy
 import io
 import json
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from job_bench import Bench
@@ -40,8 +42,13 @@ def keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
 
 
 @pytest.fixture
-def ask(service: Any, config: ServeConfig, bench: Bench, keys: dict[str, str], tmp_path: Path) -> Iterator[Ask]:
-    """A function: ask("GET", "/jobs", key="ann") and so on; groups of two images."""
+def jobs(config: ServeConfig, bench: Bench, tmp_path: Path) -> Jobs:
+    return Jobs(replace(config, directory=str(tmp_path)).jobs_folder, bench, limits=config.limits)
+
+
+@pytest.fixture
+def client(service: Any, config: ServeConfig, jobs: Jobs, keys: dict[str, str], tmp_path: Path) -> Iterator[TestClient]:
+    """Of a service with keys and with jobs of its own; groups of two images."""
     own = replace(
         config,
         directory=str(tmp_path),
@@ -50,20 +57,24 @@ def ask(service: Any, config: ServeConfig, bench: Bench, keys: dict[str, str], t
         limits=ServingLimits(job_images=1000),
     )
     served = copy.copy(service)
-    served.jobs = Jobs(own.jobs_folder, bench, limits=own.limits)
-    with TestClient(create_app(served, own), base_url="http://localhost", raise_server_exceptions=False) as client:
-        assert client.portal is not None
-        client.portal.call(served.jobs.start)
+    served.jobs = jobs
+    with TestClient(create_app(served, own), base_url="http://localhost", raise_server_exceptions=False) as made:
+        assert made.portal is not None
+        made.portal.call(jobs.start)
+        yield made
+        made.portal.call(jobs.stop)
 
-        def asked(
-            method: str, path: str, *, key: str = "ann", headers: dict[str, str] | None = None, **how: Any
-        ) -> Any:
-            return client.request(
-                method, f"/v1{path}", headers={"Authorization": f"Bearer {keys[key]}", **(headers or {})}, **how
-            )
 
-        yield asked
-        client.portal.call(served.jobs.stop)
+@pytest.fixture
+def ask(client: TestClient, keys: dict[str, str]) -> Ask:
+    """A function: ask("GET", "/jobs", key="ann") and so on."""
+
+    def asked(method: str, path: str, *, key: str = "ann", headers: dict[str, str] | None = None, **how: Any) -> Any:
+        return client.request(
+            method, f"/v1{path}", headers={"Authorization": f"Bearer {keys[key]}", **(headers or {})}, **how
+        )
+
+    return asked
 
 
 def order(ask: Ask, *, key: str = "ann", again: str | None = None, **settings: Any) -> Any:
@@ -169,6 +180,43 @@ def test_the_quota_is_spent_by_orders_and_given_back_for_what_a_cancelled_one_di
         assert (stopped.status_code, stopped.json()["state"], stopped.json()["done"]) == (200, "cancelled", 2)
         assert quota_left(ask) == QUOTA - 2
     assert quota_left(ask, "bob") == QUOTA
+
+
+@pytest.mark.parametrize(("method", "left"), [("create", QUOTA - 8), ("cancel", QUOTA)])
+def test_the_quota_is_right_for_a_client_that_goes_before_the_answer(
+    client: TestClient,
+    jobs: Jobs,
+    ask: Ask,
+    keys: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    left: int,
+) -> None:
+    """Serve cancels the route of a client that has gone."""
+    made, real = asyncio.Event(), getattr(jobs, method)
+
+    async def late(*arguments: Any) -> Any:
+        job = await real(*arguments)
+        made.set()
+        await asyncio.sleep(0.2)
+        return job
+
+    async def ask_and_go(method: str, path: str) -> None:
+        headers = {"Authorization": f"Bearer {keys['ann']}"}
+        content = {"counts": {"MEL": 8}, "steps": 1}
+        transport = httpx.ASGITransport(client.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost/v1") as going:
+            asking = asyncio.create_task(going.request(method, path, json=content, headers=headers))
+            await made.wait()
+            asking.cancel()
+            await asyncio.wait([asking])
+        await asyncio.sleep(0.4)
+
+    job = order(ask, counts={"MEL": 8}).json() if method == "cancel" else None
+    monkeypatch.setattr(jobs, method, late)
+    assert client.portal is not None
+    client.portal.call(ask_and_go, *(("DELETE", f"/jobs/{job['id']}") if job else ("POST", "/jobs")))
+    assert quota_left(ask) == left
 
 
 def test_another_keys_job_is_not_there(ask: Ask, bench: Bench) -> None:
