@@ -51,9 +51,10 @@ class JobCluster:
             timeout=COMMAND_S,
         )
 
-    def get(self, path: str, token: str | None) -> tuple[int, Any]:
-        """HTTP status and JSON that the dashboard answers."""
-        request = urllib.request.Request(f"{self.address}{path}")
+    def get(self, path: str, token: str | None, *, posted: Any = None) -> tuple[int, Any]:
+        """HTTP status and JSON that the dashboard answers. posted: JSON to send with a POST."""
+        body = None if posted is None else json.dumps(posted).encode()
+        request = urllib.request.Request(f"{self.address}{path}", body, {"Content-Type": "application/json"})
         if token is not None:
             request.add_header("Authorization", f"Bearer {token}")
         try:
