@@ -21,7 +21,7 @@ from cluster.cluster_files import ROOT
 from processes import descendants, end_all
 
 BIN = Path(sys.executable).parent  # not resolved: of the virtual environment, not of the Python that it was made with
-CPUS = 8
+CPUS = 4  # Ray Data starts a process for each that is free, at seconds of CPU time
 LOOPBACK = "127.0.0.2"  # 127.0.0.1 Ray would replace by the machine's address, and listen to others
 # Detached and without a CPU. Of the first three Ray Data keeps one for as long as the cluster lives; the last one, of
 # Ray Train, ends after a run, but stays idle where its controller was killed (Ray 2.60: a thread cannot end its actor).
@@ -51,9 +51,10 @@ class JobCluster:
             timeout=COMMAND_S,
         )
 
-    def get(self, path: str, token: str | None) -> tuple[int, Any]:
-        """HTTP status and JSON that the dashboard answers."""
-        request = urllib.request.Request(f"{self.address}{path}")
+    def get(self, path: str, token: str | None, *, posted: Any = None) -> tuple[int, Any]:
+        """HTTP status and JSON that the dashboard answers. posted: JSON to send with a POST."""
+        body = None if posted is None else json.dumps(posted).encode()
+        request = urllib.request.Request(f"{self.address}{path}", body, {"Content-Type": "application/json"})
         if token is not None:
             request.add_header("Authorization", f"Bearer {token}")
         try:

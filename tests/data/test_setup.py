@@ -158,7 +158,7 @@ def test_a_second_run_makes_nothing_starts_no_ray_and_clears_leftovers(
 def test_tasks_and_actors_make_what_this_process_makes(
     root: Path, whole: Path, tmp_path: Path, ray_cluster: None
 ) -> None:
-    reports = run(root, tmp_path, "--all", "--num_actors", "2")
+    reports = run(root, tmp_path, "--all")
     assert (counts(reports["images 16px"]), counts(reports["features"])) == ((0, IMAGES, 0), (0, IMAGES * VIEWS, 0))
     ours, theirs = (prepared_folder(str(cache), str(root)) for cache in (tmp_path, whole))
     sums = sums_of(ours)

@@ -410,10 +410,10 @@ class ByProcess(ProbeClassifier):
 @pytest.mark.usefixtures("ray_cluster")
 def test_tasks_give_what_this_process_gives_and_keep_it(tmp_path: Path) -> None:
     judge = ProbeClassifier(TRAIN, TEST, TRUE, 0.1)
-    remote = run_jobs(judge, jobs_of(judge, "abd"), kept_in(tmp_path, on_ray=True))
-    for digest, answer in run_jobs(judge, jobs_of(judge, "abd"), Trials(seeds=[0], resamples=100)).items():
+    remote = run_jobs(judge, jobs_of(judge, "bd"), kept_in(tmp_path, on_ray=True))
+    for digest, answer in run_jobs(judge, jobs_of(judge, "bd"), Trials(seeds=[0], resamples=100)).items():
         assert remote[digest] == pytest.approx(answer, abs=1e-6)
-    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(job.digest for job in jobs_of(judge, "abd"))
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(job.digest for job in jobs_of(judge, "bd"))
 
 
 @pytest.mark.ray

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import random
 import signal
 import threading
 import time
@@ -65,26 +64,15 @@ def test_an_actor_that_reserves_a_gpu_sees_it_as_its_first(
 
 
 @pytest.mark.slow
-def test_an_actor_with_batch_one_draws_what_this_process_draws_with_batch_eight(
-    directory: Path, tmp_path: Path
-) -> None:
-    one = run.generate(config(directory, num_actors=1, batch_size=1, num_samples=6, output=str(tmp_path / "one")))
-    here = run.generate(config(directory, num_actors=0, batch_size=8, num_samples=6, output=str(tmp_path / "here")))
-    assert len(pngs(one)) == 18
-    assert largest_difference(pngs(one), pngs(here)) <= 1
-
-
-@pytest.mark.slow
-def test_the_loss_of_an_actor_in_mid_run_is_made_good(directory: Path, tmp_path: Path) -> None:
+def test_images_are_those_of_this_process_though_an_actor_is_lost(directory: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     killed: list[int] = []
 
     def kill_one_actor() -> None:
-        wanted = random.Random(0).randint(3, 12)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while time.monotonic() < deadline:
             processes = actor_processes()
-            if processes and len(list((output / "parts").glob("*.parquet"))) >= wanted:
+            if processes and len(list((output / "parts").glob("*.parquet"))) >= 3:
                 killed.append(processes[0].pid)
                 os.kill(processes[0].pid, signal.SIGKILL)
                 return
@@ -92,17 +80,19 @@ def test_the_loss_of_an_actor_in_mid_run_is_made_good(directory: Path, tmp_path:
 
     killer = threading.Thread(target=kill_one_actor)
     killer.start()
-    settings = config(directory, num_actors=2, batch_size=2, num_samples=20, steps=8, output=str(output))
+    settings = config(directory, num_actors=2, batch_size=2, num_samples=10, steps=8, output=str(output))
     root = run.generate(settings)
     killer.join()
     assert killed, "no actor was there to be killed"
     rows = pq.read_table(root / "manifest.parquet").to_pylist()
-    assert len({row["id"] for row in rows}) == len(rows) == len(pngs(root)) == 60
+    assert len({row["id"] for row in rows}) == len(rows) == len(pngs(root)) == 30
     for row in rows:
         assert hashlib.sha256((root / row["path"]).read_bytes()).hexdigest() == row["sha256"]
-    assert pq.read_table(root / "journal.parquet").num_rows == 60, "a group that came twice stands in it once"
+    assert pq.read_table(root / "journal.parquet").num_rows == 30, "a group that came twice stands in it once"
     here = run.generate(replace(settings, num_actors=0, output=str(tmp_path / "here")))
     assert pngs(root) == pngs(here)
+    other = run.generate(replace(settings, num_actors=0, batch_size=15, output=str(tmp_path / "other batches")))
+    assert largest_difference(pngs(root), pngs(other)) <= 1
 
 
 def test_an_error_in_an_actor_is_the_users_one_line(directory: Path, tmp_path: Path) -> None:

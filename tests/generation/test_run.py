@@ -3,10 +3,10 @@
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +24,7 @@ from tiny_checkpoint import write_checkpoint
 from tiny_networks import TinyExtractor
 
 from m2d.classes import ISIC7
+from m2d.cli import main
 from m2d.data.catalog import class_counts, scan_dataset
 from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError, Incomplete, M2DError
@@ -532,15 +533,17 @@ def test_a_killed_run_is_finished_by_the_same_command(
         "batch_size": "3", "steps": "2", "device": "cpu", "num_actors": "0", "gates.enabled": "false",
     }  # fmt: skip
     flags = [text for name, value in arguments.items() for text in (f"--{name}", value)]
-    program = "import sys; from m2d.cli import main; main('generate', sys.argv[1:])"
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["m2d.generation.run"])  # or each process would spend seconds on importing torch
     root = tmp_path / "killed"
     for enough in (9, 36):
-        process = subprocess.Popen([sys.executable, "-c", program, *flags], stderr=subprocess.PIPE)
-        while process.poll() is None and len(list(root.glob("*/*.png"))) < enough:
+        process = forks.Process(target=main, args=("generate", flags))
+        process.start()
+        while process.is_alive() and len(list(root.glob("*/*.png"))) < enough:
             time.sleep(0.01)
-        assert process.poll() is None, "it ended before it was killed"
+        assert process.is_alive(), "it ended before it was killed"
         process.kill()
-        process.communicate()
+        process.join()
     tables = [pq.read_table(path) for path in (*root.glob("parts/*.parquet"), *root.glob("journal.*"))]
     listed = {image_id for table in tables for image_id in table["id"].to_pylist()}
     assert 30 <= len(listed) < 100

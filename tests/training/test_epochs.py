@@ -23,7 +23,7 @@ from m2d.training.run import RunPlan, Stopped
 from m2d.training.settings import TrainConfig
 from m2d.training.trainer import train
 
-EPOCH = 14  # steps of 4 of the 56 training images
+EPOCH, BATCH = 7, 8  # steps, and of how many of the 56 training images
 # Workers, images of a micro-batch, micro-batches of a step: the same step of 12 images each time.
 DIVISIONS = [(1, 12, 1), (2, 6, 1), (3, 4, 1), (1, 4, 3), (2, 3, 2), (3, 2, 2)]
 
@@ -86,6 +86,7 @@ def test_a_run_stopped_at_an_epochs_last_step_begins_the_next_epoch(
 ) -> None:
     monkeypatch.setattr(trainer, "_LocalLink", WatchedLink)
     settings = ["--max_steps", str(2 * EPOCH), "--data.balance", "natural", "--saving.keep_last", "5"]
+    settings += ["--batch_size", str(BATCH)]
 
     def run(folder: Path, stop_after: int | None) -> dict[int, list[int]]:
         monkeypatch.setattr(WatchedLink, "seen", {})
@@ -100,7 +101,7 @@ def test_a_run_stopped_at_an_epochs_last_step_begins_the_next_epoch(
     after = run(tmp_path / "broken", None)
     for epoch in (before, after):
         assert len(epoch) == EPOCH
-        assert sorted(row for rows in epoch.values() for row in rows) == list(range(4 * EPOCH))
+        assert sorted(row for rows in epoch.values() for row in rows) == list(range(BATCH * EPOCH))
     assert before | after == expected
     one, other = (weights(tmp_path / name, 2 * EPOCH) for name in ("unbroken", "broken"))
     assert all(torch.equal(one[name], other[name]) for name in one)

@@ -18,6 +18,9 @@ from safetensors.torch import load_file
 from tiny_run import TINY, records, write_images
 
 from m2d.classes import ISIC7
+from m2d.cli import main, parse
+from m2d.errors import ExperimentError
+from m2d.training.trainer import train
 
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
 
@@ -48,9 +51,12 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(data_root: Path, experiments: Path) -> list[str]:
-    places = ["--data_root", str(data_root), "--experiments_dir", str(experiments), "--name", "run"]
-    return [sys.executable, "-m", "m2d", "train", *places, *SETTINGS]
+def flags(data_root: Path, experiments: Path, *more: str) -> list[str]:
+    return ["--data_root", str(data_root), "--experiments_dir", str(experiments), "--name", "run", *SETTINGS, *more]
+
+
+def command(line: list[str]) -> list[str]:
+    return [sys.executable, "-m", "m2d", "train", *line]
 
 
 def environment() -> dict[str, str]:
@@ -58,20 +64,14 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
 
 
-def run(data_root: Path, experiments: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    line = [*command(data_root, experiments), *more]
-    return subprocess.run(line, capture_output=True, text=True, timeout=280, check=False, env=environment())
-
-
 def logged_steps(experiments: Path) -> list[int]:
     return [record["step"] for experiment in experiments.glob("run_*") for record in records(experiment)]
 
 
-def killed_once(data_root: Path, experiments: Path, step: int, *more: str) -> None:
+def killed_once(line: list[str], experiments: Path, step: int) -> None:
     """A run that was killed as soon as it had passed a step."""
-    line = [*command(data_root, experiments), *more]
-    killed = subprocess.Popen(line, stdout=subprocess.DEVNULL, env=environment())
-    deadline = time.monotonic() + 200
+    killed = subprocess.Popen(command(line), stdout=subprocess.DEVNULL, env=environment())
+    deadline = time.monotonic() + 400
     while max(logged_steps(experiments), default=0) <= step:
         assert killed.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
@@ -93,19 +93,28 @@ def final_tensors(experiments: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def unbroken(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was left in peace and shows nothing."""
+    """The folder of a run that was left in peace, in this process, and shows nothing."""
     experiments = tmp_path_factory.mktemp("unbroken")
-    done = run(data_root, experiments)
-    assert done.returncode == 0, done.stderr
+    main("train", flags(data_root, experiments))
     return experiments
 
 
 @pytest.fixture(scope="module")
-def broken(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was killed in mid-epoch and run again, and shows all it can."""
+def refusal(data_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run that was killed in mid-epoch, and what it says to another weight of a loss."""
     experiments = tmp_path_factory.mktemp("broken")
-    killed_once(data_root, experiments, EVERY + 8, *LOUD)
-    again = run(data_root, experiments, *LOUD)
+    killed_once(flags(data_root, experiments, *LOUD), experiments, EVERY + 8)
+    with pytest.raises(ExperimentError) as error:
+        train(parse("train", flags(data_root, experiments, *LOUD, "--loss_weights.diffusion", "2.0")))
+    return experiments, str(error.value)
+
+
+@pytest.fixture(scope="module")
+def broken(data_root: Path, refusal: tuple[Path, str]) -> Path:
+    """The same after it was run again. It shows all it can."""
+    experiments, _ = refusal
+    line = command(flags(data_root, experiments, *LOUD))
+    again = subprocess.run(line, capture_output=True, text=True, timeout=500, check=False, env=environment())
     assert again.returncode == 0, again.stderr
     assert "(resumed)" in again.stdout
     return experiments
@@ -222,13 +231,10 @@ def test_tensorboard_has_scalars_pictures_and_histograms(broken: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_changed_configuration_is_refused_with_the_difference(data_root: Path, tmp_path: Path) -> None:
-    """An unfinished experiment is not continued under other settings, and nothing is lost by asking."""
-    killed_once(data_root, tmp_path, 0)
-    (experiment,) = tmp_path.glob("run_*")
-    changed = run(data_root, tmp_path, "--loss_weights.diffusion", "2.0")
-    assert changed.returncode == 2
-    (line,) = changed.stderr.strip().splitlines()
+def test_a_changed_configuration_is_refused_with_the_difference(refusal: tuple[Path, str]) -> None:
+    """An unfinished experiment is not continued under other settings; that nothing is lost by asking is held above."""
+    experiments, line = refusal
     assert "loss_weights.diffusion: 1.0 -> 2.0" in line
     assert "--fresh" in line
-    assert list(tmp_path.glob("run_*")) == [experiment]
+    assert "\n" not in line
+    assert len(list(experiments.glob("run_*"))) == 1
