@@ -4,7 +4,6 @@ import asyncio
 import base64
 import io
 import json
-import logging
 import time
 import zipfile
 from collections import Counter, deque
@@ -36,10 +35,9 @@ from m2d.serving.orders import (
     Refused,
     Service,
 )
-from m2d.serving.problems import Problem, as_problem, problem_document, request_id
+from m2d.serving.problems import as_problem, failure, problem_document, request_id
 from m2d.serving.settings import ServingLimits
 
-logger = logging.getLogger(__name__)
 NOTICE = {
     "en": "Synthetic images, not patients. Not for diagnosis.",
     "zh": "合成图像，并非患者。不得用于诊断。",
@@ -222,10 +220,7 @@ def broken_off(error: Exception, request: Request) -> dict[str, Any]:
     """The problem that ends a stream; of a bug the log has more."""
     if isinstance(error, ClientDisconnect):
         raise error
-    problem = as_problem(error)
-    if problem is None:
-        logger.exception("request %s failed", request_id(request))
-        problem = Problem(500, "the service failed; its log says why under this request's id")
+    problem = as_problem(error) or failure(error, request_id(request))
     return problem_document(problem, request.url.path, request_id(request))
 
 

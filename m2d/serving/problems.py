@@ -21,13 +21,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from m2d.errors import ConfigError, DataError
+from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.serving.orders import DeadlineExceeded, JobConflict, Overloaded, TooManyJobs
 from m2d.serving.settings import ServeConfig, is_loopback
 
 logger = logging.getLogger(__name__)
 MEDIA_TYPE = "application/problem+json"
 _STATUS = {ConfigError: 422, DataError: 422, JobConflict: 409, TooManyJobs: 429, Overloaded: 503, DeadlineExceeded: 504}
+_ROUTING = {
+    404: "there is nothing here; /docs lists what there is",
+    405: "not by this method; /docs lists what there is",
+}
 _LIMIT_S = 60  # until somebody with too many unfinished jobs should ask again
 _SECURITY = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
@@ -71,7 +75,7 @@ def as_problem(error: Exception) -> Problem | None:
     if isinstance(error, Problem):
         return error
     if isinstance(error, HTTPException):
-        return Problem(error.status_code, error.detail, error.headers)
+        return Problem(error.status_code, _ROUTING.get(error.status_code, error.detail), error.headers)
     if isinstance(error, RequestValidationError | ValidationError):
         return _validation_problem(error)
     status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), None)
@@ -79,6 +83,13 @@ def as_problem(error: Exception) -> Problem | None:
         return None
     wait = error.retry_after_s if isinstance(error, Overloaded) else _LIMIT_S if status == 429 else None
     return Problem(status, str(error), {} if wait is None else {"Retry-After": str(max(1, math.ceil(wait)))})
+
+
+def failure(error: Exception, request_id: str) -> Problem:
+    """For what as_problem does not know: the log has it whole, the client is told nothing of this machine."""
+    logger.error("request %s failed", request_id, exc_info=error)
+    what = "the model cannot be loaded" if isinstance(error, CheckpointError) else "the service failed"
+    return Problem(500, f"{what}; the service's log says why under this request's id")
 
 
 def problem_document(problem: Problem, path: str, request_id: str) -> dict[str, Any]:
@@ -192,10 +203,7 @@ class _Guard:
         except ClientDisconnect:
             return
         except Exception as error:
-            problem = as_problem(error)
-            if problem is None:
-                logger.exception("request %s failed", scope["state"]["request_id"])
-                problem = Problem(500, "the service failed; its log says why under this request's id")
+            problem = as_problem(error) or failure(error, scope["state"]["request_id"])
             if began:  # too late for a status: breaking off tells the client that the answer is not whole
                 raise
             await _response(Request(scope), problem)(scope, receive, send)

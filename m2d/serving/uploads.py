@@ -64,7 +64,7 @@ async def read_order(request: Request, limits: ServingLimits) -> tuple[dict[str,
 
 async def _read_form(request: Request, limits: ServingLimits) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     parser = MultiPartParser(
-        request.headers, _pieces(request), max_files=_FILES, max_fields=1, max_part_size=_REQUEST_BYTES
+        request.headers, _pieces(request), max_files=_FILES, max_fields=len(FIELDS) + 1, max_part_size=_REQUEST_BYTES
     )
     parser.spool_max_size = limits.upload_bytes  # all in memory: the body has no more than this
     try:
@@ -85,6 +85,8 @@ async def _parts(form: FormData) -> tuple[dict[str, Any], dict[str, list[Any]]]:
             body = part.encode() if isinstance(part, str) else await part.read()
         elif name in FIELDS and isinstance(part, UploadFile):
             files.setdefault(name, []).append(await part.read())
+        elif name in FIELDS:
+            raise Problem(422, f"{name} is text in the form; send a file, with curl as -F {name}=@FILE")
         else:
             raise Problem(422, f"the form may have one part `request`, and files {' '.join(FIELDS)}")
     if body is None:

@@ -100,11 +100,12 @@ def test_a_problem_tells_the_limit(client) -> None:
     assert client.get("/fail/problem").json()["limit"] == 1
 
 
-@pytest.mark.parametrize("name", ["bug", "checkpoint"])
-def test_a_bug_is_told_in_the_log_under_the_requests_id_and_not_to_the_client(client, name, caplog) -> None:
+@pytest.mark.parametrize(("name", "said"), [("bug", "the service"), ("checkpoint", "the model")])
+def test_a_bug_is_told_in_the_log_under_the_requests_id_and_not_to_the_client(client, name, said, caplog) -> None:
     with caplog.at_level(logging.ERROR):
         answer = client.get(f"/fail/{name}", headers={"X-Request-ID": "abc-1"})
     assert (answer.status_code, answer.headers["Content-Type"]) == (500, "application/problem+json")
+    assert answer.json()["detail"].startswith(said)
     assert "secret" not in answer.text
     assert [record.message for record in caplog.records] == ["request abc-1 failed"]
     assert "secret" in caplog.text
@@ -114,6 +115,7 @@ def test_a_bug_is_told_in_the_log_under_the_requests_id_and_not_to_the_client(cl
 def test_what_no_route_takes_is_a_problem_too(client, method, path, status) -> None:
     answer = client.request(method, path)
     assert (answer.status_code, answer.json()["status"]) == (status, status)
+    assert "/docs" in answer.json()["detail"]
     assert answer.headers["Content-Type"] == "application/problem+json"
 
 

@@ -180,7 +180,7 @@ def test_base64_is_read_strictly(client, text) -> None:
     [
         ({}, [("reference", ("a.png", PNG))], 422),  # no order
         ({"request": "{}"}, [("other", ("a.png", PNG))], 422),
-        ({"request": "{}", "other": "x"}, [("reference", ("a.png", PNG))], 400),
+        ({"request": "{}", "other": "x"}, [("reference", ("a.png", PNG))], 422),
         ({"request": '{"reference": "AAAA"}'}, [("reference", ("a.png", PNG))], 422),
         ({"request": "{"}, [("reference", ("a.png", PNG))], 400),
         ({"request": "{}"}, [("request", ("a.json", b"{}"))], 422),
@@ -200,3 +200,8 @@ def test_no_file_of_a_form_is_written_to_the_disk(client, monkeypatch) -> None:
     monkeypatch.setattr(MultiPartParser, "spool_max_size", 1000)
     answer = client.post("/order", data={"request": "{}"}, files=[("reference", ("a.bmp", content))])
     assert (answer.status_code, rolled) == (200, [])
+
+
+def test_a_path_in_place_of_a_file_is_told_how_to_send_the_file(client: TestClient) -> None:
+    answer = client.post("/order", files={"request": (None, "{}"), "reference": (None, "image.png")})
+    assert (answer.status_code, "reference=@FILE" in answer.json()["detail"]) == (422, True)
