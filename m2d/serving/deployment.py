@@ -35,6 +35,8 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m2d.arguments import parse_arguments
 from m2d.classes import ClassSet
@@ -418,7 +420,26 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:
         from m2d.serving.app import create_app
 
-        return create_app(self._service, self._config)
+        app = create_app(self._service, self._config)
+        app.add_middleware(_RequestIdOnce)
+        return app
+
+
+class _RequestIdOnce:
+    """Serve's proxy adds the X-Request-ID that it handed on to the answer; the application's own would be a second."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                if headers.get("x-request-id") == Headers(scope=scope).get("x-request-id"):
+                    del headers["x-request-id"]
+            await send(message)
+
+        await self.app(scope, receive, send_without)
 
 
 @contextmanager

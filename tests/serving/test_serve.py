@@ -203,6 +203,14 @@ def test_events_come_while_images_are_being_made(served: Served) -> None:
     assert first_image - first_preview > 0.2 * (came[-1][0] - came[0][0])
 
 
+def test_an_answer_has_one_request_id(served: Served) -> None:
+    with served.client() as client:
+        kept = client.get("/nowhere", headers={"X-Request-ID": "mine-7"})
+        made = client.get("/nowhere")
+    assert kept.headers.get_list("X-Request-ID") == ["mine-7"] == [kept.json()["request_id"]]
+    assert made.headers.get_list("X-Request-ID") == [made.json()["request_id"]]
+
+
 def test_requests_that_come_together_share_passes_and_get_the_same_images(served: Served) -> None:
     before = served.stats()["tiny"]["passes"]
     alone = [pixels(served.images(seed=seed)["images"][0]) for seed in range(8)]
