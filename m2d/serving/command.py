@@ -20,6 +20,7 @@ from m2d.errors import ConfigError, M2DError, first_line
 from m2d.files.atomic import write_whole
 from m2d.files.paths import result_path
 from m2d.files.progress import say
+from m2d.files.progress import say
 from m2d.serving.access import read_keys
 from m2d.serving.settings import ServeConfig, replica_range
 
@@ -44,6 +45,7 @@ def serve_command(config: ServeConfig) -> None:
         _require_free(config)  # a cluster's own Serve may listen there
     cards = described(config)
     signal.signal(signal.SIGTERM, _end)
+    say(f"starting Ray and the service, which loads {cards[0].name}: a minute, more on a busy machine")
     with ray_cluster(verbose=config.verbose, min_cpus=_logical_cpus(config)):
         signal.signal(signal.SIGTERM, _end)  # Ray has set its own
         read = {f"checkpoint ({card.name})": card.checkpoint for card in cards}

@@ -337,15 +337,17 @@ class Engine:
         """Passes until nothing waits.
 
         Where fewer wait than have just been drawn, those who now get their images are likely to ask again: begun
-        without them, small and large batches would take turns for good.
+        without them, small and large batches would take turns for good. Solver settings take turns: a large order
+        keeps one of other settings waiting for a pass, not for all of its own.
         """
-        company = self._batch_size
+        company, key = self._batch_size, None
         while self._waiting:
             if len(self._waiting) < company:
                 if self._finishing:
                     await asyncio.wait(self._finishing)
                 await asyncio.sleep(self._config.batch_wait_s)
-            key = batch_key(self._waiting[0].row) if self._waiting else None
+            keys = [batch_key(sample.row) for sample in self._waiting]  # the oldest first
+            key = next((other for other in keys if other != key), key)
             batch = [sample for sample in self._waiting if batch_key(sample.row) == key][: self._batch_size]
             self._waiting = [sample for sample in self._waiting if sample not in batch]
             await self._pass(batch)

@@ -225,6 +225,27 @@ def test_who_comes_while_a_batch_is_drawn_joins_the_next_one(engine: Engine, car
     assert engine.passes == before + 2
 
 
+def test_an_order_of_other_settings_waits_for_one_pass_of_a_large_one(
+    engine: Engine, card: ModelCard, gate: Gate
+) -> None:
+    ended: list[str] = []
+
+    async def named(name: str, wanted: Order) -> None:
+        await events_of(engine, wanted)
+        ended.append(name)
+
+    async def arriving() -> None:
+        large = asyncio.create_task(named("large", order(card, 16)))  # two passes
+        await gate.reached()
+        small = asyncio.create_task(named("small", order(card, steps=1)))
+        await asyncio.sleep(0.05)
+        gate.open()
+        await asyncio.gather(large, small)
+
+    asyncio.run(arriving())
+    assert ended == ["small", "large"]
+
+
 def test_an_idle_engine_waits_a_little_for_company(load: Load, card: ModelCard) -> None:
     engine = load(batch_wait_s=0.5)
 

@@ -1,4 +1,4 @@
-"""Uploads that are cut short, lie or want too much, and requests made up from the OpenAPI document: nothing breaks."""
+"""Uploads that are cut short, lie or want too much: nothing breaks, and nothing grows."""
 
 import asyncio
 import io
