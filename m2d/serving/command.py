@@ -20,7 +20,6 @@ from m2d.errors import ConfigError, M2DError, first_line
 from m2d.files.atomic import write_whole
 from m2d.files.paths import result_path
 from m2d.files.progress import say
-from m2d.files.progress import say
 from m2d.serving.access import read_keys
 from m2d.serving.settings import ServeConfig, replica_range
 
