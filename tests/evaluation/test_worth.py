@@ -1,16 +1,19 @@
 """What synthetic images are worth comes out as it must where the truth is known."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_sets
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
 from tiny_sets import feature_set, image_set
 
 from m2d.classes import ISIC7
+from m2d.data.features import extract_view
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import TrainingRows, Trials
 from m2d.evaluation.classifiers.probe import probe_worth
@@ -18,9 +21,11 @@ from m2d.evaluation.classifiers.worth import MARGIN, RULES, WorthResult, _mixed,
 from m2d.evaluation.images import Copy, FeatureSet
 from m2d.metrics.bootstrap import Estimate
 from m2d.metrics.linear_probe import told_apart
+from m2d.models.extractors import load_feature_extractor
 
 BKL, DF, MEL, NV = (ISIC7.index(code) for code in ("BKL", "DF", "MEL", "NV"))
 DIMS, C = 60, 0.03
+HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
 
 
 def clouds(name: str, counts: dict[int, int], seed: int) -> FeatureSet:
@@ -204,3 +209,38 @@ def test_a_detector_knows_a_mark_and_not_a_copy() -> None:
     assert told_apart(cls, made, groups, c=C, seed=0) == pytest.approx(0.5, abs=0.02)
     assert told_apart(cls + 3 * made[:, None], made, groups, c=C, seed=0) == pytest.approx(1)
     assert told_apart(cls[:6], made[-6:] & False, groups[:6], c=C, seed=0) is None
+
+
+# --- real images ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not HAM10000.is_dir(), reason="../shared/ham10000 is not here")
+def test_on_real_images_copies_are_of_no_use_and_blurred_new_lesions_do_not_hurt() -> None:
+    """An image of each lesion. Blurred ones are told from sharp ones, and by argmax they seem to hurt."""
+    lines = (HAM10000 / "metadata.csv").read_text(encoding="utf-8").splitlines()[1:]
+    once = set({line.split(",")[2]: line.split(",")[0] for line in lines}.values())
+    wanted = {"MEL": 120, "BKL": 120, "NV": 240}
+    files = [
+        path
+        for code, count in wanted.items()
+        for path in [path for path in sorted((HAM10000 / code).glob("*.jpg")) if path.stem in once][:count]
+    ]
+    sharp = [Image.open(path).convert("RGB").resize((64, 64)) for path in files]
+    labels, place = np.array([ISIC7.index(path.parent.name) for path in files]), np.arange(len(files)) % 6
+    extractor = load_feature_extractor("efficientnet-lite1", input_size=64, crop="whole")
+
+    def features(name: str, rows: np.ndarray, images: list[Image.Image] = sharp) -> FeatureSet:
+        pixels = np.stack([np.asarray(images[row]) for row in np.flatnonzero(rows)])
+        return feature_set(image_set(labels[rows], name), extract_view(extractor, pixels, 0, "cpu").cls.numpy())
+
+    rare = labels != ISIC7.index("NV")
+    train, test = features("train", (place < 1) | ((place < 4) & ~rare)), features("test", place >= 4)
+    blurred = [one.resize((12, 12)).resize((64, 64)) for one in sharp]
+    copies = feature_set(image_set(train.labels, "generated"), train.cls)
+    again = judge(copies, known=train, tested=test)
+    assert (again.verdict.word, again.shares) == ("no use", [0])
+    new = judge(features("generated", rare & (place > 0) & (place < 4), blurred), known=train, tested=test)
+    assert new.verdict.word != "hurts"
+    assert differences(new)["argmax"].value < differences(new)["less_real"].value
+    assert min(new.told_apart.values()) > 0.9

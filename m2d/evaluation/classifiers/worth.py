@@ -246,9 +246,9 @@ def measure_worth(
         rule: resamples.estimates(arms[f"{how}: {one}"], arms[f"{how}: {other}"])
         for rule, (how, one, other) in RULES.items()
     }
-    offered = [offer for offer in parts[0].offers if offer != "all"]
+    offered = [one for one in parts[0].offers if one != "all" and all(one in part.offers for part in parts)]
     half = {arm: scores_of(arm) for arm in ([*offered, "half a", "half c"] if offered else [])}
-    shares = {offer: [part.shares.get(offer, FIXED_SHARE) for part in parts] for offer in parts[0].offers}
+    shares = {offer: [part.shares.get(offer, FIXED_SHARE) for part in parts] for offer in ("all", *offered)}
     controls_of = {"all": (arms["equal priors: c"], arms["equal priors: a"])}
     controls_of |= {offer: (half["half c"], half["half a"]) for offer in offered}  # noqa: C420 - there may be none
     drawn = {
