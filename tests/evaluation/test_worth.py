@@ -16,7 +16,7 @@ from m2d.classes import ISIC7
 from m2d.data.features import extract_view
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import TrainingRows, Trials
-from m2d.evaluation.classifiers.probe import probe_worth
+from m2d.evaluation.classifiers.probe import ProbeClassifier, probe_worth
 from m2d.evaluation.classifiers.worth import MARGIN, RULES, WorthResult, _mixed, _Offer, equal_priors, verdict, word
 from m2d.evaluation.images import Copy, FeatureSet
 from m2d.metrics.bootstrap import Estimate
@@ -107,6 +107,24 @@ def test_in_folds_every_lesion_is_tested_once_and_a_known_one_never() -> None:
     assert len(found.shares) == 6
     every = judge(NEW, folds=3, known=None)
     assert every.test_lesions == {"NV": 150, "MEL": 150, "BKL": 150}
+
+
+def test_no_lesion_is_called_by_a_classifier_that_was_trained_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of the folds nor of those by which a share is chosen; nor do they standardise by it."""
+    predict = ProbeClassifier.predict
+    called: list[int] = []
+
+    def checked(self: ProbeClassifier, rows: TrainingRows, seed: int) -> np.ndarray:
+        assert rows.asked is not None
+        assert rows.reference is not None
+        asked = set(self.test.groups[rows.asked])
+        assert not asked & set(self.train.groups[np.concatenate([rows.real, rows.reference])])
+        called.append(len(asked))
+        return predict(self, rows, seed)
+
+    monkeypatch.setattr(ProbeClassifier, "predict", checked)
+    judge(NEW, folds=2)
+    assert len(called) > 50
 
 
 def test_the_equal_prior_accuracy_is_that_of_scikit_learns_classifier(new: WorthResult) -> None:
