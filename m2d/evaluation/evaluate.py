@@ -5,30 +5,35 @@ Run again after a kill it resumes: pixels, features and finished trainings are i
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from m2d import __version__
 from m2d.cluster.nodes import device_of_actor
 from m2d.cluster.start import ray_cluster
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
 from m2d.evaluation.classifiers.compare import DownstreamResult, Trials, scored_classes
-from m2d.evaluation.classifiers.finetune import measure_finetuned
-from m2d.evaluation.classifiers.probe import chosen_c, measure_consistency, measure_downstream
+from m2d.evaluation.classifiers.finetune import finetuned_worth, measure_finetuned
+from m2d.evaluation.classifiers.probe import chosen_c, measure_consistency, measure_downstream, probe_worth
+from m2d.evaluation.classifiers.worth import WorthResult
 from m2d.evaluation.features import Extraction, ray_pays
 from m2d.evaluation.fidelity import measure_fidelity
 from m2d.evaluation.images import (
     VIEWS,
     FeatureSet,
+    ImageSet,
     Unanswerable,
     drawn_like,
     psnr_db,
     read_image_sets,
     reconstructions,
+    rows_like,
 )
 from m2d.evaluation.memorization import measure_memorization
 from m2d.evaluation.report.page import Evaluation, print_evaluation, typicality, write_report
@@ -64,7 +69,10 @@ def evaluate(config: EvaluateConfig) -> Path:
     for name, images in zip(("training", "unseen", "generated"), sets.values()):
         counts = " ".join(f"{code} {count}" for code, count in images.counts.items())
         say(f"{name} images: {counts} ({images.source})")
+    known, tested = (sets.pop(name, None) for name in ("known", "tested"))
     train, test, generated = sets.values()
+    if tested is None:
+        known, tested = train, test
     say(f"evaluating at {generated.image_size} px on {device}")
     # One connection for all parts. Small sets on one machine are done before Ray has started.
     on_ray = ray_pays(config.num_actors, device, len(train) + len(generated))
@@ -129,7 +137,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         # 3. Downstream, in features that did not guide the model: those it was trained towards would take its side.
         independent = of_sets(config.independent_extractor)
         downstream: list[DownstreamResult] = []
-        through_autoencoder = None
+        through_autoencoder, worth = None, list[WorthResult]()
         c = config.c
         classifiers = config.classifier_names(gpu=device != "cpu") if "downstream" in config.part_names else ()
         trials = Trials(
@@ -141,8 +149,8 @@ def evaluate(config: EvaluateConfig) -> Path:
             on_ray=on_ray,
         )
         if "logistic" in classifiers:
-            of_features = replace(trials, what="logistic regressions")
             with asking("downstream"):
+                of_features = replace(trials, what="logistic regressions")
                 downstream.append(measure_downstream(**independent, c=c, trials=of_features))
                 c = float(downstream[0].settings["c"] or 0)  # choosing it takes minutes
         if "finetune" in classifiers:
@@ -152,10 +160,27 @@ def evaluate(config: EvaluateConfig) -> Path:
             of_pixels = replace(trials, what="networks fine-tuned")
             with asking("downstream, fine-tuned,"):
                 downstream.append(measure_finetuned(**sets, config=own, trials=of_pixels))
-        if "logistic" in classifiers and c is not None and downstream and redraw is not None:
-            again = extraction.of(redraw(drawn_like(train, generated, config.seed)), config.independent_extractor)
-            once = replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions")
-            through_autoencoder = measure_downstream(**independent | {"generated": again}, c=c, trials=once)
+                worth.append(finetuned_worth(**sets, config=own, trials=of_pixels))
+        if "logistic" in classifiers and c is not None and downstream:
+            of, redrawn_pool = partial(extraction.of, config=config.independent_extractor), None
+            if redraw is not None:
+                again = of(redraw(drawn_like(train, rows_like(train.labels, generated.labels, config.seed))))
+                once = replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions")
+                through_autoencoder = measure_downstream(**independent | {"generated": again}, c=c, trials=once)
+                rows, images = _redrawn(known, tested, generated, redraw, config.seed)
+                redrawn_pool = rows, of(images)
+            seeds = range(config.seed, config.seed + config.repeats) if config.folds > 1 else trials.seeds
+            with asking("what they are worth"):
+                of_probe = probe_worth(
+                    known=of(known) if known else None,
+                    tested=of(tested),
+                    generated=of(generated),
+                    redrawn=redrawn_pool,
+                    c=c,
+                    trials=replace(trials, seeds=seeds, what="what they are worth"),
+                    folds=config.folds,
+                )
+                worth.insert(0, of_probe)
 
         # 4. Consistency.
         consistency = None
@@ -177,6 +202,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             fidelity=fidelity,
             memorization=memorization,
             downstream=downstream,
+            worth=worth,
             autoencoder_downstream=through_autoencoder,
             consistency=consistency,
             notes=notes,
@@ -190,6 +216,20 @@ def evaluate(config: EvaluateConfig) -> Path:
     print_evaluation(result)
     print(f"evaluation.html, evaluation.json and CSV tables in {output} ({result.seconds:.0f} s)")
     return output
+
+
+def _redrawn(
+    known: ImageSet | None, tested: ImageSet, generated: ImageSet, redraw: Callable[[ImageSet], ImageSet], seed: int
+) -> tuple[np.ndarray, ImageSet]:
+    """Rows of both sides, twice as many of each class as were generated; and these images after the autoencoder."""
+    sides = [one for one in (known, tested) if one is not None]
+    labels = np.concatenate([one.labels for one in sides])
+    rows, first = np.sort(rows_like(labels, generated.labels, seed, times=2)), len(labels) - len(tested)
+    own = [rows[rows < first], rows[rows >= first] - first][-len(sides) :]
+    pixels = np.concatenate([one.pixels[part] for one, part in zip(sides, own, strict=True)])
+    return rows, redraw(
+        replace(tested, sha256=(), paths=(), labels=labels[rows], groups=rows.astype(object), pixels=pixels)
+    )
 
 
 def _guide(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[str]) -> FeatureExtractorConfig:

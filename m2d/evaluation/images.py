@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from m2d.classes import ISIC7, ClassSet, named_class_set
 from m2d.data.catalog import classes_of, read_catalog, said_of, scan_dataset
@@ -36,7 +38,7 @@ from m2d.generation.gates import unit_view
 from m2d.generation.output import PARTS, RECORD_NAME, experiment_of
 from m2d.generation.plan import data_config_of
 from m2d.generation.references import read_references
-from m2d.metrics.neighbours import NEAR_DUPLICATE, nearest_in_views, thumbnails
+from m2d.metrics.neighbours import NEAR_DUPLICATE, near_duplicates, nearest_in_views, thumbnails
 from m2d.models.autoencoder import coded_at_once
 from m2d.models.checkpoint import Checkpoint, read_info
 
@@ -168,6 +170,9 @@ def lesion_counts(labels: np.ndarray, groups: np.ndarray, classes: ClassSet) -> 
 def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[str]) -> dict[str, ImageSet]:
     """List, check and decode: train, test (real, unseen: see below) and generated.
 
+    With folds also `tested`, the images of all lesions that the generator has not seen, and `known`, the others, where
+    there are some.
+
     checkpoint: the one that made the images, where it is known. notes: gain a line for what is left out, and the like.
     A test lesion is left out where the generator, or a checkpoint that its training started from, has seen it: a file
     or a lesion of the train split of their own catalogs, wherever the data lies now; and where one of its images looks
@@ -178,7 +183,7 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     _require_one_run(generated_root)
     data = config.data or (data_config_of(checkpoint.info) if checkpoint else DataConfig())
     catalogs = _catalogs_of(checkpoint, notes) if checkpoint else {}
-    train, test, files = _real_sides(config, real, data, checkpoint, catalogs, notes)
+    train, test, whole, files = _real_sides(config, real, data, checkpoint, catalogs, notes)
     check_apart(train, test, "real")
     test = _unseen(test, catalogs.values(), notes)
     generated = _generated(generated_root, data, train.classes, notes)
@@ -200,12 +205,41 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     shapes = [1.0, *(ratio for ratio, _ in ratios.most_common(_SHAPES) if ratio != 1)]
     decode = partial(_decode, size=size, cache_dir=config.cache_dir, max_pixels=data.max_pixels, notes=notes)
     sets = {side.name: decode(side) for side in (train, test, generated)}
-    alike = near_copies(sets["test"], sets["train"])[0] >= 0
-    if alike.any():
-        twins = np.isin(test["sha256"], np.array(sets["test"].sha256)[alike])
-        sets["test"] = decode(_without(test, twins, "look the same as training images", notes))
-    sets["generated"] = replace(sets["generated"], copies=_copies(sets, shapes, files, notes))
+
+    def unlike(side: Listed, images: ImageSet, trained: ImageSet) -> ImageSet:
+        alike = near_copies(images, trained)[0] >= 0
+        twins = np.isin(side["sha256"], np.array(images.sha256)[alike])
+        return decode(_without(side, twins, "look the same as training images", notes)) if alike.any() else images
+
+    sets["test"] = unlike(test, sets["test"], sets["train"])
+    trained: ImageSet | None = sets["train"]
+    tested = sets["test"]
+    if config.folds > 1:
+        if whole is not None:
+            left = _unseen(whole, catalogs.values(), notes)
+            if checkpoint and not catalogs:
+                split = np.array(whole["split"]) == "train"
+                left = _without(whole, split, "may have been trained on by the generator", notes)
+            left = replace(left, name="tested")
+            gone = pa.array(~np.isin(whole["path"], left["path"]))
+            seen = replace(whole, name="known", rows=whole.rows.filter(gone))
+            trained, tested = decode(seen) if len(seen.rows) else None, decode(left)
+            tested = unlike(left, tested, trained) if trained else tested
+        sets |= {"tested": _one_lesion_if_alike(tested)} | ({"known": trained} if trained else {})
+    copies = _copies(trained, tested, sets["generated"], shapes, files, notes)
+    sets["generated"] = replace(sets["generated"], copies=copies)
     return sets
+
+
+def _one_lesion_if_alike(images: ImageSet) -> ImageSet:
+    """Lesions with images that look the same are one, so that no fold parts them."""
+    names, lesion = np.unique(images.groups.astype(str), return_inverse=True)
+    views = thumbnail_views(images)
+    pairs = np.array(near_duplicates((view(ALL_ROWS) for view in views), views[0](ALL_ROWS)), np.int64).reshape(-1, 2)
+    links = coo_array((np.ones(len(pairs)), tuple(lesion[pairs].T)), shape=(len(names), len(names)))
+    joined = connected_components(links, directed=False)[1]
+    _, first = np.unique(joined, return_index=True)
+    return replace(images, groups=names[first][joined[lesion]].astype(object))
 
 
 def class_folder(folder: str | None, setting: str) -> str:
@@ -324,15 +358,19 @@ def _without(test: Listed, seen: np.ndarray, why: str, notes: list[str]) -> List
 
 
 def _copies(
-    sets: Mapping[str, ImageSet], shapes: Sequence[float], files: Mapping[str, str], notes: list[str]
+    train: ImageSet | None,
+    test: ImageSet,
+    generated: ImageSet,
+    shapes: Sequence[float],
+    files: Mapping[str, str],
+    notes: list[str],
 ) -> tuple[Copy, ...]:
     """Of real images that are not in training: any file of `files` (sha256 -> path), any look of a test image.
 
     Looks of training images are for m2d.evaluation.memorization; here their files are counted.
     """
-    train, test, generated = sets.values()
     rows, distances = near_copies(generated, test, shapes)
-    trained, found = set(train.sha256), []
+    trained, found = set(train.sha256 if train else ()), []
     for path, sha256, row, distance in zip(generated.paths, generated.sha256, rows.tolist(), distances.tolist()):
         if sha256 in files and sha256 not in trained:
             found.append(Copy(path, files[sha256], None))
@@ -377,10 +415,11 @@ def _real_sides(
     checkpoint: Checkpoint | None,
     catalogs: Mapping[Path, pa.Table],
     notes: list[str],
-) -> tuple[Listed, Listed, dict[str, str]]:
+) -> tuple[Listed, Listed, Listed | None, dict[str, str]]:
     """Two folders, or the splits of one: as the checkpoint's own run split it, where that is known.
 
-    And of every real image that is known, here or in a catalog, the sha256 and the path.
+    Then, of one folder, all splits together; and of every real image that is known, here or in a catalog, the sha256
+    and the path.
     """
     wanted = checkpoint.info.classes if checkpoint else None
     if wanted is not None and data.classes not in (None, "folders"):
@@ -394,6 +433,7 @@ def _real_sides(
         return (
             Listed("train", f"all of {root}", root, train, classes),
             Listed("test", f"all of {real}", real, test, classes),
+            None,
             _files(*catalogs.values(), test),
         )
     own = Path(experiment_of(checkpoint.path), "cache", "catalog.parquet") if checkpoint else Path()
@@ -417,7 +457,8 @@ def _real_sides(
         if not len(rows):
             raise DataError(f"real: {real} has no image in its {split} split; set the fractions of --data")
         sides.append(Listed(split, f"{split} split of {real}", real, rows, classes_of(catalog)))
-    return sides[0], sides[1], _files(*catalogs.values(), catalog)
+    whole = Listed("test", f"all of {real}", real, catalog, classes_of(catalog))
+    return sides[0], sides[1], whole, _files(*catalogs.values(), catalog)
 
 
 def _files(*catalogs: pa.Table) -> dict[str, str]:
@@ -574,15 +615,16 @@ def reconstructions(
     )
 
 
-def drawn_like(train: ImageSet, generated: ImageSet, seed: int) -> ImageSet:
-    """Training images, drawn without repeats: as many of each class as were generated, or all where there are fewer.
-
-    Each is a group of its own, as a generated image is.
-    """
+def rows_like(labels: np.ndarray, generated: np.ndarray, seed: int, times: int = 1) -> np.ndarray:
+    """Of classes int64 [N] rows without repeats: `times` as many of each as were generated, or all that there are."""
     generator = np.random.default_rng(seed)
-    labels, counts = np.unique(generated.labels, return_counts=True)
-    drawn = [generator.permutation(np.flatnonzero(train.labels == k))[:n] for k, n in zip(labels, counts)]
-    rows = np.concatenate(drawn)
+    made, counts = np.unique(generated, return_counts=True)
+    drawn = [generator.permutation(np.flatnonzero(labels == k))[: times * n] for k, n in zip(made, counts)]
+    return np.concatenate(drawn)
+
+
+def drawn_like(train: ImageSet, rows: np.ndarray) -> ImageSet:
+    """These rows of the training images. Each is a group of its own, as a generated image is."""
     groups = np.array([f"reconstruction {row}" for row in rows], dtype=object)
     source = f"{len(rows):,} images of {train.source}"
     return ImageSet("training images", source, (), (), train.labels[rows], groups, train.pixels[rows], train.classes)

@@ -107,6 +107,8 @@ class EvaluateConfig(_Command):
     classifiers: str | None = None  # logistic, finetune or both; None: finetune only where there is a GPU
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     seeds: int = 3  # repetitions of each training in `downstream`
+    folds: int = 1  # of all lesions that the generator has not seen, each tested once; 1: the test split alone
+    repeats: int = 2  # of the folds, each time others
     c: float | None = None  # inverse strength of the logistic regression's penalty; None: chosen on training lesions
     ratios: str | None = None  # also tries these synthetic : real ratios, as in 0.5,1,2,5,10
     bootstrap: int = 1000  # resamples of the test lesions, for the 95 % intervals
@@ -124,8 +126,8 @@ class EvaluateConfig(_Command):
             asked = _words(getattr(self, name))
             if asked == () or any(word not in known for word in asked or ()):
                 raise ConfigError(f"{name} is {getattr(self, name) or 'empty'}; choose some of {' '.join(known)}")
-        self._check(seeds=1, bootstrap=FEWEST_RESAMPLES, num_actors=0, batch_size=1, image_size=16)
-        require_seed("seed", self.seed, HIGHEST_SEED - self.seeds + 1)  # each repetition takes the next one
+        self._check(seeds=1, folds=1, repeats=1, bootstrap=FEWEST_RESAMPLES, num_actors=0, batch_size=1, image_size=16)
+        require_seed("seed", self.seed, HIGHEST_SEED - max(self.seeds, self.repeats) + 1)  # each takes the next one
         if any(not 0 < ratio <= 1000 for ratio in self.ratio_list):
             raise ConfigError(f"ratios is {self.ratios}; each must be above 0 and at most 1000")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 
 from m2d.metrics.neighbours import Standardizer, one_where_constant
@@ -89,3 +90,21 @@ def choose_c(
         tried[c] = float(scores(confusion_matrix(labels, predicted, num_classes)).balanced_accuracy)
     best = [c for c, score in tried.items() if score == max(tried.values())]
     return best[len(best) // 2], tried
+
+
+def told_apart(features: np.ndarray, generated: np.ndarray, groups: np.ndarray, *, c: float, seed: int) -> float | None:
+    """AUC of a probe that tells generated from real images, on held-out groups: 0.5 cannot, 1 always can.
+
+    features: [N, D]. generated: bool [N]. groups: [N], of a real image its lesion, of a generated one that of the real
+    image that it is nearest to, or a copy would be known by its original. None: too few for the folds.
+    """
+    kinds, made = np.unique(groups.astype(str), return_inverse=True)[1], generated.astype(np.int64)
+    if min(len(set(kinds[made == side].tolist())) for side in (0, 1)) < FOLDS:
+        return None
+    score = np.empty(len(made))
+    for fitted, held in StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(features, made, kinds):
+        if len(set(made[fitted].tolist())) < 2:
+            return None
+        probe = LinearProbe.fit(features[fitted], made[fitted], c=c, tolerance=TOLERANCE_OF_CHOICE)
+        score[held] = probe.probabilities(features[held], 2)[:, 1]
+    return float(roc_auc_score(made, score))

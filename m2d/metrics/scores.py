@@ -54,12 +54,17 @@ def scores(confusion: np.ndarray) -> Scores:
 
 
 def weighted_scores(
-    probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray, classes: ClassSet = ISIC7
+    probabilities: np.ndarray,
+    truth: np.ndarray,
+    weights: np.ndarray,
+    classes: ClassSet = ISIC7,
+    decided: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Name to values float64 [R]: a score of each of R weightings of the same test images.
 
-    probabilities: [N, K], K the number of `classes`. truth: int64 [N]. weights: [R, N], at least 0; every class of
-    `truth` has some in every row, as a stratified bootstrap leaves it. Means are over the classes of `truth`:
+    probabilities: [N, K], K the number of `classes`. decided: [N, K], by which images are called in their place; None:
+    by them too. truth: int64 [N]. weights: [R, N], at least 0; every class of `truth` has some in every row, as a
+    stratified bootstrap leaves it. Means are over the classes of `truth`:
 
     balanced_accuracy, macro_f1: of the most probable class. recall_<code>: each class's. macro_auprc: mean average
     precision, one class against the rest; melanoma_auprc: melanoma's, where `classes` and `truth` have it.
@@ -68,13 +73,13 @@ def weighted_scores(
     step = max(1, _CELLS_AT_ONCE // len(truth))
     if len(weights) > step:
         parts = [
-            weighted_scores(probabilities, truth, weights[one : one + step], classes)
+            weighted_scores(probabilities, truth, weights[one : one + step], classes, decided)
             for one in range(0, len(weights), step)
         ]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     weights = weights.astype(np.float64, order="F")
     present, size = np.unique(truth), len(classes)
-    cell = truth * size + probabilities.argmax(axis=1)  # of the confusion matrix
+    cell = truth * size + (probabilities if decided is None else decided).argmax(axis=1)  # of the confusion matrix
     called = scores((weights @ np.eye(size**2)[cell]).reshape(-1, size, size))
     areas = {classes.codes[k]: average_precision(probabilities[:, k], truth == k, weights) for k in present}
     return {

@@ -6,7 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from m2d.cli import main, parse
 from m2d.cluster.nodes import device_of_actor
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation import evaluate as evaluate_module
+from m2d.evaluation.classifiers.worth import Word
 from m2d.evaluation.evaluate import evaluate, find_checkpoint
 from m2d.evaluation.images import FeatureSet, ImageSet, reconstructions
 from m2d.evaluation.report.page import typicality
@@ -66,7 +67,7 @@ def test_every_part_is_answered_in_every_file(
     comparisons = {row["comparison"] for row in found["fidelity"][0]["rows"]}
     assert comparisons == {"generated", "floor", "unseen", "autoencoder"}
     assert [one["extractor"].split("-")[1] for one in found["fidelity"]] == ["lite1", "lite0"]
-    assert found["downstream"][0]["verdict"]["word"] in ("helps", "no difference shown", "hurts")
+    assert found["worth"][0]["verdict"]["word"] in get_args(Word)
     assert [one["ratio"] for one in found["downstream"][0]["ratios"]] == [0.5, 1.0]
     assert found["autoencoder_downstream"]["generated"] == {"DF": 12, "MEL": 12}
     assert np.array(found["consistency"]["confusion"]).sum() == 24
@@ -74,7 +75,7 @@ def test_every_part_is_answered_in_every_file(
     assert any("taken on trust" in note for note in found["notes"])
 
     page = (out / "evaluation.html").read_text(encoding="utf-8")
-    assert found["downstream"][0]["verdict"]["sentence"][1:] in page
+    assert found["worth"][0]["verdict"]["sentence"][1:] in page
     assert not re.search(r'(src|href)="(?!data:)', page), "the page needs no other file"
     with (out / "classes.csv").open(encoding="utf-8") as file:
         rows = {row["class"]: row for row in csv.DictReader(file)}
@@ -88,7 +89,7 @@ def test_every_part_is_answered_in_every_file(
     for path in out.glob("*.png"):
         assert min(Image.open(path).size) > 100
     told = capsys.readouterr().out
-    assert found["downstream"][0]["verdict"]["word"] in " ".join(told.split()).lower()
+    assert found["worth"][0]["verdict"]["word"] in " ".join(told.split()).lower()
 
 
 def paint_generated(folder: Path, counts: dict[str, int]) -> None:
@@ -228,6 +229,15 @@ def test_of_one_class_what_can_be_asked_is_answered_and_the_report_is_no_class_t
         evaluate(parse("evaluate", [*asked, "--parts", "downstream"]))
 
 
+def test_folds_are_reported(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = evaluate(parse("evaluate", flags(folders, tmp_path, "--parts", "downstream", "--folds", "2")))
+    (worth,) = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["worth"]
+    assert worth["test"] == COUNTS
+    assert (worth["folds"], len(worth["shares"])) == (2, 4)
+    assert "in 2 folds, 2 times" in (out / "evaluation.html").read_text(encoding="utf-8")
+    assert len((out / "worth.csv").read_text(encoding="utf-8").splitlines()) > 40
+
+
 def test_test_images_among_the_generated_ones_are_listed_and_no_verdict_is_given(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -235,7 +245,7 @@ def test_test_images_among_the_generated_ones_are_listed_and_no_verdict_is_given
     for path in (folders[0] / "MEL").iterdir():
         shutil.copy(path, tmp_path / "merged" / "MEL")
     out = evaluate(parse("evaluate", flags((folders[0], tmp_path / "merged"), tmp_path, "--parts", "downstream")))
-    assert json.loads((out / "evaluation.json").read_text())["downstream"][0]["verdict"]["word"] == "no verdict"
+    assert json.loads((out / "evaluation.json").read_text())["worth"][0]["verdict"]["word"] == "no verdict"
     assert len((out / "copies.csv").read_text().splitlines()) == 1 + 12
     assert '<div class="answer open">' in (out / "evaluation.html").read_text(encoding="utf-8")
 
@@ -255,6 +265,7 @@ def test_one_network_as_both_extractors_is_refused(folders: tuple[Path, Path], t
         (["--ratios", "1,x"], "ratios is 1,x; it must be numbers"),
         (["--ratios", "0"], "ratios is 0; each must be above 0"),
         (["--seeds", "0"], "seeds is 0; it must be at least 1"),
+        (["--folds", "0"], "folds is 0; it must be at least 1"),
         (["--output", "s3://bucket"], "output is s3://bucket; it must be a folder of this machine"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from m2d.evaluation.classifiers.finetune import (
     FinetuneClassifier,
     _network,
     batches_of,
+    finetuned_worth,
     learning_rate,
     measure_finetuned,
 )
+from m2d.evaluation.classifiers.worth import Word
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.settings import FinetuneConfig
 from m2d.models.extractors import load_feature_extractor
@@ -137,6 +140,9 @@ def test_a_whole_comparison_runs() -> None:
     result = measure_finetuned(train=TRAIN, test=TEST, generated=GENERATED, config=config, trials=trials)
     assert result.settings["steps"] == 6
     assert {arm: one.trainings for arm, one in result.arms.items()} == dict.fromkeys("abcde", 2)
+    worth = finetuned_worth(train=TRAIN, test=TEST, generated=GENERATED, config=config, trials=trials)
+    assert (worth.shares, worth.gains) == ([0.25, 0.25], {})
+    assert worth.verdict.word in get_args(Word)
 
 
 def test_a_network_that_diverges_is_an_error() -> None:

@@ -222,6 +222,34 @@ def test_what_an_earlier_stage_was_trained_on_is_not_unseen_either(
         read(tmp_path, real, generated, checkpoint=checkpoint)
 
 
+def test_folds_test_every_lesion_but_those_that_the_generator_saw(
+    tmp_path: Path, real: Path, generated: Path, prior_checkpoint: Checkpoint
+) -> None:
+    """Without a checkpoint nothing is known to be seen; with one its train split is trained on and never tested."""
+    every = read(tmp_path, real, generated, folds=3)
+    assert len(every.tested) == 40
+    assert not hasattr(every, "known")
+    own = scan_dataset(str(real), DataConfig()).catalog
+    checkpoint = made_by(prior_checkpoint, tmp_path / "experiment", own, data_root=str(real))
+    sets = read(tmp_path, real, generated, checkpoint=checkpoint, folds=3)
+    assert set(sets.tested.sha256) == rows_of(own, "sha256", "val", "test")
+    assert set(sets.known.sha256) == rows_of(own, "sha256", "train")
+    gone = made_by(prior_checkpoint, tmp_path / "elsewhere", None, data_root=str(real))
+    assert set(read(tmp_path, real, generated, checkpoint=gone, folds=3).tested.sha256) == set(sets.tested.sha256)
+
+
+def test_in_folds_lesions_that_look_the_same_are_one_and_copies_of_what_is_tested_are_named(
+    tmp_path: Path, real: Path, generated: Path
+) -> None:
+    Image.open(real / "NV" / "NV_0.png").transpose(Image.Transpose.ROTATE_90).save(real / "MEL" / "twin.png")
+    shutil.copy(real / "MEL" / "MEL_3.png", generated / "MEL")
+    sets = read(tmp_path, real, generated, folds=3)
+    lesion = dict(zip((Path(path).stem for path in sets.tested.paths), sets.tested.groups, strict=True))
+    assert lesion["twin"] == lesion["NV_0"]
+    assert len(set(lesion.values())) == 40
+    assert [Path(copy.real).stem for copy in sets.generated.copies] == ["MEL_3"]
+
+
 def test_a_test_image_that_looks_the_same_as_a_training_image_is_left_out(
     tmp_path: Path, real: Path, generated: Path
 ) -> None:

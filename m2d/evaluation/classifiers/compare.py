@@ -6,11 +6,11 @@ Called for both classifiers (probe.py, finetune.py), of which it knows no more t
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ from m2d.evaluation.images import ImageSet, Unanswerable, class_counts, lesion_c
 from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
 from m2d.metrics.bootstrap import Estimate, resampled_seeds, resampled_weights
-from m2d.metrics.scores import LOWER_IS_BETTER, weighted_scores
+from m2d.metrics.scores import weighted_scores
 
 ARMS = {
     "a": "real",
@@ -35,26 +35,22 @@ ARMS = {
 FEW_LESIONS = 10  # of a class in the test images: its interval is then a rough one
 GPU_SHARE = 0.25  # of a task: small networks on small images leave most of a GPU idle
 Settings = dict[str, str | int | float | bool | None]
-Word = Literal["helps", "no difference shown", "hurts", "no verdict"]
+Scored = dict[str, np.ndarray]  # of one training: a score to [1 + R], of the test set and of its resamples
 _INTERVALS = (
     "Intervals cover the choice of test lesions and what a seed decides, not what other real training images or "
     "another synthetic set would change."
 )
-_WATCHED = {  # may fall while the balanced accuracy rises: the ranking within a class, and what a probability means
-    "macro_auprc": "macro AUPRC",
-    "melanoma_auprc": "melanoma AUPRC",
-    "expected_calibration_error": "expected calibration error",
-}
-_CONTROLS = {"c": "real images oversampled to the same counts", "b": "class weights on real images alone"}
 
 
 @dataclass(frozen=True)
 class TrainingRows:
     """Images to train on, those of `real` before those of `generated`; a row that stands twice counts twice."""
 
-    real: np.ndarray  # int64 [n], ascending rows of the real training images, with repeats in arm c
-    generated: np.ndarray  # int64 [m], ascending rows of the generated images, each once at most
-    weights: np.ndarray  # float64 [n + m], of the images in the loss; their mean is 1
+    real: np.ndarray  # int64 [n], rows of the real training images, with repeats in arm c
+    generated: np.ndarray  # int64 [m], rows of the generated images, each once at most
+    weights: np.ndarray  # float64 [n + m], of the images in the loss
+    reference: np.ndarray | None = None  # int64, real rows that features are standardised by; None: all
+    asked: np.ndarray | None = None  # int64, rows of the test images to call; None: all
 
     def labels(self, real: np.ndarray, generated: np.ndarray) -> np.ndarray:
         """Classes of the images, int64 [n + m], from those of all real [N] and all generated ones [M]."""
@@ -77,7 +73,7 @@ class Classifier(Protocol):
         """Whether a GPU would make it faster."""
 
     def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
-        """Train, then the class probabilities of the test images, float [N, K]."""
+        """Train, then the class probabilities of the test images that are asked for, float [N, K]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +113,6 @@ class RatioResult:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """See `verdict`."""
-
-    word: Word
-    sentence: str
-    warnings: list[str]
-
-
-@dataclass(frozen=True)
 class DownstreamResult:
     """All of it for one classifier. Differences are d minus b and d minus c, paired by resample and seed."""
 
@@ -141,7 +128,6 @@ class DownstreamResult:
     minus_b: dict[str, Estimate]
     minus_c: dict[str, Estimate]
     ratios: list[RatioResult]
-    verdict: Verdict
     left_out: dict[str, str]  # class code, or `arm e`: why
     notes: list[str]
 
@@ -188,27 +174,15 @@ def compare_arms(
     jobs = {arm: [Job.of(classifier, *one) for one in zip(drawn, trials.seeds)] for arm, drawn in arms.items()}
     answers = run_jobs(classifier, [job for of_arm in jobs.values() for job in of_arm], trials)
 
-    # Scores of each training: of the test set as it is (row 0), then of its resamples.
-    drawn = resampled_weights(truth, groups, resamples=trials.resamples, seed=trials.seed)
-    weights = np.concatenate([np.ones((1, len(rows)), dtype=drawn.dtype), drawn])
-    scores = {
-        digest: weighted_scores(answer[rows], truth, weights, train.classes) for digest, answer in answers.items()
-    }
-    picked = resampled_seeds(len(trials.seeds), resamples=trials.resamples, seed=trials.seed)
-
-    def table(name: str, arm: str, ratio: float | None) -> np.ndarray:
-        return np.stack([scores[job.digest][name] for job in jobs[arm, ratio]])
+    resamples = Resamples.of(truth, groups, trials, train.classes)
+    scores = {digest: resamples.scores(answer[rows]) for digest, answer in answers.items()}
 
     def estimates(
         arm: str, ratio: float | None = None, minus: tuple[str, float | None] | None = None
     ) -> dict[str, Estimate]:
         """Each score of an arm, or of an arm less another."""
-        found = {}
-        for name in next(iter(scores.values())):
-            values = table(name, arm, ratio) - (table(name, *minus) if minus else 0)
-            resampled = values[picked, 1 + np.arange(len(picked))[:, None]].mean(axis=1)
-            found[name] = Estimate.of(values[:, 0].mean(), resampled)
-        return found
+        first, other = ([scores[job.digest] for job in jobs[one]] for one in ((arm, ratio), minus or (arm, ratio)))
+        return resamples.estimates(first, other if minus else None)
 
     minus_b, minus_c = (estimates("d", minus=(control, None)) for control in "bc")
     return DownstreamResult(
@@ -243,10 +217,45 @@ def compare_arms(
             )
             for ratio in trials.ratios
         ],
-        verdict=_no_verdict(generated) if generated.copies else verdict(minus_b, minus_c),
         left_out=left_out,
         notes=notes,
     )
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """Scores of trainings on one test set as it is and on its resamples, and what they estimate."""
+
+    truth: np.ndarray  # int64 [N]
+    weights: np.ndarray  # int32 [1 + R, N]: ones, then those of the bootstrap
+    picked: np.ndarray  # int64 [R, ...], the seeds that a resample averages over
+    classes: ClassSet
+
+    @classmethod
+    def of(cls, truth: np.ndarray, groups: np.ndarray, trials: Trials, classes: ClassSet) -> Self:
+        """truth [N], groups [N]: of the scored test images; both kinds of draws are the trials'."""
+        drawn = resampled_weights(truth, groups, resamples=trials.resamples, seed=trials.seed)
+        weights = np.concatenate([np.ones((1, len(truth)), dtype=drawn.dtype), drawn])
+        return cls(
+            truth, weights, resampled_seeds(len(trials.seeds), resamples=trials.resamples, seed=trials.seed), classes
+        )
+
+    def scores(self, probabilities: np.ndarray, decided: np.ndarray | None = None) -> Scored:
+        """Of one training, name to [1 + R]; see metrics.scores.weighted_scores."""
+        return weighted_scores(probabilities, self.truth, self.weights, self.classes, decided)
+
+    def estimates(self, seeds: Sequence[Scored], minus: Sequence[Scored] | None = None) -> dict[str, Estimate]:
+        """Each score averaged over the trainings of all seeds, or its difference to another's of the same seeds."""
+        means = {name: self.means(seeds, name, minus) for name in seeds[0]}
+        return {name: Estimate.of(drawn[0], drawn[1:]) for name, drawn in means.items()}
+
+    def means(self, seeds: Sequence[Scored], name: str, minus: Sequence[Scored] | None = None) -> np.ndarray:
+        """A score averaged over the seeds, then over those of each resample: float64 [1 + R]."""
+        values = np.stack([one[name] for one in seeds])
+        if minus is not None:
+            values = values - np.stack([one[name] for one in minus])
+        resampled = values[self.picked, 1 + np.arange(len(self.picked))[:, None]].mean(axis=1)
+        return np.concatenate([[values[:, 0].mean()], resampled])
 
 
 # --- what an arm trains on, and which classes are scored ------------------------------------------------------------
@@ -267,8 +276,8 @@ def training_rows(
     if arm == "b":
         return TrainingRows(every, none, len(real) / (np.count_nonzero(counts) * counts[real]))
     if arm == "c":
-        every = np.sort(np.concatenate([every, _drawn(real, added, [seed, 0])]))
-    of_generated = np.sort(_drawn(generated, added, [seed, 1])) if arm in "de" else none
+        every = np.sort(np.concatenate([every, drawn_of_classes(real, added, [seed, 0])]))
+    of_generated = np.sort(drawn_of_classes(generated, added, [seed, 1])) if arm in "de" else none
     of_real = none if arm == "e" else every
     return TrainingRows(of_real, of_generated, np.ones(len(of_real) + len(of_generated)))
 
@@ -310,7 +319,7 @@ def _counts(real: np.ndarray, generated: np.ndarray) -> tuple[np.ndarray, np.nda
     return np.bincount(real, minlength=length), np.bincount(generated, minlength=length)
 
 
-def _drawn(labels: np.ndarray, counts: np.ndarray, seed: list[int]) -> np.ndarray:
+def drawn_of_classes(labels: np.ndarray, counts: np.ndarray, seed: list[int]) -> np.ndarray:
     """counts[k] rows of each class k, in shuffled passes over its images; none again before all were drawn."""
     parts = [np.empty(0, dtype=np.int64)]
     for label in np.flatnonzero(counts):
@@ -318,48 +327,6 @@ def _drawn(labels: np.ndarray, counts: np.ndarray, seed: list[int]) -> np.ndarra
         passes = [generator.permutation(rows) for _ in range(-(-counts[label] // len(rows)))]
         parts.append(np.concatenate(passes)[: counts[label]])
     return np.concatenate(parts)
-
-
-# --- the verdict ----------------------------------------------------------------------------------------------------
-
-
-def verdict(minus_b: Mapping[str, Estimate], minus_c: Mapping[str, Estimate]) -> Verdict:
-    """Whether synthetic images help this classifier, by the balanced accuracy of d (real + synthetic).
-
-    hurts: the interval of d - c lies below 0. helps: it lies above 0, and the value of d - b is at least 0: what class
-    weights give for nothing is no merit of the images. Otherwise no difference is shown. A warning for each control
-    that d beats in balanced accuracy while its ranking or calibration got worse by the interval.
-    """
-    against_c, against_b = minus_c["balanced_accuracy"], minus_b["balanced_accuracy"]
-    word: Word = "hurts" if against_c.below else "no difference shown"
-    reason = ""
-    if against_c.above and against_b.value >= 0:
-        word = "helps"
-    elif against_c.above:
-        reason = ", so it beats oversampling but not class weights, which cost nothing"
-    sentence = (
-        f"{word}: adding the synthetic images changes balanced accuracy on unseen lesions by {against_c.signed} "
-        f"against {_CONTROLS['c']}, and by {against_b.signed} against {_CONTROLS['b']}{reason} (95 % intervals)."
-    )
-    warnings = []
-    for control, minus in (("c", minus_c), ("b", minus_b)):
-        worse = [
-            f"{text} by {minus[name].signed}"
-            for name, text in _WATCHED.items()
-            if name in minus and (minus[name].above if name in LOWER_IS_BETTER else minus[name].below)
-        ]
-        if worse and minus["balanced_accuracy"].value > 0:
-            beaten = _CONTROLS[control]
-            warnings.append(f"Balanced accuracy rose against {beaten}, yet this got worse: {'; '.join(worse)}.")
-    return Verdict(word, sentence, warnings)
-
-
-def _no_verdict(generated: ImageSet) -> Verdict:
-    sentence = (
-        f"no verdict: {len(generated.copies):,} of {len(generated):,} generated images are copies of unseen real "
-        "images, which would help any classifier; take them out (copies.csv) and evaluate again."
-    )
-    return Verdict("no verdict", sentence, [])
 
 
 # --- the trainings --------------------------------------------------------------------------------------------------
@@ -377,7 +344,9 @@ class Job:
     def of(cls, classifier: Classifier, rows: TrainingRows, seed: int) -> "Job":
         """The job, with its digest: hex, stable between runs and machines."""
         digest = hashlib.sha256(f"downstream 1\n{classifier.identity}\n".encode())
-        for values, kind in ((rows.real, "<i8"), (rows.generated, "<i8"), (rows.weights, "<f8")):
+        parts = [(rows.real, "<i8"), (rows.generated, "<i8"), (rows.weights, "<f8")]
+        parts += [(one, "<i8") for one in (rows.reference, rows.asked) if one is not None]
+        for values, kind in parts:
             digest.update(f"{len(values)}\n".encode())
             digest.update(np.ascontiguousarray(values, dtype=kind).tobytes())
         digest.update(str(seed if classifier.seeded else 0).encode())

@@ -19,6 +19,7 @@ from m2d import __version__
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, TrainingError
 from m2d.evaluation.classifiers.compare import DownstreamResult, TrainingRows, Trials, compare_arms
+from m2d.evaluation.classifiers.worth import FIXED_SHARE, Pool, WorthResult, measure_worth
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.settings import FinetuneConfig
 from m2d.generation.generator import pick_device
@@ -51,6 +52,21 @@ def measure_finetuned(
             f"({config.epochs:g} passes over the real training images): arms differ in data alone.",
             "A seed decides the new classification layer, dropout, the images' order and views, and what arms draw.",
         ],
+    )
+
+
+def finetuned_worth(
+    *, train: ImageSet, test: ImageSet, generated: ImageSet, config: FinetuneConfig, trials: Trials
+) -> WorthResult:
+    """What generated images are worth to classifier 2; see worth.measure_worth."""
+    return measure_worth(
+        FinetuneClassifier.of(train, test, generated, config),
+        f"{config.model} fine-tuned on the pixels",
+        Pool.of(train, test, generated),
+        trials,
+        choose=False,
+        copies=len(generated.copies),
+        notes=[f"A training takes too long to choose a share by; it is {FIXED_SHARE:g}, and the test part is one."],
     )
 
 

@@ -8,9 +8,10 @@ import csv
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from m2d.evaluation.classifiers.compare import (
     scored_classes,
     unscored,
 )
+from m2d.evaluation.classifiers.worth import Pool, WorthResult, measure_worth
 from m2d.evaluation.features import ClsFeatures, cls_features
 from m2d.evaluation.images import (
     FeatureSet,
@@ -50,7 +52,8 @@ from m2d.files.paths import require_outside, result_path
 from m2d.files.progress import say
 from m2d.generation.generator import pick_device
 from m2d.metrics.bootstrap import Estimate, resampled_confusions
-from m2d.metrics.linear_probe import LinearProbe, choose_c
+from m2d.metrics.linear_probe import LinearProbe, choose_c, told_apart
+from m2d.metrics.neighbours import Standardizer, nearest, one_where_constant
 from m2d.metrics.scores import confusion_matrix, scores
 from m2d.models.extractors import extractor_key
 from m2d.plots.charts import confusion_matrix_picture
@@ -118,7 +121,7 @@ class ProbeClassifier:
     seeded = False
     wants_gpu = False
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """Hex digest of c, features and labels."""
         digest = hashlib.sha256(f"probe {self.c!r} of {len(self.train.classes)} classes\n".encode())
@@ -137,9 +140,65 @@ class ProbeClassifier:
             np.concatenate([self.train.labels[real], self.generated.labels[rows.generated]]),
             c=self.c,
             weights=weights,
-            standardised_by=self.train.cls,
+            standardised_by=self.train.cls if rows.reference is None else self.train.cls[rows.reference],
         )
-        return probe.probabilities(self.test.cls, len(self.train.classes))
+        asked = self.test.cls if rows.asked is None else self.test.cls[rows.asked]
+        return probe.probabilities(asked, len(self.train.classes))
+
+
+def probe_worth(
+    *,
+    known: FeatureSet | None,
+    tested: FeatureSet,
+    generated: FeatureSet,
+    redrawn: tuple[np.ndarray, FeatureSet] | None = None,
+    c: float,
+    trials: Trials,
+    folds: int = 1,
+    controls: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
+) -> WorthResult:
+    """What generated images are worth to classifier 1; see worth.measure_worth.
+
+    known: real images that are trained on alone; with folds, `tested` are too. redrawn: rows of both together,
+    ascending, and the features of those images after the autoencoder. c: as in measure_downstream.
+    """
+    cls = tested.cls if known is None else np.concatenate([known.cls, tested.cls])
+    pool = Pool.of(
+        known.images if known else None,
+        tested.images,
+        generated.images,
+        redrawn=redrawn[0] if redrawn else None,
+        nearest=partial(_nearest, cls, generated.cls),
+    )
+    labels, groups, classes = pool.labels, pool.groups, pool.classes
+    rest, apart = np.flatnonzero(~pool.tested) if folds == 1 else np.arange(len(labels)), dict[str, float]()
+    for label in np.unique(generated.labels):
+        real, own = rest[labels[rest] == label], generated.cls[generated.rows(label)]
+        if len(real):
+            both = np.concatenate([groups[real], groups[_nearest(cls, own, real)]])
+            made = np.arange(len(both)) >= len(real)
+            auc = told_apart(np.concatenate([cls[real], own]), made, both, c=c, seed=trials.seed)
+            apart |= {classes.codes[label]: auc} if auc is not None else {}
+    pooled = replace(tested, images=replace(tested.images, labels=labels, groups=groups), cls=cls)
+    if redrawn:
+        every = replace(generated.images, labels=np.concatenate([generated.labels, labels[redrawn[0]]]))
+        generated = replace(generated, images=every, cls=np.concatenate([generated.cls, redrawn[1].cls]))
+    return measure_worth(
+        ProbeClassifier(pooled, pooled, generated, c),
+        "logistic regression on extractor features",
+        pool,
+        trials,
+        folds=folds,
+        copies=len(generated.images.copies),
+        told_apart=apart,
+        controls=controls,
+    )
+
+
+def _nearest(real: np.ndarray, generated: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """For each generated image the nearest of these real ones, by cosine of standardised features."""
+    standard = Standardizer.of(real[rows], one_where_constant)
+    return rows[nearest(standard.unit(generated), standard.unit(real[rows]))[1][:, 0].numpy()]
 
 
 # --- class consistency ----------------------------------------------------------------------------------------------

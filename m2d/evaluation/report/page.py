@@ -19,11 +19,13 @@ from m2d.data.layouts import REPORT
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.classifiers.probe import ConsistencyResult
+from m2d.evaluation.classifiers.worth import GAINS, RULES, WorthResult
 from m2d.evaluation.fidelity import FidelityResult
 from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.evaluation.memorization import MemorizationResult
 from m2d.evaluation.report import plots
 from m2d.generation.contact_sheet import contact_sheet
+from m2d.metrics.bootstrap import Estimate
 from m2d.metrics.neighbours import Standardizer, nearest, one_where_constant
 
 Row = dict[str, str | int | float | None]
@@ -49,6 +51,7 @@ class Evaluation:
     fidelity: list[FidelityResult]  # the independent extractor first, then the one that guided the training
     memorization: MemorizationResult | None
     downstream: list[DownstreamResult]  # a classifier each
+    worth: list[WorthResult]  # of each classifier, by one rule for all arms
     autoencoder_downstream: DownstreamResult | None  # with reconstructions of training images as the synthetic ones
     consistency: ConsistencyResult | None
     notes: list[str]
@@ -133,6 +136,8 @@ def _page(result: Evaluation, pictures: dict[str, bytes], classes: ClassSet) -> 
         tables=tables(result),
         fidelity_tables=[fidelity_rows(one) for one in result.fidelity],
         scores=plots.SCORES,
+        named=named,
+        gains=lambda found: {f"{GAINS.get(name, name)}: {one.word}": one.minus_a for name, one in found.items()},
         classes=classes.codes,
         images={name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in pictures.items()},
         names=classes.names,
@@ -164,8 +169,8 @@ def _pictures(
     pictures = {name: _sheet(*sheet) for name, sheet in sheets.items()}
     for name, one in zip(("kernel_distance", "kernel_distance_guide"), result.fidelity):
         pictures[name] = plots.kernel_distances(one)
-    if result.downstream:
-        pictures["differences"] = plots.differences(result.downstream)
+    if result.worth:
+        pictures["differences"] = plots.differences(result.worth)
     for name, found in zip(("ratios", "ratios_finetune"), result.downstream):
         if found.ratios:
             pictures[name] = plots.ratio_curve(found)
@@ -218,6 +223,7 @@ def tables(result: Evaluation) -> dict[str, list[Row]]:
         "classes": class_rows(result),
         "fidelity": [row for one in result.fidelity for row in fidelity_rows(one)],
         "memorization": _memorization_rows(result.memorization) if result.memorization else [],
+        "worth": [row for one in result.worth for row in _worth_rows(one)],
         "downstream": [row for one in result.downstream for row in _downstream_rows(one)],
     }
     return {name: _even(rows) for name, rows in found.items() if rows}
@@ -272,6 +278,23 @@ def _memorization_rows(result: MemorizationResult) -> list[Row]:
         for code, one in [(OVERALL, result.overall), *result.classes.items()]
         for made, unseen in [(one.generated["either"], one.test["either"] if one.test else None)]
     ]  # fmt: skip
+
+
+def named(differences: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Estimate]]:
+    """By what was done instead of by key: `equal priors: d - c`."""
+    return {f"{how}: {one} - {other}": differences[rule] for rule, (how, one, other) in RULES.items()}
+
+
+def _worth_rows(result: WorthResult) -> list[Row]:
+    """A row for each arm, difference and gain, and score."""
+    sides = result.arms | named(result.differences)
+    for name, gain in result.gains.items():
+        sides |= {f"half of the lesions: {name} - c": gain.minus_c, f"half of the lesions: {name} - a": gain.minus_a}
+    return [
+        {"classifier": result.classifier, "arm": arm, "score": name, **vars(value)}
+        for arm, scores in sides.items()
+        for name, value in scores.items()
+    ]
 
 
 def _downstream_rows(result: DownstreamResult) -> list[Row]:

@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from m2d.data.views import apply_view
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.classifiers.probe import ConsistencyResult
+from m2d.evaluation.classifiers.worth import WorthResult
 from m2d.evaluation.fidelity import AUTOENCODER, FLOOR, GENERATED, UNSEEN, FidelityResult
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.memorization import Pair
@@ -78,12 +79,16 @@ def kernel_distances(result: FidelityResult) -> bytes:
 
 
 @styled()
-def differences(results: Sequence[DownstreamResult]) -> bytes:
-    """What adding the synthetic images changes, by score and control, with intervals; blue better, orange worse."""
+def differences(results: Sequence[WorthResult]) -> bytes:
+    """What adding the synthetic images changes, by score and rule, with intervals; blue better, orange worse."""
     figure = new_figure(10, 1.0 + 2.6 * len(results))
     grid = figure.subplots(len(results), 2, squeeze=False, sharex=True)
     for row, result in enumerate(results):
-        sides = ((result.minus_c, "against oversampling (c)"), (result.minus_b, "against class weights (b)"))
+        titles = {
+            "primary": "at equal priors, against oversampling",
+            "argmax": "the old rule, which compares thresholds",
+        }
+        sides = [(result.differences[rule], title) for rule, title in titles.items()]
         for axes, (minus, title) in zip(grid[row], sides, strict=True):
             names = [name for name in SCORES if name in minus]
             for y, name in enumerate(names):

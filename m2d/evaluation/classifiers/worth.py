@@ -1,0 +1,509 @@
+"""What synthetic images are worth to a classifier, by one rule for all that it is trained on.
+
+Within a class they hold a share of the real images' weight, so that they cannot drown rare real ones. The share is
+chosen by cross-validation on training lesions, and may be 0. Every classifier is then adjusted to equal priors, for at
+argmax a balanced accuracy compares thresholds. Called for both classifiers; see compare.py for their protocol.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, Self
+
+import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold
+
+from m2d.classes import ClassSet
+from m2d.evaluation.classifiers.compare import (
+    Classifier,
+    Job,
+    Resamples,
+    Scored,
+    TrainingRows,
+    Trials,
+    drawn_of_classes,
+    run_jobs,
+    training_rows,
+)
+from m2d.evaluation.images import ImageSet, Unanswerable, class_counts, lesion_counts
+from m2d.metrics.bootstrap import Estimate, resampled_weights
+from m2d.metrics.scores import LOWER_IS_BETTER
+
+SHARES = (0.0, 0.1, 0.25, 0.5, 0.75)  # of a class's weight, on its synthetic images: those tried
+FIXED_SHARE = 0.25  # where none can be chosen: too few lesions, or trainings that take minutes
+MARGIN = 0.02  # of balanced accuracy: less is no difference that matters
+INNER_FOLDS, INNER_RESAMPLES = 3, 200
+LEAST_PROBABILITY = 1e-6  # in a loss: one image that is called wrongly must not decide alone
+Word = Literal["helps", "harmless", "no use", "no difference shown", "hurts", "no verdict"]
+RULES = {  # how images are called, with what, and against what
+    "primary": ("equal priors", "d", "c"),
+    "less_real": ("equal priors", "d", "a"),
+    "class_balanced": ("class-balanced loss", "d", "b"),
+    "argmax": ("argmax", "d", "c"),
+}
+GAINS = {  # offered to half of the training lesions
+    "synthetic": "the synthetic images",
+    "ceiling": "real images of the other half",
+    "codec": "the same through the autoencoder",
+}
+_WATCHED = {  # may fall while the balanced accuracy rises: the ranking within a class, and what a probability means
+    "macro_auprc": "macro AUPRC",
+    "melanoma_auprc": "melanoma AUPRC",
+    "expected_calibration_error": "expected calibration error",
+}
+_Key = tuple[Any, ...]  # of a training: the number of the part, then which one
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Real images, some of which are tested, and the generated ones. Rows of the classifier's sets count in them."""
+
+    labels: np.ndarray  # int64 [N]
+    groups: np.ndarray  # object [N], equal values are one lesion; none has images on both sides of `tested`
+    tested: np.ndarray  # bool [N]; the others are trained on alone
+    generated: np.ndarray  # int64 [M], classes
+    classes: ClassSet
+    redrawn: np.ndarray | None = None  # int64 [n], ascending: real rows that follow the generated ones, redrawn
+    # Real rows -> of each generated image the nearest one of them, int64 [M]; None: nothing is left out by it.
+    nearest: Callable[[np.ndarray], np.ndarray] | None = None
+
+    @classmethod
+    def of(cls, known: ImageSet | None, tested: ImageSet, generated: ImageSet, **more: Any) -> Self:
+        """The known images first."""
+        sides = [one for one in (known, tested) if one is not None]
+        labels, groups = (np.concatenate([getattr(one, part) for one in sides]) for part in ("labels", "groups"))
+        of_test = np.arange(len(labels)) >= len(labels) - len(tested)
+        return cls(labels, groups, of_test, generated.labels, tested.classes, **more)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """See `verdict`."""
+
+    word: Word
+    sentence: str
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What images add to half of the training lesions, at equal priors."""
+
+    word: Word
+    mean_share: float
+    minus_c: dict[str, Estimate]
+    minus_a: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class WorthResult:
+    """All of it for one classifier."""
+
+    classifier: str
+    folds: int  # 1: one test part
+    seeds: list[int]  # each with folds of its own
+    resamples: int
+    test: dict[str, int]  # scored images of each class
+    test_lesions: dict[str, int]
+    shares: list[float]  # of each seed and fold
+    inner: dict[str, float]  # share -> class-balanced loss on held-out training lesions, mean over seeds and folds
+    arms: dict[str, dict[str, Estimate]]  # `rule: arm`
+    differences: dict[str, dict[str, Estimate]]  # by key of RULES
+    margin: float
+    within: dict[str, Estimate]  # the first two of them with 90 % intervals, those of two one-sided tests at 5 %
+    gains: dict[str, Gain]  # by key of GAINS, and controls
+    of_ceiling: Estimate | None  # what the synthetic images gain, over what real images of new lesions do
+    codec_retention: Estimate | None  # what these gain through the autoencoder, over what they do without
+    told_apart: dict[str, float]  # class code -> AUC of a detector of its generated images
+    verdict: Verdict
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """Images offered to real ones that are trained on."""
+
+    fit: np.ndarray  # int64, real rows to train on
+    real: np.ndarray  # real rows, offered as if they were generated
+    generated: np.ndarray  # generated rows
+
+
+@dataclass
+class _Part:
+    """One test part, and what is trained to call it."""
+
+    seed: int
+    held: np.ndarray  # int64, ascending real rows to call
+    offers: dict[str, _Offer]
+    arms: dict[str, TrainingRows] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)  # by offer
+
+
+def measure_worth(
+    classifier: Classifier,
+    name: str,
+    pool: Pool,
+    trials: Trials,
+    *,
+    folds: int = 1,
+    choose: bool = True,
+    copies: int = 0,
+    told_apart: Mapping[str, float] | None = None,
+    controls: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
+    notes: Sequence[str] = (),
+) -> WorthResult:
+    """Train, choose the shares, score what is tested, and say whether the synthetic images help.
+
+    classifier: its train and its test set are the pool's images, its generated set the pool's with `redrawn` behind.
+    folds: of the tested lesions, each with all else to train on; their answers are scored together. choose: False: the
+    share is FIXED_SHARE, and the classifier's sets are the two sides of `tested`, for there are no folds. copies: of
+    test images among the generated ones. controls: by name, half of the lesions' rows -> real rows that these are
+    offered as if generated. Raises Unanswerable where fewer than two classes can be scored.
+    """
+    tested = np.flatnonzero(pool.tested)
+    made = pool.generated if pool.redrawn is None else np.concatenate([pool.generated, pool.labels[pool.redrawn]])
+    parts, notes = list[_Part](), list(notes)
+    for seed in trials.seeds:
+        for held in _partition(pool, tested, folds, seed) if folds > 1 else [tested]:
+            fit = np.setdiff1d(np.arange(len(pool.labels)), held) if folds > 1 else np.flatnonzero(~pool.tested)
+            offers = {"all": _Offer(fit, held[:0], np.arange(len(pool.generated)))}
+            offers |= _on_half(pool, fit, seed, controls or {}) if choose else {}
+            parts.append(_Part(seed, held, offers))
+    classes = [
+        k
+        for k in np.unique(pool.labels[tested])
+        if all((pool.labels[one.fit] == k).any() for part in parts for one in part.offers.values())
+    ]
+    if not parts or len(classes) < 2:
+        raise Unanswerable(f"tested and training lesions are too few, or share too few classes, for {folds} folds")
+
+    def train(asked: Mapping[_Key, TrainingRows]) -> dict[_Key, np.ndarray]:
+        jobs = {key: Job.of(classifier, rows, parts[key[0]].seed) for key, rows in asked.items()}
+        answered = run_jobs(classifier, list(jobs.values()), trials)
+        return {key: answered[job.digest] for key, job in jobs.items()}
+
+    asked, inner = dict[_Key, TrainingRows](), dict[_Key, list[dict[float, TrainingRows]]]()
+    for number, part in enumerate(parts):
+        part.arms = _real_arms(pool, part, pooled=choose)
+        asked |= {(number, arm): rows for arm, rows in part.arms.items()}
+        for offer in part.offers if choose else ():
+            inner[number, offer] = _inner(pool, made, part.offers[offer], part.seed)
+            for fold, of_share in enumerate(inner[number, offer]):
+                asked |= {(number, offer, fold, share): rows for share, rows in of_share.items()}
+    answers = train(asked)
+    tried = []
+    for (number, offer), held_out in inner.items():
+        found = [
+            {share: (rows, answers[number, offer, fold, share]) for share, rows in of_share.items()}
+            for fold, of_share in enumerate(held_out)
+        ]
+        if found:
+            parts[number].shares[offer], lost = _chosen(pool, made, found, parts[number].seed)
+            tried += [lost] if offer == "all" else []
+    if choose and not tried:
+        notes.append(f"The training lesions are too few to choose a share by; {FIXED_SHARE:g} is taken.")
+    for part in parts:
+        for offer, one in part.offers.items():
+            mix = partial(_mixed, pool.labels, made, one, part.shares.get(offer, FIXED_SHARE))
+            part.arms[offer] = mix(asked=part.held if choose else None)
+            if offer == "all":
+                part.arms["balanced"] = mix(asked=part.held if choose else None, balanced=True)
+    rest = {(number, arm): rows for number, part in enumerate(parts) for arm, rows in part.arms.items()}
+    answers |= train({key: rows for key, rows in rest.items() if key not in answers})
+
+    scored = np.isin(pool.labels[tested], classes)
+    truth, groups = pool.labels[tested][scored], pool.groups[tested][scored]
+    resamples = Resamples.of(truth, groups, trials, pool.classes)
+
+    def scores_of(arm: str, *, adjusted: bool = True) -> list[Scored]:
+        """For each seed, of the answers on all of its parts. Calls are at equal priors, ranks at the real ones."""
+        found = []
+        for seed in trials.seeds:
+            called, ranked = np.empty((2, len(tested), len(pool.classes)))
+            for number, part in enumerate(parts):
+                if part.seed == seed:
+                    places, answer = np.searchsorted(tested, part.held), answers[number, arm]
+                    called[places] = ranked[places] = answer
+                    if adjusted:
+                        called[places] = equal_priors(answer, part.arms[arm], pool.labels, made)
+                        real = np.bincount(pool.labels[part.offers["all"].fit], minlength=len(pool.classes))
+                        ranked[places] = called[places] * real
+            ranked /= ranked.sum(axis=1, keepdims=True)
+            found.append(resamples.scores(ranked[scored], called[scored]))
+        return found
+
+    arms = {
+        "equal priors: a": scores_of("a"),
+        "equal priors: c": scores_of("c"),
+        "equal priors: d": scores_of("all"),
+        "class-balanced loss: b": scores_of("b", adjusted=False),
+        "class-balanced loss: d": scores_of("balanced", adjusted=False),
+        "argmax: c": scores_of("c", adjusted=False),
+        "argmax: d": scores_of("d", adjusted=False),
+    }
+    differences = {
+        rule: resamples.estimates(arms[f"{how}: {one}"], arms[f"{how}: {other}"])
+        for rule, (how, one, other) in RULES.items()
+    }
+    offered = [one for one in parts[0].offers if one != "all" and all(one in part.offers for part in parts)]
+    half = {arm: scores_of(arm) for arm in ([*offered, "half a", "half c"] if offered else [])}
+    shares = {offer: [part.shares.get(offer, FIXED_SHARE) for part in parts] for offer in ("all", *offered)}
+    controls_of = {"all": (arms["equal priors: c"], arms["equal priors: a"])}
+    controls_of |= {offer: (half["half c"], half["half a"]) for offer in offered}  # noqa: C420 - there may be none
+    drawn = {
+        offer: [resamples.means(scores, "balanced_accuracy", control) for control in controls_of[offer]]
+        for offer, scores in {"all": arms["equal priors: d"], **{name: half[name] for name in offered}}.items()
+    }
+    gains = {
+        offer: Gain(
+            word(drawn[offer], shares[offer]),
+            float(np.mean(shares[offer])),
+            *(resamples.estimates(half[offer], control) for control in controls_of[offer]),
+        )
+        for offer in offered
+    }
+    said = "no verdict" if copies else word(drawn["all"], shares["all"])
+    return WorthResult(
+        classifier=name,
+        folds=folds,
+        seeds=list(trials.seeds),
+        resamples=trials.resamples,
+        test=class_counts(truth, pool.classes),
+        test_lesions=lesion_counts(truth, groups, pool.classes),
+        shares=shares["all"],
+        inner={f"{share:g}": float(np.mean([one[share] for one in tried])) for share in (SHARES if tried else ())},
+        arms={arm: resamples.estimates(one) for arm, one in arms.items()},
+        differences=differences,
+        margin=MARGIN,
+        within=dict(zip(("primary", "less_real"), map(_narrower, drawn["all"]), strict=True)),
+        gains=gains,
+        of_ceiling=_ratio(drawn, "synthetic"),
+        codec_retention=_ratio(drawn, "codec"),
+        told_apart=dict(told_apart or {}),
+        verdict=verdict(said, differences, shares["all"], (copies, len(pool.generated))),
+        notes=notes,
+    )
+
+
+# --- the rule -------------------------------------------------------------------------------------------------------
+
+
+def equal_priors(answer: np.ndarray, rows: TrainingRows, real: np.ndarray, generated: np.ndarray) -> np.ndarray:
+    """Probabilities [N, K] over the share of each class in what was trained on, up to a factor for each image.
+
+    Logit adjustment after training: log p - log prior (Menon et al., arXiv 2007.07314, eq. 8). 0 stays 0.
+    real, generated: classes of the rows.
+    """
+    prior = np.bincount(rows.labels(real, generated), rows.weights, minlength=answer.shape[1])
+    return np.divide(answer, prior, out=np.zeros_like(answer, dtype=np.float64), where=prior > 0)
+
+
+def _mixed(
+    real: np.ndarray,
+    generated: np.ndarray,
+    offer: _Offer,
+    share: float,
+    *,
+    balanced: bool = False,
+    asked: np.ndarray | None,
+) -> TrainingRows:
+    """Within each class what is offered holds the share of the real images' weight, which stays their number.
+
+    balanced: every class then weighs the same. asked: None: the classifier knows no others than these.
+    """
+    new = np.concatenate([real[offer.real], generated[offer.generated]])
+    own = real[offer.fit]
+    size = 1 + max(real.max(), generated.max(initial=0))
+    counts, offered = np.bincount(own, minlength=size), np.bincount(new, minlength=size)
+    of_class = counts / (len(own) / np.count_nonzero(counts)) if balanced else np.ones(size)
+    of_class = np.divide(1, of_class, out=np.zeros(size), where=of_class > 0)
+    kept = np.where((offered > 0) & (counts > 0), 1 - share, 1) * of_class
+    given = share * of_class * np.divide(counts, offered, out=np.zeros(size), where=offered > 0)
+    used = given[new] > 0
+    in_real = used[: len(offer.real)]
+    return TrainingRows(
+        real=np.concatenate([offer.fit, offer.real[in_real]]),
+        generated=offer.generated[used[len(offer.real) :]],
+        weights=np.concatenate([kept[own], given[new][used]]),
+        reference=None if asked is None else offer.fit,
+        asked=asked,
+    )
+
+
+def _real_arms(pool: Pool, part: _Part, *, pooled: bool) -> dict[str, TrainingRows]:
+    """Arms a to d of compare.py, and a and c of the half of the lesions."""
+
+    def arm(letter: str, offer: _Offer) -> TrainingRows:
+        fit, asked = offer.fit, (offer.fit, part.held) if pooled else (None, None)
+        rows = training_rows(letter, pool.labels[fit], pool.generated, seed=part.seed)
+        return TrainingRows(fit[rows.real], rows.generated, rows.weights, *asked)
+
+    found = {letter: arm(letter, part.offers["all"]) for letter in "abcd"}
+    if "synthetic" in part.offers:
+        found |= {f"half {letter}": arm(letter, part.offers["synthetic"]) for letter in "ac"}
+    return found
+
+
+def _partition(pool: Pool, rows: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:
+    """Rows in as many parts, stratified by class, no lesion in two of them; none where they are too few."""
+    labels, groups = pool.labels[rows], pool.groups[rows]
+    if len(np.unique(groups)) < folds or np.bincount(labels).max(initial=0) < folds:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with fewer images than folds
+        parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(rows, labels, groups)
+        found = [rows[held] for _, held in parts]
+    return found if all(len(held) for held in found) else []
+
+
+def _on_half(
+    pool: Pool, fit: np.ndarray, seed: int, controls: Mapping[str, Callable[[np.ndarray], np.ndarray]]
+) -> dict[str, _Offer]:
+    """Half of the lesions of each generated class are withheld; what the rest is offered. Empty for too few lesions.
+
+    Of the withheld images as many as were generated, redrawn ones where there are such.
+    """
+    generator = np.random.default_rng([seed, 2])
+    withheld = []
+    for label in np.unique(pool.generated):
+        lesions = np.unique(pool.groups[fit[pool.labels[fit] == label]].astype(str))
+        withheld += generator.permutation(lesions)[: len(lesions) // 2].tolist()
+    away = np.isin(pool.groups[fit].astype(str), withheld)
+    there = fit[away] if pool.redrawn is None else np.intersect1d(fit[away], pool.redrawn)
+    if not len(there):
+        return {}
+    counts = np.minimum(
+        *(np.bincount(one, minlength=len(pool.classes)) for one in (pool.labels[there], pool.generated))
+    )
+    new, half, none = np.sort(there[drawn_of_classes(pool.labels[there], counts, [seed, 3])]), fit[~away], fit[:0]
+    offers = {
+        "synthetic": _Offer(half, none, np.arange(len(pool.generated))),
+        "ceiling": _Offer(half, new, none),
+    }
+    if pool.redrawn is not None:
+        offers["codec"] = _Offer(half, none, len(pool.generated) + np.searchsorted(pool.redrawn, new))
+    return offers | {name: _Offer(half, control(half), none) for name, control in controls.items()}
+
+
+# --- the choice of a share ------------------------------------------------------------------------------------------
+
+
+def _inner(pool: Pool, generated: np.ndarray, offer: _Offer, seed: int) -> list[dict[float, TrainingRows]]:
+    """For each fold of the training lesions, what is trained for each share. Empty where they are too few.
+
+    What is offered stays away from lesions that it was learned from: a generated image is left out where its nearest
+    training image is of a held-out lesion. Otherwise copies would be chosen for what they repeat.
+    """
+    folds = _partition(pool, offer.fit, INNER_FOLDS, seed)
+    rest = [np.setdiff1d(offer.fit, held) for held in folds]
+    if any(len(np.unique(pool.labels[fit])) < 2 for fit in rest):
+        return []
+    made = offer.generated < len(pool.generated)
+    nearest = pool.nearest(offer.fit)[offer.generated[made]] if pool.nearest is not None and made.any() else None
+    found = []
+    for held, fit in zip(folds, rest, strict=True):
+        near = np.zeros(len(made), dtype=bool)
+        if nearest is not None:
+            near[made] = np.isin(pool.groups[nearest], pool.groups[held])
+        own = np.isin(pool.groups[offer.real], pool.groups[held])
+        without = _Offer(fit, offer.real[~own], offer.generated[~near])
+        found.append({share: _mixed(pool.labels, generated, without, share, asked=held) for share in SHARES})
+    return found
+
+
+def _chosen(
+    pool: Pool, generated: np.ndarray, folds: list[dict[float, tuple[TrainingRows, np.ndarray]]], seed: int
+) -> tuple[float, dict[float, float]]:
+    """The share of least loss, or 0 where that is less by under a standard error over lesions; and what each lost.
+
+    The loss: cross-entropy at equal priors on held-out training lesions, every class weighing the same. In accuracy few
+    lesions of a class would drown in their own noise.
+    """
+    held = np.concatenate([fold[0.0][0].asked for fold in folds if fold[0.0][0].asked is not None])
+    truth, size = pool.labels[held], len(pool.classes)
+    weights = resampled_weights(truth, pool.groups[held], resamples=INNER_RESAMPLES, seed=seed)
+    weights = np.concatenate([np.ones((1, len(held)), weights.dtype), weights]).astype(np.float64)
+    of_class = np.eye(size)[:, np.unique(truth)][truth]  # [N, C]
+    lost = {}
+    for share in SHARES:
+        called = np.concatenate(
+            [equal_priors(fold[share][1], fold[share][0], pool.labels, generated) for fold in folds]
+        )
+        right = called[np.arange(len(held)), truth] / called.sum(axis=1)
+        losses = -np.log(right.clip(LEAST_PROBABILITY))[:, None] * of_class
+        lost[share] = ((weights @ losses) / (weights @ of_class)).mean(axis=1)
+    best = min(SHARES, key=lambda share: lost[share][0])
+    gain = lost[0.0] - lost[best]
+    return best if gain[0] > max(gain[1:].std(), 1e-6) else 0.0, {share: float(one[0]) for share, one in lost.items()}
+
+
+# --- the verdict ----------------------------------------------------------------------------------------------------
+
+
+def word(drawn: Sequence[np.ndarray], shares: Sequence[float]) -> Word:
+    """Whether synthetic images help, by the balanced accuracy at equal priors.
+
+    drawn: its differences to c and to a, value and resamples [1 + R] each. Which of the two controls is the better one
+    differs by chance, so helps and hurts are said where the 95 % intervals of both lie above 0, or below. no use:
+    cross-validation gave the images no weight anywhere. harmless: both 90 % intervals lie within MARGIN, that is, two
+    one-sided tests at 5 % each reject a larger difference. Otherwise no difference is shown.
+    """
+    wide, narrow = [Estimate.of(one[0], one[1:]) for one in drawn], [_narrower(one) for one in drawn]
+    if not any(shares):
+        return "no use"
+    if all(one.above for one in wide):
+        return "helps"
+    if all(one.below for one in wide):
+        return "hurts"
+    return "harmless" if all(one.low > -MARGIN and one.high < MARGIN for one in narrow) else "no difference shown"
+
+
+def verdict(
+    said: Word, differences: Mapping[str, Mapping[str, Estimate]], shares: Sequence[float], copies: tuple[int, int]
+) -> Verdict:
+    """The word in a sentence, and a warning of what got worse by the interval while the balanced accuracy rose.
+
+    differences: by key of RULES. copies: of test images among the generated ones, and how many these are.
+    """
+    against_c, against_a = (differences[rule]["balanced_accuracy"] for rule in ("primary", "less_real"))
+    low, high = min(shares), max(shares)
+    held = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    changed = (
+        f"with {held} of a class's weight on them the synthetic images change balanced accuracy at equal priors on "
+        f"unseen lesions by {against_c.signed} against real images oversampled to the same counts, and by "
+        f"{against_a.signed} against real images alone (95 % intervals)."
+    )
+    reasons: dict[Word, str] = {
+        "no verdict": f"{copies[0]:,} of {copies[1]:,} generated images are copies of unseen real images, which would "
+        "help any classifier; take them out (copies.csv) and evaluate again.",
+        "no use": "cross-validation on training lesions gives the synthetic images no weight, so they change nothing.",
+        "harmless": f"{changed} Two one-sided tests at 5 % rule out {MARGIN:g} or more either way.",
+        "no difference shown": f"{changed} This test sees differences from about "
+        f"{(against_c.high - against_c.low) / 2:.2f} on; --folds 5 --repeats 2 tests more lesions.",
+    }
+    worse = [
+        f"{text} by {one.signed}"
+        for name, text in _WATCHED.items()
+        if (one := differences["primary"].get(name)) and (one.above if name in LOWER_IS_BETTER else one.below)
+    ]
+    warned = f"Balanced accuracy rose, yet this got worse: {'; '.join(worse)}."
+    rose = bool(worse) and any(shares) and against_c.value > 0 and said != "no verdict"
+    return Verdict(said, f"{said}: {reasons.get(said, changed)}", [warned] if rose else [])
+
+
+def _narrower(drawn: np.ndarray) -> Estimate:
+    """Value and resamples [1 + R] with the 90 % interval, that of two one-sided tests at 5 %."""
+    low, high = np.percentile(drawn[1:], [5, 95])
+    return Estimate(float(drawn[0]), float(low), float(high))
+
+
+def _ratio(drawn: Mapping[str, Sequence[np.ndarray]], offer: str) -> Estimate | None:
+    """Of what images add to real ones alone, over what the ceiling's do, with its interval.
+
+    None where either is missing, or what the ceiling's add may be 0.
+    """
+    if offer not in drawn or Estimate.of(0, drawn["ceiling"][1][1:]).low <= 0:
+        return None
+    ratios = drawn[offer][1] / np.where(drawn["ceiling"][1] > 0, drawn["ceiling"][1], np.nan)
+    return Estimate(float(ratios[0]), *(float(end) for end in np.nanpercentile(ratios[1:], [2.5, 97.5])))
