@@ -10,7 +10,6 @@ Without --checkpoint the networks are random ones of a preset. In the first pass
 
 import json
 import os
-import signal
 import socket
 import statistics
 import subprocess
@@ -172,7 +171,7 @@ def served(checkpoint: str, batch_size: int, directory: Path) -> Iterator[str]:
                 sys.exit(f"the service was not ready within {START_S} s")
             yield url
         finally:
-            service.send_signal(signal.SIGINT)
+            service.terminate()  # it ends after what is under way; in the background of a shell SIGINT is ignored
 
 
 def measure(url: str, clients: int, count: int, steps: int, seconds: float) -> tuple[int, list[float], list[float]]:
