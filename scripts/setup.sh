@@ -30,7 +30,8 @@ install_debian() {
     [ "$(id -u)" = 0 ] || refuse "$1 is missing; run: sudo apt-get install $1"
     say "installing the Debian package $1"
     export DEBIAN_FRONTEND=noninteractive
-    { apt-get -qq update && apt-get -qq install --yes --no-install-recommends "$1"; } >/dev/null </dev/null ||
+    local apt=(apt-get -qq -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20 -o Acquire::Retries=1)
+    { "${apt[@]}" update && "${apt[@]}" install --yes --no-install-recommends "$1"; } >/dev/null </dev/null ||
         refuse "apt-get could not install $1; its own words are above"
 }
 
