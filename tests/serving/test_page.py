@@ -20,7 +20,7 @@ import pytest
 import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 
 from m2d.generation.plan import seed_of
 from m2d.generation.settings import GenerateConfig
@@ -202,6 +202,7 @@ def test_tray_survives_a_reload_and_is_downloaded_with_its_manifest(open_page: O
     page.get_by_role("button", name="Keep all").click()
     draw(page, "BCC", count="1")
     page.locator(".keep").first.click()
+    expect(page.get_by_role("link", name="Tray 3")).to_be_visible()
     page.reload()
     page.get_by_role("link", name="Tray 3").click()
     expect(page.locator("#tray .open img")).to_have_count(3)
@@ -299,6 +300,25 @@ def test_key_is_asked_for_once(open_page: Open, key: tuple[str, Path]) -> None:
 
 
 # --- everybody --------------------------------------------------------------------------------------------------------
+
+
+def test_images_are_leafed_through_in_their_order_however_they_came(open_page: Open) -> None:
+    page = open_page()
+
+    def last_first(route: Route) -> None:
+        answer = route.fetch()
+        lines = answer.text().splitlines()
+        images = [line for line in lines if json.loads(line)["event"] == "image"]
+        images.sort(key=lambda line: -json.loads(line)["index"])
+        started, done = lines[0], lines[-1]
+        route.fulfill(response=answer, body="\n".join([started, *images, done]) + "\n")
+
+    page.route("**/v1/images", last_first)
+    draw(page, "DF", count="2")
+    page.locator(".set .open").first.click()
+    expect(page.get_by_role("dialog")).to_contain_text("DF_000000")
+    page.get_by_role("button", name="Next").click()
+    expect(page.get_by_role("dialog")).to_contain_text("DF_000001")
 
 
 def test_keyboard_alone_is_enough(open_page: Open) -> None:

@@ -196,6 +196,7 @@ async function order(request, references) {
           model: { id: card.id, sha256: card.sha256, step: card.step },
         };
         made.push(image);
+        made.sort((one, other) => one.row.index - other.row.index); // they come as they are ready
         showImage(tiles[event.index], image, () => made);
         announce("saidProgress", { images: made.length, total }, 1);
       } else if (event.event === "refused") {

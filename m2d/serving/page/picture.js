@@ -6,7 +6,7 @@ import { element, find, say, time } from "./words.js";
 
 const dialog = find("#picture");
 let shown = null;
-let neighbours = [];
+let neighbours = () => [];
 
 dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
 dialog.addEventListener("keydown", (event) => {
@@ -15,7 +15,7 @@ dialog.addEventListener("keydown", (event) => {
 });
 document.addEventListener("language", () => dialog.open && build());
 
-/** among: the image and its neighbours. "Use this seed again" is the event "again", with the image as its detail. */
+/** among: gives the image and its neighbours, of which more may come. "Use this seed again" is the event "again", with the image as its detail. */
 export function openPicture(image, among) {
   shown = image;
   neighbours = among;
@@ -24,7 +24,8 @@ export function openPicture(image, among) {
 }
 
 function move(step) {
-  const next = neighbours[neighbours.findIndex(({ id }) => id === shown.id) + step];
+  const all = neighbours();
+  const next = all[all.findIndex(({ id }) => id === shown.id) + step];
   if (!next) return;
   shown = next;
   build();
@@ -46,7 +47,8 @@ function gates({ gates: order, row }) {
 
 function build() {
   const { row, blob, diagnosis, model, request } = shown;
-  const place = neighbours.findIndex(({ id }) => id === shown.id);
+  const all = neighbours();
+  const place = all.findIndex(({ id }) => id === shown.id);
   const name = settings.classNames(diagnosis);
   const close = element("button", { type: "button", class: "quiet close", words: "close", on: { click: () => dialog.close() } });
   const heading = element("h2", { id: "picture-heading", words: ["setHeading", { code: row.class, name }] });
@@ -58,7 +60,7 @@ function build() {
 
   const turn = (key, step, there) =>
     element("button", { type: "button", class: `quiet ${key}`, words: key, disabled: !there, on: { click: () => move(step) } });
-  const turns = [turn("previous", -1, place > 0), turn("next", 1, place + 1 < neighbours.length)];
+  const turns = [turn("previous", -1, place > 0), turn("next", 1, place + 1 < all.length)];
   const again = element("button", {
     type: "button", class: "main", words: "useSeed",
     on: {

@@ -28,7 +28,7 @@ export function showImage(tile, image, among) {
   const { row, diagnosis } = image;
   const alt = ["openImage", { id: row.id, name: classNames(diagnosis) }];
   const open = element("button", { type: "button", class: "open" }, picture(image.blob, alt));
-  open.addEventListener("click", () => openPicture(image, among()));
+  open.addEventListener("click", () => openPicture(image, among));
   tile.dataset.image = image.id;
   tile.replaceChildren(open, element("div", { class: "caption" }, element("span", {}, row.id), keeper(image)));
 }
