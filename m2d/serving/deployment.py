@@ -14,7 +14,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
@@ -454,6 +454,19 @@ def _reached() -> Iterator[None]:
         raise Overloaded("the replica that had this request is gone; ask again", 5.0) from None
 
 
+async def _streamed(call: Callable[[], Any]) -> AsyncIterator[Any]:
+    """What a replica yields, or the error that is its caller's. Closing the iterator cancels the call."""
+    answers = call()
+    try:
+        with _reached():
+            async for answer in answers:
+                if isinstance(answer, (M2DError, KeyError)):
+                    raise answer
+                yield answer
+    finally:
+        answers.cancel()
+
+
 class RayService:
     """The Service of m2d.serving.orders, over Serve's handles."""
 
@@ -504,17 +517,10 @@ class RayService:
             answer.cancel()
             return False
 
-    async def draw(self, order: Order) -> AsyncIterator[Event]:
+    def draw(self, order: Order) -> AsyncIterator[Event]:
         """What becomes of an order; closing the iterator gives it up. Raises an M2DError."""
-        events: Any = self._models.options(stream=True, multiplexed_model_id=order.model.sha256).draw.remote(order)
-        try:
-            with _reached():
-                async for event in events:
-                    if isinstance(event, M2DError):
-                        raise event
-                    yield event
-        finally:
-            events.cancel()
+        models = self._models.options(stream=True, multiplexed_model_id=order.model.sha256)
+        return _streamed(partial(models.draw.remote, order))
 
     async def metrics(self) -> str:
         """What the nodes' exporters have of this application, at most some seconds old."""
@@ -603,17 +609,9 @@ class RemoteJobs:
     def __getattr__(self, what: str) -> Any:
         return partial(self._ask, what)
 
-    async def archive(self, job_id: str, owner: str) -> AsyncIterator[bytes]:
+    def archive(self, job_id: str, owner: str) -> AsyncIterator[bytes]:
         """See JobService.archive."""
-        pieces: Any = self._handle.options(stream=True).archive.remote(job_id, owner)
-        try:
-            with _reached():
-                async for piece in pieces:
-                    if isinstance(piece, KeyError):
-                        raise piece
-                    yield piece
-        finally:
-            pieces.cancel()
+        return _streamed(partial(self._handle.options(stream=True).archive.remote, job_id, owner))
 
     async def _ask(self, what: str, *arguments: Any) -> Any:
         with _reached():
