@@ -23,6 +23,7 @@ import pytest
 from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
+from tiny_references import SixFeatures
 
 from m2d.classes import ISIC7, ISIC8, ClassSet
 from m2d.errors import ConfigError
@@ -158,6 +159,25 @@ def test_image_to_image_takes_its_reference_in_either_form(client: TestClient) -
     assert pngs(as_json) == pngs(as_form)
     row = as_json.json()["images"][0]["manifest"]
     assert (row["mode"], row["reference"]) == ("image2image", upload(content).name)
+
+
+def test_a_walk_goes_from_one_uploaded_image_to_the_other(
+    config: ServeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("m2d.serving.engine.load_reference_extractor", lambda *_: SixFeatures().eval())
+    walking = LocalService(replace(config, directory=str(tmp_path)))
+    walking.engine.card = replace(walking.engine.card, has_extractor=True)
+    order, ends = {**ORDER, "mode": "interpolate", "steps_between": 1}, (jpeg(0), jpeg(1))
+    files = {"reference": ("a.jpg", ends[0]), "reference_b": ("b.jpg", ends[1])}
+    with TestClient(create_app(walking, config), base_url="http://localhost") as client:
+        answer = client.post("/v1/images", data={"request": json.dumps(order)}, files=files)
+    walking.close()
+    assert len(set(pngs(answer))) == 3
+    rows = [image["manifest"] for image in answer.json()["images"]]
+    assert [(row["id"], row["position"]) for row in rows] == [
+        ("MEL_pair000_00", 0.0), ("MEL_pair000_01", 0.5), ("MEL_pair000_02", 1.0)
+    ]  # fmt: skip
+    assert {(row["reference"], row["reference_b"]) for row in rows} == {tuple(upload(end).name for end in ends)}
 
 
 def test_concurrent_requests_share_passes_and_get_the_same_pixels(url: str, service: Any) -> None:
