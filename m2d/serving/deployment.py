@@ -401,13 +401,7 @@ class JobActor:
 class Ingress:
     """The HTTP side, whose application Serve asks for below."""
 
-    def __init__(
-        self,
-        config: ServeConfig,
-        cards: Sequence[ModelCard],
-        models: DeploymentHandle[Any],
-        jobs: DeploymentHandle[Any],
-    ) -> None:
+    def __init__(self, config: ServeConfig, cards: Sequence[ModelCard], models: Handle, jobs: Handle) -> None:
         """Raises ConfigError where Serve listens for others and no key is asked for."""
         _log_here()
         client: Any = _get_global_client()
@@ -470,13 +464,7 @@ async def _streamed(call: Callable[[], Any]) -> AsyncIterator[Any]:
 class RayService:
     """The Service of m2d.serving.orders, over Serve's handles."""
 
-    def __init__(
-        self,
-        config: ServeConfig,
-        cards: Sequence[ModelCard],
-        models: DeploymentHandle[Any],
-        jobs: DeploymentHandle[Any],
-    ) -> None:
+    def __init__(self, config: ServeConfig, cards: Sequence[ModelCard], models: Handle, jobs: Handle) -> None:
         """cards: of the configured checkpoints."""
         self.jobs = cast(JobService, RemoteJobs(jobs))
         self._config, self._models = config, models

@@ -58,10 +58,9 @@ class LocalService:
     async def is_ready(self) -> bool:
         return self.ready
 
-    async def draw(self, order: Order) -> AsyncIterator[Event]:
+    def draw(self, order: Order) -> AsyncIterator[Event]:
         engine = next(one for one in self.engines.values() if one.card.sha256 == order.model.sha256)
-        async for event in engine.draw(order):
-            yield event
+        return engine.draw(order)
 
     async def metrics(self) -> str:
         return "".join(f"m2d_{name} {value}\n" for name, value in self.engine.stats().items())

@@ -1,6 +1,5 @@
 """The client, and the examples of docs/serving.md as they are written, against the service over real HTTP."""
 
-import asyncio
 import copy
 import io
 import re
@@ -9,7 +8,6 @@ import tarfile
 import time
 import zipfile
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +16,15 @@ from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-from m2d.generation.settings import GenerateConfig
 from m2d.serving.app import create_app
 from m2d.serving.client import Client, ServiceError, SyntheticImage
-from m2d.serving.jobs import Jobs, make_images
+from m2d.serving.jobs import Jobs
 from m2d.serving.settings import ServeConfig
 from tests.serving.conftest import LocalService, Serve
+from tests.serving.job_bench import run_in_thread
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/serving.md"
-
-
-async def run_in_thread(config: GenerateConfig, sha256: str, log: Path) -> None:
-    """A job's work in this process, which has torch already."""
-    await asyncio.to_thread(make_images, replace(config, num_actors=0), sha256)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from job_bench import Bench
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -22,6 +21,7 @@ from m2d.serving.access import keys_command
 from m2d.serving.app import create_app
 from m2d.serving.jobs import Jobs
 from m2d.serving.settings import KeysConfig, ServeConfig, ServingLimits
+from tests.serving.job_bench import Bench
 
 QUOTA = 12  # images a day of each key
 Ask = Callable[..., Any]

@@ -19,7 +19,6 @@ import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from job_bench import Bench
 from PIL import Image
 from processes import descendants
 
@@ -34,6 +33,7 @@ from m2d.serving.engine import describe
 from m2d.serving.jobs import Jobs, Run, run_in_process
 from m2d.serving.orders import Job, JobConflict, JobOrder, Overloaded, TooManyJobs
 from m2d.serving.settings import ServingLimits
+from tests.serving.job_bench import Bench
 
 pytestmark = pytest.mark.anyio
 JobSettings = Callable[..., JobOrder]

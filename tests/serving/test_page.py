@@ -23,25 +23,20 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 
 from m2d.generation.plan import seed_of
-from m2d.generation.settings import GenerateConfig
 from m2d.serving.access import keys_command
 from m2d.serving.app import PAGE, create_app
-from m2d.serving.jobs import Jobs, make_images
+from m2d.serving.jobs import Jobs
 from m2d.serving.settings import KeysConfig, ServeConfig, ServingLimits
 from tests.serving.conftest import LocalService
+from tests.serving.job_bench import run_in_thread
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium: `make setup` installs Debian's package of that name where it is root"
+    CHROMIUM is None, reason="no chromium: `make test` installs Debian's package of that name where it is root"
 )
 PATIENCE_MS = 60_000  # other tests may have the processors
 expect.set_options(timeout=PATIENCE_MS)
 SERVED = ("free", "keyed")  # the same service without keys, and with
-
-
-async def run_in_thread(config: GenerateConfig, sha256: str, log: Path) -> None:
-    """A job's work in this process, which has torch already."""
-    await asyncio.to_thread(make_images, replace(config, num_actors=0), sha256)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A job's work in a thread of the test's process, at the test's pace."""
+"""A job's work in a thread of the test's process, which has torch already; a Bench does it at the test's pace."""
 
 import asyncio
 import threading
@@ -12,6 +12,11 @@ import pytest
 from m2d.generation.generator import Generator
 from m2d.generation.settings import GenerateConfig
 from m2d.serving.jobs import make_images
+
+
+async def run_in_thread(config: GenerateConfig, sha256: str, log: Path) -> None:
+    """A `Run` at its own pace."""
+    await asyncio.to_thread(make_images, replace(config, num_actors=0), sha256)
 
 
 class Bench:
