@@ -471,6 +471,7 @@ def reconstructions(root: Path, arguments: argparse.Namespace) -> dict[str, dict
     """What a VAE that learns less often, or is slimmer, costs in reconstruction after as many steps."""
     kinds = {f"VAE each {k}. step": ["--schedule.vae_every_k_steps", str(k)] for k in EVERY_K}
     kinds["slimmer VAE, [16, 32, 64]"] = SLIM
+    kinds["VAE on top of block PCA"] = ["--autoencoder.kind", "residual"]
     found = {}
     print(f"\n| {arguments.reconstruction} steps | PSNR, dB | perceptual | velocity MSE | s |\n|---|---|---|---|---|")
     for name, flags in kinds.items():

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from m2d.errors import CheckpointError, first_line
 from m2d.models.precision import keep_input_type
 from m2d.models.settings import AutoencoderConfig
 
+_FIRST_LOGVAR = -8.0  # of a residual autoencoder's posterior: a deviation of 0.018 where latents have about 1
 NetworkT = TypeVar("NetworkT", bound=ModelMixin)
 _CODED_PIXELS = 32 * 128**2  # through a VAE at once; its activations at 256 px: 1.3 GiB in bf16, 1.6 in float32
 
@@ -68,6 +69,43 @@ class LinearAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffu
             return DecoderOutput(sample=self.decoder(latents.float()))
 
 
+class ResidualAutoencoderKL(AutoencoderKL):  # type: ignore[misc]
+    """diffusers' AutoencoderKL on top of block PCA: it adds to the components' means, and to the decoded image.
+
+    What it adds is nothing at first, so training begins with the closed form's reconstructions.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        channels, levels = self.config.latent_channels, len(self.config.block_out_channels)
+        self.linear = LinearAutoencoder(channels, 2 ** (levels - 1))
+        for convolution in (self.quant_conv, self.decoder.conv_out):
+            nn.init.zeros_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+        nn.init.constant_(self.quant_conv.bias[channels:], _FIRST_LOGVAR)
+
+    __init__.__wrapped__ = AutoencoderKL.__init__  # type: ignore[attr-defined]  # diffusers reads the signature
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput:
+        """See AutoencoderKL."""
+        mean, logvar = super().encode(x).latent_dist.parameters.chunk(2, dim=1)
+        mean = mean + self.linear.encode(x).latent_dist.mean
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat([mean, logvar.float()], dim=1)))
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> DecoderOutput:
+        """See AutoencoderKL."""
+        return DecoderOutput(sample=super().decode(z).sample + self.linear.decode(z).sample)
+
+
+Vae: TypeAlias = AutoencoderKL | LinearAutoencoder
+_KINDS: dict[str, Any] = {"kl": AutoencoderKL, "linear": LinearAutoencoder, "residual": ResidualAutoencoderKL}
+
+
+def block_pca(vae: Vae) -> LinearAutoencoder | None:
+    """The part of an autoencoder that is fitted and not learned, where it has one."""
+    return vae if isinstance(vae, LinearAutoencoder) else getattr(vae, "linear", None)
+
+
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if device_type != "meta" else nullcontext()
 
@@ -78,7 +116,7 @@ class Autoencoder(nn.Module):
     Latents are as the VAE gives them; `Denoiser.normalize` puts them on the U-Net's scale.
     """
 
-    def __init__(self, vae: AutoencoderKL | LinearAutoencoder) -> None:
+    def __init__(self, vae: Vae) -> None:
         super().__init__()
         keep_input_type(vae)
         self.vae = vae
@@ -94,6 +132,13 @@ class Autoencoder(nn.Module):
         if isinstance(self.vae, LinearAutoencoder):
             return int(self.vae.config.patch_size)
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def encoder_parts(self) -> list[nn.Module]:
+        """What `encode` computes with; the rest decodes."""
+        pca = block_pca(self.vae)
+        parts = [self.vae.encoder, getattr(self.vae, "quant_conv", None), None if pca is None else pca.encoder]
+        return [part for part in parts if part is not None]
 
     def encode(self, images: Tensor) -> DiagonalGaussianDistribution:
         """The posterior of images [B, 3, H, W] in [-1, 1]."""
@@ -116,14 +161,14 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder:
     """A new or pretrained autoencoder. Raises CheckpointError where `pretrained` cannot be loaded."""
-    vae: AutoencoderKL | LinearAutoencoder
+    vae: Vae
     if config.pretrained is not None:
         vae = _pretrained(config.pretrained)
     elif config.kind == "linear":
         vae = LinearAutoencoder(config.latent_channels, config.patch_size)
     else:
         levels = len(config.block_channels)
-        vae = AutoencoderKL(
+        vae = _KINDS[config.kind](
             in_channels=3,
             out_channels=3,
             down_block_types=("DownEncoderBlock2D",) * levels,
@@ -141,11 +186,11 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder
     return Autoencoder(vae)
 
 
-def load_vae(location: str | Path, setting: str, **options: Any) -> AutoencoderKL | LinearAutoencoder:
-    """An autoencoder of either kind, from a folder or a hub id. Raises CheckpointError as load_strictly does."""
+def load_vae(location: str | Path, setting: str, **options: Any) -> Vae:
+    """An autoencoder of any kind, from a folder or a hub id. Raises CheckpointError as load_strictly does."""
     name = AutoencoderKL.load_config(location, **options).get("_class_name")
-    kind: Any = LinearAutoencoder if name == LinearAutoencoder.__name__ else AutoencoderKL
-    vae: AutoencoderKL | LinearAutoencoder = load_strictly(kind, location, setting, **options)
+    kind: Any = {kind.__name__: kind for kind in _KINDS.values()}.get(name, AutoencoderKL)
+    vae: Vae = load_strictly(kind, location, setting, **options)
     return vae
 
 
@@ -161,7 +206,7 @@ def load_strictly(kind: type[NetworkT], location: str | Path, setting: str, **op
     return network
 
 
-def _pretrained(location: str) -> AutoencoderKL | LinearAutoencoder:
+def _pretrained(location: str) -> Vae:
     try:
         folder = Path(location)
         if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():

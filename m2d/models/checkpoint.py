@@ -1,7 +1,7 @@
 """The checkpoint: a directory of safetensors and YAML that generation loads. No pickle anywhere.
 
 checkpoint.yaml            what it is: step, stage, image size, classes, extractor, settings of the networks
-vae/  unet/                load in plain diffusers (the U-Net's weights are the averaged ones)
+vae/  unet/                load in plain diffusers, but a VAE with block PCA (the U-Net's weights are averaged ones)
 conditioning.safetensors   averaged condition encoder, feature statistics and latent batch norm
 feature_prior.safetensors  what generation draws its guiding features from; older checkpoints have none
 training/                  what resuming also needs (m2d.training.saving)

@@ -16,7 +16,7 @@ from m2d.data.order import micro_batch_number, worker_rows
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.experiment import complete_checkpoints
 from m2d.files.paths import checkpoint_folder
-from m2d.models.autoencoder import LinearAutoencoder, load_vae
+from m2d.models.autoencoder import LinearAutoencoder, block_pca, load_vae
 from m2d.models.checkpoint import CheckpointInfo, read_prior
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw, pinned
@@ -107,11 +107,11 @@ class _Run:
         prior = read_prior(self.checkpoints[-1]) if self.checkpoints else None
         if prior is None and config.stage == "decoder":
             prior = read_prior(Path(config.init_checkpoint or ""))  # as it belongs to the U-Net, which stays
-        if isinstance(vae := networks.autoencoder.vae, LinearAutoencoder):
-            if self.checkpoints:
-                vae.load_state_dict(load_vae(self.checkpoints[-1] / "vae", "checkpoint").state_dict())
-            elif config.init_checkpoint is None and config.autoencoder.pretrained is None:
-                fit_linear(vae, plan.reader("train"), device, config, link.rank, link.world_size)
+        vae = networks.autoencoder.vae
+        if self.checkpoints and block_pca(vae) is not None:  # the latent stage encodes before it resumes
+            vae.load_state_dict(load_vae(self.checkpoints[-1] / "vae", "checkpoint").state_dict())
+        elif not self.checkpoints and config.init_checkpoint is None and config.autoencoder.pretrained is None:
+            fit_linear(vae, plan.reader("train"), device, config, link.rank, link.world_size)
         self.prior = prior or _fit_features(plan, networks, source, link, set_statistics=not self.checkpoints)
         self.table = self._latents() if config.stage == "latent" else None
 

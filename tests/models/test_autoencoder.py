@@ -107,6 +107,36 @@ def test_block_pca_is_float32_under_autocast_without_noise_and_loads_as_saved(tm
         assert_close(decoded, autoencoder.decode(autoencoder.encode(images).mean), rtol=0, atol=0)
 
 
+def test_a_residual_vae_begins_as_block_pca_learns_beside_it_and_loads_as_saved(tmp_path: Path) -> None:
+    images = smooth_images(8)
+    pca = fitted(images, 5, 0.5)
+    config = AutoencoderConfig(kind="residual", block_channels=[8, 8, 8], norm_groups=4, latent_channels=5)
+    autoencoder = build_autoencoder(config, 32)
+    blocks = blocks_of(images).double()
+    autoencoder.vae.linear.set_basis(blocks.mean(dim=0), blocks.T @ blocks / len(blocks), whitening=0.5)
+    posterior = autoencoder.encode(images)
+    assert_close(posterior.mean, pca.encode(images).mean)
+    assert_close(posterior.std, torch.full_like(posterior.std, 0.0183), rtol=1e-2, atol=0)  # exp(-8 / 2)
+    assert_close(autoencoder.decode(posterior.mean), pca.decode(posterior.mean))
+    optimizer = torch.optim.SGD(autoencoder.parameters(), lr=0.05)
+    errors = []
+    for _ in range(12):
+        loss = (autoencoder.decode(autoencoder.encode(images).mean) - images).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.item())
+    assert errors[-1] < errors[0]
+    assert all(
+        parameter.grad.abs().max() > 0 for name, parameter in autoencoder.named_parameters() if "quant" not in name
+    )
+    autoencoder.vae.save_pretrained(tmp_path)
+    loaded = build_autoencoder(AutoencoderConfig(pretrained=str(tmp_path)), 32)
+    with torch.no_grad():
+        assert_close(loaded.encode(images).mean, autoencoder.encode(images).mean, rtol=0, atol=0)
+        assert_close(loaded.decode(posterior.mean), autoencoder.decode(posterior.mean), rtol=0, atol=0)
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, AutoencoderKL]:
     """A folder with a vae/ in it, as whole diffusion pipelines have, and what was saved there."""
