@@ -7,7 +7,7 @@ BENCH ?= ingest sampling scaleout
 DEMO = $(dir $(lastword $(sort $(wildcard demo/experiments/*/checkpoints/best.json))))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test exhaustive lint audit format bench gpu lock clean distclean
+.PHONY: help setup demo serve test exhaustive lint audit format bench gpu docs notebook dist lock clean distclean
 
 help:  ## This list
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -48,12 +48,29 @@ bench: setup  ## Side-by-side measurements; make bench BENCH=gates ARGS="..." fo
 gpu: setup  ## Test and measure this machine's GPU in five minutes: docs/results/gpu-NAME.md, ready to be sent in
 	$(PY) bench/gpu.py $(ARGS)
 
+docs: .venv-docs/made  ## The site, in ./site: strict, so that a dead link is an error (ARGS="serve" shows it while you write)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs $(or $(ARGS),build)
+
+notebook: setup  ## Run docs/tutorial.ipynb whole, on two cores in minutes
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-notebook.txt
+	$(PY) -m pytest -m exhaustive tests/test_notebook.py $(ARGS)
+
+dist: .venv-docs/made  ## Wheel and source archive in ./dist, checked by twine
+	rm -rf dist
+	.venv-docs/bin/python -m build
+	.venv-docs/bin/twine check --strict dist/*
+
+.venv-docs/made: requirements-docs.txt
+	$(or $(PYTHON),python3) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
 lock: setup  ## Write requirements.lock from the versions in .venv
 	$(PY) scripts/lock.py
 
 clean:  ## Remove caches, build output and ./demo; experiments and .venv stay
-	rm -rf build dist demo bench/out *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf build dist site demo bench/out *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
-distclean: clean  ## The same, and .venv
-	rm -rf .venv
+distclean: clean  ## The same, and the environments
+	rm -rf .venv .venv-docs

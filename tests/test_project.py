@@ -55,7 +55,7 @@ def test_torch_range_leaves_out_only_what_is_known_to_fail(version: str, admitte
 
 def test_every_direct_requirement_has_a_range() -> None:
     stubs = {"pandas-stubs", "types-PyYAML"}  # versioned after what they describe; never imported
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-docs.txt", "requirements-notebook.txt"):
         assert [
             r for r in direct_requirements(name) if not direct_requirements(name)[r].specifier and r not in stubs
         ] == []

@@ -153,10 +153,23 @@ def test_each_links_to_the_other_in_its_first_lines(page: Path) -> None:
         assert f"]({other.name})" in "".join(first), f"{readme.name} starts with {first} and no link to {other.name}"
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/*.md")), ids=lambda page: page.name)
+PAGES = sorted(path for pattern in ("*.md", "docs/**/*.md") for path in ROOT.glob(pattern))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_of_the_pages_lead_somewhere(page: Path) -> None:
-    targets = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
-    assert [target for target in targets if not (page.parent / target).exists()] == []
+    """To a file, and to a heading where they name one. The site is built by the same links: scripts/site.py."""
+    dead = []
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
+        file = page.parent / target if target else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            dead.append(f"{target}#{anchor}" if anchor else target)
+    assert dead == []
+
+
+def anchors(page: Path) -> set[str]:
+    """As forges and mkdocs make them of headings: in lower case, blanks as hyphens, without other marks."""
+    return {re.sub(r"[^\w -]", "", section.title.lower()).replace(" ", "-") for section in sections(page)}
 
 
 def test_chinese_names_of_the_classes_are_those_of_the_package() -> None:

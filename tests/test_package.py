@@ -1,0 +1,58 @@
+"""What people get who install M2D instead of cloning it: the wheel, as its build back end makes it."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from m2d import __version__
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """Built from a copy, so that no build folder is left here and none of an earlier build slips in."""
+    copy = tmp_path_factory.mktemp("source")
+    shutil.copytree(ROOT / "m2d", copy / "m2d", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    subprocess.run([sys.executable, "-c", BUILD, "dist"], cwd=copy, check=True, capture_output=True)
+    return zipfile.ZipFile(next((copy / "dist").glob("*.whl")))
+
+
+def test_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    """Presets, templates, the service's page and py.typed are data files, which setuptools takes only where told."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git clone, so nothing tells the package's files from what was made in it")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "m2d"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout.splitlines()
+    held = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert held == {name for name in listed if (ROOT / name).exists()}
+    assert {"m2d/py.typed", "m2d/presets/demo.yaml", "m2d/serving/page/index.html"} <= held
+
+
+def test_wheel_says_its_version_its_command_and_all_its_requirements(wheel: zipfile.ZipFile) -> None:
+    folder = f"m2d-{__version__}.dist-info"
+    metadata = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
+    assert metadata["Version"] == __version__
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert "[console_scripts]\nm2d = m2d.cli:main_from_shell" in wheel.read(f"{folder}/entry_points.txt").decode()
+    required = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert len(metadata.get_all("Requires-Dist")) == len([line for line in required if line])
+
+
+def test_the_newest_release_is_the_version_and_is_cited() -> None:
+    """Three files name it: the changelog, the citation and the package."""
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    newest, date = (
+        next(line for line in changes.splitlines() if line.startswith("## [")).removeprefix("## [").split("] - ")
+    )
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert newest == __version__
+    assert f"\nversion: {newest}\ndate-released: {date}\n" in citation
