@@ -1,5 +1,6 @@
 """What people get who install M2D instead of cloning it: the wheel, as its build back end makes it."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -50,9 +51,18 @@ def test_wheel_says_its_version_its_command_and_all_its_requirements(wheel: zipf
 def test_the_newest_release_is_the_version_and_is_cited() -> None:
     """Three files name it: the changelog, the citation and the package."""
     changes = (ROOT / "CHANGELOG.md").read_text()
-    newest, date = (
-        next(line for line in changes.splitlines() if line.startswith("## [")).removeprefix("## [").split("] - ")
-    )
+    newest, date = re.findall(r"^## \[(.+)\] - (\S+)$", changes, flags=re.MULTILINE)[0]
     citation = (ROOT / "CITATION.cff").read_text()
     assert newest == __version__
     assert f"\nversion: {newest}\ndate-released: {date}\n" in citation
+
+
+def test_image_of_one_machine_copies_what_it_is_given() -> None:
+    """Docker is not at hand here: its files must be there, admitted by .dockerignore, and its Python the lock's."""
+    steps = (ROOT / "Dockerfile").read_text()
+    python = re.search(r"^# platform: .* (3\.\d+)$", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
+    assert python
+    assert f"\nFROM python:{python[1]}-slim" in steps
+    copied = [name for line in re.findall(r"^COPY (.+) \S+$", steps, flags=re.MULTILINE) for name in line.split()]
+    admitted = (ROOT / ".dockerignore").read_text().splitlines()
+    assert [name for name in copied if not (ROOT / name).exists() or f"!{name}" not in admitted] == []

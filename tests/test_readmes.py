@@ -158,7 +158,7 @@ PAGES = sorted(path for pattern in ("*.md", "docs/**/*.md") for path in ROOT.glo
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_of_the_pages_lead_somewhere(page: Path) -> None:
-    """To a file, and to a heading where they name one. The site is built by the same links: scripts/site.py."""
+    """To a file, and to a heading where they name one. The site is built by the same links: scripts/docs_site.py."""
     dead = []
     for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
         file = page.parent / target if target else page
