@@ -238,9 +238,8 @@ def _redrawn(
     rows, first = np.sort(rows_like(labels, generated.labels, seed, times=2)), len(labels) - len(tested)
     own = [rows[rows < first], rows[rows >= first] - first][-len(sides) :]
     pixels = np.concatenate([one.pixels[part] for one, part in zip(sides, own, strict=True)])
-    sha256 = tuple(one.sha256[row] for one, part in zip(sides, own, strict=True) for row in part)
     return rows, redraw(
-        replace(tested, sha256=sha256, paths=(), labels=labels[rows], groups=rows.astype(object), pixels=pixels)
+        replace(tested, sha256=(), paths=(), labels=labels[rows], groups=rows.astype(object), pixels=pixels)
     )
 
 

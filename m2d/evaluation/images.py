@@ -571,7 +571,7 @@ def _stored(
 ) -> np.ndarray:
     """uint8 [N, S, S, 3], mapped from a file of the cache; `fill` writes it where it is not there.
 
-    named: all that the pixels depend on besides their size: sha256 of the images, how they were redrawn.
+    named: all that the pixels depend on besides their size, as the sha256 of each image.
     """
     digest = hashlib.sha256("\n".join(named).encode()).hexdigest()[:20]
     path = Path(cache_dir).expanduser().absolute() / PIXELS / f"{shape[1]}px_{digest}.npy"
@@ -596,7 +596,7 @@ def reconstructions(
     """Real images after encoding (the posterior's mean) and decoding, as uint8 of the same size.
 
     images: at the checkpoint's image size. batch_size: at most so many at once; None: 32. Of large images it is fewer.
-    The pixels are kept by checkpoint and image. Raises ConfigError for a batch that does not fit the device.
+    They are kept by checkpoint and pixels. Raises ConfigError for a batch that does not fit the device.
     """
     autoencoder = checkpoint.autoencoder.to(device)
     size = min(batch_size or RECONSTRUCTED_AT_ONCE, coded_at_once(images.image_size))
@@ -616,7 +616,8 @@ def reconstructions(
                 out[part] = ((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                 shown.advance(len(x))
 
-    pixels = _stored(cache_dir, (f"reconstructed by {checkpoint.sha256}", *images.sha256), images.pixels.shape, fill)
+    named = f"reconstructed by {checkpoint.sha256}", *_pixels_sha256(images.pixels)
+    pixels = _stored(cache_dir, named, images.pixels.shape, fill)
     source = f"reconstructions of {images.source} by checkpoint {checkpoint.sha256[:12]}"
     return replace(images, name="reconstructions", source=source, sha256=_pixels_sha256(pixels), pixels=pixels)
 
@@ -633,10 +634,7 @@ def drawn_like(train: ImageSet, rows: np.ndarray) -> ImageSet:
     """These rows of the training images. Each is a group of its own, as a generated image is."""
     groups = np.array([f"reconstruction {row}" for row in rows], dtype=object)
     source = f"{len(rows):,} images of {train.source}"
-    sha256 = tuple(train.sha256[row] for row in rows)
-    return ImageSet(
-        "training images", source, sha256, (), train.labels[rows], groups, train.pixels[rows], train.classes
-    )
+    return ImageSet("training images", source, (), (), train.labels[rows], groups, train.pixels[rows], train.classes)
 
 
 def psnr_db(images: ImageSet, redrawn: ImageSet) -> float:
