@@ -2,7 +2,7 @@
 
 python bench/feature_cache.py --data_root ../shared/ham10000 --images 420 --output bench/out/feature_cache.json
 
-Both are the same run of `ham-64` (without the VAE's warm-up, in which no feature is used) on the same images, in the
+Both are the same run of `joint-64.yaml` (without the warm-up, in which no feature is used) on the same images, in the
 calling process; they alternate (without, with, without, with), so that a busy machine hurts both alike. PanDerm's
 weights cannot be had without its authors' leave, so PanDerm-Base runs with random ones: the time does not depend on
 them. Both the seconds of one epoch are given, which is what a user waits for, and the seconds that filling the cache
@@ -33,7 +33,7 @@ from m2d.data.setup import setup_data
 from m2d.training.features import spread_over_classes
 from m2d.training.trainer import train
 
-PRESET = ["--preset", "ham-64"]
+PRESET = ["--config", str(Path(__file__).parent / "joint-64.yaml")]
 JOINT = ["--perceptual.kind", "features", "--schedule.vae_warmup_fraction", "0"]
 
 

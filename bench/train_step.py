@@ -67,7 +67,7 @@ SLIM = ["--autoencoder.block_channels", "[16, 32, 64]"]
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="ham-64")
+    parser.add_argument("--config", default=str(Path(__file__).parent / "joint-64.yaml"), help="of a joint run")
     parser.add_argument("--data_root", help="class folders; default: 140 of the demo's generated images")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=4, help=f"of {ROUND} steps each, in a repetition")
@@ -94,12 +94,12 @@ def main() -> None:
 
 
 def configuration(root: Path, arguments: argparse.Namespace, *flags: str, cached: bool = True) -> TrainConfig:
-    """The preset's joint stage without the VAE's warm-up, in which the U-Net would do nothing."""
+    """The joint stage without the VAE's warm-up, in which the U-Net would do nothing."""
     places = ["--data_root", arguments.data_root, "--experiments_dir", str(root / "runs"), "--fresh"]
     places += ["--cache_dir", str(root / ("cache" if cached else "none")), "--name", "bench"]
     config: TrainConfig = parse(
         "train",
-        ["--preset", arguments.preset, *places, "--schedule.vae_warmup_fraction", "0", "--perceptual.kind", "features",
+        ["--config", arguments.config, *places, "--schedule.vae_warmup_fraction", "0", "--perceptual.kind", "features",
          "--schedule.log_every_steps", "5", "--saving.every_steps", "100000", "--telemetry.pictures", "false",
          "--discriminator.start_step", "0", "--data.views", "1",
          "--ray.threads_per_worker", str(arguments.threads), *flags],
@@ -112,7 +112,7 @@ def speeds(root: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     config = configuration(root, arguments)
     with contextlib.redirect_stdout(io.StringIO()):
         places = ["--data_root", arguments.data_root, "--cache_dir", str(root / "cache"), "--num_actors", "0"]
-        setup_data(parse("setup_data", ["--all", "--preset", arguments.preset, *places, "--data.views", "1"]))
+        setup_data(parse("setup_data", ["--all", "--config", arguments.config, *places, "--data.views", "1"]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     extracted, cached = batches(config, device)
     contenders: dict[str, OurStep | RepaEStep] = {"step, features extracted": OurStep(config, device, extracted)}
@@ -471,6 +471,7 @@ def reconstructions(root: Path, arguments: argparse.Namespace) -> dict[str, dict
     """What a VAE that learns less often, or is slimmer, costs in reconstruction after as many steps."""
     kinds = {f"VAE each {k}. step": ["--schedule.vae_every_k_steps", str(k)] for k in EVERY_K}
     kinds["slimmer VAE, [16, 32, 64]"] = SLIM
+    kinds["VAE on top of block PCA"] = ["--autoencoder.kind", "residual"]
     found = {}
     print(f"\n| {arguments.reconstruction} steps | PSNR, dB | perceptual | velocity MSE | s |\n|---|---|---|---|---|")
     for name, flags in kinds.items():

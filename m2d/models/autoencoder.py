@@ -1,20 +1,113 @@
-"""The autoencoder: diffusers AutoencoderKL from scratch, from a folder, or from a hub id, behind encode and decode."""
+"""The autoencoder behind encode and decode: diffusers AutoencoderKL, new, of a folder or a hub id; or block PCA."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, ModelMixin
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from torch import Tensor, nn
 
 from m2d.errors import CheckpointError, first_line
 from m2d.models.precision import keep_input_type
 from m2d.models.settings import AutoencoderConfig
 
+_FIRST_LOGVAR = -8.0  # of a residual autoencoder's posterior: a deviation of 0.018 where latents have about 1
 NetworkT = TypeVar("NetworkT", bound=ModelMixin)
 _CODED_PIXELS = 32 * 128**2  # through a VAE at once; its activations at 256 px: 1.3 GiB in bf16, 1.6 in float32
+
+
+class LinearAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers' mixins are untyped
+    """Principal components of an image's blocks of pixels, with the methods of diffusers' AutoencoderKL.
+
+    Nothing is learned by descent: `set_basis` takes the components from the blocks' covariance. Encoding has no noise,
+    and both ways are computed in float32, whatever the autocast.
+    """
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(self, latent_channels: int = 16, patch_size: int = 4) -> None:
+        super().__init__()
+        self.encoder = nn.Conv2d(3, latent_channels, patch_size, stride=patch_size)
+        self.decoder = nn.ConvTranspose2d(latent_channels, 3, patch_size, stride=patch_size)
+
+    @torch.no_grad()
+    def set_basis(self, first: Tensor, second: Tensor, whitening: float) -> None:
+        """Take the first C components of blocks x with first moment E[x] [P] and second E[x x'] [P, P]; P = 3 patch^2.
+
+        P is ordered as pixel_unshuffle orders it: colour, row, column. Components are about the mean colour. Component
+        k is divided by its deviation to the power `whitening`, then all by one number, so that their mean variance is
+        1. At 0 the map is an isometry but for that number: errors of latents count as errors of pixels do. At 1 all
+        components weigh alike.
+        """
+        first, second, block = first.double(), second.double(), self.config.patch_size**2
+        colour = first.view(3, block).mean(dim=1)
+        centre = colour.repeat_interleave(block)
+        crossed = torch.outer(first, centre)
+        variance, basis = torch.linalg.eigh(second - crossed - crossed.T + torch.outer(centre, centre))
+        kept = slice(-self.config.latent_channels, None)  # eigenvalues ascend
+        variance, basis = variance[kept].flip(0).clamp(min=1e-12), basis[:, kept].flip(1).T
+        basis = basis * basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()  # eigh may give either
+        scale = variance.sqrt()[:, None] ** whitening * (variance ** (1 - whitening)).mean().sqrt()
+        kernels = self.encoder.weight.shape
+        weights = {"encoder.weight": (basis / scale).view(kernels), "decoder.weight": (basis * scale).view(kernels)}
+        self.load_state_dict(weights | {"encoder.bias": -(basis / scale) @ centre, "decoder.bias": colour})
+
+    def encode(self, images: Tensor) -> AutoencoderKLOutput:
+        """See AutoencoderKL."""
+        with _without_autocast(images.device.type):
+            mean = self.encoder(images.float())
+        parameters = torch.cat([mean, torch.zeros_like(mean)], dim=1)
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(parameters, deterministic=True))
+
+    def decode(self, latents: Tensor) -> DecoderOutput:
+        """See AutoencoderKL."""
+        with _without_autocast(latents.device.type):
+            return DecoderOutput(sample=self.decoder(latents.float()))
+
+
+class ResidualAutoencoderKL(AutoencoderKL):  # type: ignore[misc]
+    """diffusers' AutoencoderKL on top of block PCA: it adds to the components' means, and to the decoded image.
+
+    What it adds is nothing at first, so training begins with the closed form's reconstructions.
+    """
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        channels, levels = self.config.latent_channels, len(self.config.block_out_channels)
+        self.linear = LinearAutoencoder(channels, 2 ** (levels - 1))
+        for convolution in (self.quant_conv, self.decoder.conv_out):
+            nn.init.zeros_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+        nn.init.constant_(self.quant_conv.bias[channels:], _FIRST_LOGVAR)
+
+    __init__.__wrapped__ = AutoencoderKL.__init__  # type: ignore[attr-defined]  # diffusers reads the signature
+
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput:
+        """See AutoencoderKL."""
+        mean, logvar = super().encode(x).latent_dist.parameters.chunk(2, dim=1)
+        mean = mean + self.linear.encode(x).latent_dist.mean
+        return AutoencoderKLOutput(latent_dist=DiagonalGaussianDistribution(torch.cat([mean, logvar.float()], dim=1)))
+
+    def decode(self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None) -> DecoderOutput:
+        """See AutoencoderKL."""
+        return DecoderOutput(sample=super().decode(z).sample + self.linear.decode(z).sample)
+
+
+Vae: TypeAlias = AutoencoderKL | LinearAutoencoder
+_KINDS: dict[str, Any] = {"kl": AutoencoderKL, "linear": LinearAutoencoder, "residual": ResidualAutoencoderKL}
+
+
+def block_pca(vae: Vae) -> LinearAutoencoder | None:
+    """The part of an autoencoder that is fitted and not learned, where it has one."""
+    return vae if isinstance(vae, LinearAutoencoder) else getattr(vae, "linear", None)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if device_type != "meta" else nullcontext()
 
 
 class Autoencoder(nn.Module):
@@ -23,7 +116,7 @@ class Autoencoder(nn.Module):
     Latents are as the VAE gives them; `Denoiser.normalize` puts them on the U-Net's scale.
     """
 
-    def __init__(self, vae: AutoencoderKL) -> None:
+    def __init__(self, vae: Vae) -> None:
         super().__init__()
         keep_input_type(vae)
         self.vae = vae
@@ -36,7 +129,16 @@ class Autoencoder(nn.Module):
     @property
     def downsampling(self) -> int:
         """Image pixels per latent cell, along one side."""
+        if isinstance(self.vae, LinearAutoencoder):
+            return int(self.vae.config.patch_size)
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def encoder_parts(self) -> list[nn.Module]:
+        """What `encode` computes with; the rest decodes."""
+        pca = block_pca(self.vae)
+        parts = [self.vae.encoder, getattr(self.vae, "quant_conv", None), None if pca is None else pca.encoder]
+        return [part for part in parts if part is not None]
 
     def encode(self, images: Tensor) -> DiagonalGaussianDistribution:
         """The posterior of images [B, 3, H, W] in [-1, 1]."""
@@ -59,11 +161,14 @@ def to_uint8(images: Tensor) -> np.ndarray:
 
 def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder:
     """A new or pretrained autoencoder. Raises CheckpointError where `pretrained` cannot be loaded."""
+    vae: Vae
     if config.pretrained is not None:
         vae = _pretrained(config.pretrained)
+    elif config.kind == "linear":
+        vae = LinearAutoencoder(config.latent_channels, config.patch_size)
     else:
         levels = len(config.block_channels)
-        vae = AutoencoderKL(
+        vae = _KINDS[config.kind](
             in_channels=3,
             out_channels=3,
             down_block_types=("DownEncoderBlock2D",) * levels,
@@ -76,9 +181,17 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder
             mid_block_add_attention=config.mid_attention,
             scaling_factor=1.0,  # the latent batch norm scales; a second constant would contradict it
         )
-    if config.gradient_checkpointing:
+    if config.gradient_checkpointing and isinstance(vae, AutoencoderKL):
         vae.enable_gradient_checkpointing()
     return Autoencoder(vae)
+
+
+def load_vae(location: str | Path, setting: str, **options: Any) -> Vae:
+    """An autoencoder of any kind, from a folder or a hub id. Raises CheckpointError as load_strictly does."""
+    name = AutoencoderKL.load_config(location, **options).get("_class_name")
+    kind: Any = {kind.__name__: kind for kind in _KINDS.values()}.get(name, AutoencoderKL)
+    vae: Vae = load_strictly(kind, location, setting, **options)
+    return vae
 
 
 def load_strictly(kind: type[NetworkT], location: str | Path, setting: str, **options: Any) -> NetworkT:
@@ -93,12 +206,12 @@ def load_strictly(kind: type[NetworkT], location: str | Path, setting: str, **op
     return network
 
 
-def _pretrained(location: str) -> AutoencoderKL:
+def _pretrained(location: str) -> Vae:
     try:
         folder = Path(location)
         if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
             location = str(folder / "vae")
-        return load_strictly(AutoencoderKL, location, "autoencoder.pretrained")
+        return load_vae(location, "autoencoder.pretrained")
     except CheckpointError:
         raise
     except Exception as error:  # diffusers, huggingface_hub, safetensors and torch each have their own

@@ -1,7 +1,7 @@
 """The checkpoint: a directory of safetensors and YAML that generation loads. No pickle anywhere.
 
 checkpoint.yaml            what it is: step, stage, image size, classes, extractor, settings of the networks
-vae/  unet/                load in plain diffusers (the U-Net's weights are the averaged ones)
+vae/  unet/                load in plain diffusers, but a VAE with block PCA (the U-Net's weights are averaged ones)
 conditioning.safetensors   averaged condition encoder, feature statistics and latent batch norm
 feature_prior.safetensors  what generation draws its guiding features from; older checkpoints have none
 training/                  what resuming also needs (m2d.training.saving)
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,7 +30,7 @@ from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.errors import CheckpointError, first_line
 from m2d.files.atomic import COMPLETE, damage, share_lock, whole_file
 from m2d.files.paths import checkpoint_folder
-from m2d.models.autoencoder import Autoencoder, load_strictly
+from m2d.models.autoencoder import Autoencoder, load_strictly, load_vae
 from m2d.models.settings import ConditioningConfig
 from m2d.models.unet import ConditionEncoder, Denoiser
 
@@ -195,7 +195,7 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     directory = Path(checkpoint_folder(str(path)))
     info = read_info(directory)
     try:
-        vae = load_strictly(AutoencoderKL, directory / "vae", "checkpoint", local_files_only=True)
+        vae = load_vae(directory / "vae", "checkpoint", local_files_only=True)
         unet = load_strictly(UNet2DConditionModel, directory / "unet", "checkpoint", local_files_only=True)
         conditioning = ConditionEncoder(ConditioningConfig(**info.conditioning), info.feature_dim, len(info.classes))
         denoiser = Denoiser(unet, conditioning, int(unet.config.in_channels))

@@ -84,23 +84,35 @@ class FeatureExtractorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """diffusers AutoencoderKL: from scratch by shape, or `pretrained` from a local folder or hub id."""
+    """diffusers AutoencoderKL: from scratch by shape, or `pretrained` from a local folder or hub id; or block PCA."""
 
+    kind: Literal["kl", "linear", "residual"] = "kl"  # linear: block PCA of the training images; residual: a VAE on it
     pretrained: str | None = None  # a local folder or a hub id; the shape below is then its own
     block_channels: list[int] = field(default_factory=lambda: [64, 128, 256])  # one entry per level; halves between
     layers_per_block: int = 1  # residual blocks per level; the decoder has one more
     latent_channels: int = 8  # numbers kept of each latent cell
+    patch_size: int = 4  # of linear: image pixels per latent cell, along one side
+    whitening: float = 0.5  # of block PCA: 0 scales latents as pixels are, 1 each component to variance 1
     norm_groups: int = 16  # of the group norms; every width must be divisible by it
     mid_attention: bool = False  # self-attention at the lowest resolution
     gradient_checkpointing: bool = False  # less memory in training, about a third more time
 
     def __post_init__(self) -> None:
-        _require_at_least(self, "autoencoder", norm_groups=1, latent_channels=1, layers_per_block=1)
+        _require_at_least(self, "autoencoder", norm_groups=1, latent_channels=1, layers_per_block=1, patch_size=1)
         _require_levels(self, "autoencoder", "norm_groups")
+        _require(0 <= self.whitening <= 1, f"autoencoder.whitening is {self.whitening}; it must be from 0 to 1")
+        most = 3 * self.downsampling**2
+        _require(
+            self.kind == "kl" or self.latent_channels <= most,
+            f"autoencoder.latent_channels is {self.latent_channels}; blocks of {self.downsampling} x "
+            f"{self.downsampling} pixels have {most} numbers",
+        )
 
     @property
     def downsampling(self) -> int:
         """Image pixels per latent cell, along one side, of a network built from scratch."""
+        if self.kind == "linear":
+            return self.patch_size
         return int(2 ** (len(self.block_channels) - 1))
 
 

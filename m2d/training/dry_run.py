@@ -556,6 +556,7 @@ def _by_shape(config: TrainConfig) -> TrainConfig:
         autoencoder = replace(
             autoencoder,
             pretrained=None,
+            kind="kl",
             block_channels=list(shape["block_out_channels"]),
             layers_per_block=shape["layers_per_block"],
             latent_channels=shape["latent_channels"],

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,7 +18,7 @@ from m2d.data.features import FeatureTable
 from m2d.data.reader import ImageReader
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.files.atomic import whole_file
-from m2d.models.autoencoder import Autoencoder, coded_at_once
+from m2d.models.autoencoder import Autoencoder, Vae, block_pca, coded_at_once
 from m2d.models.extractors import FeatureExtractor, Features
 from m2d.training.batch import LatentBatch, extract, model_images, on_device
 from m2d.training.networks import all_reduce_sum
@@ -98,6 +99,34 @@ def fit_features(
     return FeaturePrior.fit(cls, torch.from_numpy(labels), classes=classes), *class_weighted_moments(
         cls, labels, counts
     )
+
+
+@torch.no_grad()
+def fit_linear(
+    vae: Vae,
+    reader: ImageReader,
+    device: torch.device,
+    config: TrainConfig,
+    rank: int,
+    world_size: int,
+) -> None:
+    """Fit an autoencoder's block PCA, if any, to statistics_images of the split; equal on all workers."""
+    pca = block_pca(vae)
+    if pca is None:
+        return
+    rows = spread_over_classes(reader.labels, config.feature_extractor.statistics_images, config.seed)[rank::world_size]
+    patch = pca.config.patch_size
+    size = 3 * patch**2
+    sums = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device)  # of (1, x) (1, x)'
+    for start in range(0, len(rows), config.batch_size):
+        pixels, _ = read_pixels(reader, rows[start : start + config.batch_size], device)
+        blocks = F.pixel_unshuffle(model_images(pixels), patch).movedim(1, -1).reshape(-1, size).double()
+        extended = F.pad(blocks, (1, 0), value=1.0)
+        sums += extended.T @ extended
+    moments = all_reduce_sum(sums) / sums[0, 0]
+    pca.set_basis(moments[0, 1:], moments[1:, 1:], config.autoencoder.whitening)
+    for tensor in pca.state_dict().values():  # eigenvectors of near-equal eigenvalues depend on the machine
+        all_reduce_sum(tensor if rank == 0 else tensor.zero_())
 
 
 def spread_over_classes(labels: np.ndarray, wanted: int, seed: int) -> np.ndarray:

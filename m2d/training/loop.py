@@ -16,10 +16,11 @@ from m2d.data.order import micro_batch_number, worker_rows
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.experiment import complete_checkpoints
 from m2d.files.paths import checkpoint_folder
+from m2d.models.autoencoder import LinearAutoencoder, block_pca, load_vae
 from m2d.models.checkpoint import CheckpointInfo, read_prior
 from m2d.models.perceptual import build_perceptual
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw, pinned
-from m2d.training.features import FeatureSource, LatentTable, cache_latents, fit_features
+from m2d.training.features import FeatureSource, LatentTable, cache_latents, fit_features, fit_linear
 from m2d.training.measure import Throughput, peak_memory_gib
 from m2d.training.networks import Networks, all_reduce_sum, build_networks, idle_modules
 from m2d.training.run import RunPlan, Wish, stop_is_wanted
@@ -106,6 +107,11 @@ class _Run:
         prior = read_prior(self.checkpoints[-1]) if self.checkpoints else None
         if prior is None and config.stage == "decoder":
             prior = read_prior(Path(config.init_checkpoint or ""))  # as it belongs to the U-Net, which stays
+        vae = networks.autoencoder.vae
+        if self.checkpoints and block_pca(vae) is not None:  # the latent stage encodes before it resumes
+            vae.load_state_dict(load_vae(self.checkpoints[-1] / "vae", "checkpoint").state_dict())
+        elif not self.checkpoints and config.init_checkpoint is None and config.autoencoder.pretrained is None:
+            fit_linear(vae, plan.reader("train"), device, config, link.rank, link.world_size)
         self.prior = prior or _fit_features(plan, networks, source, link, set_statistics=not self.checkpoints)
         self.table = self._latents() if config.stage == "latent" else None
 
@@ -181,13 +187,13 @@ class _Run:
         all_reduce_sum(torch.zeros(1, device=device))  # no worker leaves before the last checkpoint is whole
 
     def _latents(self) -> LatentTable:
-        """The latent stage's cache; a new run takes its latents' mean and deviation."""
+        """The latent stage's cache; a new run takes its latents' mean and deviation, but for block PCA's."""
         plan, link, networks = self.plan, self.link, self.networks
         folder, views = plan.experiment.path / "cache" / "latents", plan.config.data.views
         table = cache_latents(
             networks.autoencoder, plan.reader("train"), self.source, folder, views, link.rank, link.world_size
         )
-        if not self.checkpoints:
+        if not self.checkpoints and not isinstance(networks.autoencoder.vae, LinearAutoencoder):
             mean, variance = table.moments()
             networks.denoiser.latent_norm.running_mean.copy_(mean)
             networks.denoiser.latent_norm.running_var.copy_(variance)

@@ -226,11 +226,16 @@ class TrainConfig:
             f"name is {self.name[:300]!r}; use up to {LONGEST_NAME} letters, digits, '.', '_' and '-', and begin with "
             "none of '.' and '-'",
         )
+        linear = self.autoencoder.kind == "linear" and self.autoencoder.pretrained is None
+        require(
+            not linear or self.stage == "latent",
+            f"autoencoder.kind linear has nothing that stage {self.stage} could train; use --stage latent",
+        )
         if self.init_checkpoint is None and not self.dry_run:
             require(
-                self.stage != "latent" or self.autoencoder.pretrained is not None,
-                "stage latent trains on a frozen VAE; name an earlier run's checkpoint by --init_checkpoint, or a "
-                "published VAE by --autoencoder.pretrained",
+                self.stage != "latent" or linear or self.autoencoder.pretrained is not None,
+                "stage latent trains on a frozen VAE; name an earlier run's checkpoint by --init_checkpoint, a "
+                "published VAE by --autoencoder.pretrained, or take --autoencoder.kind linear",
             )
             require(
                 self.stage != "decoder",

@@ -157,10 +157,8 @@ class BaseStep(Generic[BatchT]):
         if "autoencoder" not in self.trains:
             networks.autoencoder.requires_grad_(False)
         if "denoiser" not in self.trains:
-            vae = networks.autoencoder.vae
-            for module in (vae.encoder, vae.quant_conv, networks.denoiser, networks.projector):
-                if module is not None:
-                    module.requires_grad_(False)
+            for module in (*networks.autoencoder.encoder_parts, networks.denoiser, networks.projector):
+                module.requires_grad_(False)
         self.optimizers: dict[str, torch.optim.AdamW] = {}
         self.denoiser_phase = DenoiserPhase(
             networks.denoiser, networks.projector, config.alignment.tap, config.alignment.spatial_norm

@@ -140,7 +140,8 @@ def preset(name: str) -> TrainConfig:
     """A preset's settings as the command line reads them, with new networks instead of those of a file."""
     config: TrainConfig = parse("train", ["--preset", name, "--init_checkpoint", "anywhere"])
     config = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, pretrained=None))
-    return dataclasses.replace(config, stage="joint", init_checkpoint=None)
+    stage = "latent" if config.autoencoder.kind == "linear" else "joint"
+    return dataclasses.replace(config, stage=stage, init_checkpoint=None)
 
 
 class PresetStep:

@@ -9,8 +9,9 @@ from torch.testing import assert_close
 
 from m2d.classes import ISIC7
 from m2d.data.reader import ImageReader
-from m2d.models.settings import FeatureExtractorConfig
-from m2d.training.features import FeatureSource, class_weighted_moments, fit_features, spread_over_classes
+from m2d.models.autoencoder import LinearAutoencoder
+from m2d.models.settings import AutoencoderConfig, FeatureExtractorConfig
+from m2d.training.features import FeatureSource, class_weighted_moments, fit_features, fit_linear, spread_over_classes
 from m2d.training.settings import TrainConfig
 
 CPU = torch.device("cpu")
@@ -59,6 +60,29 @@ def test_the_fit_is_of_the_splits_own_features(reader: ImageReader) -> None:
     assert counts == {"AKIEC": 0, "BCC": 0, "BKL": 0, "DF": 3, "MEL": 6, "NV": 20, "VASC": 0}
     nevi = torch.from_numpy(reader.labels == ISIC7.codes.index("NV"))
     assert_close(prior.mean[ISIC7.codes.index("NV")], cls[nevi].mean(dim=0), rtol=1e-4, atol=1e-4)
+
+
+def test_block_pca_is_of_the_splits_own_pixels_whoever_reads_them(
+    reader: ImageReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its three components of single pixels are those of their colours; two workers' sums are the whole."""
+    sums: list[torch.Tensor] = []
+    monkeypatch.setattr("m2d.training.features.all_reduce_sum", lambda tensor: sums.append(tensor.clone()) or tensor)
+    vae = LinearAutoencoder(latent_channels=3, patch_size=1)
+    config = TrainConfig(
+        batch_size=4,
+        stage="latent",
+        autoencoder=AutoencoderConfig(kind="linear", patch_size=1, latent_channels=3, whitening=1),
+    )
+    for rank, world_size in ((0, 2), (1, 2), (0, 1)):
+        fit_linear(vae, reader, CPU, config, rank, world_size)
+    moments = [tensor for tensor in sums if tensor.shape == (4, 4)]
+    assert_close(moments[0] + moments[1], moments[2])
+    pixels = torch.from_numpy(reader.read(np.arange(29), np.zeros(29, dtype=np.int8))["images"])
+    colours = pixels.view(-1, 3).double() / 127.5 - 1
+    assert_close(vae.decoder.bias.double(), colours.mean(dim=0), rtol=1e-5, atol=1e-6)
+    directions = vae.decoder.weight[:, :, 0, 0].double()  # a component's deviation times its unit vector: C = W'W
+    assert_close(directions.T @ directions, torch.cov(colours.T, correction=0), rtol=1e-4, atol=1e-6)
 
 
 def test_workers_fit_the_same_from_their_shares(reader: ImageReader, monkeypatch: pytest.MonkeyPatch) -> None:

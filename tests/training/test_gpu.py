@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 CUDA = torch.device("cuda", 0)
 
 
-@pytest.mark.parametrize("preset", ["demo", "ham-64-latent", "ham-64-decoder"])
+@pytest.mark.parametrize("preset", ["demo", "ham-64", "ham-128-decoder"])
 def test_a_step_in_bf16_never_waits_for_the_gpu(preset: str) -> None:
     training = Training(settings(preset, CUDA, "--mixed_precision", "bf16"), CUDA)
     training.take(0)  # makes the moments

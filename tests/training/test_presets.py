@@ -48,8 +48,8 @@ FLOW = {"diffusion", "alignment", "manifold"}
 LOSSES = {"joint": DECODED | FLOW | {"kl", "alignment_vae"}, "latent": FLOW, "decoder": DECODED}
 ADVERSARIAL = {"adversarial", "discriminator"}
 # What of a checkpoint each stage trains, by the beginnings of the tensors' names.
-DECODER = {"vae/decoder", "vae/post_quant_conv"}
-VAE = DECODER | {"vae/encoder", "vae/quant_conv"}
+DECODER = {"vae/decoder", "vae/post_quant_conv", "vae/linear.decoder"}
+VAE = DECODER | {"vae/encoder", "vae/quant_conv", "vae/linear.encoder"}
 UNET_PARTS = ("conv_in", "time_embedding", "down_blocks", "mid_block", "up_blocks", "conv_norm_out", "conv_out")
 UNET = {
     *(f"{folder}/{part}" for folder in ("unet", "training/denoiser/unet") for part in UNET_PARTS),
@@ -63,15 +63,22 @@ def preset_of(base: str, stage: str) -> str:
     return f"{base}-{stage}" if f"{base}-{stage}" in preset_names() else base
 
 
+def linear(base: str) -> bool:
+    """Block PCA, which has a latent stage alone."""
+    config: TrainConfig = parse("train", ["--preset", base])
+    return config.autoencoder.kind == "linear"
+
+
 BASES = [name for name in preset_names() if not name.endswith(tuple(f"-{stage}" for stage in STAGES))]
+RUNS = [(base, stage) for base in BASES for stage in (("latent",) if linear(base) else STAGES)]
 
 
 def test_no_preset_is_left_out() -> None:
-    assert {preset_of(base, stage) for base in BASES for stage in STAGES} == set(preset_names())
+    assert {preset_of(base, stage) for base, stage in RUNS} == set(preset_names())
 
 
 def whole(preset: str) -> TrainConfig:
-    config: TrainConfig = parse("train", ["--preset", preset, "--stage", "joint"])
+    config: TrainConfig = parse("train", ["--preset", preset, "--stage", "latent" if linear(preset) else "joint"])
     return config
 
 
@@ -90,9 +97,9 @@ def small_settings(preset: str, vae: Path, *, full_width: bool = False) -> list[
         settings["unet.block_channels"] = narrower(config.unet.block_channels, UNET_WIDEST)
         settings["autoencoder.block_channels"] = narrower(config.autoencoder.block_channels, VAE_WIDEST)
     if config.data.image_size > 48:
-        halvings = len(config.unet.block_channels) + len(config.autoencoder.block_channels) - 2
+        multiple = config.autoencoder.downsampling * 2 ** (len(config.unet.block_channels) - 1)
         least = max(32, 3 * 2**config.discriminator.layers if config.discriminator.enabled else 0)
-        settings["data.image_size"] = 2**halvings * -(-least // 2**halvings)
+        settings["data.image_size"] = multiple * -(-least // multiple)
     settings |= {
         "batch_size": 1,
         "gradient_accumulation_steps": 2,
@@ -160,14 +167,14 @@ class Run:
 class Stages:
     """The stages of a preset, each run when it is first asked for.
 
-    Each begins with the checkpoint of the one before, but a latent stage on a published VAE begins with that.
+    Each begins with the checkpoint of the one before, but a latent stage on a published VAE or block PCA has none.
     """
 
     def __init__(self, base: str, root: Path) -> None:
         self.base, self.root = base, root
         self.vae = write_vae(root / "vae")
-        published = whole(base).autoencoder.pretrained is not None
-        self.before = {"joint": None, "latent": None if published else "joint", "decoder": "latent"}
+        given = whole(base).autoencoder.pretrained is not None or linear(base)
+        self.before = {"joint": None, "latent": None if given else "joint", "decoder": "latent"}
         places = {"data_root": write_images(root / "data"), "experiments_dir": root / "runs", "cache_dir": root / "c"}
         self.places = [f"--{name}={place}" for name, place in places.items()]
         self.runs: dict[str, Run] = {}
@@ -191,14 +198,15 @@ class Stages:
         return self.runs[stage]
 
 
-@pytest.fixture(scope="module", params=BASES)
-def stages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Stages:
-    return Stages(request.param, tmp_path_factory.mktemp(request.param))
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stages]:
+    return {base: Stages(base, tmp_path_factory.mktemp(base)) for base in BASES}
 
 
-@pytest.fixture(params=STAGES)
-def run(stages: Stages, request: pytest.FixtureRequest) -> Run:
-    return stages.run(request.param)
+@pytest.fixture(params=RUNS, ids="-".join)
+def run(stages: dict[str, Stages], request: pytest.FixtureRequest) -> Run:
+    base, stage = request.param
+    return stages[base].run(stage)
 
 
 def record_lines(experiment: Experiment) -> list[str]:
@@ -238,6 +246,8 @@ def test_what_a_stage_trains_moves_and_the_rest_stays_bit_equal(run: Run) -> Non
     """Every part that the stage trains moves between the two checkpoints; all else is as it was at the start."""
     stage, before, after = run.config.stage, tensors_of(run.saved), tensors_of(run.last)
     trained = TRAINED[stage] | ({"training/discriminator"} if run.adversarial else set())
+    if run.config.autoencoder.pretrained is not None:
+        trained = {part for part in trained if not part.startswith("vae/linear")}
     moved = different(before, after)
     assert {part for part in trained if not any(name.startswith(part) for name in moved)} == set()
     norm = ("conditioning/latent_norm", "training/denoiser/latent_norm") if stage == "joint" else ()
