@@ -107,6 +107,11 @@ def evaluate(config: EvaluateConfig) -> Path:
                 f"no autoencoder floor: the checkpoint is of {checkpoint.image_size} px, the evaluation of "
                 f"{test.image_size} px"
             )
+        if config.preprocess and redraw is None:
+            raise ConfigError(
+                f"preprocess is {config.preprocess}, but its autoencoder cannot be used here: "
+                + (f"it is of {checkpoint.image_size} px; set --image_size to it" if checkpoint else notes[0])
+            )
 
         # 1. Fidelity, by an extractor that did not guide the model and by the one that did.
         fidelity, redrawn = [], None
@@ -160,7 +165,10 @@ def evaluate(config: EvaluateConfig) -> Path:
             of_pixels = replace(trials, what="networks fine-tuned")
             with asking("downstream, fine-tuned,"):
                 downstream.append(measure_finetuned(**sets, config=own, trials=of_pixels))
-                worth.append(finetuned_worth(**sets, config=own, trials=of_pixels))
+                finetuned = partial(finetuned_worth, generated=generated, config=own, trials=of_pixels)
+                worth.append(finetuned(train=train, test=test))
+                if config.preprocess and redraw:
+                    worth.append(finetuned(train=redraw(train), test=redraw(test), original=(train, test)))
         if "logistic" in classifiers and c is not None and downstream:
             of, redrawn_pool = partial(extraction.of, config=config.independent_extractor), None
             if redraw is not None:
@@ -171,16 +179,19 @@ def evaluate(config: EvaluateConfig) -> Path:
                 redrawn_pool = rows, of(images)
             seeds = range(config.seed, config.seed + config.repeats) if config.folds > 1 else trials.seeds
             with asking("what they are worth"):
-                of_probe = probe_worth(
-                    known=of(known) if known else None,
-                    tested=of(tested),
+                probed = partial(
+                    probe_worth,
                     generated=of(generated),
-                    redrawn=redrawn_pool,
                     c=c,
                     trials=replace(trials, seeds=seeds, what="what they are worth"),
                     folds=config.folds,
                 )
-                worth.insert(0, of_probe)
+                known_of, tested_of = of(known) if known else None, of(tested)
+                worth.insert(0, probed(known=known_of, tested=tested_of, redrawn=redrawn_pool))
+                if config.preprocess and redraw:
+                    original = [one for one in (known_of, tested_of) if one is not None]
+                    redrawn_of = of(redraw(known)) if known else None
+                    worth.append(probed(known=redrawn_of, tested=of(redraw(tested)), original=original))
 
         # 4. Consistency.
         consistency = None

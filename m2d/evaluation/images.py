@@ -531,7 +531,7 @@ def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: lis
             raise _Unreadable
 
     try:
-        pixels = _stored(cache_dir, sha256, size, fill)
+        pixels = _stored(cache_dir, sha256, (len(sha256), size, size, 3), fill)
     except _Unreadable:
         first = failures[min(failures)]
         if len(failures) == len(paths):
@@ -557,16 +557,24 @@ class _Unreadable(Exception):
 
 def with_pixels(like: ImageSet, *, name: str, source: str, pixels: np.ndarray, cache_dir: str) -> ImageSet:
     """The images of another set, redrawn: pixels uint8 [N, S, S, 3] take the place of its own, kept as a file."""
-    sha256 = tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
-    stored = _stored(cache_dir, sha256, pixels.shape[1], lambda out: out.__setitem__(slice(None), pixels))
+    sha256 = _pixels_sha256(pixels)
+    stored = _stored(cache_dir, sha256, pixels.shape, lambda out: out.__setitem__(slice(None), pixels))
     return replace(like, name=name, source=source, sha256=sha256, pixels=stored)
 
 
-def _stored(cache_dir: str, sha256: Sequence[str], size: int, fill: Callable[[np.ndarray], None]) -> np.ndarray:
-    """uint8 [N, S, S, 3] of these images, mapped from a file of the cache; `fill` writes it where it is not there."""
-    digest = hashlib.sha256("\n".join(sha256).encode()).hexdigest()[:20]
-    path = Path(cache_dir).expanduser().absolute() / PIXELS / f"{size}px_{digest}.npy"
-    shape = (len(sha256), size, size, 3)
+def _pixels_sha256(pixels: np.ndarray) -> tuple[str, ...]:
+    return tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
+
+
+def _stored(
+    cache_dir: str, named: Sequence[str], shape: tuple[int, ...], fill: Callable[[np.ndarray], None]
+) -> np.ndarray:
+    """uint8 [N, S, S, 3], mapped from a file of the cache; `fill` writes it where it is not there.
+
+    named: all that the pixels depend on besides their size, as the sha256 of each image.
+    """
+    digest = hashlib.sha256("\n".join(named).encode()).hexdigest()[:20]
+    path = Path(cache_dir).expanduser().absolute() / PIXELS / f"{shape[1]}px_{digest}.npy"
     if not path.is_file():
         with cache_file(path) as unfinished:
             out = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
@@ -588,31 +596,30 @@ def reconstructions(
     """Real images after encoding (the posterior's mean) and decoding, as uint8 of the same size.
 
     images: at the checkpoint's image size. batch_size: at most so many at once; None: 32. Of large images it is fewer.
-    Raises ConfigError for a batch that does not fit the device.
+    They are kept by checkpoint and pixels. Raises ConfigError for a batch that does not fit the device.
     """
     autoencoder = checkpoint.autoencoder.to(device)
     size = min(batch_size or RECONSTRUCTED_AT_ONCE, coded_at_once(images.image_size))
-    pixels = np.empty(images.pixels.shape, dtype=np.uint8)
-    with progress(f"reconstructing {images.name}", len(images)) as shown:
-        for first in range(0, len(images), size):
-            part = slice(first, first + size)
-            x = torch.from_numpy(np.array(images.pixels[part])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            try:
-                y = autoencoder.decode(autoencoder.encode(x).mode()).clamp(-1, 1)
-            except torch.OutOfMemoryError:
-                raise ConfigError(
-                    f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} (the "
-                    "result stays the same)"
-                ) from None
-            pixels[part] = ((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-            shown.advance(len(x))
-    return with_pixels(
-        images,
-        name="reconstructions",
-        source=f"reconstructions of {images.source} by checkpoint {checkpoint.sha256[:12]}",
-        pixels=pixels,
-        cache_dir=cache_dir,
-    )
+
+    def fill(out: np.ndarray) -> None:
+        with progress(f"reconstructing {images.name}", len(images)) as shown:
+            for first in range(0, len(images), size):
+                part = slice(first, first + size)
+                x = torch.from_numpy(np.array(images.pixels[part])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+                try:
+                    y = autoencoder.decode(autoencoder.encode(x).mode()).clamp(-1, 1)
+                except torch.OutOfMemoryError:
+                    raise ConfigError(
+                        f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} "
+                        "(the result stays the same)"
+                    ) from None
+                out[part] = ((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+                shown.advance(len(x))
+
+    named = f"reconstructed by {checkpoint.sha256}", *_pixels_sha256(images.pixels)
+    pixels = _stored(cache_dir, named, images.pixels.shape, fill)
+    source = f"reconstructions of {images.source} by checkpoint {checkpoint.sha256[:12]}"
+    return replace(images, name="reconstructions", source=source, sha256=_pixels_sha256(pixels), pixels=pixels)
 
 
 def rows_like(labels: np.ndarray, generated: np.ndarray, seed: int, times: int = 1) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from m2d.data.settings import DataConfig, require_seed
 from m2d.errors import ConfigError
@@ -13,6 +13,7 @@ FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three l
 HIGHEST_SEED = 2**32 - 1  # scikit-learn's
 PARTS = ("fidelity", "memorization", "downstream", "consistency")
 CLASSIFIERS = ("logistic", "finetune")
+Preprocess = Literal["autoencoder"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,7 @@ class EvaluateConfig(_Command):
     )
     classifiers: str | None = None  # logistic, finetune or both; None: finetune only where there is a GPU
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    preprocess: Preprocess | None = None  # autoencoder: judges once more, all real images passed through it
     seeds: int = 3  # repetitions of each training in `downstream`
     folds: int = 1  # of all lesions that the generator has not seen, each tested once; 1: the test split alone
     repeats: int = 2  # of the folds, each time others

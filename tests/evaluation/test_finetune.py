@@ -1,6 +1,7 @@
 """Fine-tuning learns what can be learned, alike with one seed, and in equal steps for every arm."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import get_args
 
@@ -143,6 +144,18 @@ def test_a_whole_comparison_runs() -> None:
     worth = finetuned_worth(train=TRAIN, test=TEST, generated=GENERATED, config=config, trials=trials)
     assert (worth.shares, worth.gains) == ([0.25, 0.25], {})
     assert worth.verdict.word in get_args(Word)
+
+
+def test_what_preprocessing_changes_is_told_against_the_original_images() -> None:
+    """On grey ones two classes are one: half of the balanced accuracy."""
+    grey = [replace(one, sha256=(), pixels=np.full_like(one.pixels, 99)) for one in (TRAIN, TEST)]
+    trials = Trials(seeds=range(1), resamples=100)
+    judge = partial(finetuned_worth, generated=GENERATED, config=TINY, trials=trials)
+    clear, alone = judge(train=TRAIN, test=TEST, original=(grey[0], grey[1])), judge(train=TRAIN, test=TEST)
+    changed = {row: one["balanced_accuracy"].value for row, one in clear.minus_original.items()}
+    assert changed == pytest.approx(dict.fromkeys(changed, 0.5), abs=1e-9)
+    assert len(changed) == 4
+    assert clear.differences == alone.differences
 
 
 def test_a_network_that_diverges_is_an_error() -> None:

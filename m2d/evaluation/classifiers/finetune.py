@@ -56,9 +56,18 @@ def measure_finetuned(
 
 
 def finetuned_worth(
-    *, train: ImageSet, test: ImageSet, generated: ImageSet, config: FinetuneConfig, trials: Trials
+    *,
+    train: ImageSet,
+    test: ImageSet,
+    generated: ImageSet,
+    config: FinetuneConfig,
+    trials: Trials,
+    original: tuple[ImageSet, ImageSet] | None = None,
 ) -> WorthResult:
-    """What generated images are worth to classifier 2; see worth.measure_worth."""
+    """What generated images are worth to classifier 2; see worth.measure_worth.
+
+    original: train and test images as they are, where those given were preprocessed.
+    """
     return measure_worth(
         FinetuneClassifier.of(train, test, generated, config),
         f"{config.model} fine-tuned on the pixels",
@@ -67,6 +76,7 @@ def finetuned_worth(
         choose=False,
         copies=len(generated.copies),
         notes=[f"A training takes too long to choose a share by; it is {FIXED_SHARE:g}, and the test part is one."],
+        original=FinetuneClassifier.of(*original, generated, config) if original else None,
     )
 
 

@@ -8,7 +8,7 @@ import csv
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -156,11 +156,13 @@ def probe_worth(
     trials: Trials,
     folds: int = 1,
     controls: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
+    original: Sequence[FeatureSet] = (),
 ) -> WorthResult:
     """What generated images are worth to classifier 1; see worth.measure_worth.
 
     known: real images that are trained on alone; with folds, `tested` are too. redrawn: rows of both together,
-    ascending, and the features of those images after the autoencoder. c: as in measure_downstream.
+    ascending, and the features of those images after the autoencoder. c: as in measure_downstream. original: known and
+    tested images as they are, where those given were preprocessed.
     """
     cls = tested.cls if known is None else np.concatenate([known.cls, tested.cls])
     pool = Pool.of(
@@ -183,6 +185,7 @@ def probe_worth(
     if redrawn:
         every = replace(generated.images, labels=np.concatenate([generated.labels, labels[redrawn[0]]]))
         generated = replace(generated, images=every, cls=np.concatenate([generated.cls, redrawn[1].cls]))
+    before = replace(pooled, cls=np.concatenate([one.cls for one in original])) if original else None
     return measure_worth(
         ProbeClassifier(pooled, pooled, generated, c),
         "logistic regression on extractor features",
@@ -192,6 +195,7 @@ def probe_worth(
         copies=len(generated.images.copies),
         told_apart=apart,
         controls=controls,
+        original=ProbeClassifier(before, before, generated, c) if before else None,
     )
 
 

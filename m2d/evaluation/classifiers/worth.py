@@ -42,6 +42,13 @@ RULES = {  # how images are called, with what, and against what
     "class_balanced": ("class-balanced loss", "d", "b"),
     "argmax": ("argmax", "d", "c"),
 }
+# What preprocessing the real images, training and test, changes: rule, arm with it, arm without. Rows of a report.
+PREPROCESSED = (
+    ("equal priors", "d", "c"),
+    ("class-balanced loss", "d", "b"),
+    ("equal priors", "c", "c"),
+    ("class-balanced loss", "b", "b"),
+)
 GAINS = {  # offered to half of the training lesions
     "synthetic": "the synthetic images",
     "ceiling": "real images of the other half",
@@ -118,6 +125,8 @@ class WorthResult:
     told_apart: dict[str, float]  # class code -> AUC of a detector of its generated images
     verdict: Verdict
     notes: list[str]
+    # Where the real images were preprocessed, to arms on the images as they are: `rule: arm - arm on original images`.
+    minus_original: dict[str, dict[str, Estimate]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -152,6 +161,7 @@ def measure_worth(
     told_apart: Mapping[str, float] | None = None,
     controls: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
     notes: Sequence[str] = (),
+    original: Classifier | None = None,
 ) -> WorthResult:
     """Train, choose the shares, score what is tested, and say whether the synthetic images help.
 
@@ -159,7 +169,8 @@ def measure_worth(
     folds: of the tested lesions, each with all else to train on; their answers are scored together. choose: False: the
     share is FIXED_SHARE, and the classifier's sets are the two sides of `tested`, for there are no folds. copies: of
     test images among the generated ones. controls: by name, half of the lesions' rows -> real rows that these are
-    offered as if generated. Raises Unanswerable where fewer than two classes can be scored.
+    offered as if generated. original: the classifier of the same rows, its real images as they are, where the other's
+    were preprocessed. Raises Unanswerable where fewer than two classes can be scored.
     """
     tested = np.flatnonzero(pool.tested)
     made = pool.generated if pool.redrawn is None else np.concatenate([pool.generated, pool.labels[pool.redrawn]])
@@ -178,9 +189,9 @@ def measure_worth(
     if not parts or len(classes) < 2:
         raise Unanswerable(f"tested and training lesions are too few, or share too few classes, for {folds} folds")
 
-    def train(asked: Mapping[_Key, TrainingRows]) -> dict[_Key, np.ndarray]:
-        jobs = {key: Job.of(classifier, rows, parts[key[0]].seed) for key, rows in asked.items()}
-        answered = run_jobs(classifier, list(jobs.values()), trials)
+    def train(asked: Mapping[_Key, TrainingRows], by: Classifier = classifier) -> dict[_Key, np.ndarray]:
+        jobs = {key: Job.of(by, rows, parts[key[0]].seed) for key, rows in asked.items()}
+        answered = run_jobs(by, list(jobs.values()), trials)
         return {key: answered[job.digest] for key, job in jobs.items()}
 
     asked, inner = dict[_Key, TrainingRows](), dict[_Key, list[dict[float, TrainingRows]]]()
@@ -216,7 +227,7 @@ def measure_worth(
     truth, groups = pool.labels[tested][scored], pool.groups[tested][scored]
     resamples = Resamples.of(truth, groups, trials, pool.classes)
 
-    def scores_of(arm: str, *, adjusted: bool = True) -> list[Scored]:
+    def scores_of(arm: str, *, adjusted: bool = True, answers: Mapping[_Key, np.ndarray] = answers) -> list[Scored]:
         """For each seed, of the answers on all of its parts. Calls are at equal priors, ranks at the real ones."""
         found = []
         for seed in trials.seeds:
@@ -246,6 +257,15 @@ def measure_worth(
         rule: resamples.estimates(arms[f"{how}: {one}"], arms[f"{how}: {other}"])
         for rule, (how, one, other) in RULES.items()
     }
+    minus_original = {}
+    if original is not None:
+        asked = {(number, arm): part.arms[arm] for number, part in enumerate(parts) for arm in "bc"}
+        plain = train(asked, by=original)
+        before = {arm: scores_of(arm, adjusted=arm == "c", answers=plain) for arm in "bc"}
+        minus_original = {
+            f"{how}: {one} - {other} on original images": resamples.estimates(arms[f"{how}: {one}"], before[other])
+            for how, one, other in PREPROCESSED
+        }
     offered = [one for one in parts[0].offers if one != "all" and all(one in part.offers for part in parts)]
     half = {arm: scores_of(arm) for arm in ([*offered, "half a", "half c"] if offered else [])}
     shares = {offer: [part.shares.get(offer, FIXED_SHARE) for part in parts] for offer in ("all", *offered)}
@@ -265,7 +285,7 @@ def measure_worth(
     }
     said = "no verdict" if copies else word(drawn["all"], shares["all"])
     return WorthResult(
-        classifier=name,
+        classifier=name if original is None else f"{name}, real images through the autoencoder",
         folds=folds,
         seeds=list(trials.seeds),
         resamples=trials.resamples,
@@ -283,6 +303,7 @@ def measure_worth(
         told_apart=dict(told_apart or {}),
         verdict=verdict(said, differences, shares["all"], (copies, len(pool.generated))),
         notes=notes,
+        minus_original=minus_original,
     )
 
 

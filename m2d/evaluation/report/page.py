@@ -287,7 +287,7 @@ def named(differences: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Es
 
 def _worth_rows(result: WorthResult) -> list[Row]:
     """A row for each arm, difference and gain, and score."""
-    sides = result.arms | named(result.differences)
+    sides = result.arms | named(result.differences) | result.minus_original
     for name, gain in result.gains.items():
         sides |= {f"half of the lesions: {name} - c": gain.minus_c, f"half of the lesions: {name} - a": gain.minus_a}
     return [
