@@ -20,7 +20,14 @@ from m2d.cluster.start import ray_cluster
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
 from m2d.evaluation.classifiers.compare import DownstreamResult, Trials, scored_classes
 from m2d.evaluation.classifiers.finetune import finetuned_worth, measure_finetuned
-from m2d.evaluation.classifiers.probe import chosen_c, measure_consistency, measure_downstream, probe_worth
+from m2d.evaluation.classifiers.probe import (
+    chosen_c,
+    measure_consistency,
+    measure_downstream,
+    probe_site,
+    probe_worth,
+)
+from m2d.evaluation.classifiers.site import SiteResult
 from m2d.evaluation.classifiers.worth import WorthResult
 from m2d.evaluation.features import Extraction, ray_pays
 from m2d.evaluation.fidelity import measure_fidelity
@@ -36,6 +43,7 @@ from m2d.evaluation.images import (
     rows_like,
 )
 from m2d.evaluation.memorization import measure_memorization
+from m2d.evaluation.provenance import near_copy_gate
 from m2d.evaluation.report.page import Evaluation, print_evaluation, typicality, write_report
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.paths import checkpoint_folder, result_path
@@ -137,7 +145,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         # 3. Downstream, in features that did not guide the model: those it was trained towards would take its side.
         independent = of_sets(config.independent_extractor)
         downstream: list[DownstreamResult] = []
-        through_autoencoder, worth = None, list[WorthResult]()
+        through_autoencoder, worth, sites = None, list[WorthResult](), list[SiteResult]()
         c = config.c
         classifiers = config.classifier_names(gpu=device != "cpu") if "downstream" in config.part_names else ()
         trials = Trials(
@@ -148,6 +156,29 @@ def evaluate(config: EvaluateConfig) -> Path:
             kept=Path(config.cache_dir).expanduser() / KEPT,
             on_ray=on_ray,
         )
+        of, repeats = (
+            partial(extraction.of, config=config.independent_extractor),
+            range(config.seed, config.seed + config.repeats),
+        )
+        if config.setting == "site":
+            # Another question: the generator's training images are not the classifier's.
+            views = (
+                extraction.features(tested, config.independent_extractor, views=range(1, VIEWS)) if classifiers else []
+            )
+            for share in config.site_shares if classifiers else ():
+                with asking(f"a site with {share:g} of the lesions"):
+                    of_share = probe_site(
+                        known=of(known) if known else None,
+                        tested=of(tested),
+                        generated=of(generated),
+                        turned=views,
+                        c=c,
+                        trials=replace(trials, seeds=repeats, what=f"sites with {share:g} of the lesions"),
+                        share=share,
+                        folds=config.fold_count,
+                    )
+                    sites.append(of_share)
+            classifiers = ()
         if "logistic" in classifiers:
             with asking("downstream"):
                 of_features = replace(trials, what="logistic regressions")
@@ -162,14 +193,14 @@ def evaluate(config: EvaluateConfig) -> Path:
                 downstream.append(measure_finetuned(**sets, config=own, trials=of_pixels))
                 worth.append(finetuned_worth(**sets, config=own, trials=of_pixels))
         if "logistic" in classifiers and c is not None and downstream:
-            of, redrawn_pool = partial(extraction.of, config=config.independent_extractor), None
+            redrawn_pool = None
             if redraw is not None:
                 again = of(redraw(drawn_like(train, rows_like(train.labels, generated.labels, config.seed))))
                 once = replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions")
                 through_autoencoder = measure_downstream(**independent | {"generated": again}, c=c, trials=once)
                 rows, images = _redrawn(known, tested, generated, redraw, config.seed)
                 redrawn_pool = rows, of(images)
-            seeds = range(config.seed, config.seed + config.repeats) if config.folds > 1 else trials.seeds
+            seeds = repeats if config.fold_count > 1 else trials.seeds
             with asking("what they are worth"):
                 of_probe = probe_worth(
                     known=of(known) if known else None,
@@ -178,7 +209,7 @@ def evaluate(config: EvaluateConfig) -> Path:
                     redrawn=redrawn_pool,
                     c=c,
                     trials=replace(trials, seeds=seeds, what="what they are worth"),
-                    folds=config.folds,
+                    folds=config.fold_count,
                 )
                 worth.insert(0, of_probe)
 
@@ -189,7 +220,7 @@ def evaluate(config: EvaluateConfig) -> Path:
                 scored_classes(train, test)
                 c = c if c is not None else chosen_c(independent["train"], seed=config.seed)[0]
                 consistency = measure_consistency(**independent, c=c, resamples=config.bootstrap, seed=config.seed)
-        if not (fidelity or memorization or downstream or consistency):
+        if not (fidelity or memorization or downstream or sites or consistency):
             raise DataError("; ".join(unanswered))
         notes += unanswered
 
@@ -203,6 +234,8 @@ def evaluate(config: EvaluateConfig) -> Path:
             memorization=memorization,
             downstream=downstream,
             worth=worth,
+            sites=sites,
+            near_copy_gate=near_copy_gate(place),
             autoencoder_downstream=through_autoencoder,
             consistency=consistency,
             notes=notes,

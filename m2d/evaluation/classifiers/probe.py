@@ -8,7 +8,7 @@ import csv
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -33,6 +33,7 @@ from m2d.evaluation.classifiers.compare import (
     scored_classes,
     unscored,
 )
+from m2d.evaluation.classifiers.site import FOLDS, SiteResult, measure_site, site_rows
 from m2d.evaluation.classifiers.worth import Pool, WorthResult, measure_worth
 from m2d.evaluation.features import ClsFeatures, cls_features
 from m2d.evaluation.images import (
@@ -192,6 +193,49 @@ def probe_worth(
         copies=len(generated.images.copies),
         told_apart=apart,
         controls=controls,
+    )
+
+
+def probe_site(
+    *,
+    known: FeatureSet | None,
+    tested: FeatureSet,
+    generated: FeatureSet,
+    turned: Sequence[np.ndarray] = (),
+    c: float | None,
+    trials: Trials,
+    share: float,
+    folds: int = FOLDS,
+) -> SiteResult:
+    """What a site gains, for classifier 1; see site.measure_site.
+
+    known: real images that the generator learned on. turned: features of the tested images, one array for each further
+    view. c: None: chosen on as many of the known lesions as the site has, for the best one depends on their number.
+    """
+    pool = Pool.of(known.images if known else None, tested.images, generated.images)
+    cls = tested.cls if known is None else np.concatenate([known.cls, tested.cls])
+    if c is None and known is not None:
+        rows = site_rows(pool, np.flatnonzero(~pool.tested), share, [trials.seed])
+        of_known = cls[rows], pool.labels[rows], pool.groups[rows]
+        c, _ = choose_c(*of_known, num_classes=len(pool.classes), seed=trials.seed)
+    c = c or C_WITHOUT_CHOICE
+    pooled = replace(tested, images=replace(tested.images, labels=pool.labels, groups=pool.groups), cls=cls)
+    views = np.concatenate([generated.labels, *(tested.labels for _ in turned)])
+    offered = replace(
+        generated, images=replace(generated.images, labels=views), cls=np.concatenate([generated.cls, *turned])
+    )
+    return measure_site(
+        ProbeClassifier(pooled, pooled, offered, c),
+        "logistic regression on extractor features",
+        pool,
+        trials,
+        share=share,
+        folds=folds,
+        turned=len(turned),
+        copies=len(generated.images.copies),
+        notes=[
+            f"c is {c:g} in every arm, chosen on as many lesions as the site has, of those the generator learned on."
+        ],
     )
 
 
