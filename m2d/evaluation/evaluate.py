@@ -156,28 +156,24 @@ def evaluate(config: EvaluateConfig) -> Path:
             kept=Path(config.cache_dir).expanduser() / KEPT,
             on_ray=on_ray,
         )
-        of, repeats = (
-            partial(extraction.of, config=config.independent_extractor),
-            range(config.seed, config.seed + config.repeats),
-        )
-        if config.setting == "site":
-            # Another question: the generator's training images are not the classifier's.
-            views = (
-                extraction.features(tested, config.independent_extractor, views=range(1, VIEWS)) if classifiers else []
+        of = partial(extraction.of, config=config.independent_extractor)
+        repeats = range(config.seed, config.seed + config.repeats)
+        if config.setting == "site" and classifiers:  # another question: a site lacks the generator's training images
+            ask = partial(
+                probe_site,
+                known=of(known) if known else None,
+                tested=of(tested),
+                generated=of(generated),
+                turned=extraction.features(tested, config.independent_extractor, views=range(1, VIEWS)),
+                c=c,
+                trials=replace(trials, seeds=repeats, what="sites"),
+                folds=config.fold_count,
             )
-            for share in config.site_shares if classifiers else ():
+            for share in config.site_shares:
                 with asking(f"a site with {share:g} of the lesions"):
-                    of_share = probe_site(
-                        known=of(known) if known else None,
-                        tested=of(tested),
-                        generated=of(generated),
-                        turned=views,
-                        c=c,
-                        trials=replace(trials, seeds=repeats, what=f"sites with {share:g} of the lesions"),
-                        share=share,
-                        folds=config.fold_count,
-                    )
-                    sites.append(of_share)
+                    sites.append(ask(share=share))
+            if "finetune" in classifiers:
+                notes.append("a site is asked about by logistic regression alone; the fine-tuned network was left out")
             classifiers = ()
         if "logistic" in classifiers:
             with asking("downstream"):

@@ -26,7 +26,7 @@ from m2d.evaluation.images import Copy, FeatureSet, Unanswerable
 from m2d.evaluation.provenance import made_from_others, near_copy_gate
 
 BKL, DF, MEL, NV = (ISIC7.index(code) for code in ("BKL", "DF", "MEL", "NV"))
-DIMS = 30
+DIMS = 60
 
 
 def clouds(name: str, counts: dict[int, int], seed: int) -> FeatureSet:
@@ -41,19 +41,19 @@ NEW = clouds("generated", {MEL: 120, BKL: 120}, 2)  # as real lesions are distri
 NOISE = feature_set(NEW.images, 8 * np.random.default_rng(0).normal(size=NEW.cls.shape))
 
 
-def judge(generated: FeatureSet, **more: Any) -> SiteResult:
+def judge(generated: FeatureSet, seeds: int = 1, **more: Any) -> SiteResult:
     sides = {"known": KNOWN, "tested": TESTED, "c": 0.01, "share": 0.05, "folds": 2, **more}
-    return probe_site(generated=generated, trials=Trials(seeds=range(2), resamples=200), **sides)
+    return probe_site(generated=generated, trials=Trials(seeds=range(seeds), resamples=200), **sides)
 
 
 @pytest.fixture(scope="module")
 def new() -> SiteResult:
-    return judge(NEW)
+    return judge(NEW, seeds=2)
 
 
 def test_a_site_gains_from_new_lesions_and_the_report_says_what_it_has(new: SiteResult) -> None:
     assert new.verdict.word == "helps"
-    assert min(new.shares) > 0
+    assert np.mean(new.shares) > 0.25
     assert new.lesions == {"NV": 20, "MEL": 8, "BKL": 4}  # a twentieth of 400, 160 and 80
     assert new.images == {"NV": 40, "MEL": 16, "BKL": 8}
     assert "a site with 32 lesions, 4 of them of the class benign keratosis, gains +" in new.verdict.sentence
@@ -70,7 +70,7 @@ def test_the_generators_own_images_are_lent_up_to_the_same_counts(new: SiteResul
 
 def test_noise_gets_no_share_that_changes_anything() -> None:
     found = judge(NOISE, c=None)
-    assert max(found.shares) <= 0.1
+    assert np.mean(found.shares) <= 0.1
     assert found.verdict.word in ("no use", "harmless", "no difference shown")
     assert not found.differences["less_real"]["balanced_accuracy"].below
 
@@ -95,10 +95,12 @@ def test_site_test_and_generator_have_no_common_lesion(monkeypatch: pytest.Monke
     assert max(sizes) == 32
 
 
-def test_turned_images_that_look_the_same_change_nothing_and_others_are_trained_on(new: SiteResult) -> None:
-    same = judge(NEW, turned=[TESTED.cls, TESTED.cls])
-    assert same.differences["augmented"] == same.differences["less_real"] == new.differences["less_real"]
-    moved = judge(NEW, turned=[TESTED.cls + 1])
+def test_turned_images_that_look_the_same_change_nothing_and_others_are_trained_on() -> None:
+    same = judge(NEW, known=None, turned=[TESTED.cls, TESTED.cls])
+    assert "shared" not in same.differences
+    augmented, alone = (same.arms[f"equal priors: {arm}"]["balanced_accuracy"].value for arm in "ta")
+    assert augmented == pytest.approx(alone, abs=0.005)  # the solver stops elsewhere
+    moved = judge(NEW, known=None, turned=[TESTED.cls + 1])
     assert moved.arms["equal priors: t"] != moved.arms["equal priors: a"]
 
 

@@ -44,7 +44,7 @@ from m2d.metrics.scores import LOWER_IS_BETTER
 
 FOLDS = 5  # of the lesions that the generator has not seen, where none are asked for
 INNER_REPEATS = 2  # of the folds by which a share is chosen: with few lesions one partition decides by chance
-TEMPERATURES = np.geomspace(0.25, 8, 31)
+TEMPERATURES = np.geomspace(0.25, 32, 43)  # by which log-probabilities are divided
 ENOUGH = 0.95  # of a site's lesions: folds are not of equal size
 ARMS = {
     "a": "the site's real images",
@@ -288,11 +288,12 @@ def chosen_of_few(
         called = np.concatenate(
             [equal_priors(fold[share][1], fold[share][0], pool.labels, generated) for fold in folds]
         )[order]
-        logits = np.log((called / called.sum(axis=1, keepdims=True)).clip(LEAST_PROBABILITY))
-        tempered = []
+        called /= called.sum(axis=1, keepdims=True)
+        logits = np.where(called > 0, np.log(called.clip(LEAST_PROBABILITY)), -np.inf)  # 0: a class without images
+        right, tempered = logits[np.arange(len(held)), np.repeat(truth, times)], list[np.ndarray]()
         for temperature in TEMPERATURES:
-            sums = np.exp(logits / temperature).sum(axis=1)
-            losses = np.log(sums) - logits[np.arange(len(held)), np.repeat(truth, times)] / temperature
+            losses = np.log(np.exp(logits / temperature).sum(axis=1)) - right / temperature
+            losses = losses.clip(max=-np.log(LEAST_PROBABILITY))
             losses = (np.add.reduceat(losses, first) / times)[:, None] * of_class  # mean over the repeats
             tempered.append(((weights @ losses) / (weights @ of_class)).mean(axis=1))
         lost[share] = min(tempered, key=lambda one: one[0])
