@@ -231,7 +231,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             downstream=downstream,
             worth=worth,
             sites=sites,
-            near_copy_gate=near_copy_gate(place),
+            near_copy_gate=near_copy_gate(place) if sites else None,
             autoencoder_downstream=through_autoencoder,
             consistency=consistency,
             notes=notes,

@@ -109,6 +109,7 @@ def measure_site(
     share: float,
     folds: int = FOLDS,
     choose: bool = True,
+    fixed: float = FIXED_SHARE,
     turned: int = 0,
     copies: int = 0,
     notes: Sequence[str] = (),
@@ -119,7 +120,7 @@ def measure_site(
     of their folds is tested once, by a site whose lesions are drawn from the other folds. classifier: its train and its
     test set are the pool's images; behind the generated ones come `turned` further views of the tested images, view
     after view. share: of all lesions of the pool, class by class. choose: False: the share of the synthetic images is
-    FIXED_SHARE. copies: of tested images among the generated ones. Raises Unanswerable where the site cannot have so
+    `fixed`, which is taken too where the lesions are too few to choose by. copies: of tested images among the generated ones. Raises Unanswerable where the site cannot have so
     many lesions, or fewer than two classes can be scored.
     """
     tested, own = np.flatnonzero(pool.tested), np.flatnonzero(~pool.tested)
@@ -165,10 +166,10 @@ def measure_site(
                 site.shares[letter], lost = chosen_of_few(pool, made, found, site.seed)
                 tried += [lost] if letter == "d" else []
     if choose and not tried:
-        notes.append(f"The site's lesions are too few to choose a share by; {FIXED_SHARE:g} is taken.")
+        notes.append(f"The site's lesions are too few to choose a share by; {fixed:g} is taken.")
     for site in sites:
         for letter, offer in site.offers.items():
-            of_class = site.shares.get(letter, FIXED_SHARE)
+            of_class = site.shares.get(letter, fixed)
             site.arms[letter] = mixed(pool.labels, made, offer, of_class, asked=site.held)
             if letter == "d":
                 site.arms["balanced"] = mixed(pool.labels, made, offer, of_class, balanced=True, asked=site.held)
@@ -207,7 +208,7 @@ def measure_site(
     }
     drawn = {rule: resamples.means(one, "balanced_accuracy", other) for rule, (one, other) in sides.items()}
     differences = {rule: resamples.estimates(one, other) for rule, (one, other) in sides.items()}
-    shares = {letter: [site.shares.get(letter, FIXED_SHARE) for site in sites] for letter in sites[0].offers}
+    shares = {letter: [site.shares.get(letter, fixed) for site in sites] for letter in sites[0].offers}
     fits = [site.offers["d"].fit for site in sites]
     lesions = _mean([lesion_counts(pool.labels[fit], pool.groups[fit], pool.classes) for fit in fits])
     offered = class_counts(pool.generated, pool.classes)
