@@ -11,10 +11,9 @@ from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorCon
 
 FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three lowest resamples: noise
 HIGHEST_SEED = 2**32 - 1  # scikit-learn's
+SETTINGS, SITE_FOLDS = ("same", "site"), 5
 PARTS = ("fidelity", "memorization", "downstream", "consistency")
 CLASSIFIERS = ("logistic", "finetune")
-SETTINGS = ("same", "site")
-SITE_FOLDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)

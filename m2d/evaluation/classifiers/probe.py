@@ -33,7 +33,7 @@ from m2d.evaluation.classifiers.compare import (
     scored_classes,
     unscored,
 )
-from m2d.evaluation.classifiers.site import FOLDS, SiteResult, measure_site, site_rows
+from m2d.evaluation.classifiers.site import SiteResult, measure_site, site_rows
 from m2d.evaluation.classifiers.worth import Pool, WorthResult, measure_worth
 from m2d.evaluation.features import ClsFeatures, cls_features
 from m2d.evaluation.images import (
@@ -205,7 +205,7 @@ def probe_site(
     c: float | None,
     trials: Trials,
     share: float,
-    folds: int = FOLDS,
+    folds: int,
 ) -> SiteResult:
     """What a site gains, for classifier 1; see site.measure_site.
 

@@ -42,7 +42,6 @@ from m2d.evaluation.images import Unanswerable, class_counts, lesion_counts
 from m2d.metrics.bootstrap import Estimate, resampled_weights
 from m2d.metrics.scores import LOWER_IS_BETTER
 
-FOLDS = 5  # of the lesions that the generator has not seen, where none are asked for
 INNER_REPEATS = 2  # of the folds by which a share is chosen: with few lesions one partition decides by chance
 TEMPERATURES = np.geomspace(0.25, 32, 43)  # by which log-probabilities are divided
 ENOUGH = 0.95  # of a site's lesions: folds are not of equal size
@@ -107,7 +106,7 @@ def measure_site(
     trials: Trials,
     *,
     share: float,
-    folds: int = FOLDS,
+    folds: int,
     choose: bool = True,
     fixed: float = FIXED_SHARE,
     turned: int = 0,
@@ -119,9 +118,9 @@ def measure_site(
     pool: rows that are not `tested` are real images that the generator learned on; the others it has not seen, and each
     of their folds is tested once, by a site whose lesions are drawn from the other folds. classifier: its train and its
     test set are the pool's images; behind the generated ones come `turned` further views of the tested images, view
-    after view. share: of all lesions of the pool, class by class. choose: False: the share of the synthetic images is
-    `fixed`, which is taken too where the lesions are too few to choose by. copies: of tested images among the generated ones. Raises Unanswerable where the site cannot have so
-    many lesions, or fewer than two classes can be scored.
+    after view. share: of all lesions of the pool, class by class. choose: False: the synthetic images' share is `fixed`,
+    as it is where the lesions are too few to choose by. copies: of tested images among the generated ones. Raises
+    Unanswerable where the site cannot have so many lesions, or fewer than two classes can be scored.
     """
     tested, own = np.flatnonzero(pool.tested), np.flatnonzero(~pool.tested)
     made = np.concatenate([pool.generated, np.tile(pool.labels[tested], turned)])
