@@ -118,8 +118,8 @@ def measure_site(
     pool: rows that are not `tested` are real images that the generator learned on; the others it has not seen, and each
     of their folds is tested once, by a site whose lesions are drawn from the other folds. classifier: its train and its
     test set are the pool's images; behind the generated ones come `turned` further views of the tested images, view
-    after view. share: of all lesions of the pool, class by class. choose: False: the synthetic images' share is `fixed`,
-    as it is where the lesions are too few to choose by. copies: of tested images among the generated ones. Raises
+    after view. share: of all lesions of the pool, class by class. choose: False: their share is `fixed`, as it is
+    where the lesions are too few to choose by. copies: of tested images among the generated ones. Raises
     Unanswerable where the site cannot have so many lesions, or fewer than two classes can be scored.
     """
     tested, own = np.flatnonzero(pool.tested), np.flatnonzero(~pool.tested)
