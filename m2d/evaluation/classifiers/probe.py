@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -214,11 +215,17 @@ def probe_site(
     """
     pool = Pool.of(known.images if known else None, tested.images, generated.images)
     cls = tested.cls if known is None else np.concatenate([known.cls, tested.cls])
-    if c is None and known is not None:
-        rows = site_rows(pool, np.flatnonzero(~pool.tested), share, [trials.seed])
-        of_known = cls[rows], pool.labels[rows], pool.groups[rows]
-        c, _ = choose_c(*of_known, num_classes=len(pool.classes), seed=trials.seed)
-    c = c or C_WITHOUT_CHOICE
+    how = "as asked for"
+    if c is None:
+        how = "chosen on as many lesions as the site has, of those that the generator learned on"
+        if known is not None:
+            rows = np.flatnonzero(~pool.tested)
+            with suppress(Unanswerable):  # the generator learned on fewer lesions than the site has
+                rows = site_rows(pool, rows, share, [trials.seed])
+            of_known = cls[rows], pool.labels[rows], pool.groups[rows]
+            c, _ = choose_c(*of_known, num_classes=len(pool.classes), seed=trials.seed)
+        if c is None:
+            c, how = C_WITHOUT_CHOICE, "for there is too little to choose it by"
     pooled = replace(tested, images=replace(tested.images, labels=pool.labels, groups=pool.groups), cls=cls)
     views = np.concatenate([generated.labels, *(tested.labels for _ in turned)])
     offered = replace(
@@ -233,9 +240,7 @@ def probe_site(
         folds=folds,
         turned=len(turned),
         copies=len(generated.images.copies),
-        notes=[
-            f"c is {c:g} in every arm, chosen on as many lesions as the site has, of those the generator learned on."
-        ],
+        notes=[f"c is {c:g} in every arm, {how}."],
     )
 
 
