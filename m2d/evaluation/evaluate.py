@@ -20,7 +20,14 @@ from m2d.cluster.start import ray_cluster
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
 from m2d.evaluation.classifiers.compare import DownstreamResult, Trials, scored_classes
 from m2d.evaluation.classifiers.finetune import finetuned_worth, measure_finetuned
-from m2d.evaluation.classifiers.probe import chosen_c, measure_consistency, measure_downstream, probe_worth
+from m2d.evaluation.classifiers.probe import (
+    chosen_c,
+    measure_consistency,
+    measure_downstream,
+    probe_site,
+    probe_worth,
+)
+from m2d.evaluation.classifiers.site import SiteResult
 from m2d.evaluation.classifiers.worth import WorthResult
 from m2d.evaluation.features import Extraction, ray_pays
 from m2d.evaluation.fidelity import measure_fidelity
@@ -36,6 +43,7 @@ from m2d.evaluation.images import (
     rows_like,
 )
 from m2d.evaluation.memorization import measure_memorization
+from m2d.evaluation.provenance import near_copy_gate
 from m2d.evaluation.report.page import Evaluation, print_evaluation, typicality, write_report
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.paths import checkpoint_folder, result_path
@@ -142,7 +150,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         # 3. Downstream, in features that did not guide the model: those it was trained towards would take its side.
         independent = of_sets(config.independent_extractor)
         downstream: list[DownstreamResult] = []
-        through_autoencoder, worth = None, list[WorthResult]()
+        through_autoencoder, worth, sites = None, list[WorthResult](), list[SiteResult]()
         c = config.c
         classifiers = config.classifier_names(gpu=device != "cpu") if "downstream" in config.part_names else ()
         trials = Trials(
@@ -153,6 +161,25 @@ def evaluate(config: EvaluateConfig) -> Path:
             kept=Path(config.cache_dir).expanduser() / KEPT,
             on_ray=on_ray,
         )
+        of = partial(extraction.of, config=config.independent_extractor)
+        repeats = range(config.seed, config.seed + config.repeats)
+        if config.setting == "site" and classifiers:  # another question: a site lacks the generator's training images
+            ask = partial(
+                probe_site,
+                known=of(known) if known else None,
+                tested=of(tested),
+                generated=of(generated),
+                turned=extraction.features(tested, config.independent_extractor, views=range(1, VIEWS)),
+                c=c,
+                trials=replace(trials, seeds=repeats, what="sites"),
+                folds=config.fold_count,
+            )
+            for share in config.site_shares:
+                with asking(f"a site with {share:g} of the lesions"):
+                    sites.append(ask(share=share))
+            if "finetune" in classifiers:
+                notes.append("a site is asked about by logistic regression alone; the fine-tuned network was left out")
+            classifiers = ()
         if "logistic" in classifiers:
             with asking("downstream"):
                 of_features = replace(trials, what="logistic regressions")
@@ -170,21 +197,21 @@ def evaluate(config: EvaluateConfig) -> Path:
                 if config.preprocess and redraw:
                     worth.append(finetuned(train=redraw(train), test=redraw(test), original=(train, test)))
         if "logistic" in classifiers and c is not None and downstream:
-            of, redrawn_pool = partial(extraction.of, config=config.independent_extractor), None
+            redrawn_pool = None
             if redraw is not None:
                 again = of(redraw(drawn_like(train, rows_like(train.labels, generated.labels, config.seed))))
                 once = replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions")
                 through_autoencoder = measure_downstream(**independent | {"generated": again}, c=c, trials=once)
                 rows, images = _redrawn(known, tested, generated, redraw, config.seed)
                 redrawn_pool = rows, of(images)
-            seeds = range(config.seed, config.seed + config.repeats) if config.folds > 1 else trials.seeds
+            seeds = repeats if config.fold_count > 1 else trials.seeds
             with asking("what they are worth"):
                 probed = partial(
                     probe_worth,
                     generated=of(generated),
                     c=c,
                     trials=replace(trials, seeds=seeds, what="what they are worth"),
-                    folds=config.folds,
+                    folds=config.fold_count,
                 )
                 known_of, tested_of = of(known) if known else None, of(tested)
                 worth.insert(0, probed(known=known_of, tested=tested_of, redrawn=redrawn_pool))
@@ -200,7 +227,7 @@ def evaluate(config: EvaluateConfig) -> Path:
                 scored_classes(train, test)
                 c = c if c is not None else chosen_c(independent["train"], seed=config.seed)[0]
                 consistency = measure_consistency(**independent, c=c, resamples=config.bootstrap, seed=config.seed)
-        if not (fidelity or memorization or downstream or consistency):
+        if not (fidelity or memorization or downstream or sites or consistency):
             raise DataError("; ".join(unanswered))
         notes += unanswered
 
@@ -214,6 +241,8 @@ def evaluate(config: EvaluateConfig) -> Path:
             memorization=memorization,
             downstream=downstream,
             worth=worth,
+            sites=sites,
+            near_copy_gate=near_copy_gate(place) if sites else None,
             autoencoder_downstream=through_autoencoder,
             consistency=consistency,
             notes=notes,

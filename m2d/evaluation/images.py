@@ -30,6 +30,7 @@ from m2d.data.reader import decode_unchanged
 from m2d.data.settings import DataConfig
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import CheckpointError, ConfigError, DataError
+from m2d.evaluation.provenance import made_from_others
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
@@ -171,7 +172,8 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     """List, check and decode: train, test (real, unseen: see below) and generated.
 
     With folds also `tested`, the images of all lesions that the generator has not seen, and `known`, the others, where
-    there are some.
+    there are some. For a site the training split is never among the first, for it counts as the generator's where no
+    checkpoint is known, and generated images that started from others than training images are left out.
 
     checkpoint: the one that made the images, where it is known. notes: gain a line for what is left out, and the like.
     A test lesion is left out where the generator, or a checkpoint that its training started from, has seen it: a file
@@ -187,6 +189,8 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     check_apart(train, test, "real")
     test = _unseen(test, catalogs.values(), notes)
     generated = _generated(generated_root, data, train.classes, notes)
+    if config.setting == "site":
+        generated = _of_training_images(generated, [train.rows, *catalogs.values()], notes)
     known, made = (list(class_counts(side.labels, side.classes)) for side in (train, generated))
     if unknown := [code for code in made if code not in known]:
         raise DataError(
@@ -214,10 +218,10 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     sets["test"] = unlike(test, sets["test"], sets["train"])
     trained: ImageSet | None = sets["train"]
     tested = sets["test"]
-    if config.folds > 1:
+    if config.fold_count > 1:
         if whole is not None:
             left = _unseen(whole, catalogs.values(), notes)
-            if checkpoint and not catalogs:
+            if (checkpoint or config.setting == "site") and not catalogs:
                 split = np.array(whole["split"]) == "train"
                 left = _without(whole, split, "may have been trained on by the generator", notes)
             left = replace(left, name="tested")
@@ -355,6 +359,28 @@ def _without(test: Listed, seen: np.ndarray, why: str, notes: list[str]) -> List
         + (f"; none of {' '.join(lost)} is left" if lost else "")
     )
     return left
+
+
+def _of_training_images(generated: Listed, catalogs: Sequence[pa.Table], notes: list[str]) -> Listed:
+    """Without what was made from real images that the generator was not trained on. Raises DataError for none left."""
+    trained = {
+        row["sha256"]
+        for catalog in catalogs
+        for row in catalog.select(("sha256", "split")).to_pylist()
+        if catalog is catalogs[0] or row["split"] == "train"
+    }
+    foreign = made_from_others(generated.root, generated["sha256"], trained)
+    if not foreign.any():
+        return generated
+    first = generated["path"][int(foreign.argmax())]
+    what = (
+        f"{foreign.sum():,} of {len(foreign):,} generated images, {first} for one, were made from real images that the "
+        "generator was not trained on; a site or its test may hold their lesions"
+    )
+    if foreign.all():
+        raise DataError(f"generated: {what}; generate from training images, or without input images")
+    notes.append(f"left out {what}")
+    return replace(generated, rows=generated.rows.filter(pa.array(~foreign)))
 
 
 def _copies(

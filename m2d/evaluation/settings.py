@@ -11,6 +11,7 @@ from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorCon
 
 FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three lowest resamples: noise
 HIGHEST_SEED = 2**32 - 1  # scikit-learn's
+SETTINGS, SITE_FOLDS = ("same", "site"), 5
 PARTS = ("fidelity", "memorization", "downstream", "consistency")
 CLASSIFIERS = ("logistic", "finetune")
 Preprocess = Literal["autoencoder"]
@@ -109,7 +110,9 @@ class EvaluateConfig(_Command):
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     preprocess: Preprocess | None = None  # autoencoder: judges once more, all real images passed through it
     seeds: int = 3  # repetitions of each training in `downstream`
-    folds: int = 1  # of all lesions that the generator has not seen, each tested once; 1: the test split alone
+    setting: str = "same"  # whose classifier: same: it has the generator's training images; site: few others
+    site_share: str = "0.05,0.1,0.25"  # site: of all lesions, those seen by the generator too; a site for each
+    folds: int | None = None  # of the lesions the generator has not seen; None: 1, the test split alone; for a site 5
     repeats: int = 2  # of the folds, each time others
     c: float | None = None  # inverse strength of the logistic regression's penalty; None: chosen on training lesions
     ratios: str | None = None  # also tries these synthetic : real ratios, as in 0.5,1,2,5,10
@@ -124,6 +127,12 @@ class EvaluateConfig(_Command):
     data: DataConfig | None = None  # how the folders are scanned and split; None: as the checkpoint's run did
 
     def __post_init__(self) -> None:
+        if self.setting not in SETTINGS:
+            raise ConfigError(f"setting is {self.setting}; choose one of {' '.join(SETTINGS)}")
+        if self.setting == "site" and self.folds == 1:
+            raise ConfigError(
+                "folds is 1; with setting site it must be at least 2, for one is tested, a site of the rest"
+            )
         for name, known in (("parts", PARTS), ("classifiers", CLASSIFIERS)):
             asked = _words(getattr(self, name))
             if asked == () or any(word not in known for word in asked or ()):
@@ -132,6 +141,8 @@ class EvaluateConfig(_Command):
         require_seed("seed", self.seed, HIGHEST_SEED - max(self.seeds, self.repeats) + 1)  # each takes the next one
         if any(not 0 < ratio <= 1000 for ratio in self.ratio_list):
             raise ConfigError(f"ratios is {self.ratios}; each must be above 0 and at most 1000")
+        if not self.site_shares or any(not 0 < share < 1 for share in self.site_shares):
+            raise ConfigError(f"site_share is {self.site_share or 'empty'}; each must be above 0 and below 1")
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -142,10 +153,17 @@ class EvaluateConfig(_Command):
     @property
     def ratio_list(self) -> tuple[float, ...]:
         """Ascending. Raises ConfigError for what is no number."""
-        try:
-            return tuple(sorted({float(word) for word in _words(self.ratios) or ()}))
-        except ValueError:
-            raise ConfigError(f"ratios is {self.ratios}; it must be numbers, as in 0.5,1,2,5,10") from None
+        return _numbers("ratios", self.ratios, "0.5,1,2,5,10")
+
+    @property
+    def site_shares(self) -> tuple[float, ...]:
+        """Ascending. Raises ConfigError for what is no number."""
+        return _numbers("site_share", self.site_share, "0.05,0.1,0.25")
+
+    @property
+    def fold_count(self) -> int:
+        """1: the test split alone."""
+        return self.folds or (SITE_FOLDS if self.setting == "site" else 1)
 
     def classifier_names(self, *, gpu: bool) -> tuple[str, ...]:
         """Of CLASSIFIERS those to train."""
@@ -183,6 +201,13 @@ class ProbeConfig(_Command):
             raise ConfigError("test_data_root is given without test_catalog; name the test images by --test_catalog")
         require_seed("seed", self.seed, HIGHEST_SEED)
         self._check(bootstrap=FEWEST_RESAMPLES, batch_size=1)
+
+
+def _numbers(name: str, text: str | None, example: str) -> tuple[float, ...]:
+    try:
+        return tuple(sorted({float(word) for word in _words(text) or ()}))
+    except ValueError:
+        raise ConfigError(f"{name} is {text}; it must be numbers, as in {example}") from None
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -33,6 +34,7 @@ from m2d.evaluation.classifiers.compare import (
     scored_classes,
     unscored,
 )
+from m2d.evaluation.classifiers.site import SiteResult, measure_site, site_rows
 from m2d.evaluation.classifiers.worth import Pool, WorthResult, measure_worth
 from m2d.evaluation.features import ClsFeatures, cls_features
 from m2d.evaluation.images import (
@@ -196,6 +198,53 @@ def probe_worth(
         told_apart=apart,
         controls=controls,
         original=ProbeClassifier(before, before, generated, c) if before else None,
+    )
+
+
+def probe_site(
+    *,
+    known: FeatureSet | None,
+    tested: FeatureSet,
+    generated: FeatureSet,
+    turned: Sequence[np.ndarray] = (),
+    c: float | None,
+    trials: Trials,
+    share: float,
+    folds: int,
+) -> SiteResult:
+    """What a site gains, for classifier 1; see site.measure_site.
+
+    known: real images that the generator learned on. turned: features of the tested images, one array for each further
+    view. c: None: chosen on as many of the known lesions as the site has, for the best one depends on their number.
+    """
+    pool = Pool.of(known.images if known else None, tested.images, generated.images)
+    cls = tested.cls if known is None else np.concatenate([known.cls, tested.cls])
+    how = "as asked for"
+    if c is None:
+        how = "chosen on as many lesions as the site has, of those that the generator learned on"
+        if known is not None:
+            rows = np.flatnonzero(~pool.tested)
+            with suppress(Unanswerable):  # the generator learned on fewer lesions than the site has
+                rows = site_rows(pool, rows, share, [trials.seed])
+            of_known = cls[rows], pool.labels[rows], pool.groups[rows]
+            c, _ = choose_c(*of_known, num_classes=len(pool.classes), seed=trials.seed)
+        if c is None:
+            c, how = C_WITHOUT_CHOICE, "for there is too little to choose it by"
+    pooled = replace(tested, images=replace(tested.images, labels=pool.labels, groups=pool.groups), cls=cls)
+    views = np.concatenate([generated.labels, *(tested.labels for _ in turned)])
+    offered = replace(
+        generated, images=replace(generated.images, labels=views), cls=np.concatenate([generated.cls, *turned])
+    )
+    return measure_site(
+        ProbeClassifier(pooled, pooled, offered, c),
+        "logistic regression on extractor features",
+        pool,
+        trials,
+        share=share,
+        folds=folds,
+        turned=len(turned),
+        copies=len(generated.images.copies),
+        notes=[f"c is {c:g} in every arm, {how}."],
     )
 
 
