@@ -250,9 +250,7 @@ def recipe_batches(
     size, real, every = config.batch_size, len(rows.real), len(labels)
     whole = np.bincount(labels, rows.weights)
     there, offered = (np.bincount(one, minlength=len(whole)) for one in (labels[:real], labels[real:]))
-    alone = np.divide(
-        whole, there, out=np.zeros(len(whole)), where=there > 0
-    )  # weight of a real image, if none else is
+    alone = whole / there.clip(1)  # weight of a real image of each class where no synthetic one has any
     if config.recipe == "mix" or not _both(rows):
         for numbers, views in batches_of(every, size, steps, seed):
             yield numbers, views, rows.weights[numbers]
