@@ -15,6 +15,7 @@ SETTINGS, SITE_FOLDS = ("same", "site"), 5
 PARTS = ("fidelity", "memorization", "downstream", "consistency")
 CLASSIFIERS = ("logistic", "finetune")
 Preprocess = Literal["autoencoder"]
+Recipe = Literal["mix", "replace", "two_phase", "auxiliary_bn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,9 @@ class FinetuneConfig:
     warmup: float = 0.1  # share of the steps in which the learning rate rises; it then falls as a cosine to 0
     mixed_precision: Precision | None = None  # None: bf16 on a GPU that computes in it, otherwise no
     device: str | None = None  # None: cuda where there is one, otherwise cpu
+    recipe: Recipe = "mix"  # synthetic images beside real ones, in place of some, before them, or with own batch norms
+    share: float | None = None  # of a class's weight on synthetic images; None: 0.25; replace, two_phase (steps): 0.5
+    color_jitter: float = 0.2  # brightness, contrast, saturation change by up to this factor in every arm; 0: none
 
     def __post_init__(self) -> None:
         if self.model.startswith(PANDERM_PREFIX):
@@ -48,6 +52,13 @@ class FinetuneConfig:
             ("weight_decay", "be a number of at least 0", 0 <= self.weight_decay < inf),
             ("warmup", "be a share of the steps, below 1", 0 <= self.warmup < 1),
             ("batch_size", "be at least 2, for batch norms", self.batch_size >= 2),
+            (
+                "batch_size",
+                "be at least 4 with recipe auxiliary_bn",
+                self.recipe != "auxiliary_bn" or self.batch_size >= 4,
+            ),
+            ("share", "lie between 0 and 1", self.share is None or 0 < self.share < 1),
+            ("color_jitter", "be at least 0 and below 1", 0 <= self.color_jitter < 1),
         ):
             if not ok:
                 raise ConfigError(f"finetune.{name} is {getattr(self, name)}; it must {must}")

@@ -157,6 +157,7 @@ def measure_worth(
     *,
     folds: int = 1,
     choose: bool = True,
+    share: float = FIXED_SHARE,
     copies: int = 0,
     told_apart: Mapping[str, float] | None = None,
     controls: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
@@ -167,7 +168,7 @@ def measure_worth(
 
     classifier: its train and its test set are the pool's images, its generated set the pool's with `redrawn` behind.
     folds: of the tested lesions, each with all else to train on; their answers are scored together. choose: False: the
-    share is FIXED_SHARE, and the classifier's sets are the two sides of `tested`, for there are no folds. copies: of
+    share is `share`, and the classifier's sets are the two sides of `tested`, for there are no folds. copies: of
     test images among the generated ones. controls: by name, half of the lesions' rows -> real rows that these are
     offered as if generated. original: the classifier of the same rows, its real images as they are, where the other's
     were preprocessed. Raises Unanswerable where fewer than two classes can be scored.
@@ -213,10 +214,10 @@ def measure_worth(
             parts[number].shares[offer], lost = _chosen(pool, made, found, parts[number].seed)
             tried += [lost] if offer == "all" else []
     if choose and not tried:
-        notes.append(f"The training lesions are too few to choose a share by; {FIXED_SHARE:g} is taken.")
+        notes.append(f"The training lesions are too few to choose a share by; {share:g} is taken.")
     for part in parts:
         for offer, one in part.offers.items():
-            mix = partial(mixed, pool.labels, made, one, part.shares.get(offer, FIXED_SHARE))
+            mix = partial(mixed, pool.labels, made, one, part.shares.get(offer, share))
             part.arms[offer] = mix(asked=part.held if choose else None)
             if offer == "all":
                 part.arms["balanced"] = mix(asked=part.held if choose else None, balanced=True)
@@ -268,7 +269,7 @@ def measure_worth(
         }
     offered = [one for one in parts[0].offers if one != "all" and all(one in part.offers for part in parts)]
     half = {arm: scores_of(arm) for arm in ([*offered, "half a", "half c"] if offered else [])}
-    shares = {offer: [part.shares.get(offer, FIXED_SHARE) for part in parts] for offer in ("all", *offered)}
+    shares = {offer: [part.shares.get(offer, share) for part in parts] for offer in ("all", *offered)}
     controls_of = {"all": (arms["equal priors: c"], arms["equal priors: a"])}
     controls_of |= {offer: (half["half c"], half["half a"]) for offer in offered}  # noqa: C420 - there may be none
     drawn = {
