@@ -51,7 +51,7 @@ JOURNAL_SCHEMA = pa.schema(
         ("accepted", pa.bool_()),
         ("gates", pa.string()),  # on, recorded (looked at and kept anyway), or off
         ("reason", pa.string()),  # the gate that found fault with the image; null: none did
-        ("nearest_id", pa.string()),  # the training image nearest to it, or that it copies
+        ("nearest_id", pa.string()),  # the training image nearest to it, or that it copies; not of a variation's lesion
         ("nearest_distance", pa.float64()),  # to that one, in the extractor's feature space
         ("class_distance", pa.float64()),  # mean, to the class's nearest training images
         ("pixel_distance", pa.float64()),  # to the training image nearest by thumbnails

@@ -171,6 +171,7 @@ def make_plan(
         if training is None:
             table = standard_plan(wanted, **drawn)
         else:
+            counted["from"] = config.balance_from
             parents = training_references(*training, wanted, run_seed=config.seed)
             sums.update({image.path: image.sha256 for images in parents.values() for image in images})
             table = image2image_plan(parents, num_samples=wanted, strength=config.strength, **drawn)

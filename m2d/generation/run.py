@@ -56,6 +56,8 @@ def generate(config: GenerateConfig) -> Path:
         varied = config.plan is None and config.balance_from == "real"
         training = training_images(config, checkpoint, catalog) if varied else None
         planned = make_plan(config, feature, catalog, checkpoint.info.classes, training)
+        if training is not None:
+            say(f"variations of {len(planned.lesions):,} training lesions of {training[1]}")
         gates = prepare_gates(config, checkpoint, catalog, device)
         if "prior" in planned.features:  # a plan may ask for what the checkpoint lacks
             require_prior(checkpoint).require(planned.classes)

@@ -175,9 +175,9 @@ def parse_target(to: str) -> int | float:
 
 def parse_strength(strength: float | str) -> tuple[float, float]:
     """Lowest and highest strength that is drawn; a number is both. Raises ConfigError for anything outside [0, 1]."""
-    low, _, high = str(strength).partition("..")
+    low, dots, high = str(strength).partition("..")
     try:
-        ends = float(low), float(high or low)
+        ends = float(low), float(high if dots else low)
     except ValueError:
         ends = nan, nan
     if not 0 <= ends[0] <= ends[1] <= 1:

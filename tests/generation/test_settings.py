@@ -47,6 +47,7 @@ def test_no_classes_means_all() -> None:
         ({"feature_temperature": float("inf")}, "feature_temperature is inf"),
         ({"strength": 1.5}, "strength is 1.5; it must be from 0"),
         ({"strength": "0.6..0.3"}, "strength is 0.6..0.3; it must be from 0"),
+        ({"strength": "0.3.."}, "strength is 0.3..; it must be from 0"),
         ({"strength": "half"}, "strength is half; it must be from 0"),
         ({"balance_from": "dreams"}, "balance_from is dreams; known: noise real"),
         ({"balance_from": "real", "data_root": "d"}, "balance_from real varies training images in mode balance"),
