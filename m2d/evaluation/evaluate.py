@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     checkpoint = load_checkpoint(found, "cpu") if found else None
     sets = read_image_sets(config, checkpoint, notes)
     guide = _guide(config, checkpoint, notes)
+    _refuse_pickers(place, config.independent_extractor, guide, notes)
     for name, images in zip(("training", "unseen", "generated"), sets.values()):
         counts = " ".join(f"{code} {count}" for code, count in images.counts.items())
         say(f"{name} images: {counts} ({images.source})")
@@ -289,6 +291,28 @@ def _guide(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[st
             "name another one, as efficientnet-lite1 or timm:MODEL"
         )
     return guide
+
+
+def picked_by(generated: str) -> list[dict[str, Any]]:
+    """What `evaluate pick` noted of itself beside the images, the last pick last; empty: they are a whole run's."""
+    try:
+        return list(json.loads(Path(generated, RECORD_NAME).read_text(encoding="utf-8")).get("pick", []))
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
+def _refuse_pickers(
+    generated: str, independent: FeatureExtractorConfig, guide: FeatureExtractorConfig, notes: list[str]
+) -> None:
+    """Raise ConfigError where the images were picked by the network that is to judge them; a note for the guide."""
+    for by in picked_by(generated):
+        if by.get("weights_sha256") == extractor_identity(independent)[1]:
+            raise ConfigError(
+                f"independent_extractor is {independent.name}, by which the images of {generated} were picked; name "
+                "another one, as efficientnet-lite1 or timm:MODEL"
+            )
+        if by.get("weights_sha256") == extractor_identity(guide)[1]:
+            notes.append(f"the images were picked by {guide.name}: by its features they look better than they are")
 
 
 def find_checkpoint(generated: str, asked: str | None) -> tuple[str | None, list[str]]:

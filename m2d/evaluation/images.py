@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -36,7 +37,7 @@ from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
 from m2d.files.storage import inside, open_storage
 from m2d.generation.gates import unit_view
-from m2d.generation.output import PARTS, RECORD_NAME, experiment_of
+from m2d.generation.output import MANIFEST_NAME, PARTS, RECORD_NAME, experiment_of
 from m2d.generation.plan import data_config_of
 from m2d.generation.references import read_references
 from m2d.metrics.neighbours import NEAR_DUPLICATE, near_duplicates, nearest_in_views, thumbnails
@@ -79,7 +80,8 @@ class ImageSet:
     sha256: tuple[str, ...]  # N; of the file's bytes, or of the pixels where there is no file
     paths: tuple[str, ...]  # N; as a person finds the file
     labels: np.ndarray  # int64 [N], index into the codes of `classes`
-    groups: np.ndarray  # object [N]; equal values are one lesion; a generated image is a group of its own
+    # object [N]; equal values are one lesion; a generated image is a group of its own, or of the lesion that it varies
+    groups: np.ndarray
     pixels: np.ndarray  # uint8 [N, S, S, 3], perhaps mapped from a file: take rows, never all at once
     classes: ClassSet = ISIC7  # of the real training images, the same on every side
     copies: tuple[Copy, ...] = ()  # of generated images
@@ -230,6 +232,13 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
             trained, tested = decode(seen) if len(seen.rows) else None, decode(left)
             tested = unlike(left, tested, trained) if trained else tested
         sets |= {"tested": _one_lesion_if_alike(tested)} | ({"known": trained} if trained else {})
+    of_tests = np.isin(generated["lesion_id"], [*test["lesion_id"], *(str(lesion) for lesion in tested.groups)])
+    if of_tests.any():
+        generated = replace(generated, rows=generated.rows.filter(pa.array(~of_tests)))
+        if not len(generated.rows):
+            raise DataError(f"generated: all images of {generated.source} are variations of lesions that are tested")
+        notes.append(f"left out {of_tests.sum():,} generated images, variations of lesions that are tested")
+        sets["generated"] = decode(generated)
     copies = _copies(trained, tested, sets["generated"], shapes, files, notes)
     sets["generated"] = replace(sets["generated"], copies=copies)
     return sets
@@ -521,13 +530,27 @@ def _generated(root: str, data: DataConfig, classes: ClassSet, notes: list[str])
     if repeated:
         notes.append(f"{repeated:,} generated images are exact repeats of other generated ones; all are counted")
     base = root if remote else os.path.abspath(root)
+    varied = _varied_lesions(root)
     columns = {
         "path": [image.path if remote else os.path.relpath(image.path, base) for image in images],
         "sha256": [image.sha256 for image in images],
         "label": [image.label for image in images],
-        "lesion_id": [f"generated {number}" for number in range(len(images))],
+        "lesion_id": [varied.get(image.sha256) or f"generated {number}" for number, image in enumerate(images)],
     }
     return Listed("generated", f"all of {root}", base, pa.table(columns), classes)
+
+
+def _varied_lesions(root: str) -> dict[str, str]:
+    """By the sha256 of an image the lesion that it is a variation of, as m2d's own manifest has it."""
+    filesystem, place = open_storage(root)
+    try:
+        with filesystem.open_input_file(posixpath.join(place, MANIFEST_NAME)) as file:
+            table = pq.read_table(file)
+    except (OSError, pa.ArrowException):  # images of another generator
+        return {}
+    if not {"sha256", "lesion_id"} <= set(table.column_names):
+        return {}
+    return dict(zip(table["sha256"].to_pylist(), table["lesion_id"].to_pylist(), strict=True))
 
 
 def _left_out(rejected: Sequence[tuple[str, str]], what: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from m2d.data.settings import DataConfig, require_seed
 from m2d.errors import ConfigError
@@ -16,6 +16,7 @@ PARTS = ("fidelity", "memorization", "downstream", "consistency")
 CLASSIFIERS = ("logistic", "finetune")
 Preprocess = Literal["autoencoder"]
 Recipe = Literal["mix", "replace", "two_phase", "auxiliary_bn"]
+PickRule = Literal["classifier", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +183,39 @@ class EvaluateConfig(_Command):
         if asked is None:
             return CLASSIFIERS if gpu else ("logistic",)
         return tuple(name for name in CLASSIFIERS if name in asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PickConfig(_Command):
+    """Which images of a finished run to keep, in a folder of their own."""
+
+    INPUTS = ("real", "generated", "train", "checkpoint")
+    real: str | None = None  # class folders of real images; the classifier is fitted on their training split
+    generated: str | None = None  # a finished run of `generate`, of class folders
+    train: str | None = None  # the real training images, where they lie apart
+    checkpoint: str | None = None  # of the generator, whose split it is; None: where the images lie
+    rule: PickRule = "classifier"  # classifier: sure of the class, then far apart; random: as many, its control
+    count: int | None = None  # images to keep of each class, at most; None: all that the classifier lets through
+    feature_extractor: FeatureExtractorConfig = field(  # of the classifier; evaluate refuses it as a judge
+        default_factory=lambda: FeatureExtractorConfig(name="efficientnet-lite2")
+    )
+    c: float | None = None  # inverse strength of the logistic regression's penalty; None: chosen on training lesions
+    seed: int = 0  # of the folds and of the random subset
+    num_actors: int | None = None  # of Ray; 0: all in this process; None: as many as pay
+    batch_size: int | None = None  # images at once through the extractor; None: 16 on a CPU, 128 on a GPU
+    device: str | None = None  # None: cuda where there is one, otherwise cpu
+    cache_dir: str = "./cache"  # pixels and features are kept here: run again to go on
+    output: str | None = None  # folder of the images; None: beside `generated`, by its name, the rule and a hash
+    verbose: bool = False  # show Ray's own bars and messages
+    data: DataConfig | None = None  # how the folders are scanned and split; None: as the checkpoint's run did
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(PickRule):
+            raise ConfigError(f"rule is {self.rule}; known: {' '.join(get_args(PickRule))}")
+        if self.generated is not None and "://" in self.generated:
+            raise ConfigError(f"generated is {self.generated}; it must be a folder of this machine")
+        require_seed("seed", self.seed, HIGHEST_SEED)
+        self._check(count=1, num_actors=0, batch_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)

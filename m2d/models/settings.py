@@ -15,7 +15,7 @@ Crop = Literal["whole", "official"]
 PerceptualKind = Literal["lpips", "features"]
 Precision = Literal["no", "bf16", "fp16"]  # of the networks' passes: float32, or autocast to the other two
 
-_EXTRACTORS = ("efficientnet-lite0", "efficientnet-lite1", "panderm-large", "panderm-base")
+_EXTRACTORS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "panderm-large", "panderm-base")
 
 
 def parse_tap(tap: str) -> tuple[str, int]:
@@ -71,7 +71,7 @@ def _require_levels(config: "AutoencoderConfig | UNetConfig", group: str, *divis
 class FeatureExtractorConfig:
     """The frozen network whose features guide and align the U-Net."""
 
-    name: str = "efficientnet-lite0"  # or efficientnet-lite1, panderm-large, panderm-base, timm:MODEL
+    name: str = "efficientnet-lite0"  # or efficientnet-lite1, -lite2, panderm-large, panderm-base, timm:MODEL
     weights: str | None = None  # a local file; None: the extractor's own (PanDerm has none: docs/panderm.md)
     input_size: int | None = None  # pixels a side fed to the extractor; None: its native size
     crop: Crop = "whole"  # whole: resized whole, so patches are where the U-Net's cells are; official: the centre

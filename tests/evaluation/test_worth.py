@@ -16,7 +16,7 @@ from m2d.classes import ISIC7
 from m2d.data.features import extract_view
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import TrainingRows, Trials
-from m2d.evaluation.classifiers.probe import ProbeClassifier, probe_worth
+from m2d.evaluation.classifiers.probe import ProbeClassifier, origins, probe_worth
 from m2d.evaluation.classifiers.worth import MARGIN, RULES, Offer, WorthResult, equal_priors, mixed, verdict, word
 from m2d.evaluation.images import Copy, FeatureSet
 from m2d.metrics.bootstrap import Estimate
@@ -107,6 +107,15 @@ def test_in_folds_every_lesion_is_tested_once_and_a_known_one_never() -> None:
     assert len(found.shares) == 6
     every = judge(NEW, folds=3, known=None)
     assert every.test_lesions == {"NV": 150, "MEL": 150, "BKL": 150}
+
+
+def test_a_variation_stays_with_its_lesion_and_other_images_with_the_nearest() -> None:
+    real = np.eye(4, 5, dtype=np.float32)[[0, 1, 2, 2]]
+    groups = np.array(["first", "second", "third", "third"], dtype=object)
+    made = feature_set(image_set([0, 0, 0], "generated", ["generated 0", "second", "elsewhere"]), real[[0, 0, 1]])
+    assert groups[origins(real, groups, made, np.arange(4))].tolist() == ["first", "second", "second"]
+    without = origins(real, groups, made, np.array([0, 2, 3]))
+    assert groups[without].tolist()[:2] == ["first", "first"], "its lesion is not there"
 
 
 def test_no_lesion_is_called_by_a_classifier_that_was_trained_on_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,8 +176,8 @@ def probe_worth(
         tested.images,
         generated.images,
         redrawn=redrawn[0] if redrawn else None,
-        nearest=partial(_nearest, cls, generated.cls),
     )
+    pool = replace(pool, nearest=partial(origins, cls, pool.groups, generated))
     labels, groups, classes = pool.labels, pool.groups, pool.classes
     rest, apart = np.flatnonzero(~pool.tested) if folds == 1 else np.arange(len(labels)), dict[str, float]()
     for label in np.unique(generated.labels):
@@ -250,6 +250,16 @@ def probe_site(
         copies=len(generated.images.copies),
         notes=[f"c is {c:g} in every arm, {how}."],
     )
+
+
+def origins(real: np.ndarray, groups: np.ndarray, generated: FeatureSet, rows: np.ndarray) -> np.ndarray:
+    """For each generated image the nearest of these real ones; of a variation, one of its lesion's where there is one.
+
+    groups: of all real ones.
+    """
+    place = dict(zip(groups[rows].tolist(), rows.tolist(), strict=True))
+    found = zip(generated.groups.tolist(), _nearest(real, generated.cls, rows).tolist(), strict=True)
+    return np.array([place.get(lesion, row) for lesion, row in found], np.int64)
 
 
 def _nearest(real: np.ndarray, generated: np.ndarray, rows: np.ndarray) -> np.ndarray:
