@@ -166,6 +166,14 @@ def test_an_image_too_small_for_the_discriminator_is_refused() -> None:
     TrainConfig(data=small, discriminator=projected, **settings)
 
 
+def test_a_run_from_before_there_were_kinds_of_discriminators_resumes_with_a_patch_one() -> None:
+    old = as_dict(TrainConfig())
+    del old["discriminator"]["kind"]
+    assert differences(old, as_dict(TrainConfig())) == []
+    projected = as_dict(TrainConfig(discriminator=DiscriminatorConfig(kind="projected")))
+    assert differences(old, projected) == ["discriminator.kind: patch -> projected"]
+
+
 @pytest.mark.parametrize("stage", ["latent", "decoder"])
 def test_a_later_stage_needs_a_checkpoint(stage: str) -> None:
     assert "--init_checkpoint" in refusal_of(TrainConfig, stage=stage)
