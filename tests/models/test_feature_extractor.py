@@ -163,7 +163,7 @@ def test_float_pixels_carry_a_gradient_through_the_resize(extractor: EfficientNe
     assert pixels.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", LITES)
+@pytest.mark.parametrize("name", LITES[:2])
 def test_the_pyramid_halves_from_stride_two_to_sixteen(name: str, request: pytest.FixtureRequest) -> None:
     network = request.getfixturevalue("extractor" if name == LITES[0] else "lite1")
     maps = network.pyramid(torch.zeros(1, 3, 96, 96))

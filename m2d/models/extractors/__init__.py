@@ -60,9 +60,9 @@ class EfficientNetLite(FeatureExtractor):
         self.network.eval().requires_grad_(False)
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
-        """Maps at strides 2, 4, 8 and 16 (16, 24, 40 and 112 channels) of preprocessed x of any size; differentiable.
+        """Maps at strides 2, 4, 8 and 16 of preprocessed x of any size; differentiable.
 
-        The perceptual distance takes them. Lite2's last two have 48 and 120 channels.
+        Perceptual distance and projected discriminator take them. Lite2's last two have 48 and 120 channels.
         """
         x = self.network.bn1(self.network.conv_stem(x))
         maps = []
