@@ -209,7 +209,8 @@ def spectral_norm(matrix: Tensor) -> Tensor:
 
     Of G = M M^T to the 64th, twice to the 8th for the range of float32, little but the largest eigenvector is left.
     """
-    with torch.autocast(matrix.device.type, enabled=False):
+    device = matrix.device.type if matrix.device.type != "meta" else "cpu"  # which has no autocast
+    with torch.autocast(device, enabled=False):
         gram = matrix @ matrix.T
         power = gram.detach()
         for _ in range(2):

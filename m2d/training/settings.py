@@ -260,10 +260,6 @@ class TrainConfig:
             f"data.image_size {size} is too small for discriminator.layers {discriminator.layers}, which need "
             f"{smallest} pixels; use fewer layers",
         )
-        require(
-            not (discriminator.enabled and projected) or size >= 16,
-            f"data.image_size {size} is too small for discriminator.kind projected, which needs 16 pixels",
-        )
 
     @property
     def workers(self) -> tuple[int, int]:
