@@ -10,7 +10,10 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-_HEADER = '''"""{name} of M2D {version}, and what it needs of M2D's sources, word for word. Made by `m2d export`; MIT licence."""
+_HEADER = '''"""{name} of M2D {version}, and what it needs of M2D's sources, word for word.
+
+Made by `m2d export`. MIT licence.
+"""
 
 {imports}
 '''
@@ -108,4 +111,6 @@ def _read(module: str) -> _Source:
 def _import_lines(imports: dict[str, set[str]]) -> list[str]:
     """`import x` first, then `from x import a, b`."""
     whole = [f"import {name}" for name in sorted(imports.get("", ()))]
-    return whole + [f"from {module} import {', '.join(sorted(imports[module]))}" for module in sorted(imports) if module]
+    return whole + [
+        f"from {module} import {', '.join(sorted(imports[module]))}" for module in sorted(imports) if module
+    ]

@@ -45,11 +45,11 @@ class Conditioning(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffusers'
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
         """As any diffusers model, but in float32 whatever is asked: see `to`."""
-        kwargs.pop("dtype", None)
-        return super().from_pretrained(*args, **(kwargs | {"torch_dtype": torch.float32}))
+        own = {name: value for name, value in kwargs.items() if name not in ("dtype", "torch_dtype")}
+        return super().from_pretrained(*args, **own)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Moves to a device and stays in float32: rounded, a feature that hardly varies would come out as a huge one."""
+        """Moves to a device and stays in float32: rounded, a feature that hardly varies would come out huge."""
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         return self if device is None else super().to(device)
 

@@ -17,7 +17,7 @@ Location = TypeVar("Location", str, str | None)
 
 
 def checkpoint_path(setting: str, location: Location) -> Location:
-    """The folder that a user's checkpoint is: of the hub in its cache, of weights/ by its name, else as input_path has it.
+    """The folder that a user's checkpoint is: in the hub's cache, in weights/ by its name, else as input_path has it.
 
     setting: its name, for the message. Raises ConfigError as input_path does, CheckpointError where the hub does not
     give it.
@@ -32,6 +32,13 @@ def checkpoint_path(setting: str, location: Location) -> Location:
     return input_path(setting, location)
 
 
+def own_name(folder: str) -> str:
+    """What to call a checkpoint outside of experiments: its folder's name, in the hub's cache its repository's."""
+    parts = Path(folder).parts
+    cached = parts[-3].split("--") if len(parts) > 2 and parts[-2] == "snapshots" else []
+    return cached[-1] if cached[:1] == ["models"] else parts[-1]
+
+
 def repository(setting: str, location: str) -> tuple[str, str | None]:
     """(USER/NAME, revision or None) of hub:USER/NAME[@REVISION]. Raises CheckpointError for another form."""
     from huggingface_hub.errors import HFValidationError
@@ -43,7 +50,9 @@ def repository(setting: str, location: str) -> tuple[str, str | None]:
     except HFValidationError:
         name = ""
     if name.count("/") != 1:
-        raise CheckpointError(f"{setting}: {location} names no repository; write {HUB}USER/NAME or {HUB}USER/NAME@REVISION")
+        raise CheckpointError(
+            f"{setting}: {location} names no repository; write {HUB}USER/NAME or {HUB}USER/NAME@REVISION"
+        )
     return name, revision or None
 
 
