@@ -6,7 +6,6 @@ What is not recorded is left out or said to be unknown; nothing is made up.
 import json
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from m2d import __version__
-from m2d.errors import ConfigError, first_line
 from m2d.experiment import Experiment
 from m2d.experiments.details import duration_text
 from m2d.experiments.record import Record, flat, read_record
+from m2d.export.evaluated import Evaluated, read_evaluation
 from m2d.export.settings import ExportConfig
 from m2d.generation.output import RECORD_NAME
 from m2d.models.checkpoint import Checkpoint
@@ -40,15 +39,6 @@ _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("m2d.export", "."), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
 )
 _TEMPLATES.filters["grouped"] = lambda number: "–" if number is None else f"{number:,}"
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What of an evaluation.json a card tells."""
-
-    verdicts: list[str]  # sentences, with their intervals
-    lines: list[str]
-    images: list[dict[str, Any]]  # of each set: name, images and lesions by class
 
 
 def experiment_record(checkpoint: Path) -> Record | None:
@@ -182,12 +172,7 @@ def _evaluated(given: str | None, record: Record | None, sha256: str) -> Evaluat
         )
     if not places:
         return None
-    try:
-        return _read_evaluation(json.loads(places[-1].read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"evaluation: {places[-1]} cannot be read as an evaluation.json ({first_line(error)}); name another one"
-        ) from None
+    return read_evaluation(places[-1])
 
 
 def _made_by(generated: Path, sha256: str) -> bool:
@@ -195,39 +180,3 @@ def _made_by(generated: Path, sha256: str) -> bool:
         record = json.loads((generated / RECORD_NAME).read_text(encoding="utf-8"))
         return bool(record.get("recipe", record).get("checkpoint") == sha256)
     return False
-
-
-def _read_evaluation(document: dict[str, Any]) -> Evaluated:
-    verdicts = [f"{one['classifier']}: {one['verdict']['sentence']}" for one in document.get("worth") or []]
-    verdicts = verdicts or [
-        f"{one['classifier']}: {one['verdict']['sentence']}" for one in document.get("downstream") or []
-    ]
-    lines = []
-    for fidelity in (document.get("fidelity") or [])[:1]:
-        of_all = {row["comparison"]: row for row in fidelity["rows"] if row["label"] == "all"}
-        said = {"generated": "generated images", "autoencoder": "reconstructions", "unseen": "unseen real images"}
-        told = [
-            f"{text} {of_all[name]['kernel_distance']:.3f} (standard error {of_all[name]['kernel_distance_se']:.3f})"
-            for name, text in said.items()
-            if name in of_all and of_all[name].get("kernel_distance") is not None
-        ]
-        lines += (
-            [f"Kernel distance to the training images, features of {fidelity['extractor']}: {', '.join(told)}."]
-            if told
-            else []
-        )
-    consistency = document.get("consistency") or {}
-    if made := consistency.get("mean_agreement"):
-        real = consistency["mean_recall_of_real"]
-        lines.append(
-            "A classifier of real images finds the asked class in "
-            f"{_share(made)} of the generated images, and the diagnosis in {_share(real)} of unseen real ones (means "
-            "over the classes)."
-        )
-    if memorization := document.get("memorization"):
-        lines.append(f"Memorisation: {memorization['verdict']}.")
-    return Evaluated(verdicts, lines, document.get("images") or [])
-
-
-def _share(estimate: dict[str, float]) -> str:
-    return "{value:.0%} [{low:.0%}, {high:.0%}]".format(**estimate)

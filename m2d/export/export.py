@@ -4,13 +4,12 @@ model_index.json  pipeline.py   a diffusers pipeline, see m2d.export.pipeline; i
 vae/  unet/  conditioning/      weights, and the code of classes that diffusers lacks
 checkpoint.yaml  complete.json  it is a checkpoint of M2D too, for inference
 README.md  CITATION.cff         the model card; samples.png where asked for
+
+Of a folder of generated images it makes a data set instead, see m2d.export.dataset.
 """
 
 import json
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,13 @@ import diffusers
 from torch import Tensor, nn
 
 from m2d import __version__
-from m2d.errors import ConfigError
 from m2d.export.bundle import one_file
 from m2d.export.card import SAMPLES, experiment_record, write_card
 from m2d.export.conditioning import Conditioning
+from m2d.export.dataset import is_generated, write_dataset
+from m2d.export.folders import new_folder
 from m2d.export.settings import ExportConfig
-from m2d.files.atomic import COMPLETE, PARTIAL, mark_complete, to_disk
+from m2d.files.atomic import mark_complete
 from m2d.files.paths import absolute, result_path
 from m2d.files.progress import say
 from m2d.models.checkpoint import WEIGHTS, Checkpoint, hold_checkpoint, load_checkpoint, save_tensors, write_info
@@ -37,61 +37,32 @@ _WHOLE = ("linear.", "prior.mean")  # block PCA, and what the features' tiny dev
 
 def export(config: ExportConfig) -> Path | str:
     """Write the folder, or send it. Returns where it is. Raises an M2DError, and leaves nothing half done then."""
-    from m2d.export.hub import send
-
-    asked = checkpoint_path("checkpoint", config.checkpoint)
-    with hold_checkpoint(absolute(asked)) as path:
+    if is_generated(config.checkpoint):
+        generated = Path(absolute(config.checkpoint))
+        title = config.title or f"Synthetic dermoscopy images {generated.name}"
+        return deliver(
+            config, lambda folder, name: write_dataset(folder, config, generated, title, name), kind="dataset"
+        )
+    with hold_checkpoint(absolute(checkpoint_path("checkpoint", config.checkpoint))) as path:
         checkpoint = load_checkpoint(path)
         record = experiment_record(Path(path))
         title = config.title or (record.name if record else own_name(path))
-        if config.to.startswith(HUB):
-            return send(config, lambda folder, name: write_export(folder, config, checkpoint, record, title, name))
-        place = Path(absolute(result_path("to", config.to)))
-        inside = place.is_relative_to(Path.cwd())  # the card names no folder of this machine
-        named = place.relative_to(Path.cwd()) if inside else Path(place.name)
-        with new_folder(place) as folder:
-            write_export(folder, config, checkpoint, record, title, named.as_posix())
+        return deliver(config, lambda folder, name: write_export(folder, config, checkpoint, record, title, name))
+
+
+def deliver(config: ExportConfig, write: Callable[[Path, str], None], kind: str = "model") -> Path | str:
+    """To the folder or the repository that `to` names. write: (empty folder, its name for users) -> its files."""
+    if config.to.startswith(HUB):
+        from m2d.export.hub import send
+
+        return send(config, write, kind)
+    place = Path(absolute(result_path("to", config.to)))
+    inside = place.is_relative_to(Path.cwd())  # a card names no folder of this machine
+    with new_folder(place) as folder:
+        write(folder, (place.relative_to(Path.cwd()) if inside else Path(place.name)).as_posix())
     files = [file for file in place.rglob("*") if file.is_file()]
-    print(f"{len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB, in {place}")
+    print(f"{len(files):,} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB, in {place}")
     return place
-
-
-@contextmanager
-def new_folder(place: Path) -> Iterator[Path]:
-    """Yields a hidden folder beside `place`, which becomes it at the end; an earlier export there is replaced.
-
-    Raises ConfigError for anything else that is there, and where the disk refuses.
-    """
-    _refuse_others(place)
-    hidden = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
-    try:
-        hidden.mkdir(parents=True)
-        yield hidden
-        old = hidden.with_name(f"{hidden.name}.old")
-        if place.exists():
-            place.rename(old)
-        hidden.rename(place)
-        shutil.rmtree(old, ignore_errors=True)
-        to_disk(place.parent)
-    except OSError as error:
-        raise ConfigError(
-            f"to: {error.filename or place} cannot be written ({error.strerror}); name another place"
-        ) from None
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _refuse_others(place: Path) -> None:
-    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
-        return
-    try:
-        ours = set(json.loads((place / COMPLETE).read_text(encoding="utf-8"))["files"]) | {COMPLETE}
-        there = {file.relative_to(place).as_posix() for file in place.rglob("*") if not file.is_dir()}
-        if INDEX in ours and there <= ours and not place.is_symlink():
-            return
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise ConfigError(f"to: {place} is there and is no unchanged export of M2D; name a new folder, or remove it")
 
 
 def write_export(
@@ -121,6 +92,9 @@ def write_networks(folder: Path, checkpoint: Checkpoint, *, half: bool) -> None:
     }
     for name, network in (("vae", vae), ("unet", unet), ("conditioning", conditioning)):
         network.save_config(folder / name)
+        settings = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)  # of this machine
+        (folder / name / "config.json").write_text(f"{json.dumps(settings, indent=2)}\n", encoding="utf-8")
         save_tensors(_in_file(network, half=half, whole=name == "unet"), folder / name / WEIGHTS)
     (folder / INDEX).write_text(f"{json.dumps(index, indent=2)}\n", encoding="utf-8")
     sources = [(Path(_PIPELINE), "m2d.export.pipeline", "M2DPipeline")]

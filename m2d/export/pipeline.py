@@ -83,7 +83,9 @@ class M2DPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is unty
         self.vae.float()  # fp16 overflows in VAE decoders; full precision costs little beside the steps
         run, self._interrupt = _run_seed(generator), False
         seeds = [seed_of(f"{run}/{self.classes[label]}/{index}") for label, index in zip(labels, indices)]
-        pictures = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+        pictures: list[Picture] = []
+        if image is not None:
+            pictures = [image] if isinstance(image, (Image.Image, np.ndarray)) else list(image)
         start_time, steps = 1.0, num_inference_steps
         if pictures:
             start_time, steps = strength, max(1, round(strength * num_inference_steps))
@@ -201,10 +203,9 @@ def square(picture: Picture, size: int) -> np.ndarray:
 
 def _run_seed(generator: torch.Generator | None) -> int:
     """The seed of a run: a fresh generator's own, later one that it draws. The generator moves on."""
-    device = "cpu" if generator is None else generator.device
-    fresh = None
-    if generator is not None:
-        fresh = torch.Generator(device).manual_seed(generator.initial_seed()).get_state()
-        fresh = generator.initial_seed() if torch.equal(fresh, generator.get_state()) else None
-    drawn = int(torch.randint(2**62, (1,), generator=generator, device=device))
-    return drawn if fresh is None else fresh
+    if generator is None:
+        return int(torch.randint(2**62, (1,)))
+    new = torch.Generator(generator.device).manual_seed(generator.initial_seed())
+    is_fresh = torch.equal(new.get_state(), generator.get_state())
+    drawn = torch.randint(2**62, (1,), generator=generator, device=generator.device)
+    return generator.initial_seed() if is_fresh else int(drawn)

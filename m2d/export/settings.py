@@ -10,7 +10,7 @@ from m2d.errors import ConfigError
 class ExportConfig:
     """What is shared of a checkpoint, and where it goes."""
 
-    checkpoint: str  # a checkpoint directory, a name in weights/, or hub:USER/NAME
+    checkpoint: str  # a checkpoint directory, a name in weights/, hub:USER/NAME; or a folder of generated images
     to: str  # a new folder, or hub:USER/NAME
     dtype: Literal["fp16", "fp32"] = "fp16"  # of the networks' weights in the files; loading widens them
     title: str | None = None  # of the model card; None: the experiment's or the folder's name

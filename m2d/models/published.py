@@ -4,6 +4,7 @@ Every command that takes a checkpoint asks here before anything opens it. Light:
 where it is named.
 """
 
+import re
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,15 +42,8 @@ def own_name(folder: str) -> str:
 
 def repository(setting: str, location: str) -> tuple[str, str | None]:
     """(USER/NAME, revision or None) of hub:USER/NAME[@REVISION]. Raises CheckpointError for another form."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     name, _, revision = location.removeprefix(HUB).partition("@")
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        name = ""
-    if name.count("/") != 1:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name, re.ASCII):
         raise CheckpointError(
             f"{setting}: {location} names no repository; write {HUB}USER/NAME or {HUB}USER/NAME@REVISION"
         )
