@@ -12,6 +12,11 @@ python bench/evaluation_controls.py --real /data/ISIC --output bench/out/evaluat
 With --samples DIR the verdict alone, in folds: of these images, of noise, and with half of the training lesions of real
 images of the other half (the ceiling), of these blurred to 36 dB, and of the training images once more.
 
+With --recipes mix,replace,two_phase,auxiliary_bn besides the fine-tuned judge, in folds. Half of the lesions of every
+class but the largest are withheld from training and given as generated (ceiling), or blurred (blur), or noise in their
+place, or as many of --samples (samples). A fold takes two trainings of real images and one for each recipe and set, of
+two minutes each on a free core at --finetune.input_size 64. Run the same command again to resume.
+
 Anything else ends with exit code 1. Features are kept in --cache_dir, so that a second run takes minutes less.
 """
 
@@ -33,13 +38,23 @@ from scipy.fft import dctn, idctn
 from m2d.classes import ISIC7
 from m2d.data.catalog import scan_dataset
 from m2d.data.settings import DataConfig
-from m2d.evaluation.classifiers.compare import Trials
+from m2d.evaluation.classifiers.compare import Job, Resamples, Scored, Trials, drawn_of_classes, run_jobs, training_rows
+from m2d.evaluation.classifiers.finetune import FinetuneClassifier, share_of
 from m2d.evaluation.classifiers.probe import probe_worth
-from m2d.evaluation.classifiers.worth import WorthResult
+from m2d.evaluation.classifiers.worth import (
+    Offer,
+    Pool,
+    WorthResult,
+    _on_half,
+    equal_priors,
+    mixed,
+    partition,
+    word,
+)
 from m2d.evaluation.evaluate import KEPT, evaluate
 from m2d.evaluation.features import Extraction
 from m2d.evaluation.images import ImageSet, read_image_sets, with_pixels
-from m2d.evaluation.settings import EvaluateConfig
+from m2d.evaluation.settings import EvaluateConfig, FinetuneConfig
 from m2d.models.settings import FeatureExtractorConfig
 
 
@@ -55,6 +70,9 @@ def main(
     folds: int = 5,
     repeats: int = 2,
     largest: int | None = None,
+    recipes: str | None = None,
+    given: str = "ceiling,blur,noise,samples",
+    finetune: FinetuneConfig = FinetuneConfig(),  # noqa: B008 - frozen
 ) -> None:
     """Make the four sets, evaluate each, hold the answers against what must come out.
 
@@ -70,7 +88,14 @@ def main(
         folds: of all lesions.
         repeats: of the folds.
         largest: images of the largest class, drawn; all where it is not given.
+        recipes: with samples, measures the fine-tuned judge by these.
+        given: as generated, to each recipe.
+        finetune: the judge's settings.
     """
+    if samples is not None and recipes is not None:
+        config = EvaluateConfig(real=real, generated=samples, image_size=image_size, folds=folds, cache_dir=cache_dir)
+        by_recipe(config, finetune, recipes.split(","), given.split(","), repeats, largest, output)
+        return
     if samples is not None:
         found = by_one_rule(real, samples, image_size, input_size, fill, folds, repeats, largest, cache_dir)
         if output:
@@ -129,12 +154,7 @@ def by_one_rule(
     config = EvaluateConfig(real=real, generated=samples, image_size=image_size, folds=folds, cache_dir=cache_dir)
     sets = read_image_sets(config, None, [])
     extraction = Extraction(cache_dir=cache_dir, device="cpu", num_actors=0)
-    tested, made = sets["tested"], extraction.of(sets["generated"], extractor)
-    counts = np.bincount(tested.labels)
-    common = np.flatnonzero(tested.labels == counts.argmax())
-    drawn = np.random.default_rng(1).choice(common, min(largest or len(common), len(common)), replace=False)
-    kept = np.sort(np.concatenate([np.flatnonzero(tested.labels != counts.argmax()), drawn]))
-    tested = taken(tested, kept, cache_dir)
+    tested, made = thinned(sets["tested"], largest, cache_dir), extraction.of(sets["generated"], extractor)
     rows = np.flatnonzero(np.isin(tested.labels, made.labels))
     pixels = blurred(tested.pixels[rows])
     codec = with_pixels(
@@ -171,6 +191,102 @@ def by_one_rule(
             print("|", " | ".join([f"half of the lesions: {offered}, beside {name}", *cells]), "|")
         print(f"of the ceiling {one.of_ceiling}, kept by the blur {one.codec_retention}, detector {one.told_apart}")
     return found
+
+
+def by_recipe(
+    config: EvaluateConfig,
+    finetune: FinetuneConfig,
+    recipes: list[str],
+    given: list[str],
+    repeats: int,
+    largest: int | None,
+    output: str | None,
+) -> None:
+    """Print a row for each recipe and set, and write them all after each.
+
+    Every lesion is tested once a repeat. Calls are at equal priors by worth.py's rule; control c repeats real images to
+    the counts of the ceiling.
+    """
+    sets = read_image_sets(config, None, [])
+    tested, made = thinned(sets["tested"], largest, config.cache_dir), sets["generated"]
+    rare = np.flatnonzero(tested.labels != np.bincount(tested.labels).argmax())
+    pixels = {"ceiling": tested.pixels[rare], "blur": blurred(tested.pixels[rare])}
+    pixels["noise"] = np.random.default_rng(0).integers(0, 256, pixels["blur"].shape, dtype=np.uint8)
+    first = {name: number * len(rare) for number, name in enumerate(pixels)}  # row of each set in the classifier's
+    pixels["samples"] = made.pixels
+    labels = np.concatenate([tested.labels[rare]] * len(first) + [made.labels])
+    blank = replace(made, labels=labels, groups=np.arange(len(labels)).astype(object), copies=())
+    all_given = with_pixels(
+        blank, name="given", source="", pixels=np.concatenate(list(pixels.values())), cache_dir=config.cache_dir
+    )
+    pool = Pool.of(None, tested, replace(tested, labels=tested.labels[rare]))
+    trials = Trials(
+        seeds=range(repeats), resamples=1000, kept=Path(config.cache_dir) / KEPT, what="networks fine-tuned"
+    )
+    parts = []
+    for seed in trials.seeds:
+        for held in partition(pool, np.arange(len(tested)), config.folds, seed):
+            fit = np.setdiff1d(np.arange(len(tested)), held)
+            ceiling = _on_half(pool, fit, seed, {})["ceiling"]
+            places, counts = np.searchsorted(rare, ceiling.real), np.bincount(tested.labels[ceiling.real])
+            rows = {name: at + places for name, at in first.items()}
+            there = np.minimum(counts, np.bincount(made.labels, minlength=len(counts))[: len(counts)])
+            rows["samples"] = len(first) * len(rare) + np.sort(drawn_of_classes(made.labels, there, [seed, 4]))
+            parts.append((seed, held, ceiling.fit, rows))
+    resamples = Resamples.of(tested.labels, tested.groups, trials, tested.classes)
+
+    def scores_of(judge: FinetuneClassifier, name: str) -> list[Scored]:
+        asked = []
+        for seed, held, half, rows in parts:
+            if name in "ac":
+                one = training_rows(name, tested.labels[half], labels[rows["ceiling"]], seed=seed)
+                one = replace(one, real=half[one.real], reference=half, asked=held)
+            else:
+                offer = Offer(half, half[:0], rows[name])
+                one = mixed(tested.labels, labels, offer, share_of(judge.config), asked=held)
+            asked.append(Job.of(judge, one, seed))
+        answers, scored = run_jobs(judge, asked, trials), []
+        for seed in trials.seeds:
+            called, ranked = np.empty((2, len(tested), len(tested.classes)))
+            for job, (own, held, half, _) in zip(asked, parts, strict=True):
+                if own == seed:
+                    called[held] = equal_priors(answers[job.digest], job.rows, tested.labels, labels)
+                    ranked[held] = called[held] * np.bincount(tested.labels[half], minlength=len(tested.classes))
+            scored.append(resamples.scores(ranked / ranked.sum(axis=1, keepdims=True), called))
+        return scored
+
+    found: dict[str, Any] = {
+        "finetune": asdict(finetune),
+        "folds": config.folds,
+        "repeats": repeats,
+        "test": tested.counts,
+    }
+    found["given"] = {name: np.bincount(labels[rows]).tolist() for name, rows in parts[0][3].items()}  # in one fold
+    print("| recipe | given as generated | share | d - c | d - a | melanoma AUPRC, d - c | verdict |", flush=True)
+    for recipe in recipes:
+        judge = FinetuneClassifier.of(tested, tested, all_given, replace(finetune, recipe=recipe))
+        a, c = (scores_of(judge, arm) for arm in "ac")  # the same trainings for every recipe
+        found |= {arm: resamples.estimates(one)["balanced_accuracy"] for arm, one in (("a", a), ("c", c))}
+        for name in given:
+            d = scores_of(judge, name)
+            minus = {"c": resamples.estimates(d, c), "a": resamples.estimates(d, a)}
+            drawn = [resamples.means(d, "balanced_accuracy", control) for control in (c, a)]
+            said = word(drawn, [share_of(judge.config)])
+            found[f"{recipe}, {name}"] = {"minus": minus, "word": said}
+            gains = [minus[one]["balanced_accuracy"].signed for one in "ca"]
+            cells = [recipe, name, f"{share_of(judge.config):g}", *gains, minus["c"]["melanoma_auprc"].signed, said]
+            print("|", " | ".join(cells), "|", flush=True)
+            if output:
+                Path(output).parent.mkdir(parents=True, exist_ok=True)
+                Path(output).write_text(json.dumps(found, indent=1, default=asdict), encoding="utf-8")
+
+
+def thinned(images: ImageSet, largest: int | None, cache_dir: str) -> ImageSet:
+    """With so many images of the largest class, drawn; None: all."""
+    counts = np.bincount(images.labels)
+    common = np.flatnonzero(images.labels == counts.argmax())
+    drawn = np.random.default_rng(1).choice(common, min(largest or len(common), len(common)), replace=False)
+    return taken(images, np.sort(np.concatenate([np.flatnonzero(images.labels != counts.argmax()), drawn])), cache_dir)
 
 
 def taken(images: ImageSet, rows: np.ndarray, cache_dir: str) -> ImageSet:

@@ -100,6 +100,7 @@ def configuration(root: Path, arguments: argparse.Namespace, *flags: str, cached
     config: TrainConfig = parse(
         "train",
         ["--config", arguments.config, *places, "--schedule.vae_warmup_fraction", "0", "--perceptual.kind", "features",
+         "--discriminator.kind", "patch",
          "--schedule.log_every_steps", "5", "--saving.every_steps", "100000", "--telemetry.pictures", "false",
          "--discriminator.start_step", "0", "--data.views", "1",
          "--ray.threads_per_worker", str(arguments.threads), *flags],

@@ -18,7 +18,7 @@ from m2d import __version__
 from m2d.arguments import parse_arguments, preset_names
 from m2d.data.settings import SetupConfig
 from m2d.errors import ConfigError, Incomplete, M2DError
-from m2d.evaluation.settings import EvaluateConfig, ProbeConfig
+from m2d.evaluation.settings import EvaluateConfig, PickConfig, ProbeConfig
 from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, ReportConfig, ShowConfig
 from m2d.export.settings import ExportConfig
 from m2d.files.atomic import FULL
@@ -85,6 +85,11 @@ COMMANDS: dict[str, Command] = {
         ProbeConfig,
         "m2d.evaluation.classifiers.probe:probe",
         "Evaluate how well a linear probe on features predicts the classes.",
+    ),
+    "evaluate pick": Command(
+        PickConfig,
+        "m2d.evaluation.pick:pick",
+        "Pick the images of a run that show their class best and differ most, or as many at random.",
     ),
     "tune": Command(
         SweepConfig,

@@ -1,5 +1,7 @@
 """One worker of test_distributed.py: takes its share of known steps, whatever the world and the batch size are."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from tiny_networks import CONDITIONING, FEATURE_DIM, IMAGE_SIZE, LATENT_SHAPE, tiny_networks, tiny_step
@@ -12,6 +14,7 @@ from m2d.training.batch import Draws, ImageBatch, draw
 GLOBAL_BATCH = 8
 STEPS = 6
 SEED = 3
+DISCRIMINATORS = ("patch", "projected")
 
 
 def micro_batch(rows: Tensor) -> tuple[ImageBatch, Draws]:
@@ -23,11 +26,21 @@ def micro_batch(rows: Tensor) -> tuple[ImageBatch, Draws]:
 
 
 def work(rank: int, world_size: int, batch_size: int, rendezvous: str, output: str) -> None:
-    """All state before the steps and after them, and the first one's gradients, saved by rank 0."""
+    """All state before the steps and after them, and the first one's gradients, by discriminator, saved by rank 0."""
     torch.set_num_threads(1)
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
-    networks = tiny_networks(discriminator=True)
+    found = {kind: steps(kind, rank, world_size, batch_size) for kind in DISCRIMINATORS}
+    if rank == 0:
+        torch.save(found, output)
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def steps(discriminator: str, rank: int, world_size: int, batch_size: int) -> dict[str, dict[str, Any]]:
+    """See work."""
+    networks = tiny_networks(discriminator=discriminator)
     gradients: dict[str, Tensor] = {}
     update = step_module.guarded_update
 
@@ -55,8 +68,5 @@ def work(rank: int, world_size: int, batch_size: int, rendezvous: str, output: s
             for k in range(each)
         ]  # fmt: skip
         step([micro_batch(torch.from_numpy(rows)) for rows in shares], number)
-    if rank == 0:
-        torch.save({"gradients": gradients, "before": before, "after": state()}, output)
-    if world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    step_module.guarded_update = update
+    return {"gradients": gradients, "before": before, "after": state()}

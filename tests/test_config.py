@@ -11,7 +11,7 @@ from m2d.arguments import preset_files, preset_names, setting_types
 from m2d.cli import parse
 from m2d.errors import ConfigError
 from m2d.models.autoencoder import build_autoencoder
-from m2d.models.perceptual import PatchDiscriminator
+from m2d.models.perceptual import LITE0_MAPS, PatchDiscriminator, ProjectedDiscriminator
 from m2d.models.settings import (
     AutoencoderConfig,
     ConditioningConfig,
@@ -67,8 +67,11 @@ def test_a_presets_networks_fit_one_another(name: str) -> None:
         assert latents.shape == velocity.shape == (1, autoencoder.latent_channels, side, side)
         assert projector(middle, patches).shape == (1, patches, feature_dim)
         assert autoencoder.decode(latents).shape == images.shape
-        if config.discriminator.enabled:
+        if config.discriminator.enabled and config.discriminator.kind == "patch":
             assert PatchDiscriminator(config.discriminator.channels, config.discriminator.layers)(images).numel() > 0
+        elif config.discriminator.enabled:
+            maps = [torch.zeros(1, width, size >> k, size >> k) for k, width in enumerate(LITE0_MAPS, start=1)]
+            assert ProjectedDiscriminator(LITE0_MAPS, config.discriminator.channels)(maps).numel() > 0
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -156,6 +159,15 @@ def test_an_image_too_small_for_the_discriminator_is_refused() -> None:
     settings = {"data": small, "discriminator": DiscriminatorConfig(enabled=True, layers=3)}
     assert "discriminator.layers" in refusal_of(TrainConfig, **settings)
     TrainConfig(data=small, discriminator=DiscriminatorConfig(enabled=True, layers=2))
+    TrainConfig(data=small, discriminator=DiscriminatorConfig(enabled=True, kind="projected"))
+
+
+def test_a_run_from_before_there_were_kinds_of_discriminators_resumes_with_a_patch_one() -> None:
+    old = as_dict(TrainConfig())
+    del old["discriminator"]["kind"]
+    assert differences(old, as_dict(TrainConfig())) == []
+    projected = as_dict(TrainConfig(discriminator=DiscriminatorConfig(kind="projected")))
+    assert differences(old, projected) == ["discriminator.kind: patch -> projected"]
 
 
 @pytest.mark.parametrize("stage", ["latent", "decoder"])

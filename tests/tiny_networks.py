@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.extractors import FeatureExtractor, Features
-from m2d.models.perceptual import FeatureDistance, PatchDiscriminator
+from m2d.models.perceptual import Discriminator, FeatureDistance, PatchDiscriminator, ProjectedDiscriminator
 from m2d.models.settings import AutoencoderConfig, ConditioningConfig, ProjectorConfig, UNetConfig
 from m2d.models.unet import AlignmentProjector, build_denoiser, tap_channels
 from m2d.training.batch import Draws, ImageBatch, draw
@@ -43,8 +43,13 @@ class TinyExtractor(FeatureExtractor):
         return [self.network(x)]
 
 
-def tiny_networks(discriminator: bool = False, tap: str = "middle", projector: ProjectorConfig = PROJECTOR) -> Networks:
-    """The same weights each time. The U-Net's last layer is drawn too: its zero start would stop every gradient."""
+def tiny_networks(
+    discriminator: bool | str = False, tap: str = "middle", projector: ProjectorConfig = PROJECTOR
+) -> Networks:
+    """The same weights each time. The U-Net's last layer is drawn too: its zero start would stop every gradient.
+
+    discriminator: "projected", or True for a PatchGAN.
+    """
     torch.manual_seed(0)
     autoencoder = build_autoencoder(AUTOENCODER, IMAGE_SIZE)
     denoiser = build_denoiser(UNET, CONDITIONING, latent_channels=4, latent_size=8, feature_dim=FEATURE_DIM)
@@ -55,8 +60,15 @@ def tiny_networks(discriminator: bool = False, tap: str = "middle", projector: P
         projector=AlignmentProjector(tap_channels(denoiser, tap), projector, FEATURE_DIM),
         extractor=TinyExtractor(),
         feature_dim=FEATURE_DIM,
-        discriminator=PatchDiscriminator(8, 1) if discriminator else None,
+        discriminator=tiny_discriminator(discriminator),
     )
+
+
+def tiny_discriminator(kind: bool | str) -> Discriminator | None:
+    """A projected one judges the only map that TinyExtractor has."""
+    if kind == "projected":
+        return ProjectedDiscriminator((FEATURE_DIM,), 8)
+    return PatchDiscriminator(8, 1) if kind else None
 
 
 def tiny_step(

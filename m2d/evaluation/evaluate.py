@@ -11,6 +11,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,14 @@ from m2d.cluster.start import ray_cluster
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
 from m2d.evaluation.classifiers.compare import DownstreamResult, Trials, scored_classes
 from m2d.evaluation.classifiers.finetune import finetuned_worth, measure_finetuned
-from m2d.evaluation.classifiers.probe import chosen_c, measure_consistency, measure_downstream, probe_worth
+from m2d.evaluation.classifiers.probe import (
+    chosen_c,
+    measure_consistency,
+    measure_downstream,
+    probe_site,
+    probe_worth,
+)
+from m2d.evaluation.classifiers.site import SiteResult
 from m2d.evaluation.classifiers.worth import WorthResult
 from m2d.evaluation.features import Extraction, ray_pays
 from m2d.evaluation.fidelity import measure_fidelity
@@ -36,6 +44,7 @@ from m2d.evaluation.images import (
     rows_like,
 )
 from m2d.evaluation.memorization import measure_memorization
+from m2d.evaluation.provenance import near_copy_gate
 from m2d.evaluation.report.page import Evaluation, print_evaluation, typicality, write_report
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.paths import checkpoint_folder, result_path
@@ -66,6 +75,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     checkpoint = load_checkpoint(found, "cpu") if found else None
     sets = read_image_sets(config, checkpoint, notes)
     guide = _guide(config, checkpoint, notes)
+    _refuse_pickers(place, config.independent_extractor, guide, notes)
     for name, images in zip(("training", "unseen", "generated"), sets.values()):
         counts = " ".join(f"{code} {count}" for code, count in images.counts.items())
         say(f"{name} images: {counts} ({images.source})")
@@ -107,6 +117,11 @@ def evaluate(config: EvaluateConfig) -> Path:
                 f"no autoencoder floor: the checkpoint is of {checkpoint.image_size} px, the evaluation of "
                 f"{test.image_size} px"
             )
+        if config.preprocess and redraw is None:
+            raise ConfigError(
+                f"preprocess is {config.preprocess}, but its autoencoder cannot be used here: "
+                + (f"it is of {checkpoint.image_size} px; set --image_size to it" if checkpoint else notes[0])
+            )
 
         # 1. Fidelity, by an extractor that did not guide the model and by the one that did.
         fidelity, redrawn = [], None
@@ -137,7 +152,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         # 3. Downstream, in features that did not guide the model: those it was trained towards would take its side.
         independent = of_sets(config.independent_extractor)
         downstream: list[DownstreamResult] = []
-        through_autoencoder, worth = None, list[WorthResult]()
+        through_autoencoder, worth, sites = None, list[WorthResult](), list[SiteResult]()
         c = config.c
         classifiers = config.classifier_names(gpu=device != "cpu") if "downstream" in config.part_names else ()
         trials = Trials(
@@ -148,6 +163,25 @@ def evaluate(config: EvaluateConfig) -> Path:
             kept=Path(config.cache_dir).expanduser() / KEPT,
             on_ray=on_ray,
         )
+        of = partial(extraction.of, config=config.independent_extractor)
+        repeats = range(config.seed, config.seed + config.repeats)
+        if config.setting == "site" and classifiers:  # another question: a site lacks the generator's training images
+            ask = partial(
+                probe_site,
+                known=of(known) if known else None,
+                tested=of(tested),
+                generated=of(generated),
+                turned=extraction.features(tested, config.independent_extractor, views=range(1, VIEWS)),
+                c=c,
+                trials=replace(trials, seeds=repeats, what="sites"),
+                folds=config.fold_count,
+            )
+            for share in config.site_shares:
+                with asking(f"a site with {share:g} of the lesions"):
+                    sites.append(ask(share=share))
+            if "finetune" in classifiers:
+                notes.append("a site is asked about by logistic regression alone; the fine-tuned network was left out")
+            classifiers = ()
         if "logistic" in classifiers:
             with asking("downstream"):
                 of_features = replace(trials, what="logistic regressions")
@@ -160,27 +194,33 @@ def evaluate(config: EvaluateConfig) -> Path:
             of_pixels = replace(trials, what="networks fine-tuned")
             with asking("downstream, fine-tuned,"):
                 downstream.append(measure_finetuned(**sets, config=own, trials=of_pixels))
-                worth.append(finetuned_worth(**sets, config=own, trials=of_pixels))
+                finetuned = partial(finetuned_worth, generated=generated, config=own, trials=of_pixels)
+                worth.append(finetuned(train=train, test=test))
+                if config.preprocess and redraw:
+                    worth.append(finetuned(train=redraw(train), test=redraw(test), original=(train, test)))
         if "logistic" in classifiers and c is not None and downstream:
-            of, redrawn_pool = partial(extraction.of, config=config.independent_extractor), None
+            redrawn_pool = None
             if redraw is not None:
                 again = of(redraw(drawn_like(train, rows_like(train.labels, generated.labels, config.seed))))
                 once = replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions")
                 through_autoencoder = measure_downstream(**independent | {"generated": again}, c=c, trials=once)
                 rows, images = _redrawn(known, tested, generated, redraw, config.seed)
                 redrawn_pool = rows, of(images)
-            seeds = range(config.seed, config.seed + config.repeats) if config.folds > 1 else trials.seeds
+            seeds = repeats if config.fold_count > 1 else trials.seeds
             with asking("what they are worth"):
-                of_probe = probe_worth(
-                    known=of(known) if known else None,
-                    tested=of(tested),
+                probed = partial(
+                    probe_worth,
                     generated=of(generated),
-                    redrawn=redrawn_pool,
                     c=c,
                     trials=replace(trials, seeds=seeds, what="what they are worth"),
-                    folds=config.folds,
+                    folds=config.fold_count,
                 )
-                worth.insert(0, of_probe)
+                known_of, tested_of = of(known) if known else None, of(tested)
+                worth.insert(0, probed(known=known_of, tested=tested_of, redrawn=redrawn_pool))
+                if config.preprocess and redraw:
+                    original = [one for one in (known_of, tested_of) if one is not None]
+                    redrawn_of = of(redraw(known)) if known else None
+                    worth.append(probed(known=redrawn_of, tested=of(redraw(tested)), original=original))
 
         # 4. Consistency.
         consistency = None
@@ -189,7 +229,7 @@ def evaluate(config: EvaluateConfig) -> Path:
                 scored_classes(train, test)
                 c = c if c is not None else chosen_c(independent["train"], seed=config.seed)[0]
                 consistency = measure_consistency(**independent, c=c, resamples=config.bootstrap, seed=config.seed)
-        if not (fidelity or memorization or downstream or consistency):
+        if not (fidelity or memorization or downstream or sites or consistency):
             raise DataError("; ".join(unanswered))
         notes += unanswered
 
@@ -203,6 +243,8 @@ def evaluate(config: EvaluateConfig) -> Path:
             memorization=memorization,
             downstream=downstream,
             worth=worth,
+            sites=sites,
+            near_copy_gate=near_copy_gate(place) if sites else None,
             autoencoder_downstream=through_autoencoder,
             consistency=consistency,
             notes=notes,
@@ -249,6 +291,28 @@ def _guide(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[st
             "name another one, as efficientnet-lite1 or timm:MODEL"
         )
     return guide
+
+
+def picked_by(generated: str) -> list[dict[str, Any]]:
+    """What `evaluate pick` noted of itself beside the images, the last pick last; empty: they are a whole run's."""
+    try:
+        return list(json.loads(Path(generated, RECORD_NAME).read_text(encoding="utf-8")).get("pick", []))
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
+def _refuse_pickers(
+    generated: str, independent: FeatureExtractorConfig, guide: FeatureExtractorConfig, notes: list[str]
+) -> None:
+    """Raise ConfigError where the images were picked by the network that is to judge them; a note for the guide."""
+    for by in picked_by(generated):
+        if by.get("weights_sha256") == extractor_identity(independent)[1]:
+            raise ConfigError(
+                f"independent_extractor is {independent.name}, by which the images of {generated} were picked; name "
+                "another one, as efficientnet-lite1 or timm:MODEL"
+            )
+        if by.get("weights_sha256") == extractor_identity(guide)[1]:
+            notes.append(f"the images were picked by {guide.name}: by its features they look better than they are")
 
 
 def find_checkpoint(generated: str, asked: str | None) -> tuple[str | None, list[str]]:

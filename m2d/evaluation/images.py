@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -30,12 +31,13 @@ from m2d.data.reader import decode_unchanged
 from m2d.data.settings import DataConfig
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import CheckpointError, ConfigError, DataError
+from m2d.evaluation.provenance import made_from_others
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
 from m2d.files.storage import inside, open_storage
 from m2d.generation.gates import unit_view
-from m2d.generation.output import PARTS, RECORD_NAME, experiment_of
+from m2d.generation.output import MANIFEST_NAME, PARTS, RECORD_NAME, experiment_of
 from m2d.generation.plan import data_config_of
 from m2d.generation.references import read_references
 from m2d.metrics.neighbours import NEAR_DUPLICATE, near_duplicates, nearest_in_views, thumbnails
@@ -78,7 +80,8 @@ class ImageSet:
     sha256: tuple[str, ...]  # N; of the file's bytes, or of the pixels where there is no file
     paths: tuple[str, ...]  # N; as a person finds the file
     labels: np.ndarray  # int64 [N], index into the codes of `classes`
-    groups: np.ndarray  # object [N]; equal values are one lesion; a generated image is a group of its own
+    # object [N]; equal values are one lesion; a generated image is a group of its own, or of the lesion that it varies
+    groups: np.ndarray
     pixels: np.ndarray  # uint8 [N, S, S, 3], perhaps mapped from a file: take rows, never all at once
     classes: ClassSet = ISIC7  # of the real training images, the same on every side
     copies: tuple[Copy, ...] = ()  # of generated images
@@ -171,7 +174,8 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     """List, check and decode: train, test (real, unseen: see below) and generated.
 
     With folds also `tested`, the images of all lesions that the generator has not seen, and `known`, the others, where
-    there are some.
+    there are some. For a site the training split is never among the first, for it counts as the generator's where no
+    checkpoint is known, and generated images that started from others than training images are left out.
 
     checkpoint: the one that made the images, where it is known. notes: gain a line for what is left out, and the like.
     A test lesion is left out where the generator, or a checkpoint that its training started from, has seen it: a file
@@ -187,6 +191,8 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     check_apart(train, test, "real")
     test = _unseen(test, catalogs.values(), notes)
     generated = _generated(generated_root, data, train.classes, notes)
+    if config.setting == "site":
+        generated = _of_training_images(generated, [train.rows, *catalogs.values()], notes)
     known, made = (list(class_counts(side.labels, side.classes)) for side in (train, generated))
     if unknown := [code for code in made if code not in known]:
         raise DataError(
@@ -214,10 +220,10 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     sets["test"] = unlike(test, sets["test"], sets["train"])
     trained: ImageSet | None = sets["train"]
     tested = sets["test"]
-    if config.folds > 1:
+    if config.fold_count > 1:
         if whole is not None:
             left = _unseen(whole, catalogs.values(), notes)
-            if checkpoint and not catalogs:
+            if (checkpoint or config.setting == "site") and not catalogs:
                 split = np.array(whole["split"]) == "train"
                 left = _without(whole, split, "may have been trained on by the generator", notes)
             left = replace(left, name="tested")
@@ -226,6 +232,13 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
             trained, tested = decode(seen) if len(seen.rows) else None, decode(left)
             tested = unlike(left, tested, trained) if trained else tested
         sets |= {"tested": _one_lesion_if_alike(tested)} | ({"known": trained} if trained else {})
+    of_tests = np.isin(generated["lesion_id"], [*test["lesion_id"], *(str(lesion) for lesion in tested.groups)])
+    if of_tests.any():
+        generated = replace(generated, rows=generated.rows.filter(pa.array(~of_tests)))
+        if not len(generated.rows):
+            raise DataError(f"generated: all images of {generated.source} are variations of lesions that are tested")
+        notes.append(f"left out {of_tests.sum():,} generated images, variations of lesions that are tested")
+        sets["generated"] = decode(generated)
     copies = _copies(trained, tested, sets["generated"], shapes, files, notes)
     sets["generated"] = replace(sets["generated"], copies=copies)
     return sets
@@ -355,6 +368,28 @@ def _without(test: Listed, seen: np.ndarray, why: str, notes: list[str]) -> List
         + (f"; none of {' '.join(lost)} is left" if lost else "")
     )
     return left
+
+
+def _of_training_images(generated: Listed, catalogs: Sequence[pa.Table], notes: list[str]) -> Listed:
+    """Without what was made from real images that the generator was not trained on. Raises DataError for none left."""
+    trained = {
+        row["sha256"]
+        for catalog in catalogs
+        for row in catalog.select(("sha256", "split")).to_pylist()
+        if catalog is catalogs[0] or row["split"] == "train"
+    }
+    foreign = made_from_others(generated.root, generated["sha256"], trained)
+    if not foreign.any():
+        return generated
+    first = generated["path"][int(foreign.argmax())]
+    what = (
+        f"{foreign.sum():,} of {len(foreign):,} generated images, {first} for one, were made from real images that the "
+        "generator was not trained on; a site or its test may hold their lesions"
+    )
+    if foreign.all():
+        raise DataError(f"generated: {what}; generate from training images, or without input images")
+    notes.append(f"left out {what}")
+    return replace(generated, rows=generated.rows.filter(pa.array(~foreign)))
 
 
 def _copies(
@@ -495,13 +530,27 @@ def _generated(root: str, data: DataConfig, classes: ClassSet, notes: list[str])
     if repeated:
         notes.append(f"{repeated:,} generated images are exact repeats of other generated ones; all are counted")
     base = root if remote else os.path.abspath(root)
+    varied = _varied_lesions(root)
     columns = {
         "path": [image.path if remote else os.path.relpath(image.path, base) for image in images],
         "sha256": [image.sha256 for image in images],
         "label": [image.label for image in images],
-        "lesion_id": [f"generated {number}" for number in range(len(images))],
+        "lesion_id": [varied.get(image.sha256) or f"generated {number}" for number, image in enumerate(images)],
     }
     return Listed("generated", f"all of {root}", base, pa.table(columns), classes)
+
+
+def _varied_lesions(root: str) -> dict[str, str]:
+    """By the sha256 of an image the lesion that it is a variation of, as m2d's own manifest has it."""
+    filesystem, place = open_storage(root)
+    try:
+        with filesystem.open_input_file(posixpath.join(place, MANIFEST_NAME)) as file:
+            table = pq.read_table(file)
+    except (OSError, pa.ArrowException):  # images of another generator
+        return {}
+    if not {"sha256", "lesion_id"} <= set(table.column_names):
+        return {}
+    return dict(zip(table["sha256"].to_pylist(), table["lesion_id"].to_pylist(), strict=True))
 
 
 def _left_out(rejected: Sequence[tuple[str, str]], what: str) -> list[str]:
@@ -531,7 +580,7 @@ def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: lis
             raise _Unreadable
 
     try:
-        pixels = _stored(cache_dir, sha256, size, fill)
+        pixels = _stored(cache_dir, sha256, (len(sha256), size, size, 3), fill)
     except _Unreadable:
         first = failures[min(failures)]
         if len(failures) == len(paths):
@@ -557,16 +606,24 @@ class _Unreadable(Exception):
 
 def with_pixels(like: ImageSet, *, name: str, source: str, pixels: np.ndarray, cache_dir: str) -> ImageSet:
     """The images of another set, redrawn: pixels uint8 [N, S, S, 3] take the place of its own, kept as a file."""
-    sha256 = tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
-    stored = _stored(cache_dir, sha256, pixels.shape[1], lambda out: out.__setitem__(slice(None), pixels))
+    sha256 = _pixels_sha256(pixels)
+    stored = _stored(cache_dir, sha256, pixels.shape, lambda out: out.__setitem__(slice(None), pixels))
     return replace(like, name=name, source=source, sha256=sha256, pixels=stored)
 
 
-def _stored(cache_dir: str, sha256: Sequence[str], size: int, fill: Callable[[np.ndarray], None]) -> np.ndarray:
-    """uint8 [N, S, S, 3] of these images, mapped from a file of the cache; `fill` writes it where it is not there."""
-    digest = hashlib.sha256("\n".join(sha256).encode()).hexdigest()[:20]
-    path = Path(cache_dir).expanduser().absolute() / PIXELS / f"{size}px_{digest}.npy"
-    shape = (len(sha256), size, size, 3)
+def _pixels_sha256(pixels: np.ndarray) -> tuple[str, ...]:
+    return tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
+
+
+def _stored(
+    cache_dir: str, named: Sequence[str], shape: tuple[int, ...], fill: Callable[[np.ndarray], None]
+) -> np.ndarray:
+    """uint8 [N, S, S, 3], mapped from a file of the cache; `fill` writes it where it is not there.
+
+    named: all that the pixels depend on besides their size, as the sha256 of each image.
+    """
+    digest = hashlib.sha256("\n".join(named).encode()).hexdigest()[:20]
+    path = Path(cache_dir).expanduser().absolute() / PIXELS / f"{shape[1]}px_{digest}.npy"
     if not path.is_file():
         with cache_file(path) as unfinished:
             out = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
@@ -588,31 +645,30 @@ def reconstructions(
     """Real images after encoding (the posterior's mean) and decoding, as uint8 of the same size.
 
     images: at the checkpoint's image size. batch_size: at most so many at once; None: 32. Of large images it is fewer.
-    Raises ConfigError for a batch that does not fit the device.
+    They are kept by checkpoint and pixels. Raises ConfigError for a batch that does not fit the device.
     """
     autoencoder = checkpoint.autoencoder.to(device)
     size = min(batch_size or RECONSTRUCTED_AT_ONCE, coded_at_once(images.image_size))
-    pixels = np.empty(images.pixels.shape, dtype=np.uint8)
-    with progress(f"reconstructing {images.name}", len(images)) as shown:
-        for first in range(0, len(images), size):
-            part = slice(first, first + size)
-            x = torch.from_numpy(np.array(images.pixels[part])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            try:
-                y = autoencoder.decode(autoencoder.encode(x).mode()).clamp(-1, 1)
-            except torch.OutOfMemoryError:
-                raise ConfigError(
-                    f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} (the "
-                    "result stays the same)"
-                ) from None
-            pixels[part] = ((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-            shown.advance(len(x))
-    return with_pixels(
-        images,
-        name="reconstructions",
-        source=f"reconstructions of {images.source} by checkpoint {checkpoint.sha256[:12]}",
-        pixels=pixels,
-        cache_dir=cache_dir,
-    )
+
+    def fill(out: np.ndarray) -> None:
+        with progress(f"reconstructing {images.name}", len(images)) as shown:
+            for first in range(0, len(images), size):
+                part = slice(first, first + size)
+                x = torch.from_numpy(np.array(images.pixels[part])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+                try:
+                    y = autoencoder.decode(autoencoder.encode(x).mode()).clamp(-1, 1)
+                except torch.OutOfMemoryError:
+                    raise ConfigError(
+                        f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} "
+                        "(the result stays the same)"
+                    ) from None
+                out[part] = ((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+                shown.advance(len(x))
+
+    named = f"reconstructed by {checkpoint.sha256}", *_pixels_sha256(images.pixels)
+    pixels = _stored(cache_dir, named, images.pixels.shape, fill)
+    source = f"reconstructions of {images.source} by checkpoint {checkpoint.sha256[:12]}"
+    return replace(images, name="reconstructions", source=source, sha256=_pixels_sha256(pixels), pixels=pixels)
 
 
 def rows_like(labels: np.ndarray, generated: np.ndarray, seed: int, times: int = 1) -> np.ndarray:

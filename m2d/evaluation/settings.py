@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from math import inf
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from m2d.data.settings import DataConfig, require_seed
 from m2d.errors import ConfigError
@@ -12,8 +12,12 @@ from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorCon
 
 FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three lowest resamples: noise
 HIGHEST_SEED = 2**32 - 1  # scikit-learn's
+SETTINGS, SITE_FOLDS = ("same", "site"), 5
 PARTS = ("fidelity", "memorization", "downstream", "consistency")
 CLASSIFIERS = ("logistic", "finetune")
+Preprocess = Literal["autoencoder"]
+Recipe = Literal["mix", "replace", "two_phase", "auxiliary_bn"]
+PickRule = Literal["classifier", "random"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,9 @@ class FinetuneConfig:
     warmup: float = 0.1  # share of the steps in which the learning rate rises; it then falls as a cosine to 0
     mixed_precision: Precision | None = None  # None: bf16 on a GPU that computes in it, otherwise no
     device: str | None = None  # None: cuda where there is one, otherwise cpu
+    recipe: Recipe = "mix"  # synthetic images beside real ones, in place of some, before them, or with own batch norms
+    share: float | None = None  # of a class's weight on synthetic images; None: 0.25; replace, two_phase (steps): 0.5
+    color_jitter: float = 0.2  # brightness, contrast, saturation change by up to this factor in every arm; 0: none
 
     def __post_init__(self) -> None:
         if self.model.startswith(PANDERM_PREFIX):
@@ -47,6 +54,13 @@ class FinetuneConfig:
             ("weight_decay", "be a number of at least 0", 0 <= self.weight_decay < inf),
             ("warmup", "be a share of the steps, below 1", 0 <= self.warmup < 1),
             ("batch_size", "be at least 2, for batch norms", self.batch_size >= 2),
+            (
+                "batch_size",
+                "be at least 4 with recipe auxiliary_bn",
+                self.recipe != "auxiliary_bn" or self.batch_size >= 4,
+            ),
+            ("share", "lie between 0 and 1", self.share is None or 0 < self.share < 1),
+            ("color_jitter", "be at least 0 and below 1", 0 <= self.color_jitter < 1),
         ):
             if not ok:
                 raise ConfigError(f"finetune.{name} is {getattr(self, name)}; it must {must}")
@@ -109,8 +123,11 @@ class EvaluateConfig(_Command):
     )
     classifiers: str | None = None  # logistic, finetune or both; None: finetune only where there is a GPU
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+    preprocess: Preprocess | None = None  # autoencoder: judges once more, all real images passed through it
     seeds: int = 3  # repetitions of each training in `downstream`
-    folds: int = 1  # of all lesions that the generator has not seen, each tested once; 1: the test split alone
+    setting: str = "same"  # whose classifier: same: it has the generator's training images; site: few others
+    site_share: str = "0.05,0.1,0.25"  # site: of all lesions, those seen by the generator too; a site for each
+    folds: int | None = None  # of the lesions the generator has not seen; None: 1, the test split alone; for a site 5
     repeats: int = 2  # of the folds, each time others
     c: float | None = None  # inverse strength of the logistic regression's penalty; None: chosen on training lesions
     ratios: str | None = None  # also tries these synthetic : real ratios, as in 0.5,1,2,5,10
@@ -125,6 +142,12 @@ class EvaluateConfig(_Command):
     data: DataConfig | None = None  # how the folders are scanned and split; None: as the checkpoint's run did
 
     def __post_init__(self) -> None:
+        if self.setting not in SETTINGS:
+            raise ConfigError(f"setting is {self.setting}; choose one of {' '.join(SETTINGS)}")
+        if self.setting == "site" and self.folds == 1:
+            raise ConfigError(
+                "folds is 1; with setting site it must be at least 2, for one is tested, a site of the rest"
+            )
         for name, known in (("parts", PARTS), ("classifiers", CLASSIFIERS)):
             asked = _words(getattr(self, name))
             if asked == () or any(word not in known for word in asked or ()):
@@ -133,6 +156,8 @@ class EvaluateConfig(_Command):
         require_seed("seed", self.seed, HIGHEST_SEED - max(self.seeds, self.repeats) + 1)  # each takes the next one
         if any(not 0 < ratio <= 1000 for ratio in self.ratio_list):
             raise ConfigError(f"ratios is {self.ratios}; each must be above 0 and at most 1000")
+        if not self.site_shares or any(not 0 < share < 1 for share in self.site_shares):
+            raise ConfigError(f"site_share is {self.site_share or 'empty'}; each must be above 0 and below 1")
 
     @property
     def part_names(self) -> tuple[str, ...]:
@@ -143,10 +168,17 @@ class EvaluateConfig(_Command):
     @property
     def ratio_list(self) -> tuple[float, ...]:
         """Ascending. Raises ConfigError for what is no number."""
-        try:
-            return tuple(sorted({float(word) for word in _words(self.ratios) or ()}))
-        except ValueError:
-            raise ConfigError(f"ratios is {self.ratios}; it must be numbers, as in 0.5,1,2,5,10") from None
+        return _numbers("ratios", self.ratios, "0.5,1,2,5,10")
+
+    @property
+    def site_shares(self) -> tuple[float, ...]:
+        """Ascending. Raises ConfigError for what is no number."""
+        return _numbers("site_share", self.site_share, "0.05,0.1,0.25")
+
+    @property
+    def fold_count(self) -> int:
+        """1: the test split alone."""
+        return self.folds or (SITE_FOLDS if self.setting == "site" else 1)
 
     def classifier_names(self, *, gpu: bool) -> tuple[str, ...]:
         """Of CLASSIFIERS those to train."""
@@ -154,6 +186,39 @@ class EvaluateConfig(_Command):
         if asked is None:
             return CLASSIFIERS if gpu else ("logistic",)
         return tuple(name for name in CLASSIFIERS if name in asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PickConfig(_Command):
+    """Which images of a finished run to keep, in a folder of their own."""
+
+    INPUTS = ("real", "generated", "train", "checkpoint")
+    real: str | None = None  # class folders of real images; the classifier is fitted on their training split
+    generated: str | None = None  # a finished run of `generate`, of class folders
+    train: str | None = None  # the real training images, where they lie apart
+    checkpoint: str | None = None  # of the generator, whose split it is; None: where the images lie
+    rule: PickRule = "classifier"  # classifier: sure of the class, then far apart; random: as many, its control
+    count: int | None = None  # images to keep of each class, at most; None: all that the classifier lets through
+    feature_extractor: FeatureExtractorConfig = field(  # of the classifier; evaluate refuses it as a judge
+        default_factory=lambda: FeatureExtractorConfig(name="efficientnet-lite2")
+    )
+    c: float | None = None  # inverse strength of the logistic regression's penalty; None: chosen on training lesions
+    seed: int = 0  # of the folds and of the random subset
+    num_actors: int | None = None  # of Ray; 0: all in this process; None: as many as pay
+    batch_size: int | None = None  # images at once through the extractor; None: 16 on a CPU, 128 on a GPU
+    device: str | None = None  # None: cuda where there is one, otherwise cpu
+    cache_dir: str = "./cache"  # pixels and features are kept here: run again to go on
+    output: str | None = None  # folder of the images; None: beside `generated`, by its name, the rule and a hash
+    verbose: bool = False  # show Ray's own bars and messages
+    data: DataConfig | None = None  # how the folders are scanned and split; None: as the checkpoint's run did
+
+    def __post_init__(self) -> None:
+        if self.rule not in get_args(PickRule):
+            raise ConfigError(f"rule is {self.rule}; known: {' '.join(get_args(PickRule))}")
+        if self.generated is not None and "://" in self.generated:
+            raise ConfigError(f"generated is {self.generated}; it must be a folder of this machine")
+        require_seed("seed", self.seed, HIGHEST_SEED)
+        self._check(count=1, num_actors=0, batch_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +249,13 @@ class ProbeConfig(_Command):
             raise ConfigError("test_data_root is given without test_catalog; name the test images by --test_catalog")
         require_seed("seed", self.seed, HIGHEST_SEED)
         self._check(bootstrap=FEWEST_RESAMPLES, batch_size=1)
+
+
+def _numbers(name: str, text: str | None, example: str) -> tuple[float, ...]:
+    try:
+        return tuple(sorted({float(word) for word in _words(text) or ()}))
+    except ValueError:
+        raise ConfigError(f"{name} is {text}; it must be numbers, as in {example}") from None
 
 
 def _words(text: str | None) -> tuple[str, ...] | None:

@@ -60,17 +60,17 @@ def write_pictures(folder: OutputFolder, plan: pa.Table, *, title: str, caption:
     And strip_<group>.png for each walk that is complete: its images from one end to the other. Returns how many.
     """
     paths = folder.paths
-    of_class: dict[str, list[str]] = {}
+    of_class: dict[str, list[tuple[int, str]]] = {}
     walks: dict[str, list[tuple[float, str]]] = {}
-    for image_id, label, group, position in zip(
-        *(plan[column].to_pylist() for column in ("id", "class", "group", "position")), strict=True
+    for image_id, label, index, group, position in zip(
+        *(plan[column].to_pylist() for column in ("id", "class", "index", "group", "position")), strict=True
     ):
         if image_id in paths:
-            of_class.setdefault(label, []).append(image_id)
+            of_class.setdefault(label, []).append((index, image_id))
         if group is not None and position is not None:
             walks.setdefault(group, []).append((position, image_id))
     if of_class:
-        first = {label: ids[:_COLUMNS] for label, ids in of_class.items()}
+        first = {label: [image_id for _, image_id in sorted(ids)[:_COLUMNS]] for label, ids in of_class.items()}
         images = read_images(folder.root, {one: paths[one] for ids in first.values() for one in ids})
         sheet = contact_sheet(
             {label: np.stack([images[image_id] for image_id in ids]) for label, ids in first.items()},

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
@@ -70,6 +70,7 @@ class GatesAtWork:
     reference: Path | None = None  # its name's stem is a hash of all that the reference is made from
     extractor: FeatureExtractor | None = None  # loaded already; None: not needed so far
     build: Callable[[], None] | None = None  # makes the reference where it is missing; minutes on a CPU
+    training: pa.Table | None = None  # catalog rows of the training images that the reference holds
 
     @property
     def need_features(self) -> bool:
@@ -81,6 +82,15 @@ class GatesAtWork:
         """For the recipe: what decides which attempt is kept."""
         key = None if self.reference is None else self.reference.stem
         return {**_lasting(self.config), "at_work": list(self.names), "reference": key} if self.names else None
+
+    def of_lesions(self, lesions: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """The ids of the training images of each of these lesions that has some."""
+        if self.training is None or not lesions:
+            return {}
+        found: dict[str, list[str]] = {}
+        for lesion, image_id in zip(*(self.training[name].to_pylist() for name in ("lesion_id", "image_id"))):
+            found.setdefault(lesion, []).append(image_id)
+        return {lesion: tuple(found[lesion]) for lesion in lesions if lesion in found}
 
 
 def prepare_gates(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Table | None, device: str) -> GatesAtWork:
@@ -94,7 +104,7 @@ def prepare_gates(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Ta
     if not gates.enabled or not (gates.near_copy or gates.class_consistency):
         return alone
     try:
-        images, data_root = _training_images(config, checkpoint, catalog)
+        images, data_root = training_images(config, checkpoint, catalog)
     except M2DError as error:
         off = "the gates near_copy and class_consistency are off, for they need the training images"
         say(f"warning: {off} ({error}); new images may repeat old ones")
@@ -110,7 +120,8 @@ def prepare_gates(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Ta
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
     path = results_of(str(checkpoint.path)) / "gate_reference" / f"{key}.safetensors"
     build = partial(_build, path, images, data_root, checkpoint, extractor, gates, device)
-    return GatesAtWork(gates, active_gates(gates, features=extractor is not None, pixels=True), path, extractor, build)
+    names = active_gates(gates, features=extractor is not None, pixels=True)
+    return GatesAtWork(gates, names, path, extractor, build, images)
 
 
 def active_gates(config: GateConfig, *, features: bool, pixels: bool) -> tuple[str, ...]:
@@ -132,8 +143,11 @@ def _lasting(gates: GateConfig) -> dict[str, Any]:
     return {name: value for name, value in asdict(gates).items() if name != "max_attempts"}
 
 
-def _training_images(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Table | None) -> tuple[pa.Table, str]:
-    """Catalog rows and root of what the checkpoint was trained on: its experiment's catalog, or data_root's split."""
+def training_images(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Table | None) -> tuple[pa.Table, str]:
+    """Catalog rows and root of what the checkpoint was trained on: its experiment's catalog, or data_root's split.
+
+    catalog: of config.data_root, where it has been read already. Raises DataError where they are not to be found.
+    """
     own = experiment_of(str(checkpoint.path)) / "cache/catalog.parquet"
     places: list[Any] = [config.data_root]
     if own.is_file():
@@ -182,11 +196,14 @@ def check(
     labels: Sequence[str],
     reference: GateReference | None,
     config: GateConfig,
+    own: Sequence[Collection[str]] = (),
 ) -> list[Verdict]:
     """One verdict per image, in order, each independent of the others; measurements also for disabled gates.
 
     images: uint8 [N, H, W, 3]. features: their cls float32 [N, D], of the reference's extractor at its image size, or
-    None. labels: class codes. An image with features that are not finite is outside its class.
+    None. labels: class codes. own: ids of the training images of the lesion that each is a variation of, to which it
+    may be as near as it is: distances to the nearest image leave them out. An image with features that are not finite
+    is outside its class.
     """
     facts = ImageFacts.of(images)
     near, in_class, class_limits, pixel = (np.full(len(images), np.nan) for _ in range(4))
@@ -197,10 +214,13 @@ def check(
         copy_threshold, pixel_threshold = reference.copy_threshold, reference.pixel_threshold
         limits = {name: getattr(reference, name) for name in FIXED_LIMITS}
         by_features, by_pixels = reference.features.shape[1] > 0, reference.thumbnails.shape[1] > 0
+        groups = _groups(own, reference.ids)
         if by_features and features is not None:
-            near, near_rows, in_class, class_limits = _feature_distances(features, labels, reference)
+            near, near_rows, in_class, class_limits = _feature_distances(features, labels, reference, groups)
         if by_pixels:
-            by_view, rows = neighbours.nearest_in_views(_turned(facts.thumbnails), reference.thumbnails)
+            by_view, rows = neighbours.nearest_in_views(
+                _turned(facts.thumbnails), reference.thumbnails, query_groups=groups[0], bank_groups=groups[1]
+            )
             best = by_view.argmin(dim=1, keepdim=True)
             pixel, pixel_rows = (part.gather(1, best)[:, 0].numpy() for part in (by_view, rows))
     limits = _set_or(config, limits)
@@ -225,18 +245,39 @@ def check(
     return [Verdict(reason=reason, nearest_id=one, **of) for reason, one, of in zip(reasons, ids, numbers, strict=True)]
 
 
+def _groups(own: Sequence[Collection[str]], ids: Sequence[str]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Of the new images and of the reference's, the same number for a variation and its lesion's images.
+
+    See `nearest`. None where there is no variation.
+    """
+    if not any(own):
+        return None, None
+    of_new, of_bank = torch.full((len(own),), -1), torch.full((len(ids),), -2)
+    place = {image_id: row for row, image_id in enumerate(ids)}
+    for number, images in enumerate(own):
+        rows = sorted(place[image_id] for image_id in images if image_id in place)
+        if rows:
+            of_bank[rows] = of_new[number] = rows[0]
+    return of_new, of_bank
+
+
 def _feature_distances(
-    features: np.ndarray, labels: Sequence[str], reference: GateReference
+    features: np.ndarray,
+    labels: Sequence[str],
+    reference: GateReference,
+    groups: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Distance to the nearest training image, its row, mean distance in the class, and what that may be; [N] each.
 
     NaN, -1, NaN where features are not finite; the last two are NaN where the reference has no image of the class.
+    groups: see `_groups`.
     """
     near, in_class, limits = (np.full(len(labels), np.nan) for _ in range(3))
     rows = np.full(len(labels), -1)
     usable = np.flatnonzero(np.isfinite(features).all(axis=1))
     queries = _unit_features(features[usable], reference.mean, reference.scale)
-    distances, found = nearest(queries, reference.features)
+    own = None if groups[0] is None else groups[0][torch.from_numpy(usable)]
+    distances, found = nearest(queries, reference.features, query_groups=own, bank_groups=groups[1])
     near[usable], rows[usable] = distances[:, 0].numpy(), found[:, 0].numpy()
     classes = np.array([reference.classes.index(label) for label in labels], dtype=np.int64)
     for index, threshold in enumerate(reference.class_thresholds):

@@ -70,7 +70,7 @@ def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: 
         if any(source["split"] != "train" for source in sources):
             left_out.append(made["id"])
             continue
-        lesion = sources[0]["lesion_id"] if sources else f"synthetic/{made['id']}"
+        lesion = sources[0]["lesion_id"] if sources else made.get("lesion_id") or f"synthetic/{made['id']}"
         shared = {"image_id": made["id"], "root": os.path.abspath(manifest.parent), "split": "train"}
         rows.append({**made, **shared, "lesion_id": lesion, "source": "synthetic"})
     table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
@@ -85,8 +85,10 @@ def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: 
 
 def _read_manifest(path: Path) -> list[dict[str, Any]]:
     try:
-        table = pq.read_table(path, columns=["id", "path", "class", "sha256", "reference", "reference_b"])
-    except (pa.ArrowException, OSError) as error:
+        table = pq.read_table(path)
+        of_variations = {"lesion_id"} & set(table.column_names)
+        table = table.select(["id", "path", "class", "sha256", "reference", "reference_b", *of_variations])
+    except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(
             f"manifest: {path} cannot be read ({one_line(error)}); run generate again, which rebuilds it"
         ) from None

@@ -5,7 +5,8 @@
     <output>/MEL/MEL_000003.png   or shards/<name>.tar, shards/<name>.parquet, one for each group of images
     <output>/parts/<name>.parquet one for each finished group: a row for each image tried, kept or rejected
     <output>/journal.parquet      the parts of runs that have ended, in one
-    <output>/manifest.parquet     one row per image, rebuilt from the journal
+    <output>/manifest.parquet     one row per image, rebuilt from the journal; of variations also their lesion_id
+    <output>/lesions.csv          of variations the same by image, as m2d.data reads it
     <output>/contact_sheet.png    and strip_<group>.png for each complete walk between two images
 A row in a part or the journal is the only thing that counts as done, so a killed run loses the groups in the making and
 repeats nothing. A part's and a shard's name comes from their rows, and no bytes from the time of day: whoever makes a
@@ -32,6 +33,7 @@ from typing import IO, Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 from PIL import Image, PngImagePlugin
 
@@ -42,14 +44,14 @@ from m2d.generation.plan import PLAN_SCHEMA, PlanRow
 from m2d.generation.settings import Feature, GenerateConfig
 
 RECORD_NAME, PLAN_NAME, MANIFEST_NAME = "generation.json", "plan.parquet", "manifest.parquet"
-PARTS, JOURNAL_NAME, SHARDS = "parts", "journal.parquet", "shards"
+PARTS, JOURNAL_NAME, SHARDS, LESIONS_NAME = "parts", "journal.parquet", "shards", "lesions.csv"
 JOURNAL_SCHEMA = pa.schema(
     [
         *PLAN_SCHEMA,
         ("accepted", pa.bool_()),
         ("gates", pa.string()),  # on, recorded (looked at and kept anyway), or off
         ("reason", pa.string()),  # the gate that found fault with the image; null: none did
-        ("nearest_id", pa.string()),  # the training image nearest to it, or that it copies
+        ("nearest_id", pa.string()),  # the training image nearest to it, or that it copies; not of a variation's lesion
         ("nearest_distance", pa.float64()),  # to that one, in the extractor's feature space
         ("class_distance", pa.float64()),  # mean, to the class's nearest training images
         ("pixel_distance", pa.float64()),  # to the training image nearest by thumbnails
@@ -304,6 +306,12 @@ class OutputFolder:
         missing = Counter(lost["class"].to_pylist())
         record = {"m2d": self.recipe.to_json(), "asked": str(plan.num_rows), "missing": json.dumps(missing)}
         manifest = self.accepted.drop_columns("accepted").replace_schema_metadata(record)
+        varied = pc.and_(pc.equal(manifest["mode"], "image2image"), pc.is_valid(manifest["group"]))
+        if pc.any(varied).as_py():  # an image stays on the side of every split that its lesion is on
+            lesions = pc.if_else(varied, manifest["group"], pa.scalar(None, pa.string()))
+            manifest = manifest.append_column("lesion_id", lesions)
+            with whole_output(self.root / LESIONS_NAME) as partial:
+                pa_csv.write_csv(manifest.select(["id", "lesion_id"]).rename_columns(["image", "lesion_id"]), partial)
         write_rows(self.root / MANIFEST_NAME, manifest)
         return missing
 

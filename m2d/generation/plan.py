@@ -7,6 +7,7 @@ has edited it. Knows neither networks nor pixels; writing tasks import it, so it
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,16 +23,18 @@ from m2d.data.settings import DataConfig
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.diffusion.settings import SOLVERS, SamplingSettings, Solver
 from m2d.errors import CheckpointError, ConfigError, DataError
+from m2d.files.paths import refuse_credentials
 from m2d.files.progress import progress, say
-from m2d.files.storage import one_line
+from m2d.files.storage import inside, one_line
 from m2d.generation.references import Reference, read_references, read_sha256
-from m2d.generation.settings import Feature, GenerateConfig, parse_target
+from m2d.generation.settings import Feature, GenerateConfig, parse_strength, parse_target
 
 if TYPE_CHECKING:
     from m2d.models.checkpoint import CheckpointInfo
 
 Mode = Literal["standard", "image2image", "interpolate"]
 _SHOWN_REJECTED = 10
+_STRENGTH_STEP = 0.05  # between strengths that are drawn, for images of one strength share batches
 _FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
@@ -50,7 +53,8 @@ class PlanRow:
     reference_b: str | None = None  # interpolate: the second one
     position: float | None = None  # interpolate: 0 at reference, 1 at reference_b
     strength: float | None = None  # image2image: 0 is the reconstruction, 1 is all noise
-    group: str | None = None  # interpolate: the strip that the image is part of, MEL_pair000
+    # interpolate: the strip that the image is part of, MEL_pair000; image2image: the training lesion that it varies
+    group: str | None = None
     feature: Feature = "none"  # drawn from the prior, none, or the reference's own
     feature_temperature: float | None = None  # with prior
     solver: Solver
@@ -115,15 +119,28 @@ class Planned:
         return self.table["class"].unique().to_pylist()
 
     @property
+    def lesions(self) -> set[str]:
+        """Training lesions that rows vary."""
+        varied = self.table.filter(pc.equal(self.table["mode"], "image2image"))
+        return set(varied["group"].drop_null().unique().to_pylist())
+
+    @property
     def features(self) -> set[str]:
         """prior, none, reference: which of them rows are guided by."""
         return set(self.table["feature"].unique().to_pylist())
 
 
-def make_plan(config: GenerateConfig, feature: Feature, catalog: pa.Table | None, known: ClassSet) -> Planned:
+def make_plan(
+    config: GenerateConfig,
+    feature: Feature,
+    catalog: pa.Table | None,
+    known: ClassSet,
+    training: tuple[pa.Table, str] | None = None,
+) -> Planned:
     """The run's plan. feature: decided, never None. catalog: of the dataset that mode balance counts. known: classes.
 
-    Raises ConfigError or DataError, in one line, where there is nothing to make one from.
+    training: catalog rows and root of the training images, for balance_from real. Raises ConfigError or DataError, in
+    one line, where there is nothing to make one from.
     """
     if config.plan is not None:
         table = read_plan(config.plan, known)
@@ -150,7 +167,14 @@ def make_plan(config: GenerateConfig, feature: Feature, catalog: pa.Table | None
     elif config.mode == "balance":
         before = class_counts(catalog, None if config.balance_split == "all" else config.balance_split)
         counted = {"to": config.to, "split": config.balance_split, "catalog": catalog_hash(catalog)[:12]}
-        table = standard_plan(targets(before, config.to, classes), **drawn)
+        wanted = targets(before, config.to, classes)
+        if training is None:
+            table = standard_plan(wanted, **drawn)
+        else:
+            counted["from"] = config.balance_from
+            parents = training_references(*training, wanted, run_seed=config.seed)
+            sums.update({image.path: image.sha256 for images in parents.values() for image in images})
+            table = image2image_plan(parents, num_samples=wanted, strength=config.strength, **drawn)
     else:
         table = standard_plan(dict.fromkeys(config.class_codes(known), config.num_samples), **drawn)
     return Planned(table, digest_of(table, sums) if sums else None, counted, before)
@@ -254,25 +278,67 @@ def standard_plan(
 def image2image_plan(
     references: Mapping[str, Sequence[Reference]],
     *,
-    num_samples: int,
-    strength: float,
+    num_samples: int | Mapping[str, int],
+    strength: float | str,
     feature: Feature = "reference",
     **drawn: Any,
 ) -> pa.Table:
-    """num_samples images for each class of `references` (see References.by_class), at one strength in [0, 1].
+    """num_samples images for each class of `references` (see References.by_class), or so many of each class.
 
     Image i of a class starts from its reference i mod n, so beyond n the same references come again, with other noise.
     Seeds and the arguments `drawn` are standard_plan's: at strength 1 with feature prior or none, so are the images.
+    strength: see `parse_strength`. Of a range each image's seed draws a multiple of _STRENGTH_STEP above its low end,
+    and rows of one strength follow each other, for a batch has one.
     """
-    plan = standard_plan(dict.fromkeys(references, num_samples), feature=feature, **drawn)
+    counts = num_samples if isinstance(num_samples, Mapping) else dict.fromkeys(references, num_samples)
+    plan = standard_plan(counts, feature=feature, **drawn)
     places = zip(plan["class"].to_pylist(), plan["index"].to_pylist(), strict=True)
+    parents = [references[code][index % len(references[code])] for code, index in places]
+    low, high = parse_strength(strength)
+    steps = int((high - low) / _STRENGTH_STEP + 1e-6)
+    strengths = [low, *(round(low + _STRENGTH_STEP * step, 6) for step in range(1, steps + 1))]
     columns = {
         **dict(zip(plan.column_names, plan.columns, strict=True)),
         "mode": ["image2image"] * len(plan),
-        "reference": [references[code][index % len(references[code])].path for code, index in places],
-        "strength": [float(strength)] * len(plan),
+        "reference": [parent.path for parent in parents],
+        "strength": [strengths[seed_of(f"{seed}/strength") % len(strengths)] for seed in plan["seed"].to_pylist()],
+        "group": [parent.lesion_id for parent in parents],
     }
-    return pa.table(columns, schema=PLAN_SCHEMA)
+    return pa.table(columns, schema=PLAN_SCHEMA).sort_by("strength")
+
+
+def training_references(
+    images: pa.Table, root: str, counts: Mapping[str, int], *, run_seed: int
+) -> dict[str, tuple[Reference, ...]]:
+    """The training image that each of counts[code] variations starts from, spread evenly over lesions.
+
+    images: catalog rows, all of the training split; root: the folder or URI that they are in. Lesions come in an order
+    that the seed shuffles, and again in the same order; a lesion's images take turns likewise. Raises DataError where
+    a class has no training image, ConfigError for a URI with a key in it.
+    """
+    refuse_credentials("data_root", root)  # each image's place goes into plan, manifest and image
+    of_class: dict[str, dict[str, list[Reference]]] = {code: {} for code, count in counts.items() if count}
+    columns = (images[name].to_pylist() for name in ("path", "label", "lesion_id", "sha256"))
+
+    def shuffled(row: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(seed_of(f"{run_seed}/parent/{name}") for name in row[2:])
+
+    for path, code, lesion, sha256 in sorted(zip(*columns, strict=True), key=shuffled):
+        if code in of_class:
+            place = inside(root, path) if "://" in root else os.path.join(root, path)
+            parent = Reference(path=place, label=code, sha256=sha256, lesion_id=lesion)
+            of_class[code].setdefault(lesion, []).append(parent)
+    if lacking := [code for code, lesions in of_class.items() if not lesions]:
+        raise DataError(
+            f"balance_from: no training image of {' '.join(lacking)} in {root}, so there is nothing to vary; leave "
+            "them out with --classes"
+        )
+    chosen: dict[str, tuple[Reference, ...]] = {}
+    for code, by_lesion in of_class.items():
+        lesions = list(by_lesion.values())
+        turns = (divmod(number, len(lesions)) for number in range(counts[code]))
+        chosen[code] = tuple(lesions[place][turn % len(lesions[place])] for turn, place in turns)
+    return chosen
 
 
 def interpolation_plan(
@@ -394,7 +460,7 @@ def check_plan(plan: pa.Table, where: str = "plan", classes: Sequence[str] = ISI
     safe_or_null = pc.or_kleene(matches("group", _FILE_NAME), pc.is_null(columns["group"]))
     rules: list[tuple[str, pa.Array, str]] = [
         ("id", matches("id", _FILE_NAME), "be a file name of letters, digits and . _ -"),
-        ("group", safe_or_null, "be a file name of letters, digits and . _ -, or be empty"),
+        ("group", pc.or_(safe_or_null, image2image), "be a file name of letters, digits and . _ -, or be empty"),
         *(
             (name, pc.is_in(columns[name], pa.array(ones)), f"be one of {' '.join(ones)}")
             for name, ones in known.items()

@@ -42,6 +42,7 @@ class Reference:
     path: str  # absolute, or a URI
     label: str  # class code
     sha256: str  # of the file
+    lesion_id: str | None = None  # where it is a training image
 
 
 @dataclass(frozen=True, kw_only=True)

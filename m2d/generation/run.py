@@ -22,7 +22,7 @@ from m2d.errors import ConfigError, Incomplete, M2DError
 from m2d.files.paths import input_path, require_outside, result_path
 from m2d.files.progress import progress, say
 from m2d.generation import output, workers
-from m2d.generation.gates import GatesAtWork, prepare_gates
+from m2d.generation.gates import GatesAtWork, prepare_gates, training_images
 from m2d.generation.generator import Generator, pick_device, pick_feature, require_prior
 from m2d.generation.merge import write_merged_index
 from m2d.generation.output import MANIFEST_NAME, PLAN_NAME, OutputFolder, Recipe
@@ -49,12 +49,16 @@ def generate(config: GenerateConfig) -> Path:
     with hold_checkpoint(config.checkpoint) as path, ExitStack() as cluster:
         config = replace(config, checkpoint=path)
         checkpoint = load_checkpoint(path, "cpu")
-        by_reference = config.plan is None and config.feature is None and config.mode in ("image2image", "interpolate")
+        by_reference = config.plan is None and config.feature is None and config.starts_from_images
         feature = pick_feature("reference" if by_reference else config.feature, checkpoint)  # a plan decides by row
         device, precision = _device(config, cluster)
         needs_catalog = (config.plan is None and config.mode == "balance") or config.merge
         catalog = dataset_catalog(config, checkpoint.info) if needs_catalog else None
-        planned = make_plan(config, feature, catalog, checkpoint.info.classes)
+        varied = config.plan is None and config.balance_from == "real"
+        training = training_images(config, checkpoint, catalog) if varied else None
+        planned = make_plan(config, feature, catalog, checkpoint.info.classes, training)
+        if training is not None:
+            say(f"variations of {len(planned.lesions):,} training lesions of {training[1]}")
         gates = prepare_gates(config, checkpoint, catalog, device)
         if "prior" in planned.features:  # a plan may ask for what the checkpoint lacks
             require_prior(checkpoint).require(planned.classes)
@@ -157,6 +161,7 @@ class _Run:
             gates=self.gates.config,
             gate_reference=self.gates.reference,
             weak_classes=frozenset(self.checkpoint.prior.weak if self.checkpoint.prior else ()),
+            own_images=self.gates.of_lesions(self.planned.lesions),
         )
         with_extractor = features or "reference" in self.planned.features
         load = partial(workers.load_generator, self.config, self.checkpoint.sha256, self.precision, with_extractor)

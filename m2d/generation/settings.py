@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, nan
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from m2d.classes import ClassSet
@@ -16,6 +16,7 @@ Mode = Literal["standard", "image2image", "interpolate", "balance"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 OutputFormat = Literal["folder", "webdataset", "parquet"]
 BalanceSplit = Literal["all", "train"]
+BalanceFrom = Literal["noise", "real"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class GenerateConfig(SamplingSettings):
     feature: Feature | None = None  # drawn from the prior, the reference's own, or none; None: as the mode has it
     feature_temperature: float = 1.0  # spread of the drawn features; 0: the class mean for every image
     init_images: str | None = None  # image2image: a folder of class folders, or a flat one with one of --classes
-    strength: float = 0.75  # image2image: 0 returns the image as the VAE sees it, 1 nothing of it but its feature
+    strength: float | str = 0.75  # of a variation: 0 is its image, 1 nothing of it but its feature; 0.3..0.6: drawn
     reference_images: str | None = None  # interpolate: where the walks begin; a folder as of init_images
     reference_images_b: str | None = None  # interpolate: where they end
     steps_between: int = 5  # interpolate: images between the two ends of a walk
@@ -66,6 +67,7 @@ class GenerateConfig(SamplingSettings):
     catalog: str | None = None  # its catalog.parquet, instead of a scan
     to: str = "max"  # balance: as many as the largest class has, a number of images, or a share such as 0.5 of it
     balance_split: BalanceSplit = "all"  # balance: the real images that count, of all splits or of train alone
+    balance_from: BalanceFrom = "noise"  # balance: real: variations of training lesions of the class, see strength
     plan: str | None = None  # run this plan.parquet; it decides what is made, and how
     plan_only: bool = False  # write plan.parquet and stop; read it, edit it, give it as --plan
     batch_size: int = 32  # images at once; does not change them
@@ -101,10 +103,7 @@ class GenerateConfig(SamplingSettings):
             value = getattr(self, name)
             if value is not None and not (isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} is {value}; it must be a number of at least 0")
-        if not 0 <= self.strength <= 1:
-            raise ConfigError(
-                f"strength is {self.strength}; it must be from 0 (the image itself) to 1 (no trace of it)"
-            )
+        parse_strength(self.strength)
         if self.gpus_per_actor is not None and self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
             raise ConfigError(f"gpus_per_actor is {self.gpus_per_actor}; above 1 it must be a whole number")
         parse_target(self.to)
@@ -124,12 +123,22 @@ class GenerateConfig(SamplingSettings):
                 raise ConfigError(f"{name} is for mode {mode}, and the mode is {self.mode}; add --mode {mode}")
         if self.mode == "balance" and self.data_root is None and self.catalog is None:
             raise ConfigError("mode balance needs what is to be balanced; name it by --data_root or --catalog")
-        if self.feature == "reference" and self.mode in ("standard", "balance"):
+        if self.balance_from == "real" and (self.mode != "balance" or self.data_root is None):
+            raise ConfigError(
+                "balance_from real varies training images in mode balance; add --mode balance and name their folder by "
+                "--data_root"
+            )
+        if self.feature == "reference" and not self.starts_from_images:
             raise ConfigError(f"feature reference needs an image to take it from, and mode {self.mode} has none")
         if self.mode == "interpolate" and self.feature not in (None, "reference"):
             raise ConfigError(
                 f"feature is {self.feature}; mode interpolate walks between the features of its references"
             )
+
+    @property
+    def starts_from_images(self) -> bool:
+        """Whether the mode's images have input images, and so a feature of their own to be guided by."""
+        return self.mode in ("image2image", "interpolate") or self.balance_from == "real"
 
     def class_codes(self, known: ClassSet) -> tuple[str, ...]:
         """The classes asked for, in the order of those known, each once. Raises ConfigError for an unknown one."""
@@ -162,3 +171,18 @@ def parse_target(to: str) -> int | float:
             "300, or a share of the largest class, above 0 and at most 1, such as 0.5"
         )
     return float(share[1] or share[2])
+
+
+def parse_strength(strength: float | str) -> tuple[float, float]:
+    """Lowest and highest strength that is drawn; a number is both. Raises ConfigError for anything outside [0, 1]."""
+    low, dots, high = str(strength).partition("..")
+    try:
+        ends = float(low), float(high if dots else low)
+    except ValueError:
+        ends = nan, nan
+    if not 0 <= ends[0] <= ends[1] <= 1:
+        raise ConfigError(
+            f"strength is {strength}; it must be from 0 (the image itself) to 1 (no trace of it), or a range such as "
+            "0.3..0.6"
+        )
+    return ends

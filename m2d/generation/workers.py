@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -117,6 +117,7 @@ class GroupWriter:
     gates: GateConfig  # those at work
     gate_reference: Path | None = None  # file of the training features that images are held against
     weak_classes: frozenset[str] = frozenset()
+    own_images: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see look_at
 
     def write(self, rows: Sequence[PlanRow], images: np.ndarray, features: np.ndarray | None) -> GroupResult:
         """Of `Made`. Raises ConfigError where the disk refuses; then nothing of the group counts."""
@@ -125,7 +126,7 @@ class GroupWriter:
             from m2d.generation.gates import load_once
 
             reference = load_once(self.gate_reference)
-        looked = look_at(rows, images, features, self.gates, reference)
+        looked = look_at(rows, images, features, self.gates, reference, self.own_images)
         encoded = [
             (one.row, output.encode_png(image, one.row, self.recipe))
             for one, image in zip(looked, images, strict=True)
@@ -170,13 +171,18 @@ def look_at(
     features: np.ndarray | None,
     gates: GateConfig,
     reference: GateReference | None,
+    own_images: Mapping[str, tuple[str, ...]] | None = None,
 ) -> list[Looked]:
-    """Of `Made`, what the gates say of each image, in order. reference: None where they have none."""
+    """Of `Made`, what the gates say of each image, in order. reference: None where they have none.
+
+    own_images: ids of the training images of each lesion that a row varies; a variation is no near-copy of those.
+    """
     verdicts: Sequence[Verdict | None] = [None] * len(rows)
     if gates.enabled:
         from m2d.generation.gates import check
 
-        verdicts = check(images, features, [row.label for row in rows], reference, gates)
+        own = [(own_images or {}).get(row.group or "", ()) for row in rows]
+        verdicts = check(images, features, [row.label for row in rows], reference, gates, own)
     # What cannot be replaced is kept: a walk has its ends, and without noise the next attempt is the same image.
     fixed = [row.mode == "interpolate" or (row.mode == "image2image" and row.strength == 0) for row in rows]
     return [Looked(*one) for one in zip(rows, verdicts, fixed, strict=True)]

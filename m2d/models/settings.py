@@ -13,9 +13,10 @@ PANDERM_PREFIX = "panderm-"
 MIDDLE = "middle"
 Crop = Literal["whole", "official"]
 PerceptualKind = Literal["lpips", "features"]
+DiscriminatorKind = Literal["patch", "projected"]
 Precision = Literal["no", "bf16", "fp16"]  # of the networks' passes: float32, or autocast to the other two
 
-_EXTRACTORS = ("efficientnet-lite0", "efficientnet-lite1", "panderm-large", "panderm-base")
+_EXTRACTORS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2", "panderm-large", "panderm-base")
 
 
 def parse_tap(tap: str) -> tuple[str, int]:
@@ -71,7 +72,7 @@ def _require_levels(config: "AutoencoderConfig | UNetConfig", group: str, *divis
 class FeatureExtractorConfig:
     """The frozen network whose features guide and align the U-Net."""
 
-    name: str = "efficientnet-lite0"  # or efficientnet-lite1, panderm-large, panderm-base, timm:MODEL
+    name: str = "efficientnet-lite0"  # or efficientnet-lite1, -lite2, panderm-large, panderm-base, timm:MODEL
     weights: str | None = None  # a local file; None: the extractor's own (PanDerm has none: docs/panderm.md)
     input_size: int | None = None  # pixels a side fed to the extractor; None: its native size
     crop: Crop = "whole"  # whole: resized whole, so patches are where the U-Net's cells are; official: the centre
@@ -172,11 +173,12 @@ class PerceptualConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
-    """PatchGAN on reconstructions (hinge loss); off by default in the small presets."""
+    """The judge of reconstructions against which the VAE learns (hinge loss); off by default in the small presets."""
 
     enabled: bool = False  # train one, and the VAE against it
-    channels: int = 64  # of the first layer; doubled by each further one, at most to eight times
-    layers: int = 3  # halvings; 3 judge patches of 70 pixels, 2 of 34, 1 of 16
+    kind: DiscriminatorKind = "patch"  # a PatchGAN on pixels; projected: on EfficientNet-Lite0's maps (Projected GAN)
+    channels: int = 64  # projected: of all layers; patch: of the first, doubled by each further one, at most to 8 times
+    layers: int = 3  # patch: halvings; 3 judge patches of 70 pixels, 2 of 34, 1 of 16
     start_step: int = 2000  # the generator's adversarial term begins here; the discriminator learns from step 0
 
     def __post_init__(self) -> None:

@@ -50,9 +50,7 @@ class _Settings(BaseModel):
 
     model: _Word | None = Field(None, description="Name or first 8 or more hex digits of its hash; null: the default")
     mode: Mode = Field("standard", description="image2image needs `reference`, interpolate `reference_b` too")
-    strength: float = Field(
-        GenerateConfig.strength, ge=0, le=1, description="image2image: 0 is the reference itself, 1 nothing of it"
-    )
+    strength: float = Field(0.75, ge=0, le=1, description="image2image: 0 is the reference itself, 1 nothing of it")
     steps_between: int = Field(
         GenerateConfig.steps_between, ge=0, description="interpolate: images between the two references"
     )

@@ -33,7 +33,14 @@ from m2d.errors import CheckpointError, DataError, first_line
 from m2d.experiment import Experiment
 from m2d.files.storage import open_storage
 from m2d.models.extractors import LITE0, EfficientNetLite, FeatureExtractor, Features, extractor_identity
-from m2d.models.perceptual import LpipsDistance, build_perceptual
+from m2d.models.perceptual import (
+    FeatureDistance,
+    FeatureMaps,
+    LpipsDistance,
+    ProjectedDiscriminator,
+    build_perceptual,
+    gives_maps,
+)
 from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorConfig, PerceptualKind
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
 from m2d.training.measure import flop_formulas, known_peak
@@ -211,14 +218,17 @@ class FakeRun:
             extractor = extractor_by_shape(config.feature_extractor)
             self.networks = build_networks(config, torch.device("meta"), extractor.dim, plan.classes)
             self.networks.extractor = None if cached else extractor
-            judge, perceptual = _perceptual_by_shape(kind, self.networks.extractor, config.perceptual.lpips_net)
+            projected = isinstance(self.networks.discriminator, ProjectedDiscriminator)
+            judges, perceptual = _perceptual_by_shape(
+                kind, self.networks.extractor, config.perceptual.lpips_net, projected
+            )
         self.feature_dim, self.num_patches = extractor.dim, extractor.num_patches
         self.latent_shape = self.networks.denoiser.latent_shape(
             config.data.image_size, self.networks.autoencoder.downsampling
         )
         self.counter = StepCounter(self.device.type)
         self._mode = _OneFakeMode(allow_non_fake_inputs=True)
-        frozen = {judge, self.networks.extractor or judge}
+        frozen = {*judges, self.networks.extractor or judges[0]}
         # Fakes do not move to the CPU; `_label` forgets those that would.
         here = replace(config, compile=False, schedule=replace(config.schedule, ema_on_cpu=False))
         step_config = step_config_of(here, plan.precision, plan.total_steps, plan.vae_warmup_steps)
@@ -518,26 +528,30 @@ def extractor_by_shape(config: FeatureExtractorConfig) -> FeatureExtractor:
     return EfficientNetLite(name, side, config.crop)
 
 
-def _perceptual_by_shape(kind: PerceptualKind, extractor: nn.Module | None, net: str) -> tuple[nn.Module, nn.Module]:
-    """(its frozen network, the distance), as build_perceptual chooses them, without weights."""
+def _perceptual_by_shape(
+    kind: PerceptualKind, extractor: nn.Module | None, net: str, projected: bool
+) -> tuple[list[nn.Module], FeatureDistance | LpipsDistance]:
+    """(its frozen networks, the distance), as build_perceptual chooses them, without weights."""
+    lite: list[nn.Module] = []
+    if kind == "features" or projected:
+        lite = [extractor if extractor is not None and gives_maps(extractor, projected) else EfficientNetLite(LITE0)]
     if kind == "features":
-        judge = extractor if extractor is not None and hasattr(extractor, "pyramid") else EfficientNetLite(LITE0)
-        return judge, build_perceptual(kind, judge)
+        return lite, build_perceptual(kind, lite[0])
     import lpips
 
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls torchvision by arguments that were renamed since
         network: nn.Module = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
     network.eval().requires_grad_(False)
-    return network, _ShapedLpips(network)
+    return [network, *lite], _ShapedLpips(network, FeatureMaps(lite[0]) if lite else None)
 
 
 class _ShapedLpips(LpipsDistance):
     """LPIPS on a network that is given: its own constructor would fetch weights."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, maps: FeatureMaps | None) -> None:
         nn.Module.__init__(self)
-        self._network = [network]
+        self._network, self.maps = [network], maps
 
 
 def _by_shape(config: TrainConfig) -> TrainConfig:

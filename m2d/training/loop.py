@@ -18,7 +18,7 @@ from m2d.experiment import complete_checkpoints
 from m2d.files.paths import checkpoint_folder
 from m2d.models.autoencoder import LinearAutoencoder, block_pca, load_vae
 from m2d.models.checkpoint import CheckpointInfo, read_prior
-from m2d.models.perceptual import build_perceptual
+from m2d.models.perceptual import ProjectedDiscriminator, build_perceptual
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw, pinned
 from m2d.training.features import FeatureSource, LatentTable, cache_latents, fit_features, fit_linear
 from m2d.training.measure import Throughput, peak_memory_gib
@@ -116,7 +116,10 @@ class _Run:
         self.table = self._latents() if config.stage == "latent" else None
 
         # 2. The step, and what is not on the device while it is taken.
-        self.perceptual = build_perceptual(plan.perceptual, networks.extractor, config.perceptual.lpips_net)
+        projected = isinstance(networks.discriminator, ProjectedDiscriminator)
+        self.perceptual = build_perceptual(
+            plan.perceptual, networks.extractor, config.perceptual.lpips_net, projected=projected
+        )
         self.perceptual.to(device)
         step_config = step_config_of(config, plan.precision, plan.total_steps, plan.vae_warmup_steps)
         self.step = build_step(

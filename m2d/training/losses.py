@@ -72,6 +72,14 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     return 0.5 * (F.relu(1.0 - real_logits.float()).mean() + F.relu(1.0 + fake_logits.float()).mean())
 
 
+def adaptive_weight(pointwise: Tensor, adversarial: Tensor) -> Tensor:
+    """What makes the adversarial loss pull as much as the pointwise ones: |pointwise| / |adversarial|, at most 1e4.
+
+    Both: the losses' gradients at one place, the decoder's last layer. Source: VQGAN (arXiv 2012.09841), eq. 7.
+    """
+    return (pointwise.norm() / adversarial.norm().clamp(min=1e-30)).clamp(max=1e4)
+
+
 def psnr(reconstructed: Tensor, images: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB, one an image, [B, 3, H, W] in [-1, 1] each (a range of 2, clamped)."""
     error = (reconstructed.float().clamp(-1, 1) - images.float()) / 2

@@ -16,8 +16,8 @@ from m2d.errors import CheckpointError
 from m2d.models.autoencoder import Autoencoder, build_autoencoder
 from m2d.models.checkpoint import load_checkpoint
 from m2d.models.extractors import FeatureExtractor, load_feature_extractor
-from m2d.models.perceptual import PatchDiscriminator
-from m2d.models.settings import FeatureExtractorConfig
+from m2d.models.perceptual import LITE0_MAPS, Discriminator, PatchDiscriminator, ProjectedDiscriminator
+from m2d.models.settings import DiscriminatorConfig, FeatureExtractorConfig
 from m2d.models.unet import AlignmentProjector, Denoiser, build_denoiser, tap_channels
 from m2d.training.settings import TrainConfig
 
@@ -41,7 +41,7 @@ class Networks:
     projector: AlignmentProjector
     extractor: FeatureExtractor | None  # None where every feature comes from the cache
     feature_dim: int  # D
-    discriminator: PatchDiscriminator | None = None
+    discriminator: Discriminator | None = None
     denoiser_is_new: bool = True  # not taken from a checkpoint, so its feature statistics are yet to be fitted
 
     def trained(self) -> dict[str, nn.Module]:
@@ -74,7 +74,7 @@ def build_networks(
     projector = AlignmentProjector(tap_channels(denoiser, config.alignment.tap), config.projector, feature_dim)
     networks = Networks(autoencoder, denoiser, projector, extractor, feature_dim)
     if config.discriminator.enabled and config.stage != "latent":
-        networks.discriminator = PatchDiscriminator(config.discriminator.channels, config.discriminator.layers)
+        networks.discriminator = _discriminator(config.discriminator)
     if config.init_checkpoint is not None:
         networks.denoiser_is_new = not _start_from(
             config.init_checkpoint, networks, config.feature_extractor.name, classes
@@ -96,6 +96,12 @@ def build_networks(
 def build_extractor(config: FeatureExtractorConfig) -> FeatureExtractor:
     """The extractor that the settings name."""
     return load_feature_extractor(config.name, config.weights, config.input_size, config.crop)
+
+
+def _discriminator(config: DiscriminatorConfig) -> Discriminator:
+    if config.kind == "projected":
+        return ProjectedDiscriminator(LITE0_MAPS, config.channels)
+    return PatchDiscriminator(config.channels, config.layers)
 
 
 def _start_from(path: str, networks: Networks, extractor: str, classes: ClassSet) -> bool:

@@ -61,7 +61,7 @@ class LossWeights:
     alignment_vae: float = 0.1  # on the VAE, through the frozen U-Net
     manifold: float = 3.0  # times `alignment`: U-REPA's w
     kl: float = 1e-6  # of the sum over a latent, as in REPA-E
-    adversarial: float = 0.1  # on the VAE, where discriminator.enabled
+    adversarial: float = 0.1  # on the VAE, where discriminator.enabled; times an adaptive weight if it is projected
 
     def __post_init__(self) -> None:
         require_range(self, "loss_weights.", 0, *vars(self))
@@ -257,9 +257,9 @@ class TrainConfig:
             parse_tap(self.alignment.tap)[1] < levels,
             f"alignment.tap is {self.alignment.tap}; the U-Net has {levels} blocks each way, numbered from 0",
         )
-        smallest = 3 * 2**discriminator.layers
+        projected, smallest = discriminator.kind == "projected", 3 * 2**discriminator.layers
         require(
-            not discriminator.enabled or size >= smallest,
+            not discriminator.enabled or projected or size >= smallest,
             f"data.image_size {size} is too small for discriminator.layers {discriminator.layers}, which need "
             f"{smallest} pixels; use fewer layers",
         )

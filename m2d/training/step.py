@@ -19,12 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from m2d.errors import TrainingError
 from m2d.models.extractors import Features
+from m2d.models.perceptual import FeatureDistance, LpipsDistance, ProjectedDiscriminator
 from m2d.models.precision import DTYPES
 from m2d.models.settings import Precision
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, extract, model_images, on_device
 from m2d.training.losses import (
     AutoencoderPhase,
     DenoiserPhase,
+    adaptive_weight,
     adversarial_loss,
     discriminator_loss,
     frozen,
@@ -147,7 +149,7 @@ class BaseStep(Generic[BatchT]):
     def __init__(
         self,
         networks: Networks,
-        perceptual: nn.Module,
+        perceptual: FeatureDistance | LpipsDistance,
         config: StepConfig,
         device: torch.device,
         distributed: bool = False,
@@ -175,7 +177,11 @@ class BaseStep(Generic[BatchT]):
         if "autoencoder" in self.trains:
             if config.compile is not None:  # not the whole phase: its graph is cut in the middle
                 networks.autoencoder.vae.encoder.compile(**config.compile)
-                networks.autoencoder.vae.decoder.compile(**config.compile)
+                decoder: Any = networks.autoencoder.vae.decoder
+                if isinstance(discriminator, ProjectedDiscriminator):
+                    # A compiled decoder has one backward pass for all of it; `_balanced` asks the last layer alone.
+                    decoder.conv_out.forward = torch.compiler.disable(decoder.conv_out.forward)
+                decoder.compile(**config.compile)
             self.optimizers["autoencoder"] = adamw(networks.autoencoder, optimizer)
             self._autoencoder = parallel(self._autoencoder, device) if distributed else self._autoencoder
             if discriminator is not None:
@@ -186,6 +192,7 @@ class BaseStep(Generic[BatchT]):
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}  # a loss may join in the middle of an interval
+        self._pulls: dict[str, Tensor] = {}  # of a step: gradients at the decoder's last layer, see `_balanced`
         self.skipped = torch.zeros((), device=device)
         self.skipped_in_row = torch.zeros((), device=device)
         self.watch_gradients = False  # whether the next step leaves `gradients` behind
@@ -194,6 +201,7 @@ class BaseStep(Generic[BatchT]):
     def __call__(self, micro_batches: Sequence[tuple[BatchT, Draws]], step: int) -> None:
         """One optimiser step over the micro-batches; `step` counts from 0 in the whole run."""
         norm_before = self._norm_state()
+        self._pulls = {}
         losses = self.forward_backward(micro_batches, step)
         starts, config = self._learning(step), self.config
         active = {name: self.optimizers[name] for name in starts}
@@ -210,12 +218,16 @@ class BaseStep(Generic[BatchT]):
         every_loss, clip_norm = torch.stack(list(losses.values())), config.optimizer.clip_norm
         accepted, norms = guarded_update(list(active.values()), every_loss, self.scaler, clip_norm, look_at_gradients)
         self._restore_norm(norm_before, accepted)
+        if self._pulls:
+            self._weigh_adversary(accepted)
         if "denoiser" in active:
             self.ema.update(self.networks.denoiser, accepted)
         self.skipped += (~accepted).float()
         self.skipped_in_row = torch.where(accepted, 0.0, self.skipped_in_row + 1)
         scalars = {f"loss/{name}": loss for name, loss in losses.items()}
         scalars |= {f"gradient_norm/{name}": norm for name, norm in zip(active, norms, strict=True)}
+        if isinstance(self.networks.discriminator, ProjectedDiscriminator):
+            scalars["adaptive_weight"] = self.networks.discriminator.adaptive_weight
         for name, scalar in scalars.items():
             add_up(self._sums, name, scalar.detach().float())
             self._counts[name] = self._counts.get(name, 0) + 1
@@ -327,26 +339,69 @@ class BaseStep(Generic[BatchT]):
         with self.autocast():
             losses = {"reconstruction": reconstruction_loss(drawn, images)}
         self._backward(weights.reconstruction * losses["reconstruction"], micro_batches)
+        # What perceptual loss and discriminator look at: the images, or maps of them that both share.
+        maps = None
+        if isinstance(discriminator, ProjectedDiscriminator):
+            assert self.perceptual.maps is not None, "build_perceptual was not told of the projected discriminator"
+            with torch.no_grad():
+                of_images = self.perceptual.maps(images)
+            maps = (self.perceptual.maps(drawn), of_images)
         with self.autocast():
-            losses["perceptual"] = self.perceptual(drawn, images).float().mean()
-        self._backward(weights.perceptual * losses["perceptual"], micro_batches)
+            distance = self.perceptual(drawn, images) if maps is None else self.perceptual(drawn, images, maps)
+            losses["perceptual"] = distance.float().mean()
+        self._backward(weights.perceptual * losses["perceptual"], micro_batches, retain_graph=maps is not None)
         if discriminator is not None:
             acts = step >= self.config.discriminator_start
             with frozen(discriminator), torch.set_grad_enabled(acts):
                 with self.autocast():
-                    losses["adversarial"] = adversarial_loss(discriminator(drawn))
+                    losses["adversarial"] = adversarial_loss(discriminator(drawn if maps is None else maps[0]))
                 if acts:
-                    self._backward(weights.adversarial * losses["adversarial"], micro_batches)
+                    if maps is None:
+                        self._backward(weights.adversarial * losses["adversarial"], micro_batches)
+                    else:
+                        self._balanced(losses["adversarial"], reconstructed, drawn, micro_batches)
         reconstructed.backward(drawn.grad)
         if self._discriminator is not None:
             with self.autocast():  # one call on both halves: DDP allows one forward a backward
-                logits = self._discriminator(torch.cat([images, drawn.detach()]))
-                losses["discriminator"] = discriminator_loss(*logits.chunk(2))
+                both: Any = torch.cat([images, drawn.detach()])
+                if maps is not None:
+                    both = [torch.cat([real, made.detach()]) for made, real in zip(*maps, strict=True)]
+                losses["discriminator"] = discriminator_loss(*self._discriminator(both).chunk(2))
             self._backward(losses["discriminator"], micro_batches)
         return losses
 
-    def _backward(self, loss: Tensor, micro_batches: int) -> None:
-        self.scaler.scale(loss / micro_batches).backward()
+    def _backward(self, loss: Tensor, micro_batches: int, *, retain_graph: bool = False) -> None:
+        self.scaler.scale(loss / micro_batches).backward(retain_graph=retain_graph)
+
+    def _balanced(self, loss: Tensor, reconstructed: Tensor, drawn: Tensor, micro_batches: int) -> None:
+        """Add the adversarial loss's gradient at the pixels to that of the others, by weights and adaptive weight.
+
+        What each pulls at the decoder's last layer is kept for `_weigh_adversary`: only that layer's weights take a
+        backward pass here, and DDP hears nothing of it.
+        """
+        discriminator = self.networks.discriminator
+        assert isinstance(discriminator, ProjectedDiscriminator)
+        pointwise, drawn.grad = drawn.grad, None
+        self._backward(loss, micro_batches)
+        decoder: Any = self.networks.autoencoder.vae.decoder
+        adversarial, last = drawn.grad, decoder.conv_out.weight
+        assert pointwise is not None
+        assert adversarial is not None
+        for name, pull in {"pointwise": pointwise, "adversarial": adversarial}.items():
+            (at_last,) = torch.autograd.grad(reconstructed, last, pull, retain_graph=True)
+            add_up(self._pulls, name, at_last)
+        drawn.grad = pointwise + self.config.weights.adversarial * discriminator.adaptive_weight * adversarial
+
+    def _weigh_adversary(self, accepted: Tensor) -> None:
+        """The next step's adaptive weight, of this one's gradients over all micro-batches and workers.
+
+        VQGAN weighs each batch by its own; so a step would depend on how it is divided.
+        """
+        discriminator = self.networks.discriminator
+        assert isinstance(discriminator, ProjectedDiscriminator)
+        pulls = all_reduce_sum(torch.stack([self._pulls["pointwise"], self._pulls["adversarial"]]))
+        weight = discriminator.adaptive_weight
+        weight.copy_(torch.where(accepted, adaptive_weight(pulls[0], pulls[1]), weight))
 
     def _pixels(self, batch: ImageBatch) -> Tensor:
         return batch.images.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
@@ -478,7 +533,7 @@ class DecoderStep(BaseStep[ImageBatch]):
 def build_step(
     stage: str,
     networks: Networks,
-    perceptual: nn.Module,
+    perceptual: FeatureDistance | LpipsDistance,
     config: StepConfig,
     device: torch.device,
     distributed: bool = False,

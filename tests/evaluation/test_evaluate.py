@@ -5,6 +5,8 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, get_args
 
@@ -58,7 +60,7 @@ def test_every_part_is_answered_in_every_file(
     folders: tuple[Path, Path], tmp_path: Path, prior_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = write_checkpoint(prior_checkpoint, tmp_path / "run" / "checkpoints" / "best")
-    main("evaluate", flags(folders, tmp_path, "--checkpoint", str(checkpoint)))
+    main("evaluate", flags(folders, tmp_path, "--checkpoint", str(checkpoint), "--preprocess", "autoencoder"))
     out = tmp_path / "out"
     found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     assert [one["images"] for one in found["images"]] == [
@@ -73,9 +75,17 @@ def test_every_part_is_answered_in_every_file(
     assert np.array(found["consistency"]["confusion"]).sum() == 24
     assert found["memorization"]["overall"]["generated"]["either"]["images"] == 24
     assert any("taken on trust" in note for note in found["notes"])
+    plain, passed = found["worth"]
+    assert plain["minus_original"] == {}
+    assert passed["classifier"] == f"{plain['classifier']}, real images through the autoencoder"
+    assert passed["arms"]["argmax: c"] != plain["arms"]["argmax: c"]
 
     page = (out / "evaluation.html").read_text(encoding="utf-8")
     assert found["worth"][0]["verdict"]["sentence"][1:] in page
+    worth = (out / "worth.csv").read_text(encoding="utf-8")
+    for row, scores in passed["minus_original"].items():
+        assert row in page
+        assert f'{passed["classifier"]}",{row},melanoma_auprc,{scores["melanoma_auprc"]["value"]}' in worth
     assert not re.search(r'(src|href)="(?!data:)', page), "the page needs no other file"
     with (out / "classes.csv").open(encoding="utf-8") as file:
         rows = {row["class"]: row for row in csv.DictReader(file)}
@@ -250,6 +260,24 @@ def test_test_images_among_the_generated_ones_are_listed_and_no_verdict_is_given
     assert '<div class="answer open">' in (out / "evaluation.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--image_size", "16"], "does not say what made it and no --checkpoint is given"),
+        (["--image_size", "24", "--checkpoint", "checkpoints/best"], "it is of 16 px; set --image_size to it"),
+    ],
+    ids=["no checkpoint", "another size"],
+)
+def test_an_autoencoder_that_cannot_be_used_to_preprocess_is_one_line(
+    folders: tuple[Path, Path], tmp_path: Path, prior_checkpoint: Checkpoint, given: list[str], message: str
+) -> None:
+    write_checkpoint(prior_checkpoint, tmp_path / "checkpoints" / "best")
+    given = [one.replace("checkpoints", str(tmp_path / "checkpoints")) for one in given]
+    with pytest.raises(ConfigError, match=f"^preprocess is autoencoder, but .*{message}") as caught:
+        evaluate(parse("evaluate", flags(folders, tmp_path, "--preprocess", "autoencoder", *given)))
+    assert "\n" not in str(caught.value)
+
+
 def test_one_network_as_both_extractors_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     asked = parse("evaluate", flags(folders, tmp_path, "--independent_extractor.name", "efficientnet-lite0"))
     with pytest.raises(ConfigError, match="the same network as feature_extractor"):
@@ -369,6 +397,23 @@ def test_reconstructions_are_the_decoded_posterior_means(
     handle.remove()
     np.testing.assert_allclose(redrawn.pixels, expected, atol=0.501)
     assert seen == at_once
+
+
+def test_reconstructions_are_kept_by_checkpoint_and_pixels(
+    prior_checkpoint: Checkpoint, images: ImageSet, tmp_path: Path
+) -> None:
+    again = partial(reconstructions, device="cpu", cache_dir=str(tmp_path))
+    first = again(images, prior_checkpoint)
+    seen: list[int] = []
+    handle = prior_checkpoint.autoencoder.vae.decoder.register_forward_pre_hook(lambda *_: seen.append(1))
+    second = again(replace(images, name="train", sha256=()), prior_checkpoint)
+    assert seen == []
+    assert second.sha256 == first.sha256 == tuple(sha256(image.tobytes()).hexdigest() for image in first.pixels)
+    assert np.array_equal(second.pixels, first.pixels)
+    again(images, replace(prior_checkpoint, sha256="1" * 64))
+    again(replace(images, pixels=255 - images.pixels), prior_checkpoint)
+    assert seen == [1, 1]
+    handle.remove()
 
 
 def test_a_batch_that_does_not_fit_is_a_one_line_error(

@@ -1,6 +1,7 @@
 """Fine-tuning learns what can be learned, alike with one seed, and in equal steps for every arm."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import get_args
 
@@ -8,21 +9,28 @@ import numpy as np
 import pytest
 import torch
 from tiny_sets import image_set
+from torch.func import functional_call
+from torchvision.transforms import functional as by_torchvision
 
 from m2d.classes import ISIC7
 from m2d.errors import ConfigError, TrainingError
-from m2d.evaluation.classifiers.compare import Trials, training_rows
+from m2d.evaluation.classifiers.compare import Job, TrainingRows, Trials, training_rows
 from m2d.evaluation.classifiers.finetune import (
+    RECIPES,
     FinetuneClassifier,
     _network,
+    auxiliary_norms,
     batches_of,
     finetuned_worth,
+    jittered,
     learning_rate,
     measure_finetuned,
+    recipe_batches,
+    share_of,
 )
 from m2d.evaluation.classifiers.worth import Word
 from m2d.evaluation.images import ImageSet
-from m2d.evaluation.settings import FinetuneConfig
+from m2d.evaluation.settings import FinetuneConfig, Recipe
 from m2d.models.extractors import load_feature_extractor
 
 MEL, NV = ISIC7.index("MEL"), ISIC7.index("NV")
@@ -96,13 +104,13 @@ def test_torch_is_deterministic_meanwhile_and_left_as_it_was(monkeypatch: pytest
 
 
 def test_every_arm_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two passes over 48 real images in batches of 8: 12."""
+    """A pass over 48 real images in batches of 8: 6."""
     steps = []
     step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *rest: (steps.append(1), step(self, *rest))[1])
-    for arm in "abcde":
-        predict(arm, config=replace(TINY, epochs=2))
-        assert len(steps) == 12, arm
+    for arm, recipe in [*((arm, "mix") for arm in "abcde"), *(("d", recipe) for recipe in RECIPES)]:
+        predict(arm, config=replace(TINY, epochs=1, recipe=recipe))  # type: ignore[arg-type]
+        assert len(steps) == 6, (arm, recipe)
         steps.clear()
 
 
@@ -135,14 +143,26 @@ def test_the_default_starts_from_the_wheels_weights_and_a_new_layer_for_seven_cl
 
 
 def test_a_whole_comparison_runs() -> None:
-    config = replace(TINY, epochs=1)
+    config = replace(TINY, epochs=1, recipe="replace", share=0.4)
     trials = Trials(seeds=[0, 1], resamples=100)
     result = measure_finetuned(train=TRAIN, test=TEST, generated=GENERATED, config=config, trials=trials)
     assert result.settings["steps"] == 6
     assert {arm: one.trainings for arm, one in result.arms.items()} == dict.fromkeys("abcde", 2)
     worth = finetuned_worth(train=TRAIN, test=TEST, generated=GENERATED, config=config, trials=trials)
-    assert (worth.shares, worth.gains) == ([0.25, 0.25], {})
+    assert (worth.shares, worth.gains) == ([0.4, 0.4], {})
     assert worth.verdict.word in get_args(Word)
+
+
+def test_what_preprocessing_changes_is_told_against_the_original_images() -> None:
+    """On grey ones two classes are one: half of the balanced accuracy."""
+    grey = [replace(one, sha256=(), pixels=np.full_like(one.pixels, 99)) for one in (TRAIN, TEST)]
+    trials = Trials(seeds=range(1), resamples=100)
+    judge = partial(finetuned_worth, generated=GENERATED, config=TINY, trials=trials)
+    clear, alone = judge(train=TRAIN, test=TEST, original=(grey[0], grey[1])), judge(train=TRAIN, test=TEST)
+    changed = {row: one["balanced_accuracy"].value for row, one in clear.minus_original.items()}
+    assert changed == pytest.approx(dict.fromkeys(changed, 0.5), abs=1e-9)
+    assert len(changed) == 4
+    assert clear.differences == alone.differences
 
 
 def test_a_network_that_diverges_is_an_error() -> None:
@@ -167,9 +187,153 @@ def test_the_learning_rate_rises_then_falls_as_a_cosine() -> None:
 
 def test_settings_and_images_shape_the_identity() -> None:
     other = FinetuneClassifier.of(squares("others", 48, 0), TEST, GENERATED, TINY)
-    identities = {classifier().identity, classifier(replace(TINY, epochs=7)).identity, other.identity}
-    assert len(identities) == 3
-    assert classifier().identity == classifier().identity
+    digests = [digest_of(one) for one in (classifier(), classifier(replace(TINY, epochs=7)), other)]
+    assert len(set(digests)) == 3
+    assert digest_of(classifier()) == digests[0]
+
+
+def digest_of(judge: FinetuneClassifier, arm: str = "a") -> str:
+    return Job.of(judge, training_rows(arm, TRAIN.labels, GENERATED.labels, seed=0), 0).digest
+
+
+def test_a_finished_training_is_used_again_where_neither_recipe_nor_generated_images_are_in_it() -> None:
+    other = FinetuneClassifier.of(TRAIN, TEST, squares("others", 40, 2), TINY)
+    judges = [classifier(), classifier(replace(TINY, recipe="replace")), classifier(replace(TINY, share=0.5)), other]
+    different = {arm: len({digest_of(judge, arm) for judge in judges}) for arm in "abcde"}
+    assert different == {"a": 1, "b": 1, "c": 1, "d": 4, "e": 2}
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+# 30 nevi, 10 melanomas and 20 synthetic ones, which hold a quarter of the melanomas' weight: 0.125 each.
+FEW = TrainingRows(np.arange(40), np.arange(20), np.repeat([1, 0.75, 0.125], [30, 10, 20]))
+OF_FEW = np.repeat([NV, MEL, MEL], [30, 10, 20])
+
+
+def shown_by(recipe: Recipe, batch_size: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and weights [steps, B]."""
+    config = replace(TINY, recipe=recipe, batch_size=batch_size)
+    numbers, _, weights = zip(*recipe_batches(FEW, OF_FEW, config, steps, seed=0), strict=True)
+    return np.stack(numbers), np.stack(weights)
+
+
+def weight_of(numbers: np.ndarray, weights: np.ndarray) -> list[float]:
+    """Mean over all images shown, of nevi, melanomas and synthetic melanomas."""
+    kinds = np.bincount(np.digitize(numbers, [30, 40]).ravel(), weights.ravel(), 3)
+    return (kinds / numbers.size).tolist()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_learns(recipe: Recipe) -> None:
+    answer = predict("d", config=replace(TINY, recipe=recipe))
+    assert np.array_equal(answer.argmax(axis=1), TEST.labels)
+
+
+def test_mixed_in_synthetic_images_hold_exactly_their_share_of_the_classs_weight() -> None:
+    """In one pass over 60 images: 30 of nevi, 7.5 and 2.5 of melanomas."""
+    assert weight_of(*shown_by("mix", 6, 10)) == pytest.approx([30 / 60, 7.5 / 60, 2.5 / 60])
+
+
+def test_auxiliary_batch_norms_change_no_weight_and_see_as_many_images_of_each_kind_in_every_batch() -> None:
+    """Of 8 images 20 / 60 are 3 synthetic ones; after 15 passes over the real and 18 over these."""
+    numbers, weights = shown_by("auxiliary_bn", 8, 120)
+    assert (np.sort(numbers, axis=1)[:, 4:6] // 40 == [0, 1]).all()
+    assert weight_of(numbers, weights) == pytest.approx([30 / 60, 7.5 / 60, 2.5 / 60])
+
+
+def test_replacing_keeps_class_counts_and_replaces_a_share_of_a_class() -> None:
+    """Five batches of 8 are a pass over 40 real images; 300 of them have 3,000 places of melanomas."""
+    numbers, weights = shown_by("replace", 8, 1500)
+    counts = [np.bincount(OF_FEW[one], minlength=7)[[NV, MEL]].tolist() for one in numbers.reshape(300, 40)]
+    assert counts == [[30, 10]] * 300
+    assert (weights == 1).all()
+    assert np.count_nonzero(numbers >= 40) / 3000 == pytest.approx(0.25, abs=4 * np.sqrt(0.25 * 0.75 / 3000))
+    assert set(numbers[numbers >= 40].tolist()) == set(range(40, 60))
+
+
+def test_two_phases_are_balanced_synthetic_images_then_real_ones_alone() -> None:
+    """Twice as many synthetic melanomas as nevi are shown equally often. Real ones weigh as their class: 1 each."""
+    rows = TrainingRows(np.arange(40), np.arange(30), np.ones(70))
+    labels = np.concatenate([OF_FEW, np.repeat(NV, 10)])
+    config = replace(TINY, recipe="two_phase", share=0.25)
+    numbers, _, weights = zip(*recipe_batches(rows, labels, config, 20, seed=0), strict=True)
+    first, rest = np.concatenate(numbers[:5]), np.concatenate(numbers[5:])
+    assert np.bincount(labels[first], minlength=7)[[NV, MEL]].tolist() == [20, 20]
+    assert first.min() == 40
+    assert np.bincount(rest).tolist() == [3] * 40
+    real, whole = {NV: 30, MEL: 10}, {NV: 40, MEL: 30}
+    assert np.concatenate(weights[5:]) == pytest.approx([whole[k] / real[k] for k in labels[rest]])
+
+
+def test_after_two_phases_turned_labels_of_synthetic_images_are_forgotten() -> None:
+    turned = squares("generated", 40, 2, labels=(NV, MEL))
+    judge = FinetuneClassifier.of(TRAIN, TEST, turned, replace(TINY, recipe="two_phase", share=0.2, epochs=8))
+    called = judge.predict(training_rows("d", TRAIN.labels, turned.labels, seed=0), 0).argmax(axis=1)
+    assert np.array_equal(called, TEST.labels)
+
+
+def test_auxiliary_batch_norms_take_the_statistics_of_their_own_images() -> None:
+    """A tenth of a batch's mean is taken over: of images of 2 and of 10."""
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(1))
+    apart = auxiliary_norms(network)
+    for _ in range(2):
+        network(torch.full((3, 1, 2, 2), 2.0))
+        functional_call(network, apart, torch.full((5, 1, 2, 2), 10.0))
+    assert network[0].running_mean.item() == pytest.approx(0.9 * 0.2 + 0.2)  # type: ignore[union-attr, operator]
+    assert apart["0.running_mean"].item() == pytest.approx(0.9 * 1 + 1)
+    assert [name for name, one in apart.items() if one.requires_grad] == ["0.weight", "0.bias"]
+
+
+def test_synthetic_images_leave_no_trace_in_the_statistics_that_are_tested() -> None:
+    """Without learning, all that a training changes is the statistics of batch norms."""
+    white = replace(GENERATED, pixels=np.full_like(GENERATED.pixels, 255))
+
+    def answer(recipe: Recipe, generated: ImageSet) -> np.ndarray:
+        config = replace(TINY, epochs=1, recipe=recipe, learning_rate=1e-30)
+        rows = training_rows("d", TRAIN.labels, generated.labels, seed=0)
+        return FinetuneClassifier.of(TRAIN, TEST, generated, config).predict(rows, 0)
+
+    assert np.array_equal(answer("auxiliary_bn", white), answer("auxiliary_bn", GENERATED))
+    assert not np.allclose(answer("mix", white), answer("mix", GENERATED), atol=1e-4)
+
+
+def test_a_network_without_batch_norms_has_no_auxiliary_ones() -> None:
+    with pytest.raises(ConfigError, match="no batch norms"):
+        classifier(replace(TINY, model="timm:test_vit", recipe="auxiliary_bn"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "share"),
+    [({}, 0.25), ({"recipe": "auxiliary_bn"}, 0.25), ({"recipe": "replace"}, 0.5), ({"share": 0.1}, 0.1)],
+)
+def test_the_share_is_set_or_the_recipes_own(changed: dict[str, object], share: float) -> None:
+    assert share_of(replace(TINY, **changed)) == share  # type: ignore[arg-type]
+
+
+def test_colours_change_as_by_torchvision_for_each_image_on_its_own() -> None:
+    images = torch.rand(6, 3, 5, 7, generator=torch.Generator().manual_seed(0)) * 255
+    factors = 0.5 + torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+    made = jittered(images, 0.5, torch.Generator().manual_seed(1))
+    for number, (brightness, contrast, saturation) in enumerate(factors.T.tolist()):
+        expected = by_torchvision.adjust_brightness(images[number] / 255, brightness)
+        expected = by_torchvision.adjust_contrast(expected, contrast)
+        expected = by_torchvision.adjust_saturation(expected, saturation)
+        torch.testing.assert_close(made[number], expected * 255, atol=1e-2, rtol=0)
+
+
+def test_colours_are_jittered_in_the_arm_of_real_images_too_unless_told_not_to(answer: np.ndarray) -> None:
+    plain = predict("a", config=replace(TINY, color_jitter=0))
+    assert not np.allclose(plain, answer, atol=1e-4)
+
+
+def test_of_a_pool_what_is_asked_for_is_called_and_steps_are_by_its_own_training_images(answer: np.ndarray) -> None:
+    """Training and test images in one set: rows 0 to 47 train, three of the others are called."""
+    pixels = np.concatenate([TRAIN.pixels, TEST.pixels])
+    pool = image_set(np.concatenate([TRAIN.labels, TEST.labels]), "pool", pixels=pixels)
+    judge = FinetuneClassifier.of(pool, pool, GENERATED, TINY)
+    rows = training_rows("a", TRAIN.labels, GENERATED.labels, seed=0)
+    rows = replace(rows, reference=np.arange(48), asked=48 + np.array([1, 4, 29]))
+    assert judge.predict(rows, 0) == pytest.approx(answer[[1, 4, 29]], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +344,9 @@ def test_settings_and_images_shape_the_identity() -> None:
         ({"weight_decay": -1}, "weight_decay"),
         ({"warmup": 1.0}, "warmup"),
         ({"batch_size": 1}, "batch_size"),
+        ({"batch_size": 3, "recipe": "auxiliary_bn"}, "batch_size"),
+        ({"share": 1.0}, "share"),
+        ({"color_jitter": 1.0}, "color_jitter"),
         ({"model": "panderm-base", "weights": "x.pth"}, "finetune.model"),
         ({"pretrained": False}, "pretrained"),
         ({"input_size": 40}, "multiple of 32"),

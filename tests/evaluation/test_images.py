@@ -1,5 +1,6 @@
 """Which images stand on which side, decoded to one size, and what is refused."""
 
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from tiny_checkpoint import write_checkpoint
@@ -72,6 +74,26 @@ def test_pixels_are_the_files_own_in_the_sets_order(tmp_path: Path, real: Path, 
     for row in (0, len(sets.train) - 1):
         encoded = Path(sets.train.paths[row]).read_bytes()
         assert np.array_equal(sets.train.pixels[row], decode_resized(encoded, 16, max_pixels=10**6))
+
+
+def test_a_variation_is_of_its_lesion_and_is_left_out_where_that_is_tested(
+    tmp_path: Path, real: Path, generated: Path
+) -> None:
+    of = {side: getattr(read(tmp_path, real, generated), side).groups for side in ("train", "test")}
+
+    def read_with(lesion: str) -> SimpleNamespace:
+        sha256 = hashlib.sha256((generated / "MEL" / "a.png").read_bytes()).hexdigest()
+        pq.write_table(pa.table({"sha256": [sha256], "lesion_id": [lesion]}), generated / "manifest.parquet")
+        return read(tmp_path, real, generated)
+
+    made = read_with(str(of["train"][0])).generated
+    assert made.groups.tolist() == ["generated 0", "generated 1", of["train"][0]]
+    left = read_with(str(of["test"][0]))
+    assert left.generated.counts == {"DF": 2}
+    assert "left out 1 generated images, variations of lesions that are tested" in left.notes
+    shutil.rmtree(generated / "DF")
+    with pytest.raises(DataError, match=r"^generated: all images of [^\n]+ are variations of lesions that are tested$"):
+        read(tmp_path, real, generated)
 
 
 def test_training_images_from_a_folder_of_their_own_leave_all_of_real_unseen(

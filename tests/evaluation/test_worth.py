@@ -16,8 +16,8 @@ from m2d.classes import ISIC7
 from m2d.data.features import extract_view
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import TrainingRows, Trials
-from m2d.evaluation.classifiers.probe import ProbeClassifier, probe_worth
-from m2d.evaluation.classifiers.worth import MARGIN, RULES, WorthResult, _mixed, _Offer, equal_priors, verdict, word
+from m2d.evaluation.classifiers.probe import ProbeClassifier, origins, probe_worth
+from m2d.evaluation.classifiers.worth import MARGIN, RULES, Offer, WorthResult, equal_priors, mixed, verdict, word
 from m2d.evaluation.images import Copy, FeatureSet
 from m2d.metrics.bootstrap import Estimate
 from m2d.metrics.linear_probe import told_apart
@@ -109,6 +109,15 @@ def test_in_folds_every_lesion_is_tested_once_and_a_known_one_never() -> None:
     assert every.test_lesions == {"NV": 150, "MEL": 150, "BKL": 150}
 
 
+def test_a_variation_stays_with_its_lesion_and_other_images_with_the_nearest() -> None:
+    real = np.eye(4, 5, dtype=np.float32)[[0, 1, 2, 2]]
+    groups = np.array(["first", "second", "third", "third"], dtype=object)
+    made = feature_set(image_set([0, 0, 0], "generated", ["generated 0", "second", "elsewhere"]), real[[0, 0, 1]])
+    assert groups[origins(real, groups, made, np.arange(4))].tolist() == ["first", "second", "second"]
+    without = origins(real, groups, made, np.array([0, 2, 3]))
+    assert groups[without].tolist()[:2] == ["first", "first"], "its lesion is not there"
+
+
 def test_no_lesion_is_called_by_a_classifier_that_was_trained_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither of the folds nor of those by which a share is chosen; nor do they standardise by it."""
     predict = ProbeClassifier.predict
@@ -157,8 +166,8 @@ def test_too_few_lesions_to_choose_a_share_by_take_the_fixed_one_and_too_few_to_
 @pytest.mark.parametrize(("share", "balanced"), [(0.25, False), (0.5, False), (0.25, True)])
 def test_synthetic_images_hold_their_share_of_each_class_and_change_no_total(share: float, balanced: bool) -> None:
     real, generated = np.array([NV] * 20 + [MEL] * 6 + [DF] * 3), np.array([MEL] * 14 + [DF] * 40)
-    offer = _Offer(np.arange(29), np.empty(0, np.int64), np.arange(54))
-    rows = _mixed(real, generated, offer, share, balanced=balanced, asked=None)
+    offer = Offer(np.arange(29), np.empty(0, np.int64), np.arange(54))
+    rows = mixed(real, generated, offer, share, balanced=balanced, asked=None)
     labels, made = rows.labels(real, generated), np.arange(len(rows.weights)) >= 29
     for label, count in ((NV, 20), (MEL, 6), (DF, 3)):
         total = 29 / 3 if balanced else count
@@ -168,13 +177,13 @@ def test_synthetic_images_hold_their_share_of_each_class_and_change_no_total(sha
 
 def test_real_images_offered_as_generated_count_as_such_and_a_share_of_0_offers_none() -> None:
     real = np.array([NV] * 4 + [MEL] * 4)
-    offer = _Offer(np.array([0, 1, 2, 4, 5]), np.array([6, 7]), np.empty(0, np.int64))
-    rows = _mixed(real, real[:0], offer, 0.5, asked=np.array([3]))
+    offer = Offer(np.array([0, 1, 2, 4, 5]), np.array([6, 7]), np.empty(0, np.int64))
+    rows = mixed(real, real[:0], offer, 0.5, asked=np.array([3]))
     assert rows.real.tolist() == [0, 1, 2, 4, 5, 6, 7]
     assert rows.weights.tolist() == [1, 1, 1, 0.5, 0.5, 0.5, 0.5]
     assert rows.reference is not None
     assert rows.reference.tolist() == [0, 1, 2, 4, 5]
-    assert _mixed(real, real[:0], offer, 0, asked=None).real.tolist() == [0, 1, 2, 4, 5]
+    assert mixed(real, real[:0], offer, 0, asked=None).real.tolist() == [0, 1, 2, 4, 5]
 
 
 def test_equal_priors_divide_by_what_was_trained_on_by_weight() -> None:

@@ -162,6 +162,36 @@ def test_copies_and_strangers_are_refused(
         assert verdict.nearest_id == nearest_id
 
 
+@pytest.mark.parametrize(
+    ("own", "degrees", "reason", "nearest"),
+    [
+        ((), 90, "near_copy", 0),
+        (("ISIC_90",), 90, None, 10),  # its own image, and then 100 degrees is the nearest, 10 degrees off
+        (("ISIC_90",), 96, "near_copy", 4),  # of another lesion's image
+        (("ISIC_90", "ISIC_100"), 96, None, 84),  # two images of its lesion
+        (("ISIC_270",), 90, "near_copy", 0),
+        (("elsewhere",), 90, "near_copy", 0),
+    ],
+)
+def test_a_variation_may_be_near_its_own_lesion_alone(
+    circle: GateReference, own: tuple[str, ...], degrees: float, reason: str | None, nearest: float
+) -> None:
+    strict = replace(circle, copy_threshold=apart(9))
+    both = check(textures(2, seed=5), on_circle(90, degrees), ["MEL", "MEL"], strict, GateConfig(), [(), own])
+    assert [verdict.reason for verdict in both] == ["near_copy", reason], "each by its own"
+    assert both[1].nearest_distance == pytest.approx(apart(nearest), abs=1e-6)
+
+
+def test_by_pixels_too_a_variation_may_be_near_its_own_lesion_alone() -> None:
+    train = textures(8, seed=10)
+    ids = [f"image {row}" for row in range(8)]
+    reference = GateReference.build(None, np.arange(8) % 7, ids, GateConfig(), ids=ids, facts=ImageFacts.of(train))
+    copies = np.stack([train[2]] * 3)
+    own = [("image 2",), ("image 3",), ("image 2", "image 3")]
+    verdicts = check(copies, None, ["AKIEC"] * 3, reference, GateConfig(), own)
+    assert [verdict.reason for verdict in verdicts] == [None, "near_copy", None]
+
+
 def test_a_verdict_tells_its_distances(circle: GateReference) -> None:
     verdict = verdicts_on(on_circle(130), ["MEL"], circle, GateConfig())[0]
     assert verdict.nearest_distance == pytest.approx(apart(30), abs=1e-6)

@@ -92,6 +92,17 @@ def test_what_was_made_from_a_val_or_test_image_is_left_out(dataset: tuple[str, 
     assert "DF_000003" in lesions
 
 
+def test_a_variation_of_an_image_that_is_not_found_keeps_its_manifests_lesion(
+    dataset: tuple[str, pa.Table], tmp_path: Path
+) -> None:
+    manifest = write_manifest(tmp_path / "out", "s3://bucket/DF/a.jpg", None)
+    table = pq.read_table(manifest)
+    pq.write_table(table.append_column("lesion_id", pa.array(["L1", None])), manifest)
+    write_merged_index(*dataset, manifest, tmp_path / "merged.parquet")
+    lesions = {row["image_id"]: row["lesion_id"] for row in pq.read_table(tmp_path / "merged.parquet").to_pylist()}
+    assert (lesions["DF_000000"], lesions["DF_000001"]) == ("L1", "synthetic/DF_000001")
+
+
 def test_a_manifest_that_is_none_is_refused_in_one_line(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:
     foreign, broken = tmp_path / "foreign.parquet", tmp_path / "broken.parquet"
     pq.write_table(pa.table({"id": ["x"]}), foreign)

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from m2d.data.settings import DataConfig
 from m2d.diffusion.settings import SamplingSettings
-from m2d.errors import CheckpointError, ConfigError
+from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.generation.output import write_rows
 from m2d.generation.plan import (
     PLAN_SCHEMA,
@@ -28,6 +29,7 @@ from m2d.generation.plan import (
     seed_of,
     standard_plan,
     table_of,
+    training_references,
 )
 from m2d.generation.references import Reference
 from m2d.models.checkpoint import CheckpointInfo
@@ -93,6 +95,43 @@ def test_image2image_goes_round_the_references_with_the_seeds_of_standard() -> N
     assert [row.seed for row in rows] == [row.seed for row in standard({"DF": 3, "MEL": 3})]
     shared = ("image2image", 0.75, "reference", None)
     assert {(row.mode, row.strength, row.feature, row.feature_temperature) for row in rows} == {shared}
+
+
+def test_a_range_of_strengths_is_drawn_by_each_seed_and_rows_of_one_strength_are_together() -> None:
+    rows = image2image({"MEL": 2}, num_samples=300, strength="0.3..0.5")
+    found = [row.strength for row in rows]
+    assert found == sorted(found)
+    assert {value: found.count(value) > 30 for value in found} == dict.fromkeys([0.3, 0.35, 0.4, 0.45, 0.5], True)
+    longer = image2image({"MEL": 2}, num_samples=400, strength="0.3..0.5")
+    assert set(rows) < set(longer), "a strength is its row's own"
+    assert {row.strength for row in image2image({"MEL": 1}, strength=0.123456789)} == {0.123456789}
+
+
+def training_images(**lesions: int) -> pa.Table:
+    """Of MEL: so many images of each lesion."""
+    of = [(lesion, number) for lesion, count in lesions.items() for number in range(count)]
+    columns = {name: [f"{lesion}{number}" for lesion, number in of] for name in ("path", "sha256")}
+    return pa.table({**columns, "lesion_id": [lesion for lesion, _ in of], "label": ["MEL"] * len(of)})
+
+
+def test_variations_are_spread_evenly_over_lesions_and_within_them_over_images() -> None:
+    images = training_images(many=3, two=2, one=1)
+    found = training_references(images, "/data", {"MEL": 12, "NV": 0}, run_seed=4)
+    assert list(found) == ["MEL"]
+    counted = Counter(parent.lesion_id for parent in found["MEL"])
+    assert counted == {"many": 4, "two": 4, "one": 4}
+    of_image = Counter(parent.path for parent in found["MEL"])
+    assert sorted(of_image.values()) == [1, 1, 2, 2, 2, 4], "4 = 2 + 1 + 1 = 2 + 2 = 4"
+    assert found == training_references(images.take([5, 3, 1, 0, 2, 4]), "/data", {"MEL": 12}, run_seed=4)
+    assert training_references(images, "/data", {"MEL": 5}, run_seed=4)["MEL"] == found["MEL"][:5]
+    orders = {training_references(images, "/data", {"MEL": 3}, run_seed=seed)["MEL"] for seed in range(8)}
+    assert len(orders) > 1, "the seed shuffles"
+    (row, *_) = rows_of(image2image_plan(found, num_samples={"MEL": 12}, strength=0.5, run_seed=4, sampling=SAMPLING))
+    assert (row.mode, row.reference, row.group) == ("image2image", found["MEL"][0].path, found["MEL"][0].lesion_id)
+    with pytest.raises(DataError, match=r"^balance_from: no training image of NV [^\n]+$"):
+        training_references(images, "/data", {"MEL": 1, "NV": 1}, run_seed=4)
+    with pytest.raises(ConfigError, match="data_root"):
+        training_references(images, "s3://key:secret@bucket", {"MEL": 1}, run_seed=4)
 
 
 def test_an_interpolation_walks_from_each_reference_to_its_partner() -> None:

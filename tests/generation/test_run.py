@@ -450,6 +450,50 @@ def test_balance_fills_every_class_up_and_merges(
     assert (drawn, manifest(full)) == ([], []), "the largest class lacks none"
 
 
+def test_balance_from_real_varies_training_lesions_and_says_which(
+    drawn: list[str], tmp_path: Path, paint_images: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint_images(tmp_path / "data", {"MEL": 8, "DF": 12})
+    names = [(code, path.stem) for code in ("DF", "MEL") for path in sorted((tmp_path / "data" / code).iterdir())]
+    lesion_of = {name: f"{code}/{place // 2}" for place, (code, name) in enumerate(names)}  # two images each
+    split = {"MEL/6": "val", "MEL/7": "test"}
+    table = [f"{name},{lesion},{split.get(lesion, 'train')}" for name, lesion in lesion_of.items()]
+    (tmp_path / "data" / "metadata.csv").write_text("\n".join(["image_id,lesion_id,split", *table]))
+    allowed: list[Any] = []
+
+    def check(images: np.ndarray, *rest: Any) -> list[gates.Verdict]:
+        allowed.extend(rest[-1])
+        return [gates.Verdict(reason=None)] * len(images)
+
+    monkeypatch.setattr(gates, "check", check)
+    settings = config(
+        mode="balance", data_root=str(tmp_path / "data"), to="22", classes="MEL", balance_from="real", feature="none",
+        strength="0.3..0.6", merge=True, gates=GateConfig(class_consistency=False),
+    )  # fmt: skip
+    root = run.generate(settings)
+    rows = manifest(root)
+    assert len(rows) == 14
+    assert {lesion_of[Path(row["reference"]).stem] for row in rows} == {"MEL/8", "MEL/9"}, "of the training split"
+    assert all(row["lesion_id"] == lesion_of[Path(row["reference"]).stem] for row in rows)
+    assert {row["strength"] for row in rows} <= {0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6}
+    assert len({row["strength"] for row in rows}) > 3
+    found = scan_dataset(str(root), DataConfig()).catalog
+    read = dict(zip(found["image_id"].to_pylist(), found["lesion_id"].to_pylist(), strict=True))
+    assert read == {row["id"]: row["lesion_id"] for row in rows}, "m2d.data reads lesions.csv"
+    merged = pq.read_table(root / "merged_index.parquet").to_pylist()
+    assert {row["image_id"]: row["lesion_id"] for row in merged if row["source"] == "synthetic"} == read
+    images_of = {lesion: {name for name, of in lesion_of.items() if of == lesion} for lesion in read.values()}
+    assert sorted(map(sorted, allowed)) == sorted(sorted(images_of[lesion]) for lesion in read.values())
+    before = pngs(root)
+    drawn.clear()
+    assert (run.generate(settings), drawn) == (root, [])
+    planned = run.generate(replace(settings, plan_only=True, output=str(tmp_path / "planned")))
+    again = run.generate(replace(settings, mode="standard", balance_from="noise", plan=str(planned / "plan.parquet")))
+    assert again != root
+    assert {row["id"]: row["lesion_id"] for row in manifest(again)} == read, "a plan says it too"
+    assert pngs(again).keys() == before.keys()
+
+
 @pytest.mark.parametrize("format_name", ["webdataset", "parquet"])
 def test_shards_hold_the_pngs_of_the_folder_and_are_made_once(drawn: list[str], format_name: OutputFormat) -> None:
     settings = config(format=format_name, num_samples=5, batch_size=2, shard_images=5)

@@ -1,4 +1,4 @@
-"""Perceptual distances: a closed form with an extractor of known maps, the properties of a distance; the PatchGAN."""
+"""Perceptual distances: a closed form with an extractor of known maps, the properties of a distance; discriminators."""
 
 import pytest
 import torch
@@ -7,7 +7,16 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from m2d.models.extractors import FeatureExtractor, load_feature_extractor
-from m2d.models.perceptual import FeatureDistance, LpipsDistance, PatchDiscriminator, build_perceptual, lpips_available
+from m2d.models.perceptual import (
+    LITE0_MAPS,
+    FeatureDistance,
+    LpipsDistance,
+    PatchDiscriminator,
+    ProjectedDiscriminator,
+    build_perceptual,
+    lpips_available,
+    spectral_norm,
+)
 
 
 class ImageItself(FeatureExtractor):
@@ -106,6 +115,29 @@ def test_the_hidden_extractor_moves_with_its_module() -> None:
     assert all(parameter.is_meta for parameter in built._network[0].parameters())
 
 
+def test_a_projected_discriminators_maps_are_lite0s_whatever_the_extractor(distance: FeatureDistance) -> None:
+    extractor, images = ImageItself(), some_images(0)
+    shared = build_perceptual("features", extractor, projected=True)
+    assert shared.maps is not None
+    assert extractor.dtypes == []
+    assert_close(list(shared.maps(images)), list(distance.maps(images)))
+    assert_close(shared(images, some_images(1)), distance(images, some_images(1)))
+    lite0 = distance._network[0]
+    assert build_perceptual("features", lite0, projected=True)._network == [lite0]
+
+
+@pytest.mark.usefixtures("lpips_of_random_weights")
+def test_beside_lpips_a_projected_discriminator_has_maps_of_its_own_that_move_with_it(
+    distance: FeatureDistance,
+) -> None:
+    built = build_perceptual("lpips", None, "squeeze", projected=True)
+    assert built.maps is not None
+    assert_close(list(built.maps(some_images(0))), list(distance.maps(some_images(0))))
+    built.to("meta")
+    assert all(parameter.is_meta for hidden in (built, built.maps) for parameter in hidden._network[0].parameters())
+    assert build_perceptual("lpips", None, "squeeze").maps is None
+
+
 @pytest.fixture
 def no_weights_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
@@ -172,3 +204,68 @@ def test_there_is_a_logit_per_patch_and_images_do_not_see_each_other() -> None:
     logits = network(images)
     assert logits.shape == (2, 1, 6, 6)
     assert_close(logits[:1], network(images[:1]))
+
+
+# --- the projected discriminator
+
+
+@pytest.mark.parametrize("shape", [(1, 144), (4, 16), (64, 576), (64, 1024)])
+def test_the_spectral_norm_is_the_largest_singular_value(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    u, s, v = torch.linalg.svd(matrix.detach(), full_matrices=False)
+    for scaled in (matrix, 1e-4 * matrix, 1e4 * matrix):
+        scale = (scaled / matrix).flatten()[0].item()
+        assert spectral_norm(scaled).item() == pytest.approx(scale * s[0].item(), rel=0.02)
+    spread = (u * torch.linspace(1, 0.1, len(s))) @ v  # where the largest stands out, the gradient is known
+    spread.requires_grad_()
+    spectral_norm(spread).backward()
+    assert spread.grad is not None
+    assert_close(spread.grad, torch.outer(u[:, 0], v[0]), rtol=0, atol=0.15)
+
+
+def test_a_projected_discriminator_has_as_many_logits_from_every_map_and_images_do_not_see_each_other(
+    distance: FeatureDistance,
+) -> None:
+    """Images of 64 pixels have maps of 32, 16, 8 and 4, all of them halved to 4 x 4."""
+    images = torch.cat([nn.functional.interpolate(some_images(seed), 64) for seed in (0, 1)])
+    maps = distance.maps(images)
+    assert tuple(found.shape[1] for found in maps) == LITE0_MAPS
+    network = ProjectedDiscriminator(LITE0_MAPS, 8)
+    assert network(maps).shape == (4, 4 * 4 * 4)
+    assert_close(network([found[:1] for found in maps]), network(maps)[:1])
+
+
+def test_the_mixes_are_the_seeds_are_kept_and_do_not_learn() -> None:
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(ProjectedDiscriminator(LITE0_MAPS, 8))
+    mixes = [
+        {name: tensor for name, tensor in each.state_dict().items() if name.startswith(("mixing", "across"))}
+        for each in drawn
+    ]
+    assert len(mixes[0]) == 4 + 3
+    assert not mixes[0].keys() & dict(drawn[0].named_parameters()).keys()
+    assert_close(mixes[0], mixes[1], rtol=0, atol=0)
+    assert not torch.equal(mixes[0]["mixing_0"], mixes[2]["mixing_0"])
+
+
+def test_a_projected_discriminator_learns_to_tell_a_blur_from_the_originals(distance: FeatureDistance) -> None:
+    """On eight textures, tried on eight others. The maps' network stays as it is."""
+    torch.manual_seed(0)
+    sharp = torch.rand(16, 3, 32, 32) * 2 - 1
+    blurred = nn.functional.avg_pool2d(nn.functional.pad(sharp, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    before = {name: tensor.clone() for name, tensor in distance._network[0].state_dict().items()}
+    network = ProjectedDiscriminator(LITE0_MAPS, 16)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    real, made = distance.maps(sharp), distance.maps(blurred)
+    for _ in range(20):
+        first, second = (network([found[:8] for found in maps]) for maps in (real, made))
+        loss = nn.functional.relu(1 - first).mean() + nn.functional.relu(1 + second).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    scores = [network([found[8:] for found in maps]).mean(dim=1) for maps in (real, made)]
+    assert scores[0].min() > scores[1].max()
+    assert_close(dict(distance._network[0].state_dict()), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in distance._network[0].parameters())

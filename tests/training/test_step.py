@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import m2d.training.step as step_module
 from m2d.errors import TrainingError
 from m2d.models.extractors import Features
-from m2d.models.perceptual import FeatureDistance
+from m2d.models.perceptual import FeatureDistance, LpipsDistance
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, extract
 from m2d.training.losses import AutoencoderPhase, DenoiserPhase, frozen
 from m2d.training.networks import Networks
@@ -131,11 +131,108 @@ def test_the_gradient_in_parts_is_that_of_the_whole_objective(captured_gradients
         assert_close(by_parts[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize(("stage", "poison"), [("joint", "loss"), ("joint", "gradient"), ("decoder", "loss")])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
-    stage: str, poison: str, monkeypatch: pytest.MonkeyPatch
+def pulls_by_hand(networks: Networks, batch: tuple[ImageBatch, Draws], weights: LossWeights) -> tuple[Tensor, Tensor]:
+    """What the pointwise losses and what a projected discriminator asks of the decoder's last layer, by autograd."""
+    images, draws = batch
+    targets = images.images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    distance = FeatureDistance(networks.extractor)
+    posterior = networks.autoencoder.encode(targets)
+    drawn = networks.autoencoder.decode(posterior.mean + posterior.std * draws.posterior)
+    pointwise = weights.reconstruction * (drawn - targets).abs().mean()
+    pointwise = pointwise + weights.perceptual * distance(drawn, targets).mean()
+    adversarial = -networks.discriminator(distance.maps(drawn)).mean()
+    last = networks.autoencoder.vae.decoder.conv_out.weight
+    first, second = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (pointwise, adversarial))
+    return first, second
+
+
+def test_a_projected_discriminator_pulls_by_its_weight_as_much_as_the_pointwise_losses(
+    captured_gradients: dict[str, Tensor],
 ) -> None:
-    step = tiny_step(tiny_networks(discriminator=True), stage)
+    """The adaptive weight is the ratio of the gradients at the decoder's last layer, measured in the step before."""
+    weights, batch = LossWeights(reconstruction=0.6, perceptual=0.4, adversarial=0.7), tiny_batch(8)
+    networks = tiny_networks(discriminator="projected")
+    pointwise, adversarial = pulls_by_hand(networks, batch, weights)
+    step = tiny_step(networks, "decoder", weights=weights)
+    for number, adaptive in enumerate([0.0, pointwise.norm() / adversarial.norm()]):
+        assert_close(networks.discriminator.adaptive_weight, torch.as_tensor(adaptive), rtol=1e-4, atol=0)
+        for module in networks.trained().values():
+            module.zero_grad()
+        step([part(batch, 0, 4), part(batch, 4, 8)], number)  # nothing is updated
+        found = captured_gradients["autoencoder.vae.decoder.conv_out.weight"]
+        assert_close(found, pointwise + 0.7 * adaptive * adversarial, rtol=1e-4, atol=1e-6)
+    gained = (found - pointwise).norm() / pointwise.norm()
+    assert gained.item() == pytest.approx(0.7, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_adaptive_weight_does_not_depend_on_the_scale_of_gradients(precision: str) -> None:
+    found = []
+    for mode in ("no", precision):
+        step = tiny_step(tiny_networks(discriminator="projected"), "decoder", precision=mode)
+        step([tiny_batch(8)], 0)
+        assert step.read_scalars()["skipped_steps"] == 0
+        found.append(step.networks.discriminator.adaptive_weight.item())
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+
+
+@pytest.mark.parametrize("lpips", [False, True], ids=["features", "LPIPS"])
+def test_perceptual_loss_and_projected_discriminator_share_one_pass_for_each_side(
+    lpips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each micro-batch the maps of reconstructions are computed once, with a gradient, and of images, without one.
+
+    The network that makes the maps stays as it is and gets no gradient. Beside LPIPS it is there for the discriminator.
+    """
+    networks = tiny_networks(discriminator="projected")
+    extractor, passes = networks.extractor, []
+    before = {name: tensor.clone() for name, tensor in extractor.state_dict().items()}
+    pyramid = type(extractor).pyramid
+
+    def counted(self, x):  # type: ignore[no-untyped-def]
+        passes.append(x.requires_grad)
+        return pyramid(self, x)
+
+    monkeypatch.setattr(type(extractor), "pyramid", counted)
+    step = tiny_step(networks, "decoder")
+    if lpips:
+        step.perceptual = PixelLpips(step.perceptual.maps)
+    trained = state_of(networks)
+    for number in range(2):
+        step([tiny_batch(seed=2 * number), tiny_batch(seed=2 * number + 1)], number)
+    assert sorted(passes) == [False] * 4 + [True] * 4
+    assert_close(dict(extractor.state_dict()), before, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in extractor.parameters())
+    changed = moved(networks, trained)
+    assert {name.split(".")[1] for name in changed["autoencoder"]} == {"decoder", "post_quant_conv"}
+    assert changed["discriminator"] == set(trained["discriminator"]) - {"mixing_0"}
+
+
+class PixelLpips(LpipsDistance):
+    """In its place the distance of pixels: LPIPS's weights may not be at hand."""
+
+    def __init__(self, maps: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self._network, self.maps = [nn.Identity()], maps  # type: ignore[assignment]
+
+    def forward(self, images: Tensor, targets: Tensor, maps: object = None) -> Tensor:
+        return (images - targets).square().flatten(1).mean(dim=1)
+
+
+@pytest.mark.parametrize(
+    ("stage", "poison", "kind"),
+    [
+        ("joint", "loss", "patch"),
+        ("joint", "gradient", "patch"),
+        ("decoder", "loss", "patch"),
+        ("decoder", "loss", "projected"),
+        ("decoder", "gradient", "projected"),
+    ],
+)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    stage: str, poison: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = tiny_step(tiny_networks(discriminator=kind), stage)
     step([tiny_batch(seed=1)], 0)
     before = copy.deepcopy(step.state_dict())
     if poison == "loss":
@@ -215,10 +312,17 @@ def test_averages_follow_the_weights_by_the_stated_decay() -> None:
     assert_close(step.ema.module.unet.conv_in.weight, decay * start + (1 - decay) * new)
 
 
-@pytest.mark.parametrize(("stage", "discriminator"), [("joint", True), ("decoder", True), ("decoder", False)])
-def test_a_step_goes_on_from_its_state_in_fresh_networks(stage: str, discriminator: bool) -> None:
+@pytest.mark.parametrize(
+    ("stage", "discriminator"),
+    [("joint", True), ("decoder", True), ("decoder", False), ("joint", "projected"), ("decoder", "projected")],
+)
+def test_a_step_goes_on_from_its_state_in_fresh_networks(stage: str, discriminator: bool | str) -> None:
+    """A projected discriminator's mixes are drawn otherwise in the second, and come from the state."""
     first, second = (tiny_step(tiny_networks(discriminator=discriminator), stage) for _ in range(2))
+    if discriminator == "projected":
+        second.networks.discriminator.mixing_0.normal_()
     first([tiny_batch(seed=1)], 0)
+    first.flops(*tiny_batch(seed=3), 1)  # what is counted on the way leaves nothing behind
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for step in (first, second):
         step([tiny_batch(seed=2)], 1)

@@ -64,9 +64,8 @@ class Classifier(Protocol):
     def seeded(self) -> bool:
         """Whether the seed changes the answer."""
 
-    @property
-    def identity(self) -> str:
-        """Everything that shapes the answer but the rows and the seed: settings, weights, images."""
+    def identity_of(self, rows: TrainingRows) -> str:
+        """Everything that shapes the answer to these rows but them and the seed: settings, weights, images."""
 
     @property
     def wants_gpu(self) -> bool:
@@ -343,7 +342,7 @@ class Job:
     @classmethod
     def of(cls, classifier: Classifier, rows: TrainingRows, seed: int) -> "Job":
         """The job, with its digest: hex, stable between runs and machines."""
-        digest = hashlib.sha256(f"downstream 1\n{classifier.identity}\n".encode())
+        digest = hashlib.sha256(f"downstream 1\n{classifier.identity_of(rows)}\n".encode())
         parts = [(rows.real, "<i8"), (rows.generated, "<i8"), (rows.weights, "<f8")]
         parts += [(one, "<i8") for one in (rows.reference, rows.asked) if one is not None]
         for values, kind in parts:

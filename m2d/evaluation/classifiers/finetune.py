@@ -1,11 +1,12 @@
 """Classifier 2 of the comparison: a network fine-tuned on the pixels of an arm.
 
-All arms take the same number of steps, with the same images a step and the same schedule, so they differ in data alone.
+All arms take the same number of steps, with the same images a step, the same schedule and augmentation, so they differ
+in data alone, and in how synthetic images come in: the recipe.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,12 +14,20 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torchvision.transforms.functional import rgb_to_grayscale
 
 from m2d import __version__
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, TrainingError
-from m2d.evaluation.classifiers.compare import DownstreamResult, TrainingRows, Trials, compare_arms
+from m2d.evaluation.classifiers.compare import (
+    DownstreamResult,
+    TrainingRows,
+    Trials,
+    compare_arms,
+    drawn_of_classes,
+)
 from m2d.evaluation.classifiers.worth import FIXED_SHARE, Pool, WorthResult, measure_worth
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.settings import FinetuneConfig
@@ -30,6 +39,14 @@ from m2d.models.settings import TIMM_PREFIX, FeatureExtractorConfig
 
 VIEWS = 8
 PREDICTED_AT_ONCE = 64
+HALF = 0.5  # DA-Fusion's chance of a replacement (arXiv 2302.07944), and the first phase's part of the steps
+FEWEST_NORMED = 2  # images whose statistics a batch norm can take
+RECIPES = {
+    "mix": "synthetic images beside the real ones, weighted to a share of their class",
+    "replace": "a real image is replaced by a synthetic one of its class with the chance of the class's share",
+    "two_phase": "synthetic images alone first, classes alike, then real ones alone",
+    "auxiliary_bn": "mixed, with batch norms of their own for synthetic images; those of real ones are tested",
+}
 
 
 def measure_finetuned(
@@ -50,24 +67,47 @@ def measure_finetuned(
         notes=[
             f"Every arm takes the same {steps:,} steps of {config.batch_size} images "
             f"({config.epochs:g} passes over the real training images): arms differ in data alone.",
-            "A seed decides the new classification layer, dropout, the images' order and views, and what arms draw.",
+            "A seed decides the new classification layer, dropout, the images' order, views and colours, and what arms "
+            "draw.",
+            f"Arm d by the recipe {config.recipe}: {RECIPES[config.recipe]}.",
         ],
     )
 
 
 def finetuned_worth(
-    *, train: ImageSet, test: ImageSet, generated: ImageSet, config: FinetuneConfig, trials: Trials
+    *,
+    train: ImageSet,
+    test: ImageSet,
+    generated: ImageSet,
+    config: FinetuneConfig,
+    trials: Trials,
+    original: tuple[ImageSet, ImageSet] | None = None,
 ) -> WorthResult:
-    """What generated images are worth to classifier 2; see worth.measure_worth."""
+    """What generated images are worth to classifier 2; see worth.measure_worth.
+
+    original: train and test images as they are, where those given were preprocessed.
+    """
     return measure_worth(
         FinetuneClassifier.of(train, test, generated, config),
         f"{config.model} fine-tuned on the pixels",
         Pool.of(train, test, generated),
         trials,
         choose=False,
+        share=share_of(config),
         copies=len(generated.copies),
-        notes=[f"A training takes too long to choose a share by; it is {FIXED_SHARE:g}, and the test part is one."],
+        notes=[
+            f"A training takes too long to choose a share by; it is {share_of(config):g} by the recipe {config.recipe} "
+            f"({RECIPES[config.recipe]}), and the test part is one."
+        ],
+        original=FinetuneClassifier.of(*original, generated, config) if original else None,
     )
+
+
+def share_of(config: FinetuneConfig) -> float:
+    """Of a class's weight on its synthetic images; in two phases also of the steps."""
+    if config.share is not None:
+        return config.share
+    return HALF if config.recipe in ("replace", "two_phase") else FIXED_SHARE
 
 
 @dataclass(frozen=True)
@@ -81,29 +121,43 @@ class FinetuneClassifier:
     generated_labels: np.ndarray
     config: FinetuneConfig
     num_classes: int
-    identity: str
+    identities: tuple[str, str, str]  # of any answer; also of the generated images; also of how they join real ones
     seeded = True
 
     @classmethod
     def of(cls, train: ImageSet, test: ImageSet, generated: ImageSet, config: FinetuneConfig) -> "FinetuneClassifier":
-        """Its identity: hex digest of settings, starting weights and images; the code counts by its version.
+        """Its identities: hex digests of settings, starting weights and images; the code counts by its version.
 
-        Raises as load_feature_extractor does.
+        Raises as load_feature_extractor does, and ConfigError for auxiliary batch norms of a network without any.
         """
+        if config.recipe == "auxiliary_bn" and not auxiliary_norms(_network(config, len(train.classes)).network):
+            raise ConfigError(
+                f"finetune.recipe is {config.recipe} and finetune.model {config.model}, which has no batch norms; "
+                f"choose another recipe of {' '.join(RECIPES)}"
+            )
         shaping = asdict(config)
+        joined = {name: shaping.pop(name) for name in ("recipe", "share")}
         if config.pretrained:
             size = config.input_size
             named = FeatureExtractorConfig(name=config.model, weights=config.weights, input_size=size, crop="whole")
             shaping |= {"weights": extractor_identity(named)}
         digest = hashlib.sha256(f"finetune {__version__} {sorted(shaping.items(), key=str)}\n".encode())
         digest.update(f"{len(train.classes)} classes\n".encode())
+        identities = []
         for one in (train, test, generated):
             digest.update(f"{one.image_size} {' '.join(one.sha256)}\n".encode())
             digest.update(np.ascontiguousarray(one.labels).data)
+            identities.append(digest.hexdigest())
+        digest.update(f"{sorted(joined.items())}\n".encode())
         # A memory-mapped array is a subclass, which pickle copies; a plain one it hands to Ray's store as it is.
         plain = tuple(one.pixels.view(np.ndarray) for one in (train, test, generated))
         labels = train.labels, generated.labels
-        return cls(plain[0], plain[1], plain[2], *labels, config, len(train.classes), digest.hexdigest())
+        identity = identities[1], identities[2], digest.hexdigest()
+        return cls(plain[0], plain[1], plain[2], *labels, config, len(train.classes), identity)
+
+    def identity_of(self, rows: TrainingRows) -> str:
+        """Rows of real images alone are the same training whatever is generated, and by every recipe."""
+        return self.identities[bool(len(rows.generated)) + _both(rows)]
 
     @property
     def wants_gpu(self) -> bool:
@@ -122,10 +176,11 @@ class FinetuneClassifier:
             try:
                 self._train(extractor, rows, seed, device)
                 network.eval()
-                parts = []
+                parts, asked = [], np.arange(len(self.test)) if rows.asked is None else rows.asked
                 with torch.inference_mode():
-                    for first in range(0, len(self.test), PREDICTED_AT_ONCE):
-                        logits = network(_input(self.test[first : first + PREDICTED_AT_ONCE], extractor, device))
+                    for first in range(0, len(asked), PREDICTED_AT_ONCE):
+                        images = _images(self.test[asked[first : first + PREDICTED_AT_ONCE]], device)
+                        logits = network(_input(images, extractor))
                         parts.append(logits.double().softmax(dim=1).cpu().numpy())
                 return np.concatenate(parts)
             except torch.OutOfMemoryError:
@@ -137,25 +192,32 @@ class FinetuneClassifier:
     def _train(self, extractor: FeatureExtractor, rows: TrainingRows, seed: int, device: torch.device) -> None:
         network: Any = extractor.network
         network.train()
-        labels = torch.from_numpy(rows.labels(self.train_labels, self.generated_labels)).to(device)
-        weights = torch.from_numpy(rows.weights).float().to(device)
-        total = steps_of(self.config, len(self.train))
-        kernels, others = ([one for one in network.parameters() if (one.ndim > 1) == wide] for wide in (True, False))
+        of_class = rows.labels(self.train_labels, self.generated_labels)
+        labels = torch.from_numpy(of_class).to(device)
+        total = steps_of(self.config, len(self.train) if rows.reference is None else len(rows.reference))
+        apart = auxiliary_norms(network) if self.config.recipe == "auxiliary_bn" and _both(rows) else {}
+        trained = [*network.parameters(), *(one for one in apart.values() if one.requires_grad)]
+        kernels, others = ([one for one in trained if (one.ndim > 1) == wide] for wide in (True, False))
         optimizer = torch.optim.AdamW(
             [{"params": kernels, "weight_decay": self.config.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=self.config.learning_rate,
         )
         kind = pick_precision(self.config.mixed_precision, device)
         scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
+        colours = torch.Generator().manual_seed(seed)
         loss = torch.zeros((), device=device)
-        for step, (numbers, views) in enumerate(batches_of(len(rows.weights), self.config.batch_size, total, seed)):
+        for step, (numbers, views, weights) in enumerate(recipe_batches(rows, of_class, self.config, total, seed)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, step, total)
-            images = _input(np.stack([self._seen(rows, *one) for one in zip(numbers, views)]), extractor, device)
-            chosen = torch.from_numpy(numbers).to(device)
+            images = _images(np.stack([self._seen(rows, *one) for one in zip(numbers, views)]), device)
+            images = _input(jittered(images, self.config.color_jitter, colours), extractor)
+            chosen, weight = (torch.from_numpy(one).to(device) for one in (numbers, weights.astype(np.float32)))
+            real = int(np.count_nonzero(numbers < len(rows.real))) if apart else len(images)
             with torch.autocast(device.type, dtype=DTYPES[kind], enabled=kind != "no"):
-                logits = network(images)
-            loss = (F.cross_entropy(logits.float(), labels[chosen], reduction="none") * weights[chosen]).mean()
+                logits = network(images[:real])
+                if apart:
+                    logits = torch.cat([logits, functional_call(network, apart, images[real:])])
+            loss = (F.cross_entropy(logits.float(), labels[chosen], reduction="none") * weight).mean()
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -186,7 +248,50 @@ def learning_rate(config: FinetuneConfig, step: int, total: int) -> float:
     return config.learning_rate * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
-def batches_of(images: int, batch_size: int, steps: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def recipe_batches(
+    rows: TrainingRows, labels: np.ndarray, config: FinetuneConfig, steps: int, seed: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each step: image numbers int64 [B], a view of each, and their weights in the loss, float64 [B].
+
+    labels: int64 [n + m], of the arm's images. A class weighs as much as in `rows` by every recipe, but for two_phase's
+    first phase, where all that are generated weigh the same. Real or synthetic images alone are trained on plainly.
+    In a batch of auxiliary_bn real images come first.
+    """
+    size, real, every = config.batch_size, len(rows.real), len(labels)
+    whole = np.bincount(labels, rows.weights)
+    there, offered = (np.bincount(one, minlength=len(whole)) for one in (labels[:real], labels[real:]))
+    alone = whole / there.clip(1)  # weight of a real image of each class where no synthetic one has any
+    if config.recipe == "mix" or not _both(rows):
+        for numbers, views in batches_of(every, size, steps, seed):
+            yield numbers, views, rows.weights[numbers]
+    elif config.recipe == "replace":
+        chance = np.bincount(labels[real:], rows.weights[real:], len(whole)) / whole.clip(1e-12)
+        generator = np.random.default_rng([seed, 5])
+        for numbers, views in batches_of(real, size, steps, seed):
+            of_class = labels[numbers]
+            for place in np.flatnonzero(generator.random(size) < chance[of_class]):
+                numbers[place] = real + generator.choice(np.flatnonzero(labels[real:] == of_class[place]))
+            yield numbers, views, alone[of_class]
+    elif config.recipe == "two_phase":
+        first = round(share_of(config) * steps)
+        alike = real + drawn_of_classes(labels[real:], np.where(offered > 0, offered.max(), 0), [seed, 5])
+        for numbers, views in batches_of(len(alike), size, first, [seed, 6]):
+            yield alike[numbers], views, np.ones(size)
+        for numbers, views in batches_of(real, size, steps - first, seed):
+            yield numbers, views, alone[labels[numbers]]
+    else:  # the same as mixed, but for as many of each kind in every batch
+        made = int(np.clip(round(size * (every - real) / every), FEWEST_NORMED, size - FEWEST_NORMED))
+        counts = np.array([size - made, made])
+        scale = np.repeat(size / every * np.array([real, every - real]) / counts, counts)
+        beside = batches_of(every - real, made, steps, [seed, 5])
+        for own, new in zip(batches_of(real, size - made, steps, seed), beside, strict=True):
+            numbers = np.concatenate([own[0], real + new[0]])
+            yield numbers, np.concatenate([own[1], new[1]]), rows.weights[numbers] * scale
+
+
+def batches_of(
+    images: int, batch_size: int, steps: int, seed: int | Sequence[int]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """For each step: image numbers int64 [B], in shuffled passes over all of them, and a view of each, in 0 .. 7."""
     generator = np.random.default_rng(seed)
     waiting = np.empty(0, dtype=np.int64)
@@ -197,9 +302,47 @@ def batches_of(images: int, batch_size: int, steps: int, seed: int) -> Iterator[
         yield batch, generator.integers(VIEWS, size=batch_size)
 
 
-def _input(pixels: np.ndarray, extractor: FeatureExtractor, device: torch.device) -> Tensor:
-    """uint8 [B, S, S, 3] to what the network reads."""
-    images = torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2)
+def auxiliary_norms(network: nn.Module) -> dict[str, Tensor]:
+    """A second set of every batch norm's scales and statistics, under their names in the network. Empty without any.
+
+    For functional_call, which updates it in place of the network's own. Source: AdvProp, arXiv 1911.09665, section 4.2.
+    """
+    return {
+        f"{place}.{name}": tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        for place, layer in network.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+    }
+
+
+def jittered(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast and saturation of each image times a factor of its own in 1 - strength .. 1 + strength.
+
+    images: [B, 3, H, W] in [0, 255]. As torchvision's ColorJitter, which draws one factor for a batch, in this order;
+    hue stays, for it tells diagnoses apart. Strength 0 draws nothing.
+    """
+    if not strength:
+        return images
+    factors = 1 + strength * (2 * torch.rand(3, len(images), 1, 1, 1, generator=generator) - 1)
+    brightness, contrast, saturation = factors.to(images.device)
+    images = (images * brightness).clamp(0, 255)
+    mean = rgb_to_grayscale(images).mean(dim=(1, 2, 3), keepdim=True)
+    images = torch.lerp(mean, images, contrast).clamp(0, 255)
+    return torch.lerp(rgb_to_grayscale(images), images, saturation).clamp(0, 255)
+
+
+def _both(rows: TrainingRows) -> bool:
+    """Whether there are images of both kinds; the recipe then counts."""
+    return bool(len(rows.real) and len(rows.generated))
+
+
+def _images(pixels: np.ndarray, device: torch.device) -> Tensor:
+    """uint8 [B, S, S, 3] to float32 [B, 3, S, S] in [0, 255]."""
+    return torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2).float()
+
+
+def _input(images: Tensor, extractor: FeatureExtractor) -> Tensor:
+    """Images in [0, 255] to what the network reads."""
     return extractor.preprocess(images).contiguous(memory_format=torch.channels_last)
 
 

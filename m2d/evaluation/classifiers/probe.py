@@ -8,7 +8,8 @@ import csv
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -33,6 +34,7 @@ from m2d.evaluation.classifiers.compare import (
     scored_classes,
     unscored,
 )
+from m2d.evaluation.classifiers.site import SiteResult, measure_site, site_rows
 from m2d.evaluation.classifiers.worth import Pool, WorthResult, measure_worth
 from m2d.evaluation.features import ClsFeatures, cls_features
 from m2d.evaluation.images import (
@@ -131,6 +133,10 @@ class ProbeClassifier:
             digest.update(np.ascontiguousarray(part.labels).data)
         return digest.hexdigest()
 
+    def identity_of(self, rows: TrainingRows) -> str:
+        """The same for all rows."""
+        return self.identity
+
     def predict(self, rows: TrainingRows, seed: int) -> np.ndarray:
         """Class probabilities of the test images. An image that stands twice is one of twice the weight: same loss."""
         real, count = np.unique(rows.real), len(rows.real)
@@ -156,11 +162,13 @@ def probe_worth(
     trials: Trials,
     folds: int = 1,
     controls: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
+    original: Sequence[FeatureSet] = (),
 ) -> WorthResult:
     """What generated images are worth to classifier 1; see worth.measure_worth.
 
     known: real images that are trained on alone; with folds, `tested` are too. redrawn: rows of both together,
-    ascending, and the features of those images after the autoencoder. c: as in measure_downstream.
+    ascending, and the features of those images after the autoencoder. c: as in measure_downstream. original: known and
+    tested images as they are, where those given were preprocessed.
     """
     cls = tested.cls if known is None else np.concatenate([known.cls, tested.cls])
     pool = Pool.of(
@@ -168,8 +176,8 @@ def probe_worth(
         tested.images,
         generated.images,
         redrawn=redrawn[0] if redrawn else None,
-        nearest=partial(_nearest, cls, generated.cls),
     )
+    pool = replace(pool, nearest=partial(origins, cls, pool.groups, generated))
     labels, groups, classes = pool.labels, pool.groups, pool.classes
     rest, apart = np.flatnonzero(~pool.tested) if folds == 1 else np.arange(len(labels)), dict[str, float]()
     for label in np.unique(generated.labels):
@@ -183,6 +191,7 @@ def probe_worth(
     if redrawn:
         every = replace(generated.images, labels=np.concatenate([generated.labels, labels[redrawn[0]]]))
         generated = replace(generated, images=every, cls=np.concatenate([generated.cls, redrawn[1].cls]))
+    before = replace(pooled, cls=np.concatenate([one.cls for one in original])) if original else None
     return measure_worth(
         ProbeClassifier(pooled, pooled, generated, c),
         "logistic regression on extractor features",
@@ -192,7 +201,65 @@ def probe_worth(
         copies=len(generated.images.copies),
         told_apart=apart,
         controls=controls,
+        original=ProbeClassifier(before, before, generated, c) if before else None,
     )
+
+
+def probe_site(
+    *,
+    known: FeatureSet | None,
+    tested: FeatureSet,
+    generated: FeatureSet,
+    turned: Sequence[np.ndarray] = (),
+    c: float | None,
+    trials: Trials,
+    share: float,
+    folds: int,
+) -> SiteResult:
+    """What a site gains, for classifier 1; see site.measure_site.
+
+    known: real images that the generator learned on. turned: features of the tested images, one array for each further
+    view. c: None: chosen on as many of the known lesions as the site has, for the best one depends on their number.
+    """
+    pool = Pool.of(known.images if known else None, tested.images, generated.images)
+    cls = tested.cls if known is None else np.concatenate([known.cls, tested.cls])
+    how = "as asked for"
+    if c is None:
+        how = "chosen on as many lesions as the site has, of those that the generator learned on"
+        if known is not None:
+            rows = np.flatnonzero(~pool.tested)
+            with suppress(Unanswerable):  # the generator learned on fewer lesions than the site has
+                rows = site_rows(pool, rows, share, [trials.seed])
+            of_known = cls[rows], pool.labels[rows], pool.groups[rows]
+            c, _ = choose_c(*of_known, num_classes=len(pool.classes), seed=trials.seed)
+        if c is None:
+            c, how = C_WITHOUT_CHOICE, "for there is too little to choose it by"
+    pooled = replace(tested, images=replace(tested.images, labels=pool.labels, groups=pool.groups), cls=cls)
+    views = np.concatenate([generated.labels, *(tested.labels for _ in turned)])
+    offered = replace(
+        generated, images=replace(generated.images, labels=views), cls=np.concatenate([generated.cls, *turned])
+    )
+    return measure_site(
+        ProbeClassifier(pooled, pooled, offered, c),
+        "logistic regression on extractor features",
+        pool,
+        trials,
+        share=share,
+        folds=folds,
+        turned=len(turned),
+        copies=len(generated.images.copies),
+        notes=[f"c is {c:g} in every arm, {how}."],
+    )
+
+
+def origins(real: np.ndarray, groups: np.ndarray, generated: FeatureSet, rows: np.ndarray) -> np.ndarray:
+    """For each generated image the nearest of these real ones; of a variation, one of its lesion's where there is one.
+
+    groups: of all real ones.
+    """
+    place = dict(zip(groups[rows].tolist(), rows.tolist(), strict=True))
+    found = zip(generated.groups.tolist(), _nearest(real, generated.cls, rows).tolist(), strict=True)
+    return np.array([place.get(lesion, row) for lesion, row in found], np.int64)
 
 
 def _nearest(real: np.ndarray, generated: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -42,17 +42,24 @@ RULES = {  # how images are called, with what, and against what
     "class_balanced": ("class-balanced loss", "d", "b"),
     "argmax": ("argmax", "d", "c"),
 }
+# What preprocessing the real images, training and test, changes: rule, arm with it, arm without. Rows of a report.
+PREPROCESSED = (
+    ("equal priors", "d", "c"),
+    ("class-balanced loss", "d", "b"),
+    ("equal priors", "c", "c"),
+    ("class-balanced loss", "b", "b"),
+)
 GAINS = {  # offered to half of the training lesions
     "synthetic": "the synthetic images",
     "ceiling": "real images of the other half",
     "codec": "the same through the autoencoder",
 }
-_WATCHED = {  # may fall while the balanced accuracy rises: the ranking within a class, and what a probability means
+WATCHED = {  # may fall while the balanced accuracy rises: the ranking within a class, and what a probability means
     "macro_auprc": "macro AUPRC",
     "melanoma_auprc": "melanoma AUPRC",
     "expected_calibration_error": "expected calibration error",
 }
-_Key = tuple[Any, ...]  # of a training: the number of the part, then which one
+Key = tuple[Any, ...]  # of a training: the number of the part, then which one
 
 
 @dataclass(frozen=True)
@@ -118,10 +125,12 @@ class WorthResult:
     told_apart: dict[str, float]  # class code -> AUC of a detector of its generated images
     verdict: Verdict
     notes: list[str]
+    # Where the real images were preprocessed, to arms on the images as they are: `rule: arm - arm on original images`.
+    minus_original: dict[str, dict[str, Estimate]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Offer:
+class Offer:
     """Images offered to real ones that are trained on."""
 
     fit: np.ndarray  # int64, real rows to train on
@@ -135,7 +144,7 @@ class _Part:
 
     seed: int
     held: np.ndarray  # int64, ascending real rows to call
-    offers: dict[str, _Offer]
+    offers: dict[str, Offer]
     arms: dict[str, TrainingRows] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)  # by offer
 
@@ -148,26 +157,29 @@ def measure_worth(
     *,
     folds: int = 1,
     choose: bool = True,
+    share: float = FIXED_SHARE,
     copies: int = 0,
     told_apart: Mapping[str, float] | None = None,
     controls: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
     notes: Sequence[str] = (),
+    original: Classifier | None = None,
 ) -> WorthResult:
     """Train, choose the shares, score what is tested, and say whether the synthetic images help.
 
     classifier: its train and its test set are the pool's images, its generated set the pool's with `redrawn` behind.
     folds: of the tested lesions, each with all else to train on; their answers are scored together. choose: False: the
-    share is FIXED_SHARE, and the classifier's sets are the two sides of `tested`, for there are no folds. copies: of
+    share is `share`, and the classifier's sets are the two sides of `tested`, for there are no folds. copies: of
     test images among the generated ones. controls: by name, half of the lesions' rows -> real rows that these are
-    offered as if generated. Raises Unanswerable where fewer than two classes can be scored.
+    offered as if generated. original: the classifier of the same rows, its real images as they are, where the other's
+    were preprocessed. Raises Unanswerable where fewer than two classes can be scored.
     """
     tested = np.flatnonzero(pool.tested)
     made = pool.generated if pool.redrawn is None else np.concatenate([pool.generated, pool.labels[pool.redrawn]])
     parts, notes = list[_Part](), list(notes)
     for seed in trials.seeds:
-        for held in _partition(pool, tested, folds, seed) if folds > 1 else [tested]:
+        for held in partition(pool, tested, folds, seed) if folds > 1 else [tested]:
             fit = np.setdiff1d(np.arange(len(pool.labels)), held) if folds > 1 else np.flatnonzero(~pool.tested)
-            offers = {"all": _Offer(fit, held[:0], np.arange(len(pool.generated)))}
+            offers = {"all": Offer(fit, held[:0], np.arange(len(pool.generated)))}
             offers |= _on_half(pool, fit, seed, controls or {}) if choose else {}
             parts.append(_Part(seed, held, offers))
     classes = [
@@ -178,17 +190,17 @@ def measure_worth(
     if not parts or len(classes) < 2:
         raise Unanswerable(f"tested and training lesions are too few, or share too few classes, for {folds} folds")
 
-    def train(asked: Mapping[_Key, TrainingRows]) -> dict[_Key, np.ndarray]:
-        jobs = {key: Job.of(classifier, rows, parts[key[0]].seed) for key, rows in asked.items()}
-        answered = run_jobs(classifier, list(jobs.values()), trials)
+    def train(asked: Mapping[Key, TrainingRows], by: Classifier = classifier) -> dict[Key, np.ndarray]:
+        jobs = {key: Job.of(by, rows, parts[key[0]].seed) for key, rows in asked.items()}
+        answered = run_jobs(by, list(jobs.values()), trials)
         return {key: answered[job.digest] for key, job in jobs.items()}
 
-    asked, inner = dict[_Key, TrainingRows](), dict[_Key, list[dict[float, TrainingRows]]]()
+    asked, inner = dict[Key, TrainingRows](), dict[Key, list[dict[float, TrainingRows]]]()
     for number, part in enumerate(parts):
         part.arms = _real_arms(pool, part, pooled=choose)
         asked |= {(number, arm): rows for arm, rows in part.arms.items()}
         for offer in part.offers if choose else ():
-            inner[number, offer] = _inner(pool, made, part.offers[offer], part.seed)
+            inner[number, offer] = inner_trainings(pool, made, part.offers[offer], part.seed)
             for fold, of_share in enumerate(inner[number, offer]):
                 asked |= {(number, offer, fold, share): rows for share, rows in of_share.items()}
     answers = train(asked)
@@ -202,10 +214,10 @@ def measure_worth(
             parts[number].shares[offer], lost = _chosen(pool, made, found, parts[number].seed)
             tried += [lost] if offer == "all" else []
     if choose and not tried:
-        notes.append(f"The training lesions are too few to choose a share by; {FIXED_SHARE:g} is taken.")
+        notes.append(f"The training lesions are too few to choose a share by; {share:g} is taken.")
     for part in parts:
         for offer, one in part.offers.items():
-            mix = partial(_mixed, pool.labels, made, one, part.shares.get(offer, FIXED_SHARE))
+            mix = partial(mixed, pool.labels, made, one, part.shares.get(offer, share))
             part.arms[offer] = mix(asked=part.held if choose else None)
             if offer == "all":
                 part.arms["balanced"] = mix(asked=part.held if choose else None, balanced=True)
@@ -216,7 +228,7 @@ def measure_worth(
     truth, groups = pool.labels[tested][scored], pool.groups[tested][scored]
     resamples = Resamples.of(truth, groups, trials, pool.classes)
 
-    def scores_of(arm: str, *, adjusted: bool = True) -> list[Scored]:
+    def scores_of(arm: str, *, adjusted: bool = True, answers: Mapping[Key, np.ndarray] = answers) -> list[Scored]:
         """For each seed, of the answers on all of its parts. Calls are at equal priors, ranks at the real ones."""
         found = []
         for seed in trials.seeds:
@@ -246,9 +258,18 @@ def measure_worth(
         rule: resamples.estimates(arms[f"{how}: {one}"], arms[f"{how}: {other}"])
         for rule, (how, one, other) in RULES.items()
     }
+    minus_original = {}
+    if original is not None:
+        asked = {(number, arm): part.arms[arm] for number, part in enumerate(parts) for arm in "bc"}
+        plain = train(asked, by=original)
+        before = {arm: scores_of(arm, adjusted=arm == "c", answers=plain) for arm in "bc"}
+        minus_original = {
+            f"{how}: {one} - {other} on original images": resamples.estimates(arms[f"{how}: {one}"], before[other])
+            for how, one, other in PREPROCESSED
+        }
     offered = [one for one in parts[0].offers if one != "all" and all(one in part.offers for part in parts)]
     half = {arm: scores_of(arm) for arm in ([*offered, "half a", "half c"] if offered else [])}
-    shares = {offer: [part.shares.get(offer, FIXED_SHARE) for part in parts] for offer in ("all", *offered)}
+    shares = {offer: [part.shares.get(offer, share) for part in parts] for offer in ("all", *offered)}
     controls_of = {"all": (arms["equal priors: c"], arms["equal priors: a"])}
     controls_of |= {offer: (half["half c"], half["half a"]) for offer in offered}  # noqa: C420 - there may be none
     drawn = {
@@ -265,7 +286,7 @@ def measure_worth(
     }
     said = "no verdict" if copies else word(drawn["all"], shares["all"])
     return WorthResult(
-        classifier=name,
+        classifier=name if original is None else f"{name}, real images through the autoencoder",
         folds=folds,
         seeds=list(trials.seeds),
         resamples=trials.resamples,
@@ -276,13 +297,14 @@ def measure_worth(
         arms={arm: resamples.estimates(one) for arm, one in arms.items()},
         differences=differences,
         margin=MARGIN,
-        within=dict(zip(("primary", "less_real"), map(_narrower, drawn["all"]), strict=True)),
+        within=dict(zip(("primary", "less_real"), map(narrower, drawn["all"]), strict=True)),
         gains=gains,
-        of_ceiling=_ratio(drawn, "synthetic"),
-        codec_retention=_ratio(drawn, "codec"),
+        of_ceiling=share_of_gain(drawn, "synthetic"),
+        codec_retention=share_of_gain(drawn, "codec"),
         told_apart=dict(told_apart or {}),
         verdict=verdict(said, differences, shares["all"], (copies, len(pool.generated))),
         notes=notes,
+        minus_original=minus_original,
     )
 
 
@@ -299,10 +321,10 @@ def equal_priors(answer: np.ndarray, rows: TrainingRows, real: np.ndarray, gener
     return np.divide(answer, prior, out=np.zeros_like(answer, dtype=np.float64), where=prior > 0)
 
 
-def _mixed(
+def mixed(
     real: np.ndarray,
     generated: np.ndarray,
-    offer: _Offer,
+    offer: Offer,
     share: float,
     *,
     balanced: bool = False,
@@ -334,7 +356,7 @@ def _mixed(
 def _real_arms(pool: Pool, part: _Part, *, pooled: bool) -> dict[str, TrainingRows]:
     """Arms a to d of compare.py, and a and c of the half of the lesions."""
 
-    def arm(letter: str, offer: _Offer) -> TrainingRows:
+    def arm(letter: str, offer: Offer) -> TrainingRows:
         fit, asked = offer.fit, (offer.fit, part.held) if pooled else (None, None)
         rows = training_rows(letter, pool.labels[fit], pool.generated, seed=part.seed)
         return TrainingRows(fit[rows.real], rows.generated, rows.weights, *asked)
@@ -345,7 +367,7 @@ def _real_arms(pool: Pool, part: _Part, *, pooled: bool) -> dict[str, TrainingRo
     return found
 
 
-def _partition(pool: Pool, rows: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:
+def partition(pool: Pool, rows: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:
     """Rows in as many parts, stratified by class, no lesion in two of them; none where they are too few."""
     labels, groups = pool.labels[rows], pool.groups[rows]
     if len(np.unique(groups)) < folds or np.bincount(labels).max(initial=0) < folds:
@@ -359,7 +381,7 @@ def _partition(pool: Pool, rows: np.ndarray, folds: int, seed: int) -> list[np.n
 
 def _on_half(
     pool: Pool, fit: np.ndarray, seed: int, controls: Mapping[str, Callable[[np.ndarray], np.ndarray]]
-) -> dict[str, _Offer]:
+) -> dict[str, Offer]:
     """Half of the lesions of each generated class are withheld; what the rest is offered. Empty for too few lesions.
 
     Of the withheld images as many as were generated, redrawn ones where there are such.
@@ -378,24 +400,24 @@ def _on_half(
     )
     new, half, none = np.sort(there[drawn_of_classes(pool.labels[there], counts, [seed, 3])]), fit[~away], fit[:0]
     offers = {
-        "synthetic": _Offer(half, none, np.arange(len(pool.generated))),
-        "ceiling": _Offer(half, new, none),
+        "synthetic": Offer(half, none, np.arange(len(pool.generated))),
+        "ceiling": Offer(half, new, none),
     }
     if pool.redrawn is not None:
-        offers["codec"] = _Offer(half, none, len(pool.generated) + np.searchsorted(pool.redrawn, new))
-    return offers | {name: _Offer(half, control(half), none) for name, control in controls.items()}
+        offers["codec"] = Offer(half, none, len(pool.generated) + np.searchsorted(pool.redrawn, new))
+    return offers | {name: Offer(half, control(half), none) for name, control in controls.items()}
 
 
 # --- the choice of a share ------------------------------------------------------------------------------------------
 
 
-def _inner(pool: Pool, generated: np.ndarray, offer: _Offer, seed: int) -> list[dict[float, TrainingRows]]:
+def inner_trainings(pool: Pool, generated: np.ndarray, offer: Offer, seed: int) -> list[dict[float, TrainingRows]]:
     """For each fold of the training lesions, what is trained for each share. Empty where they are too few.
 
     What is offered stays away from lesions that it was learned from: a generated image is left out where its nearest
     training image is of a held-out lesion. Otherwise copies would be chosen for what they repeat.
     """
-    folds = _partition(pool, offer.fit, INNER_FOLDS, seed)
+    folds = partition(pool, offer.fit, INNER_FOLDS, seed)
     rest = [np.setdiff1d(offer.fit, held) for held in folds]
     if any(len(np.unique(pool.labels[fit])) < 2 for fit in rest):
         return []
@@ -407,8 +429,8 @@ def _inner(pool: Pool, generated: np.ndarray, offer: _Offer, seed: int) -> list[
         if nearest is not None:
             near[made] = np.isin(pool.groups[nearest], pool.groups[held])
         own = np.isin(pool.groups[offer.real], pool.groups[held])
-        without = _Offer(fit, offer.real[~own], offer.generated[~near])
-        found.append({share: _mixed(pool.labels, generated, without, share, asked=held) for share in SHARES})
+        without = Offer(fit, offer.real[~own], offer.generated[~near])
+        found.append({share: mixed(pool.labels, generated, without, share, asked=held) for share in SHARES})
     return found
 
 
@@ -449,7 +471,7 @@ def word(drawn: Sequence[np.ndarray], shares: Sequence[float]) -> Word:
     cross-validation gave the images no weight anywhere. harmless: both 90 % intervals lie within MARGIN, that is, two
     one-sided tests at 5 % each reject a larger difference. Otherwise no difference is shown.
     """
-    wide, narrow = [Estimate.of(one[0], one[1:]) for one in drawn], [_narrower(one) for one in drawn]
+    wide, narrow = [Estimate.of(one[0], one[1:]) for one in drawn], [narrower(one) for one in drawn]
     if not any(shares):
         return "no use"
     if all(one.above for one in wide):
@@ -484,7 +506,7 @@ def verdict(
     }
     worse = [
         f"{text} by {one.signed}"
-        for name, text in _WATCHED.items()
+        for name, text in WATCHED.items()
         if (one := differences["primary"].get(name)) and (one.above if name in LOWER_IS_BETTER else one.below)
     ]
     warned = f"Balanced accuracy rose, yet this got worse: {'; '.join(worse)}."
@@ -492,13 +514,13 @@ def verdict(
     return Verdict(said, f"{said}: {reasons.get(said, changed)}", [warned] if rose else [])
 
 
-def _narrower(drawn: np.ndarray) -> Estimate:
+def narrower(drawn: np.ndarray) -> Estimate:
     """Value and resamples [1 + R] with the 90 % interval, that of two one-sided tests at 5 %."""
     low, high = np.percentile(drawn[1:], [5, 95])
     return Estimate(float(drawn[0]), float(low), float(high))
 
 
-def _ratio(drawn: Mapping[str, Sequence[np.ndarray]], offer: str) -> Estimate | None:
+def share_of_gain(drawn: Mapping[str, Sequence[np.ndarray]], offer: str) -> Estimate | None:
     """Of what images add to real ones alone, over what the ceiling's do, with its interval.
 
     None where either is missing, or what the ceiling's add may be 0.

