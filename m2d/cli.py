@@ -20,6 +20,7 @@ from m2d.data.settings import SetupConfig
 from m2d.errors import ConfigError, Incomplete, M2DError
 from m2d.evaluation.settings import EvaluateConfig, PickConfig, ProbeConfig
 from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, ReportConfig, ShowConfig
+from m2d.export.settings import ExportConfig
 from m2d.files.atomic import FULL
 from m2d.files.paths import ensure_home
 from m2d.generation.settings import GenerateConfig
@@ -122,6 +123,12 @@ COMMANDS: dict[str, Command] = {
     ),
     "experiments clean": Command(
         CleanConfig, "m2d.experiments.commands:clean_command", "Remove old experiments; asks first."
+    ),
+    "export": Command(
+        ExportConfig,
+        "m2d.export.export:export",
+        "Share a checkpoint as a folder, or on the Hugging Face hub, that diffusers loads, with a model card.",
+        positional="checkpoint",
     ),
     "demo": Command(
         DemoConfig, "m2d.demo_command:run_demo", "Render demo images, train on them with two workers, generate samples."

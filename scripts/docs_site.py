@@ -19,6 +19,7 @@ OUTSIDE = {  # file of the repository: its place in the site
 }
 API = {
     "client": ("Client of the service", ["m2d.serving.client"]),
+    "pipeline": ("Pipeline", ["m2d.export.pipeline"]),
     "generator": (
         "Checkpoints and the generator",
         ["m2d.models.checkpoint", "m2d.generation.generator", "m2d.generation.plan"],

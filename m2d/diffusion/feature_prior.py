@@ -137,17 +137,8 @@ class FeaturePrior:
         """
         if noise.shape != (len(labels), self.noise_dim):
             raise ValueError(f"noise is {list(noise.shape)}; it must be [{len(labels)}, {self.noise_dim}]")
-        drawn = labels.unique().tolist()
-        self.require(self.classes.codes[index] for index in drawn)
-        labels = labels.to(noise.device)
-        along, around = noise.double().split([self.factors.shape[1], self.dim], dim=1)
-        features = torch.empty_like(around)
-        for index in drawn:
-            chosen = labels == index
-            parts = (self.mean[index], self.scale, self.factors[index], self.isotropic[index])
-            mean, scale, factors, isotropic = (part.to(noise.device, torch.float64) for part in parts)
-            features[chosen] = mean + scale * (along[chosen] @ factors + isotropic * around[chosen])
-        return features.float()
+        self.require(self.classes.codes[index] for index in labels.unique().tolist())
+        return draw_features(labels, noise, self.mean, self.scale, self.factors, self.isotropic)
 
     def tensors(self) -> dict[str, Tensor]:
         """What to store, by name."""
@@ -171,6 +162,21 @@ class FeaturePrior:
             if name in ("counts", "scale", "isotropic") and (tensor < 0).any():
                 raise ValueError(f"{name} has a negative number")
         return cls(**tensors, classes=classes)
+
+
+def draw_features(
+    labels: Tensor, noise: Tensor, mean: Tensor, scale: Tensor, factors: Tensor, isotropic: Tensor
+) -> Tensor:
+    """What FeaturePrior.sample gives, of its tensors; the class of each label has images."""
+    labels = labels.to(noise.device)
+    along, around = noise.double().split([factors.shape[1], mean.shape[1]], dim=1)
+    features = torch.empty_like(around)
+    for index in labels.unique().tolist():
+        chosen = labels == index
+        parts = (mean[index], scale, factors[index], isotropic[index])
+        centre, spread, directions, rest = (part.to(noise.device, torch.float64) for part in parts)
+        features[chosen] = centre + spread * (along[chosen] @ directions + rest * around[chosen])
+    return features.float()
 
 
 def _checked(features: np.ndarray | Tensor, labels: np.ndarray | Tensor, size: int) -> tuple[np.ndarray, np.ndarray]:

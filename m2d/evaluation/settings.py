@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from m2d.data.settings import DataConfig, require_seed
 from m2d.errors import ConfigError
 from m2d.files.paths import input_path, require_outside, result_path
+from m2d.models.published import checkpoint_path
 from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorConfig, Precision, require_extractor
 
 FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three lowest resamples: noise
@@ -79,6 +80,8 @@ class _Command:
         Raises ConfigError.
         """
         changed: dict[str, Any] = {name: input_path(name, getattr(self, name)) for name in self.INPUTS}
+        if (checkpoint := getattr(self, "checkpoint", None)) is not None:
+            changed["checkpoint"] = checkpoint_path("checkpoint", checkpoint)
         changed |= {name: result_path(name, getattr(self, name)) for name in ("cache_dir", "output")}
         for name in ("feature_extractor", "independent_extractor", "finetune"):
             own = getattr(self, name, None)
@@ -107,11 +110,11 @@ class _Command:
 class EvaluateConfig(_Command):
     """Is a synthetic set real enough, diverse enough, private enough, and does it help? Against which real images."""
 
-    INPUTS = ("real", "generated", "train", "checkpoint")
+    INPUTS = ("real", "generated", "train")
     real: str | None = None  # class folders of real images: a path or a URI; its test split is unseen
     generated: str | None = None  # class folders of generated images; a run of `generate`, or any other
     train: str | None = None  # the real training images, where they lie apart; all of `real` is then unseen
-    checkpoint: str | None = None  # of the generator: its split, VAE and extractor; None: where the images lie
+    checkpoint: str | None = None  # of the generator, as generate takes it: its split, VAE, extractor; None: by images
     image_size: int | None = None  # pixels a side at which everything is compared; None: that of the generated images
     parts: str = ",".join(PARTS)  # which questions to answer
     feature_extractor: FeatureExtractorConfig | None = None  # None: the one that guided the checkpoint, else Lite0

@@ -39,7 +39,7 @@ from m2d.data.views import apply_view
 from m2d.errors import DataError, M2DError
 from m2d.files.progress import progress, say
 from m2d.files.storage import one_line
-from m2d.generation.output import experiment_of, whole_output
+from m2d.generation.output import experiment_of, results_of, whole_output
 from m2d.generation.plan import data_config_of, dataset_catalog
 from m2d.generation.references import load_reference_extractor
 from m2d.generation.settings import GateConfig, GenerateConfig
@@ -118,7 +118,7 @@ def prepare_gates(config: GenerateConfig, checkpoint: Checkpoint, catalog: pa.Ta
     lines = sorted(zip(*(images[name].to_pylist() for name in ("sha256", "label", "lesion_id")), strict=True))
     made_from = [lines, None if extractor is None else extractor.key, checkpoint.image_size, _lasting(gates)]
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    path = experiment_of(str(checkpoint.path)) / "gate_reference" / f"{key}.safetensors"
+    path = results_of(str(checkpoint.path)) / "gate_reference" / f"{key}.safetensors"
     build = partial(_build, path, images, data_root, checkpoint, extractor, gates, device)
     names = active_gates(gates, features=extractor is not None, pixels=True)
     return GatesAtWork(gates, names, path, extractor, build, images)

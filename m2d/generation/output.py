@@ -139,10 +139,20 @@ class Recipe:
             return False
 
 
+def in_experiment(checkpoint_path: str) -> bool:
+    """Whether a checkpoint is in a checkpoints/ folder."""
+    return any(parent.name == "checkpoints" for parent in Path(os.path.abspath(checkpoint_path)).parents)
+
+
 def experiment_of(checkpoint_path: str) -> Path:
     """The folder that holds checkpoints/, or that of a checkpoint that is outside of one."""
     path = Path(os.path.abspath(checkpoint_path))
     return next((parent.parent for parent in path.parents if parent.name == "checkpoints"), path.parent)
+
+
+def results_of(checkpoint_path: str) -> Path:
+    """Where commands leave what they make of a checkpoint: its experiment, or without one the current directory."""
+    return experiment_of(checkpoint_path) if in_experiment(checkpoint_path) else Path.cwd()
 
 
 # --- images on the disk ---------------------------------------------------------------------------------------------

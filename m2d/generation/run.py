@@ -30,6 +30,7 @@ from m2d.generation.plan import Planned, dataset_catalog, make_plan, read_plan
 from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import Checkpoint, hold_checkpoint, load_checkpoint
 from m2d.models.precision import pick_precision
+from m2d.models.published import checkpoint_path
 from m2d.models.settings import Precision
 
 _RAY_PAYS_FROM = 512  # images on the CPUs of one machine; starting Ray and its actors costs about 15 s
@@ -71,8 +72,10 @@ def generate(config: GenerateConfig) -> Path:
             plan=planned.digest,
             classes=checkpoint.info.classes.codes,
         )
-        default = output.experiment_of(str(checkpoint.path)) / "generated_images" / recipe.hash
+        default = output.results_of(str(checkpoint.path)) / "generated_images" / recipe.hash
         root = Path(config.output or result_path("output", str(default)))
+        if config.output is None and not output.in_experiment(str(checkpoint.path)):
+            say(f"output: {root}, as the checkpoint is in no experiment; name another place by --output")
         if config.plan_only:
             _write_plan(root, planned.table)
             print(f"a plan of {planned.table.num_rows:,} images; run it with --plan {root / PLAN_NAME}")
@@ -247,8 +250,9 @@ class _Run:
 
 def _absolute(config: GenerateConfig) -> GenerateConfig:
     """Ray's processes may start in another directory, so local paths become absolute here."""
-    names = ("checkpoint", "init_images", "reference_images", "reference_images_b", "data_root", "catalog", "plan")
+    names = ("init_images", "reference_images", "reference_images_b", "data_root", "catalog", "plan")
     places = {name: input_path(name, getattr(config, name)) for name in (*names, "extractor_weights")}
+    places["checkpoint"] = checkpoint_path("checkpoint", config.checkpoint)
     places["output"] = result_path("output", config.output)
     require_outside(places["data_root"], output=places["output"])
     local = {name: place for name, place in places.items() if place is not None and "://" not in place}

@@ -50,8 +50,8 @@ class GateConfig:
 class GenerateConfig(SamplingSettings):
     """Which images to make, from which checkpoint, and where they go."""
 
-    checkpoint: str  # a checkpoint directory
-    output: str | None = None  # None: generated_images/<hash of the settings> in the checkpoint's experiment
+    checkpoint: str  # a checkpoint directory, a name in weights/, or hub:USER/NAME[@REVISION]
+    output: str | None = None  # None: generated_images/<hash of the settings> in the checkpoint's experiment, or here
     mode: Mode = "standard"  # image2image needs init_images, interpolate the reference_images, balance a data_root
     classes: str | None = None  # comma-separated codes, any letter case; None: all of them
     num_samples: int = 8  # per class; balance and interpolate count for themselves

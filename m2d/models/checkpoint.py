@@ -5,6 +5,7 @@ vae/  unet/                load in plain diffusers, but a VAE with block PCA (th
 conditioning.safetensors   averaged condition encoder, feature statistics and latent batch norm
 feature_prior.safetensors  what generation draws its guiding features from; older checkpoints have none
 training/                  what resuming also needs (m2d.training.saving)
+conditioning/              in an export the two files above in one, which diffusers reads (m2d.export)
 complete.json              written last: a directory without it is not a checkpoint
 """
 
@@ -39,6 +40,8 @@ TRAINING = "training"  # the folder of what resuming also needs
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONDITIONING = "conditioning.safetensors"
 PRIOR = "feature_prior.safetensors"
+EXPORTED = f"conditioning/{WEIGHTS}"  # both, those of the prior with a prefix
+_OF_PRIOR = "prior."
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,11 @@ def write_inference_files(
     save_tensors(rest, directory / CONDITIONING)
     if prior is not None:
         save_tensors(prior.tensors(), directory / PRIOR)
+    write_info(directory, info)
+
+
+def write_info(directory: Path, info: CheckpointInfo) -> None:
+    """checkpoint.yaml."""
     document = {"format": FORMAT, **vars(info), "classes": list(info.classes.codes)}
     if info.classes != ISIC7:  # a checkpoint of isic7 stays one that an earlier M2D reads
         document["class_set"] = json.loads(json.dumps(info.classes.as_dict()))
@@ -179,10 +187,13 @@ def read_prior(path: str | Path, info: CheckpointInfo | None = None) -> FeatureP
     """
     directory = Path(checkpoint_folder(str(path)))
     info, file = info or read_info(directory), directory / PRIOR
-    if not file.is_file():
+    if not file.is_file() and not (directory / EXPORTED).is_file():
         return None
     try:
-        prior = FeaturePrior.from_tensors(load_file(file), info.classes)
+        tensors = load_file(file) if file.is_file() else _exported(directory, of_prior=True)
+        if not tensors:
+            return None
+        prior = FeaturePrior.from_tensors(tensors, info.classes)
         if prior.dim != info.feature_dim:
             raise ValueError(f"its features have {prior.dim} dimensions, the checkpoint's {info.feature_dim}")
     except Exception as error:
@@ -199,7 +210,9 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
         unet = load_strictly(UNet2DConditionModel, directory / "unet", "checkpoint", local_files_only=True)
         conditioning = ConditionEncoder(ConditioningConfig(**info.conditioning), info.feature_dim, len(info.classes))
         denoiser = Denoiser(unet, conditioning, int(unet.config.in_channels))
-        missing, unknown = denoiser.load_state_dict(load_file(directory / CONDITIONING), strict=False)
+        file = directory / CONDITIONING
+        tensors = load_file(file) if file.is_file() else _exported(directory, of_prior=False)
+        missing, unknown = denoiser.load_state_dict(tensors, strict=False)
         missing = [name for name in missing if not name.startswith("unet.")]
         if missing or unknown:
             raise CheckpointError(f"checkpoint: {path} lacks {missing} and has unknown {unknown}")
@@ -215,12 +228,21 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> Che
     )
 
 
+def _exported(directory: Path, *, of_prior: bool) -> dict[str, Tensor]:
+    """Of an export's one file the prior's tensors, or all others, in float32: some may be in half precision."""
+    return {
+        name.removeprefix(_OF_PRIOR): tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in load_file(directory / EXPORTED).items()
+        if name.startswith(_OF_PRIOR) == of_prior
+    }
+
+
 def checkpoint_sha256(directory: Path) -> str:
     """Over all files that shape an image: what generated images carry as their checkpoint."""
     digest = hashlib.sha256()
-    names = ["vae/config.json", f"vae/{WEIGHTS}", "unet/config.json", f"unet/{WEIGHTS}", CONDITIONING]
-    if (directory / PRIOR).is_file():  # without one the hash is what it was before there were priors
-        names.append(PRIOR)
+    names = ["vae/config.json", f"vae/{WEIGHTS}", "unet/config.json", f"unet/{WEIGHTS}"]
+    # Without a prior the hash is what it was before there were priors.
+    names += [name for name in (CONDITIONING, PRIOR, EXPORTED) if (directory / name).is_file()]
     for name in names:
         with (directory / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -24,7 +24,7 @@ class ConditionEncoder(nn.Module):
     network learns the level from a vector added to the feature tokens, so that a feature guides without dictating.
     """
 
-    def __init__(self, config: ConditioningConfig, feature_dim: int, num_classes: int = len(ISIC7)) -> None:
+    def __init__(self, config: ConditioningConfig, feature_dim: int, num_classes: int) -> None:
         super().__init__()
         self.feature_dim = feature_dim
         self.num_classes = num_classes  # also the index of the null class

@@ -45,8 +45,9 @@ from m2d.errors import ConfigError, M2DError
 from m2d.files.atomic import write_whole
 from m2d.files.paths import absolute, checkpoint_folder, input_path, result_path
 from m2d.files.progress import say
-from m2d.generation.output import experiment_of
+from m2d.generation.output import experiment_of, in_experiment
 from m2d.generation.settings import GenerateConfig
+from m2d.models.published import checkpoint_path, own_name
 from m2d.serving.jobs import Jobs, make_images
 from m2d.serving.orders import Event, JobService, ModelCard, Order, Overloaded
 from m2d.serving.settings import ServeConfig, is_loopback, replica_range
@@ -82,7 +83,7 @@ def resolved(config: ServeConfig) -> ServeConfig:
     inputs = ("keys", "checkpoints_root", "extractor_weights", "tls_cert", "tls_key")
     return replace(
         config,
-        checkpoint=[absolute(input_path("checkpoint", path)) for path in config.checkpoint],
+        checkpoint=[absolute(checkpoint_path("checkpoint", path)) for path in config.checkpoint],
         directory=absolute(result_path("directory", config.directory)),
         **{name: absolute(input_path(name, getattr(config, name))) for name in inputs},
     )
@@ -100,10 +101,11 @@ def described(config: ServeConfig) -> list[ModelCard]:
 
 
 def describe(config: ServeConfig, path: str, name: str | None) -> ModelCard:
-    """A checkpoint's card. name: None: its experiment's. Raises CheckpointError."""
+    """A checkpoint's card. name: None: its experiment's, or its own outside of one. Raises CheckpointError."""
     from m2d.serving import engine
 
-    return engine.describe(path, name or experiment_of(path).name, config.licence, config.extractor_weights)
+    own = experiment_of(path).name if in_experiment(path) else own_name(path)
+    return engine.describe(path, name or own, config.licence, config.extractor_weights)
 
 
 def application(config: ServeConfig, cards: Sequence[ModelCard], threads: int | None = None) -> serve.Application:

@@ -40,6 +40,7 @@ from m2d.generation.settings import GenerateConfig
 from m2d.generation.workers import Looked, journal_rows, look_at
 from m2d.models.checkpoint import (
     CONDITIONING,
+    EXPORTED,
     PRIOR,
     WEIGHTS,
     checkpoint_sha256,
@@ -82,7 +83,7 @@ def describe(path: str, name: str, licence: str, extractor_weights: str | None =
             has_extractor = True
         except M2DError:
             has_extractor = False
-        weights = [f"vae/{WEIGHTS}", f"unet/{WEIGHTS}", CONDITIONING, PRIOR]
+        weights = [f"vae/{WEIGHTS}", f"unet/{WEIGHTS}", CONDITIONING, PRIOR, EXPORTED]
         return ModelCard(
             name=name,
             checkpoint=str(directory),

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 from m2d.data.settings import DataConfig, require_seed
 from m2d.errors import ConfigError
 from m2d.files.paths import absolute, checkpoint_folder, input_path, require_outside, result_path
+from m2d.models.published import checkpoint_path
 from m2d.models.settings import (
     MIDDLE,
     AutoencoderConfig,
@@ -184,7 +185,9 @@ class TrainConfig:
     name: str = "m2d"  # of the experiment; its directory is NAME_YYYYMMDD_HHMMSS
     seed: int = 0  # of weights, order, noise and dropout; the split has data.split_seed
     stage: Literal["joint", "latent", "decoder"] = "joint"  # latent: the U-Net alone; decoder: the VAE's decoder alone
-    init_checkpoint: str | None = None  # networks to start from; stages latent and decoder need one, or a published VAE
+    init_checkpoint: str | None = (
+        None  # networks to start from, also hub:USER/NAME; latent and decoder need one or a VAE
+    )
     epochs: int = 100  # passes over the training split
     max_steps: int | None = None  # optimiser steps; ends the run before its epochs do
     batch_size: int = 32  # images a worker and micro-batch
@@ -315,7 +318,7 @@ def with_absolute_paths(config: TrainConfigT) -> TrainConfigT:
         config,
         data_root=data_root,
         experiments_dir=experiments_dir,
-        init_checkpoint=absolute(checkpoint_folder(input_path("init_checkpoint", config.init_checkpoint))),
+        init_checkpoint=absolute(checkpoint_folder(checkpoint_path("init_checkpoint", config.init_checkpoint))),
         cache_dir=cache_dir,
         feature_extractor=dataclasses.replace(config.feature_extractor, weights=absolute(weights)),
         data=config.data.in_this_place(),

@@ -124,7 +124,7 @@ MEAN, STD = torch.arange(DIM).float(), torch.arange(1, DIM + 1).float()
 @pytest.fixture
 def encoder() -> ConditionEncoder:
     torch.manual_seed(0)
-    return ConditionEncoder(ConditioningConfig(context_dim=WIDTH, feature_tokens=TOKENS), DIM)
+    return ConditionEncoder(ConditioningConfig(context_dim=WIDTH, feature_tokens=TOKENS), DIM, num_classes=7)
 
 
 def features(seed: int = 1) -> Tensor:
@@ -170,7 +170,7 @@ def test_statistics_standardise_the_feature_and_travel_with_the_weights(encoder:
     expected = encoder(LABELS, features())
     encoder.set_statistics(MEAN, STD)
     assert_close(encoder(LABELS, features() * STD + MEAN), expected)
-    other = ConditionEncoder(ConditioningConfig(context_dim=WIDTH, feature_tokens=TOKENS), DIM)
+    other = ConditionEncoder(ConditioningConfig(context_dim=WIDTH, feature_tokens=TOKENS), DIM, num_classes=7)
     other.load_state_dict(encoder.state_dict())
     assert_close(other(LABELS, features() * STD + MEAN), expected)
 

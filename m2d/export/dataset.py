@@ -1,0 +1,95 @@
+"""Generated images as an image folder of Hugging Face `datasets`, with a data sheet. Light: no torch.
+
+CLASS/ID.png  metadata.csv     one row an image: file_name, label, and what shaped it
+README.md  complete.json       the data sheet; all files with their sizes
+"""
+
+import csv
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from m2d import __version__
+from m2d.errors import ConfigError, first_line
+from m2d.export.evaluated import read_evaluation
+from m2d.export.folders import CARD
+from m2d.export.settings import ExportConfig
+from m2d.files.atomic import mark_complete
+from m2d.generation.output import JOURNAL_NAME, MANIFEST_NAME, RECORD_NAME, read_pngs
+
+_COLUMNS = (
+    "seed", "mode", "feature", "solver", "steps", "guidance_scale", "strength", "gates", "nearest_distance",
+    "class_distance", "feature_weak", "sha256",
+)  # fmt: skip
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("m2d.export", "."), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+)
+
+
+def is_generated(place: str) -> bool:
+    """Whether a folder is what `m2d generate` leaves."""
+    return Path(place, RECORD_NAME).is_file()
+
+
+def write_dataset(folder: Path, config: ExportConfig, generated: Path, title: str, repository: str) -> None:
+    """All files into an empty folder. Raises ConfigError for images that are not whole, and no finished run's."""
+    try:
+        record = json.loads((generated / RECORD_NAME).read_text(encoding="utf-8"))
+        rows = [row for row in pq.read_table(generated / MANIFEST_NAME).to_pylist() if row["path"]]
+        _write_images(folder, generated, rows)
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise ConfigError(
+            f"checkpoint: the images in {generated} cannot be read ({first_line(error)}); run generate again to finish "
+            "them"
+        ) from None
+    with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
+        columns = [name for name in _COLUMNS if any(row.get(name) is not None for row in rows)]
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["file_name", "label", "synthetic", *columns])
+        writer.writerows([_name(row), row["class"], "true", *(row.get(name) for name in columns)] for row in rows)
+    places = [config.evaluation] if config.evaluation else [str(generated / "evaluation" / "evaluation.json")]
+    evaluated = read_evaluation(Path(places[0])) if config.evaluation or Path(places[0]).is_file() else None
+    facts: dict[str, Any] = {
+        "title": title,
+        "repository": repository,
+        "recipe": record.get("recipe", record),
+        "counts": Counter(row["class"] for row in rows),
+        "rejected": _rejections(generated),
+        "size": (rows[0]["width"], rows[0]["height"]) if rows else (0, 0),
+        "licence": config.data_license,
+        "evaluated": evaluated,
+        "version": __version__,
+    }
+    sheet = _TEMPLATES.get_template("datasheet.md.jinja").render(facts)
+    (folder / CARD).write_text(sheet, encoding="utf-8")
+    mark_complete(folder)
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['class']}/{row['id']}.png"
+
+
+def _write_images(folder: Path, generated: Path, rows: list[dict[str, Any]]) -> None:
+    """Each file, of one image or of a shard, is read once."""
+    of_file: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        of_file.setdefault(row["path"], []).append(row)
+    for path, inside in of_file.items():
+        pngs = read_pngs(generated / path)
+        for row in inside:
+            (folder / row["class"]).mkdir(exist_ok=True)
+            (folder / _name(row)).write_bytes(pngs[row["id"]])
+
+
+def _rejections(generated: Path) -> Counter[str]:
+    """Attempts by the reason of their rejection; empty where the journal is gone."""
+    try:
+        journal = pq.read_table(generated / JOURNAL_NAME, columns=["accepted", "reason"]).to_pylist()
+    except (OSError, KeyError, pa.ArrowException):
+        return Counter()
+    return Counter(row["reason"] for row in journal if not row["accepted"])

@@ -1,0 +1,166 @@
+"""`m2d export`: of a checkpoint what others load, as a folder or a repository of the Hugging Face hub.
+
+model_index.json  pipeline.py   a diffusers pipeline, see m2d.export.pipeline; its code is made by m2d.export.bundle
+vae/  unet/  conditioning/      weights, and the code of classes that diffusers lacks
+checkpoint.yaml  complete.json  it is a checkpoint of M2D too, for inference
+README.md  CITATION.cff         the model card; samples.png where asked for
+
+Of a folder of generated images it makes a data set instead, see m2d.export.dataset.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from torch import Tensor, nn
+
+from m2d import __version__
+from m2d.export.bundle import one_file
+from m2d.export.card import SAMPLES, experiment_record, write_card
+from m2d.export.conditioning import Conditioning
+from m2d.export.dataset import is_generated, write_dataset
+from m2d.export.folders import new_folder
+from m2d.export.settings import ExportConfig
+from m2d.files.atomic import mark_complete
+from m2d.files.paths import absolute, result_path
+from m2d.files.progress import say
+from m2d.models.checkpoint import WEIGHTS, Checkpoint, hold_checkpoint, load_checkpoint, save_tensors, write_info
+from m2d.models.published import HUB, checkpoint_path, own_name
+
+INDEX = "model_index.json"
+_PIPELINE, _CONDITIONING, _VAE = "pipeline", "m2d_conditioning", "m2d_vae"  # modules of an export
+_WHOLE = ("linear.", "prior.mean")  # block PCA, and what the features' tiny deviations divide: never rounded
+
+
+def export(config: ExportConfig) -> Path | str:
+    """Write the folder, or send it. Returns where it is. Raises an M2DError, and leaves nothing half done then."""
+    if is_generated(config.checkpoint):
+        generated = Path(absolute(config.checkpoint))
+        title = config.title or f"Synthetic dermoscopy images {generated.name}"
+        return deliver(
+            config, lambda folder, name: write_dataset(folder, config, generated, title, name), kind="dataset"
+        )
+    with hold_checkpoint(absolute(checkpoint_path("checkpoint", config.checkpoint))) as path:
+        checkpoint = load_checkpoint(path)
+        record = experiment_record(Path(path))
+        title = config.title or (record.name if record else own_name(path))
+        return deliver(config, lambda folder, name: write_export(folder, config, checkpoint, record, title, name))
+
+
+def deliver(config: ExportConfig, write: Callable[[Path, str], None], kind: str = "model") -> Path | str:
+    """To the folder or the repository that `to` names. write: (empty folder, its name for users) -> its files."""
+    if config.to.startswith(HUB):
+        from m2d.export.hub import send
+
+        return send(config, write, kind)
+    place = Path(absolute(result_path("to", config.to)))
+    inside = place.is_relative_to(Path.cwd())  # a card names no folder of this machine
+    with new_folder(place) as folder:
+        write(folder, (place.relative_to(Path.cwd()) if inside else Path(place.name)).as_posix())
+    files = [file for file in place.rglob("*") if file.is_file()]
+    print(f"{len(files):,} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB, in {place}")
+    return place
+
+
+def write_export(
+    folder: Path, config: ExportConfig, checkpoint: Checkpoint, record: Any, title: str, repository: str
+) -> None:
+    """All files of an export into an empty folder. repository: how its users name it."""
+    write_networks(folder, checkpoint, half=config.dtype == "fp16")
+    write_info(folder, replace(checkpoint.info, config=_without_places(checkpoint.info.config)))
+    write_card(folder, config, checkpoint, record, title=title, repository=repository)
+    mark_complete(folder)
+    exported = load_checkpoint(folder)  # what others will load
+    if config.samples:
+        _draw_samples(folder / SAMPLES, exported, config, title)
+        mark_complete(folder)
+
+
+def write_networks(folder: Path, checkpoint: Checkpoint, *, half: bool) -> None:
+    """The pipeline's index, code, settings and weights. half: see `_in_file`."""
+    vae, unet, conditioning = checkpoint.autoencoder.vae, checkpoint.denoiser.unet, conditioning_of(checkpoint)
+    own_vae = type(vae).__module__.split(".")[0] == "m2d"
+    index = {
+        "_class_name": [_PIPELINE, "M2DPipeline"],
+        "_diffusers_version": diffusers.__version__,
+        "conditioning": [_CONDITIONING, "Conditioning"],
+        "unet": ["diffusers", type(unet).__name__],
+        "vae": [_VAE if own_vae else "diffusers", type(vae).__name__],
+    }
+    for name, network in (("vae", vae), ("unet", unet), ("conditioning", conditioning)):
+        network.save_config(folder / name)
+        settings = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+        settings.pop("_name_or_path", None)  # of this machine
+        (folder / name / "config.json").write_text(f"{json.dumps(settings, indent=2)}\n", encoding="utf-8")
+        save_tensors(_in_file(network, half=half, whole=name == "unet"), folder / name / WEIGHTS)
+    (folder / INDEX).write_text(f"{json.dumps(index, indent=2)}\n", encoding="utf-8")
+    sources = [(Path(_PIPELINE), "m2d.export.pipeline", "M2DPipeline")]
+    sources.append((Path("conditioning", _CONDITIONING), "m2d.export.conditioning", "Conditioning"))
+    if own_vae:
+        sources.append((Path("vae", _VAE), type(vae).__module__, type(vae).__name__))
+    for place, module, name in sources:
+        (folder / place.with_suffix(".py")).write_text(one_file(module, name, __version__), encoding="utf-8")
+
+
+def conditioning_of(checkpoint: Checkpoint) -> Conditioning:
+    """The component that holds what guides the U-Net, with the checkpoint's weights and prior."""
+    info, denoiser, prior = checkpoint.info, checkpoint.denoiser, checkpoint.prior
+    encoder = denoiser.conditioning
+    made = Conditioning(
+        classes=list(info.classes.codes),
+        image_size=info.image_size,
+        feature_dim=info.feature_dim,
+        context_dim=encoder.class_embedding.embedding_dim,
+        feature_tokens=encoder.feature_tokens,
+        latent_channels=int(denoiser.unet.config.in_channels),
+        prior_rank=None if prior is None else int(prior.factors.shape[1]),
+    )
+    tensors = {name: tensor for name, tensor in denoiser.state_dict().items() if not name.startswith("unet.")}
+    tensors |= {f"prior.{name}": tensor for name, tensor in (prior.tensors() if prior else {}).items()}
+    made.load_state_dict(tensors)
+    return made.eval()
+
+
+def _in_file(network: nn.Module, *, half: bool, whole: bool) -> dict[str, Tensor]:
+    """Tensors on the CPU. half: floating ones in fp16, all if `whole`, else those of two dimensions and more."""
+
+    def rounded(name: str, tensor: Tensor) -> Tensor:
+        kept = (
+            name.startswith(_WHOLE) or type(network).__name__ == "LinearAutoencoder" or not tensor.is_floating_point()
+        )
+        return tensor if not half or kept or not (whole or tensor.dim() > 1) else tensor.half()
+
+    return {name: rounded(name, tensor.detach().cpu()) for name, tensor in network.state_dict().items()}
+
+
+def _without_places(settings: Any) -> Any:
+    """Settings of a run without paths of the machine that it ran on."""
+    if isinstance(settings, dict):
+        return {name: _without_places(value) for name, value in settings.items()}
+    is_place = isinstance(settings, str) and (settings.startswith(("/", "~")) or "://" in settings)
+    return None if is_place else settings
+
+
+def _draw_samples(path: Path, checkpoint: Checkpoint, config: ExportConfig, title: str) -> None:
+    """A grid of the first images of each class, as `m2d generate --seed` makes them."""
+    from m2d.diffusion.settings import SamplingSettings
+    from m2d.generation.contact_sheet import contact_sheet
+    from m2d.generation.generator import Generator, pick_feature
+    from m2d.generation.plan import rows_of, standard_plan
+
+    feature, classes = pick_feature(None, checkpoint), checkpoint.info.classes
+    codes = checkpoint.prior.present if checkpoint.prior else list(classes.codes)
+    say(f"drawing {config.samples} images of each of {len(codes)} classes")
+    plan = standard_plan(
+        dict.fromkeys(codes, config.samples), run_seed=config.seed, sampling=SamplingSettings(), feature=feature
+    )
+    rows = rows_of(plan)
+    images = Generator(checkpoint, mixed_precision=None).generate(rows)
+    of_class = {code: images[[n for n, row in enumerate(rows) if row.label == code]] for code in codes}
+    caption = (
+        f"Synthetic images, not patients. Seed {config.seed}, {checkpoint.image_size} x {checkpoint.image_size} px."
+    )
+    contact_sheet(of_class, title=title, caption=caption, classes=classes).save(path, format="PNG")

@@ -1,0 +1,51 @@
+"""Generated images become an image folder that Hugging Face `datasets` reads, with a data sheet."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from m2d.cli import main
+
+GENERATED = Path(__file__).parents[1] / "fixtures" / "before" / "generated"  # three images of each class
+
+
+def test_images_labels_and_a_data_sheet(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    main("export", [str(GENERATED), "--to", str(out), "--title", "A set", "--data_license", "CC-BY-NC-4.0"])
+    manifest = pq.read_table(GENERATED / "manifest.parquet").to_pylist()
+    with (out / "metadata.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["file_name"], row["label"], row["seed"]) for row in rows} == {
+        (row["path"], row["class"], str(row["seed"])) for row in manifest if row["path"]
+    }
+    for row in rows:
+        assert (out / row["file_name"]).read_bytes() == (GENERATED / row["file_name"]).read_bytes()
+    sheet = (out / "README.md").read_text()
+    made = [row["class"] for row in manifest if row["path"]]
+    for line in (
+        "# A set",
+        f"| MEL | {made.count('MEL')} |",
+        "| solver | unipc, 4 steps, guidance 1.5 |",
+        "| gates | blank, near_copy:features, near_copy:pixels |",
+    ):
+        assert line in sheet.splitlines()
+    assert "Not evaluated" in sheet
+    assert "CC-BY-NC-4.0" in sheet
+    assert str(tmp_path) not in sheet
+    files = json.loads((out / "complete.json").read_text())["files"]
+    assert set(files) == {"metadata.csv", "README.md", *(row["file_name"] for row in rows)}
+
+
+def test_a_lost_image_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Path(shutil.copytree(GENERATED, tmp_path / "generated"))
+    next((copy / "MEL").glob("*.png")).unlink()
+    with pytest.raises(SystemExit):
+        main("export", [str(copy), "--to", str(tmp_path / "out")])
+    said = capsys.readouterr().err
+    assert "cannot be read" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()

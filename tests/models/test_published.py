@@ -1,0 +1,79 @@
+"""A checkpoint may be named by its place, by its name in weights/, or by its repository."""
+
+from pathlib import Path
+
+import pytest
+
+from m2d.errors import CheckpointError
+from m2d.evaluation.settings import EvaluateConfig
+from m2d.generation.run import _absolute
+from m2d.generation.settings import GenerateConfig
+from m2d.models import published
+from m2d.models.published import checkpoint_path, own_name
+from m2d.serving.deployment import resolved
+from m2d.serving.settings import ServeConfig
+from m2d.training.settings import TrainConfig, with_absolute_paths
+
+
+@pytest.fixture
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """weights/ with one checkpoint, called `tiny`; the current directory is another."""
+    (tmp_path / "weights" / "tiny").mkdir(parents=True)
+    (tmp_path / "weights" / "tiny" / "checkpoint.yaml").touch()
+    monkeypatch.setattr(published, "WEIGHTS", tmp_path / "weights")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "weights"
+
+
+def test_a_name_means_the_folder_in_weights_unless_it_is_a_path(weights: Path) -> None:
+    assert checkpoint_path("checkpoint", "tiny") == str(weights / "tiny")
+    assert checkpoint_path("checkpoint", "other") == "other"
+    assert checkpoint_path("checkpoint", "some/tiny") == "some/tiny"
+    assert checkpoint_path("checkpoint", None) is None
+    Path("tiny").mkdir()
+    assert checkpoint_path("checkpoint", "tiny") == "tiny"
+
+
+def test_every_command_takes_a_name(weights: Path) -> None:
+    expected = str(weights / "tiny")
+    assert _absolute(GenerateConfig(checkpoint="tiny")).checkpoint == expected
+    assert EvaluateConfig(checkpoint="tiny").in_this_place().checkpoint == expected
+    assert resolved(ServeConfig(checkpoint=["tiny"])).checkpoint == [expected]
+    assert with_absolute_paths(TrainConfig(data_root="data", init_checkpoint="tiny")).init_checkpoint == expected
+
+
+def test_a_repository_is_fetched_whole_at_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, *, revision: str | None) -> str:
+        return f"/cache/{name}/{revision}"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert checkpoint_path("checkpoint", "hub:someone/lesions") == "/cache/someone/lesions/None"
+    assert checkpoint_path("checkpoint", "hub:someone/lesions@v1.0") == "/cache/someone/lesions/v1.0"
+
+
+@pytest.mark.parametrize("location", ["hub:", "hub:word", "hub:a/b/c", "hub:../x", "hub:some one/x"])
+def test_what_names_no_repository_is_refused(location: str) -> None:
+    with pytest.raises(CheckpointError, match=r"checkpoint: hub:.*names no repository"):
+        checkpoint_path("checkpoint", location)
+
+
+def test_without_network_it_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError) as refusal:
+        checkpoint_path("init_checkpoint", "hub:someone/lesions")
+    assert str(refusal.value).startswith("init_checkpoint: hub:someone/lesions cannot be had")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("/x/weights/ham-64", "ham-64"),
+        ("/c/hub/models--someone--lesions/snapshots/0a1b", "lesions"),
+        ("/c/snapshots/0a1b", "0a1b"),
+    ],
+)
+def test_it_is_called_by_its_folder_or_its_repository(folder: str, name: str) -> None:
+    assert own_name(folder) == name
