@@ -262,7 +262,8 @@ def test_the_probe_shows_images_as_the_authors_do_unless_told() -> None:
 
 def test_evaluating_nothing_in_particular_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert refusal(capsys, []).startswith("real is not set; name the folder")
-    assert refusal(capsys, ["prob"]) == "command evaluate prob is not known; choose from evaluate, evaluate probe"
+    known = "evaluate, evaluate probe, evaluate pick"
+    assert refusal(capsys, ["prob"]) == f"command evaluate prob is not known; choose from {known}"
     with pytest.raises(SystemExit, match="2"):
         main_from_shell(["evaluate", "probe", "--c", "-1"])
     assert capsys.readouterr().err == "error: c is -1.0; it must be a number above 0\n"
