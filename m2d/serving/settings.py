@@ -34,9 +34,7 @@ class ServingLimits:
 class ServeConfig:
     """Which checkpoints to serve, where, and on how many replicas."""
 
-    checkpoint: list[
-        str
-    ]  # directories, names in weights/, hub:USER/NAME; the flag may be given more than once, the first is the default
+    checkpoint: list[str]  # directories, or as generate takes them; may be given more than once, the first is default
     host: str = "127.0.0.1"  # address to listen on; any other than this machine's own needs a file of keys
     port: int = 8000  # to listen on
     replicas: str = "1"  # of the models: a number, or a range such as 1-4 or 0-4 to follow the load

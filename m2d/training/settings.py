@@ -185,9 +185,7 @@ class TrainConfig:
     name: str = "m2d"  # of the experiment; its directory is NAME_YYYYMMDD_HHMMSS
     seed: int = 0  # of weights, order, noise and dropout; the split has data.split_seed
     stage: Literal["joint", "latent", "decoder"] = "joint"  # latent: the U-Net alone; decoder: the VAE's decoder alone
-    init_checkpoint: str | None = (
-        None  # networks to start from, also hub:USER/NAME; latent and decoder need one or a VAE
-    )
+    init_checkpoint: str | None = None  # networks to start from; stages latent and decoder need one, or a published VAE
     epochs: int = 100  # passes over the training split
     max_steps: int | None = None  # optimiser steps; ends the run before its epochs do
     batch_size: int = 32  # images a worker and micro-batch
