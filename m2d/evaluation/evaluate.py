@@ -44,6 +44,7 @@ from m2d.evaluation.images import (
     rows_like,
 )
 from m2d.evaluation.memorization import measure_memorization
+from m2d.evaluation.privacy import infer_membership, measure_privacy
 from m2d.evaluation.provenance import near_copy_gate
 from m2d.evaluation.report.page import Evaluation, print_evaluation, typicality, write_report
 from m2d.evaluation.settings import EvaluateConfig
@@ -106,6 +107,7 @@ def evaluate(config: EvaluateConfig) -> Path:
                 unanswered.append(f"{part} was not measured: {error}")
 
         unanswered: list[str] = []
+        parts = config.part_names(gpu=device != "cpu")
         redraw = None
         if checkpoint is not None and checkpoint.image_size == test.image_size:
             cache_dir, batch_size = config.cache_dir, config.batch_size
@@ -125,7 +127,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 
         # 1. Fidelity, by an extractor that did not guide the model and by the one that did.
         fidelity, redrawn = [], None
-        if "fidelity" in config.part_names:
+        if "fidelity" in parts:
             redrawn = redraw(test) if redraw else None
             fidelity = [
                 measure_fidelity(
@@ -139,7 +141,7 @@ def evaluate(config: EvaluateConfig) -> Path:
 
         # 2. Memorisation, in the guide's features: where a model would copy from is the space that it was shown.
         memorization = None
-        if "memorization" in config.part_names:
+        if "memorization" in parts:
             with asking("memorisation"):
                 memorization = measure_memorization(
                     train=extraction.of(train, guide),
@@ -154,7 +156,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         downstream: list[DownstreamResult] = []
         through_autoencoder, worth, sites = None, list[WorthResult](), list[SiteResult]()
         c = config.c
-        classifiers = config.classifier_names(gpu=device != "cpu") if "downstream" in config.part_names else ()
+        classifiers = config.classifier_names(gpu=device != "cpu") if "downstream" in parts else ()
         trials = Trials(
             seeds=range(config.seed, config.seed + config.seeds),
             resamples=config.bootstrap,
@@ -224,12 +226,38 @@ def evaluate(config: EvaluateConfig) -> Path:
 
         # 4. Consistency.
         consistency = None
-        if "consistency" in config.part_names:
+        if "consistency" in parts:
             with asking("consistency"):
                 scored_classes(train, test)
                 c = c if c is not None else chosen_c(independent["train"], seed=config.seed)[0]
                 consistency = measure_consistency(**independent, c=c, resamples=config.bootstrap, seed=config.seed)
-        if not (fidelity or memorization or downstream or sites or consistency):
+
+        # 5. Privacy: what the checkpoint and its images give away of the lesions that it was trained on.
+        privacy = None
+        if "privacy" in parts:
+            membership = None
+            with asking("membership inference"):
+                membership = infer_membership(
+                    train,
+                    test,
+                    checkpoint,
+                    device=device,
+                    cache_dir=config.cache_dir,
+                    batch_size=config.batch_size,
+                    most=config.privacy_lesions,
+                    resamples=config.bootstrap,
+                    seed=config.seed,
+                )
+            with asking("privacy"):
+                privacy = measure_privacy(
+                    train=extraction.of(train, guide),
+                    test=extraction.of(test, guide),
+                    generated_views=extraction.features(generated, guide, views=range(VIEWS)),
+                    generated=generated,
+                    membership=membership,
+                    seed=config.seed,
+                )
+        if not (fidelity or memorization or downstream or sites or consistency or privacy):
             raise DataError("; ".join(unanswered))
         notes += unanswered
 
@@ -247,6 +275,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             near_copy_gate=near_copy_gate(place) if sites else None,
             autoencoder_downstream=through_autoencoder,
             consistency=consistency,
+            privacy=privacy,
             notes=notes,
             seed=config.seed,
             seconds=round(time.monotonic() - began, 1),

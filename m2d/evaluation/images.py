@@ -1,6 +1,7 @@
 """Which images an evaluation compares: real training images, unseen real ones, generated ones; decoded to one size.
 
-Every part (fidelity, memorization, downstream, consistency) is a function of the ImageSet and FeatureSet defined here.
+Every part (fidelity, memorization, downstream, consistency, privacy) is a function of the ImageSet and FeatureSet
+defined here.
 """
 
 import hashlib
@@ -318,6 +319,13 @@ def check_apart(train: Listed, test: Listed, setting: str) -> None:
                 f"{'are' if many else 'is'} among the training images ({train.source}) too: {names}; leave them out of "
                 "one"
             )
+
+
+def trained_on(checkpoint: Checkpoint) -> set[str] | None:
+    """The sha256 of what its run, and those whose checkpoints that started from, trained on; None: not known."""
+    catalogs = _catalogs_of(checkpoint, [])
+    trained = [one.filter(pc.equal(one["split"], "train"))["sha256"].to_pylist() for one in catalogs.values()]
+    return {sha256 for some in trained for sha256 in some} if trained else None
 
 
 def _catalogs_of(checkpoint: Checkpoint, notes: list[str]) -> dict[Path, pa.Table]:

@@ -13,7 +13,7 @@ from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorCon
 FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three lowest resamples: noise
 HIGHEST_SEED = 2**32 - 1  # scikit-learn's
 SETTINGS, SITE_FOLDS = ("same", "site"), 5
-PARTS = ("fidelity", "memorization", "downstream", "consistency")
+PARTS = ("fidelity", "memorization", "downstream", "consistency", "privacy")
 CLASSIFIERS = ("logistic", "finetune")
 Preprocess = Literal["autoencoder"]
 Recipe = Literal["mix", "replace", "two_phase", "auxiliary_bn"]
@@ -116,7 +116,7 @@ class EvaluateConfig(_Command):
     train: str | None = None  # the real training images, where they lie apart; all of `real` is then unseen
     checkpoint: str | None = None  # of the generator, as generate takes it: its split, VAE, extractor; None: by images
     image_size: int | None = None  # pixels a side at which everything is compared; None: that of the generated images
-    parts: str = ",".join(PARTS)  # which questions to answer
+    parts: str | None = None  # which questions to answer; None: all, privacy only where there is a GPU
     feature_extractor: FeatureExtractorConfig | None = None  # None: the one that guided the checkpoint, else Lite0
     independent_extractor: FeatureExtractorConfig = field(  # another one; the default guides no model unless told
         default_factory=lambda: FeatureExtractorConfig(name="efficientnet-lite1")
@@ -131,6 +131,7 @@ class EvaluateConfig(_Command):
     repeats: int = 2  # of the folds, each time others
     c: float | None = None  # inverse strength of the logistic regression's penalty; None: chosen on training lesions
     ratios: str | None = None  # also tries these synthetic : real ratios, as in 0.5,1,2,5,10
+    privacy_lesions: int = 1000  # of training and of unseen ones, at most, whose membership is guessed; drawn
     bootstrap: int = 1000  # resamples of the test lesions, for the 95 % intervals
     seed: int = 0  # of resamples, draws and trainings
     num_actors: int | None = None  # of Ray; 0: all in this process; None: as many as pay
@@ -153,16 +154,18 @@ class EvaluateConfig(_Command):
             if asked == () or any(word not in known for word in asked or ()):
                 raise ConfigError(f"{name} is {getattr(self, name) or 'empty'}; choose some of {' '.join(known)}")
         self._check(seeds=1, folds=1, repeats=1, bootstrap=FEWEST_RESAMPLES, num_actors=0, batch_size=1, image_size=16)
+        self._check(privacy_lesions=10)
         require_seed("seed", self.seed, HIGHEST_SEED - max(self.seeds, self.repeats) + 1)  # each takes the next one
         if any(not 0 < ratio <= 1000 for ratio in self.ratio_list):
             raise ConfigError(f"ratios is {self.ratios}; each must be above 0 and at most 1000")
         if not self.site_shares or any(not 0 < share < 1 for share in self.site_shares):
             raise ConfigError(f"site_share is {self.site_share or 'empty'}; each must be above 0 and below 1")
 
-    @property
-    def part_names(self) -> tuple[str, ...]:
-        """Of PARTS those asked for, in their order."""
-        asked = _words(self.parts) or ()
+    def part_names(self, *, gpu: bool) -> tuple[str, ...]:
+        """Of PARTS those to answer, in their order. Privacy takes passes of the U-Net: on a CPU minutes to hours."""
+        asked = _words(self.parts)
+        if asked is None:
+            return PARTS if gpu else tuple(part for part in PARTS if part != "privacy")
         return tuple(part for part in PARTS if part in asked)
 
     @property

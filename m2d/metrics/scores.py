@@ -109,6 +109,31 @@ def average_precision(score: np.ndarray, positive: np.ndarray, weights: np.ndarr
     return np.asarray((gained * precision).sum(axis=0) / hits[-1])
 
 
+def told_apart(score: np.ndarray, positive: np.ndarray, weights: np.ndarray, level: float) -> tuple[np.ndarray, ...]:
+    """Area under the ROC curve, and the share of positives called at a false alarm rate of `level`: float64 [R] each.
+
+    score: [N], higher means more likely positive; equal scores pass a threshold together. positive: bool [N].
+    weights: float64 [R, N]. The area equals scikit-learn's roc_auc_score(sample_weight=...) of each row. The threshold
+    is the k-th highest negative, k = floor(level (n + 1)), and what lies above it is called: a new negative then is
+    with a probability of k / (n + 1) at most. Fewer than 1 / level - 1 negatives have no such threshold: nan.
+    """
+    step = max(1, _CELLS_AT_ONCE // len(score))
+    if len(weights) > step:
+        some = (weights[one : one + step] for one in range(0, len(weights), step))
+        return tuple(map(np.concatenate, zip(*(told_apart(score, positive, one, level) for one in some), strict=True)))
+    order = np.argsort(-score, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # of each run of equal scores
+    ordered = weights.T[order]  # [N, R]: rows are moved whole
+    hits, alarms = (
+        np.pad(np.cumsum(ordered * side[order][:, None], axis=0)[last], ((1, 0), (0, 0)))
+        for side in (positive, ~positive)
+    )
+    area = (np.diff(alarms, axis=0) * (hits[1:] + hits[:-1]) / 2).sum(axis=0) / (hits[-1] * alarms[-1])
+    allowed = np.floor(level * (alarms[-1] + 1) + 1e-9) - 1
+    called = np.where(alarms <= allowed, hits, 0).max(axis=0) / hits[-1]
+    return np.asarray(area), np.where(allowed < 0, np.nan, called)
+
+
 def calibration_error(probabilities: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Expected calibration error float64 [R]: sum over bins of share |accuracy - confidence|.
 

@@ -25,6 +25,7 @@ from m2d.evaluation.classifiers.worth import GAINS, RULES, WorthResult
 from m2d.evaluation.fidelity import FidelityResult
 from m2d.evaluation.images import FeatureSet, ImageSet
 from m2d.evaluation.memorization import MemorizationResult
+from m2d.evaluation.privacy import PrivacyResult
 from m2d.evaluation.provenance import NearCopyGate
 from m2d.evaluation.report import plots
 from m2d.generation.contact_sheet import contact_sheet
@@ -59,6 +60,7 @@ class Evaluation:
     near_copy_gate: NearCopyGate | None  # of the run that made the images, where they lie beside its journal
     autoencoder_downstream: DownstreamResult | None  # with reconstructions of training images as the synthetic ones
     consistency: ConsistencyResult | None
+    privacy: PrivacyResult | None
     notes: list[str]
     seed: int
     seconds: float
@@ -230,6 +232,7 @@ def tables(result: Evaluation) -> dict[str, list[Row]]:
         "classes": class_rows(result),
         "fidelity": [row for one in result.fidelity for row in fidelity_rows(one)],
         "memorization": _memorization_rows(result.memorization) if result.memorization else [],
+        "privacy": _privacy_rows(result.privacy) if result.privacy else [],
         "worth": [row for one in result.worth for row in _worth_rows(one)],
         "sites": [row for one in result.sites for row in _site_rows(one)],
         "site_counts": [row for one in result.sites for row in _site_counts(one)],
@@ -286,6 +289,32 @@ def _memorization_rows(result: MemorizationResult) -> list[Row]:
         }
         for code, one in [(OVERALL, result.overall), *result.classes.items()]
         for made, unseen in [(one.generated["either"], one.test["either"] if one.test else None)]
+    ]  # fmt: skip
+
+
+def _privacy_rows(result: PrivacyResult) -> list[Row]:
+    """A row for each attack and class, overall first; then one for each space in which generated images are near."""
+    attacks = [
+        (name, code, one)
+        for name, whole in (result.membership.attacks if result.membership else {}).items()
+        for code, one in [(OVERALL, whole), *(result.membership.classes[name] if result.membership else {}).items()]
+    ]
+    rows: list[Row] = [
+        {
+            "told by": name, "class": code, "lesions": one.lesions, "measure": measure,
+            **vars(value), "chance": chance,
+        }
+        for name, code, one in attacks
+        for measure, value, chance in (("AUC", one.auc, 0.5), ("found at 1 % false alarms", one.found, 0.01))
+        if value is not None
+    ]  # fmt: skip
+    lesions = sum(result.lesions.values())
+    return rows + [
+        {
+            "told by": space, "class": OVERALL, "lesions": lesions, "measure": "generated images nearer to training",
+            **vars(share), "chance": 0.5,
+        }
+        for space, share in result.nearer.items()
     ]  # fmt: skip
 
 
