@@ -41,7 +41,7 @@ LEVEL = 0.01  # false alarms at which lesions are called
 FEWEST = 10  # lesions of each side, and of a class for an interval of its own
 DENOISER, AUTOENCODER, BLIND = "velocity error", "autoencoder's error", "no model"
 _WIDER = 1.35  # half an interval, so that one of six statistics passes by chance in 2.5 % of cases (Bonferroni)
-_NOISE_SEED = 20261126
+NOISE_SEED = 20261126
 _KEPT_AT_ONCE = 256  # images
 
 
@@ -286,7 +286,7 @@ def model_errors(
     autoencoder, denoiser = checkpoint.autoencoder.to(device), checkpoint.denoiser.to(device)
     extractor = extractor.to(device) if extractor else None
     size = min(batch_size or RECONSTRUCTED_AT_ONCE, coded_at_once(images.image_size))
-    noises = torch.randn(len(TIMES), *checkpoint.latent_shape, generator=torch.Generator().manual_seed(_NOISE_SEED)).to(
+    noises = torch.randn(len(TIMES), *checkpoint.latent_shape, generator=torch.Generator().manual_seed(NOISE_SEED)).to(
         device
     )
 
@@ -363,9 +363,11 @@ def _verdict(attacks: dict[str, Attack], nearer: dict[str, Estimate]) -> str:
     shares = " and ".join(f"{_percent(share)} by {space}" for space, share in nearer.items())
     parts.append(f"{shares} of the generated images are nearer to training lesions than to as many unseen ones")
     told = "training lesions can be told" if _found(attacks, nearer) else "no training lesion's membership was shown"
-    by_itself = attacks and attacks[BLIND].succeeds
-    aside = f"; without any model pictures alone reach {attacks[BLIND].auc}, so the split itself gives some away"
-    return f"{told}: {'; '.join(parts)}{aside if by_itself else ''}"
+    control = attacks.get(BLIND)
+    aside = ""
+    if control is not None and control.succeeds:
+        aside = f"; without any model pictures alone reach {control.auc}, so the split itself gives some away"
+    return f"{told}: {'; '.join(parts)}{aside}"
 
 
 def _percent(share: Estimate) -> str:

@@ -60,7 +60,8 @@ def test_every_part_is_answered_in_every_file(
     folders: tuple[Path, Path], tmp_path: Path, prior_checkpoint: Checkpoint, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = write_checkpoint(prior_checkpoint, tmp_path / "run" / "checkpoints" / "best")
-    main("evaluate", flags(folders, tmp_path, "--checkpoint", str(checkpoint), "--preprocess", "autoencoder"))
+    every = ("--parts", "fidelity,memorization,downstream,consistency,privacy", "--privacy_lesions", "30")
+    main("evaluate", flags(folders, tmp_path, "--checkpoint", str(checkpoint), "--preprocess", "autoencoder", *every))
     out = tmp_path / "out"
     found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     assert [one["images"] for one in found["images"]] == [
@@ -75,6 +76,11 @@ def test_every_part_is_answered_in_every_file(
     assert np.array(found["consistency"]["confusion"]).sum() == 24
     assert found["memorization"]["overall"]["generated"]["either"]["images"] == 24
     assert any("taken on trust" in note for note in found["notes"])
+    privacy = found["privacy"]
+    assert privacy["lesions"] == {"DF": 7, "MEL": 12, "NV": 18}
+    assert privacy["membership"]["lesions"] == {"DF": 5, "MEL": 9, "NV": 14}, "30 of 37, as the classes have them"
+    assert privacy["membership"]["condition"] == "class", "the tiny checkpoint names no extractor"
+    assert not privacy["found"]
     plain, passed = found["worth"]
     assert plain["minus_original"] == {}
     assert passed["classifier"] == f"{plain['classifier']}, real images through the autoencoder"
@@ -82,6 +88,12 @@ def test_every_part_is_answered_in_every_file(
 
     page = (out / "evaluation.html").read_text(encoding="utf-8")
     assert found["worth"][0]["verdict"]["sentence"][1:] in page
+    assert privacy["verdict"][1:].replace("'", "&#39;") in page
+    with (out / "privacy.csv").open(encoding="utf-8") as file:
+        told = [(row["told by"], row["class"], row["measure"], float(row["value"])) for row in csv.DictReader(file)]
+    area = privacy["membership"]["attacks"]["velocity error"]["auc"]["value"]
+    assert told[0] == ("velocity error", "all", "AUC", area)
+    assert told[-1][:2] == ("thumbnails", "all")
     worth = (out / "worth.csv").read_text(encoding="utf-8")
     for row, scores in passed["minus_original"].items():
         assert row in page
@@ -98,8 +110,8 @@ def test_every_part_is_answered_in_every_file(
         assert len((out / f"{name}.csv").read_text(encoding="utf-8").splitlines()) > 2
     for path in out.glob("*.png"):
         assert min(Image.open(path).size) > 100
-    told = capsys.readouterr().out
-    assert found["worth"][0]["verdict"]["word"] in " ".join(told.split()).lower()
+    shown = capsys.readouterr().out
+    assert found["worth"][0]["verdict"]["word"] in " ".join(shown.split()).lower()
 
 
 def paint_generated(folder: Path, counts: dict[str, int]) -> None:
@@ -237,6 +249,15 @@ def test_of_one_class_what_can_be_asked_is_answered_and_the_report_is_no_class_t
         assert any(note.startswith(f"{part} was not measured: training and test images") for note in found["notes"])
     with pytest.raises(DataError, match=r"downstream was not measured: .* share too few classes .MEL."):
         evaluate(parse("evaluate", [*asked, "--parts", "downstream"]))
+
+
+def test_without_a_checkpoint_privacy_is_of_the_images_alone(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = evaluate(parse("evaluate", flags(folders, tmp_path, "--parts", "privacy")))
+    found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
+    assert found["privacy"]["membership"] is None
+    assert set(found["privacy"]["nearer"]) == {"features", "thumbnails"}
+    lines = [note for note in found["notes"] if note.startswith("membership inference was not measured: no checkpoint")]
+    assert len(lines) == 1
 
 
 def test_folds_are_reported(folders: tuple[Path, Path], tmp_path: Path) -> None:

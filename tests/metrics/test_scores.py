@@ -4,12 +4,19 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binomtest
-from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score, roc_auc_score
 from torchmetrics.classification import MulticlassCalibrationError
 
 from m2d.classes import ISIC7
 from m2d.metrics.bootstrap import Estimate, resampled_confusions, resampled_seeds, resampled_weights
-from m2d.metrics.scores import average_precision, calibration_error, confusion_matrix, scores, weighted_scores
+from m2d.metrics.scores import (
+    average_precision,
+    calibration_error,
+    confusion_matrix,
+    scores,
+    told_apart,
+    weighted_scores,
+)
 
 MELANOMA = ISIC7.index("MEL")
 MELANOMA_AND_TWO_MORE = (2, 4, 5)
@@ -48,6 +55,24 @@ def test_scores_are_scikit_learns_over_the_classes_with_images(classes: tuple[in
     }
     del measured["expected_calibration_error"]
     assert measured == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_area_under_the_roc_curve_is_scikit_learns_with_ties_and_weights() -> None:
+    generator = np.random.default_rng(0)
+    positive = generator.random(80) < 0.4
+    score = np.round(generator.normal(size=80) + positive, 1)
+    weights = generator.integers(0, 4, (5, 80)).astype(float)
+    expected = [roc_auc_score(positive, score, sample_weight=row) for row in weights]
+    np.testing.assert_allclose(told_apart(score, positive, weights, 0.01)[0], expected, rtol=1e-12)
+
+
+def test_what_is_found_at_few_false_alarms_lies_above_the_kth_highest_negative() -> None:
+    """Of 199 negatives two in 200 new ones may be called, so the threshold is the second highest, 197."""
+    score = np.concatenate([np.arange(199.0), [300, 198, 197.5, 197, 5]])
+    positive = np.arange(len(score)) >= 199
+    ones = np.ones((1, len(score)))
+    assert told_apart(score, positive, ones, 0.01)[1] == pytest.approx([3 / 5])
+    assert np.isnan(told_apart(score[101:], positive[101:], ones[:, 101:], 0.01)[1]).all(), "98 are too few"
 
 
 def test_calibration_error_is_torchmetrics() -> None:
