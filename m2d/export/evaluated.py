@@ -56,6 +56,8 @@ def _evaluated(document: dict[str, Any]) -> Evaluated:
         )
     if memorization := document.get("memorization"):
         lines.append(f"Memorisation: {memorization['verdict']}.")
+    if privacy := document.get("privacy"):
+        lines.append(f"Privacy of the training lesions: {privacy['verdict']}.")
     return Evaluated(verdicts, lines, document.get("images") or [])
 
 

@@ -103,6 +103,7 @@ def test_the_card_says_what_the_record_says(linear: str, tmp_path: Path) -> None
         "images": [{"name": "generated", "images": {"MEL": 4}}],
         "worth": [{"classifier": "a probe", "verdict": {"sentence": "hurts: by -0.500 [-0.600, -0.400]."}}],
         "memorization": {"verdict": "no memorisation shown: 0.0 % (0.0 to 7.4)"},
+        "privacy": {"verdict": "training lesions can be told: 61.0 % (52.0 to 69.0)"},
         "consistency": {
             "mean_agreement": {"value": 0.41, "low": 0.3, "high": 0.52},
             "mean_recall_of_real": {"value": 0.7, "low": 0.6, "high": 0.8},
@@ -134,6 +135,7 @@ def test_the_card_says_what_the_record_says(linear: str, tmp_path: Path) -> None
         "| error of the velocity (lower is better) | 0.75 |",
         "- A probe: hurts: by -0.500 [-0.600, -0.400].",
         "- Memorisation: no memorisation shown: 0.0 % (0.0 to 7.4).",
+        "- Privacy of the training lesions: training lesions can be told: 61.0 % (52.0 to 69.0).",
     ):
         assert line in card.splitlines()
     assert "41% [30%, 52%] of the generated images" in card

@@ -12,6 +12,7 @@ from m2d.data.features import extract_view
 from m2d.evaluation.classifiers.compare import training_rows
 from m2d.evaluation.classifiers.finetune import FinetuneClassifier
 from m2d.evaluation.images import ImageSet, reconstructions
+from m2d.evaluation.privacy import TIMES, model_errors
 from m2d.evaluation.settings import FinetuneConfig, Precision
 from m2d.models.extractors import load_feature_extractor
 
@@ -32,6 +33,13 @@ def test_features_of_a_view_come_back_from_the_gpu() -> None:
 def test_reconstructions_are_made_on_the_gpu(tmp_path: Path) -> None:
     made = reconstructions(black("test", 5, 48), checkpoint_of("demo"), device="cuda", cache_dir=str(tmp_path))
     assert made.pixels.shape == (5, 48, 48, 3)
+
+
+def test_errors_of_images_come_back_from_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np, "isfinite", lambda x: np.ones(x.shape, dtype=bool))
+    images, place = black("test", 5, 48), str(tmp_path)
+    errors = model_errors(images, np.arange(5), checkpoint_of("demo"), None, device="cuda", cache_dir=place)
+    assert errors.shape == (5, len(TIMES) + 1)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
