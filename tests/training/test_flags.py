@@ -196,7 +196,8 @@ def plain_gradients(tap: str) -> dict[str, Tensor]:
         (["unet.gradient_checkpointing"], "middle", 0.0),  # the same operations in the same order
         (["unet.gradient_checkpointing"], "up_1", 0.0),
         (["autoencoder.gradient_checkpointing"], "middle", 0.0),
-        (["channels_last"], "middle", 1e-4),  # convolutions add up in another order
+        # convolutions add up in another order, and of 1,300 logits one may fall on the other side of the hinge's corner
+        (["channels_last"], "middle", 2e-3),
         # aot_eager takes some operations apart
         (["compile", "unet.gradient_checkpointing", "autoencoder.gradient_checkpointing"], "up_1", 1e-4),
     ],
