@@ -182,7 +182,8 @@ def test_a_joint_step_with_any_two_flags_learns(combination: Combination) -> Non
     assert ("loss/alignment_vae" in scalars) is aligned
 
 
-FULL = {**PLAIN, "discriminator.enabled": True, "discriminator.kind": "projected"}
+# Group norms over pairs of numbers, which 8 channels have on maps of one cell, turn rounding into signs.
+FULL = {**PLAIN, "discriminator.enabled": True, "discriminator.kind": "projected", "discriminator.channels": 64}
 
 
 @functools.cache
@@ -196,8 +197,7 @@ def plain_gradients(tap: str) -> dict[str, Tensor]:
         (["unet.gradient_checkpointing"], "middle", 0.0),  # the same operations in the same order
         (["unet.gradient_checkpointing"], "up_1", 0.0),
         (["autoencoder.gradient_checkpointing"], "middle", 0.0),
-        # convolutions add up in another order, and of 1,300 logits one may fall on the other side of the hinge's corner
-        (["channels_last"], "middle", 2e-3),
+        (["channels_last"], "middle", 1e-4),  # convolutions add up in another order
         # aot_eager takes some operations apart
         (["compile", "unet.gradient_checkpointing", "autoencoder.gradient_checkpointing"], "up_1", 1e-4),
     ],
