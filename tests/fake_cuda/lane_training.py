@@ -34,7 +34,7 @@ PRECISIONS: dict[str, tuple[Precision, ...]] = {"demo": ("no", "bf16", "fp16"), 
 CASES = [
     (name, stage, precision)
     for name in JOINT_PRESETS
-    for stage in LOSSES
+    for stage in ({"latent"} if preset(name).autoencoder.kind == "linear" else LOSSES)  # block PCA has no other
     for precision in PRECISIONS.get(name, ("bf16",))
 ]
 

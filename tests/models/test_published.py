@@ -2,13 +2,20 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from m2d.classes import ISIC7
+from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import CheckpointError
 from m2d.evaluation.settings import EvaluateConfig
+from m2d.generation.generator import Generator
+from m2d.generation.plan import rows_of, standard_plan
 from m2d.generation.run import _absolute
 from m2d.generation.settings import GenerateConfig
 from m2d.models import published
+from m2d.models.checkpoint import load_checkpoint
 from m2d.models.published import checkpoint_path, own_name
 from m2d.serving.deployment import resolved
 from m2d.serving.settings import ServeConfig
@@ -77,3 +84,17 @@ def test_without_network_it_is_refused_in_one_line(monkeypatch: pytest.MonkeyPat
 )
 def test_it_is_called_by_its_folder_or_its_repository(folder: str, name: str) -> None:
     assert own_name(folder) == name
+
+
+DRAWN = Path(__file__).parents[1] / "fixtures" / "ham-64.png"  # an image of each class, side by side
+
+
+def test_ham_64_comes_with_m2d_and_draws_what_it_drew() -> None:
+    """Within a grey level of the images that were drawn when the weights were made."""
+    checkpoint = load_checkpoint(checkpoint_path("checkpoint", "ham-64"))
+    sampling = SamplingSettings(solver="euler", steps=4)
+    plan = standard_plan(dict.fromkeys(ISIC7.codes, 1), run_seed=0, sampling=sampling, feature="prior")
+    images = Generator(checkpoint, batch_size=7, device="cpu").generate(rows_of(plan))
+    with Image.open(DRAWN) as drawn:
+        expected = np.asarray(drawn, dtype=np.int16)
+    assert np.abs(np.concatenate(list(images), axis=1).astype(np.int16) - expected).max() <= 1

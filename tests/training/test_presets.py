@@ -65,7 +65,7 @@ def preset_of(base: str, stage: str) -> str:
 
 def linear(base: str) -> bool:
     """Block PCA, which has a latent stage alone."""
-    config: TrainConfig = parse("train", ["--preset", base])
+    config: TrainConfig = parse("train", ["--preset", base, "--init_checkpoint", "earlier"])
     return config.autoencoder.kind == "linear"
 
 
