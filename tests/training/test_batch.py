@@ -59,6 +59,18 @@ def test_draws_have_the_stated_distributions() -> None:
     assert draws.feature_noise_level.mean().item() == pytest.approx(0.25, abs=0.01)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_another_density_moves_the_times_and_nothing_else(shift: float) -> None:
+    uniform = drawn()
+    other = draw(0, torch.arange(4096), (2, 2, 2), 3, CONDITIONING, "logit_normal", shift)
+    log_odds = torch.logit(other.t.double()).numpy()
+    assert scipy.stats.kstest(log_odds, "norm", args=(math.log(shift), 1)).pvalue > 1e-4
+    order = uniform.t.argsort(stable=True)
+    assert (other.t[order].diff() >= 0).all()  # of the same numbers of the stream
+    others = [name for name in vars(uniform) if name != "t"]
+    assert all(torch.equal(getattr(other, name), getattr(uniform, name)) for name in others)
+
+
 def test_noise_is_normal_and_its_numbers_are_independent() -> None:
     """Kolmogorov and Smirnov's test at 1e-4, moments, and the correlation of neighbouring places and rows."""
     draws = drawn()
