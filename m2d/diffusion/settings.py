@@ -8,6 +8,7 @@ from m2d.errors import ConfigError
 
 Solver = Literal["euler", "heun", "dpmpp", "unipc"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
+TimeDensity = Literal["uniform", "logit_normal"]
 
 
 @dataclass(frozen=True, kw_only=True)

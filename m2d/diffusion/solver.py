@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from m2d.diffusion.interpolant import shifted
 from m2d.diffusion.settings import Solver
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -69,6 +70,37 @@ class GuidedVelocity:
         self.conditional = keep_rows(self.conditional, rows)
 
 
+@dataclass
+class AutoguidedVelocity:
+    """v = v_guide + scale (v - v_guide) where low <= t <= high, and v elsewhere: away from a weaker network's errors.
+
+    context, guide_context: [B, L, D], of the same classes and features, each by its network's own encoder. The guide
+    is asked where GuidedVelocity would compute its null half, so that the cost is the same.
+    Source: autoguidance (arXiv 2406.02507), section 4; the two networks share the path and the space it is in.
+    """
+
+    model: VelocityModel
+    guide: VelocityModel
+    context: Tensor
+    guide_context: Tensor
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """As GuidedVelocity's."""
+        time, (low, high) = float(t), self.interval
+        times = x.new_full((len(x),), time)
+        velocity = self.model.velocity(x, times, self.context)
+        if self.scale == 1 or not low <= time <= high:
+            return velocity
+        velocity, guide = velocity.to(x.dtype), self.guide.velocity(x, times, self.guide_context).to(x.dtype)
+        return guide + self.scale * (velocity - guide)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some rows of the batch alone."""
+        self.context, self.guide_context = keep_rows(self.context, rows), keep_rows(self.guide_context, rows)
+
+
 @torch.no_grad()
 def solve(
     velocity: Velocity,
@@ -105,16 +137,16 @@ def keep_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
 
 
 def time_grid(steps: int, shift: float = 1.0, start_time: float = 1.0) -> Tensor:
-    """Times from start_time to 0, float64 [steps + 1] on the CPU: uniform, then t -> shift t / (1 + (shift - 1) t).
+    """Times from start_time to 0, float64 [steps + 1] on the CPU: uniform, then `shifted`.
 
     The uniform times begin at the u that the shift leads to start_time, so u n steps from there are the last ones of n
-    steps from 1. Source of the shift: Stable Diffusion 3 (arXiv 2403.03206), eq. 23.
+    steps from 1.
     """
     if not 0 <= start_time <= 1:
         raise ValueError(f"start_time is {start_time}; it must be in [0, 1]")
     first = start_time / (start_time + shift * (1 - start_time))  # 1 at 1, exactly
     times = torch.linspace(first, 0, steps + 1, dtype=torch.float64)
-    return shift * times / (1 + (shift - 1) * times)
+    return shifted(times, shift)
 
 
 def _euler(velocity: Velocity, x: Tensor, times: Tensor, watch: Watch | None) -> Tensor:

@@ -117,6 +117,7 @@ def conditioning_of(checkpoint: Checkpoint) -> Conditioning:
         feature_tokens=encoder.feature_tokens,
         latent_channels=int(denoiser.unet.config.in_channels),
         prior_rank=None if prior is None else int(prior.factors.shape[1]),
+        time_shift=info.time_shift,
     )
     tensors = {name: tensor for name, tensor in denoiser.state_dict().items() if not name.startswith("unet.")}
     tensors |= {f"prior.{name}": tensor for name, tensor in (prior.tensors() if prior else {}).items()}

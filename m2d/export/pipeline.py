@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from m2d.diffusion.settings import Solver
-from m2d.diffusion.solver import GuidedVelocity, solve
+from m2d.diffusion.solver import GuidedVelocity, solve, time_grid
 from m2d.generation.generator import noise_for
 from m2d.generation.plan import seed_of
 from m2d.models.autoencoder import coded_at_once, from_uint8, to_uint8
@@ -158,7 +158,8 @@ class M2DPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is unty
         start_time: float,
         callback: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None] | None,
     ) -> Tensor:
-        estimate = state
+        estimate, shift = state, float(self.conditioning.config.time_shift)
+        times = time_grid(steps, shift, start_time).float()
         with self.progress_bar(total=steps) as bar:
 
             def watch(step: int, clean: Tensor) -> Sequence[int] | None:
@@ -166,10 +167,11 @@ class M2DPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers is unty
                 estimate = clean
                 bar.update()
                 if callback is not None:
-                    callback(self, step - 1, torch.tensor(start_time * (1 - step / steps)), {"latents": clean})
+                    callback(self, step - 1, times[step], {"latents": clean})
                 return [] if self._interrupt else None
 
-            end = solve(velocity, state, steps=steps, solver=solver, start_time=start_time, watch=watch)
+            grid: dict[str, Any] = {"steps": steps, "shift": shift, "start_time": start_time}
+            end = solve(velocity, state, solver=solver, watch=watch, **grid)
         return estimate if self._interrupt else end
 
     def _encode(self, pictures: Sequence[Picture]) -> Tensor:

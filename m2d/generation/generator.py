@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +14,7 @@ import torch
 from joblib import cpu_count
 from torch import Tensor, nn
 
-from m2d.diffusion.solver import GuidedVelocity, Watch, keep_rows, solve
+from m2d.diffusion.solver import AutoguidedVelocity, GuidedVelocity, Watch, keep_rows, solve
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import PlanRow, seed_of
 from m2d.generation.references import read_reference, require_dim
@@ -48,13 +49,27 @@ class Generator:
         extractor: FeatureExtractor | None = None,
         compile: bool = False,  # noqa: A002 - the flag is called so
         compile_mode: CompileMode = "default",
+        time_shift: float | None = None,
+        guide: Checkpoint | None = None,
     ) -> None:
         """Moves the checkpoint's networks, and the extractor, to the device; of the U-Net, in bf16 or fp16, a copy.
 
         None decides, see `pick_device` and `pick_precision`. extractor: for rows that a reference's feature guides, and
         for `features`; ConfigError where it is not the checkpoint's. compile: torch.compile the U-Net, for runs of many
-        batches; a batch that is not full is then filled up, so that no shape is compiled for it.
+        batches; a batch that is not full is then filled up, so that no shape is compiled for it. time_shift: of the
+        solver's times; None: the checkpoint's. guide: what guidance leads away from, see `require_guide`.
         """
+        self.guide: Generator | None = None
+        if guide is not None:
+            require_guide(guide, checkpoint)
+            self.guide = Generator(
+                replace(guide, autoencoder=checkpoint.autoencoder),
+                device=device,
+                mixed_precision=mixed_precision,
+                compile=compile,
+                compile_mode=compile_mode,
+            )
+        self.time_shift = checkpoint.info.time_shift if time_shift is None else time_shift
         self.checkpoint, self.classes = checkpoint, checkpoint.info.classes
         self.batch_size = batch_size
         self.device = pick_device(device)
@@ -117,20 +132,29 @@ class Generator:
             clean = self.encode([str(row.reference) for row in rows])
             latents = (1 - start_time) * clean + start_time * latents
         labels = torch.tensor([self.classes.index(row.label) for row in rows])
-        velocity = GuidedVelocity(
-            self,
-            self._context(rows, labels).to(self._dtype),
-            self.denoiser.context(torch.full_like(labels, len(self.classes), device=self.device)).to(self._dtype),
-            scale=row.guidance_scale,
-            interval=(row.guidance_low, row.guidance_high),
-        )
+        cls, scale, interval = self._guiding(rows, labels), row.guidance_scale, (row.guidance_low, row.guidance_high)
+        context = self._context(rows, labels, cls)
+        velocity: GuidedVelocity | AutoguidedVelocity
+        if self.guide is None:
+            no_class = torch.full_like(labels, len(self.classes), device=self.device)
+            null = self.denoiser.context(no_class).to(self._dtype)
+            velocity = GuidedVelocity(self, context, null, scale, interval)
+        else:
+            of_guide = self.guide._context(rows, labels, cls)
+            velocity = AutoguidedVelocity(self, self.guide, context, of_guide, scale, interval)
         staying = list(range(wanted))
         narrow = None if watch is None else partial(self._narrow, watch, velocity, staying)
-        latents = solve(velocity, latents, steps=steps, solver=row.solver, start_time=start_time, watch=narrow)
+        grid: dict[str, Any] = {"steps": steps, "shift": self.time_shift, "start_time": start_time}
+        latents = solve(velocity, latents, solver=row.solver, watch=narrow, **grid)
         return keep_rows(latents, staying) if self._compiled and watch else latents[:wanted]
 
     def _narrow(
-        self, watch: Watch, velocity: GuidedVelocity, staying: list[int], step: int, clean: Tensor
+        self,
+        watch: Watch,
+        velocity: GuidedVelocity | AutoguidedVelocity,
+        staying: list[int],
+        step: int,
+        clean: Tensor,
     ) -> Sequence[int] | None:
         """What the solver's watch returns. staying: rows of a compiled batch, whose shape must not change."""
         kept = watch(step, keep_rows(clean, staying) if self._compiled else clean)
@@ -194,12 +218,20 @@ class Generator:
             found.append(self._cls(pixels).cpu().numpy())
         return np.concatenate(found)
 
-    def _context(self, rows: Sequence[PlanRow], labels: Tensor) -> Tensor:
-        """Context tokens [B, L, Dc]; the class alone guides a row without a feature. labels: on the CPU."""
+    def _context(self, rows: Sequence[PlanRow], labels: Tensor, cls: Tensor | None) -> Tensor:
+        """Context tokens [B, L, Dc] in the U-Net's type. labels: on the CPU. cls: see `_guiding`."""
+        labels = labels.to(self.device)
+        if cls is None:
+            return self.denoiser.context(labels).to(self._dtype)
+        alone = torch.tensor([row.feature == "none" for row in rows], device=self.device)
+        return self.denoiser.conditioning(labels, cls, drop_feature=alone).to(self._dtype)
+
+    def _guiding(self, rows: Sequence[PlanRow], labels: Tensor) -> Tensor | None:
+        """Features float32 [B, D], zeros for a row that its class alone guides; None where that is every row."""
         of_kind = {kind: [n for n, row in enumerate(rows) if row.feature == kind] for kind in ("prior", "reference")}
         drawn, own = of_kind["prior"], of_kind["reference"]
         if not drawn and not own:
-            return self.denoiser.context(labels.to(self.device))
+            return None
         cls = torch.zeros(len(rows), self.checkpoint.info.feature_dim, device=self.device)
         if drawn:
             prior = require_prior(self.checkpoint)
@@ -213,8 +245,7 @@ class Generator:
             ends = [rows[n].reference_b or str(rows[n].reference) for n in own]
             a, b = self._of_each([*starts, *ends], self._features, self._cls).split(len(own))
             cls[own] = torch.stack([slerp(a[k], b[k], rows[n].position or 0) for k, n in enumerate(own)])
-        alone = torch.tensor([row.feature == "none" for row in rows], device=self.device)
-        return self.denoiser.conditioning(labels.to(self.device), cls, drop_feature=alone)
+        return cls
 
     def _cls(self, pixels: Tensor) -> Tensor:
         """float32 [B, D] of uint8 [B, 3, H, W], in full precision, as training extracts them."""
@@ -314,6 +345,36 @@ def require_prior(checkpoint: Checkpoint) -> FeaturePrior:
             "take a checkpoint that was trained with this M2D"
         )
     return checkpoint.prior
+
+
+def require_guide(guide: Checkpoint, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError where guidance cannot lead from one checkpoint's velocities to another's.
+
+    Both must be of the same latents, bit by bit: joint training moves them at each step, and a difference of velocities
+    would then be mostly that of the spaces.
+    """
+
+    def conditions(one: Checkpoint) -> tuple[Any, ...]:
+        info = one.info
+        return info.classes.codes, info.feature_extractor, info.extractor_key, info.feature_dim, one.latent_shape
+
+    def space(one: Checkpoint) -> dict[str, Tensor]:
+        norm = one.denoiser.latent_norm.state_dict()
+        return {**one.autoencoder.state_dict(), **{f"norm.{name}": tensor for name, tensor in norm.items()}}
+
+    if guide.sha256 == checkpoint.sha256:
+        raise ConfigError(f"guide_checkpoint: {guide.path} is the checkpoint itself; name an earlier one of its run")
+    ours, theirs = space(checkpoint), space(guide)
+    if conditions(guide) != conditions(checkpoint) or ours.keys() != theirs.keys():
+        raise ConfigError(
+            f"guide_checkpoint: {guide.path} is of other classes, features or latents than {checkpoint.path}; name an "
+            "earlier checkpoint of its run"
+        )
+    if not all(torch.equal(tensor.cpu(), theirs[name].cpu()) for name, tensor in ours.items()):
+        raise ConfigError(
+            f"guide_checkpoint: {guide.path} has another autoencoder than {checkpoint.path}, so their latents differ; "
+            "name an earlier checkpoint of stage latent, which keeps the autoencoder as it is"
+        )
 
 
 def _noise_of(row: PlanRow, shape: tuple[int, int, int]) -> Tensor:

@@ -103,6 +103,9 @@ class Recipe:
     balance: dict[str, Any] | None = None  # the target and the hash of the catalog whose images it counts
     plan: str | None = None  # sha256 over the rows, input images by their content
     classes: tuple[str, ...] = ISIC7.codes  # of the checkpoint; named in the record where they are others
+    # Recorded where they are used, so that records of before there were any stay equal.
+    time_shift: float = 1.0  # of the solver's times
+    guide: str | None = None  # sha256 of the checkpoint that guidance leads away from
 
     @classmethod
     def of(cls, config: GenerateConfig, *, feature: Feature, **decided: Any) -> Self:
@@ -125,9 +128,8 @@ class Recipe:
 
     def to_json(self) -> str:
         """One line, keys sorted: equal recipes give equal text."""
-        fields = asdict(self)
-        if self.classes == ISIC7.codes:
-            del fields["classes"]
+        later = {"classes": ISIC7.codes, "time_shift": 1.0, "guide": None}
+        fields = {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
         return json.dumps(fields, sort_keys=True)
 
     def is_read_from(self, record: str) -> bool:
@@ -564,12 +566,12 @@ def _difference(record: Path, recipe: Recipe) -> str:
     here = json.loads(recipe.to_json())
     try:
         there = json.loads(record.read_text(encoding="utf-8"))
-        name = next(name for name in here if there.get(name) != here[name])
-    except (ValueError, AttributeError, StopIteration):
+        name = next(name for name in (*here, *there) if there.get(name) != here.get(name))
+    except (ValueError, AttributeError, TypeError, StopIteration):
         return f"{RECORD_NAME} cannot be read"
-    one, other = there.get(name), here[name]
+    one, other = there.get(name), here.get(name)
     if isinstance(one, dict) and isinstance(other, dict):  # gates and balance: the setting within
         inner = next(key for key in {**one, **other} if one.get(key) != other.get(key))
         name, one, other = f"{name}.{inner}", one.get(inner), other.get(inner)
-    short = 12 if name in ("checkpoint", "plan") else None
+    short = 12 if name in ("checkpoint", "guide", "plan") else None
     return f"{name} {str(one)[:short]} there, {str(other)[:short]} here"

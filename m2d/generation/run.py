@@ -23,7 +23,7 @@ from m2d.files.paths import input_path, require_outside, result_path
 from m2d.files.progress import progress, say
 from m2d.generation import output, workers
 from m2d.generation.gates import GatesAtWork, prepare_gates, training_images
-from m2d.generation.generator import Generator, pick_device, pick_feature, require_prior
+from m2d.generation.generator import Generator, pick_device, pick_feature, require_guide, require_prior
 from m2d.generation.merge import write_merged_index
 from m2d.generation.output import MANIFEST_NAME, PLAN_NAME, OutputFolder, Recipe
 from m2d.generation.plan import Planned, dataset_catalog, make_plan, read_plan
@@ -48,7 +48,11 @@ def generate(config: GenerateConfig) -> Path:
     config = _absolute(config)
     with hold_checkpoint(config.checkpoint) as path, ExitStack() as cluster:
         config = replace(config, checkpoint=path)
-        checkpoint = load_checkpoint(path, "cpu")
+        checkpoint, guide = load_checkpoint(path, "cpu"), None
+        if config.guide_checkpoint is not None:
+            config = replace(config, guide_checkpoint=cluster.enter_context(hold_checkpoint(config.guide_checkpoint)))
+            guide = load_checkpoint(str(config.guide_checkpoint), "cpu")
+            require_guide(guide, checkpoint)
         by_reference = config.plan is None and config.feature is None and config.starts_from_images
         feature = pick_feature("reference" if by_reference else config.feature, checkpoint)  # a plan decides by row
         device, precision = _device(config, cluster)
@@ -71,6 +75,8 @@ def generate(config: GenerateConfig) -> Path:
             balance=planned.balance,
             plan=planned.digest,
             classes=checkpoint.info.classes.codes,
+            time_shift=float(config.time_shift or checkpoint.info.time_shift),
+            guide=None if guide is None else guide.sha256,
         )
         default = output.results_of(str(checkpoint.path)) / "generated_images" / recipe.hash
         root = Path(config.output or result_path("output", str(default)))
@@ -82,7 +88,7 @@ def generate(config: GenerateConfig) -> Path:
             return root
         with closing(OutputFolder(root, recipe)) as folder:
             _write_plan(root, planned.table)
-            lack = _Run(config, checkpoint, planned, gates, folder, device, precision, cluster).finish()
+            lack = _Run(config, checkpoint, guide, planned, gates, folder, device, precision, cluster).finish()
             if config.merge and config.data_root is not None:
                 write_merged_index(config.data_root, catalog, root / MANIFEST_NAME, root / MERGED_NAME)
     if lack:
@@ -96,6 +102,7 @@ class _Run:
 
     config: GenerateConfig
     checkpoint: Checkpoint
+    guide: Checkpoint | None
     planned: Planned
     gates: GatesAtWork
     folder: OutputFolder
@@ -164,15 +171,16 @@ class _Run:
             own_images=self.gates.of_lesions(self.planned.lesions),
         )
         with_extractor = features or "reference" in self.planned.features
-        load = partial(workers.load_generator, self.config, self.checkpoint.sha256, self.precision, with_extractor)
+        load = partial(workers.load_generator, self.config, self.folder.recipe, self.precision, with_extractor)
         if not groups:
             return
         if not self._on_ray():
-            self.generator = self.generator or load(self.device, self.checkpoint, self.gates.extractor)
+            self.generator = self.generator or load(self.device, self.checkpoint, self.gates.extractor, self.guide)
             yield from workers.make_here(self.generator, groups, attempts, writer, features=features)
             return
         _connect(self.cluster, self.config)
         read = {"checkpoint": str(self.checkpoint.path), "data_root": self.config.data_root or ""}
+        read["guide_checkpoint"] = self.config.guide_checkpoint or ""
         require_shared(written={"output": str(self.folder.root)}, read=read)
         pool = workers.pick_pool(self.config.num_actors, self.config.gpus_per_actor, self.device, len(groups))
         each = f"{pool.gpus:g} GPU" if pool.gpus else f"{pool.threads} CPU threads"
@@ -238,9 +246,11 @@ class _Run:
             + (f" (few images of {', '.join(weak)})" if weak else ""),
         }
         low, high = recipe.guidance_interval
+        shift = "" if recipe.time_shift == 1 else f" shifted by {recipe.time_shift:g}"
+        away = "" if self.guide is None else f", away from step {self.guide.step:,}"
         how = (
-            f"{recipe.solver}, {recipe.steps} steps; guidance {recipe.guidance_scale:g} at t in [{low:g}, {high:g}]; "
-            f"{guided[recipe.feature]}; seed {recipe.seed}"
+            f"{recipe.solver}, {recipe.steps} steps{shift}; guidance {recipe.guidance_scale:g} at t in "
+            f"[{low:g}, {high:g}]{away}; {guided[recipe.feature]}; seed {recipe.seed}"
         )
         return (
             f"Synthetic images, not patients. Checkpoint {checkpoint.sha256[:12]}, step {checkpoint.step:,}; "
@@ -253,6 +263,7 @@ def _absolute(config: GenerateConfig) -> GenerateConfig:
     names = ("init_images", "reference_images", "reference_images_b", "data_root", "catalog", "plan")
     places = {name: input_path(name, getattr(config, name)) for name in (*names, "extractor_weights")}
     places["checkpoint"] = checkpoint_path("checkpoint", config.checkpoint)
+    places["guide_checkpoint"] = checkpoint_path("guide_checkpoint", config.guide_checkpoint)
     places["output"] = result_path("output", config.output)
     require_outside(places["data_root"], output=places["output"])
     local = {name: place for name, place in places.items() if place is not None and "://" not in place}

@@ -51,11 +51,13 @@ class GenerateConfig(SamplingSettings):
     """Which images to make, from which checkpoint, and where they go."""
 
     checkpoint: str  # a checkpoint directory, a name in weights/, or hub:USER/NAME[@REVISION]
+    guide_checkpoint: str | None = None  # an earlier one of the run; guidance leads away from it (autoguidance)
     output: str | None = None  # None: generated_images/<hash of the settings> in the checkpoint's experiment, or here
     mode: Mode = "standard"  # image2image needs init_images, interpolate the reference_images, balance a data_root
     classes: str | None = None  # comma-separated codes, any letter case; None: all of them
     num_samples: int = 8  # per class; balance and interpolate count for themselves
     seed: int = 0  # of the run; every image has its own, made from this, its class and its index
+    time_shift: float | None = None  # above 1: more of the steps near the noise; 1: even; None: as in training
     feature: Feature | None = None  # drawn from the prior, the reference's own, or none; None: as the mode has it
     feature_temperature: float = 1.0  # spread of the drawn features; 0: the class mean for every image
     init_images: str | None = None  # image2image: a folder of class folders, or a flat one with one of --classes
@@ -103,6 +105,12 @@ class GenerateConfig(SamplingSettings):
             value = getattr(self, name)
             if value is not None and not (isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} is {value}; it must be a number of at least 0")
+        if self.time_shift is not None and not (isfinite(self.time_shift) and self.time_shift > 0):
+            raise ConfigError(f"time_shift is {self.time_shift}; it must be a number above 0")
+        if self.guide_checkpoint is not None and self.guidance_scale == 1 and self.plan is None:
+            raise ConfigError(
+                "guide_checkpoint has nothing to do at guidance_scale 1, which is no guidance; raise --guidance_scale"
+            )
         parse_strength(self.strength)
         if self.gpus_per_actor is not None and self.gpus_per_actor > 1 and self.gpus_per_actor % 1:
             raise ConfigError(f"gpus_per_actor is {self.gpus_per_actor}; above 1 it must be a whole number")

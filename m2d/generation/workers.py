@@ -42,14 +42,15 @@ _AHEAD = 4  # groups made and not yet written, of this process: what memory they
 
 def load_generator(
     config: GenerateConfig,
-    sha256: str,
+    recipe: output.Recipe,
     precision: Precision,
     with_extractor: bool,
     device: str,
     checkpoint: Checkpoint | None = None,
     extractor: FeatureExtractor | None = None,
+    guide: Checkpoint | None = None,
 ) -> Generator:
-    """The run's generator, anywhere. sha256: of the checkpoint that the driver has. checkpoint, extractor: if loaded.
+    """The run's generator, anywhere. recipe: of the driver's checkpoints. checkpoint, extractor, guide: if loaded.
 
     with_extractor: gates or references ask for features. Raises an M2DError, in one line, where this machine lacks
     something that the driver has.
@@ -59,10 +60,15 @@ def load_generator(
     from m2d.models.checkpoint import load_checkpoint
 
     checkpoint = checkpoint or load_checkpoint(config.checkpoint)
-    if checkpoint.sha256 != sha256:
-        raise CheckpointError(
-            f"checkpoint: {config.checkpoint} is another one on a node than on the driver; every node needs the same"
-        )
+    if config.guide_checkpoint is not None:
+        guide = guide or load_checkpoint(config.guide_checkpoint)
+    for name, loaded, sha256 in (
+        ("checkpoint", checkpoint, recipe.checkpoint),
+        ("guide_checkpoint", guide, recipe.guide),
+    ):
+        if loaded is not None and loaded.sha256 != sha256:
+            place = getattr(config, name)
+            raise CheckpointError(f"{name}: {place} is another one on a node than on the driver; all need the same")
     if with_extractor and extractor is None:
         extractor = load_reference_extractor(checkpoint, config.extractor_weights)
     return Generator(
@@ -73,6 +79,8 @@ def load_generator(
         extractor=extractor,
         compile=config.compile,
         compile_mode=config.compile_mode,
+        time_shift=recipe.time_shift,
+        guide=guide,
     )
 
 

@@ -59,6 +59,11 @@ class CheckpointInfo:
     extractor_key: str = ""  # which weights, input size and crop; "": written before it was recorded
     classes: ClassSet = ISIC7
 
+    @property
+    def time_shift(self) -> float:
+        """Of the times that it was trained at, and so of a sampler's; 1 where the run had no such setting."""
+        return float((self.config.get("schedule") or {}).get("time_shift", 1.0))
+
 
 @dataclass(frozen=True)
 class Checkpoint:

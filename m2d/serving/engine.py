@@ -261,6 +261,7 @@ class Engine:
             gates=self._gates.record,
             plan=order.plan,
             classes=self.card.classes.codes,
+            time_shift=self._generator.time_shift,
         )
         under = _UnderWay(order=order, recipe=recipe, left=len(rows), total=sum(start_of(row)[1] for row in rows))
         self._users.update(order.uploads.keys())

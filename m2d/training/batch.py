@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from m2d.diffusion.interpolant import training_times
+from m2d.diffusion.settings import TimeDensity
 from m2d.models.autoencoder import from_uint8
 from m2d.models.extractors import FeatureExtractor, Features
 from m2d.models.settings import ConditioningConfig
@@ -45,7 +47,7 @@ class Draws:
 
     posterior: Tensor  # standard normal [B, C, h, w]
     noise: Tensor  # standard normal [B, C, h, w]
-    t: Tensor  # uniform in (0, 1), [B]
+    t: Tensor  # in (0, 1), of schedule.times and time_shift, [B]
     drop_class: Tensor  # bool [B]
     drop_feature: Tensor  # bool [B]
     feature_noise: Tensor  # standard normal [B, D]
@@ -86,11 +88,17 @@ def extract(extractor: FeatureExtractor, pixels: Tensor) -> Features:
 
 
 def draw(
-    run_seed: int, rows: Tensor, latent_shape: tuple[int, int, int], feature_dim: int, conditioning: ConditioningConfig
+    run_seed: int,
+    rows: Tensor,
+    latent_shape: tuple[int, int, int],
+    feature_dim: int,
+    conditioning: ConditioningConfig,
+    times: TimeDensity = "uniform",
+    time_shift: float = 1.0,
 ) -> Draws:
     """The draws of stream rows int64 [B], on their device; the same few kernels whatever B is.
 
-    Each row has a SplitMix64 stream of its own, and every number its place in it.
+    Each row has a SplitMix64 stream of its own, and every number its place in it, whatever the density of t.
     """
     batch, latent = len(rows), math.prod(latent_shape)
     key = int.from_bytes(hashlib.sha256(f"m2d draws {run_seed}".encode()).digest()[:8], "little")
@@ -103,7 +111,7 @@ def draw(
     return Draws(
         posterior=posterior.reshape(batch, *latent_shape),
         noise=noise.reshape(batch, *latent_shape),
-        t=t.clamp(1e-4, 1 - 1e-4),
+        t=training_times(t, times, time_shift).clamp(1e-4, 1 - 1e-4),
         drop_class=drop_class < conditioning.class_dropout,
         drop_feature=drop_feature < conditioning.feature_dropout,
         feature_noise=feature_noise,

@@ -244,10 +244,11 @@ class _Run:
 
     def _draws(self, micro_batch: int) -> Draws:
         """Those of the worker's micro-batch: the same whichever worker takes it, of however many."""
-        config = self.plan.config
+        config, feature_dim = self.plan.config, self.networks.feature_dim
+        times, shift = config.schedule.times, config.schedule.time_shift
         first = micro_batch_number(micro_batch, **self.place) * config.batch_size
         rows = torch.arange(first, first + config.batch_size, device=self.link.device)
-        return draw(config.seed, rows, self.latent_shape, self.networks.feature_dim, config.conditioning)
+        return draw(config.seed, rows, self.latent_shape, feature_dim, config.conditioning, times, shift)
 
     @contextmanager
     def _all_on_device(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from m2d.classes import ISIC7, ClassSet
 from m2d.errors import CheckpointError
 from m2d.models.autoencoder import Autoencoder, build_autoencoder
-from m2d.models.checkpoint import load_checkpoint
+from m2d.models.checkpoint import load_checkpoint, read_info
 from m2d.models.extractors import FeatureExtractor, load_feature_extractor
 from m2d.models.perceptual import LITE0_MAPS, Discriminator, PatchDiscriminator, ProjectedDiscriminator
 from m2d.models.settings import DiscriminatorConfig, FeatureExtractorConfig
@@ -84,6 +84,12 @@ def build_networks(
                 f"init_checkpoint: stage decoder keeps the U-Net of {config.init_checkpoint}, and that has another "
                 "shape or extractor than the settings; use the settings it was trained with (its experiment's "
                 "configs/config.yaml)"
+            )
+        shift = read_info(config.init_checkpoint).time_shift
+        if config.stage == "decoder" and shift != config.schedule.time_shift:
+            raise CheckpointError(
+                f"init_checkpoint: stage decoder keeps the U-Net of {config.init_checkpoint}, whose images are sampled "
+                f"with schedule.time_shift {shift:g}; add --schedule.time_shift {shift:g}"
             )
     for module in (*networks.trained().values(), extractor):
         if module is not None:

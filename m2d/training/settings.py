@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from m2d.data.settings import DataConfig, require_seed
+from m2d.diffusion.settings import TimeDensity
 from m2d.errors import ConfigError
 from m2d.files.paths import absolute, checkpoint_folder, input_path, require_outside, result_path
 from m2d.models.published import checkpoint_path
@@ -104,8 +105,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """What happens when, in steps."""
+    """What happens when, in steps, and at which times t of the path the U-Net learns."""
 
+    times: TimeDensity = "uniform"  # density of t in training; logit_normal: most of it halfway to the noise, as in SD3
+    time_shift: float = 1.0  # above 1: t nearer to the noise, here and in what is generated, for larger latents; 1: off
     vae_warmup_fraction: float = 0.0  # of the run's steps, in which the VAE learns alone before the U-Net joins
     ema_decay: float = 0.9999  # of the averaged weights that generation uses, a step
     ema_warmup: float = 10.0  # decay at step n is at most (1 + n) / (ema_warmup + n)
@@ -115,6 +118,7 @@ class ScheduleConfig:
     max_skipped_in_row: int = 50  # non-finite steps one after the other, before the run ends with an error
 
     def __post_init__(self) -> None:
+        require_range(self, "schedule.", 0, "time_shift", above=True)
         require_range(self, "schedule.", 0, "vae_warmup_fraction", high=1)
         require_range(self, "schedule.", 0, "ema_decay", high=1, below=True)
         require_range(self, "schedule.", 1, "ema_warmup", "log_every_steps", "vae_every_k_steps", "max_skipped_in_row")

@@ -8,16 +8,19 @@ the same cumulative probability.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from m2d.diffusion.interpolant import interpolate, velocity_target
+from m2d.diffusion.interpolant import interpolate, shifted, training_times, velocity_target
 from m2d.diffusion.settings import SOLVERS, Solver
-from m2d.diffusion.solver import GuidedVelocity, solve, time_grid
+from m2d.diffusion.solver import AutoguidedVelocity, GuidedVelocity, solve, time_grid
 
 Flow = Callable[[Tensor, Tensor], Tensor]
 MEANS = torch.tensor([-2.0, 1.5], dtype=torch.float64)
@@ -71,6 +74,33 @@ def test_the_path_runs_from_data_at_0_to_noise_at_1_and_the_velocity_is_its_deri
     t, h = torch.tensor([0.1, 0.5, 0.8]), 2.0**-6
     derivative = (interpolate(clean, noise, t + h) - interpolate(clean, noise, t - h)) / (2 * h)
     assert_close(velocity_target(clean, noise), derivative)
+
+
+def test_an_error_of_the_velocity_weighs_that_of_the_data_by_one_over_t_squared() -> None:
+    """Which is (1 + sqrt(SNR))^2 with SNR = ((1 - t) / t)^2, see docs/train.md."""
+    clean, noise, error = seeded_noise(3, 4, 2)
+    t = torch.tensor([0.1, 0.4, 0.5, 1.0], dtype=torch.float64)
+    estimate = interpolate(clean, noise, t) - t[:, None] * (velocity_target(clean, noise) + error)  # x_0 = x_t - t v
+    weight = (1 + (1 - t) / t) ** 2
+    assert_close(error.square(), weight[:, None] * (estimate - clean).square())
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_training_times_are_the_quantiles_of_their_density(shift: float) -> None:
+    """SciPy's: log(t / (1 - t)) is normal about log(shift), or t is uniform before the shift of SD3's eq. 23."""
+    share = torch.linspace(0, 1, 4097)[1:-1]
+    z = scipy.stats.norm.ppf(share.double().numpy(), loc=np.log(shift))
+    logit_normal = torch.from_numpy(scipy.special.expit(z)).float()
+    assert_close(training_times(share, "logit_normal", shift), logit_normal, rtol=2e-7, atol=0)
+    from_uniform = torch.from_numpy(scipy.special.expit(scipy.special.logit(share.double().numpy()) + np.log(shift)))
+    assert_close(training_times(share, "uniform", shift), from_uniform.float(), rtol=2e-7, atol=0)
+    assert training_times(torch.tensor([0.0]), "logit_normal", shift).item() == 0
+
+
+def test_without_density_and_shift_no_bit_of_a_time_changes() -> None:
+    share = seeded_noise(4096).float()
+    assert torch.equal(training_times(share), share)
+    assert torch.equal(shifted(share, 1.0), share)
 
 
 @pytest.mark.parametrize(
@@ -391,3 +421,58 @@ def test_guidance_is_computed_in_the_precision_of_the_state() -> None:
     velocity = GuidedVelocity(Bfloat16Model(), CONDITIONAL, NULL, scale=1.3)(torch.zeros(2, 1, 1, 1), HALF)
     assert velocity.dtype == torch.float32
     assert_close(velocity.flatten(), torch.tensor([1 + 1.3 * 2, 1 + 1.3 * 4]))
+
+
+# --- autoguidance
+
+
+class GaussianModel:
+    """The velocity of data N(context, 0.5^2), and how often it was asked."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        self.batches.append(len(x_t))
+        return gaussian_velocity(context[:, 0, :1], 0.5)(x_t, t[:, None])
+
+
+def autoguided(
+    scale: float, interval: tuple[float, float] = (0.0, 1.0), rows: int = 64
+) -> tuple[AutoguidedVelocity, GaussianModel, GaussianModel]:
+    """Data of mean 2, a guide that takes it for 1.5; rows alike."""
+    model, guide = GaussianModel(), GaussianModel()
+    contexts = (torch.full((rows, 1, 1), mean, dtype=torch.float64) for mean in (2.0, 1.5))
+    return AutoguidedVelocity(model, guide, *contexts, scale=scale, interval=interval), model, guide
+
+
+@pytest.mark.parametrize("solver", ["heun", "unipc"])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_autoguidance_leads_from_the_guides_mean_past_the_models(solver: Solver, scale: float) -> None:
+    """The velocity is affine in the mean, so the guided one is that of the mean 1.5 + scale (2 - 1.5)."""
+    start = seeded_noise(64, 1)
+    end = solve(autoguided(scale)[0], start, steps=128, solver=solver)
+    assert_close(end, 1.5 + scale * 0.5 + 0.5 * start, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("scale", "asked"), [(3.0, 8), (1.0, 0)])
+def test_the_guide_is_asked_inside_the_interval_alone(scale: float, asked: int) -> None:
+    # euler's ten times are 1, .9, ... .1: two above the interval, eight inside
+    velocity, model, guide = autoguided(scale, interval=(0.0, 0.85), rows=2)
+    solve(velocity, seeded_noise(2, 1), steps=10, solver="euler")
+    assert (model.batches, guide.batches) == ([2] * 10, [2] * asked)
+
+
+def test_rows_that_stay_with_a_guide_end_where_they_end_alone() -> None:
+    start, means = seeded_noise(3, 1), torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64).view(3, 1, 1)
+    velocity = AutoguidedVelocity(GaussianModel(), GaussianModel(), means, means - 0.5, scale=2.0)
+
+    def watch(step: int, clean: Tensor) -> list[int] | None:
+        if step != 2:
+            return None
+        velocity.keep([2, 0])
+        return [2, 0]
+
+    end = solve(velocity, start, steps=8, watch=watch)
+    alone = AutoguidedVelocity(GaussianModel(), GaussianModel(), means[[2, 0]], means[[2, 0]] - 0.5, scale=2.0)
+    assert_close(end, solve(alone, start[[2, 0]], steps=8), atol=1e-12, rtol=0)

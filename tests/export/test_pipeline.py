@@ -16,6 +16,7 @@ from PIL import Image
 import m2d
 from m2d.data.decode import decode_resized
 from m2d.diffusion.settings import SamplingSettings
+from m2d.export.export import conditioning_of
 from m2d.export.pipeline import square
 from m2d.generation.generator import Generator
 from m2d.generation.plan import rows_of, standard_plan
@@ -115,6 +116,25 @@ def test_a_callback_sees_each_step_and_may_stop(pipe: Any) -> None:
     assert [step for step, _, _ in seen] == [0, 1, 2]
     np.testing.assert_allclose([t for _, t, _ in seen], [0.75, 0.5, 0.25])
     assert torch.equal(stopped, seen[-1][2])
+
+
+def test_times_are_shifted_as_training_s_were(experiment: Path) -> None:
+    """Those after each of 4 steps, with shift 3: eq. 23 of Stable Diffusion 3 of 3/4, 2/4, 1/4 and 0."""
+    checkpoint = load_checkpoint(experiment / "checkpoints" / "linear")
+    checkpoint = replace(checkpoint, info=replace(checkpoint.info, config={"schedule": {"time_shift": 3.0}}))
+    conditioning = conditioning_of(checkpoint)
+    pipe = m2d.M2DPipeline(checkpoint.denoiser.unet, checkpoint.autoencoder.vae, conditioning)
+    pipe.set_progress_bar_config(disable=True)
+    times: list[float] = []
+
+    def look(of: Any, step: int, t: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        times.append(float(t))
+
+    steps: dict[str, Any] = {"num_inference_steps": 4, "callback_on_step_end": look}
+    (drawn,) = pipe("MEL", generator=seeded(), **steps).images
+    np.testing.assert_allclose(times, [0.9, 0.75, 0.5, 0.0], atol=1e-7)
+    plan = standard_plan({"MEL": 1}, run_seed=5, sampling=SamplingSettings(steps=4), feature="prior")
+    np.testing.assert_array_equal(np.asarray(drawn), Generator(checkpoint, device="cpu").generate(rows_of(plan))[0])
 
 
 def test_at_strength_0_an_image_is_its_reconstruction(pipe: Any, experiment: Path, exports: Path) -> None:

@@ -26,6 +26,7 @@ from m2d.generation.settings import Feature
 from m2d.models.autoencoder import coded_at_once, to_uint8
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.extractors import FeatureExtractor
+from m2d.models.unet import TIME_SCALE
 
 SAMPLING = SamplingSettings(steps=4, guidance_scale=2.0)
 ByClass = dict[str, tuple[Reference, ...]]
@@ -428,6 +429,72 @@ def test_the_class_and_the_guidance_scale_change_the_image(checkpoint: Checkpoin
     first, second, third = images_of(checkpoint, [row, replace(row, label="NV"), replace(row, guidance_scale=1.0)])
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, third)
+
+
+def times_of(generator: Generator, rows: Sequence[PlanRow]) -> list[float]:
+    """At which the U-Net is asked."""
+    seen: list[float] = []
+    handle = generator.denoiser.unet.register_forward_pre_hook(lambda module, given: seen.append(float(given[1][0])))
+    generator.denoise(rows)
+    handle.remove()
+    return [time / TIME_SCALE for time in seen]
+
+
+def test_the_solver_s_times_are_shifted_as_training_s_were_unless_told_otherwise(checkpoint: Checkpoint) -> None:
+    """4 steps and shift 3: SD3's eq. 23 of 1, 3/4, 2/4, 1/4."""
+    so_trained = replace(checkpoint, info=replace(checkpoint.info, config={"schedule": {"time_shift": 3.0}}))
+    rows, even, shifted = rows_for({"DF": 1}, solver="euler"), [1.0, 0.75, 0.5, 0.25], [1.0, 0.9, 0.75, 0.5]
+    assert times_of(Generator(so_trained, device="cpu"), rows) == pytest.approx(shifted)
+    assert times_of(Generator(so_trained, device="cpu", time_shift=1.0), rows) == pytest.approx(even)
+    assert times_of(Generator(checkpoint, device="cpu"), rows) == pytest.approx(even)
+    assert times_of(Generator(checkpoint, device="cpu", time_shift=3.0), rows) == pytest.approx(shifted)
+
+
+def earlier_of(checkpoint: Checkpoint, noise: float = 0.0) -> Checkpoint:
+    """A checkpoint of the same run with other weights of the U-Net; 0: the same ones."""
+    weaker = copy.deepcopy(checkpoint.denoiser)
+    generator = torch.Generator().manual_seed(3)
+    for weight in weaker.unet.parameters():
+        weight.data += noise * torch.randn(weight.shape, generator=generator)
+    return replace(checkpoint, sha256="ea" * 32, denoiser=weaker)
+
+
+def test_a_guide_of_the_same_weights_leaves_the_image_of_no_guidance(
+    prior_checkpoint: Checkpoint, references: ByClass, extractor: FeatureExtractor
+) -> None:
+    """Whatever the scale, and whatever guides the rows: the guide is told the same."""
+    rows, guide = every_kind(references), earlier_of(prior_checkpoint)
+    guided = Generator(prior_checkpoint, batch_size=8, device="cpu", extractor=extractor, guide=guide).generate(rows)
+    alone = [replace(row, guidance_scale=1.0) for row in rows]
+    assert levels_apart(guided, images_of(prior_checkpoint, alone, extractor=extractor)) <= 1
+
+
+def test_a_weaker_guide_moves_the_image_and_the_unconditional_velocity_is_not_asked_for(
+    prior_checkpoint: Checkpoint, contexts: list[tuple[list[int], Any]]
+) -> None:
+    rows = rows_for({"DF": 2}, "prior", solver="euler")
+    generator = Generator(prior_checkpoint, device="cpu", guide=earlier_of(prior_checkpoint, noise=0.02))
+    guided = generator.generate(rows)
+    assert {label for labels, _ in contexts for label in labels} == {ISIC7.index("DF")}
+    assert levels_apart(guided, images_of(prior_checkpoint, rows)) > 1
+    assert levels_apart(guided, images_of(prior_checkpoint, [replace(row, guidance_scale=1.0) for row in rows])) > 1
+
+
+def test_a_guide_of_other_latents_or_conditions_is_a_one_line_error(checkpoint: Checkpoint) -> None:
+    other_vae = copy.deepcopy(checkpoint.autoencoder)
+    next(other_vae.parameters()).data += 1e-3
+    earlier = earlier_of(checkpoint)
+    other_norm = copy.deepcopy(earlier.denoiser)
+    other_norm.latent_norm.running_mean.add_(1e-3)
+    other_extractor = replace(checkpoint.info, feature_extractor="panderm")
+    for guide, message in [
+        (checkpoint, "is the checkpoint itself"),
+        (replace(earlier, autoencoder=other_vae), "another autoencoder"),
+        (replace(earlier, denoiser=other_norm), "another autoencoder"),
+        (replace(earlier, info=other_extractor), "other classes, features or latents"),
+    ]:
+        with pytest.raises(ConfigError, match=f"^guide_checkpoint: [^\n]*{message}[^\n]*$"):
+            Generator(checkpoint, device="cpu", guide=guide)
 
 
 def test_latents_are_put_back_on_the_scale_of_the_vae(checkpoint: Checkpoint) -> None:

@@ -279,11 +279,12 @@ def test_rejected_attempts_come_again_as_the_next_ones() -> None:
     ("here", "text"),
     [
         ({"steps": 25}, "steps 10 there, 25 here.*name another --output"),
+        ({"guide": None}, "guide efefefefefef there, None here"),
         ({"gates": {"blank": True, "near_copy_quantile": 0.2}}, "gates.near_copy_quantile 0.1 there, 0.2 here"),
     ],
 )
 def test_two_recipes_never_share_a_folder(tmp_path: Path, here: dict[str, Any], text: str) -> None:
-    _, recipe = begun(tmp_path, gates={"blank": True, "near_copy_quantile": 0.1})
+    _, recipe = begun(tmp_path, gates={"blank": True, "near_copy_quantile": 0.1}, guide="ef" * 32)
     with pytest.raises(ConfigError, match=f"^[^\n]*{text}[^\n]*$"):
         OutputFolder(tmp_path, replace(recipe, **here))
 
@@ -329,11 +330,23 @@ def test_an_output_that_is_a_file_is_a_one_line_error(tmp_path: Path) -> None:
         {"checkpoint": "cd" * 32}, {"seed": 1}, {"solver": "euler"}, {"steps": 11}, {"guidance_scale": 2.0},
         {"guidance_interval": (0.1, 0.8)}, {"precision": "bf16"}, {"feature": "none"}, {"feature_temperature": 0.5},
         {"mode": "interpolate"}, {"format": "parquet"}, {"gates": {"blank": True}}, {"balance": {"to": "300"}},
-        {"plan": "ef" * 32},
+        {"plan": "ef" * 32}, {"time_shift": 3.0}, {"guide": "ef" * 32},
     ],
 )  # fmt: skip
 def test_everything_that_shapes_pixels_is_in_the_hash(change: dict[str, Any]) -> None:
     assert replace(RECIPE, **change).hash != RECIPE.hash
+
+
+def test_a_recipe_without_shift_and_guide_is_recorded_as_before_there_were_any() -> None:
+    before = {
+        "checkpoint", "seed", "solver", "steps", "guidance_scale", "guidance_interval", "precision", "feature",
+        "feature_temperature", "mode", "format", "gates", "balance", "plan",
+    }  # fmt: skip
+    assert json.loads(RECIPE.to_json()).keys() == before
+    used = replace(RECIPE, time_shift=3.0, guide="ef")
+    assert json.loads(used.to_json()).keys() == before | {"time_shift", "guide"}
+    assert used.is_read_from(used.to_json())
+    assert not used.is_read_from(RECIPE.to_json())
 
 
 def test_how_many_images_and_how_they_are_batched_is_not_in_the_hash() -> None:

@@ -1,5 +1,6 @@
 """The driver: what is missing is made, what is there is kept, and a person is told where it is."""
 
+import copy
 import errno
 import hashlib
 import json
@@ -191,19 +192,45 @@ def test_a_class_that_the_prior_does_not_know_stops_the_run_before_anything_is_m
     run.generate(config(classes="MEL,VASC", feature="none", num_samples=1))
 
 
-def test_the_contact_sheet_says_what_guided(with_prior: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    captions: list[str] = []
+@pytest.fixture
+def captions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of the contact sheets that are made."""
+    seen: list[str] = []
     real = contact_sheet.contact_sheet
 
     def recording(*args: Any, caption: str, **kwargs: Any) -> Image.Image:
-        captions.append(caption)
+        seen.append(caption)
         return real(*args, caption=caption, **kwargs)
 
     monkeypatch.setattr(contact_sheet, "contact_sheet", recording)
+    return seen
+
+
+def test_the_contact_sheet_says_what_guided(with_prior: Path, captions: list[str]) -> None:
     run.generate(config(feature_temperature=0.5))
     run.generate(config(feature="none"))
     assert "features drawn from the class prior at temperature 0.5 (few images of DF)" in captions[0]
     assert "the class alone, no feature" in captions[1]
+
+
+def test_a_guide_and_a_shift_are_recorded_where_they_are_used(
+    drawn: list[str], checkpoint: Checkpoint, captions: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    weaker = copy.deepcopy(checkpoint.denoiser)
+    weaker.unet.conv_out.weight.data *= 0.5
+    tiny = replace(checkpoint, path=str(tmp_path / "ham" / "checkpoints" / "step_1000"))
+    earlier = replace(tiny, sha256="ea" * 32, denoiser=weaker, info=replace(tiny.info, step=500))
+    monkeypatch.setattr(run, "load_checkpoint", lambda path, device: earlier if "early" in path else tiny)
+    (tmp_path / "early").mkdir()
+    plain = run.generate(config())
+    guided = run.generate(config(guide_checkpoint=str(tmp_path / "early"), guidance_scale=2.0, time_shift=3.0))
+    records = [json.loads((root / "generation.json").read_text()) for root in (plain, guided)]
+    assert [record.get("guide") for record in records] == [None, "ea" * 32]
+    assert [record.get("time_shift") for record in records] == [None, 3.0]
+    assert json.loads(pq.read_schema(guided / "manifest.parquet").metadata[b"m2d"]) == records[1]
+    with Image.open(guided / "MEL" / "MEL_000000.png") as image:
+        assert json.loads(image.info["settings"]) == records[1]
+    assert "2 steps shifted by 3; guidance 2 at t in [0, 0.8], away from step 500; " in captions[1]
 
 
 def test_an_interrupted_run_keeps_and_lists_what_it_made(drawn: list[str], tmp_path: Path) -> None:

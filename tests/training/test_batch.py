@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import scipy.stats
@@ -12,8 +14,8 @@ from torch.testing import assert_close
 from m2d.errors import DataError
 from m2d.models.settings import ConditioningConfig
 from m2d.training.batch import Draws, ImageBatch, draw, splitmix64
-from m2d.training.loop import AHEAD, read_ahead
-from m2d.training.settings import OptimizerConfig
+from m2d.training.loop import AHEAD, _Run, read_ahead
+from m2d.training.settings import OptimizerConfig, ScheduleConfig, TrainConfig
 from m2d.training.step import learning_rate
 
 CONDITIONING = ConditioningConfig(class_dropout=0.1, feature_dropout=0.3, feature_noise=0.5)
@@ -57,6 +59,30 @@ def test_draws_have_the_stated_distributions() -> None:
     assert draws.t.mean().item() == pytest.approx(0.5, abs=0.02)
     assert draws.feature_noise_level.max() <= 0.5
     assert draws.feature_noise_level.mean().item() == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_another_density_moves_the_times_and_nothing_else(shift: float) -> None:
+    uniform = drawn()
+    other = draw(0, torch.arange(4096), (2, 2, 2), 3, CONDITIONING, "logit_normal", shift)
+    log_odds = torch.logit(other.t.double()).numpy()
+    assert scipy.stats.kstest(log_odds, "norm", args=(math.log(shift), 1)).pvalue > 1e-4
+    order = uniform.t.argsort(stable=True)
+    assert (other.t[order].diff() >= 0).all()  # of the same numbers of the stream
+    others = [name for name in vars(uniform) if name != "t"]
+    assert all(torch.equal(getattr(other, name), getattr(uniform, name)) for name in others)
+
+
+def test_a_run_draws_its_times_as_its_schedule_says() -> None:
+    """Micro-batch 5 of the only worker: rows 40 to 47."""
+    config = TrainConfig(batch_size=8, seed=7, schedule=ScheduleConfig(times="logit_normal", time_shift=3.0))
+    place = {"rank": 0, "world_size": 1, "step_micro_batches": None}
+    networks, link = SimpleNamespace(feature_dim=3), SimpleNamespace(device="cpu")
+    run: Any = SimpleNamespace(
+        plan=SimpleNamespace(config=config), networks=networks, place=place, link=link, latent_shape=(2, 2, 2)
+    )
+    expected = draw(7, torch.arange(40, 48), (2, 2, 2), 3, config.conditioning, "logit_normal", 3.0)
+    assert_close(vars(_Run._draws(run, 5)), vars(expected), rtol=0, atol=0)
 
 
 def test_noise_is_normal_and_its_numbers_are_independent() -> None:

@@ -228,6 +228,9 @@ def test_a_decoder_run_changes_the_checkpoints_decoder_alone(data_root: Path, tm
     other_unet = ["--name", "other", *stage, "--unet.block_channels", "[16,64]"]
     with pytest.raises(CheckpointError, match=r"stage decoder keeps the U-Net of .* another shape or extractor"):
         train(tiny_config(data_root, tmp_path, *other_unet))
+    shifted = ["--name", "shifted", *stage, "--schedule.time_shift", "3"]
+    with pytest.raises(CheckpointError, match=r"stage decoder keeps the U-Net of .* add --schedule.time_shift 1"):
+        train(tiny_config(data_root, tmp_path, *shifted))
 
 
 def test_what_a_power_cut_emptied_costs_the_steps_since_the_newest_whole_checkpoint(
