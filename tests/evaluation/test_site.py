@@ -24,6 +24,7 @@ from m2d.evaluation.classifiers.worth import SHARES, Pool
 from m2d.evaluation.evaluate import evaluate
 from m2d.evaluation.images import Copy, FeatureSet, Unanswerable
 from m2d.evaluation.provenance import made_from_others, near_copy_gate
+from m2d.metrics.linear_probe import C_GRID
 
 BKL, DF, MEL, NV = (ISIC7.index(code) for code in ("BKL", "DF", "MEL", "NV"))
 DIMS = 60
@@ -73,6 +74,15 @@ def test_noise_gets_no_share_that_changes_anything() -> None:
     assert np.mean(found.shares) <= 0.1
     assert found.verdict.word in ("no use", "harmless", "no difference shown")
     assert not found.differences["less_real"]["balanced_accuracy"].below
+
+
+def test_the_chosen_c_suits_a_site_of_that_size() -> None:
+    """Cross-validation of a class-weighted probe took 0.001 here, and nothing could be seen."""
+    chosen = judge(NEW, c=None)
+    given = {c: judge(NEW, c=c).arms["equal priors: a"]["balanced_accuracy"].value for c in C_GRID[2:]}
+    assert chosen.arms["equal priors: a"]["balanced_accuracy"].value >= max(given.values()) - 0.005
+    assert given[1e-3] < max(given.values()) - 0.005
+    assert chosen.verdict.word == "helps"
 
 
 def test_site_test_and_generator_have_no_common_lesion(monkeypatch: pytest.MonkeyPatch) -> None:

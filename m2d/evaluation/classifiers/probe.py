@@ -9,7 +9,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
@@ -35,7 +34,7 @@ from m2d.evaluation.classifiers.compare import (
     unscored,
 )
 from m2d.evaluation.classifiers.site import SiteResult, measure_site, site_rows
-from m2d.evaluation.classifiers.worth import Pool, WorthResult, measure_worth
+from m2d.evaluation.classifiers.worth import Pool, WorthResult, equal_priors, measure_worth
 from m2d.evaluation.features import ClsFeatures, cls_features
 from m2d.evaluation.images import (
     FeatureSet,
@@ -54,13 +53,14 @@ from m2d.files.paths import require_outside, result_path
 from m2d.files.progress import say
 from m2d.generation.generator import pick_device
 from m2d.metrics.bootstrap import Estimate, resampled_confusions
-from m2d.metrics.linear_probe import LinearProbe, choose_c, told_apart
+from m2d.metrics.linear_probe import C_GRID, LinearProbe, choose_c, told_apart
 from m2d.metrics.neighbours import Standardizer, nearest, one_where_constant
 from m2d.metrics.scores import confusion_matrix, scores
 from m2d.models.extractors import extractor_key
 from m2d.plots.charts import confusion_matrix_picture
 
 C_WITHOUT_CHOICE = 1e-3  # where the training lesions are too few to choose by
+SITES_OF_CHOICE = 5  # that c is chosen by
 SHOWN_UNREADABLE = 5
 # Other people's images and splits: a yardstick, no check.
 REFERENCES = (
@@ -219,26 +219,21 @@ def probe_site(
     """What a site gains, for classifier 1; see site.measure_site.
 
     known: real images that the generator learned on. turned: features of the tested images, one array for each further
-    view. c: None: chosen on as many of the known lesions as the site has, for the best one depends on their number.
+    view. c: None: chosen by sites drawn from the known lesions, for the best one depends on the number of lesions.
     """
     pool = Pool.of(known.images if known else None, tested.images, generated.images)
     cls = tested.cls if known is None else np.concatenate([known.cls, tested.cls])
-    how = "as asked for"
-    if c is None:
-        how = "chosen on as many lesions as the site has, of those that the generator learned on"
-        if known is not None:
-            rows = np.flatnonzero(~pool.tested)
-            with suppress(Unanswerable):  # the generator learned on fewer lesions than the site has
-                rows = site_rows(pool, rows, share, [trials.seed])
-            of_known = cls[rows], pool.labels[rows], pool.groups[rows]
-            c, _ = choose_c(*of_known, num_classes=len(pool.classes), seed=trials.seed)
-        if c is None:
-            c, how = C_WITHOUT_CHOICE, "for there is too little to choose it by"
     pooled = replace(tested, images=replace(tested.images, labels=pool.labels, groups=pool.groups), cls=cls)
     views = np.concatenate([generated.labels, *(tested.labels for _ in turned)])
     offered = replace(
         generated, images=replace(generated.images, labels=views), cls=np.concatenate([generated.cls, *turned])
     )
+    how = "as asked for"
+    if c is None:
+        how = "chosen by sites drawn from the lesions that the generator learned on, tested on the rest of these"
+        c = _c_of_sites(ProbeClassifier(pooled, pooled, offered, C_WITHOUT_CHOICE), pool, share, trials.seed)
+        if c is None:
+            c, how = C_WITHOUT_CHOICE, "for there is too little to choose it by"
     return measure_site(
         ProbeClassifier(pooled, pooled, offered, c),
         "logistic regression on extractor features",
@@ -250,6 +245,30 @@ def probe_site(
         copies=len(generated.images.copies),
         notes=[f"c is {c:g} in every arm, {how}."],
     )
+
+
+def _c_of_sites(probe: ProbeClassifier, pool: Pool, share: float, seed: int) -> float | None:
+    """The c by which sites drawn from the known lesions call the other known ones best: balanced accuracy of arm a.
+
+    Trained and called as arm a is: cross-validation of a class-weighted probe prefers the strongest penalty, which
+    leaves arm a, that has no class weights, next to nothing. None: too few known lesions for a site and others.
+    """
+    known, tried = np.flatnonzero(~pool.tested), np.zeros(len(C_GRID))
+    for draw in range(SITES_OF_CHOICE):
+        try:
+            rows = site_rows(pool, known, share, [seed, draw])
+        except Unanswerable:
+            return None
+        held = np.setdiff1d(known, rows)
+        if not len(held) or len(np.unique(pool.labels[rows])) < 2:
+            return None
+        alone = TrainingRows(rows, rows[:0], np.ones(len(rows)), rows, held)
+        for number, c in enumerate(C_GRID):
+            answer = equal_priors(replace(probe, c=c).predict(alone, seed), alone, pool.labels, pool.generated)
+            called = confusion_matrix(pool.labels[held], answer.argmax(axis=1), len(pool.classes))
+            tried[number] += scores(called).balanced_accuracy
+    best = np.flatnonzero(tried == tried.max())
+    return C_GRID[best[len(best) // 2]]
 
 
 def origins(real: np.ndarray, groups: np.ndarray, generated: FeatureSet, rows: np.ndarray) -> np.ndarray:
