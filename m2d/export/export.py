@@ -29,6 +29,7 @@ from m2d.files.paths import absolute, result_path
 from m2d.files.progress import say
 from m2d.models.checkpoint import WEIGHTS, Checkpoint, hold_checkpoint, load_checkpoint, save_tensors, write_info
 from m2d.models.published import HUB, checkpoint_path, own_name
+from m2d.training.ema import with_length
 
 INDEX = "model_index.json"
 _PIPELINE, _CONDITIONING, _VAE = "pipeline", "m2d_conditioning", "m2d_vae"  # modules of an export
@@ -45,6 +46,9 @@ def export(config: ExportConfig) -> Path | str:
         )
     with hold_checkpoint(absolute(checkpoint_path("checkpoint", config.checkpoint))) as path:
         checkpoint = load_checkpoint(path)
+        if config.ema_length is not None:
+            checkpoint, told = with_length(checkpoint, config.ema_length)
+            say(told)
         record = experiment_record(Path(path))
         title = config.title or (record.name if record else own_name(path))
         return deliver(config, lambda folder, name: write_export(folder, config, checkpoint, record, title, name))

@@ -12,6 +12,7 @@ class ExportConfig:
 
     checkpoint: str  # a checkpoint directory, a name in weights/, hub:USER/NAME; or a folder of generated images
     to: str  # a new folder, or hub:USER/NAME
+    ema_length: float | None = None  # of the average over the steps, in parts of the training; None: as it was trained
     dtype: Literal["fp16", "fp32"] = "fp16"  # of the networks' weights in the files; loading widens them
     title: str | None = None  # of the model card; None: the experiment's or the folder's name
     data_license: str | None = None  # of the training images, as the model card states it, such as CC-BY-NC-4.0
@@ -27,6 +28,8 @@ class ExportConfig:
                 raise ConfigError(f"{name} is empty; name a folder, or hub:USER/NAME")
         if self.dtype not in ("fp16", "fp32"):
             raise ConfigError(f"dtype is {self.dtype}; known: fp16 fp32")
+        if self.ema_length is not None and not 0.01 <= self.ema_length <= 0.25:
+            raise ConfigError(f"ema_length is {self.ema_length}; it must be from 0.01 to 0.25, parts of the training")
         if not 0 <= self.samples <= 32:
             raise ConfigError(f"samples is {self.samples}; it must be from 0 to 32")
         if not 0 <= self.seed < 2**63:

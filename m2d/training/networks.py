@@ -1,10 +1,8 @@
-"""What a run trains, from its configuration or an earlier checkpoint; the averaged weights; sums over its workers."""
+"""What a run trains, from its configuration or an earlier checkpoint; sums over its workers."""
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,9 +18,6 @@ from m2d.models.perceptual import LITE0_MAPS, Discriminator, PatchDiscriminator,
 from m2d.models.settings import DiscriminatorConfig, FeatureExtractorConfig
 from m2d.models.unet import AlignmentProjector, Denoiser, build_denoiser, tap_channels
 from m2d.training.settings import TrainConfig
-
-NetworkT = TypeVar("NetworkT", bound=nn.Module)
-CHUNK = 2**24  # numbers that are averaged at once, 64 MiB
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
@@ -152,67 +147,3 @@ def idle_modules(
     if config.stage == "latent":
         idle += [networks.autoencoder, *frozen]
     return [module for module in idle if module is not None]
-
-
-class Ema(Generic[NetworkT]):
-    """Keeps `module`, a frozen copy that follows the trained one.
-
-    Decay at update n is min(decay, (1 + n) / (warmup + n)), so that early averages forget the random start. Buffers are
-    averaged too: the latent batch norm's statistics must suit the averaged weights (REPA-E).
-    """
-
-    def __init__(self, source: NetworkT, decay: float, warmup: float, device: torch.device | None) -> None:
-        """device: where the averages are kept; None: beside the source. A source that learns nothing is its average."""
-        learns = any(parameter.requires_grad for parameter in source.parameters())
-        self.module: NetworkT = copy.deepcopy(source) if learns else source
-        self.module.eval().requires_grad_(False)
-        if device is not None and learns:
-            self.module.to(device)
-        self.decay = decay
-        self.warmup = warmup
-        self.updates = torch.zeros((), device=next(self.module.parameters()).device)
-
-    @torch.no_grad()
-    def update(self, source: nn.Module, accepted: Tensor) -> None:
-        """Follow `source`. accepted: a 0-dim bool on its device; False leaves everything as it was.
-
-        Waits for the source's device where the averages are on another.
-        """
-        device = self.updates.device
-        step_taken = accepted.to(self.updates)
-        decay = torch.clamp((1 + self.updates) / (self.warmup + self.updates), max=self.decay)
-        weight = (1 - decay) * step_taken
-        averages, sources = _float_tensors(self.module), _float_tensors(source)
-        start = size = 0
-        for end, tensor in enumerate(averages, start=1):  # in chunks: what is computed of one is freed before the next
-            size += tensor.numel()
-            if size >= CHUNK or end == len(averages):
-                difference = torch._foreach_sub(_on(device, sources[start:end]), averages[start:end])
-                torch._foreach_mul_(difference, weight)
-                torch._foreach_add_(averages[start:end], difference)
-                del difference
-                start, size = end, 0
-        self.updates += step_taken
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The averaged tensors and the number of updates."""
-        return {**self.module.state_dict(), "ema_updates": self.updates}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`; strict."""
-        self.updates.copy_(state["ema_updates"])
-        self.module.load_state_dict({name: tensor for name, tensor in state.items() if name != "ema_updates"})
-
-
-def _float_tensors(module: nn.Module) -> list[Tensor]:
-    tensors = [*module.parameters(), *module.buffers()]
-    return [tensor.detach() for tensor in tensors if tensor.is_floating_point()]
-
-
-def _on(device: torch.device, tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors on a device, in one copy where they are not there."""
-    if tensors[0].device == device:
-        return tensors
-    flat = torch.cat([tensor.flatten() for tensor in tensors]).to(device)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -23,6 +23,7 @@ from m2d.models.perceptual import FeatureDistance, LpipsDistance, ProjectedDiscr
 from m2d.models.precision import DTYPES
 from m2d.models.settings import Precision
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, extract, model_images, on_device
+from m2d.training.ema import Ema
 from m2d.training.losses import (
     AutoencoderPhase,
     DenoiserPhase,
@@ -33,7 +34,7 @@ from m2d.training.losses import (
     reconstruction_loss,
 )
 from m2d.training.measure import GradientStatistics, add_up, count_flops, gradient_statistics
-from m2d.training.networks import Ema, Networks, all_reduce_sum
+from m2d.training.networks import Networks, all_reduce_sum
 from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig, TrainConfig
 
 BatchT = TypeVar("BatchT", ImageBatch, LatentBatch)
