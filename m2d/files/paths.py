@@ -27,8 +27,11 @@ def result_path(setting: str, location: Location) -> Location:
     """The place of results that a user gave, which must outlive the job.
 
     setting: its name, for the message. location: a path, a URI, or None; outside a job it comes back as it is. In a job
-    a relative path begins in M2D_STORAGE where that is set. Raises ConfigError for a place in the job's copy.
+    a relative path begins in M2D_STORAGE where that is set. Raises ConfigError for a place in the job's copy, and for
+    an empty one, which a script's unset variable leaves.
     """
+    if location is not None and not location.strip():
+        raise ConfigError(f"{setting} is empty; name a folder, or . for the one that you are in")
     job = _job_of(setting, location)
     if location is None or job is None:
         return location

@@ -245,3 +245,10 @@ def test_a_process_without_home_and_name_gets_a_folder_of_its_own(tmp_path: Path
     assert Path(home).parent == tmp_path
     assert stat.S_IMODE(Path(home).stat().st_mode) == 0o700
     assert user == f"uid{os.getuid()}"
+
+
+@pytest.mark.parametrize("location", ["", " "])
+def test_an_empty_place_of_results_is_refused(location: str) -> None:
+    """It would mean the folder that one happens to be in."""
+    with pytest.raises(ConfigError, match="directory is empty"):
+        result_path("directory", location)
