@@ -56,8 +56,8 @@ class Signing:
     def sign(self, png: bytes, name: str, facts: Mapping[str, str]) -> bytes:
         """The PNG with a manifest that says what made it and repeats the facts.
 
-        About 4 KB longer, in 2 ms. Two calls give different bytes, for a manifest is salted. Raises ConfigError where the files
-        cannot be read here, or hold another certificate than they did.
+        About 4 KB longer, in 2 ms. Two calls give different bytes, for a manifest is salted. Raises ConfigError where
+        the files cannot be read here, or hold another certificate than they did.
         """
         import c2pa
 
