@@ -6,8 +6,8 @@
 # Python as in requirements.lock. CUDA's libraries come with torch, so that the host needs the driver alone.
 FROM python:3.11-slim-bookworm
 # The packages first: they change seldom, and are 7 GB.
-COPY requirements.txt requirements.lock /src/
-RUN pip install --no-cache-dir --no-input -r /src/requirements.txt -c /src/requirements.lock
+COPY requirements.txt requirements-c2pa.txt requirements.lock /src/
+RUN pip install --no-cache-dir --no-input -r /src/requirements.txt -r /src/requirements-c2pa.txt -c /src/requirements.lock
 COPY pyproject.toml README.md LICENSE /src/
 COPY m2d /src/m2d
 RUN pip install --no-cache-dir --no-input --no-deps /src

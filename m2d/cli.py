@@ -23,7 +23,7 @@ from m2d.experiments.settings import CleanConfig, CompareConfig, ListConfig, Rep
 from m2d.export.settings import ExportConfig
 from m2d.files.atomic import FULL
 from m2d.files.paths import ensure_home
-from m2d.generation.settings import GenerateConfig
+from m2d.generation.settings import GenerateConfig, VerifyConfig
 from m2d.serving.settings import KeysConfig, ServeConfig
 from m2d.training.settings import TrainConfig
 from m2d.tuning.settings import SweepConfig
@@ -66,6 +66,13 @@ COMMANDS: dict[str, Command] = {
         also_known=TrainConfig,
     ),
     "generate": Command(GenerateConfig, "m2d.generation.run:generate", "Generate labelled images from a checkpoint."),
+    "verify": Command(
+        VerifyConfig,
+        "m2d.generation.verify:verify",
+        "Verify what images say of themselves: text, signed manifest, and whether they were changed.",
+        positional="files",
+        only_says=True,
+    ),
     "serve": Command(
         ServeConfig, "m2d.serving.command:serve_command", "Serve images on demand over HTTP, and a page, on Ray Serve."
     ),

@@ -21,7 +21,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     """Built from a copy, so that no build folder is left here and none of an earlier build slips in."""
     copy = tmp_path_factory.mktemp("source")
     shutil.copytree(ROOT / "m2d", copy / "m2d", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "requirements.txt", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "requirements.txt", "requirements-c2pa.txt", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     subprocess.run([sys.executable, "-c", BUILD, "dist"], cwd=copy, check=True, capture_output=True)
     return zipfile.ZipFile(next((copy / "dist").glob("*.whl")))
@@ -45,7 +45,9 @@ def test_wheel_says_its_version_its_command_and_all_its_requirements(wheel: zipf
     assert metadata["Description-Content-Type"] == "text/markdown"
     assert "[console_scripts]\nm2d = m2d.cli:main_from_shell" in wheel.read(f"{folder}/entry_points.txt").decode()
     required = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
-    assert len(metadata.get_all("Requires-Dist")) == len([line for line in required if line])
+    optional = [line for line in metadata.get_all("Requires-Dist") if 'extra == "c2pa"' in line]
+    assert len(metadata.get_all("Requires-Dist")) - len(optional) == len([line for line in required if line])
+    assert [line.partition(">")[0].partition("<")[0] for line in optional] == ["c2pa-python", "cryptography"]
 
 
 def test_the_newest_release_is_the_version_and_is_cited() -> None:

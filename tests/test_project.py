@@ -55,7 +55,7 @@ def test_torch_range_leaves_out_only_what_is_known_to_fail(version: str, admitte
 
 def test_every_direct_requirement_has_a_range() -> None:
     stubs = {"pandas-stubs", "types-PyYAML"}  # versioned after what they describe; never imported
-    for name in ("requirements.txt", "requirements-dev.txt", "requirements-docs.txt", "requirements-notebook.txt"):
+    for name in (path.name for path in ROOT.glob("requirements*.txt")):
         assert [
             r for r in direct_requirements(name) if not direct_requirements(name)[r].specifier and r not in stubs
         ] == []
@@ -68,7 +68,8 @@ def test_whatever_the_package_imports_is_a_direct_requirement() -> None:
     names = {alias.name for statement in statements if isinstance(statement, ast.Import) for alias in statement.names}
     names |= {s.module for s in statements if isinstance(s, ast.ImportFrom) and s.module}
     external = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"m2d"}
-    required = {canonicalize_name(name) for name in direct_requirements("requirements.txt")}
+    files = ("requirements.txt", "requirements-c2pa.txt")
+    required = {canonicalize_name(name) for file in files for name in direct_requirements(file)}
     providers = packages_distributions()
     assert [m for m in sorted(external) if required.isdisjoint(map(canonicalize_name, providers[m]))] == []
 
@@ -145,6 +146,8 @@ def test_package_takes_its_dependencies_from_requirements_txt() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert "dependencies" not in project["project"]
     assert project["tool"]["setuptools"]["dynamic"]["dependencies"] == {"file": ["requirements.txt"]}
+    extras = {"c2pa": {"file": ["requirements-c2pa.txt"]}}
+    assert project["tool"]["setuptools"]["dynamic"]["optional-dependencies"] == extras
 
 
 def test_command_line_imports_nothing_heavy() -> None:

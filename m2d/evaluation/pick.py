@@ -33,6 +33,7 @@ from m2d.files.storage import one_line
 from m2d.generation.contact_sheet import contact_sheet
 from m2d.generation.generator import pick_device
 from m2d.generation.output import LESIONS_NAME, MANIFEST_NAME, RECORD_NAME, cannot_write
+from m2d.generation.provenance import CERTIFICATES_NAME
 from m2d.metrics.linear_probe import FOLDS, LinearProbe
 from m2d.metrics.neighbours import Standardizer, one_where_constant
 from m2d.models.checkpoint import load_checkpoint
@@ -209,6 +210,8 @@ def _write(
         for path in rows["path"].to_pylist():
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source / path, partial / path)
+        if (source / CERTIFICATES_NAME).exists():
+            shutil.copyfile(source / CERTIFICATES_NAME, partial / CERTIFICATES_NAME)
         if "lesion_id" in rows.column_names:
             lesions = rows.select(["id", "lesion_id"]).rename_columns(["image", "lesion_id"])
             pa_csv.write_csv(lesions, partial / LESIONS_NAME)

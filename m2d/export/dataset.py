@@ -1,11 +1,13 @@
 """Generated images as an image folder of Hugging Face `datasets`, with a data sheet. Light: no torch.
 
 CLASS/ID.png  metadata.csv     one row an image: file_name, label, and what shaped it
+certificates.pem               of images that are signed by a self-made one
 README.md  complete.json       the data sheet; all files with their sizes
 """
 
 import csv
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from m2d.export.folders import CARD
 from m2d.export.settings import ExportConfig
 from m2d.files.atomic import mark_complete
 from m2d.generation.output import JOURNAL_NAME, MANIFEST_NAME, RECORD_NAME, read_pngs
+from m2d.generation.provenance import CERTIFICATES_NAME
 
 _COLUMNS = (
     "seed", "mode", "feature", "solver", "steps", "guidance_scale", "strength", "gates", "nearest_distance",
@@ -42,6 +45,8 @@ def write_dataset(folder: Path, config: ExportConfig, generated: Path, title: st
         record = json.loads((generated / RECORD_NAME).read_text(encoding="utf-8"))
         rows = [row for row in pq.read_table(generated / MANIFEST_NAME).to_pylist() if row["path"]]
         _write_images(folder, generated, rows)
+        if (generated / CERTIFICATES_NAME).exists():
+            shutil.copyfile(generated / CERTIFICATES_NAME, folder / CERTIFICATES_NAME)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise ConfigError(
             f"checkpoint: the images in {generated} cannot be read ({first_line(error)}); run generate again to finish "

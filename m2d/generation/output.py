@@ -7,11 +7,14 @@
     <output>/journal.parquet      the parts of runs that have ended, in one
     <output>/manifest.parquet     one row per image, rebuilt from the journal; of variations also their lesion_id
     <output>/lesions.csv          of variations the same by image, as m2d.data reads it
+    <output>/certificates.pem     of signed images, whose key is in .signing_key.pem until the run is complete
     <output>/contact_sheet.png    and strip_<group>.png for each complete walk between two images
 A row in a part or the journal is the only thing that counts as done, so a killed run loses the groups in the making and
 repeats nothing. A part's and a shard's name comes from their rows, and no bytes from the time of day: whoever makes a
-group again replaces the same files by the same bytes. A run that has ended leaves no folders but those of the classes,
-which ImageFolder and m2d.data read. Called by the driver and by writing tasks, so it imports no torch.
+group again replaces the same files by the same bytes. Signed images alone differ then, for C2PA salts what it signs;
+one that a writer taken for dead leaves behind another's row is found by its hash, when the folder is next opened, and
+made again. A run that has ended leaves no folders but those of the classes, which ImageFolder and m2d.data read. Called
+by the driver and by writing tasks, so it imports no torch.
 """
 
 import errno
@@ -41,6 +44,7 @@ from m2d.classes import ISIC7
 from m2d.errors import ConfigError
 from m2d.files.atomic import PARTIAL, is_locked, try_lock, whole_file, write_whole
 from m2d.generation.plan import PLAN_SCHEMA, PlanRow
+from m2d.generation.provenance import Signing
 from m2d.generation.settings import Feature, GenerateConfig
 
 RECORD_NAME, PLAN_NAME, MANIFEST_NAME = "generation.json", "plan.parquet", "manifest.parquet"
@@ -106,6 +110,7 @@ class Recipe:
     # Recorded where they are used, so that records of before there were any stay equal.
     time_shift: float = 1.0  # of the solver's times
     guide: str | None = None  # sha256 of the checkpoint that guidance leads away from
+    sign: str | None = None  # self-made, or the sha256 of the certificate that images are signed by
 
     @classmethod
     def of(cls, config: GenerateConfig, *, feature: Feature, **decided: Any) -> Self:
@@ -128,7 +133,7 @@ class Recipe:
 
     def to_json(self) -> str:
         """One line, keys sorted: equal recipes give equal text."""
-        later = {"classes": ISIC7.codes, "time_shift": 1.0, "guide": None}
+        later = {"classes": ISIC7.codes, "time_shift": 1.0, "guide": None, "sign": None}
         fields = {name: value for name, value in asdict(self).items() if name not in later or value != later[name]}
         return json.dumps(fields, sort_keys=True)
 
@@ -160,16 +165,21 @@ def results_of(checkpoint_path: str) -> Path:
 # --- images on the disk ---------------------------------------------------------------------------------------------
 
 
-def encode_png(image: np.ndarray, row: PlanRow, recipe: Recipe) -> bytes:
-    """PNG of an image uint8 [H, W, 3] that says in its text chunks that it is synthetic, and from what."""
+def encode_png(image: np.ndarray, row: PlanRow, recipe: Recipe, signing: Signing | None = None) -> bytes:
+    """PNG of an image uint8 [H, W, 3] that says in its text chunks that it is synthetic, and from what.
+
+    signing: who says the same in a C2PA manifest. Raises ConfigError as Signing.sign does.
+    """
     text = PngImagePlugin.PngInfo()
     chunks = {"Software": "M2D", "synthetic": "true", "class": row.label, "index": row.index, "seed": row.seed}
     chunks |= {"attempt": row.attempt, "mode": row.mode, "checkpoint": recipe.checkpoint}
-    for key, value in {**chunks, "settings": recipe.to_json(), "image": _row_json(row)}.items():
-        text.add_text(key, str(value))
+    chunks |= {"settings": recipe.to_json(), "image": _row_json(row)}
+    facts = {key: str(value) for key, value in chunks.items()}
+    for key, value in facts.items():
+        text.add_text(key, value)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", pnginfo=text)
-    return buffer.getvalue()
+    return buffer.getvalue() if signing is None else signing.sign(buffer.getvalue(), f"{row.id}.png", facts)
 
 
 def _row_json(row: PlanRow) -> str:
@@ -573,5 +583,5 @@ def _difference(record: Path, recipe: Recipe) -> str:
     if isinstance(one, dict) and isinstance(other, dict):  # gates and balance: the setting within
         inner = next(key for key in {**one, **other} if one.get(key) != other.get(key))
         name, one, other = f"{name}.{inner}", one.get(inner), other.get(inner)
-    short = 12 if name in ("checkpoint", "guide", "plan") else None
+    short = 12 if name in ("checkpoint", "guide", "plan", "sign") else None
     return f"{name} {str(one)[:short]} there, {str(other)[:short]} here"

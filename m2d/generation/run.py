@@ -21,13 +21,14 @@ from m2d.diffusion.feature_prior import WEAK_BELOW
 from m2d.errors import ConfigError, Incomplete, M2DError
 from m2d.files.paths import input_path, require_outside, result_path
 from m2d.files.progress import progress, say
-from m2d.generation import output, workers
+from m2d.generation import output, provenance, workers
 from m2d.generation.gates import GatesAtWork, prepare_gates, training_images
 from m2d.generation.generator import Generator, pick_device, pick_feature, require_guide, require_prior
 from m2d.generation.merge import write_merged_index
 from m2d.generation.output import MANIFEST_NAME, PLAN_NAME, OutputFolder, Recipe
 from m2d.generation.plan import Planned, dataset_catalog, make_plan, read_plan
-from m2d.generation.settings import GenerateConfig
+from m2d.generation.provenance import Signing
+from m2d.generation.settings import SELF_MADE, GenerateConfig
 from m2d.models.checkpoint import Checkpoint, hold_checkpoint, load_checkpoint
 from m2d.models.precision import pick_precision
 from m2d.models.published import checkpoint_path
@@ -46,6 +47,7 @@ def generate(config: GenerateConfig) -> Path:
     Raises Incomplete, at the end, where the gates left fewer images than were asked for.
     """
     config = _absolute(config)
+    signing = provenance.signing_of(config.sign, config.sign_key)
     with hold_checkpoint(config.checkpoint) as path, ExitStack() as cluster:
         config = replace(config, checkpoint=path)
         checkpoint, guide = load_checkpoint(path, "cpu"), None
@@ -77,6 +79,7 @@ def generate(config: GenerateConfig) -> Path:
             classes=checkpoint.info.classes.codes,
             time_shift=float(config.time_shift or checkpoint.info.time_shift),
             guide=None if guide is None else guide.sha256,
+            sign=config.sign if signing is None else signing.sha256,
         )
         default = output.results_of(str(checkpoint.path)) / "generated_images" / recipe.hash
         root = Path(config.output or result_path("output", str(default)))
@@ -88,7 +91,8 @@ def generate(config: GenerateConfig) -> Path:
             return root
         with closing(OutputFolder(root, recipe)) as folder:
             _write_plan(root, planned.table)
-            lack = _Run(config, checkpoint, guide, planned, gates, folder, device, precision, cluster).finish()
+            run = _Run(config, checkpoint, guide, planned, gates, folder, device, precision, cluster, signing)
+            lack = run.finish()
             if config.merge and config.data_root is not None:
                 write_merged_index(config.data_root, catalog, root / MANIFEST_NAME, root / MERGED_NAME)
     if lack:
@@ -109,6 +113,7 @@ class _Run:
     device: str
     precision: Precision
     cluster: ExitStack  # holds Ray's connection, once it is needed
+    signing: Signing | None  # a self-made one once it is needed
     generator: Generator | None = None
 
     def finish(self) -> str:
@@ -131,6 +136,11 @@ class _Run:
             )
         if missing and self.gates.build is not None:
             self.gates.build()
+        if missing and self.config.sign == SELF_MADE:
+            try:
+                self.signing = provenance.self_made(folder.root.absolute())
+            except OSError as error:
+                raise output.cannot_write(folder.root, error) from None
         began = time.monotonic()
         try:
             kept = self._make(rounds, missing)
@@ -139,6 +149,8 @@ class _Run:
                 folder.settle(plan)
             raise
         missing_of = folder.settle(plan)
+        if not missing_of:
+            provenance.forget_key(folder.root)
         new = f"{kept:,} new" + (f", {kept / (time.monotonic() - began):.1f} images/s" if kept else "")
         return self._report(new, weak, missing_of)
 
@@ -169,6 +181,7 @@ class _Run:
             gate_reference=self.gates.reference,
             weak_classes=frozenset(self.checkpoint.prior.weak if self.checkpoint.prior else ()),
             own_images=self.gates.of_lesions(self.planned.lesions),
+            signing=self.signing,
         )
         with_extractor = features or "reference" in self.planned.features
         load = partial(workers.load_generator, self.config, self.folder.recipe, self.precision, with_extractor)
@@ -260,8 +273,9 @@ class _Run:
 
 def _absolute(config: GenerateConfig) -> GenerateConfig:
     """Ray's processes may start in another directory, so local paths become absolute here."""
-    names = ("init_images", "reference_images", "reference_images_b", "data_root", "catalog", "plan")
-    places = {name: input_path(name, getattr(config, name)) for name in (*names, "extractor_weights")}
+    names = ["init_images", "reference_images", "reference_images_b", "data_root", "catalog", "plan", "sign_key"]
+    names += ["extractor_weights"] if config.sign == SELF_MADE else ["extractor_weights", "sign"]
+    places = {name: input_path(name, getattr(config, name)) for name in names}
     places["checkpoint"] = checkpoint_path("checkpoint", config.checkpoint)
     places["guide_checkpoint"] = checkpoint_path("guide_checkpoint", config.guide_checkpoint)
     places["output"] = result_path("output", config.output)

@@ -17,6 +17,7 @@ CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 OutputFormat = Literal["folder", "webdataset", "parquet"]
 BalanceSplit = Literal["all", "train"]
 BalanceFrom = Literal["noise", "real"]
+SELF_MADE = "self-made"  # instead of a file of certificates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +84,14 @@ class GenerateConfig(SamplingSettings):
     shard_images: int = 512  # images a shard; a killed run loses those in the making
     merge: bool = False  # write one index of data_root and the new images; nothing is copied
     extractor_weights: str | None = None  # file of the feature extractor's weights; None: where training had it
+    sign: str | None = None  # self-made, or a PEM file of your certificate chain: a C2PA manifest in each image
+    sign_key: str | None = None  # PEM file of its private key; None: it is in the same file
     verbose: bool = False  # show Ray's own bars and messages
     gates: GateConfig = field(default_factory=GateConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_sign(self.sign, self.sign_key)
         require_seed("seed", self.seed)
         if not self.checkpoint:
             raise ConfigError("checkpoint is empty; name a checkpoint directory")
@@ -158,6 +162,26 @@ class GenerateConfig(SamplingSettings):
         if unknown:
             raise ConfigError(f"classes: {', '.join(unknown)} is not known; choose from {','.join(known.codes)}")
         return tuple(code for code in known.codes if code.casefold() in {word.casefold() for word in asked})
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Which images to ask what they say of themselves."""
+
+    files: list[str]  # images, shards of them, or folders of either; the words without a flag
+    trust: str | None = None  # PEM file of certificates whose word counts: a run's certificates.pem, or an authority's
+
+    def __post_init__(self) -> None:
+        if not self.files or not all(self.files):
+            raise ConfigError("files is empty; name images, or folders of them")
+
+
+def require_sign(sign: str | None, sign_key: str | None) -> None:
+    """Raise ConfigError for settings that do not go together."""
+    if sign == "":
+        raise ConfigError(f"sign is empty; say {SELF_MADE}, or name a PEM file of your certificate chain")
+    if sign_key is not None and sign in (None, SELF_MADE):
+        raise ConfigError("sign_key is the key of your own certificate; name that by --sign FILE")
 
 
 def parse_target(to: str) -> int | float:

@@ -26,6 +26,7 @@ from m2d.cluster.nodes import cluster_total, device_of_actor, node_resources
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation import output
 from m2d.generation.plan import PLAN_SCHEMA, PlanRow, retried, rows_of, table_of
+from m2d.generation.provenance import Signing
 from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.models.settings import Precision
 
@@ -126,6 +127,7 @@ class GroupWriter:
     gate_reference: Path | None = None  # file of the training features that images are held against
     weak_classes: frozenset[str] = frozenset()
     own_images: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see look_at
+    signing: Signing | None = None
 
     def write(self, rows: Sequence[PlanRow], images: np.ndarray, features: np.ndarray | None) -> GroupResult:
         """Of `Made`. Raises ConfigError where the disk refuses; then nothing of the group counts."""
@@ -136,7 +138,7 @@ class GroupWriter:
             reference = load_once(self.gate_reference)
         looked = look_at(rows, images, features, self.gates, reference, self.own_images)
         encoded = [
-            (one.row, output.encode_png(image, one.row, self.recipe))
+            (one.row, output.encode_png(image, one.row, self.recipe, self.signing))
             for one, image in zip(looked, images, strict=True)
             if one.kept
         ]

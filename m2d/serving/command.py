@@ -20,6 +20,7 @@ from m2d.errors import ConfigError, M2DError, first_line
 from m2d.files.atomic import write_whole
 from m2d.files.paths import result_path
 from m2d.files.progress import say
+from m2d.generation.provenance import signing_of
 from m2d.serving.access import read_keys
 from m2d.serving.settings import ServeConfig, replica_range
 
@@ -109,6 +110,7 @@ def http_options(config: ServeConfig) -> dict[str, Any]:
 
 def _require_usable(config: ServeConfig) -> None:
     """Raise ConfigError for files that cannot be used, before anything is started."""
+    signing_of(config.sign, config.sign_key)
     if config.keys is not None:
         read_keys(Path(config.keys))
     if config.tls_cert is not None:

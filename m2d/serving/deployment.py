@@ -46,7 +46,8 @@ from m2d.files.atomic import write_whole
 from m2d.files.paths import absolute, checkpoint_folder, input_path, result_path
 from m2d.files.progress import say
 from m2d.generation.output import experiment_of, in_experiment
-from m2d.generation.settings import GenerateConfig
+from m2d.generation.provenance import self_made, signing_of
+from m2d.generation.settings import SELF_MADE, GenerateConfig
 from m2d.models.published import checkpoint_path, own_name
 from m2d.serving.jobs import Jobs, make_images
 from m2d.serving.orders import Event, JobService, ModelCard, Order, Overloaded
@@ -80,7 +81,8 @@ def app_builder(args: dict[str, Any]) -> serve.Application:
 
 def resolved(config: ServeConfig) -> ServeConfig:
     """With whole paths, which mean the same in every process; see m2d.files.paths for those of a job of Ray."""
-    inputs = ("keys", "checkpoints_root", "extractor_weights", "tls_cert", "tls_key")
+    inputs = ["keys", "checkpoints_root", "extractor_weights", "tls_cert", "tls_key", "sign_key"]
+    inputs += [] if config.sign == SELF_MADE else ["sign"]
     return replace(
         config,
         checkpoint=[absolute(checkpoint_path("checkpoint", path)) for path in config.checkpoint],
@@ -111,8 +113,9 @@ def describe(config: ServeConfig, path: str, name: str | None) -> ModelCard:
 def application(config: ServeConfig, cards: Sequence[ModelCard], threads: int | None = None) -> serve.Application:
     """Of a resolved config. threads: of torch in a replica on a CPU; None: all cores but one, which answers HTTP.
 
-    Raises ConfigError for a GPU that the cluster does not have.
+    Raises ConfigError for a GPU that the cluster does not have, and for a certificate that cannot sign.
     """
+    config = replace(config, sign=signing_file(config))
     gpus, job_gpus = gpu_shares(config, cluster_total("GPU"))
     if not gpus and config.device not in (None, "cpu"):
         raise ConfigError(f"device is {config.device}, and the Ray cluster has no GPU; name cpu, or add a node")
@@ -149,6 +152,17 @@ def application(config: ServeConfig, cards: Sequence[ModelCard], threads: int | 
     jobs = serve.deployment(name="Jobs", **light)(JobsReplica).bind(config, job_gpus)
     ingress = serve.deployment(name="Ingress", max_surge_percent=100, **light)(serve.ingress()(Ingress))
     return ingress.bind(config, list(cards), models, jobs)
+
+
+def signing_file(config: ServeConfig) -> str | None:
+    """What signs the images of all replicas and jobs; a self-made certificate is made once for the directory."""
+    signing = signing_of(config.sign, config.sign_key)
+    if config.sign == SELF_MADE:
+        try:
+            signing = self_made(Path(config.directory))
+        except OSError as error:
+            raise ConfigError(f"directory: {config.directory} cannot be written ({error.strerror})") from None
+    return None if signing is None else str(signing.chain)
 
 
 def gpu_shares(config: ServeConfig, gpus: float) -> tuple[float, float]:
@@ -362,6 +376,7 @@ class JobsReplica:
 
     async def _run(self, config: GenerateConfig, sha256: str, log: Path) -> None:
         """m2d.serving.jobs.Run in an actor, which ends with this process and starts the pipeline's own actors."""
+        config = replace(config, sign=self._config.sign, sign_key=self._config.sign_key)
         if self._gpus:
             most = max(1, int(cluster_total("GPU") / self._gpus))
             config = replace(config, device="cuda", num_actors=most, gpus_per_actor=self._gpus)

@@ -35,6 +35,7 @@ from m2d.generation.gates import GateReference, GatesAtWork, active_gates, prepa
 from m2d.generation.generator import Generator, batch_key, pick_feature, require_prior, start_of
 from m2d.generation.output import Recipe, encode_png
 from m2d.generation.plan import PlanRow, retried
+from m2d.generation.provenance import signing_of
 from m2d.generation.references import extractor_settings, load_reference_extractor
 from m2d.generation.settings import GenerateConfig
 from m2d.generation.workers import Looked, journal_rows, look_at
@@ -158,6 +159,7 @@ class Engine:
         self._generator, self._gates, self._config, self._executor = generator, gates, config, executor
         self._batch_size = config.batch_size
         self._reference = None if gates.reference is None else GateReference.load(gates.reference)
+        self._signing = signing_of(config.sign, config.sign_key)
         self._weak = frozenset(generator.checkpoint.prior.weak if generator.checkpoint.prior else ())
         self._held = ExitStack()
         self.uploads = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="m2d-serving-")))
@@ -262,6 +264,7 @@ class Engine:
             plan=order.plan,
             classes=self.card.classes.codes,
             time_shift=self._generator.time_shift,
+            sign=None if self._signing is None else self._signing.sha256,
         )
         under = _UnderWay(order=order, recipe=recipe, left=len(rows), total=sum(start_of(row)[1] for row in rows))
         self._users.update(order.uploads.keys())
@@ -505,7 +508,7 @@ class Engine:
 
     def _encode(self, sample: _Sample, looked: Looked, image: np.ndarray) -> Drawn:
         row, recipe = looked.row, sample.of.recipe
-        png = encode_png(image, row, recipe)
+        png = encode_png(image, row, recipe, self._signing)
         table = journal_rows([(looked, f"{row.label}/{row.id}.png", png)], image.shape[:2], recipe, self._weak)
         entry = table.drop_columns("accepted").to_pylist()[0]
         return Drawn(index=sample.index, png=png, entry=entry, gates=self._gates.names)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from m2d.errors import ConfigError
-from m2d.generation.settings import GateConfig
+from m2d.generation.settings import GateConfig, require_sign
 from m2d.models.settings import Precision
 
 
@@ -52,6 +52,8 @@ class ServeConfig:
     cors_origins: list[str] = field(default_factory=list)  # other sites whose pages may call this API
     tls_cert: str | None = None  # file of the certificate chain; with tls_key: HTTPS
     tls_key: str | None = None  # file of its private key
+    sign: str | None = None  # self-made, or a PEM file of your certificate chain: a C2PA manifest in each image
+    sign_key: str | None = None  # PEM file of its private key; None: it is in the same file
     licence: str = "the licence of the training images applies"  # said of each model
     write_config: str | None = None  # write a file for `serve deploy` and stop
     verbose: bool = False  # show Ray's own messages
@@ -73,6 +75,7 @@ class ServeConfig:
             raise ConfigError(f"port is {self.port}; it must be at most 65535")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ConfigError("tls_cert and tls_key go together; give both, or neither")
+        require_sign(self.sign, self.sign_key)
         if self.keys is None and not is_loopback(self.host):
             raise ConfigError(
                 f"host is {self.host}, which others may reach, and no key is asked for; make one by `serve keys add "

@@ -40,6 +40,18 @@ def test_images_labels_and_a_data_sheet(tmp_path: Path) -> None:
     assert set(files) == {"metadata.csv", "README.md", *(row["file_name"] for row in rows)}
 
 
+def test_signed_images_bring_their_certificates(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(GENERATED, tmp_path / "generated"))
+    (copy / "certificates.pem").write_text("certificates")
+    (copy / ".signing_key.pem").write_text("key")
+    record = json.loads((copy / "generation.json").read_text())
+    (copy / "generation.json").write_text(json.dumps(record | {"sign": "self-made"}))
+    main("export", [str(copy), "--to", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "certificates.pem").read_text() == "certificates"
+    assert not (tmp_path / "out" / ".signing_key.pem").exists()
+    assert "| signed by | a self-made certificate" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_lost_image_is_told_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = Path(shutil.copytree(GENERATED, tmp_path / "generated"))
     next((copy / "MEL").glob("*.png")).unlink()

@@ -33,6 +33,7 @@ from m2d.generation import contact_sheet, gates, run
 from m2d.generation.generator import Generator
 from m2d.generation.output import read_pngs
 from m2d.generation.plan import rows_of, standard_plan
+from m2d.generation.provenance import read_manifest
 from m2d.generation.settings import GateConfig, GenerateConfig, OutputFormat
 from m2d.models.checkpoint import Checkpoint
 
@@ -131,6 +132,36 @@ def test_running_again_draws_what_was_lost_and_nothing_else(drawn: list[str]) ->
     assert sorted(drawn) == ["DF_000002", "MEL_000001"]
     assert pngs(root).keys() == before.keys()
     assert all(_within_one_level(png, before[name]) for name, png in pngs(root).items())
+
+
+def test_a_signed_run_that_goes_on_signs_by_the_same_certificate(
+    drawn: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    signed = config(sign="self-made", output=str(tmp_path / "out"), batch_size=1)
+    interrupted(signed, drawn, after=2)
+    key, before = tmp_path / "out" / ".signing_key.pem", pngs(tmp_path / "out")
+    assert key.stat().st_mode & 0o077 == 0
+    assert run.generate(signed) == tmp_path / "out"
+    assert before.items() <= pngs(tmp_path / "out").items()
+    manifests = {name: read_manifest(png) for name, png in pngs(tmp_path / "out").items()}
+    assert [name for name, found in manifests.items() if found is None or found.faults] == []
+    assert len(manifests) == 6
+    assert len({found.serial for found in manifests.values() if found}) == 1
+    assert {row["sha256"] for row in manifest(tmp_path / "out")} == {
+        hashlib.sha256(png).hexdigest() for png in pngs(tmp_path / "out").values()
+    }
+    assert not key.exists()
+    drawn.clear()
+    run.generate(signed)
+    assert drawn == []
+    assert capfd.readouterr().err.count("warning") == 0
+
+
+def test_signed_and_unsigned_images_do_not_share_a_folder(drawn: list[str], tmp_path: Path) -> None:
+    root = run.generate(config(num_samples=1, sign="self-made"))
+    assert run.generate(config(num_samples=1)) != root
+    with pytest.raises(ConfigError, match="sign self-made there, None here"):
+        run.generate(config(num_samples=1, output=str(root)))
 
 
 def test_asking_for_more_adds_to_what_is_there(drawn: list[str]) -> None:

@@ -27,7 +27,7 @@ from tiny_checkpoint import make_checkpoint, write_checkpoint
 
 from m2d.cli import main, parse
 from m2d.serving.command import deploy_file
-from m2d.serving.deployment import gpu_shares, of_ours, with_additions, write_addition
+from m2d.serving.deployment import gpu_shares, of_ours, signing_file, with_additions, write_addition
 from m2d.serving.engine import describe
 from m2d.serving.settings import ServeConfig
 
@@ -61,10 +61,21 @@ def test_flags_of_a_list_replace_a_files_list(tmp_path: Path) -> None:
         (["--keys", "nowhere.json"], "error: keys: "),
         (["--checkpoint", "nowhere"], "error: checkpoint: "),
         (["--tls_cert", "KEYS", "--tls_key", "KEYS"], "error: tls_cert: "),
+        (["--sign", "KEYS"], "error: sign: "),
         (["--replicas", "many"], "error: replicas is many; "),
         (["--directory", "KEYS/below"], "error: directory: "),
     ],
-    ids=["port in use", "host not here", "open host", "no keys", "no checkpoint", "no certificate", "replicas", "file"],
+    ids=[
+        "port in use",
+        "host not here",
+        "open host",
+        "no keys",
+        "no checkpoint",
+        "no certificate",
+        "no signer",
+        "replicas",
+        "file",
+    ],
 )
 def test_what_cannot_be_served_is_refused_in_one_line_before_anything_starts(
     arguments: list[str], told: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -82,6 +93,18 @@ def test_what_cannot_be_served_is_refused_in_one_line_before_anything_starts(
     assert ended.value.code == 2
     assert said.startswith(told)
     assert said.count("\n") == 1
+
+
+def test_a_self_made_certificate_is_made_once_for_the_service(tmp_path: Path) -> None:
+    """All its replicas and jobs, and the service that is started next, read it from there."""
+    config = ServeConfig(checkpoint=["A"], directory=str(tmp_path / "serving"), sign="self-made")
+    Path(config.directory).mkdir()
+    file = Path(str(signing_file(config)))
+    made = file.read_bytes()
+    assert (file.parent, file.stat().st_mode & 0o777) == (tmp_path / "serving", 0o600)
+    assert signing_file(config) == str(file)
+    assert file.read_bytes() == made
+    assert signing_file(replace(config, sign=None)) is None
 
 
 def test_the_file_for_serve_deploy_listens_where_it_was_asked_to(checkpoint: Path, tmp_path: Path) -> None:

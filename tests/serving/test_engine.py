@@ -4,6 +4,7 @@ import asyncio
 import gc
 import hashlib
 import io
+import json
 import logging
 import shutil
 import threading
@@ -26,6 +27,7 @@ from m2d.errors import CheckpointError, ConfigError, DataError, Incomplete
 from m2d.files.atomic import COMPLETE, is_in_use
 from m2d.generation.generator import Generator
 from m2d.generation.plan import PlanRow, image2image_plan, make_plan, rows_of
+from m2d.generation.provenance import read_manifest, self_made
 from m2d.generation.references import Reference
 from m2d.generation.run import generate
 from m2d.generation.settings import GateConfig, GenerateConfig
@@ -184,6 +186,16 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 
 # --- batches
+
+
+def test_images_are_signed_by_the_certificate_of_the_service(load: Load, card: ModelCard, tmp_path: Path) -> None:
+    signing = self_made(tmp_path)
+    (events,) = drawn(load(sign=str(signing.chain)), order(card))
+    (image,) = [event for event in events if isinstance(event, Drawn)]
+    found = read_manifest(image.png, (tmp_path / "certificates.pem").read_text())
+    assert found is not None
+    assert (found.state, json.loads(found.facts["settings"])["sign"]) == ("Trusted", signing.sha256)
+    assert image.entry["sha256"] == hashlib.sha256(image.png).hexdigest()
 
 
 def test_eight_orders_of_one_image_are_one_pass_and_the_images_are_those_of_each_alone(
