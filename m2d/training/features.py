@@ -3,6 +3,7 @@
 Cached features and extracted ones are of the same pixels; they differ by the cache's fp16 rounding alone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from m2d.training.batch import LatentBatch, extract, model_images, on_device
 from m2d.training.networks import all_reduce_sum
 from m2d.training.settings import TrainConfig
 
+Told = Callable[[str, int, int], None]  # of preparations: what is done, how much of it, of how much
 SHARD = 1024  # (image, view) pairs in a file of cached latents
 
 
@@ -80,6 +82,7 @@ def fit_features(
     rank: int,
     world_size: int,
     classes: ClassSet = ISIC7,
+    told: Told = lambda *_: None,
 ) -> tuple[FeaturePrior, Tensor, Tensor]:
     """(prior, mean [D], std [D]) of the split's cls features, of which each worker extracts a share; equal on all.
 
@@ -93,6 +96,7 @@ def fit_features(
     for start in range(0, len(mine), config.batch_size):
         share = mine[start : start + config.batch_size]
         gathered[torch.from_numpy(share).to(source.device)] = source.cls(reader, rows[share])
+        told("features of training images", min(world_size * (start + config.batch_size), len(rows)), len(rows))
     cls = all_reduce_sum(gathered).cpu()
     labels = reader.labels[rows]
     counts = np.bincount(reader.labels, minlength=len(classes))
@@ -202,6 +206,7 @@ def cache_latents(
     views: int,
     rank: int,
     world_size: int,
+    told: Told = lambda *_: None,
 ) -> LatentTable:
     """Encode every image in every view, except shards that are there already, and open the table.
 
@@ -232,11 +237,12 @@ def cache_latents(
         if number % world_size != rank or is_made(path):
             continue
         step = coded_at_once(reader.image_size)
-        parts = [encode(np.arange(i, min(i + step, end))) for i in range(start, end, step)]
+        parts = []
+        for i in range(start, end, step):
+            parts.append(encode(np.arange(i, min(i + step, end))))
+            told("caching latents", min(start + world_size * (i + step - start), entries), entries)
         with whole_file(path) as partial:
             save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, partial)
-        if rank == 0:
-            print(f"caching latents: {end} of {entries} image views", flush=True)
     all_reduce_sum(torch.zeros(1, device=source.device))  # all shards are there
     return LatentTable(folder, views, reader.labels, entries, source.table)
 

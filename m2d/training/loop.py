@@ -20,13 +20,13 @@ from m2d.models.autoencoder import LinearAutoencoder, block_pca, load_vae
 from m2d.models.checkpoint import CheckpointInfo, read_prior
 from m2d.models.perceptual import ProjectedDiscriminator, build_perceptual
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw, pinned
-from m2d.training.features import FeatureSource, LatentTable, cache_latents, fit_features, fit_linear
+from m2d.training.features import FeatureSource, LatentTable, Told, cache_latents, fit_features, fit_linear
 from m2d.training.measure import Throughput, peak_memory_gib
 from m2d.training.networks import Networks, all_reduce_sum, build_networks, idle_modules
 from m2d.training.run import RunPlan, Wish, stop_is_wanted
 from m2d.training.saving import CheckpointKeeper, load_training_state, take_snapshot
 from m2d.training.step import build_step, step_config_of
-from m2d.training.telemetry import Telemetry
+from m2d.training.telemetry import Preparing, Telemetry
 from m2d.training.validation import RunView, score, show_gradients
 
 AHEAD = 2  # batches that are read while the device computes
@@ -78,10 +78,11 @@ def read_ahead(batches: Iterator[ImageBatch | LatentBatch], *, pin_memory: bool)
 
 
 def _fit_features(
-    plan: RunPlan, networks: Networks, source: FeatureSource, link: WorkerLink, *, set_statistics: bool
+    plan: RunPlan, networks: Networks, source: FeatureSource, link: WorkerLink, told: Told, *, set_statistics: bool
 ) -> FeaturePrior:
     """The prior of the training split's features; a new denoiser also learns their mean and deviation."""
-    prior, mean, std = fit_features(source, plan.reader("train"), plan.config, link.rank, link.world_size, plan.classes)
+    place = link.rank, link.world_size
+    prior, mean, std = fit_features(source, plan.reader("train"), plan.config, *place, plan.classes, told)
     if set_statistics and networks.denoiser_is_new:
         networks.denoiser.conditioning.set_statistics(mean, std)
     return prior
@@ -93,6 +94,7 @@ class _Run:
     def __init__(self, plan: RunPlan, link: WorkerLink) -> None:
         config, device = plan.config, link.device
         self.plan, self.link, self.leads = plan, link, link.rank == 0
+        self.told = Preparing(plan.experiment.path, leads=self.leads)
         self.accumulation = plan.accumulation(link.world_size)
         self.place = {"rank": link.rank, "world_size": link.world_size, "step_micro_batches": plan.step_micro_batches}
 
@@ -112,7 +114,9 @@ class _Run:
             vae.load_state_dict(load_vae(self.checkpoints[-1] / "vae", "checkpoint").state_dict())
         elif not self.checkpoints and config.init_checkpoint is None and config.autoencoder.pretrained is None:
             fit_linear(vae, plan.reader("train"), device, config, link.rank, link.world_size)
-        self.prior = prior or _fit_features(plan, networks, source, link, set_statistics=not self.checkpoints)
+        self.prior = prior or _fit_features(
+            plan, networks, source, link, self.told, set_statistics=not self.checkpoints
+        )
         self.table = self._latents() if config.stage == "latent" else None
 
         # 2. The step, and what is not on the device while it is taken.
@@ -194,7 +198,14 @@ class _Run:
         plan, link, networks = self.plan, self.link, self.networks
         folder, views = plan.experiment.path / "cache" / "latents", plan.config.data.views
         table = cache_latents(
-            networks.autoencoder, plan.reader("train"), self.source, folder, views, link.rank, link.world_size
+            networks.autoencoder,
+            plan.reader("train"),
+            self.source,
+            folder,
+            views,
+            link.rank,
+            link.world_size,
+            self.told,
         )
         if not self.checkpoints and not isinstance(networks.autoencoder.vae, LinearAutoencoder):
             mean, variance = table.moments()

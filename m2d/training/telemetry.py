@@ -82,6 +82,21 @@ class MetricsLog:
             writer.writerows(records)
 
 
+class Preparing:
+    """What the first worker does before the first step, once a second at most; the driver's `Console` shows it."""
+
+    def __init__(self, experiment: Path, *, leads: bool = True) -> None:
+        """leads: False: of another worker, which tells nothing."""
+        self.log = MetricsLog(experiment / "logs", "preparing")
+        self._leads, self._told = leads, 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """So much of `what` is done."""
+        if self._leads and (done >= total or time.monotonic() - self._told >= 1):
+            self._told = time.monotonic()
+            self.log.append({"step": 0, "time": round(time.time(), 3), "what": what, "done": done, "total": total})
+
+
 class Telemetry:
     """One voice of a run: records in metrics/, pictures in visualizations/, and the same to every sink.
 
@@ -377,10 +392,10 @@ class Console:
         self.rich.print(f"WARNING: {line}", style="yellow", markup=False)
 
     @contextmanager
-    def progress(self, metrics: Path, total_steps: int, steps_per_epoch: int, start: int) -> Iterator[None]:
-        """Follow a run's metrics file until the block ends."""
+    def progress(self, experiment: Path, total_steps: int, steps_per_epoch: int, start: int) -> Iterator[None]:
+        """Follow a run's records, those of its preparations first, until the block ends."""
         stop, since = threading.Event(), time.time() - 0.001  # now: the thread may start after the first record
-        arguments = (MetricsLog(metrics.parent, metrics.stem), total_steps, steps_per_epoch, start, since, stop)
+        arguments = (experiment, total_steps, steps_per_epoch, start, since, stop)
         thread = threading.Thread(target=self._follow, args=arguments, daemon=True)
         thread.start()
         try:
@@ -390,10 +405,12 @@ class Console:
             thread.join(timeout=5)
 
     def _follow(
-        self, log: MetricsLog, total: int, steps_per_epoch: int, start: int, since: float, stop: threading.Event
+        self, experiment: Path, total: int, steps_per_epoch: int, start: int, since: float, stop: threading.Event
     ) -> None:
+        log, before = MetricsLog(experiment / "metrics", "train"), Preparing(experiment).log
         epochs, shown, at, ended = -(-total // steps_per_epoch), start, 0.0, False
         first: dict[str, Any] | None = None
+        prepared = ""
         columns = (TextColumn("epoch {task.fields[epoch]}"), TextColumn("step"), MofNCompleteColumn(), BarColumn())
         words = (TextColumn("{task.fields[left]}"), TextColumn("{task.description}"))
         with Progress(*columns, *words, console=self.rich, disable=not self.interactive) as bar:
@@ -402,6 +419,14 @@ class Console:
                 ended = stop.wait(1.0)
                 record = log.last()
                 if record is None or record["time"] < since:  # of an earlier run, whose steps are taken again
+                    work = before.last()
+                    if work is not None and work["time"] >= since:
+                        line = f"{work['what']}: {work['done']:,} of {work['total']:,}"
+                        if self.interactive:
+                            bar.update(task, description=line)
+                        elif line != prepared and (ended or time.monotonic() - at >= PLAIN_SECONDS):
+                            prepared, at = line, time.monotonic()
+                            self.say(line)
                     continue
                 first = record if first is None else first
                 step, left = record["step"], time_left(first, record, total)

@@ -232,10 +232,10 @@ def _plan(
 def _run(plan: RunPlan, on_gpu: bool, console: Console, callbacks: Sequence[Any], stoppable: bool) -> None:
     """Train in this process or on Ray, with progress on the console. Raises Stopped where a signal ended it."""
     config, experiment = plan.config, plan.experiment
-    record, done = experiment.path / "metrics" / "train.jsonl", newest_step(experiment.checkpoints)
+    done = newest_step(experiment.checkpoints)
     with (
         stop_requests(experiment.path, console.say, signals=stoppable) as asked,
-        console.progress(record, plan.total_steps, plan.steps_per_epoch, done),
+        console.progress(experiment.path, plan.total_steps, plan.steps_per_epoch, done),
     ):
         if config.workers[1] == 0:
             from m2d.training.loop import train_worker  # the networks; on Ray the driver does without

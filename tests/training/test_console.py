@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console as RichConsole
 
-from m2d.training.telemetry import Console, MetricsLog, time_left
+from m2d.training.telemetry import Console, MetricsLog, Preparing, time_left
 
 
 def shown(tmp_path: Path, *, interactive: bool, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -17,20 +17,28 @@ def shown(tmp_path: Path, *, interactive: bool, monkeypatch: pytest.MonkeyPatch)
     console = Console()
     console.interactive = interactive
     console.rich = RichConsole(file=screen, force_terminal=interactive, width=160, highlight=False, soft_wrap=True)
-    log = MetricsLog(tmp_path, "train")
+    log = MetricsLog(tmp_path / "metrics", "train")
     log.append({"step": 10, "time": time.time() - 100, "epoch": 1.0, "loss/diffusion": 9.0})  # of the run before
-    with console.progress(log.path, 40, 10, 10):
+    with console.progress(tmp_path, 40, 10, 10):
+        Preparing(tmp_path)("caching latents", 1024, 6804)
+        Preparing(tmp_path, leads=False)("caching latents", 2048, 6804)
+        wait_for("caching latents", screen)
         log.write(15, {"epoch": 1.5, "loss/diffusion": 0.75, "images_per_s": 31.0})
-        deadline = time.monotonic() + 60
-        while "0.75" not in screen.getvalue() and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for("0.75", screen)
         time.sleep(0.2)
         log.write(20, {"epoch": 2.0, "loss/diffusion": 0.5, "images_per_s": 32.0, "skipped_steps": 3.0})
     return screen.getvalue()
 
 
+def wait_for(text: str, screen: io.StringIO) -> None:
+    deadline = time.monotonic() + 60
+    while text not in screen.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def test_a_log_file_gets_plain_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = shown(tmp_path, interactive=False, monkeypatch=monkeypatch).splitlines()
+    assert lines.pop(0) == "caching latents: 1,024 of 6,804"  # as the first worker tells it, and once
     assert lines[0].split() == ["epoch", "1.50/4", "step", "15/40", "diffusion", "0.75", "images/s", "31"]
     assert lines[1].startswith("epoch 2.00/4  step 20/40  diffusion 0.5  images/s 32  skipped 3")
     assert lines[1].endswith("min left")

@@ -53,7 +53,10 @@ def test_the_fit_is_of_the_splits_own_features(reader: ImageReader) -> None:
     with torch.no_grad():
         pixels = torch.from_numpy(read["images"]).permute(0, 3, 1, 2)
         cls = extractor(extractor.preprocess(pixels)).cls
-    prior, mean, std = fit_features(FeatureSource(CPU, extractor), reader, CONFIG, rank=0, world_size=1)
+    told = list[tuple[str, int, int]]()
+    source = FeatureSource(CPU, extractor)
+    prior, mean, std = fit_features(source, reader, CONFIG, rank=0, world_size=1, told=lambda *one: told.append(one))
+    assert told[-1] == ("features of training images", 29, 29)
     assert_close(mean, cls.mean(dim=0), rtol=1e-4, atol=1e-5)
     assert_close(std, cls.std(dim=0, correction=0), rtol=1e-4, atol=1e-5)
     counts = dict(zip(ISIC7.codes, prior.counts.tolist(), strict=True))

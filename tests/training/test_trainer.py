@@ -67,6 +67,10 @@ def test_workers_train_both_stages_and_the_result_generates(ray_cluster: None, d
     )  # fmt: skip
     before, after = load_checkpoint(start), load_checkpoint(latent.checkpoints / "step_00000004")
     assert after.info.stage == "latent"
+    prepared = MetricsLog(latent.path / "logs", "preparing").last()
+    views = 4 * sum(latent.info()["dataset"]["counts"]["train"].values())
+    assert prepared is not None
+    assert (prepared["what"], prepared["done"], prepared["total"]) == ("caching latents", views, views)
     for name, tensor in before.autoencoder.state_dict().items():
         assert torch.equal(after.autoencoder.state_dict()[name], tensor), name
     assert before.sha256 != after.sha256
