@@ -168,14 +168,14 @@ def measure_worth(
 
     classifier: its train and its test set are the pool's images, its generated set the pool's with `redrawn` behind.
     folds: of the tested lesions, each with all else to train on; their answers are scored together. choose: False: the
-    share is `share`, and the classifier's sets are the two sides of `tested`, for there are no folds. copies: of
+    share is `share`, and without folds the classifier's sets are the two sides of `tested`. copies: of
     test images among the generated ones. controls: by name, half of the lesions' rows -> real rows that these are
     offered as if generated. original: the classifier of the same rows, its real images as they are, where the other's
     were preprocessed. Raises Unanswerable where fewer than two classes can be scored.
     """
     tested = np.flatnonzero(pool.tested)
     made = pool.generated if pool.redrawn is None else np.concatenate([pool.generated, pool.labels[pool.redrawn]])
-    parts, notes = list[_Part](), list(notes)
+    parts, notes, pooled = list[_Part](), list(notes), choose or folds > 1
     for seed in trials.seeds:
         for held in partition(pool, tested, folds, seed) if folds > 1 else [tested]:
             fit = np.setdiff1d(np.arange(len(pool.labels)), held) if folds > 1 else np.flatnonzero(~pool.tested)
@@ -197,7 +197,7 @@ def measure_worth(
 
     asked, inner = dict[Key, TrainingRows](), dict[Key, list[dict[float, TrainingRows]]]()
     for number, part in enumerate(parts):
-        part.arms = _real_arms(pool, part, pooled=choose)
+        part.arms = _real_arms(pool, part, pooled=pooled)
         asked |= {(number, arm): rows for arm, rows in part.arms.items()}
         for offer in part.offers if choose else ():
             inner[number, offer] = inner_trainings(pool, made, part.offers[offer], part.seed)
@@ -218,9 +218,9 @@ def measure_worth(
     for part in parts:
         for offer, one in part.offers.items():
             mix = partial(mixed, pool.labels, made, one, part.shares.get(offer, share))
-            part.arms[offer] = mix(asked=part.held if choose else None)
+            part.arms[offer] = mix(asked=part.held if pooled else None)
             if offer == "all":
-                part.arms["balanced"] = mix(asked=part.held if choose else None, balanced=True)
+                part.arms["balanced"] = mix(asked=part.held if pooled else None, balanced=True)
     rest = {(number, arm): rows for number, part in enumerate(parts) for arm, rows in part.arms.items()}
     answers |= train({key: rows for key, rows in rest.items() if key not in answers})
 
