@@ -281,7 +281,8 @@ def training_rows(
     if arm == "b":
         return TrainingRows(every, none, len(real) / (np.count_nonzero(counts) * counts[real]))
     if arm == "c":
-        every = np.sort(np.concatenate([every, drawn_of_classes(real, added, [seed, 0])]))
+        repeated = np.where(counts > 0, added, 0)  # a site may lack a class that was generated
+        every = np.sort(np.concatenate([every, drawn_of_classes(real, repeated, [seed, 0])]))
     of_generated = np.sort(drawn_of_classes(generated, added, [seed, 1])) if arm in "de" else none
     of_real = none if arm == "e" else every
     return TrainingRows(of_real, of_generated, np.ones(len(of_real) + len(of_generated)))
