@@ -20,7 +20,7 @@ from m2d.cluster.nodes import device_of_actor
 from m2d.cluster.start import ray_cluster
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
 from m2d.evaluation.classifiers.compare import DownstreamResult, Trials, scored_classes
-from m2d.evaluation.classifiers.finetune import finetuned_worth, measure_finetuned
+from m2d.evaluation.classifiers.finetune import finetuned_site, finetuned_worth, measure_finetuned
 from m2d.evaluation.classifiers.probe import (
     chosen_c,
     measure_consistency,
@@ -166,23 +166,29 @@ def evaluate(config: EvaluateConfig) -> Path:
             on_ray=on_ray,
         )
         of = partial(extraction.of, config=config.independent_extractor)
+        own, folds = config.finetune, config.fold_count
+        if on_ray and own.device is not None:  # each task has its own share of a GPU
+            own = replace(own, device=device_of_actor(own.device))
         repeats = range(config.seed, config.seed + config.repeats)
+        of_folds = replace(trials, seeds=repeats) if folds > 1 else trials
         if config.setting == "site" and classifiers:  # another question: a site lacks the generator's training images
-            ask = partial(
-                probe_site,
-                known=of(known) if known else None,
-                tested=of(tested),
-                generated=of(generated),
-                turned=extraction.features(tested, config.independent_extractor, views=range(1, VIEWS)),
-                c=c,
-                trials=replace(trials, seeds=repeats, what="sites"),
-                folds=config.fold_count,
-            )
+            asked = list[Callable[..., SiteResult]]()
+            if "logistic" in classifiers:
+                ask = partial(
+                    probe_site,
+                    known=of(known) if known else None,
+                    tested=of(tested),
+                    generated=of(generated),
+                    turned=extraction.features(tested, config.independent_extractor, views=range(1, VIEWS)),
+                    c=c,
+                )
+                asked.append(partial(ask, trials=replace(of_folds, what="sites")))
+            if "finetune" in classifiers:
+                ask = partial(finetuned_site, known=known, tested=tested, generated=generated, config=own)
+                asked.append(partial(ask, trials=replace(of_folds, what="sites, fine-tuned")))
             for share in config.site_shares:
                 with asking(f"a site with {share:g} of the lesions"):
-                    sites.append(ask(share=share))
-            if "finetune" in classifiers:
-                notes.append("a site is asked about by logistic regression alone; the fine-tuned network was left out")
+                    sites += [one(share=share, folds=folds) for one in asked]
             classifiers = ()
         if "logistic" in classifiers:
             with asking("downstream"):
@@ -190,16 +196,15 @@ def evaluate(config: EvaluateConfig) -> Path:
                 downstream.append(measure_downstream(**independent, c=c, trials=of_features))
                 c = float(downstream[0].settings["c"] or 0)  # choosing it takes minutes
         if "finetune" in classifiers:
-            own = config.finetune
-            if on_ray and own.device is not None:  # each task has its own share of a GPU
-                own = replace(own, device=device_of_actor(own.device))
-            of_pixels = replace(trials, what="networks fine-tuned")
+            what = "networks fine-tuned"
             with asking("downstream, fine-tuned,"):
-                downstream.append(measure_finetuned(**sets, config=own, trials=of_pixels))
-                finetuned = partial(finetuned_worth, generated=generated, config=own, trials=of_pixels)
-                worth.append(finetuned(train=train, test=test))
+                downstream.append(measure_finetuned(**sets, config=own, trials=replace(trials, what=what)))
+                of_pixels = replace(of_folds, what=what)
+                finetuned = partial(finetuned_worth, generated=generated, config=own, trials=of_pixels, folds=folds)
+                worth.append(finetuned(known=known, tested=tested))
                 if config.preprocess and redraw:
-                    worth.append(finetuned(train=redraw(train), test=redraw(test), original=(train, test)))
+                    through = redraw(known) if known else None
+                    worth.append(finetuned(known=through, tested=redraw(tested), original=(known, tested)))
         if "logistic" in classifiers and c is not None and downstream:
             redrawn_pool = None
             if redraw is not None:
@@ -208,14 +213,13 @@ def evaluate(config: EvaluateConfig) -> Path:
                 through_autoencoder = measure_downstream(**independent | {"generated": again}, c=c, trials=once)
                 rows, images = _redrawn(known, tested, generated, redraw, config.seed)
                 redrawn_pool = rows, of(images)
-            seeds = repeats if config.fold_count > 1 else trials.seeds
             with asking("what they are worth"):
                 probed = partial(
                     probe_worth,
                     generated=of(generated),
                     c=c,
-                    trials=replace(trials, seeds=seeds, what="what they are worth"),
-                    folds=config.fold_count,
+                    trials=replace(of_folds, what="what they are worth"),
+                    folds=folds,
                 )
                 known_of, tested_of = of(known) if known else None, of(tested)
                 worth.insert(0, probed(known=known_of, tested=tested_of, redrawn=redrawn_pool))

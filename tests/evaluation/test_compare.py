@@ -232,6 +232,11 @@ def test_arm_c_has_the_class_counts_of_arm_d(ratio: float | None) -> None:
     assert not len(control.generated)
 
 
+def test_arm_c_cannot_repeat_a_class_that_has_no_real_image() -> None:
+    rows = training_rows("c", np.array([MEL, MEL]), np.array([MEL, DF, DF]), seed=0)
+    assert sorted(np.bincount(rows.real)) == [1, 2]
+
+
 def test_arm_c_repeats_the_images_of_a_class_equally_often() -> None:
     """14 more images of 6 melanomas: each stands 3 or 4 times."""
     repeats = np.bincount(training_rows("c", REAL, GENERATED, seed=0).real)[REAL == MEL]

@@ -261,10 +261,14 @@ def test_without_a_checkpoint_privacy_is_of_the_images_alone(folders: tuple[Path
 
 
 def test_folds_are_reported(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    out = evaluate(parse("evaluate", flags(folders, tmp_path, "--parts", "downstream", "--folds", "2")))
-    (worth,) = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["worth"]
-    assert worth["test"] == COUNTS
+    more = {"parts": "downstream", "folds": "2", "classifiers": "logistic,finetune", "finetune.epochs": "0.1"}
+    more |= {"finetune.model": "timm:test_resnet", "finetune.pretrained": "false", "finetune.input_size": "32"}
+    asked = [word for name, value in (more | {"finetune.device": "cpu"}).items() for word in (f"--{name}", value)]
+    out = evaluate(parse("evaluate", flags(folders, tmp_path, *asked)))
+    worth, tuned = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["worth"]
+    assert (worth["test"], tuned["test"]) == (COUNTS, COUNTS)
     assert (worth["folds"], len(worth["shares"])) == (2, 4)
+    assert (tuned["folds"], tuned["seeds"], tuned["shares"], tuned["gains"]) == (2, [0, 1], [0.25] * 4, {})
     assert "in 2 folds, 2 times" in (out / "evaluation.html").read_text(encoding="utf-8")
     assert len((out / "worth.csv").read_text(encoding="utf-8").splitlines()) > 40
 

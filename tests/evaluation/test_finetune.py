@@ -148,7 +148,7 @@ def test_a_whole_comparison_runs() -> None:
     result = measure_finetuned(train=TRAIN, test=TEST, generated=GENERATED, config=config, trials=trials)
     assert result.settings["steps"] == 6
     assert {arm: one.trainings for arm, one in result.arms.items()} == dict.fromkeys("abcde", 2)
-    worth = finetuned_worth(train=TRAIN, test=TEST, generated=GENERATED, config=config, trials=trials)
+    worth = finetuned_worth(known=TRAIN, tested=TEST, generated=GENERATED, config=config, trials=trials)
     assert (worth.shares, worth.gains) == ([0.4, 0.4], {})
     assert worth.verdict.word in get_args(Word)
 
@@ -158,7 +158,7 @@ def test_what_preprocessing_changes_is_told_against_the_original_images() -> Non
     grey = [replace(one, sha256=(), pixels=np.full_like(one.pixels, 99)) for one in (TRAIN, TEST)]
     trials = Trials(seeds=range(1), resamples=100)
     judge = partial(finetuned_worth, generated=GENERATED, config=TINY, trials=trials)
-    clear, alone = judge(train=TRAIN, test=TEST, original=(grey[0], grey[1])), judge(train=TRAIN, test=TEST)
+    clear, alone = judge(known=TRAIN, tested=TEST, original=(grey[0], grey[1])), judge(known=TRAIN, tested=TEST)
     changed = {row: one["balanced_accuracy"].value for row, one in clear.minus_original.items()}
     assert changed == pytest.approx(dict.fromkeys(changed, 0.5), abs=1e-9)
     assert len(changed) == 4
@@ -201,6 +201,8 @@ def test_a_finished_training_is_used_again_where_neither_recipe_nor_generated_im
     judges = [classifier(), classifier(replace(TINY, recipe="replace")), classifier(replace(TINY, share=0.5)), other]
     different = {arm: len({digest_of(judge, arm) for judge in judges}) for arm in "abcde"}
     assert different == {"a": 1, "b": 1, "c": 1, "d": 4, "e": 2}
+    lent = TrainingRows(np.arange(6), np.arange(0), np.ones(6), reference=np.arange(4))  # two are offered, by recipe
+    assert len({Job.of(judge, lent, 0).digest for judge in judges[:3]}) == 3
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------------
@@ -215,6 +217,21 @@ def shown_by(recipe: Recipe, batch_size: int, steps: int) -> tuple[np.ndarray, n
     config = replace(TINY, recipe=recipe, batch_size=batch_size)
     numbers, _, weights = zip(*recipe_batches(FEW, OF_FEW, config, steps, seed=0), strict=True)
     return np.stack(numbers), np.stack(weights)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_real_images_that_are_offered_come_as_generated_ones_do(recipe: Recipe) -> None:
+    """The same images, in one set with the real ones: every batch stays the same, and so does what is learned."""
+    config = replace(TINY, recipe=recipe, epochs=1)
+    lent = replace(FEW, real=np.arange(60), generated=FEW.generated[:0], reference=np.arange(40))
+    for one, other in zip(*(recipe_batches(rows, OF_FEW, config, 30, seed=0) for rows in (FEW, lent)), strict=True):
+        assert all(np.array_equal(*both) for both in zip(one, other, strict=True))
+
+    rows = training_rows("d", TRAIN.labels, GENERATED.labels, seed=0)
+    pixels, labels = (np.concatenate([getattr(one, k) for one in (TRAIN, GENERATED)]) for k in ("pixels", "labels"))
+    pool = FinetuneClassifier.of(image_set(labels, "pool", pixels=pixels), TEST, GENERATED, config)
+    lent = replace(rows, real=np.arange(88), generated=rows.generated[:0], reference=np.arange(48))
+    assert np.array_equal(pool.predict(lent, 0), predict("d", config=config))
 
 
 def weight_of(numbers: np.ndarray, weights: np.ndarray) -> list[float]:

@@ -18,12 +18,14 @@ from m2d.classes import ISIC7
 from m2d.cli import parse
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation.classifiers.compare import TrainingRows, Trials
+from m2d.evaluation.classifiers.finetune import FinetuneClassifier, finetuned_site
 from m2d.evaluation.classifiers.probe import ProbeClassifier, probe_site
 from m2d.evaluation.classifiers.site import SiteResult, chosen_of_few, site_rows
 from m2d.evaluation.classifiers.worth import SHARES, Pool
 from m2d.evaluation.evaluate import evaluate
-from m2d.evaluation.images import Copy, FeatureSet, Unanswerable
+from m2d.evaluation.images import Copy, FeatureSet, ImageSet, Unanswerable
 from m2d.evaluation.provenance import made_from_others, near_copy_gate
+from m2d.evaluation.settings import FinetuneConfig
 from m2d.metrics.linear_probe import C_GRID
 
 BKL, DF, MEL, NV = (ISIC7.index(code) for code in ("BKL", "DF", "MEL", "NV"))
@@ -136,6 +138,42 @@ def test_a_site_has_its_share_of_each_class_and_one_lesion_at_least() -> None:
         site_rows(pool, rest, 0.6, [0])
 
 
+def marked(side: int, counts: dict[int, int]) -> ImageSet:
+    """A pixel each, of class, side and lesion; two images of a lesion."""
+    labels = np.repeat(list(counts), list(counts.values()))
+    lesions = np.arange(len(labels)) // 2
+    pixels = np.stack([labels, np.full(len(labels), side), lesions], axis=1).astype(np.uint8)[:, None, None]
+    return tiny_sets.image_set(labels, str(side), [f"{side}-{lesion}" for lesion in lesions], pixels)
+
+
+def test_a_fine_tuned_network_is_asked_about_the_same_sites_and_gets_the_right_images(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that reads the class off the pixel calls all images rightly. Sides: 0 known, 1 tested, 2 generated."""
+    sets = {"known": marked(0, {NV: 60, MEL: 20}), "tested": marked(1, {NV: 80, MEL: 40})}
+    trained = []
+
+    def predict(self: FinetuneClassifier, rows: TrainingRows, seed: int) -> np.ndarray:
+        assert rows.asked is not None
+        images = np.concatenate([self.train[rows.real], self.generated[rows.generated]])[:, 0, 0]
+        assert np.array_equal(images[:, 0], rows.labels(self.train_labels, self.generated_labels))
+        own, asked = images[: rows.own], self.test[rows.asked][:, 0, 0]
+        assert (set(own[:, 1]), set(asked[:, 1])) == ({1}, {1})
+        assert not set(own[:, 2]) & set(asked[:, 2])
+        trained.append({*images[rows.own :, 1].tolist()})
+        return np.eye(7)[asked[:, 0]]
+
+    monkeypatch.setattr(FinetuneClassifier, "predict", predict)
+    config = FinetuneConfig(model="timm:test_resnet", pretrained=False, input_size=32, recipe="replace")
+    trials = Trials(seeds=range(1), resamples=100)
+    found = finetuned_site(**sets, generated=marked(2, {MEL: 30}), config=config, trials=trials, share=0.1, folds=2)
+    assert trained == 2 * [set(), set(), set()] + 2 * [{2}, {2}, {0}]  # a, b, c; d, d class-balanced, f
+    assert {arm: one["balanced_accuracy"].value for arm, one in found.arms.items()} == dict.fromkeys(found.arms, 1)
+    assert (found.shares, found.inner, found.offered_real) == ([0.5, 0.5], {}, {"MEL": 20})
+    assert found.lesions == {"NV": 7, "MEL": 3}  # a tenth of 70 and 30
+    assert "augmented" not in found.differences
+
+
 # --- the choice of a share --------------------------------------------------------------------------------------------
 
 
@@ -207,20 +245,26 @@ def flags(tmp_path: Path, paint_images: Any) -> list[str]:
     more |= {"output": str(tmp_path / "out"), "image_size": "16", "num_actors": "0", "bootstrap": "100", "c": "0.01"}
     more |= {"parts": "downstream,memorization", "data.test_fraction": "0.3", "data.val_fraction": "0.2"}
     more |= {"repeats": "1", "feature_extractor.input_size": "32", "independent_extractor.input_size": "32"}
+    more |= {"classifiers": "logistic,finetune", "finetune.model": "timm:test_resnet", "finetune.pretrained": "false"}
+    more |= {"finetune.input_size": "32", "finetune.epochs": "1", "finetune.batch_size": "8", "finetune.device": "cpu"}
     return [word for name, value in (places | more).items() for word in (f"--{name}", value)]
 
 
 def test_the_command_answers_the_shares_that_can_be_had(flags: list[str], tmp_path: Path) -> None:
     out = evaluate(parse("evaluate", flags))
     found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
-    (site,) = found["sites"]
+    site, tuned = found["sites"]
     assert (site["share"], site["lesions"]) == (0.1, {"MEL": 3, "NV": 5})
     assert sum(site["test"].values()) == 40
     assert site["offered_real"] == {"MEL": 12}
+    assert (tuned["classifier"], tuned["shares"]) == ("timm:test_resnet fine-tuned on the pixels", [0.25, 0.25])
+    assert (tuned["lesions"], tuned["test"], tuned["offered_real"]) == (site["lesions"], site["test"], {"MEL": 12})
     assert (found["worth"], found["downstream"]) == ([], [])
     assert any("site_share 0.4 is 32 of all 80 lesions" in note for note in found["notes"])
     page = " ".join((out / "evaluation.html").read_text(encoding="utf-8").split())
-    assert site["verdict"]["sentence"][1:].replace("'", "&#39;") in page
+    for one in (site, tuned):
+        assert one["verdict"]["sentence"][1:].replace("'", "&#39;") in page
+    assert "The share of the synthetic images&#39; weight is 0.25." in page
     assert "Near-copies of the generator&#39;s training images are" in page
     assert len((out / "site_counts.csv").read_text(encoding="utf-8").splitlines()) == 3
     assert "equal priors: d - t" in (out / "sites.csv").read_text(encoding="utf-8")

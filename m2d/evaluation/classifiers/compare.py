@@ -46,7 +46,8 @@ _INTERVALS = (
 class TrainingRows:
     """Images to train on, those of `real` before those of `generated`; a row that stands twice counts twice."""
 
-    real: np.ndarray  # int64 [n], rows of the real training images, with repeats in arm c
+    # int64 [n], rows of the real training images, with repeats in arm c; any beyond `reference` come behind these
+    real: np.ndarray
     generated: np.ndarray  # int64 [m], rows of the generated images, each once at most
     weights: np.ndarray  # float64 [n + m], of the images in the loss
     reference: np.ndarray | None = None  # int64, real rows that features are standardised by; None: all
@@ -55,6 +56,11 @@ class TrainingRows:
     def labels(self, real: np.ndarray, generated: np.ndarray) -> np.ndarray:
         """Classes of the images, int64 [n + m], from those of all real [N] and all generated ones [M]."""
         return np.concatenate([real[self.real], generated[self.generated]])
+
+    @property
+    def own(self) -> int:
+        """How many images come before those that are offered: the generated ones, and real ones beyond `reference`."""
+        return len(self.real) if self.reference is None else int(np.isin(self.real, self.reference).sum())
 
 
 class Classifier(Protocol):
@@ -275,7 +281,8 @@ def training_rows(
     if arm == "b":
         return TrainingRows(every, none, len(real) / (np.count_nonzero(counts) * counts[real]))
     if arm == "c":
-        every = np.sort(np.concatenate([every, drawn_of_classes(real, added, [seed, 0])]))
+        repeated = np.where(counts > 0, added, 0)  # a site may lack a class that was generated
+        every = np.sort(np.concatenate([every, drawn_of_classes(real, repeated, [seed, 0])]))
     of_generated = np.sort(drawn_of_classes(generated, added, [seed, 1])) if arm in "de" else none
     of_real = none if arm == "e" else every
     return TrainingRows(of_real, of_generated, np.ones(len(of_real) + len(of_generated)))

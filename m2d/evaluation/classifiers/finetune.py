@@ -7,7 +7,7 @@ in data alone, and in how synthetic images come in: the recipe.
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from m2d.evaluation.classifiers.compare import (
     compare_arms,
     drawn_of_classes,
 )
+from m2d.evaluation.classifiers.site import SiteResult, measure_site
 from m2d.evaluation.classifiers.worth import FIXED_SHARE, Pool, WorthResult, measure_worth
 from m2d.evaluation.images import ImageSet
 from m2d.evaluation.settings import FinetuneConfig
@@ -76,30 +77,83 @@ def measure_finetuned(
 
 def finetuned_worth(
     *,
-    train: ImageSet,
-    test: ImageSet,
+    known: ImageSet | None,
+    tested: ImageSet,
     generated: ImageSet,
     config: FinetuneConfig,
     trials: Trials,
-    original: tuple[ImageSet, ImageSet] | None = None,
+    folds: int = 1,
+    original: tuple[ImageSet | None, ImageSet] | None = None,
 ) -> WorthResult:
     """What generated images are worth to classifier 2; see worth.measure_worth.
 
-    original: train and test images as they are, where those given were preprocessed.
+    known: real images that are trained on alone; with folds, `tested` are too. original: known and tested images as
+    they are, where those given were preprocessed.
     """
+
+    def judge(train: ImageSet | None, test: ImageSet) -> FinetuneClassifier:
+        if folds > 1 or train is None:
+            train = test = _pooled(train, test)
+        return FinetuneClassifier.of(train, test, generated, config)
+
     return measure_worth(
-        FinetuneClassifier.of(train, test, generated, config),
+        judge(known, tested),
         f"{config.model} fine-tuned on the pixels",
-        Pool.of(train, test, generated),
+        Pool.of(known, tested, generated),
         trials,
+        folds=folds,
         choose=False,
         share=share_of(config),
         copies=len(generated.copies),
+        notes=[_fixed(config)],
+        original=judge(*original) if original else None,
+    )
+
+
+def finetuned_site(
+    *,
+    known: ImageSet | None,
+    tested: ImageSet,
+    generated: ImageSet,
+    config: FinetuneConfig,
+    trials: Trials,
+    share: float,
+    folds: int,
+) -> SiteResult:
+    """What a site gains, for classifier 2; see site.measure_site. known: real images that the generator learned on."""
+    pooled = _pooled(known, tested)
+    return measure_site(
+        FinetuneClassifier.of(pooled, pooled, generated, config),
+        f"{config.model} fine-tuned on the pixels",
+        Pool.of(known, tested, generated),
+        trials,
+        share=share,
+        folds=folds,
+        choose=False,
+        fixed=share_of(config),
+        copies=len(generated.copies),
         notes=[
-            f"A training takes too long to choose a share by; it is {share_of(config):g} by the recipe {config.recipe} "
-            f"({RECIPES[config.recipe]}), and the test part is one."
+            _fixed(config),
+            "The generator's own real images come by the same recipe as the synthetic ones. There is no arm t: flips "
+            "and quarter turns are in every arm.",
         ],
-        original=FinetuneClassifier.of(*original, generated, config) if original else None,
+    )
+
+
+def _pooled(known: ImageSet | None, tested: ImageSet) -> ImageSet:
+    """The images of a Pool, the known ones first, all in memory."""
+    if known is None:
+        return tested
+    both: dict[str, Any] = {part: getattr(known, part) + getattr(tested, part) for part in ("sha256", "paths")}
+    for part in ("labels", "groups", "pixels"):
+        both[part] = np.concatenate([getattr(known, part), getattr(tested, part)])
+    return replace(tested, **both)
+
+
+def _fixed(config: FinetuneConfig) -> str:
+    return (
+        f"A training takes too long to choose a share by; it is {share_of(config):g} by the recipe {config.recipe} "
+        f"({RECIPES[config.recipe]})."
     )
 
 
@@ -150,14 +204,16 @@ class FinetuneClassifier:
             identities.append(digest.hexdigest())
         digest.update(f"{sorted(joined.items())}\n".encode())
         # A memory-mapped array is a subclass, which pickle copies; a plain one it hands to Ray's store as it is.
-        plain = tuple(one.pixels.view(np.ndarray) for one in (train, test, generated))
+        plain = [one.pixels.view(np.ndarray) for one in (train, test, generated)]
+        if test is train:  # one array, which goes to the store once
+            plain[1] = plain[0]
         labels = train.labels, generated.labels
         identity = identities[1], identities[2], digest.hexdigest()
         return cls(plain[0], plain[1], plain[2], *labels, config, len(train.classes), identity)
 
     def identity_of(self, rows: TrainingRows) -> str:
         """Rows of real images alone are the same training whatever is generated, and by every recipe."""
-        return self.identities[bool(len(rows.generated)) + _both(rows)]
+        return self.identities[2 if _both(rows) else bool(len(rows.generated))]
 
     @property
     def wants_gpu(self) -> bool:
@@ -196,6 +252,7 @@ class FinetuneClassifier:
         labels = torch.from_numpy(of_class).to(device)
         total = steps_of(self.config, len(self.train) if rows.reference is None else len(rows.reference))
         apart = auxiliary_norms(network) if self.config.recipe == "auxiliary_bn" and _both(rows) else {}
+        own = rows.own
         trained = [*network.parameters(), *(one for one in apart.values() if one.requires_grad)]
         kernels, others = ([one for one in trained if (one.ndim > 1) == wide] for wide in (True, False))
         optimizer = torch.optim.AdamW(
@@ -212,7 +269,7 @@ class FinetuneClassifier:
             images = _images(np.stack([self._seen(rows, *one) for one in zip(numbers, views)]), device)
             images = _input(jittered(images, self.config.color_jitter, colours), extractor)
             chosen, weight = (torch.from_numpy(one).to(device) for one in (numbers, weights.astype(np.float32)))
-            real = int(np.count_nonzero(numbers < len(rows.real))) if apart else len(images)
+            real = int(np.count_nonzero(numbers < own)) if apart else len(images)
             with torch.autocast(device.type, dtype=DTYPES[kind], enabled=kind != "no"):
                 logits = network(images[:real])
                 if apart:
@@ -255,9 +312,10 @@ def recipe_batches(
 
     labels: int64 [n + m], of the arm's images. A class weighs as much as in `rows` by every recipe, but for two_phase's
     first phase, where all that are generated weigh the same. Real or synthetic images alone are trained on plainly.
-    In a batch of auxiliary_bn real images come first.
+    Real images that are offered as if generated come like these: see TrainingRows.own. In a batch of auxiliary_bn
+    real images come first.
     """
-    size, real, every = config.batch_size, len(rows.real), len(labels)
+    size, real, every = config.batch_size, rows.own, len(labels)
     whole = np.bincount(labels, rows.weights)
     there, offered = (np.bincount(one, minlength=len(whole)) for one in (labels[:real], labels[real:]))
     alone = whole / there.clip(1)  # weight of a real image of each class where no synthetic one has any
@@ -333,7 +391,7 @@ def jittered(images: Tensor, strength: float, generator: torch.Generator) -> Ten
 
 def _both(rows: TrainingRows) -> bool:
     """Whether there are images of both kinds; the recipe then counts."""
-    return bool(len(rows.real) and len(rows.generated))
+    return 0 < rows.own < len(rows.weights)
 
 
 def _images(pixels: np.ndarray, device: torch.device) -> Tensor:

@@ -5,20 +5,17 @@ classifiers are judged by the rule of worth.py, with a choice of the share that 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from m2d.evaluation.classifiers.compare import (
     Classifier,
-    Job,
     Resamples,
-    Scored,
     TrainingRows,
     Trials,
     drawn_of_classes,
-    run_jobs,
-    training_rows,
 )
 from m2d.evaluation.classifiers.worth import (
     FIXED_SHARE,
@@ -26,23 +23,25 @@ from m2d.evaluation.classifiers.worth import (
     LEAST_PROBABILITY,
     SHARES,
     WATCHED,
-    Key,
     Offer,
+    Part,
     Pool,
     Verdict,
     Word,
     equal_priors,
-    inner_trainings,
-    mixed,
     partition,
+    real_arm,
+    scores_of_parts,
     share_of_gain,
+    train_parts,
     word,
 )
 from m2d.evaluation.images import Unanswerable, class_counts, lesion_counts
 from m2d.metrics.bootstrap import Estimate, resampled_weights
 from m2d.metrics.scores import LOWER_IS_BETTER
 
-INNER_REPEATS = 2  # of the folds by which a share is chosen: with few lesions one partition decides by chance
+# Added to a site's seed for the partitions by which a share is chosen: with few lesions a single one decides by chance.
+INNER_PARTITIONS = (1000, 2000)
 TEMPERATURES = np.geomspace(0.25, 32, 43)  # by which log-probabilities are divided
 ENOUGH = 0.95  # of a site's lesions: folds are not of equal size
 ARMS = {
@@ -88,17 +87,6 @@ class SiteResult:
     notes: list[str]
 
 
-@dataclass
-class _Site:
-    """The lesions of one site, and those that are tested beside it."""
-
-    seed: int
-    held: np.ndarray  # int64, ascending real rows to call
-    offers: dict[str, Offer]  # by letter: d, f
-    arms: dict[str, TrainingRows] = field(default_factory=dict)
-    shares: dict[str, float] = field(default_factory=dict)  # by letter
-
-
 def measure_site(
     classifier: Classifier,
     name: str,
@@ -126,76 +114,31 @@ def measure_site(
     made = np.concatenate([pool.generated, np.tile(pool.labels[tested], turned)])
     counts = np.bincount(pool.generated, minlength=len(pool.classes))
     counts = np.minimum(counts, np.bincount(pool.labels[own], minlength=len(pool.classes)))
-    sites, every, notes = list[_Site](), np.arange(len(pool.generated)), list(notes)
+    sites, every, notes = list[Part](), np.arange(len(pool.generated)), list(notes)
     for seed in trials.seeds:
         lent = np.sort(own[drawn_of_classes(pool.labels[own], counts, [seed, 3])])
         for number, held in enumerate(partition(pool, tested, folds, seed)):
             fit = site_rows(pool, np.setdiff1d(tested, held), share, [seed, number])
             offers = {"d": Offer(fit, fit[:0], every)} | ({"f": Offer(fit, lent, every[:0])} if len(lent) else {})
-            sites.append(_Site(seed, held, offers))
-    classes = [
-        k for k in np.unique(pool.labels[tested]) if all((pool.labels[one.offers["d"].fit] == k).any() for one in sites)
-    ]
+            sites.append(Part(seed, held, offers))
+    classes = [k for k in np.unique(pool.labels[tested]) if all((pool.labels[one.fit] == k).any() for one in sites)]
     if not sites or len(classes) < 2:
         raise Unanswerable(f"the lesions are too few, or share too few classes, for {folds} folds and a site")
 
-    def train(asked: Mapping[Key, TrainingRows]) -> dict[Key, np.ndarray]:
-        jobs = {key: Job.of(classifier, rows, sites[key[0]].seed) for key, rows in asked.items()}
-        answered = run_jobs(classifier, list(jobs.values()), trials)
-        return {key: answered[job.digest] for key, job in jobs.items()}
-
-    asked, inner = dict[Key, TrainingRows](), dict[Key, list[dict[float, TrainingRows]]]()
-    for number, site in enumerate(sites):
-        site.arms = _controls(pool, site, turned)
-        asked |= {(number, arm): rows for arm, rows in site.arms.items()}
-        for letter, offer in site.offers.items() if choose else ():
-            for again in range(INNER_REPEATS):
-                inner[number, letter, again] = inner_trainings(pool, made, offer, site.seed + 1000 * (again + 1))
-                for fold, of_share in enumerate(inner[number, letter, again]):
-                    asked |= {(number, letter, again, fold, one): rows for one, rows in of_share.items()}
-    answers, tried = train(asked), list[dict[float, float]]()
-    for number, site in enumerate(sites) if choose else ():
-        for letter in site.offers:
-            found = [
-                {one: (rows, answers[number, letter, again, fold, one]) for one, rows in of_share.items()}
-                for again in range(INNER_REPEATS)
-                for fold, of_share in enumerate(inner[number, letter, again])
-            ]
-            if found:
-                site.shares[letter], lost = chosen_of_few(pool, made, found, site.seed)
-                tried += [lost] if letter == "d" else []
+    for site in sites:
+        site.arms = {letter: real_arm(pool, site, letter, site.fit) for letter in "abc"}
+        site.arms |= {"t": _turned(pool, site, turned)} if turned else {}
+    choice = chosen_of_few if choose else None
+    answers, tried = train_parts(
+        classifier, pool, made, sites, trials, share=fixed, choose=choice, partitions=INNER_PARTITIONS
+    )
     if choose and not tried:
         notes.append(f"The site's lesions are too few to choose a share by; {fixed:g} is taken.")
-    for site in sites:
-        for letter, offer in site.offers.items():
-            of_class = site.shares.get(letter, fixed)
-            site.arms[letter] = mixed(pool.labels, made, offer, of_class, asked=site.held)
-            if letter == "d":
-                site.arms["balanced"] = mixed(pool.labels, made, offer, of_class, balanced=True, asked=site.held)
-    rest = {(number, arm): rows for number, site in enumerate(sites) for arm, rows in site.arms.items()}
-    answers |= train({key: rows for key, rows in rest.items() if key not in answers})
 
     scored = np.isin(pool.labels[tested], classes)
     truth, groups = pool.labels[tested][scored], pool.groups[tested][scored]
     resamples = Resamples.of(truth, groups, trials, pool.classes)
-
-    def scores_of(arm: str, *, adjusted: bool = True) -> list[Scored]:
-        """For each seed, of the answers of all of its sites. Calls are at equal priors, ranks at the site's."""
-        found = []
-        for seed in trials.seeds:
-            called, ranked = np.empty((2, len(tested), len(pool.classes)))
-            for number, site in enumerate(sites):
-                if site.seed == seed:
-                    places, answer = np.searchsorted(tested, site.held), answers[number, arm]
-                    called[places] = ranked[places] = answer
-                    if adjusted:
-                        called[places] = equal_priors(answer, site.arms[arm], pool.labels, made)
-                        of_site = np.bincount(pool.labels[site.offers["d"].fit], minlength=len(pool.classes))
-                        ranked[places] = called[places] * of_site
-            ranked /= ranked.sum(axis=1, keepdims=True)
-            found.append(resamples.scores(ranked[scored], called[scored]))
-        return found
-
+    scores_of = partial(scores_of_parts, pool, made, sites, resamples, answers)
     letters = [letter for letter in ARMS if letter in sites[0].arms and letter != "b"]
     arms = {f"equal priors: {letter}": scores_of(letter) for letter in letters}
     arms["class-balanced loss: b"] = scores_of("b", adjusted=False)
@@ -207,8 +150,8 @@ def measure_site(
     }
     drawn = {rule: resamples.means(one, "balanced_accuracy", other) for rule, (one, other) in sides.items()}
     differences = {rule: resamples.estimates(one, other) for rule, (one, other) in sides.items()}
-    shares = {letter: [site.shares.get(letter, fixed) for site in sites] for letter in sites[0].offers}
-    fits = [site.offers["d"].fit for site in sites]
+    shares = {letter: [site.shares[letter] for site in sites] for letter in sites[0].offers}
+    fits = [site.fit for site in sites]
     lesions = _mean([lesion_counts(pool.labels[fit], pool.groups[fit], pool.classes) for fit in fits])
     offered = class_counts(pool.generated, pool.classes)
     said = word([drawn[rule] for rule in ("primary", "less_real", "class_balanced")], shares["d"])
@@ -307,19 +250,11 @@ def _within(worse: np.ndarray) -> bool:
     return bool(worse[0] <= max(worse[1:].std(), 1e-6))
 
 
-def _controls(pool: Pool, site: _Site, turned: int) -> dict[str, TrainingRows]:
-    """The site without any others' images: a to c of compare.py, and t where there are turned images."""
-    fit, asked = site.offers["d"].fit, (site.offers["d"].fit, site.held)
-    found = {}
-    for letter in "abc":
-        rows = training_rows(letter, pool.labels[fit], pool.generated, seed=site.seed)
-        found[letter] = TrainingRows(fit[rows.real], rows.generated, rows.weights, *asked)
-    if turned:
-        tested = np.flatnonzero(pool.tested)
-        views = len(pool.generated) + np.arange(turned)[:, None] * len(tested) + np.searchsorted(tested, fit)
-        weights = np.full(len(fit) * (1 + turned), 1 / (1 + turned))
-        found["t"] = TrainingRows(fit, views.ravel(), weights, *asked)
-    return found
+def _turned(pool: Pool, site: Part, turned: int) -> TrainingRows:
+    """The site's images and these further views of them, which lie behind the generated ones."""
+    fit, tested = site.fit, np.flatnonzero(pool.tested)
+    views = len(pool.generated) + np.arange(turned)[:, None] * len(tested) + np.searchsorted(tested, fit)
+    return TrainingRows(fit, views.ravel(), np.full(len(fit) * (1 + turned), 1 / (1 + turned)), fit, site.held)
 
 
 # --- in words -------------------------------------------------------------------------------------------------------

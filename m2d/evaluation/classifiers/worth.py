@@ -84,6 +84,12 @@ class Pool:
         return cls(labels, groups, of_test, generated.labels, tested.classes, **more)
 
 
+# Pool, classes of generated images, for each inner fold share -> rows and answers, seed -> share, and what each lost.
+Choice = Callable[
+    [Pool, np.ndarray, Sequence[dict[float, tuple[TrainingRows, np.ndarray]]], int], tuple[float, dict[float, float]]
+]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """See `verdict`."""
@@ -139,14 +145,20 @@ class Offer:
 
 
 @dataclass
-class _Part:
+class Part:
     """One test part, and what is trained to call it."""
 
     seed: int
     held: np.ndarray  # int64, ascending real rows to call
-    offers: dict[str, Offer]
+    offers: dict[str, Offer]  # the first one: all synthetic images, to all real ones that are trained on
+    pooled: bool = True  # whether the classifier knows other real images than these
     arms: dict[str, TrainingRows] = field(default_factory=dict)
     shares: dict[str, float] = field(default_factory=dict)  # by offer
+
+    @property
+    def fit(self) -> np.ndarray:
+        """Real rows to train on."""
+        return next(iter(self.offers.values())).fit
 
 
 def measure_worth(
@@ -168,20 +180,20 @@ def measure_worth(
 
     classifier: its train and its test set are the pool's images, its generated set the pool's with `redrawn` behind.
     folds: of the tested lesions, each with all else to train on; their answers are scored together. choose: False: the
-    share is `share`, and the classifier's sets are the two sides of `tested`, for there are no folds. copies: of
+    share is `share`, and without folds the classifier's sets are the two sides of `tested`. copies: of
     test images among the generated ones. controls: by name, half of the lesions' rows -> real rows that these are
     offered as if generated. original: the classifier of the same rows, its real images as they are, where the other's
     were preprocessed. Raises Unanswerable where fewer than two classes can be scored.
     """
     tested = np.flatnonzero(pool.tested)
     made = pool.generated if pool.redrawn is None else np.concatenate([pool.generated, pool.labels[pool.redrawn]])
-    parts, notes = list[_Part](), list(notes)
+    parts, notes = list[Part](), list(notes)
     for seed in trials.seeds:
         for held in partition(pool, tested, folds, seed) if folds > 1 else [tested]:
             fit = np.setdiff1d(np.arange(len(pool.labels)), held) if folds > 1 else np.flatnonzero(~pool.tested)
             offers = {"all": Offer(fit, held[:0], np.arange(len(pool.generated)))}
             offers |= _on_half(pool, fit, seed, controls or {}) if choose else {}
-            parts.append(_Part(seed, held, offers))
+            parts.append(Part(seed, held, offers, pooled=choose or folds > 1))
     classes = [
         k
         for k in np.unique(pool.labels[tested])
@@ -190,61 +202,19 @@ def measure_worth(
     if not parts or len(classes) < 2:
         raise Unanswerable(f"tested and training lesions are too few, or share too few classes, for {folds} folds")
 
-    def train(asked: Mapping[Key, TrainingRows], by: Classifier = classifier) -> dict[Key, np.ndarray]:
-        jobs = {key: Job.of(by, rows, parts[key[0]].seed) for key, rows in asked.items()}
-        answered = run_jobs(by, list(jobs.values()), trials)
-        return {key: answered[job.digest] for key, job in jobs.items()}
-
-    asked, inner = dict[Key, TrainingRows](), dict[Key, list[dict[float, TrainingRows]]]()
-    for number, part in enumerate(parts):
-        part.arms = _real_arms(pool, part, pooled=choose)
-        asked |= {(number, arm): rows for arm, rows in part.arms.items()}
-        for offer in part.offers if choose else ():
-            inner[number, offer] = inner_trainings(pool, made, part.offers[offer], part.seed)
-            for fold, of_share in enumerate(inner[number, offer]):
-                asked |= {(number, offer, fold, share): rows for share, rows in of_share.items()}
-    answers = train(asked)
-    tried = []
-    for (number, offer), held_out in inner.items():
-        found = [
-            {share: (rows, answers[number, offer, fold, share]) for share, rows in of_share.items()}
-            for fold, of_share in enumerate(held_out)
-        ]
-        if found:
-            parts[number].shares[offer], lost = _chosen(pool, made, found, parts[number].seed)
-            tried += [lost] if offer == "all" else []
+    for part in parts:
+        part.arms = {letter: real_arm(pool, part, letter, part.fit) for letter in "abcd"}
+        if "synthetic" in part.offers:
+            of_half = part.offers["synthetic"].fit
+            part.arms |= {f"half {letter}": real_arm(pool, part, letter, of_half) for letter in "ac"}
+    answers, tried = train_parts(classifier, pool, made, parts, trials, share=share, choose=_chosen if choose else None)
     if choose and not tried:
         notes.append(f"The training lesions are too few to choose a share by; {share:g} is taken.")
-    for part in parts:
-        for offer, one in part.offers.items():
-            mix = partial(mixed, pool.labels, made, one, part.shares.get(offer, share))
-            part.arms[offer] = mix(asked=part.held if choose else None)
-            if offer == "all":
-                part.arms["balanced"] = mix(asked=part.held if choose else None, balanced=True)
-    rest = {(number, arm): rows for number, part in enumerate(parts) for arm, rows in part.arms.items()}
-    answers |= train({key: rows for key, rows in rest.items() if key not in answers})
 
     scored = np.isin(pool.labels[tested], classes)
     truth, groups = pool.labels[tested][scored], pool.groups[tested][scored]
     resamples = Resamples.of(truth, groups, trials, pool.classes)
-
-    def scores_of(arm: str, *, adjusted: bool = True, answers: Mapping[Key, np.ndarray] = answers) -> list[Scored]:
-        """For each seed, of the answers on all of its parts. Calls are at equal priors, ranks at the real ones."""
-        found = []
-        for seed in trials.seeds:
-            called, ranked = np.empty((2, len(tested), len(pool.classes)))
-            for number, part in enumerate(parts):
-                if part.seed == seed:
-                    places, answer = np.searchsorted(tested, part.held), answers[number, arm]
-                    called[places] = ranked[places] = answer
-                    if adjusted:
-                        called[places] = equal_priors(answer, part.arms[arm], pool.labels, made)
-                        real = np.bincount(pool.labels[part.offers["all"].fit], minlength=len(pool.classes))
-                        ranked[places] = called[places] * real
-            ranked /= ranked.sum(axis=1, keepdims=True)
-            found.append(resamples.scores(ranked[scored], called[scored]))
-        return found
-
+    scores_of = partial(scores_of_parts, pool, made, parts, resamples, answers)
     arms = {
         "equal priors: a": scores_of("a"),
         "equal priors: c": scores_of("c"),
@@ -261,15 +231,15 @@ def measure_worth(
     minus_original = {}
     if original is not None:
         asked = {(number, arm): part.arms[arm] for number, part in enumerate(parts) for arm in "bc"}
-        plain = train(asked, by=original)
-        before = {arm: scores_of(arm, adjusted=arm == "c", answers=plain) for arm in "bc"}
+        plain = train(original, parts, asked, trials)
+        before = {arm: scores_of_parts(pool, made, parts, resamples, plain, arm, adjusted=arm == "c") for arm in "bc"}
         minus_original = {
             f"{how}: {one} - {other} on original images": resamples.estimates(arms[f"{how}: {one}"], before[other])
             for how, one, other in PREPROCESSED
         }
     offered = [one for one in parts[0].offers if one != "all" and all(one in part.offers for part in parts)]
     half = {arm: scores_of(arm) for arm in ([*offered, "half a", "half c"] if offered else [])}
-    shares = {offer: [part.shares.get(offer, share) for part in parts] for offer in ("all", *offered)}
+    shares = {offer: [part.shares[offer] for part in parts] for offer in ("all", *offered)}
     controls_of = {"all": (arms["equal priors: c"], arms["equal priors: a"])}
     controls_of |= {offer: (half["half c"], half["half a"]) for offer in offered}  # noqa: C420 - there may be none
     drawn = {
@@ -306,6 +276,92 @@ def measure_worth(
         notes=notes,
         minus_original=minus_original,
     )
+
+
+# --- trainings ------------------------------------------------------------------------------------------------------
+
+
+def train(
+    classifier: Classifier, parts: Sequence[Part], asked: Mapping[Key, TrainingRows], trials: Trials
+) -> dict[Key, np.ndarray]:
+    """What is answered, each with the seed of its part."""
+    jobs = {key: Job.of(classifier, rows, parts[key[0]].seed) for key, rows in asked.items()}
+    answered = run_jobs(classifier, list(jobs.values()), trials)
+    return {key: answered[job.digest] for key, job in jobs.items()}
+
+
+def train_parts(
+    classifier: Classifier,
+    pool: Pool,
+    made: np.ndarray,
+    parts: Sequence[Part],
+    trials: Trials,
+    *,
+    share: float,
+    choose: Choice | None,
+    partitions: Sequence[int] = (0,),
+) -> tuple[dict[Key, np.ndarray], list[dict[float, float]]]:
+    """Train the arms that the parts have; choose the shares of what they are offered; train with these.
+
+    Every part gains its shares, an arm for each offer, and `balanced`, class-balanced, for the first. made: int64,
+    classes of the classifier's generated set. share: where none can be chosen. choose: from the answers on inner folds;
+    None: none is chosen. partitions: added to a part's seed, for each partition into inner folds. Returns the answers,
+    by number of the part and arm, and what each share of the first offer lost, for each part where one was chosen.
+    """
+    asked, inner = dict[Key, TrainingRows](), dict[Key, list[dict[float, TrainingRows]]]()
+    for number, part in enumerate(parts):
+        asked |= {(number, arm): rows for arm, rows in part.arms.items()}
+        for name, offer in part.offers.items() if choose else ():
+            folds = [one for more in partitions for one in inner_trainings(pool, made, offer, part.seed + more)]
+            inner[number, name] = folds
+            for fold, of_share in enumerate(folds):
+                asked |= {(number, name, fold, one): rows for one, rows in of_share.items()}
+    answers, tried = train(classifier, parts, asked, trials), list[dict[float, float]]()
+    for number, part in enumerate(parts):
+        for name, offer in part.offers.items():
+            found = [
+                {one: (rows, answers[number, name, fold, one]) for one, rows in of_share.items()}
+                for fold, of_share in enumerate(inner.get((number, name), ()))
+            ]
+            part.shares[name], lost = choose(pool, made, found, part.seed) if choose and found else (share, None)
+            mix = partial(mixed, pool.labels, made, offer, part.shares[name], asked=part.held if part.pooled else None)
+            part.arms[name] = mix()
+            if name == next(iter(part.offers)):
+                part.arms["balanced"] = mix(balanced=True)
+                tried += [lost] if lost else []
+    rest = {(number, arm): rows for number, part in enumerate(parts) for arm, rows in part.arms.items()}
+    answers |= train(classifier, parts, {key: rows for key, rows in rest.items() if key not in answers}, trials)
+    return answers, tried
+
+
+def scores_of_parts(
+    pool: Pool,
+    made: np.ndarray,
+    parts: Sequence[Part],
+    resamples: Resamples,
+    answers: Mapping[Key, np.ndarray],
+    arm: str,
+    *,
+    adjusted: bool = True,
+) -> list[Scored]:
+    """For each seed, of the answers on all of its parts. adjusted: calls are at equal priors, ranks at the real ones.
+
+    resamples: of the tested images whose class is scored.
+    """
+    tested, found = np.flatnonzero(pool.tested), []
+    scored = np.isin(pool.labels[tested], resamples.truth)
+    for seed in dict.fromkeys(part.seed for part in parts):
+        called, ranked = np.empty((2, len(tested), len(pool.classes)))
+        for number, part in enumerate(parts):
+            if part.seed == seed:
+                places, answer = np.searchsorted(tested, part.held), answers[number, arm]
+                called[places] = ranked[places] = answer
+                if adjusted:
+                    called[places] = equal_priors(answer, part.arms[arm], pool.labels, made)
+                    ranked[places] = called[places] * np.bincount(pool.labels[part.fit], minlength=len(pool.classes))
+        ranked /= ranked.sum(axis=1, keepdims=True)
+        found.append(resamples.scores(ranked[scored], called[scored]))
+    return found
 
 
 # --- the rule -------------------------------------------------------------------------------------------------------
@@ -353,18 +409,10 @@ def mixed(
     )
 
 
-def _real_arms(pool: Pool, part: _Part, *, pooled: bool) -> dict[str, TrainingRows]:
-    """Arms a to d of compare.py, and a and c of the half of the lesions."""
-
-    def arm(letter: str, offer: Offer) -> TrainingRows:
-        fit, asked = offer.fit, (offer.fit, part.held) if pooled else (None, None)
-        rows = training_rows(letter, pool.labels[fit], pool.generated, seed=part.seed)
-        return TrainingRows(fit[rows.real], rows.generated, rows.weights, *asked)
-
-    found = {letter: arm(letter, part.offers["all"]) for letter in "abcd"}
-    if "synthetic" in part.offers:
-        found |= {f"half {letter}": arm(letter, part.offers["synthetic"]) for letter in "ac"}
-    return found
+def real_arm(pool: Pool, part: Part, letter: str, fit: np.ndarray) -> TrainingRows:
+    """An arm of compare.py, of these real rows."""
+    rows = training_rows(letter, pool.labels[fit], pool.generated, seed=part.seed)
+    return TrainingRows(fit[rows.real], rows.generated, rows.weights, *((fit, part.held) if part.pooled else ()))
 
 
 def partition(pool: Pool, rows: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:
@@ -435,7 +483,7 @@ def inner_trainings(pool: Pool, generated: np.ndarray, offer: Offer, seed: int) 
 
 
 def _chosen(
-    pool: Pool, generated: np.ndarray, folds: list[dict[float, tuple[TrainingRows, np.ndarray]]], seed: int
+    pool: Pool, generated: np.ndarray, folds: Sequence[dict[float, tuple[TrainingRows, np.ndarray]]], seed: int
 ) -> tuple[float, dict[float, float]]:
     """The share of least loss, or 0 where that is less by under a standard error over lesions; and what each lost.
 

@@ -235,7 +235,8 @@ def tables(result: Evaluation) -> dict[str, list[Row]]:
         "privacy": _privacy_rows(result.privacy) if result.privacy else [],
         "worth": [row for one in result.worth for row in _worth_rows(one)],
         "sites": [row for one in result.sites for row in _site_rows(one)],
-        "site_counts": [row for one in result.sites for row in _site_counts(one)],
+        # the same for all classifiers
+        "site_counts": [row for one in {one.share: one for one in result.sites}.values() for row in _site_counts(one)],
         "downstream": [row for one in result.downstream for row in _downstream_rows(one)],
     }
     return {name: _even(rows) for name, rows in found.items() if rows}
