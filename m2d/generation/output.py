@@ -40,7 +40,7 @@ from PIL import Image, PngImagePlugin
 from m2d.classes import ISIC7
 from m2d.errors import ConfigError
 from m2d.files.atomic import PARTIAL, is_locked, try_lock, whole_file, write_whole
-from m2d.generation.plan import PLAN_SCHEMA, PlanRow
+from m2d.generation.plan import PLAN_SCHEMA, PlanRow, with_seldom, without_seldom
 from m2d.generation.settings import Feature, GenerateConfig
 
 RECORD_NAME, PLAN_NAME, MANIFEST_NAME = "generation.json", "plan.parquet", "manifest.parquet"
@@ -163,7 +163,8 @@ def results_of(checkpoint_path: str) -> Path:
 def encode_png(image: np.ndarray, row: PlanRow, recipe: Recipe) -> bytes:
     """PNG of an image uint8 [H, W, 3] that says in its text chunks that it is synthetic, and from what."""
     text = PngImagePlugin.PngInfo()
-    chunks = {"Software": "M2D", "synthetic": "true", "class": row.label, "index": row.index, "seed": row.seed}
+    synthetic = str(row.view is None).lower()  # a view is a real image
+    chunks = {"Software": "M2D", "synthetic": synthetic, "class": row.label, "index": row.index, "seed": row.seed}
     chunks |= {"attempt": row.attempt, "mode": row.mode, "checkpoint": recipe.checkpoint}
     for key, value in {**chunks, "settings": recipe.to_json(), "image": _row_json(row)}.items():
         text.add_text(key, str(value))
@@ -175,7 +176,7 @@ def encode_png(image: np.ndarray, row: PlanRow, recipe: Recipe) -> bytes:
 def _row_json(row: PlanRow) -> str:
     """What shaped the image, keys sorted; input images by their file's name alone: folders may name people."""
     values = {key: value for key, value in asdict(row).items() if value is not None}
-    for key in {"reference", "reference_b"} & values.keys():
+    for key in {"reference", "reference_b", "mask", "mask_b"} & values.keys():
         values[key] = values[key].rpartition("/")[2]
     return json.dumps(values, sort_keys=True)
 
@@ -371,6 +372,9 @@ class OutputFolder:
                 path.unlink(missing_ok=True)
                 self.mended.append(f"{path.relative_to(self.root)} cannot be read")
                 return JOURNAL_SCHEMA.empty_table()
+            table = with_seldom(table)
+            if set(table.column_names) == set(JOURNAL_SCHEMA.names):
+                table = table.select(JOURNAL_SCHEMA.names)
             if not table.schema.equals(JOURNAL_SCHEMA):
                 raise ConfigError(
                     f"output: {path} was written by another version of M2D; name another --output, or use that version"
@@ -518,7 +522,7 @@ def attempts_left(plan: pa.Table, journal: pa.Table, max_attempts: int) -> list[
 def write_rows(path: Path, rows: pa.Table) -> None:
     """A table of the folder, whole or not at all. Raises ConfigError where it cannot be written."""
     with whole_output(path) as partial:
-        pq.write_table(rows, partial)
+        pq.write_table(without_seldom(rows), partial)
 
 
 @contextmanager
