@@ -44,7 +44,7 @@ _LARGEST_PASTED, _LARGEST_COVERED = 0.6, 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """One image asked for. Two rows that differ in id, index, attempt and group alone are the same image."""
+    """One image asked for. Two rows that differ in id, index, attempt and lesions alone are the same image."""
 
     id: str  # MEL_000003, MEL_pair000_02: unique, the stem of the image's file
     label: str  # class code; the column is called `class`

@@ -24,6 +24,7 @@ from m2d.data.layouts import IMAGE_SUFFIXES, REPORT, is_debris, without_image_su
 from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.files.paths import refuse_credentials
+from m2d.files.progress import progress
 from m2d.files.storage import inside, one_line, open_storage, read_file
 
 if TYPE_CHECKING:
@@ -142,13 +143,11 @@ def read_pasted(of: Pasted, size: int) -> np.ndarray:
     The lesion stays where it is in its picture and brings the skin around it, which also covers what the other lesion
     takes beyond it; the edge is feathered, see read_region. Colours: each channel of the lesion's picture is scaled so
     that the medians of the skin outside of both lesions are equal (von Kries). Raises DataError where a file cannot be
-    read or no skin is left.
+    read.
     """
     lesion, skin = (read_reference(path, size).astype(np.float32) for path in (of.lesion, of.skin))
     weight = read_region((of.mask, of.skin_mask), size)
-    outside = weight == 0
-    if not outside.any():
-        raise DataError(f"masks: {of.mask} and {of.skin_mask} leave no skin; take their rows out of the plan")
+    outside = weight == weight.min()
     tone, own_tone = (np.median(image[outside], axis=0) for image in (skin, lesion))
     matched = lesion * (tone / np.maximum(own_tone, 1))
     pasted = skin + weight[..., None] * (matched - skin)
@@ -197,9 +196,13 @@ def read_masks(folder: str, images: Collection[tuple[str, str, float | None]]) -
         path = inside(folder, place[len(root) + 1 :]) if "://" in folder else place
         return Mask(path=path, sha256=hashlib.sha256(encoded).hexdigest(), share=share)
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        masks = pool.map(read, images)
-        return {image[1]: mask for image, mask in zip(images, masks, strict=True) if mask is not None}
+    masks: dict[str, Mask] = {}
+    with ThreadPoolExecutor(_THREADS) as pool, progress("masks", len(images)) as shown:
+        for image, mask in zip(images, pool.map(read, images), strict=True):
+            shown.advance(1)
+            if mask is not None:
+                masks[image[1]] = mask
+    return masks
 
 
 def read_sha256(paths: Collection[str]) -> dict[str, str]:
