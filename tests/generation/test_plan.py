@@ -26,6 +26,7 @@ from m2d.generation.plan import (
     digest_of,
     image2image_plan,
     interpolation_plan,
+    masked_references,
     pasted_references,
     read_plan,
     retried,
@@ -145,11 +146,9 @@ def with_masks(folder: Path, **shares: float) -> pa.Table:
         mask[:, : round(64 * share)] = 255
         Image.fromarray(mask).save(folder / f"{lesion}_segmentation.png")
     names = list(shares)
-    size = [64] * len(names)
     columns = {"path": [f"{name}.jpg" for name in names], "sha256": names, "lesion_id": names}
-    return pa.table(
-        {**columns, "label": ["MEL" if name.isupper() else "NV" for name in names], "width": size, "height": size}
-    )
+    columns["label"] = ["MEL" if name.isupper() else "NV" for name in names]
+    return pa.table({**columns, "width": [64] * len(names), "height": [64] * len(names)})
 
 
 def test_each_lesion_is_pasted_into_skins_that_no_other_one_takes(tmp_path: Path) -> None:
@@ -166,16 +165,11 @@ def test_each_lesion_is_pasted_into_skins_that_no_other_one_takes(tmp_path: Path
     drawn: dict[str, Any] = {"strength": 0.5, "run_seed": 4, "sampling": SAMPLING}
     for row, one in zip(rows_of(image2image_plan({"MEL": found}, num_samples=wanted, **drawn)), found, strict=False):
         name, skin = one.lesion_id, str(one.skin and one.skin.lesion_id)
-        assert (row.group, row.reference, row.mask) == (
-            name,
-            f"/data/{name}.jpg",
-            f"{tmp_path}/{name}_segmentation.png",
-        )
-        assert (row.skin_lesion_id, row.reference_b) == (skin, f"/data/{skin}.jpg")
-        assert row.mask_b == f"{tmp_path}/{skin}_segmentation.png"
-    assert pasted_references(images.take([8, 3, 1, 0, 2, 4, 7, 6, 5]), "/data", str(tmp_path), wanted, run_seed=4) == {
-        "MEL": found
-    }
+        assert (row.group, row.skin_lesion_id) == (name, skin)
+        assert (row.reference, row.reference_b) == (f"/data/{name}.jpg", f"/data/{skin}.jpg")
+        assert (row.mask, row.mask_b) == tuple(f"{tmp_path}/{one}_segmentation.png" for one in (name, skin))
+    mixed = images.take([8, 3, 1, 0, 2, 4, 7, 6, 5])
+    assert pasted_references(mixed, "/data", str(tmp_path), wanted, run_seed=4) == {"MEL": found}
     alone = pasted_references(images, "/data", str(tmp_path), wanted, run_seed=4, alone=True)["MEL"]
     assert [one.path for one in alone] == [one.path for one in found]
     assert {one.skin for one in alone} == {None}
@@ -185,15 +179,20 @@ def test_each_lesion_is_pasted_into_skins_that_no_other_one_takes(tmp_path: Path
 
 def test_the_digest_of_a_plan_of_before_masks_is_what_it_was() -> None:
     table = mixed_plan()
-    old = table.drop_columns(["mask", "mask_b", "skin_lesion_id", "view"])
-    rows = [
-        tuple({**row, "reference": row["reference"] and "a", "reference_b": row["reference_b"] and "b"}.values())
-        for row in old.to_pylist()
-    ]
-    sums = {
-        path: letter for name, letter in (("reference", "a"), ("reference_b", "b")) for path in table[name].to_pylist()
-    }
-    assert digest_of(table, sums) == hashlib.sha256("\n".join(sorted(map(repr, rows))).encode()).hexdigest()
+    rows = table.drop_columns(["mask", "mask_b", "skin_lesion_id", "view"]).to_pylist()
+    sums = {row[name]: f"sum of {row[name]}" for row in rows for name in ("reference", "reference_b") if row[name]}
+    lines = sorted(repr(tuple(sums.get(value, value) for value in row.values())) for row in rows)
+    assert digest_of(table, sums) == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def test_of_image2image_those_with_a_mask_are_redrawn(tmp_path: Path) -> None:
+    with_masks(tmp_path, **{"1": 0.5})
+    masked = masked_references(str(tmp_path), references({"MEL": 3}))
+    (row,) = rows_of(image2image_plan(masked, num_samples=1, strength=0.5, run_seed=4, sampling=SAMPLING))
+    assert (row.reference, row.mask, row.reference_b) == ("/a/MEL/1.png", f"{tmp_path}/1_segmentation.png", None)
+    check_plan(table_of([row]))
+    with pytest.raises(DataError, match=r"^masks: [^\n]+ of any image of NV; [^\n]+$"):
+        masked_references(str(tmp_path), references({"MEL": 3, "NV": 1}))
 
 
 def test_an_interpolation_walks_from_each_reference_to_its_partner() -> None:
