@@ -69,9 +69,8 @@ class GenerateConfig(SamplingSettings):
     catalog: str | None = None  # its catalog.parquet, instead of a scan
     to: str = "max"  # balance: as many as the largest class has, a number of images, or a share such as 0.5 of it
     balance_split: BalanceSplit = "all"  # balance: the real images that count, of all splits or of train alone
-    # balance: real: variations of training lesions of the class, see strength; flips: these flipped and turned alone
-    balance_from: BalanceFrom = "noise"
-    masks: str | None = None  # folder of NAME_segmentation.png: lesions are redrawn; of balance in another image's skin
+    balance_from: BalanceFrom = "noise"  # balance: real: training lesions varied, see strength; flips: only turned
+    masks: str | None = None  # folder of NAME_segmentation.png: redraw lesions alone; balance: in other skins
     plan: str | None = None  # run this plan.parquet; it decides what is made, and how
     plan_only: bool = False  # write plan.parquet and stop; read it, edit it, give it as --plan
     batch_size: int = 32  # images at once; does not change them

@@ -285,6 +285,8 @@ def test_outside_of_the_lesions_an_image_keeps_the_latents_of_the_skin(
         [str(row.reference) for row in plain]
     )
     assert own[:, :, 4:].abs().max() < 1e-4, "without another skin the image's own is kept"
+    narrowed = generator.denoise(rows, lambda step, clean: [5, 2] if step == 1 else None)
+    assert (narrowed - whole[[5, 2]]).abs().max() < 1e-3
     assert levels_apart(images_of(checkpoint, [*rows, *plain, *ROWS], 7)[:8], generator.decode(whole)) <= 1
 
 
