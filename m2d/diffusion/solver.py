@@ -101,6 +101,29 @@ class AutoguidedVelocity:
         self.context, self.guide_context = keep_rows(self.context, rows), keep_rows(self.guide_context, rows)
 
 
+@dataclass
+class HeldVelocity:
+    """A velocity within a region; outside, that of the known path x_t = (1 - t) x_0 + t eps, which is eps - x_0.
+
+    As that is constant, every solver keeps the outside on its path: at each step it is the known latents noised to that
+    time, the inpainting of RePaint (arXiv 2201.09865, eq. 8) and of diffusers, with one draw of noise.
+    region: bool [B, 1, h, w]; known: eps - x_0, [B, C, h, w].
+    """
+
+    velocity: GuidedVelocity | AutoguidedVelocity
+    region: Tensor
+    known: Tensor
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """As GuidedVelocity's."""
+        return torch.where(self.region, self.velocity(x, t).to(x.dtype), self.known)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some rows of the batch alone."""
+        self.velocity.keep(rows)
+        self.region, self.known = keep_rows(self.region, rows), keep_rows(self.known, rows)
+
+
 @torch.no_grad()
 def solve(
     velocity: Velocity,

@@ -7,7 +7,7 @@ defined here.
 import hashlib
 import os
 import posixpath
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -86,6 +86,7 @@ class ImageSet:
     pixels: np.ndarray  # uint8 [N, S, S, 3], perhaps mapped from a file: take rows, never all at once
     classes: ClassSet = ISIC7  # of the real training images, the same on every side
     copies: tuple[Copy, ...] = ()  # of generated images
+    skins: np.ndarray | None = None  # object [N]; of generated images the lesion whose skin each took, "" for none
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -233,7 +234,8 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
             trained, tested = decode(seen) if len(seen.rows) else None, decode(left)
             tested = unlike(left, tested, trained) if trained else tested
         sets |= {"tested": _one_lesion_if_alike(tested)} | ({"known": trained} if trained else {})
-    of_tests = np.isin(generated["lesion_id"], [*test["lesion_id"], *(str(lesion) for lesion in tested.groups)])
+    lesions = [*test["lesion_id"], *(str(lesion) for lesion in tested.groups)]
+    of_tests = np.isin(generated["lesion_id"], lesions) | np.isin(generated["skin_lesion_id"], lesions)
     if of_tests.any():
         generated = replace(generated, rows=generated.rows.filter(pa.array(~of_tests)))
         if not len(generated.rows):
@@ -543,22 +545,28 @@ def _generated(root: str, data: DataConfig, classes: ClassSet, notes: list[str])
         "path": [image.path if remote else os.path.relpath(image.path, base) for image in images],
         "sha256": [image.sha256 for image in images],
         "label": [image.label for image in images],
-        "lesion_id": [varied.get(image.sha256) or f"generated {number}" for number, image in enumerate(images)],
+        "lesion_id": [varied[image.sha256][0] or f"generated {number}" for number, image in enumerate(images)],
+        "skin_lesion_id": [varied[image.sha256][1] for image in images],
     }
     return Listed("generated", f"all of {root}", base, pa.table(columns), classes)
 
 
-def _varied_lesions(root: str) -> dict[str, str]:
-    """By the sha256 of an image the lesion that it is a variation of, as m2d's own manifest has it."""
+def _varied_lesions(root: str) -> Mapping[str, tuple[str, str]]:
+    """By the sha256 of an image the lesion that it varies and the one whose skin it took, as m2d's own manifest has it.
+
+    "" for none.
+    """
+    varied = defaultdict[str, tuple[str, str]](lambda: ("", ""))
     filesystem, place = open_storage(root)
     try:
         with filesystem.open_input_file(posixpath.join(place, MANIFEST_NAME)) as file:
             table = pq.read_table(file)
     except (OSError, pa.ArrowException):  # images of another generator
-        return {}
-    if not {"sha256", "lesion_id"} <= set(table.column_names):
-        return {}
-    return dict(zip(table["sha256"].to_pylist(), table["lesion_id"].to_pylist(), strict=True))
+        return varied
+    known = [name for name in ("sha256", "lesion_id", "skin_lesion_id") if name in table.column_names]
+    for row in table.select(known).to_pylist() if known[:1] == ["sha256"] else ():
+        varied[row["sha256"]] = row.get("lesion_id") or "", row.get("skin_lesion_id") or ""
+    return varied
 
 
 def _left_out(rejected: Sequence[tuple[str, str]], what: str) -> list[str]:
@@ -605,6 +613,7 @@ def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: lis
         groups=np.array(side["lesion_id"], dtype=object),
         pixels=pixels,
         classes=side.classes,
+        skins=np.array(side["skin_lesion_id"], dtype=object) if "skin_lesion_id" in side.rows.column_names else None,
     )
 
 

@@ -44,6 +44,8 @@ def write_dataset(folder: Path, config: ExportConfig, generated: Path, title: st
     try:
         record = json.loads((generated / RECORD_NAME).read_text(encoding="utf-8"))
         rows = [row for row in pq.read_table(generated / MANIFEST_NAME).to_pylist() if row["path"]]
+        if any(row.get("view") is not None for row in rows):
+            raise ConfigError(f"checkpoint: {generated} holds real images, flipped and turned; export synthetic ones")
         _write_images(folder, generated, rows)
         if (generated / CERTIFICATES_NAME).exists():
             shutil.copyfile(generated / CERTIFICATES_NAME, folder / CERTIFICATES_NAME)

@@ -201,9 +201,9 @@ def check(
     """One verdict per image, in order, each independent of the others; measurements also for disabled gates.
 
     images: uint8 [N, H, W, 3]. features: their cls float32 [N, D], of the reference's extractor at its image size, or
-    None. labels: class codes. own: ids of the training images of the lesion that each is a variation of, to which it
-    may be as near as it is: distances to the nearest image leave them out. An image with features that are not finite
-    is outside its class.
+    None. labels: class codes. own: ids of the training images of the lesions that each is made from, to which it may be
+    as near as it is: distances to the nearest image leave them out. An image with features that are not finite is
+    outside its class.
     """
     facts = ImageFacts.of(images)
     near, in_class, class_limits, pixel = (np.full(len(images), np.nan) for _ in range(4))
@@ -246,19 +246,18 @@ def check(
 
 
 def _groups(own: Sequence[Collection[str]], ids: Sequence[str]) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """Of the new images and of the reference's, the same number for a variation and its lesion's images.
+    """For `nearest`: of each new image the rows of the images that it was made from, and of the reference's its row.
 
-    See `nearest`. None where there is no variation.
+    None where there is no variation.
     """
     if not any(own):
         return None, None
-    of_new, of_bank = torch.full((len(own),), -1), torch.full((len(ids),), -2)
     place = {image_id: row for row, image_id in enumerate(ids)}
-    for number, images in enumerate(own):
-        rows = sorted(place[image_id] for image_id in images if image_id in place)
-        if rows:
-            of_bank[rows] = of_new[number] = rows[0]
-    return of_new, of_bank
+    rows = [[place[image_id] for image_id in images if image_id in place] for images in own]
+    of_new = torch.full((len(own), max(1, *map(len, rows))), -1)
+    for number, found in enumerate(rows):
+        of_new[number, : len(found)] = torch.tensor(found)
+    return of_new, torch.arange(len(ids))
 
 
 def _feature_distances(

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from joblib import cpu_count
 from torch import Tensor, nn
 
-from m2d.diffusion.solver import AutoguidedVelocity, GuidedVelocity, Watch, keep_rows, solve
+from m2d.data.views import apply_view
+from m2d.diffusion.solver import AutoguidedVelocity, GuidedVelocity, HeldVelocity, Watch, keep_rows, solve
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import PlanRow, seed_of
-from m2d.generation.references import read_reference, require_dim
+from m2d.generation.references import Pasted, read_pasted, read_reference, read_region, require_dim
 from m2d.generation.settings import CompileMode, Feature
 from m2d.models.autoencoder import coded_at_once, from_uint8, to_uint8
 from m2d.models.precision import DTYPES, pick_precision
@@ -83,8 +85,8 @@ class Generator:
         self._compiled = compile
         if compile:
             self.denoiser.unet.compile(mode=compile_mode, dynamic=False)  # two shapes: guided, which is twice, and not
-        self._latents: dict[str, Tensor] = {}
-        self._features: dict[str, Tensor] = {}
+        self._latents: dict[str | Pasted, Tensor] = {}
+        self._features: dict[str | Pasted, Tensor] = {}
 
     def take_extractor(self, extractor: FeatureExtractor) -> None:
         """For rows that a reference's feature guides, and for `features`. Raises ConfigError for another run's."""
@@ -100,8 +102,14 @@ class Generator:
         size = self.checkpoint.image_size
         images = np.empty((len(rows), size, size, 3), np.uint8)
         for batch in self.batches(rows):
-            images[batch] = self.decode(self.denoise([rows[place] for place in batch]))
+            some = [rows[place] for place in batch]
+            images[batch] = self.decode(self.denoise(some)) if some[0].view is None else self._views(some)
         return images
+
+    def _views(self, rows: Sequence[PlanRow]) -> np.ndarray:
+        """Of rows with a view: their references, flipped or turned. No network sees them."""
+        read = partial(read_reference, size=self.checkpoint.image_size)
+        return np.stack([apply_view(read(str(row.reference)), row.view or 0) for row in rows])
 
     def batches(self, rows: Sequence[PlanRow]) -> list[list[int]]:
         """Places in `rows` of each batch: at most `batch_size`, all of one `batch_key`, in their order."""
@@ -123,18 +131,19 @@ class Generator:
         row, wanted = rows[0], len(rows)
         start_time, steps = start_of(row)
         if start_time == 0:
-            return self.encode([str(row.reference) for row in rows])
+            return self.encode([_input_of(row) for row in rows])
         if self._compiled:
             rows = [*rows, *[rows[-1]] * (self.batch_size - wanted)]
         # x_t at t = start_time: (1 - t) z + t eps, with z the reference's latents.
-        latents = torch.stack([_noise_of(row, self.checkpoint.latent_shape) for row in rows]).to(self.device)
-        if start_time < 1:
-            clean = self.encode([str(row.reference) for row in rows])
-            latents = (1 - start_time) * clean + start_time * latents
+        noise = torch.stack([_noise_of(row, self.checkpoint.latent_shape) for row in rows]).to(self.device)
+        latents, clean = noise, None
+        if start_time < 1 or row.mask is not None:
+            clean = self.encode([_input_of(row) for row in rows])
+            latents = (1 - start_time) * clean + start_time * noise
         labels = torch.tensor([self.classes.index(row.label) for row in rows])
         cls, scale, interval = self._guiding(rows, labels), row.guidance_scale, (row.guidance_low, row.guidance_high)
         context = self._context(rows, labels, cls)
-        velocity: GuidedVelocity | AutoguidedVelocity
+        velocity: GuidedVelocity | AutoguidedVelocity | HeldVelocity
         if self.guide is None:
             no_class = torch.full_like(labels, len(self.classes), device=self.device)
             null = self.denoiser.context(no_class).to(self._dtype)
@@ -142,6 +151,8 @@ class Generator:
         else:
             of_guide = self.guide._context(rows, labels, cls)
             velocity = AutoguidedVelocity(self, self.guide, context, of_guide, scale, interval)
+        if row.mask is not None and clean is not None:
+            velocity = HeldVelocity(velocity, self._region(rows), noise - clean)
         staying = list(range(wanted))
         narrow = None if watch is None else partial(self._narrow, watch, velocity, staying)
         grid: dict[str, Any] = {"steps": steps, "shift": self.time_shift, "start_time": start_time}
@@ -151,7 +162,7 @@ class Generator:
     def _narrow(
         self,
         watch: Watch,
-        velocity: GuidedVelocity | AutoguidedVelocity,
+        velocity: GuidedVelocity | AutoguidedVelocity | HeldVelocity,
         staying: list[int],
         step: int,
         clean: Tensor,
@@ -176,8 +187,8 @@ class Generator:
         return velocity.to(x_t.dtype, copy=self._compiled)
 
     @torch.inference_mode()
-    def encode(self, paths: Sequence[str]) -> Tensor:
-        """Normalised latents, float32 [B, C, h, w] on the device: the posterior means of the images at `paths`.
+    def encode(self, inputs: Sequence[str | Pasted]) -> Tensor:
+        """Normalised latents, float32 [B, C, h, w] on the device: the posterior means of input images.
 
         In full precision: one pass for each image costs little beside the steps. Kept for the next call.
         """
@@ -187,7 +198,13 @@ class Generator:
             latents = torch.cat([self.autoencoder.encode(from_uint8(part)).mode() for part in parts])
             return self.denoiser.normalize(latents)
 
-        return self._of_each(paths, self._latents, means)
+        return self._of_each(inputs, self._latents, means)
+
+    def _region(self, rows: Sequence[PlanRow]) -> Tensor:
+        """The cells that hold a pixel to be redrawn, of rows with masks: bool [B, 1, h, w] on the device."""
+        masks = [[mask for mask in (row.mask, row.mask_b) if mask is not None] for row in rows]
+        pixels = torch.from_numpy(np.stack([read_region(paths, self.checkpoint.image_size) for paths in masks]))
+        return (F.adaptive_max_pool2d(pixels[:, None], self.checkpoint.latent_shape[1:]) > 0).to(self.device)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> np.ndarray:
@@ -241,8 +258,10 @@ class Generator:
             temperature = torch.tensor([1.0 if one is None else one for one in warmth])
             cls[drawn] = prior.sample(labels[drawn], temperature[:, None] * noise).to(self.device)
         if own:
-            starts = [str(rows[n].reference) for n in own]
-            ends = [rows[n].reference_b or str(rows[n].reference) for n in own]
+            starts = [_input_of(rows[n]) for n in own]
+            ends = [
+                start if rows[n].position is None else rows[n].reference_b or start for n, start in zip(own, starts)
+            ]
             a, b = self._of_each([*starts, *ends], self._features, self._cls).split(len(own))
             cls[own] = torch.stack([slerp(a[k], b[k], rows[n].position or 0) for k, n in enumerate(own)])
         return cls
@@ -255,26 +274,33 @@ class Generator:
             raise ConfigError("features of images are asked for, but the generator was given no extractor to make them")
         return self.extractor(self.extractor.preprocess(pixels)).cls.float()
 
-    def _of_each(self, paths: Sequence[str], kept: dict[str, Tensor], compute: Callable[[Tensor], Tensor]) -> Tensor:
-        """compute(uint8 [n, 3, H, W]) -> [n, ...] for the image at each path, each computed once while it is kept."""
-        missing = [path for path in dict.fromkeys(paths) if path not in kept]
+    def _of_each(
+        self, inputs: Sequence[str | Pasted], kept: dict[str | Pasted, Tensor], compute: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """compute(uint8 [n, 3, H, W]) -> [n, ...] for each input image, each computed once while it is kept."""
+        missing, size = [one for one in dict.fromkeys(inputs) if one not in kept], self.checkpoint.image_size
         for first in range(0, len(missing), self.batch_size):
             part = missing[first : first + self.batch_size]
-            pixels = np.stack([read_reference(path, self.checkpoint.image_size) for path in part])
+            pixels = np.stack(
+                [read_reference(one, size) if isinstance(one, str) else read_pasted(one, size) for one in part]
+            )
             kept.update(zip(part, compute(torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)), strict=True))
-        values = torch.stack([kept[path] for path in paths])
-        for path in dict.fromkeys(paths):
-            kept[path] = kept.pop(path)  # those used last are at the end
-        for path in list(kept)[:-_REFERENCES_KEPT]:
-            del kept[path]
+        values = torch.stack([kept[one] for one in inputs])
+        for one in dict.fromkeys(inputs):
+            kept[one] = kept.pop(one)  # those used last are at the end
+        for one in list(kept)[:-_REFERENCES_KEPT]:
+            del kept[one]
         return values
 
 
 def batch_key(row: PlanRow) -> tuple[Any, ...]:
-    """What all samples of a batch must share: the solver's settings. Classes, modes, features, positions may mix."""
+    """What all samples of a batch must share: the solver's settings, and whether they have a mask.
+
+    Classes, modes, features, positions may mix.
+    """
     start_time, steps = start_of(row)
-    solver = (row.solver, steps, row.guidance_scale, row.guidance_low, row.guidance_high)
-    return (start_time, *(solver if start_time else ()))  # at 0 no solver runs
+    solver = (row.solver, steps, row.guidance_scale, row.guidance_low, row.guidance_high, row.mask is not None)
+    return (start_time, *(solver if start_time else (row.view is not None,)))  # at 0 no solver runs
 
 
 def start_of(row: PlanRow) -> tuple[float, int]:
@@ -375,6 +401,13 @@ def require_guide(guide: Checkpoint, checkpoint: Checkpoint) -> None:
             f"guide_checkpoint: {guide.path} has another autoencoder than {checkpoint.path}, so their latents differ; "
             "name an earlier checkpoint of stage latent, which keeps the autoencoder as it is"
         )
+
+
+def _input_of(row: PlanRow) -> str | Pasted:
+    """What a row starts from."""
+    if row.mask is None or row.reference_b is None or row.mask_b is None:
+        return str(row.reference)
+    return Pasted(str(row.reference), row.mask, row.reference_b, row.mask_b)
 
 
 def _noise_of(row: PlanRow, shape: tuple[int, int, int]) -> Tensor:

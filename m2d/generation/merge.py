@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from m2d.errors import DataError
 from m2d.files.storage import one_line
 from m2d.generation.output import whole_output
+from m2d.generation.plan import without_seldom
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -32,6 +33,7 @@ INDEX_SCHEMA = pa.schema(
         ("class", pa.string()),
         ("split", pa.string()),  # real images keep theirs, synthetic ones are train
         ("lesion_id", pa.string()),  # of an image made from a real one: that one's, so that groups stay together
+        ("skin_lesion_id", pa.string()),  # the lesion that an inpainted one covers: its group too; where there are some
         ("source", pa.string()),  # real or synthetic
         ("sha256", pa.string()),  # of the file; in a shard, of the image within
     ]
@@ -73,7 +75,7 @@ def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: 
         lesion = sources[0]["lesion_id"] if sources else made.get("lesion_id") or f"synthetic/{made['id']}"
         shared = {"image_id": made["id"], "root": os.path.abspath(manifest.parent), "split": "train"}
         rows.append({**made, **shared, "lesion_id": lesion, "source": "synthetic"})
-    table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+    table = without_seldom(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
     with whole_output(path.with_suffix(".csv")) as partial:
         pa_csv.write_csv(table, partial)
     with whole_output(path) as partial:
@@ -86,7 +88,7 @@ def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: 
 def _read_manifest(path: Path) -> list[dict[str, Any]]:
     try:
         table = pq.read_table(path)
-        of_variations = {"lesion_id"} & set(table.column_names)
+        of_variations = {"lesion_id", "skin_lesion_id"} & set(table.column_names)
         table = table.select(["id", "path", "class", "sha256", "reference", "reference_b", *of_variations])
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(

@@ -43,7 +43,7 @@ from PIL import Image, PngImagePlugin
 from m2d.classes import ISIC7
 from m2d.errors import ConfigError
 from m2d.files.atomic import PARTIAL, is_locked, try_lock, whole_file, write_whole
-from m2d.generation.plan import PLAN_SCHEMA, PlanRow
+from m2d.generation.plan import PLAN_SCHEMA, PlanRow, with_seldom, without_seldom
 from m2d.generation.provenance import Signing
 from m2d.generation.settings import Feature, GenerateConfig
 
@@ -171,7 +171,8 @@ def encode_png(image: np.ndarray, row: PlanRow, recipe: Recipe, signing: Signing
     signing: who says the same in a C2PA manifest. Raises ConfigError as Signing.sign does.
     """
     text = PngImagePlugin.PngInfo()
-    chunks = {"Software": "M2D", "synthetic": "true", "class": row.label, "index": row.index, "seed": row.seed}
+    synthetic = str(row.view is None).lower()  # a view is a real image
+    chunks = {"Software": "M2D", "synthetic": synthetic, "class": row.label, "index": row.index, "seed": row.seed}
     chunks |= {"attempt": row.attempt, "mode": row.mode, "checkpoint": recipe.checkpoint}
     chunks |= {"settings": recipe.to_json(), "image": _row_json(row)}
     facts = {key: str(value) for key, value in chunks.items()}
@@ -185,7 +186,7 @@ def encode_png(image: np.ndarray, row: PlanRow, recipe: Recipe, signing: Signing
 def _row_json(row: PlanRow) -> str:
     """What shaped the image, keys sorted; input images by their file's name alone: folders may name people."""
     values = {key: value for key, value in asdict(row).items() if value is not None}
-    for key in {"reference", "reference_b"} & values.keys():
+    for key in {"reference", "reference_b", "mask", "mask_b"} & values.keys():
         values[key] = values[key].rpartition("/")[2]
     return json.dumps(values, sort_keys=True)
 
@@ -381,6 +382,9 @@ class OutputFolder:
                 path.unlink(missing_ok=True)
                 self.mended.append(f"{path.relative_to(self.root)} cannot be read")
                 return JOURNAL_SCHEMA.empty_table()
+            table = with_seldom(table)
+            if set(table.column_names) == set(JOURNAL_SCHEMA.names):
+                table = table.select(JOURNAL_SCHEMA.names)
             if not table.schema.equals(JOURNAL_SCHEMA):
                 raise ConfigError(
                     f"output: {path} was written by another version of M2D; name another --output, or use that version"
@@ -528,7 +532,7 @@ def attempts_left(plan: pa.Table, journal: pa.Table, max_attempts: int) -> list[
 def write_rows(path: Path, rows: pa.Table) -> None:
     """A table of the folder, whole or not at all. Raises ConfigError where it cannot be written."""
     with whole_output(path) as partial:
-        pq.write_table(rows, partial)
+        pq.write_table(without_seldom(rows), partial)
 
 
 @contextmanager

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -26,7 +28,7 @@ from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.files.paths import refuse_credentials
 from m2d.files.progress import progress, say
 from m2d.files.storage import inside, one_line
-from m2d.generation.references import Reference, read_references, read_sha256
+from m2d.generation.references import MASK_SUFFIX, Mask, Reference, read_masks, read_references, read_sha256
 from m2d.generation.settings import Feature, GenerateConfig, parse_strength, parse_target
 
 if TYPE_CHECKING:
@@ -36,11 +38,13 @@ Mode = Literal["standard", "image2image", "interpolate"]
 _SHOWN_REJECTED = 10
 _STRENGTH_STEP = 0.05  # between strengths that are drawn, for images of one strength share batches
 _FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+# Shares of the picture: a lesion that is pasted, and one that is covered, may have so much, so that skin is left.
+_LARGEST_PASTED, _LARGEST_COVERED = 0.6, 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRow:
-    """One image asked for. Two rows that differ in id, index, attempt and group alone are the same image."""
+    """One image asked for. Two rows that differ in id, index, attempt and lesions alone are the same image."""
 
     id: str  # MEL_000003, MEL_pair000_02: unique, the stem of the image's file
     label: str  # class code; the column is called `class`
@@ -50,7 +54,7 @@ class PlanRow:
     seed_b: int | None = None  # interpolate: noise of the second reference
     mode: Mode = "standard"
     reference: str | None = None  # absolute path or URI of the input image
-    reference_b: str | None = None  # interpolate: the second one
+    reference_b: str | None = None  # interpolate: the second one; image2image: whose skin the lesion is pasted into
     position: float | None = None  # interpolate: 0 at reference, 1 at reference_b
     strength: float | None = None  # image2image: 0 is the reconstruction, 1 is all noise
     # interpolate: the strip that the image is part of, MEL_pair000; image2image: the training lesion that it varies
@@ -62,6 +66,11 @@ class PlanRow:
     guidance_scale: float
     guidance_low: float
     guidance_high: float
+    # Left out of the files where no row has one, as by an earlier M2D. All of image2image.
+    mask: str | None = None  # of the reference's lesion: the rest keeps its latents
+    mask_b: str | None = None  # of reference_b's, which is covered
+    skin_lesion_id: str | None = None  # reference_b's
+    view: int | None = None  # strength 0: no model, the reference itself in this view of the square (m2d.data.views)
 
 
 def _arrow_type(hint: Any) -> pa.DataType:
@@ -72,6 +81,23 @@ def _arrow_type(hint: Any) -> pa.DataType:
 _HINTS = get_type_hints(PlanRow)
 _COLUMN_OF = {name: "class" if name == "label" else name for name in _HINTS}
 PLAN_SCHEMA = pa.schema([(_COLUMN_OF[name], _arrow_type(hint)) for name, hint in _HINTS.items()])
+_FILES = ("reference", "reference_b", "mask", "mask_b")
+_SELDOM = ("mask", "mask_b", "skin_lesion_id", "view")
+
+
+def without_seldom(table: pa.Table) -> pa.Table:
+    """A table as it is written: without the columns of PlanRow that few plans have, where it has none of theirs."""
+    empty = [name for name in _SELDOM if name in table.column_names and table[name].null_count == len(table)]
+    return table.drop_columns(empty)
+
+
+def with_seldom(table: pa.Table) -> pa.Table:
+    """The inverse, empty columns at the end."""
+    for name in _SELDOM:
+        if name not in table.column_names:
+            field = PLAN_SCHEMA.field(name)
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    return table
 
 
 def rows_of(table: pa.Table) -> list[PlanRow]:
@@ -120,9 +146,11 @@ class Planned:
 
     @property
     def lesions(self) -> set[str]:
-        """Training lesions that rows vary."""
+        """Training lesions that rows vary, and those whose skin they take."""
         varied = self.table.filter(pc.equal(self.table["mode"], "image2image"))
-        return set(varied["group"].drop_null().unique().to_pylist())
+        return {
+            lesion for name in ("group", "skin_lesion_id") for lesion in varied[name].unique().to_pylist() if lesion
+        }
 
     @property
     def features(self) -> set[str]:
@@ -144,7 +172,7 @@ def make_plan(
     """
     if config.plan is not None:
         table = read_plan(config.plan, known)
-        paths = {path for name in ("reference", "reference_b") for path in table[name].to_pylist() if path is not None}
+        paths = {path for name in _FILES for path in table[name].to_pylist() if path is not None}
         return Planned(table, digest_of(table, read_sha256(paths)))
     classes = config.class_codes(known) if config.classes is not None else None
     sums: dict[str, str] = {}
@@ -152,7 +180,6 @@ def make_plan(
     def references(setting: str) -> dict[str, tuple[Reference, ...]]:
         found = read_references(getattr(config, setting), classes=classes, known=known, setting=setting)
         _say_rejected(setting, found.rejected)
-        sums.update({image.path: image.sha256 for images in found.by_class.values() for image in images})
         return found.by_class
 
     shared: dict[str, Any] = {"run_seed": config.seed, "sampling": config}
@@ -160,9 +187,13 @@ def make_plan(
     before = counted = None
     if config.mode == "image2image":
         chosen = references("init_images")
+        if config.masks is not None:
+            chosen = masked_references(config.masks, chosen)
+        _add_sums(sums, chosen)
         table = image2image_plan(chosen, num_samples=config.num_samples, strength=config.strength, **drawn)
     elif config.mode == "interpolate":
         a, b = references("reference_images"), references("reference_images_b")
+        _add_sums(sums, a, b)
         table = interpolation_plan(a, b, steps_between=config.steps_between, **shared)
     elif config.mode == "balance":
         before = class_counts(catalog, None if config.balance_split == "all" else config.balance_split)
@@ -172,9 +203,14 @@ def make_plan(
             table = standard_plan(wanted, **drawn)
         else:
             counted["from"] = config.balance_from
-            parents = training_references(*training, wanted, run_seed=config.seed)
-            sums.update({image.path: image.sha256 for images in parents.values() for image in images})
-            table = image2image_plan(parents, num_samples=wanted, strength=config.strength, **drawn)
+            flips = config.balance_from == "flips"
+            if config.masks is None:
+                parents = training_references(*training, wanted, run_seed=config.seed)
+            else:
+                parents = pasted_references(*training, config.masks, wanted, run_seed=config.seed, alone=flips)
+            _add_sums(sums, parents)
+            table = image2image_plan(parents, num_samples=wanted, strength=0 if flips else config.strength, **drawn)
+            table = _in_views(table) if flips else table
     else:
         table = standard_plan(dict.fromkeys(config.class_codes(known), config.num_samples), **drawn)
     return Planned(table, digest_of(table, sums) if sums else None, counted, before)
@@ -297,18 +333,33 @@ def image2image_plan(
     low, high = parse_strength(strength)
     steps = int((high - low) / _STRENGTH_STEP + 1e-6)
     strengths = [low, *(round(low + _STRENGTH_STEP * step, 6) for step in range(1, steps + 1))]
+    masks, skins = [parent.mask for parent in parents], [parent.skin for parent in parents]
     columns = {
         **dict(zip(plan.column_names, plan.columns, strict=True)),
         "mode": ["image2image"] * len(plan),
         "reference": [parent.path for parent in parents],
+        "reference_b": [skin and skin.path for skin in skins],
+        "mask": [mask and mask.path for mask in masks],
+        "mask_b": [skin and skin.mask and skin.mask.path for skin in skins],
+        "skin_lesion_id": [skin and skin.lesion_id for skin in skins],
         "strength": [strengths[seed_of(f"{seed}/strength") % len(strengths)] for seed in plan["seed"].to_pylist()],
         "group": [parent.lesion_id for parent in parents],
     }
     return pa.table(columns, schema=PLAN_SCHEMA).sort_by("strength")
 
 
+def _in_views(plan: pa.Table) -> pa.Table:
+    """Each use of an image in another of the seven flips and turns, as long as there are some; its seed draws which."""
+    first, uses = dict[str, int](), Counter[str]()
+    views = []
+    for path, seed in zip(plan["reference"].to_pylist(), plan["seed"].to_pylist(), strict=True):
+        views.append(1 + (first.setdefault(path, seed) + uses[path]) % 7)
+        uses[path] += 1
+    return plan.set_column(plan.schema.get_field_index("view"), PLAN_SCHEMA.field("view"), [views])
+
+
 def training_references(
-    images: pa.Table, root: str, counts: Mapping[str, int], *, run_seed: int
+    images: pa.Table, root: str, counts: Mapping[str, int], *, run_seed: int, what: str = "training image"
 ) -> dict[str, tuple[Reference, ...]]:
     """The training image that each of counts[code] variations starts from, spread evenly over lesions.
 
@@ -325,12 +376,11 @@ def training_references(
 
     for path, code, lesion, sha256 in sorted(zip(*columns, strict=True), key=shuffled):
         if code in of_class:
-            place = inside(root, path) if "://" in root else os.path.join(root, path)
-            parent = Reference(path=place, label=code, sha256=sha256, lesion_id=lesion)
+            parent = Reference(path=_place(root, path), label=code, sha256=sha256, lesion_id=lesion)
             of_class[code].setdefault(lesion, []).append(parent)
     if lacking := [code for code, lesions in of_class.items() if not lesions]:
         raise DataError(
-            f"balance_from: no training image of {' '.join(lacking)} in {root}, so there is nothing to vary; leave "
+            f"balance_from: no {what} of {' '.join(lacking)} in {root}, so there is nothing to vary; leave "
             "them out with --classes"
         )
     chosen: dict[str, tuple[Reference, ...]] = {}
@@ -339,6 +389,77 @@ def training_references(
         turns = (divmod(number, len(lesions)) for number in range(counts[code]))
         chosen[code] = tuple(lesions[place][turn % len(lesions[place])] for turn, place in turns)
     return chosen
+
+
+def masked_references(folder: str, references: Mapping[str, Sequence[Reference]]) -> dict[str, tuple[Reference, ...]]:
+    """Those that have a mask in a folder, with it. Raises DataError where a class has none."""
+    masks = read_masks(folder, [(one.path, one.sha256, None) for found in references.values() for one in found])
+    masked = {
+        code: tuple(replace(one, mask=masks[one.sha256]) for one in found if one.sha256 in masks)
+        for code, found in references.items()
+    }
+    without = sum(map(len, references.values())) - sum(map(len, masked.values()))
+    if without:
+        say(f"masks: left out {without:,} images that have no mask in {folder}")
+    if lacking := [code for code, found in masked.items() if not found]:
+        raise DataError(
+            f"masks: {folder} has no NAME{MASK_SUFFIX} of any image of {' '.join(lacking)}; leave them out with "
+            "--classes"
+        )
+    return masked
+
+
+def pasted_references(
+    images: pa.Table, root: str, folder: str, counts: Mapping[str, int], *, run_seed: int, alone: bool = False
+) -> dict[str, tuple[Reference, ...]]:
+    """As training_references, of lesions with a mask in a folder, each with the skin that it is pasted into.
+
+    Skins are training images of lesions that are not varied themselves. Each goes to one varied lesion alone, so that a
+    split by varied lesions divides no skin; variations take turns to get one while there are some, and then the skins
+    of their lesion again. alone: without skins. Raises DataError also where there are fewer than varied lesions.
+    """
+    rows = images.select(("path", "label", "lesion_id", "sha256", "width", "height")).to_pylist()
+    masks = read_masks(folder, [(row["path"], row["sha256"], row["width"] / row["height"]) for row in rows])
+    say(f"masks: {len(masks):,} of {len(rows):,} training images have one in {folder}")
+    fits = [row["sha256"] in masks and masks[row["sha256"]].share <= _LARGEST_PASTED for row in rows]
+    what = f"training image with a mask of at most {_LARGEST_PASTED:.0%} of the picture"
+    parents = training_references(images.filter(pa.array(fits, pa.bool_())), root, counts, run_seed=run_seed, what=what)
+    if alone:
+        return parents
+    uses = Counter[str | None]()
+    turns: list[tuple[int, Reference]] = []
+    for parent in (one for found in parents.values() for one in found):
+        turns.append((uses[parent.lesion_id], replace(parent, mask=masks[parent.sha256])))
+        uses[parent.lesion_id] += 1
+    skins = _skins([row for row in rows if row["lesion_id"] not in uses], root, masks, run_seed)
+    if len(skins) < len(uses):
+        raise DataError(
+            f"masks: {len(uses):,} lesions are varied and only {len(skins):,} others have a mask of at most "
+            f"{_LARGEST_COVERED:.0%} of the picture, so there is too little skin; ask for fewer images or --classes"
+        )
+    dealt: dict[str | None, list[Reference]] = {}
+    for (_, parent), skin in zip(sorted(turns, key=itemgetter(0)), skins, strict=False):
+        dealt.setdefault(parent.lesion_id, []).append(skin)
+    pasted: dict[str, tuple[Reference, ...]] = {}
+    for use, parent in turns:
+        own = dealt[parent.lesion_id]
+        pasted[parent.label] = (*pasted.get(parent.label, ()), replace(parent, skin=own[use % len(own)]))
+    return pasted
+
+
+def _skins(rows: Sequence[dict[str, Any]], root: str, masks: Mapping[str, Mask], run_seed: int) -> list[Reference]:
+    """One image of each of these lesions that leaves skin around it, in an order that the seed shuffles."""
+    found: dict[str, Reference] = {}
+    for row in sorted(rows, key=lambda row: seed_of(f"{run_seed}/skin/{row['lesion_id']}/{row['sha256']}")):
+        mask = masks.get(row["sha256"])
+        if mask is not None and mask.share <= _LARGEST_COVERED:
+            own = {name: row[name] for name in ("label", "sha256", "lesion_id")}
+            found.setdefault(row["lesion_id"], Reference(path=_place(root, row["path"]), mask=mask, **own))
+    return list(found.values())
+
+
+def _place(root: str, path: str) -> str:
+    return inside(root, path) if "://" in root else os.path.join(root, path)
 
 
 def interpolation_plan(
@@ -413,10 +534,11 @@ def read_plan(path: str | Path, class_set: ClassSet = ISIC7) -> pa.Table:
     except (OSError, pa.ArrowException) as error:
         raise ConfigError(f"plan: {path} is no Parquet file ({one_line(error)}); write one with --plan_only") from None
     names, known = [name for name in table.column_names if not name.startswith("__index_level_")], PLAN_SCHEMA.names
-    for what, one, other in (("lacks", known, names), ("has unknown", names, known)):
+    for what, one, other in (("lacks", known, [*names, *_SELDOM]), ("has unknown", names, known)):
         if set(one) - set(other):
             listed = " ".join(sorted(set(one) - set(other)))
             raise ConfigError(f"plan: {path} {what} columns {listed}; a plan has {' '.join(known)}")
+    table = with_seldom(table)
     plan = pa.table([_typed(table[field.name].combine_chunks(), field, path) for field in PLAN_SCHEMA], PLAN_SCHEMA)
     check_plan(plan, f"plan: {path}", class_set.codes)
     return plan
@@ -475,9 +597,22 @@ def check_plan(plan: pa.Table, where: str = "plan", classes: Sequence[str] = ISI
     walk, place = (walks, "with mode interpolate"), r"^(/|[a-zA-Z][a-zA-Z0-9+.-]+://)."
     image = (pc.or_(pc.or_(image2image, walks), by_reference), "with an input image (mode or feature)")
     prior = (by_prior, "with feature prior")
+    pasted = pc.and_(image2image, pc.is_valid(columns["mask_b"]))
+    masked = pc.and_(image2image, pc.or_(pasted, pc.is_valid(columns["mask"])))
+    turned = pc.and_kleene(pc.invert(masked), pc.fill_null(pc.equal(columns["strength"], 0), False))
+    turned = pc.and_(pc.and_(image2image, turned), pc.is_valid(columns["view"]))
     for name, ok, must, (wanted, when) in (
         ("reference", matches("reference", place), "be an absolute path", image),
-        ("reference_b", matches("reference_b", place), "be an absolute path", walk),
+        (
+            "reference_b",
+            matches("reference_b", place),
+            "be an absolute path",
+            (pc.or_(walks, pasted), f"{walk[1]} or a mask_b"),
+        ),
+        ("mask", matches("mask", place), "be an absolute path", (masked, "with mode image2image")),
+        ("mask_b", matches("mask_b", place), "be an absolute path", (pasted, "with mode image2image")),
+        ("skin_lesion_id", pc.is_valid(columns["skin_lesion_id"]), "be there", (pasted, "with a mask_b")),
+        ("view", pc.less(pc.abs(columns["view"]), 8), "be from 0 to 7", (turned, "with strength 0 and no mask")),
         ("seed_b", at_least("seed_b", 0), "be at least 0", walk),
         ("position", from_0_to_1("position"), "be in [0, 1]", walk),
         ("strength", from_0_to_1("strength"), "be in [0, 1]", (image2image, "with mode image2image")),
@@ -499,6 +634,15 @@ def check_plan(plan: pa.Table, where: str = "plan", classes: Sequence[str] = ISI
         )
 
 
+def _add_sums(sums: dict[str, str], *found: Mapping[str, Sequence[Reference]]) -> None:
+    """The sha256 of every file that these are made of, by its path."""
+    images = [image for by_class in found for images in by_class.values() for image in images]
+    for image in [*images, *(image.skin for image in images if image.skin is not None)]:
+        for file in (image, image.mask):
+            if file is not None:
+                sums[file.path] = file.sha256
+
+
 def _say_rejected(setting: str, rejected: Sequence[tuple[str, str]]) -> None:
     for path, reason in rejected[:_SHOWN_REJECTED]:
         say(f"{setting}: left out {path}: {reason}")
@@ -508,8 +652,8 @@ def _say_rejected(setting: str, rejected: Sequence[tuple[str, str]]) -> None:
 
 def digest_of(table: pa.Table, sums: Mapping[str, str]) -> str:
     """SHA-256 over all rows, in any order, input images by their content and not by their place."""
-    columns = {name: table[name].to_pylist() for name in PLAN_SCHEMA.names}
-    for name in ("reference", "reference_b"):
+    columns = without_seldom(table.select(PLAN_SCHEMA.names)).to_pydict()
+    for name in [name for name in _FILES if name in columns]:
         columns[name] = [None if place is None else sums[place] for place in columns[name]]
     lines = sorted(repr(row) for row in zip(*columns.values(), strict=True))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

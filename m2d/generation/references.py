@@ -11,28 +11,41 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+from PIL import Image, ImageFilter
 from pyarrow import fs
 
 from m2d.classes import ISIC7, ClassSet
-from m2d.data.decode import ImageRejected, decode_resized, probe_image
-from m2d.data.layouts import IMAGE_SUFFIXES, REPORT, is_debris
+from m2d.data.decode import ImageRejected, decode_measured, decode_resized, probe_image
+from m2d.data.layouts import IMAGE_SUFFIXES, REPORT, is_debris, without_image_suffix
 from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.files.paths import refuse_credentials
+from m2d.files.progress import progress
 from m2d.files.storage import inside, one_line, open_storage, read_file
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from m2d.models.checkpoint import Checkpoint, CheckpointInfo
     from m2d.models.extractors import FeatureExtractor
     from m2d.models.settings import Crop
 
 MAX_PIXELS = DataConfig().max_pixels
+MASK_SUFFIX = "_segmentation.png"  # as HAM10000 and ISIC 2016 to 2018 have it
 _THREADS = 16  # decoding releases the GIL, and on remote storage most of them wait for bytes
+_MASK_PIXELS = 64  # a side, to tell how much of an image is lesion
+_RING = 32  # of a side: how far a pasted lesion's own skin comes with it, and again as far it fades
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """The lesion of an image: white in a file of its shape."""
+
+    path: str  # absolute, or a URI
+    sha256: str  # of the file
+    share: float  # of the centre square
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +56,8 @@ class Reference:
     label: str  # class code
     sha256: str  # of the file
     lesion_id: str | None = None  # where it is a training image
+    mask: Mask | None = None  # where its lesion alone is to be redrawn
+    skin: Reference | None = None  # the image, with its mask, over whose lesion it is pasted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +126,83 @@ def read_reference(path: str, size: int) -> np.ndarray:
         raise DataError(
             f"reference: {path} cannot be used ({rejection.reason}); put it back, or take its rows out of the plan"
         ) from None
+
+
+class Pasted(NamedTuple):
+    """An input image that is made of two: paths of a lesion's image and mask, and of those whose skin it comes into."""
+
+    lesion: str
+    mask: str
+    skin: str
+    skin_mask: str
+
+
+def read_pasted(of: Pasted, size: int) -> np.ndarray:
+    """One lesion pasted over another, at `size` pixels: uint8 [size, size, 3] RGB.
+
+    The lesion stays where it is in its picture and brings the skin around it, which also covers what the other lesion
+    takes beyond it; the edge is feathered, see read_region. Colours: each channel of the lesion's picture is scaled so
+    that the medians of the skin outside of both lesions are equal (von Kries). Raises DataError where a file cannot be
+    read.
+    """
+    lesion, skin = (read_reference(path, size).astype(np.float32) for path in (of.lesion, of.skin))
+    weight = read_region((of.mask, of.skin_mask), size)
+    outside = weight == weight.min()
+    tone, own_tone = (np.median(image[outside], axis=0) for image in (skin, lesion))
+    matched = lesion * (tone / np.maximum(own_tone, 1))
+    pasted = skin + weight[..., None] * (matched - skin)
+    return np.rint(pasted.clip(0, 255)).astype(np.uint8)
+
+
+def read_region(masks: Sequence[str], size: int) -> np.ndarray:
+    """How much of each pixel is redrawn, float32 [size, size]: 1 on the lesions of all masks, 0 beyond a ring of skin.
+
+    Half way at size / 32 from the lesions. Raises DataError where a mask cannot be read.
+    """
+    ring = max(1, size // _RING)
+    lesions = np.any([read_reference(mask, size)[..., 0] > 127 for mask in masks], axis=0)
+    grown = Image.fromarray(lesions.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(2 * ring + 1))
+    return np.asarray(grown.filter(ImageFilter.GaussianBlur(ring / 2)), np.float32) / 255
+
+
+def read_masks(folder: str, images: Collection[tuple[str, str, float | None]]) -> dict[str, Mask]:
+    """By an image's sha256 its mask, of those that have a usable one in a folder, at any depth.
+
+    images: (path, sha256, width / height or None) of each. The mask of NAME.jpg is NAME_segmentation.png, of the shape
+    of its image and with some lesion in the centre square. Raises DataError where the folder cannot be listed.
+    """
+    refuse_credentials("masks", folder)
+    filesystem, root = open_storage(folder)
+    try:
+        listed = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"masks: {folder} cannot be listed ({one_line(error)}); give a folder of NAME{MASK_SUFFIX}"
+        ) from None
+    place_of = {info.base_name: info.path for info in listed if not is_debris(info.base_name)}
+
+    def read(image: tuple[str, str, float | None]) -> Mask | None:
+        place = place_of.get(f"{without_image_suffix(image[0].rpartition('/')[2])}{MASK_SUFFIX}")
+        encoded = None if place is None else read_file((filesystem, ""), place)
+        if place is None or not isinstance(encoded, bytes):
+            return None
+        try:
+            pixels, width, height = decode_measured(encoded, _MASK_PIXELS, max_pixels=MAX_PIXELS)
+        except ImageRejected:
+            return None
+        share = float((pixels[..., 0] > 127).mean())
+        if not share or abs(width / height / (image[2] or width / height) - 1) > 0.02:
+            return None
+        path = inside(folder, place[len(root) + 1 :]) if "://" in folder else place
+        return Mask(path=path, sha256=hashlib.sha256(encoded).hexdigest(), share=share)
+
+    masks: dict[str, Mask] = {}
+    with ThreadPoolExecutor(_THREADS) as pool, progress("masks", len(images)) as shown:
+        for image, mask in zip(images, pool.map(read, images), strict=True):
+            shown.advance(1)
+            if mask is not None:
+                masks[image[1]] = mask
+    return masks
 
 
 def read_sha256(paths: Collection[str]) -> dict[str, str]:

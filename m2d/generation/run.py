@@ -55,16 +55,18 @@ def generate(config: GenerateConfig) -> Path:
             config = replace(config, guide_checkpoint=cluster.enter_context(hold_checkpoint(config.guide_checkpoint)))
             guide = load_checkpoint(str(config.guide_checkpoint), "cpu")
             require_guide(guide, checkpoint)
-        by_reference = config.plan is None and config.feature is None and config.starts_from_images
-        feature = pick_feature("reference" if by_reference else config.feature, checkpoint)  # a plan decides by row
+        asked = config.feature or (None if config.plan is not None else config.own_feature)  # a plan decides by row
+        feature = pick_feature(asked, checkpoint)
         device, precision = _device(config, cluster)
         needs_catalog = (config.plan is None and config.mode == "balance") or config.merge
         catalog = dataset_catalog(config, checkpoint.info) if needs_catalog else None
-        varied = config.plan is None and config.balance_from == "real"
+        varied = config.plan is None and config.balance_from != "noise"
         training = training_images(config, checkpoint, catalog) if varied else None
         planned = make_plan(config, feature, catalog, checkpoint.info.classes, training)
+        if signing is not None and planned.table["view"].null_count < len(planned.table):
+            raise ConfigError("sign: the plan holds flipped real images, and a manifest calls all synthetic; leave it out")
         if training is not None:
-            say(f"variations of {len(planned.lesions):,} training lesions of {training[1]}")
+            say(f"images made of {len(planned.lesions):,} training lesions of {training[1]}")
         gates = prepare_gates(config, checkpoint, catalog, device)
         if "prior" in planned.features:  # a plan may ask for what the checkpoint lacks
             require_prior(checkpoint).require(planned.classes)
@@ -193,7 +195,7 @@ class _Run:
             return
         _connect(self.cluster, self.config)
         read = {"checkpoint": str(self.checkpoint.path), "data_root": self.config.data_root or ""}
-        read["guide_checkpoint"] = self.config.guide_checkpoint or ""
+        read |= {"guide_checkpoint": self.config.guide_checkpoint or "", "masks": self.config.masks or ""}
         require_shared(written={"output": str(self.folder.root)}, read=read)
         pool = workers.pick_pool(self.config.num_actors, self.config.gpus_per_actor, self.device, len(groups))
         each = f"{pool.gpus:g} GPU" if pool.gpus else f"{pool.threads} CPU threads"
@@ -228,9 +230,10 @@ class _Run:
 
         folder, plan, classes = self.folder, self.planned.table, self.checkpoint.info.classes
         rejections = folder.rejections()
-        strips = write_pictures(
-            folder, plan, title="M2D synthetic dermoscopy", caption=self._caption(weak), classes=classes
-        )
+        title, caption = "M2D synthetic dermoscopy", self._caption(weak)
+        if pc.any(pc.is_valid(plan["view"])).as_py():
+            title, caption = "Real images, flipped and turned", "Patients' images, as a control of synthetic ones."
+        strips = write_pictures(folder, plan, title=title, caption=caption, classes=classes)
         made = Counter(folder.accepted["class"].to_pylist())
         Console(file=sys.stdout).print(counts_and_rejections(self.planned.before, made, rejections, missing, classes))
         lost = missing.total()
@@ -273,8 +276,8 @@ class _Run:
 
 def _absolute(config: GenerateConfig) -> GenerateConfig:
     """Ray's processes may start in another directory, so local paths become absolute here."""
-    names = ["init_images", "reference_images", "reference_images_b", "data_root", "catalog", "plan", "sign_key"]
-    names += ["extractor_weights"] if config.sign == SELF_MADE else ["extractor_weights", "sign"]
+    names = ["init_images", "masks", "reference_images", "reference_images_b", "data_root", "catalog", "plan"]
+    names += ["extractor_weights", "sign_key"] + ["sign"] * (config.sign != SELF_MADE)
     places = {name: input_path(name, getattr(config, name)) for name in names}
     places["checkpoint"] = checkpoint_path("checkpoint", config.checkpoint)
     places["guide_checkpoint"] = checkpoint_path("guide_checkpoint", config.guide_checkpoint)

@@ -16,7 +16,7 @@ Mode = Literal["standard", "image2image", "interpolate", "balance"]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune"]
 OutputFormat = Literal["folder", "webdataset", "parquet"]
 BalanceSplit = Literal["all", "train"]
-BalanceFrom = Literal["noise", "real"]
+BalanceFrom = Literal["noise", "real", "flips"]
 SELF_MADE = "self-made"  # instead of a file of certificates
 
 
@@ -70,7 +70,8 @@ class GenerateConfig(SamplingSettings):
     catalog: str | None = None  # its catalog.parquet, instead of a scan
     to: str = "max"  # balance: as many as the largest class has, a number of images, or a share such as 0.5 of it
     balance_split: BalanceSplit = "all"  # balance: the real images that count, of all splits or of train alone
-    balance_from: BalanceFrom = "noise"  # balance: real: variations of training lesions of the class, see strength
+    balance_from: BalanceFrom = "noise"  # balance: real: training lesions varied, see strength; flips: only turned
+    masks: str | None = None  # folder of NAME_segmentation.png: redraw lesions alone; balance: in other skins
     plan: str | None = None  # run this plan.parquet; it decides what is made, and how
     plan_only: bool = False  # write plan.parquet and stop; read it, edit it, give it as --plan
     batch_size: int = 32  # images at once; does not change them
@@ -135,11 +136,18 @@ class GenerateConfig(SamplingSettings):
                 raise ConfigError(f"{name} is for mode {mode}, and the mode is {self.mode}; add --mode {mode}")
         if self.mode == "balance" and self.data_root is None and self.catalog is None:
             raise ConfigError("mode balance needs what is to be balanced; name it by --data_root or --catalog")
-        if self.balance_from == "real" and (self.mode != "balance" or self.data_root is None):
+        if self.balance_from != "noise" and (self.mode != "balance" or self.data_root is None):
             raise ConfigError(
-                "balance_from real varies training images in mode balance; add --mode balance and name their folder by "
-                "--data_root"
+                f"balance_from {self.balance_from} varies training images in mode balance; add --mode balance and name "
+                "their folder by --data_root"
             )
+        if self.masks is not None and self.mode != "image2image" and self.balance_from == "noise":
+            raise ConfigError(
+                "masks are of real lesions, and these images come from noise; add --mode balance --balance_from real, "
+                "or --mode image2image"
+            )
+        if self.balance_from == "flips" and self.feature not in (None, "none"):
+            raise ConfigError(f"feature is {self.feature}, but nothing guides a flip; leave it out")
         if self.feature == "reference" and not self.starts_from_images:
             raise ConfigError(f"feature reference needs an image to take it from, and mode {self.mode} has none")
         if self.mode == "interpolate" and self.feature not in (None, "reference"):
@@ -151,6 +159,11 @@ class GenerateConfig(SamplingSettings):
     def starts_from_images(self) -> bool:
         """Whether the mode's images have input images, and so a feature of their own to be guided by."""
         return self.mode in ("image2image", "interpolate") or self.balance_from == "real"
+
+    @property
+    def own_feature(self) -> Feature | None:
+        """What guides the mode's images where `feature` does not say; None: the prior, where there is one."""
+        return "reference" if self.starts_from_images else "none" if self.balance_from == "flips" else None
 
     def class_codes(self, known: ClassSet) -> tuple[str, ...]:
         """The classes asked for, in the order of those known, each once. Raises ConfigError for an unknown one."""

@@ -25,7 +25,7 @@ import pyarrow as pa
 from m2d.cluster.nodes import cluster_total, device_of_actor, node_resources
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation import output
-from m2d.generation.plan import PLAN_SCHEMA, PlanRow, retried, rows_of, table_of
+from m2d.generation.plan import PLAN_SCHEMA, PlanRow, retried, rows_of, table_of, without_seldom
 from m2d.generation.provenance import Signing
 from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.models.settings import Precision
@@ -185,13 +185,15 @@ def look_at(
 ) -> list[Looked]:
     """Of `Made`, what the gates say of each image, in order. reference: None where they have none.
 
-    own_images: ids of the training images of each lesion that a row varies; a variation is no near-copy of those.
+    own_images: ids of the training images of each lesion that a row varies, or whose skin it takes; it is no near-copy
+    of those.
     """
     verdicts: Sequence[Verdict | None] = [None] * len(rows)
     if gates.enabled:
         from m2d.generation.gates import check
 
-        own = [(own_images or {}).get(row.group or "", ()) for row in rows]
+        of = own_images or {}
+        own = [(*of.get(row.group or "", ()), *of.get(row.skin_lesion_id or "", ())) for row in rows]
         verdicts = check(images, features, [row.label for row in rows], reference, gates, own)
     # What cannot be replaced is kept: a walk has its ends, and without noise the next attempt is the same image.
     fixed = [row.mode == "interpolate" or (row.mode == "image2image" and row.strength == 0) for row in rows]
@@ -204,7 +206,10 @@ def journal_rows(
     recipe: output.Recipe,
     weak_classes: Collection[str],
 ) -> pa.Table:
-    """JOURNAL_SCHEMA of images, each with its file's path below the output and its PNG. size: height, width."""
+    """What JOURNAL_SCHEMA is written as, of images, each with its file's path below the output and its PNG.
+
+    size: height, width.
+    """
     shared = {
         "height": size[0],
         "width": size[1],
@@ -226,7 +231,7 @@ def journal_rows(
         found = {} if verdict is None else vars(verdict)
         known = {name: value for name, value in found.items() if value == value}  # NaN is not
         entries.append({**known, **vars(row), **shared, **own})
-    return pa.Table.from_pylist(entries, output.JOURNAL_SCHEMA)
+    return without_seldom(pa.Table.from_pylist(entries, output.JOURNAL_SCHEMA))
 
 
 def make_here(

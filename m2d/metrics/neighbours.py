@@ -95,8 +95,8 @@ def nearest(
     """The k nearest rows of the bank to each query: distances float64 [B, k] ascending, and their rows int64 [B, k].
 
     queries [B, D], bank [n, D]: float32, as `unit_rows` makes them. Distance: |a - b|^2 / 2 = 1 - cos(a, b), in float64
-    for the rows found, as float32 is too coarse for copies. query_groups [B], bank_groups [n]: pairs of one group do
-    not count. Where fewer than k rows are left: distance inf, row -1.
+    for the rows found, as float32 is too coarse for copies. query_groups [B], or of several each [B, G], bank_groups
+    [n]: pairs of one group do not count. Where fewer than k rows are left: distance inf, row -1.
     """
     distances = torch.full((len(queries), k), torch.inf, dtype=torch.float64, device=queries.device)
     rows = torch.full((len(queries), k), -1, dtype=torch.int64, device=queries.device)
@@ -108,7 +108,8 @@ def nearest(
             part = bank[start : start + block]
             similar = queries[some] @ part.T
             if query_groups is not None and bank_groups is not None:
-                similar.masked_fill_(query_groups[some, None] == bank_groups[None, start : start + block], -torch.inf)
+                alike = query_groups[some, ..., None] == bank_groups[start : start + block]
+                similar.masked_fill_(alike.any(dim=1) if alike.dim() == 3 else alike, -torch.inf)
             numbers = torch.arange(start, start + len(part), device=rows.device).expand(len(similar), -1)
             best, chosen = torch.cat([best, similar], dim=1).topk(k, dim=1)
             found = torch.cat([found, numbers], dim=1).gather(1, chosen)

@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from m2d.generation.output import JOURNAL_SCHEMA, MANIFEST_NAME
+from m2d.generation.plan import without_seldom
 from m2d.serving.access import Access, Caller
 from m2d.serving.orders import (
     DeadlineExceeded,
@@ -240,7 +241,7 @@ def answer(order: Order, drawn: list[Drawn], refused: list[Refused]) -> dict[str
 def zip_of(order: Order, drawn: list[Drawn]) -> bytes:
     """CLASS/ID.png and a manifest as `generate` writes them."""
     schema = JOURNAL_SCHEMA.remove(JOURNAL_SCHEMA.get_field_index("accepted"))
-    table = pa.Table.from_pylist([one.entry for one in drawn], schema).sort_by("id")
+    table = without_seldom(pa.Table.from_pylist([one.entry for one in drawn], schema)).sort_by("id")
     missing = Counter(row.label for row in order.rows) - Counter(one.entry["class"] for one in drawn)
     record = {"asked": str(len(order.rows)), "missing": json.dumps(missing)}
     if drawn:

@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 from m2d.errors import CheckpointError, ConfigError, Incomplete, M2DError
 from m2d.files.atomic import FULL, try_lock, write_whole
 from m2d.generation.output import FolderSoFar, is_in_use, tar_pieces, write_rows
-from m2d.generation.plan import PlanRow, rows_of, table_of
+from m2d.generation.plan import PlanRow, rows_of, table_of, without_seldom
 from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.serving.orders import Job, JobConflict, JobOrder, JobState, Overloaded, TooManyJobs
 from m2d.serving.settings import ServingLimits
@@ -211,7 +211,7 @@ class Jobs:
         """(rows of the manifest from `first` on, by id; how many there are so far). Raises KeyError."""
         await self._find(job_id, owner)
         rows = await asyncio.to_thread(self._images(job_id).rows)
-        page = rows.slice(first, count).drop_columns("accepted").to_pylist()
+        page = without_seldom(rows.slice(first, count).drop_columns("accepted")).to_pylist()
         for row in page:  # references lie in a folder of this machine
             row |= {name: row[name] and Path(row[name]).name for name in ("reference", "reference_b")}
         return page, rows.num_rows

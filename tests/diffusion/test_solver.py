@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from m2d.diffusion.interpolant import interpolate, shifted, training_times, velocity_target
 from m2d.diffusion.settings import SOLVERS, Solver
-from m2d.diffusion.solver import AutoguidedVelocity, GuidedVelocity, solve, time_grid
+from m2d.diffusion.solver import AutoguidedVelocity, GuidedVelocity, HeldVelocity, solve, time_grid
 
 Flow = Callable[[Tensor, Tensor], Tensor]
 MEANS = torch.tensor([-2.0, 1.5], dtype=torch.float64)
@@ -277,6 +277,29 @@ def test_one_step_from_any_time_over_constant_velocity_is_exact(solver: Solver, 
     start = (1 - start_time) * clean + start_time * noise
     end = solve(lambda x, t: noise - clean, start, steps=1, solver=solver, start_time=start_time)
     assert_close(end, clean.expand(2, 3), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("start_time", [0.4, 1.0])
+def test_outside_of_a_region_a_step_is_at_the_known_latents_noised_to_its_time(
+    solver: Solver, start_time: float
+) -> None:
+    known, noise = seeded_noise(2, 3, 4, 4), seeded_noise(4, 3, 4, 4)[2:]
+    region = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
+    region[0, :, 1:3, 2:] = True
+    flow, seen = gaussian_velocity(2.0, 0.5), []
+
+    def inner(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(torch.where(region, 0, x - (1 - t) * known - t * noise).abs().max())
+        return flow(x, t)
+
+    held = HeldVelocity(inner, region, noise - known)  # type: ignore[arg-type]
+    start = (1 - start_time) * known + start_time * noise
+    settings: dict[str, Any] = {"steps": 6, "solver": solver, "start_time": start_time}
+    end = solve(held, start, **settings)
+    assert max(seen) < 1e-5  # the multistep solvers begin at 1 - 1e-6
+    expected = torch.where(region, solve(flow, start, **settings), known)
+    assert_close(end, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("start_time", [-0.1, 1.5, float("nan")])

@@ -91,6 +91,9 @@ def test_a_variation_is_of_its_lesion_and_is_left_out_where_that_is_tested(
     left = read_with(str(of["test"][0]))
     assert left.generated.counts == {"DF": 2}
     assert "left out 1 generated images, variations of lesions that are tested" in left.notes
+    inpainted = pq.read_table(generated / "manifest.parquet").to_pydict() | {"lesion_id": [str(of["train"][0])]}
+    pq.write_table(pa.table(inpainted | {"skin_lesion_id": [str(of["test"][0])]}), generated / "manifest.parquet")
+    assert read(tmp_path, real, generated).generated.counts == {"DF": 2}, "by the lesion whose skin it took"
     shutil.rmtree(generated / "DF")
     with pytest.raises(DataError, match=r"^generated: all images of [^\n]+ are variations of lesions that are tested$"):
         read(tmp_path, real, generated)

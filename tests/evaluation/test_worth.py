@@ -116,6 +116,9 @@ def test_a_variation_stays_with_its_lesion_and_other_images_with_the_nearest() -
     assert groups[origins(real, groups, made, np.arange(4))].tolist() == ["first", "second", "second"]
     without = origins(real, groups, made, np.array([0, 2, 3]))
     assert groups[without].tolist()[:2] == ["first", "first"], "its lesion is not there"
+    skins = replace(made, images=replace(made.images, skins=np.array(["", "third", "first"], dtype=object)))
+    of_skins = groups[origins(real, groups, skins, np.arange(4))].tolist()
+    assert of_skins == [["first", "first"], ["second", "third"], ["second", "first"]]
 
 
 def test_no_lesion_is_called_by_a_classifier_that_was_trained_on_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,3 +61,12 @@ def test_a_lost_image_is_told_in_one_line(tmp_path: Path, capsys: pytest.Capture
     assert "cannot be read" in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_flipped_real_images_are_not_exported_as_synthetic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = Path(shutil.copytree(GENERATED, tmp_path / "generated"))
+    table = pq.read_table(copy / "manifest.parquet")
+    pq.write_table(table.append_column("view", [[3] * len(table)]), copy / "manifest.parquet")
+    with pytest.raises(SystemExit):
+        main("export", [str(copy), "--to", str(tmp_path / "out")])
+    assert "holds real images, flipped and turned" in capsys.readouterr().err

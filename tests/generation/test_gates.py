@@ -192,6 +192,21 @@ def test_by_pixels_too_a_variation_may_be_near_its_own_lesion_alone() -> None:
     assert [verdict.reason for verdict in verdicts] == [None, "near_copy", None]
 
 
+def test_images_that_share_one_of_two_lesions_may_be_near_their_own_alone() -> None:
+    """Two lesions each, as of inpainted images."""
+    train = textures(8, seed=10)
+    ids = [f"image {row}" for row in range(8)]
+    reference = GateReference.build(None, np.arange(8) % 7, ids, GateConfig(), ids=ids, facts=ImageFacts.of(train))
+    own = [("image 2", "image 3"), ("image 3", "image 4"), ("image 4",)]
+    for copied, reasons in (
+        (2, [None, "near_copy", "near_copy"]),
+        (3, [None, None, "near_copy"]),
+        (4, ["near_copy", None, None]),
+    ):
+        verdicts = check(np.stack([train[copied]] * 3), None, ["AKIEC"] * 3, reference, GateConfig(), own)
+        assert [verdict.reason for verdict in verdicts] == reasons
+
+
 def test_a_verdict_tells_its_distances(circle: GateReference) -> None:
     verdict = verdicts_on(on_circle(130), ["MEL"], circle, GateConfig())[0]
     assert verdict.nearest_distance == pytest.approx(apart(30), abs=1e-6)

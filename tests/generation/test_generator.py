@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
+from PIL import Image
 from tiny_references import SixFeatures, write_photographs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +22,7 @@ from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.generation import generator as generator_module
 from m2d.generation.generator import Generator, noise_for, pick_device, pick_feature, start_of
 from m2d.generation.plan import PlanRow, image2image_plan, interpolation_plan, rows_of, seed_of, standard_plan, table_of
-from m2d.generation.references import Reference, read_reference, read_references
+from m2d.generation.references import Pasted, Reference, read_reference, read_references
 from m2d.generation.settings import Feature
 from m2d.models.autoencoder import coded_at_once, to_uint8
 from m2d.models.checkpoint import Checkpoint
@@ -246,6 +247,47 @@ def test_image2image_starts_on_the_path_and_takes_its_share_of_the_steps(
     ((start, options),) = seen
     torch.testing.assert_close(start, 0.3 * clean + 0.7 * noise, atol=1e-5, rtol=1e-5)
     assert (options["start_time"], options["steps"]) == (0.7, 7)
+
+
+def test_a_view_is_the_reference_itself_flipped_or_turned(checkpoint: Checkpoint, references: ByClass) -> None:
+    rows = [replace(row, view=view) for row, view in zip(from_images(references, 0.0, "none"), range(8), strict=True)]
+    turns: list[Image.Transpose | None] = [
+        None, Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180,
+        Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270, Image.Transpose.TRANSPOSE, Image.Transpose.TRANSVERSE,
+    ]  # fmt: skip
+    for image, row, turn in zip(images_of(checkpoint, rows), rows, turns, strict=True):
+        reference = Image.fromarray(read_reference(str(row.reference), 16))
+        assert np.array_equal(image, reference if turn is None else reference.transpose(turn))
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_outside_of_the_lesions_an_image_keeps_the_latents_of_the_skin(
+    checkpoint: Checkpoint, references: ByClass, tmp_path: Path, strength: float
+) -> None:
+    """Masks of 2 x 2 pixels of 16, and a ring of up to 3 pixels; latents of 8 x 8 cells."""
+    for name, (left, top) in {"lesion": (2, 2), "skin": (10, 12)}.items():
+        mask = np.zeros((16, 16), np.uint8)
+        mask[top : top + 2, left : left + 2] = 255
+        Image.fromarray(mask).save(tmp_path / f"{name}.png")
+    mask, mask_b, skin = f"{tmp_path}/lesion.png", f"{tmp_path}/skin.png", references["DF"][0].path
+    plain = from_images(references, strength, "none")
+    rows = [replace(row, mask=mask, reference_b=skin, mask_b=mask_b) for row in plain]
+    generator = Generator(checkpoint, device="cpu")
+    whole, kept = (
+        generator.denoise(rows),
+        generator.encode([Pasted(str(row.reference), mask, skin, mask_b) for row in rows]),
+    )
+    outside = torch.ones(8, 8, dtype=torch.bool)
+    outside[0:4, 0:4] = outside[4:8, 3:8] = False
+    assert (whole - kept)[:, :, outside].abs().max() < 1e-4
+    assert (whole - kept)[:, :, 1:2, 1:2].abs().amax(dim=1).min() > 1e-2, "redrawn"
+    own = generator.denoise([replace(row, mask=mask) for row in plain]) - generator.encode(
+        [str(row.reference) for row in plain]
+    )
+    assert own[:, :, 4:].abs().max() < 1e-4, "without another skin the image's own is kept"
+    narrowed = generator.denoise(rows, lambda step, clean: [5, 2] if step == 1 else None)
+    assert (narrowed - whole[[5, 2]]).abs().max() < 1e-3
+    assert levels_apart(images_of(checkpoint, [*rows, *plain, *ROWS], 7)[:8], generator.decode(whole)) <= 1
 
 
 def test_little_strength_still_takes_a_step() -> None:

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from m2d.data.settings import DataConfig
 from m2d.diffusion.settings import SamplingSettings
@@ -21,8 +23,11 @@ from m2d.generation.plan import (
     PlanRow,
     check_plan,
     data_config_of,
+    digest_of,
     image2image_plan,
     interpolation_plan,
+    masked_references,
+    pasted_references,
     read_plan,
     retried,
     rows_of,
@@ -132,6 +137,62 @@ def test_variations_are_spread_evenly_over_lesions_and_within_them_over_images()
         training_references(images, "/data", {"MEL": 1, "NV": 1}, run_seed=4)
     with pytest.raises(ConfigError, match="data_root"):
         training_references(images, "s3://key:secret@bucket", {"MEL": 1}, run_seed=4)
+
+
+def with_masks(folder: Path, **shares: float) -> pa.Table:
+    """An image of each lesion, one of MEL for each in capitals, the others of NV; and its mask, a strip of the side."""
+    for lesion, share in shares.items():
+        mask = np.zeros((64, 64), np.uint8)
+        mask[:, : round(64 * share)] = 255
+        Image.fromarray(mask).save(folder / f"{lesion}_segmentation.png")
+    names = list(shares)
+    columns = {"path": [f"{name}.jpg" for name in names], "sha256": names, "lesion_id": names}
+    columns["label"] = ["MEL" if name.isupper() else "NV" for name in names]
+    return pa.table({**columns, "width": [64] * len(names), "height": [64] * len(names)})
+
+
+def test_each_lesion_is_pasted_into_skins_that_no_other_one_takes(tmp_path: Path) -> None:
+    shares = {"A": 0.5, "B": 0.2, "C": 0.7, **{f"nv{number}": 0.2 for number in range(5)}, "broad": 0.4}
+    images = with_masks(tmp_path, **shares)
+    wanted = {"MEL": 8, "NV": 0}
+    found = pasted_references(images, "/data", str(tmp_path), wanted, run_seed=4)["MEL"]
+    assert Counter(one.lesion_id for one in found) == {"A": 4, "B": 4}, "C leaves no skin around it"
+    skins = {lesion: [one.skin for one in found if one.lesion_id == lesion] for lesion in "AB"}
+    of = {lesion: [skin.lesion_id for skin in taken if skin] for lesion, taken in skins.items()}
+    assert {*of["A"], *of["B"]} == {f"nv{number}" for number in range(5)}, "and so would the broad one"
+    assert not set(of["A"]) & set(of["B"])
+    assert {lesion: len(set(taken)) for lesion, taken in of.items()} in ({"A": 3, "B": 2}, {"A": 2, "B": 3})
+    drawn: dict[str, Any] = {"strength": 0.5, "run_seed": 4, "sampling": SAMPLING}
+    for row, one in zip(rows_of(image2image_plan({"MEL": found}, num_samples=wanted, **drawn)), found, strict=False):
+        name, skin = one.lesion_id, str(one.skin and one.skin.lesion_id)
+        assert (row.group, row.skin_lesion_id) == (name, skin)
+        assert (row.reference, row.reference_b) == (f"/data/{name}.jpg", f"/data/{skin}.jpg")
+        assert (row.mask, row.mask_b) == tuple(f"{tmp_path}/{one}_segmentation.png" for one in (name, skin))
+    mixed = images.take([8, 3, 1, 0, 2, 4, 7, 6, 5])
+    assert pasted_references(mixed, "/data", str(tmp_path), wanted, run_seed=4) == {"MEL": found}
+    alone = pasted_references(images, "/data", str(tmp_path), wanted, run_seed=4, alone=True)["MEL"]
+    assert [one.path for one in alone] == [one.path for one in found]
+    assert {one.skin for one in alone} == {None}
+    with pytest.raises(DataError, match=r"^masks: 5 lesions are varied and only 2 others have a mask [^\n]+$"):
+        pasted_references(images, "/data", str(tmp_path), {"NV": 5}, run_seed=4)
+
+
+def test_the_digest_of_a_plan_of_before_masks_is_what_it_was() -> None:
+    table = mixed_plan()
+    rows = table.drop_columns(["mask", "mask_b", "skin_lesion_id", "view"]).to_pylist()
+    sums = {row[name]: f"sum of {row[name]}" for row in rows for name in ("reference", "reference_b") if row[name]}
+    lines = sorted(repr(tuple(sums.get(value, value) for value in row.values())) for row in rows)
+    assert digest_of(table, sums) == hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def test_of_image2image_those_with_a_mask_are_redrawn(tmp_path: Path) -> None:
+    with_masks(tmp_path, **{"1": 0.5})
+    masked = masked_references(str(tmp_path), references({"MEL": 3}))
+    (row,) = rows_of(image2image_plan(masked, num_samples=1, strength=0.5, run_seed=4, sampling=SAMPLING))
+    assert (row.reference, row.mask, row.reference_b) == ("/a/MEL/1.png", f"{tmp_path}/1_segmentation.png", None)
+    check_plan(table_of([row]))
+    with pytest.raises(DataError, match=r"^masks: [^\n]+ of any image of NV; [^\n]+$"):
+        masked_references(str(tmp_path), references({"MEL": 3, "NV": 1}))
 
 
 def test_an_interpolation_walks_from_each_reference_to_its_partner() -> None:
@@ -266,6 +327,12 @@ NORMAL, FROM_IMAGE, WALK = 0, 2, 5  # rows of mixed_plan
         (NORMAL, "position", 0.5, "it must be empty but with mode interpolate"),
         (FROM_IMAGE, "strength", 1.5, r"has strength '1.5'; it must be in \[0, 1\]"),
         (FROM_IMAGE, "strength", None, "has strength 'nothing'"),
+        (NORMAL, "mask", "/m.png", "it must be empty but with mode image2image"),
+        (FROM_IMAGE, "mask", "m.png", "has mask 'm.png'; it must be an absolute path"),
+        (FROM_IMAGE, "reference_b", "/b.png", "it must be empty but with mode interpolate or a mask_b"),
+        (FROM_IMAGE, "mask_b", "/m.png", "has reference_b 'nothing'; it must be an absolute path"),
+        (FROM_IMAGE, "skin_lesion_id", "L1", "it must be empty but with a mask_b"),
+        (FROM_IMAGE, "view", 3, "it must be empty but with strength 0 and no mask"),
         (FROM_IMAGE, "reference", "images/a.png", "it must be an absolute path"),
         (WALK, "position", -0.1, "has position '-0.1'"),
         (WALK, "seed_b", None, "has seed_b 'nothing'"),

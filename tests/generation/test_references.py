@@ -11,9 +11,13 @@ from tiny_references import SixFeatures, write_photograph, write_photographs
 
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
 from m2d.generation.references import (
+    Pasted,
     load_reference_extractor,
+    read_masks,
+    read_pasted,
     read_reference,
     read_references,
+    read_region,
     read_sha256,
     require_dim,
 )
@@ -142,3 +146,45 @@ def test_real_photographs_are_all_usable() -> None:
     assert len(found.by_class["DF"]) == sum(1 for path in (REAL / "DF").iterdir() if path.suffix == ".jpg")
     assert found.rejected == ()
     assert torch.from_numpy(read_reference(found.by_class["DF"][0].path, 64)).float().std() > 5
+
+
+def picture(path: Path, background: tuple[int, ...], lesion: tuple[int, ...], box: tuple[int, ...]) -> str:
+    image = Image.new("RGB" if len(background) == 3 else "L", (96, 64), background if len(background) == 3 else 0)
+    image.paste(lesion if len(lesion) == 3 else 255, box)
+    image.save(path)
+    return str(path)
+
+
+def test_a_pasted_lesion_brings_its_skin_in_the_colours_of_the_other_and_covers_that_lesion(tmp_path: Path) -> None:
+    """The centre square of 96 x 64 pixels begins at 16."""
+    mine, other = (36, 20, 56, 40), (60, 30, 72, 44)
+    pasted = Pasted(
+        picture(tmp_path / "a.png", (100, 160, 50), (60, 40, 20), mine),
+        picture(tmp_path / "a_segmentation.png", (0,), (255,), mine),
+        picture(tmp_path / "b.png", (200, 120, 100), (10, 10, 10), other),
+        picture(tmp_path / "b_segmentation.png", (0,), (255,), other),
+    )
+    found = read_pasted(pasted, 64)
+    assert found[30, 30].tolist() == [120, 30, 40], "times 2, 0.75 and 2, as the skin"
+    skin = np.ones((64, 64), bool)
+    skin[18:42, 18:42] = False
+    assert np.abs(found[skin].astype(int) - (200, 120, 100)).max() <= 1, "nothing of the other lesion"
+    region = read_region((pasted.mask, pasted.skin_mask), 64)
+    assert region[20:40, 20:40].min() > 0.95
+    assert region[30:44, 44:56].min() > 0.95
+    assert region[30, 17] < 0.5 < region[30, 18], "half way at 64 / 32 pixels"
+    assert region[30, :15].max() == 0
+
+
+def test_masks_are_found_by_name_at_any_depth_and_must_have_their_images_shape_and_a_lesion(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    picture(tmp_path / "deep" / "whole_segmentation.png", (0,), (255,), (32, 0, 64, 64))
+    picture(tmp_path / "dark_segmentation.png", (0,), (255,), (0, 0, 4, 4))
+    picture(tmp_path / "square_segmentation.png", (0,), (255,), (32, 0, 64, 64))
+    (tmp_path / "cut_segmentation.png").write_bytes(b"PNG")
+    names = {"whole": 1.5, "dark": 1.5, "square": 1.0, "cut": 1.5, "lacking": 1.5}
+    found = read_masks(str(tmp_path), [(f"NV/{name}.jpg", name, ratio) for name, ratio in names.items()])
+    assert list(found) == ["whole"]
+    assert found["whole"].path == str(tmp_path / "deep" / "whole_segmentation.png")
+    assert found["whole"].share == pytest.approx(0.5, abs=0.02)
+    fails_with(DataError, "^masks: .* cannot be listed", read_masks, str(tmp_path / "gone"), [])

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw
 from tiny_checkpoint import write_checkpoint
 from tiny_networks import TinyExtractor
 
@@ -28,12 +28,14 @@ from m2d.classes import ISIC7
 from m2d.cli import main
 from m2d.data.catalog import class_counts, scan_dataset
 from m2d.data.settings import DataConfig
+from m2d.data.views import apply_view
 from m2d.errors import CheckpointError, ConfigError, DataError, Incomplete, M2DError
 from m2d.generation import contact_sheet, gates, run
 from m2d.generation.generator import Generator
 from m2d.generation.output import read_pngs
 from m2d.generation.plan import rows_of, standard_plan
 from m2d.generation.provenance import read_manifest
+from m2d.generation.references import read_reference
 from m2d.generation.settings import GateConfig, GenerateConfig, OutputFormat
 from m2d.models.checkpoint import Checkpoint
 
@@ -550,6 +552,71 @@ def test_balance_from_real_varies_training_lesions_and_says_which(
     assert again != root
     assert {row["id"]: row["lesion_id"] for row in manifest(again)} == read, "a plan says it too"
     assert pngs(again).keys() == before.keys()
+
+
+def test_a_lesion_goes_into_another_skin_both_are_named_and_flips_of_the_same_are_its_control(
+    drawn: list[str], tmp_path: Path, paint_images: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, masks = tmp_path / "data", tmp_path / "masks"
+    paint_images(data, {"MEL": 6, "DF": 12})
+    masks.mkdir()
+    names = [path.stem for code in ("DF", "MEL") for path in sorted((data / code).iterdir())]
+    splits = {"MEL_5": "test", "DF_11": "val"}
+    lines = [f"{name},lesion {name},{splits.get(name, 'train')}" for name in names]
+    (data / "metadata.csv").write_text("\n".join(["image_id,lesion_id,split", *lines]))
+    for name in names:
+        ellipse = Image.new("L", (96, 80))
+        ImageDraw.Draw(ellipse).ellipse((35, 30, 60, 50), fill=255)
+        ellipse.save(masks / f"{name}_segmentation.png")
+    allowed: list[Any] = []
+
+    def check(images: np.ndarray, *rest: Any) -> list[gates.Verdict]:
+        allowed.extend(rest[-1])
+        return [gates.Verdict(reason=None)] * len(images)
+
+    monkeypatch.setattr(gates, "check", check)
+    settings = config(
+        mode="balance", data_root=str(data), to="13", classes="MEL", balance_from="real", feature="none", merge=True,
+        masks=str(masks), gates=GateConfig(class_consistency=False),
+    )  # fmt: skip
+    root = run.generate(settings)
+    rows = manifest(root)
+    assert len(rows) == 7
+    for row in rows:
+        lesion, skin = (row[name].removeprefix("lesion ") for name in ("lesion_id", "skin_lesion_id"))
+        assert (Path(row["reference"]).stem, Path(row["reference_b"]).stem) == (lesion, skin)
+        assert lesion.startswith("MEL")
+        assert skin.startswith("DF")
+        assert not {lesion, skin} & {"MEL_5", "DF_11"}, "of the training split"
+        assert (lesion, skin) in allowed, "the gate leaves out both"
+    merged = {
+        row["image_id"]: row["skin_lesion_id"] for row in pq.read_table(root / "merged_index.parquet").to_pylist()
+    }
+    assert merged == dict.fromkeys(names) | {row["id"]: row["skin_lesion_id"] for row in rows}
+    drawn.clear()
+    assert (run.generate(settings), drawn) == (root, [])
+    planned = run.generate(replace(settings, plan_only=True, output=str(tmp_path / "planned")))
+    again = run.generate(config(plan=str(planned / "plan.parquet"), gates=settings.gates))
+    drop = {"sha256", "created"}
+    told, before = ([{k: v for k, v in row.items() if k not in drop} for row in of] for of in (manifest(again), rows))
+    assert told == before, "a plan says it all"
+    Image.new("L", (96, 80), 9).save(masks / f"{rows[0]['lesion_id'].removeprefix('lesion ')}_segmentation.png")
+    with pytest.raises(ConfigError, match="holds images of other settings"):
+        run.generate(replace(settings, output=str(root)))
+
+    of_flips = replace(settings, balance_from="flips", feature=None, masks=None)
+    with pytest.raises(ConfigError, match="^sign:"):
+        run.generate(replace(of_flips, sign="self-made"))
+    flips = run.generate(of_flips)
+    flipped = manifest(flips)
+    assert [row["id"] for row in flipped] == [row["id"] for row in rows]
+    assert {row["reference"] for row in flipped} == {row["reference"] for row in rows}
+    assert len({(row["reference"], row["view"]) for row in flipped}) == 7, "each use is another one"
+    for row in flipped:
+        with Image.open(flips / row["path"]) as image:
+            assert image.info["synthetic"] == "false"
+            views = [apply_view(read_reference(row["reference"], 16), view) for view in range(1, 8)]
+            assert sum(np.array_equal(image, view) for view in views) == 1
 
 
 @pytest.mark.parametrize("format_name", ["webdataset", "parquet"])

@@ -55,6 +55,12 @@ def test_no_classes_means_all() -> None:
         ({"balance_from": "dreams"}, "balance_from is dreams; known: noise real"),
         ({"balance_from": "real", "data_root": "d"}, "balance_from real varies training images in mode balance"),
         ({"balance_from": "real", "mode": "balance", "catalog": "c"}, "balance_from real varies training images"),
+        ({"masks": "m"}, "masks are of real lesions, and these images come from noise"),
+        ({"masks": "m", "mode": "balance", "data_root": "d"}, "masks are of real lesions"),
+        (
+            {"balance_from": "flips", "mode": "balance", "data_root": "d", "feature": "prior"},
+            "feature is prior, but nothing guides a flip",
+        ),
         ({"mode": "dream"}, "mode is dream; known: standard image2image interpolate balance"),
         ({"mode": "image2image"}, "mode image2image needs --init_images"),
         ({"mode": "interpolate", "reference_images": "a"}, "mode interpolate needs --reference_images_b"),

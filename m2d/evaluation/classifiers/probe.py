@@ -274,11 +274,13 @@ def _c_of_sites(probe: ProbeClassifier, pool: Pool, share: float, seed: int) -> 
 def origins(real: np.ndarray, groups: np.ndarray, generated: FeatureSet, rows: np.ndarray) -> np.ndarray:
     """For each generated image the nearest of these real ones; of a variation, one of its lesion's where there is one.
 
-    groups: of all real ones.
+    groups: of all real ones. int64 [M], or [M, 2] with one of the lesion whose skin it took, if any, or the same again.
     """
     place = dict(zip(groups[rows].tolist(), rows.tolist(), strict=True))
     found = zip(generated.groups.tolist(), _nearest(real, generated.cls, rows).tolist(), strict=True)
-    return np.array([place.get(lesion, row) for lesion, row in found], np.int64)
+    own = [place.get(lesion, row) for lesion, row in found]
+    skins = generated.images.skins
+    return np.array(own if skins is None else [(row, place.get(of, row)) for row, of in zip(own, skins)], np.int64)
 
 
 def _nearest(real: np.ndarray, generated: np.ndarray, rows: np.ndarray) -> np.ndarray:

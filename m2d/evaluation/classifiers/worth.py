@@ -72,7 +72,7 @@ class Pool:
     generated: np.ndarray  # int64 [M], classes
     classes: ClassSet
     redrawn: np.ndarray | None = None  # int64 [n], ascending: real rows that follow the generated ones, redrawn
-    # Real rows -> of each generated image the nearest one of them, int64 [M]; None: nothing is left out by it.
+    # Real rows -> those of them that each generated image is from, see probe.origins; None: nothing is left out by it.
     nearest: Callable[[np.ndarray], np.ndarray] | None = None
 
     @classmethod
@@ -475,7 +475,7 @@ def inner_trainings(pool: Pool, generated: np.ndarray, offer: Offer, seed: int) 
     for held, fit in zip(folds, rest, strict=True):
         near = np.zeros(len(made), dtype=bool)
         if nearest is not None:
-            near[made] = np.isin(pool.groups[nearest], pool.groups[held])
+            near[made] = np.isin(pool.groups[nearest], pool.groups[held]).reshape(len(nearest), -1).any(axis=1)
         own = np.isin(pool.groups[offer.real], pool.groups[held])
         without = Offer(fit, offer.real[~own], offer.generated[~near])
         found.append({share: mixed(pool.labels, generated, without, share, asked=held) for share in SHARES})
