@@ -64,7 +64,9 @@ def generate(config: GenerateConfig) -> Path:
         training = training_images(config, checkpoint, catalog) if varied else None
         planned = make_plan(config, feature, catalog, checkpoint.info.classes, training)
         if signing is not None and planned.table["view"].null_count < len(planned.table):
-            raise ConfigError("sign: the plan holds flipped real images, and a manifest calls all synthetic; leave it out")
+            raise ConfigError(
+                "sign: the plan holds flipped real images, and a manifest calls all synthetic; leave it out"
+            )
         if training is not None:
             say(f"images made of {len(planned.lesions):,} training lesions of {training[1]}")
         gates = prepare_gates(config, checkpoint, catalog, device)
