@@ -63,7 +63,7 @@ def generate(config: GenerateConfig) -> Path:
         varied = config.plan is None and config.balance_from != "noise"
         training = training_images(config, checkpoint, catalog) if varied else None
         planned = make_plan(config, feature, catalog, checkpoint.info.classes, training)
-        if signing is not None and planned.table["view"].null_count < len(planned.table):
+        if config.sign is not None and planned.table["view"].null_count < len(planned.table):
             raise ConfigError(
                 "sign: the plan holds flipped real images, and a manifest calls all synthetic; leave it out"
             )
