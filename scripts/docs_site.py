@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = {  # file of the repository: its place in the site
     "README.md": "index.md",
     "README.zh-CN.md": "index.zh-CN.md",
-    **{name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md", "LICENSE", "cluster.yaml")},
+    **{name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "CODE_OF_CONDUCT.md")},
+    **{name: name for name in ("CITATION.cff", "LICENSE", "cluster.yaml")},
 }
 API = {
     "client": ("Client of the service", ["m2d.serving.client"]),

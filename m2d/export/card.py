@@ -21,10 +21,10 @@ from m2d.experiments.record import Record, flat, read_record
 from m2d.export.evaluated import Evaluated, read_evaluation
 from m2d.export.settings import ExportConfig
 from m2d.generation.output import RECORD_NAME
-from m2d.models.checkpoint import Checkpoint
+from m2d.models.checkpoint import CARD_FILES, Checkpoint
+from m2d.models.published import HUB
 from m2d.training.settings import TrainConfig, as_dict
 
-REPOSITORY_FILES = ("README.md", "CITATION.cff")
 SAMPLES = "samples.png"
 # Where files are and how a run is shown says nothing of the model.
 _OF_PLACES = ("data_root", "experiments_dir", "cache_dir", "init_checkpoint", "name", "fresh", "verbose", "dry_run")
@@ -61,6 +61,7 @@ def write_card(
     facts: dict[str, Any] = {
         "title": title,
         "repository": repository,
+        "on_hub": config.to.startswith(HUB),
         "info": info,
         "config": info.config,
         "data": data,
@@ -82,7 +83,7 @@ def write_card(
         "sha256": checkpoint.sha256,
         "version": __version__,
     }
-    for name in REPOSITORY_FILES:
+    for name in CARD_FILES:
         template = _TEMPLATES.get_template({"README.md": "card.md.jinja"}.get(name, f"{name}.jinja"))
         (folder / name).write_text(template.render(facts), encoding="utf-8")
 

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -105,10 +105,10 @@ def mark_complete(folder: Path) -> None:
     write_whole(folder / COMPLETE, json.dumps({"files": files}, indent=1))
 
 
-def damage(folder: Path, *, optional: str | None = None) -> str | None:
+def damage(folder: Path, *, optional: str | None = None, editable: Collection[str] = ()) -> str | None:
     """What is wrong with a folder that was marked complete; None where all files are there with their sizes.
 
-    optional: a folder in it that may be missing as a whole.
+    optional: a folder in it that may be missing as a whole. editable: files that people may change or remove.
     """
     marker = folder / COMPLETE
     try:
@@ -116,7 +116,8 @@ def damage(folder: Path, *, optional: str | None = None) -> str | None:
     except (KeyError, TypeError, ValueError) as error:
         return f"{marker} is damaged ({' '.join(str(error).split())})"
     for file, size in ((folder / name, size) for name, size in sizes.items()):
-        if optional and file.is_relative_to(folder / optional) and not (folder / optional).exists():
+        may_be_missing = optional and file.is_relative_to(folder / optional) and not (folder / optional).exists()
+        if may_be_missing or str(file.relative_to(folder)) in editable:
             continue
         if not file.is_file() or file.stat().st_size != size:
             return f"{file} is missing or cut short"

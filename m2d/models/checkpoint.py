@@ -40,6 +40,7 @@ TRAINING = "training"  # the folder of what resuming also needs
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONDITIONING = "conditioning.safetensors"
 PRIOR = "feature_prior.safetensors"
+CARD_FILES = ("README.md", "CITATION.cff")  # of an export: whoever shares it completes them
 EXPORTED = f"conditioning/{WEIGHTS}"  # both, those of the prior with a prefix
 _OF_PRIOR = "prior."
 
@@ -164,7 +165,7 @@ def read_info(path: str | Path) -> CheckpointInfo:
         meant = max(inside, key=lambda one: (one.name == "best", one), default=None)
         hint = f"did you mean {meant}?" if meant else f"name one that has {COMPLETE}"
         raise CheckpointError(f"checkpoint: {path} is not a complete checkpoint; {hint}")
-    if reason := damage(directory, optional=TRAINING):  # a checkpoint is given away without it
+    if reason := damage(directory, optional=TRAINING, editable=CARD_FILES):  # a checkpoint is given away without it
         raise CheckpointError(f"checkpoint: {reason}; take another checkpoint")
     try:
         document = yaml.safe_load(description.read_text(encoding="utf-8"))

@@ -21,7 +21,7 @@ def checkpoint_path(setting: str, location: Location) -> Location:
     """The folder that a user's checkpoint is: in the hub's cache, in weights/ by its name, else as input_path has it.
 
     setting: its name, for the message. Raises ConfigError as input_path does, CheckpointError where the hub does not
-    give it.
+    give it, and for a mere name where there is no weights/.
     """
     if location is None:
         return location
@@ -30,7 +30,13 @@ def checkpoint_path(setting: str, location: Location) -> Location:
     place = Path(location)
     if len(place.parts) == 1 and not place.exists() and (WEIGHTS / place / "checkpoint.yaml").is_file():
         return str(WEIGHTS / place)
-    return input_path(setting, location)
+    found = input_path(setting, location)
+    if len(place.parts) == 1 and not Path(found).exists() and not WEIGHTS.is_dir():
+        raise CheckpointError(
+            f"{setting}: there is no folder {location} here, and names of published weights are known in a clone of "
+            "M2D's repository alone; name their folder, weights/NAME of a clone, or hub:USER/NAME"
+        )
+    return found
 
 
 def own_name(folder: str) -> str:

@@ -142,6 +142,16 @@ def test_the_card_says_what_the_record_says(linear: str, tmp_path: Path) -> None
     assert yaml.safe_load((out / "CITATION.cff").read_text())["title"] == "M2D model A title"
 
 
+def test_a_card_may_be_edited_and_the_weights_may_not(exports: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(exports / "kl", tmp_path / "out"))
+    (out / "README.md").write_text("# Mine")
+    (out / "CITATION.cff").unlink()
+    assert load_checkpoint(out).info.step == 1000
+    (out / "pipeline.py").write_text("")
+    with pytest.raises(M2DError, match=r"pipeline\.py"):
+        load_checkpoint(out)
+
+
 def test_the_card_does_not_make_up_what_is_not_known(exports: Path, linear: str, tmp_path: Path) -> None:
     card = (exports / "linear" / "README.md").read_text()
     assert "Not evaluated" in card
@@ -205,6 +215,7 @@ class Hub:
     """Stands in for huggingface_hub.HfApi, and keeps what it is asked."""
 
     calls: list[tuple[str, Any]] = []  # noqa: RUF012
+    cards: list[str] = []  # noqa: RUF012
     refuses = False
 
     def create_repo(self, name: str, **settings: Any) -> str:
@@ -217,6 +228,7 @@ class Hub:
         self.calls.append(("create_branch", (name, settings)))
 
     def upload_folder(self, *, folder_path: Path, **settings: Any) -> None:
+        self.cards.append((folder_path / "README.md").read_text())
         self.calls.append(("upload_folder", (load_checkpoint(folder_path).step, settings)))
 
 
@@ -224,6 +236,7 @@ class Hub:
 def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
     monkeypatch.setattr(Hub, "calls", [])
+    monkeypatch.setattr(Hub, "cards", [])
     return Hub
 
 
@@ -235,6 +248,16 @@ def test_it_is_sent_to_a_repository(linear: str, hub: type[Hub]) -> None:
     assert step == 1000
     assert settings["repo_id"] == "someone/lesions"
     assert settings["revision"] == "draft"
+
+
+def test_the_card_says_hub_of_a_repository_alone(
+    linear: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub: type[Hub]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export(ExportConfig(checkpoint=linear, to="some/folder"))
+    assert "--checkpoint some/folder`" in Path("some/folder/README.md").read_text()
+    export(ExportConfig(checkpoint=linear, to="hub:someone/lesions"))
+    assert "--checkpoint hub:someone/lesions`" in hub.cards[0]
 
 
 def test_a_dry_run_lists_and_sends_nothing(linear: str, hub: type[Hub], capsys: pytest.CaptureFixture[str]) -> None:

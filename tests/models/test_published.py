@@ -42,6 +42,18 @@ def test_a_name_means_the_folder_in_weights_unless_it_is_a_path(weights: Path) -
     assert checkpoint_path("checkpoint", "tiny") == "tiny"
 
 
+def test_where_there_is_no_weights_a_name_is_refused_with_what_to_do(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an installed package, whose wheel has none."""
+    monkeypatch.setattr(published, "WEIGHTS", weights / "none")
+    with pytest.raises(CheckpointError, match=r"checkpoint: .* tiny .*hub:USER/NAME"):
+        checkpoint_path("checkpoint", "tiny")
+    assert checkpoint_path("checkpoint", "some/tiny") == "some/tiny"
+    Path("tiny").mkdir()
+    assert checkpoint_path("checkpoint", "tiny") == "tiny"
+
+
 def test_every_command_takes_a_name(weights: Path) -> None:
     expected = str(weights / "tiny")
     assert _absolute(GenerateConfig(checkpoint="tiny")).checkpoint == expected
