@@ -203,7 +203,8 @@ def test_forty_classes_fit_the_page(tmp_path: Path, paint_images: Any) -> None:
     codes = [f"condition_of_the_skin_number_{number:02}" for number in range(40)]
     paint_images(tmp_path / "real", dict.fromkeys(codes, 5))
     paint_generated(tmp_path / "generated", dict.fromkeys(codes, 1))
-    asked = flags((tmp_path / "real", tmp_path / "generated"), tmp_path, "--data.classes", "folders")
+    parts = ["--data.classes", "folders", "--parts", "fidelity,memorization,consistency"]
+    asked = flags((tmp_path / "real", tmp_path / "generated"), tmp_path, *parts)
     out = evaluate(parse("evaluate", asked))
     found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
     assert found["images"][2]["images"] == dict.fromkeys(codes, 1)

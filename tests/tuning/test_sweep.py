@@ -138,7 +138,7 @@ def left_by(folder: Path, record: TrialRecord) -> tuple[TrialRecord, dict[str, s
 
 
 @pytest.mark.processes
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(DEADLINE_S)
 def test_a_trial_that_lags_is_stopped_and_frees_its_cpus(
     ray_cluster: None, environment: dict[str, str], data_root: Path, tmp_path: Path
