@@ -57,6 +57,7 @@ def main(
     lesions = {label: np.array([row["lesion_id"] or row["image_id"] for row in of]) for label, of in rows.items()}
     standard = Standardizer.of(np.concatenate(list(own.values())), at_least_part_of_median)
     found: dict[str, np.ndarray] = {}  # [seeds, classes]
+    classes: list[str] = []  # of the first variant, whose differences are paired by class
     print("| variant | kernel distance | less the first's |\n|---|---|---|")
     for name, flags in variants.items():
         cells = []
@@ -66,6 +67,8 @@ def main(
             command += f" --gates.enabled false --output {shlex.quote(str(folder))}"
             subprocess.run([sys.executable, *shlex.split(command)], check=True, stdout=subprocess.DEVNULL)
             made = {label: seen(sorted((folder / label).glob("*.png"))) for label in own if (folder / label).is_dir()}
+            if list(made) != (classes := classes or list(made)):
+                raise SystemExit(f"{name}: it draws {', '.join(made)}, the first variant {', '.join(classes)}")
             cells.append(
                 [
                     kernel_distance(standard(own[label]), standard(one), groups_a=lesions[label]).value
@@ -77,7 +80,7 @@ def main(
         half = student.ppf(0.975, len(less) - 1) * less.std(ddof=1) / np.sqrt(len(less))
         difference = f"{less.mean():+.3f} [{less.mean() - half:+.3f}, {less.mean() + half:+.3f}]"
         print(f"| {name} | {found[name].mean():.3f} | {difference if len(found) > 1 else ''} |", flush=True)
-        document = {"classes": list(made), "variants": variants, "distances": {k: v.tolist() for k, v in found.items()}}
+        document = {"classes": classes, "variants": variants, "distances": {k: v.tolist() for k, v in found.items()}}
         (Path(work) / "variants.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 

@@ -40,6 +40,7 @@ class Command:
     also_known: type | None = None  # another command's settings: a file of that one serves this one too
     positional: str | None = None  # the setting that words without a flag are
     only_says: bool = False  # what it prints is all that it does
+    resumes: bool = True  # what an interrupted one did is not done again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,7 @@ COMMANDS: dict[str, Command] = {
         "m2d.export.export:export",
         "Share a checkpoint as a folder, or on the Hugging Face hub, that diffusers loads, with a model card.",
         positional="checkpoint",
+        resumes=False,
     ),
     "demo": Command(
         DemoConfig, "m2d.demo_command:run_demo", "Render demo images, train on them with two workers, generate samples."
@@ -169,7 +171,8 @@ def main(command: str, arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error.filename}: {error.strerror}; make room and run the same command again", file=sys.stderr)
         sys.exit(M2DError.exit_code)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
+        resumes = COMMANDS[command].resumes and not only_says
+        print(f"interrupted; run the same command again{' to resume' if resumes else ''}", file=sys.stderr)
         sys.exit(130)
     finally:
         lost = getattr(getattr(sys.stdout, "buffer", None), "lost", None)

@@ -101,10 +101,15 @@ def write_networks(folder: Path, checkpoint: Checkpoint, *, half: bool) -> None:
         (folder / name / "config.json").write_text(f"{json.dumps(settings, indent=2)}\n", encoding="utf-8")
         save_tensors(_in_file(network, half=half, whole=name == "unet"), folder / name / WEIGHTS)
     (folder / INDEX).write_text(f"{json.dumps(index, indent=2)}\n", encoding="utf-8")
+    write_code(folder, type(vae) if own_vae else None)
+
+
+def write_code(folder: Path, vae: type | None) -> None:
+    """The pipeline's modules, each of one file that needs no m2d. vae: its class where diffusers has none such."""
     sources = [(Path(_PIPELINE), "m2d.export.pipeline", "M2DPipeline")]
     sources.append((Path("conditioning", _CONDITIONING), "m2d.export.conditioning", "Conditioning"))
-    if own_vae:
-        sources.append((Path("vae", _VAE), type(vae).__module__, type(vae).__name__))
+    if vae is not None:
+        sources.append((Path("vae", _VAE), vae.__module__, vae.__name__))
     for place, module, name in sources:
         (folder / place.with_suffix(".py")).write_text(one_file(module, name, __version__), encoding="utf-8")
 

@@ -107,14 +107,15 @@ def with_length(checkpoint: Checkpoint, length: float) -> tuple[Checkpoint, str]
                 "averages is not known; name one, or leave ema_length out"
             )
         schedules = [info.config.get("schedule", {}) for info in infos.values()]
-        decays = {(float(one.get("ema_decay", 0)), float(one.get("ema_warmup", 0))) for one in schedules}
-        if len(decays) > 1 or checkpoint.info.stage == "decoder":
+        decays = {tuple(one.get(name) for name in ("ema_decay", "ema_warmup")) for one in schedules}
+        if len(decays) > 1 or None in next(iter(decays)) or checkpoint.info.stage == "decoder":
             raise ConfigError(
-                f"ema_length: the run of {folder} changed its ema_decay or ema_warmup, or trained no denoiser; leave "
-                "ema_length out"
+                f"ema_length: the run of {folder} changed its ema_decay or ema_warmup, does not say what they were, "
+                "or trained no denoiser; leave ema_length out"
             )
         updates = [int(load_file(counters)["ema_updates"]) for one in infos if (counters := _counters(one))]
-        shares, error = mixture(updates, *decays.pop(), length)
+        decay, warmup = decays.pop()
+        shares, error = mixture(updates, float(decay), float(warmup), length)
         if error > WORST_FIT:
             raise ConfigError(
                 f"ema_length {length:g} cannot be had of the {len(infos)} checkpoints beside {folder}: the nearest "

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,17 +63,6 @@ def test_a_job_trains_in_the_directory_where_the_head_was_started(
     assert (best.info.stage, best.step) == ("latent", 2)
 
 
-def test_results_in_a_copy_are_refused_and_the_command_fails(
-    cluster: JobCluster, submitted: Path, elsewhere: Path
-) -> None:
-    places = ["--data_root", str(cluster.repository / "images"), "--experiments_dir", "lost"]
-    done = cluster.ray("job", "submit", "--working-dir", str(submitted), "--", *TRAIN, *TINY, *places, cwd=elsewhere)
-    assert done.returncode == 1, done.stdout
-    assert re.search(r"^error: experiments_dir: lost would be in this job's copy .*M2D_STORAGE", done.stdout, re.M)
-    assert "Traceback" not in done.stdout
-    assert list(cluster.session.rglob("lost")) == []
-
-
 @pytest.mark.exhaustive
 def test_a_job_in_a_copy_finds_what_an_earlier_one_left_in_the_storage(
     trained: "CompletedProcess[str]", cluster: JobCluster, submitted: Path, elsewhere: Path
@@ -111,13 +101,18 @@ def test_a_job_in_a_copy_runs_the_submitted_code_and_stopped_ends_its_actors_and
     assert cluster.living_actors() == []
     images, experiments = str(cluster.repository / "images"), tmp_path / "experiments"
     endless = ["--epochs", "100000", "--saving.every_steps", "5", "--num_workers", "1"]
-    places = ["--data_root", images, "--experiments_dir", str(experiments)]
+    command = shlex.join([*TRAIN, *TINY, *endless, "--data_root", images, "--experiments_dir"])
     name = "endless"
     as_given = ["--no-wait", "--submission-id", name, "--working-dir", str(submitted)]
-    begun = cluster.ray("job", "submit", *as_given, "--", *TRAIN, *TINY, *endless, *places, cwd=elsewhere)
+    both = f"{command} lost; echo exit $?; exec {command} {experiments}"
+    begun = cluster.ray("job", "submit", *as_given, "--", "sh", "-c", both, cwd=elsewhere)
     assert begun.returncode == 0, begun.stdout
     complete = "*/checkpoints/step_*/complete.json"
     await_that(lambda: list(experiments.glob(complete)), 240, "a first checkpoint")
+    said = cluster.get(f"/api/jobs/{name}/logs", cluster.token)[1]["logs"]
+    assert re.search(r"^error: experiments_dir: lost would be in this job's copy .*M2D_STORAGE.*\nexit 2$", said, re.M)
+    assert "Traceback" not in said
+    assert list(cluster.session.rglob("lost")) == []
     assert {"TrainController", "RayTrainWorker", "JobSupervisor"} <= set(cluster.living_actors())
 
     # As `ray job stop` asks, which takes seconds to start, and the run the cores meanwhile.

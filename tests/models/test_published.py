@@ -10,6 +10,7 @@ from m2d.classes import ISIC7
 from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import CheckpointError
 from m2d.evaluation.settings import EvaluateConfig
+from m2d.export.export import write_code
 from m2d.generation.generator import Generator
 from m2d.generation.plan import rows_of, standard_plan
 from m2d.generation.run import _absolute
@@ -110,3 +111,14 @@ def test_ham_64_comes_with_m2d_and_draws_what_it_drew() -> None:
     with Image.open(DRAWN) as drawn:
         expected = np.asarray(drawn, dtype=np.int16)
     assert np.abs(np.concatenate(list(images), axis=1).astype(np.int16) - expected).max() <= 1
+
+
+def test_the_code_beside_the_weights_is_what_export_writes_today(tmp_path: Path) -> None:
+    """After a change of the networks: `write_code` into weights/ham-64, then `mark_complete`, or export it again."""
+    shipped = Path(checkpoint_path("checkpoint", "ham-64"))
+    for folder in ("conditioning", "vae"):
+        (tmp_path / folder).mkdir()
+    write_code(tmp_path, type(load_checkpoint(shipped).autoencoder.vae))
+    written = {path.relative_to(tmp_path): path.read_text("utf-8") for path in tmp_path.rglob("*.py")}
+    assert len(written) == 3
+    assert {path.relative_to(shipped): path.read_text("utf-8") for path in shipped.rglob("*.py")} == written

@@ -57,7 +57,7 @@ def test_a_mixture_has_the_spread_that_was_asked_for() -> None:
     assert mixture(updates[-2:], 0.9999, WARMUP, 0.2)[1] > 0.3
 
 
-def run(folder: Path, every: int, warmups: tuple[float, ...] = (WARMUP,)) -> Path:
+def run(folder: Path, every: int, warmups: tuple[float | None, ...] = (WARMUP,)) -> Path:
     """A run whose weights grew with the square root of the step; returns its last checkpoint."""
     checkpoint = make_checkpoint()
     of_step = np.sqrt(np.arange(STEPS + 1) / STEPS)
@@ -95,6 +95,8 @@ def test_a_length_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
         with_length(load_checkpoint(path), 0.05)
     with pytest.raises(ConfigError, match="ema_warmup"):
         with_length(load_checkpoint(run(tmp_path / "changed", every=50, warmups=(10.0, 5.0))), 0.1)
+    with pytest.raises(ConfigError, match="ema_warmup"):
+        with_length(load_checkpoint(run(tmp_path / "untold", every=50, warmups=(None,))), 0.1)
     given_away = write_checkpoint(make_checkpoint(), tmp_path / "given_away")
     with pytest.raises(CheckpointError, match="ema_length"):
         with_length(load_checkpoint(given_away), 0.1)

@@ -9,6 +9,8 @@ their full widths. An exhaustive test takes a step of isic-256 at its true size.
 import json
 import os
 import resource
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,10 +207,13 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stages]:
     return {base: Stages(base, tmp_path_factory.mktemp(base)) for base in BASES}
 
 
-@pytest.fixture(params=RUNS, ids="-".join)
-def run(stages: dict[str, Stages], request: pytest.FixtureRequest) -> Run:
+@pytest.fixture(scope="module", params=RUNS, ids="-".join)
+def run(stages: dict[str, Stages], request: pytest.FixtureRequest) -> Iterator[Run]:
+    """All tests of a run come before the next one's; with a preset's last stage its gigabytes go."""
     base, stage = request.param
-    return stages[base].run(stage)
+    yield stages[base].run(stage)
+    if (base, stage) == [run for run in RUNS if run[0] == base][-1]:
+        shutil.rmtree(stages.pop(base).root)
 
 
 def record_lines(experiment: Experiment) -> list[str]:

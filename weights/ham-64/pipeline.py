@@ -111,17 +111,27 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 """(x [B, ...], t: float64 scalar tensor on the CPU) -> d x / d t, the shape of x."""
 
 
+# --- m2d/diffusion/interpolant.py ---
+def shifted(times: Tensor, shift: float) -> Tensor:
+    """t -> shift t / (1 + (shift - 1) t): above 1 nearer to the noise, and log(t / (1 - t)) grows by log(shift).
+
+    Source: Stable Diffusion 3 (arXiv 2403.03206), eq. 23; there shift is sqrt(m / n) for latents of m and n positions.
+    """
+    return shift * times / (1 + (shift - 1) * times)
+
+
+# --- m2d/diffusion/solver.py ---
 def time_grid(steps: int, shift: float = 1.0, start_time: float = 1.0) -> Tensor:
-    """Times from start_time to 0, float64 [steps + 1] on the CPU: uniform, then t -> shift t / (1 + (shift - 1) t).
+    """Times from start_time to 0, float64 [steps + 1] on the CPU: uniform, then `shifted`.
 
     The uniform times begin at the u that the shift leads to start_time, so u n steps from there are the last ones of n
-    steps from 1. Source of the shift: Stable Diffusion 3 (arXiv 2403.03206), eq. 23.
+    steps from 1.
     """
     if not 0 <= start_time <= 1:
         raise ValueError(f"start_time is {start_time}; it must be in [0, 1]")
     first = start_time / (start_time + shift * (1 - start_time))  # 1 at 1, exactly
     times = torch.linspace(first, 0, steps + 1, dtype=torch.float64)
-    return shift * times / (1 + (shift - 1) * times)
+    return shifted(times, shift)
 
 
 # The multistep solvers work in log((1 - t) / t), infinite at t = 1: the first step starts this much later, where the
@@ -421,7 +431,8 @@ class M2DPipeline(DiffusionPipeline):
         start_time: float,
         callback: Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None] | None,
     ) -> Tensor:
-        estimate = state
+        estimate, shift = state, float(self.conditioning.config.time_shift)
+        times = time_grid(steps, shift, start_time).float()
         with self.progress_bar(total=steps) as bar:
 
             def watch(step: int, clean: Tensor) -> Sequence[int] | None:
@@ -429,10 +440,11 @@ class M2DPipeline(DiffusionPipeline):
                 estimate = clean
                 bar.update()
                 if callback is not None:
-                    callback(self, step - 1, torch.tensor(start_time * (1 - step / steps)), {"latents": clean})
+                    callback(self, step - 1, times[step], {"latents": clean})
                 return [] if self._interrupt else None
 
-            end = solve(velocity, state, steps=steps, solver=solver, start_time=start_time, watch=watch)
+            grid: dict[str, Any] = {"steps": steps, "shift": shift, "start_time": start_time}
+            end = solve(velocity, state, solver=solver, watch=watch, **grid)
         return estimate if self._interrupt else end
 
     def _encode(self, pictures: Sequence[Picture]) -> Tensor:

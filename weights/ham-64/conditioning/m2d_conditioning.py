@@ -183,6 +183,7 @@ class Conditioning(ModelMixin, ConfigMixin):
     """Class codes and drawn features to the U-Net's context; statistics of the latents.
 
     prior_rank: directions that the feature prior keeps of a class; None: there is no prior, a class alone guides.
+    time_shift: of the solver's times, as the U-Net was trained.
     """
 
     @register_to_config
@@ -195,6 +196,7 @@ class Conditioning(ModelMixin, ConfigMixin):
         feature_tokens: int,
         latent_channels: int,
         prior_rank: int | None = None,
+        time_shift: float = 1.0,
     ) -> None:
         super().__init__()
         config = ConditioningConfig(context_dim=context_dim, feature_tokens=feature_tokens)
