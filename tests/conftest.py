@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """Eight logical CPUs, reachable from this machine only."""
+    """Five logical CPUs, reachable from this machine only."""
     import ray
 
     # In its default, token, mode a local cluster writes ~/.ray/auth_token.
@@ -74,7 +74,7 @@ def ray_cluster() -> Iterator[None]:
         environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             address="local",  # or it would join what another process left as the machine's current cluster
-            num_cpus=8,
+            num_cpus=5,
             num_gpus=0,
             object_store_memory=400 * 2**20,
             include_dashboard=True,  # Train's clean-up asks it which trials live

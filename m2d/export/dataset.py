@@ -66,6 +66,8 @@ def write_dataset(folder: Path, config: ExportConfig, generated: Path, title: st
         "repository": repository,
         "recipe": record.get("recipe", record),
         "counts": Counter(row["class"] for row in rows),
+        "ways": _ways(rows),
+        "features": sorted({row["feature"] for row in rows} - {"none"}),
         "rejected": _rejections(generated),
         "size": (rows[0]["width"], rows[0]["height"]) if rows else (0, 0),
         "licence": config.data_license,
@@ -79,6 +81,21 @@ def write_dataset(folder: Path, config: ExportConfig, generated: Path, title: st
 
 def _name(row: dict[str, Any]) -> str:
     return f"{row['class']}/{row['id']}.png"
+
+
+def _ways(rows: list[dict[str, Any]]) -> list[str]:
+    """How many images began from what, a line each; those that began from real ones first."""
+    found = []
+    for mode, what in (
+        ("image2image", "a real image, noised"),
+        ("interpolate", "two real images"),
+        ("standard", "noise"),
+    ):
+        if of := [row for row in rows if row["mode"] == mode]:
+            strengths = {row["strength"] for row in of} - {None}
+            how = f" to strength {min(strengths):g}..{max(strengths):g}" if strengths else ""
+            found.append(f"{len(of):,} from {what}{how}")
+    return found
 
 
 def _write_images(folder: Path, generated: Path, rows: list[dict[str, Any]]) -> None:

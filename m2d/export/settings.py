@@ -26,6 +26,8 @@ class ExportConfig:
         for name in ("checkpoint", "to"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty; name a folder, or hub:USER/NAME")
+        if self.dry_run and not self.to.startswith("hub:"):
+            raise ConfigError(f"dry_run lists what would be sent to the hub, and to is the folder {self.to}; drop one")
         if self.dtype not in ("fp16", "fp32"):
             raise ConfigError(f"dtype is {self.dtype}; known: fp16 fp32")
         if self.ema_length is not None and not 0.01 <= self.ema_length <= 0.25:

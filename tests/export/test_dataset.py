@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -28,6 +29,7 @@ def test_images_labels_and_a_data_sheet(tmp_path: Path) -> None:
     made = [row["class"] for row in manifest if row["path"]]
     for line in (
         "# A set",
+        "| begun | 21 from noise |",
         f"| MEL | {made.count('MEL')} |",
         "| solver | unipc, 4 steps, guidance 1.5 |",
         "| gates | blank, near_copy:features, near_copy:pixels |",
@@ -38,6 +40,19 @@ def test_images_labels_and_a_data_sheet(tmp_path: Path) -> None:
     assert str(tmp_path) not in sheet
     files = json.loads((out / "complete.json").read_text())["files"]
     assert set(files) == {"metadata.csv", "README.md", *(row["file_name"] for row in rows)}
+
+
+def test_the_sheet_tells_which_images_began_from_real_ones(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(GENERATED, tmp_path / "generated"))
+    rows = pq.read_table(copy / "manifest.parquet").to_pylist()
+    for number, row in enumerate(row for row in rows if row["class"] == "DF"):
+        row.update(mode="image2image", strength=0.3 + number / 10, feature="reference")
+    pq.write_table(pa.Table.from_pylist(rows), copy / "manifest.parquet")
+    main("export", [str(copy), "--to", str(tmp_path / "out")])
+    sheet = (tmp_path / "out" / "README.md").read_text()
+    assert "| begun | 3 from a real image, noised to strength 0.3..0.5; 18 from noise |" in sheet
+    assert "| guided by | the class and a feature (prior, reference) |" in sheet
+    assert "Those that began from a real image look like it" in sheet
 
 
 def test_signed_images_bring_their_certificates(tmp_path: Path) -> None:

@@ -196,6 +196,8 @@ def test_an_earlier_export_is_replaced_and_nothing_else(linear: str, exports: Pa
 
 
 def test_of_a_failed_export_nothing_stays(linear: str, tmp_path: Path) -> None:
+    with pytest.raises(M2DError, match="dry_run"):  # of the hub alone
+        ExportConfig(checkpoint=linear, to=str(tmp_path / "out"), dry_run=True)
     with pytest.raises(M2DError, match="evaluation"):
         export(ExportConfig(checkpoint=linear, to=str(tmp_path / "out"), evaluation=str(tmp_path / "none.json")))
     assert list(tmp_path.iterdir()) == []
