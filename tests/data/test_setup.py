@@ -354,7 +354,7 @@ def test_a_node_with_other_weights_is_refused(tmp_path: Path) -> None:
 def test_an_error_in_an_actor_and_more_actors_than_cpus_are_one_line(
     root: Path, cache: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match=r"num_actors is 99 and the cluster has 8 CPUs[^\n]*$"):
+    with pytest.raises(ConfigError, match=r"num_actors is 99 and the cluster has 5 CPUs[^\n]*$"):
         run(root, cache, "--features", "--data.views", "8", "--num_actors", "99")
     monkeypatch.setattr("m2d.models.extractors.extractor_key", lambda _: "not-what-the-actors-find")
     with pytest.raises(ConfigError, match=r"^[^\n]*not-what-the-actors-find[^\n]*$"):

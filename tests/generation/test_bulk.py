@@ -116,10 +116,10 @@ def test_an_error_in_an_actor_is_the_users_one_line(directory: Path, tmp_path: P
 
 
 def test_actors_leave_a_cpu_to_the_writers_and_are_no_more_than_the_groups() -> None:
-    """The fixture's cluster has eight CPUs and no GPU."""
+    """The fixture's cluster has five CPUs and no GPU."""
     pool = pick_pool(None, None, "cpu", 1000)
-    assert pool == ActorPool(most=7, device="cpu", gpus=0.0, threads=1)
-    assert pick_pool(2, None, "cpu", 1000).threads == 3
+    assert pool == ActorPool(most=4, device="cpu", gpus=0.0, threads=1)
+    assert pick_pool(2, None, "cpu", 1000).threads == 2
     few = pick_pool(None, None, "cpu", 3)
     assert (few.most, few.threads) == (3, 1), "the last groups are computed like the first"
     with pytest.raises(ConfigError, match="gpus_per_actor is 1 and the Ray cluster has 0 GPUs"):
