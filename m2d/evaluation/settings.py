@@ -149,6 +149,9 @@ class EvaluateConfig(_Command):
             raise ConfigError(
                 "folds is 1; with setting site it must be at least 2, for one is tested, a site of the rest"
             )
+        for name in ("preprocess", "ratios"):
+            if self.setting == "site" and getattr(self, name):
+                raise ConfigError(f"{name} is {getattr(self, name)}; setting site does not use it; leave one out")
         for name, known in (("parts", PARTS), ("classifiers", CLASSIFIERS)):
             asked = _words(getattr(self, name))
             if asked == () or any(word not in known for word in asked or ()):

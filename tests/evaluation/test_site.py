@@ -287,6 +287,11 @@ def test_images_made_from_unseen_lesions_alone_are_refused(flags: list[str], tmp
     ("given", "message"),
     [
         (["--setting", "hospital"], "setting is hospital; choose one of same site"),
+        (
+            ["--setting", "site", "--preprocess", "autoencoder"],
+            "preprocess is autoencoder; setting site",
+        ),
+        (["--setting", "site", "--ratios", "0.5,1"], "ratios is 0.5,1; setting site does not use it"),
         (["--setting", "site", "--folds", "1"], "folds is 1; with setting site it must be at least 2"),
         (["--site_share", "0.1,x"], "site_share is 0.1,x; it must be numbers"),
         (["--site_share", "10"], "site_share is 10; each must be above 0 and below 1"),
