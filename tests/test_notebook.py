@@ -44,5 +44,7 @@ def test_it_runs_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert (tmp_path / "tutorial" / "balanced" / "evaluation" / "evaluation.html").is_file()
+    said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
+    assert "\x1b[2K" not in said  # a bar's frames, which a notebook would keep
     if kept := os.environ.get("M2D_NOTEBOOK"):  # to commit its outputs: M2D_NOTEBOOK=docs/tutorial.ipynb make notebook
         nbformat.write(notebook, ROOT / kept)

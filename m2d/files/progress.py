@@ -1,10 +1,10 @@
 """How far work has come: a bar on a terminal, a plain line every few seconds anywhere else."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -53,6 +53,11 @@ class _OnBar(Progress):
         self._bar.update(self._task, completed=done, total=total)
 
 
+def in_notebook() -> bool:
+    """Whether a notebook's `!` runs this: in its terminal a bar does not replace itself, every frame is kept."""
+    return "JPY_PARENT_PID" in os.environ
+
+
 @contextmanager
 def progress(what: str, total: int | None = None, *, unit: str = "images", stderr: bool = True) -> Iterator[Progress]:
     """Shows how far work has come during the block.
@@ -61,7 +66,7 @@ def progress(what: str, total: int | None = None, *, unit: str = "images", stder
     plural. stderr: where to, instead of stdout.
     """
     console = Console(stderr=stderr)
-    if total == 0 or not console.is_terminal:
+    if total == 0 or in_notebook() or not console.is_terminal:
         yield Progress(what, total, unit, stderr=stderr)
         return
     text = TextColumn("{task.description}", markup=False)

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from m2d.errors import first_line
 from m2d.experiment import Experiment
 from m2d.files.atomic import whole_records, write_whole
+from m2d.files.progress import in_notebook
 from m2d.training.settings import TrainConfig, as_dict
 
 logger = logging.getLogger(__name__)
@@ -381,7 +382,7 @@ class Console:
 
     def __init__(self) -> None:
         self.rich = RichConsole(stderr=False, highlight=False, soft_wrap=True)
-        self.interactive = sys.stdout.isatty()
+        self.interactive = sys.stdout.isatty() and not in_notebook()
 
     def say(self, line: str) -> None:
         """One fact, one line."""

@@ -38,3 +38,13 @@ def test_a_terminal_gets_a_bar_unless_there_is_nothing_to_do(
         elif total:
             shown.advance(3)
     assert ("scan [x]" in capsys.readouterr().out) == (total != 0)
+
+
+def test_the_terminal_of_a_notebook_which_keeps_every_frame_gets_no_bar(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("JPY_PARENT_PID", "1")  # as Jupyter's kernels and Colab's have it
+    with progress("scan", 3) as shown:
+        shown.advance(3)
+    assert capsys.readouterr().err == ""
