@@ -26,6 +26,7 @@ from m2d.evaluation.privacy import (
     DENOISER,
     NOISE_SEED,
     TIMES,
+    Attack,
     Membership,
     PrivacyResult,
     equal_sides,
@@ -35,10 +36,12 @@ from m2d.evaluation.privacy import (
     model_errors,
 )
 from m2d.evaluation.settings import EvaluateConfig
+from m2d.metrics.bootstrap import Estimate
 from m2d.models.autoencoder import Autoencoder, LinearAutoencoder, build_autoencoder
 from m2d.models.checkpoint import Checkpoint
 from m2d.models.unet import build_denoiser
 
+ATTACKS = (DENOISER, BY_AUTOENCODER, BLIND)
 DF, MEL, NV = (ISIC7.index(code) for code in ("DF", "MEL", "NV"))
 
 
@@ -264,6 +267,27 @@ def test_a_lesion_that_is_near_to_all_images_is_one_trial() -> None:
     assert same.nearer["features"].value == 1
     assert same.nearer["features"].low == pytest.approx(0.2065, abs=1e-3)  # Wilson's for 1 of 1
     assert not same.found
+
+
+def test_an_image_as_near_to_both_sides_speaks_for_neither() -> None:
+    train, test = (painted(name, 40, seed=1) for name in ("train", "test"))
+    assert (train.pixels == test.pixels).all()
+    same = measured(painted("generated", 60, seed=3), train, test)
+    assert all(share.low < 0.5 < share.high for share in same.nearer.values())
+
+
+def test_where_pictures_alone_tell_the_sides_apart_the_model_is_not_blamed() -> None:
+    chance, told = Estimate(0.5, 0.45, 0.55), Estimate(0.8, 0.75, 0.85)
+    attacks = {name: Attack(auc=told if name == BLIND else chance, found=None, lesions=100) for name in ATTACKS}
+    membership = Membership(
+        condition="class", lesions={}, attacks=attacks, classes={}, times={}, resamples=100, notes=[]
+    )
+    train, test = painted("train", 40, seed=1), painted("test", 40, seed=2)
+    found = measured(painted("generated", 60, seed=3), train, test, membership)
+    assert not found.found
+    assert "so the split itself gives some away" in found.verdict
+    blamed = replace(membership, attacks={**attacks, DENOISER: attacks[BLIND]})
+    assert measured(painted("generated", 60, seed=3), train, test, blamed).found
 
 
 # --- what cannot be asked -------------------------------------------------------------------------------------------
