@@ -1,9 +1,11 @@
 """What people get who install M2D instead of cloning it: the wheel, as its build back end makes it."""
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from m2d import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
+SITE = "import sysconfig; print(sysconfig.get_path('purelib'))"
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 
 
@@ -48,6 +51,26 @@ def test_wheel_says_its_version_its_command_and_all_its_requirements(wheel: zipf
     optional = [line for line in metadata.get_all("Requires-Dist") if 'extra == "c2pa"' in line]
     assert len(metadata.get_all("Requires-Dist")) - len(optional) == len([line for line in required if line])
     assert [line.partition(">")[0].partition("<")[0] for line in optional] == ["c2pa-python", "cryptography"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3000)
+def test_the_wheel_alone_runs_the_demo(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+    """In an environment of its own that borrows the other packages of this one, without the clone."""
+    python = tmp_path / "environment" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "environment"], check=True)
+    site = Path(subprocess.run([python, "-c", SITE], check=True, capture_output=True, text=True).stdout.strip())
+    assert wheel.filename
+    subprocess.run([python, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", wheel.filename], check=True)
+    (site / "borrowed.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    told = {"PATH": f"{python.parent}:{os.environ['PATH']}", "HOME": str(tmp_path), "RAY_worker_niceness": "0"}
+    where = [python, "-c", "import m2d; print(m2d.__file__)"]
+    assert subprocess.run(where, check=True, capture_output=True, text=True, env=told, cwd=tmp_path).stdout.startswith(
+        str(site)
+    )
+    done = subprocess.run(["m2d", "demo"], cwd=tmp_path, env=told, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {"report.html", "contact_sheet.png"} <= {path.name for path in (tmp_path / "demo").iterdir()}
 
 
 def test_the_newest_release_is_the_version_and_is_cited() -> None:
