@@ -16,7 +16,7 @@ from joblib import cpu_count
 from torch import Tensor, nn
 
 from m2d.data.views import apply_view
-from m2d.diffusion.solver import AutoguidedVelocity, GuidedVelocity, HeldVelocity, Watch, keep_rows, solve
+from m2d.diffusion.solver import AutoguidedVelocity, GuidedVelocity, HeldVelocity, Watch, solve
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import PlanRow, seed_of
 from m2d.generation.references import Pasted, read_pasted, read_reference, read_region, require_dim
@@ -126,7 +126,8 @@ class Generator:
     def denoise(self, rows: Sequence[PlanRow], watch: Watch | None = None) -> Tensor:
         """Normalised latents at t = 0, float32 [B, C, h, w] on the device, of one of the `batches`.
 
-        watch: as of `solve`; the latents are then of the rows that stayed. At strength 0 there is no step to watch.
+        watch: as of `solve`, where nothing is compiled, whose shapes must not change; the latents are then of the rows
+        that stayed. At strength 0 there is no step to watch.
         """
         row, wanted = rows[0], len(rows)
         start_time, steps = start_of(row)
@@ -153,29 +154,9 @@ class Generator:
             velocity = AutoguidedVelocity(self, self.guide, context, of_guide, scale, interval)
         if row.mask is not None and clean is not None:
             velocity = HeldVelocity(velocity, self._region(rows), noise - clean)
-        staying = list(range(wanted))
-        narrow = None if watch is None else partial(self._narrow, watch, velocity, staying)
+        narrow = None if watch is None else partial(_narrow, watch, velocity)
         grid: dict[str, Any] = {"steps": steps, "shift": self.time_shift, "start_time": start_time}
-        latents = solve(velocity, latents, solver=row.solver, watch=narrow, **grid)
-        return keep_rows(latents, staying) if self._compiled and watch else latents[:wanted]
-
-    def _narrow(
-        self,
-        watch: Watch,
-        velocity: GuidedVelocity | AutoguidedVelocity | HeldVelocity,
-        staying: list[int],
-        step: int,
-        clean: Tensor,
-    ) -> Sequence[int] | None:
-        """What the solver's watch returns. staying: rows of a compiled batch, whose shape must not change."""
-        kept = watch(step, keep_rows(clean, staying) if self._compiled else clean)
-        if kept is None:
-            return None
-        if not self._compiled:
-            velocity.keep(kept)
-            return kept
-        staying[:] = [staying[row] for row in kept]
-        return None if staying else []
+        return solve(velocity, latents, solver=row.solver, watch=narrow, **grid)[:wanted]
 
     def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """d x_t / d t, [B, C, h, w] in x_t's type, by the U-Net in its own. context: [B, L, Dc], in the U-Net's type.
@@ -413,6 +394,16 @@ def _input_of(row: PlanRow) -> str | Pasted:
 def _noise_of(row: PlanRow, shape: tuple[int, int, int]) -> Tensor:
     noise = noise_for(row.seed, shape)
     return noise if row.seed_b is None else slerp(noise, noise_for(row.seed_b, shape), row.position or 0)
+
+
+def _narrow(
+    watch: Watch, velocity: GuidedVelocity | AutoguidedVelocity | HeldVelocity, step: int, clean: Tensor
+) -> Sequence[int] | None:
+    """What the watch returns, once the velocity knows it too."""
+    kept = watch(step, clean)
+    if kept is not None:
+        velocity.keep(kept)
+    return kept
 
 
 def _with_unet_in(dtype: torch.dtype, denoiser: Denoiser, device: torch.device) -> Denoiser:

@@ -16,9 +16,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader
-from starlette.datastructures import MutableHeaders
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
@@ -66,7 +64,6 @@ def create_app(service: Service, config: ServeConfig) -> FastAPI:
     mimetypes.add_type("text/javascript", ".js")  # some systems' tables say otherwise, and modules then do not load
     app = FastAPI(title="M2D", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None)
     install(app, config)
-    app.add_middleware(_NoStore)
     access = Access(config)
     desk = Desk(service, access, config.limits)
     app.state.desk = desk
@@ -78,21 +75,6 @@ def create_app(service: Service, config: ServeConfig) -> FastAPI:
     app.include_router(_page_routes(app))
     app.openapi = lambda: _openapi(app, config)  # type: ignore[method-assign]
     return app
-
-
-class _NoStore:
-    """What a key may see is for no cache; jobs and models change."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_marked(message: Message) -> None:
-            if message["type"] == "http.response.start" and scope["path"].startswith("/v1/"):
-                MutableHeaders(scope=message)["Cache-Control"] = "no-store"
-            await send(message)
-
-        await self.app(scope, receive, send_marked)
 
 
 def _image_routes(desk: Desk) -> APIRouter:

@@ -50,7 +50,7 @@ from m2d.generation.provenance import self_made, signing_of
 from m2d.generation.settings import SELF_MADE, GenerateConfig
 from m2d.models.published import checkpoint_path, own_name
 from m2d.serving.jobs import Jobs, make_images
-from m2d.serving.orders import Event, JobService, ModelCard, Order, Overloaded
+from m2d.serving.orders import Event, ModelCard, Order, Overloaded
 from m2d.serving.settings import ServeConfig, is_loopback, replica_range
 
 if TYPE_CHECKING:
@@ -483,7 +483,7 @@ class RayService:
 
     def __init__(self, config: ServeConfig, cards: Sequence[ModelCard], models: Handle, jobs: Handle) -> None:
         """cards: of the configured checkpoints."""
-        self.jobs = cast(JobService, RemoteJobs(jobs))
+        self.jobs = cast(Jobs, RemoteJobs(jobs))
         self._config, self._models = config, models
         self._additions = Path(config.directory) / ADDITIONS
         self._configured = list(cards)
@@ -606,7 +606,7 @@ def write_addition(file: Path, configured: Sequence[ModelCard], card: ModelCard)
 
 
 class RemoteJobs:
-    """A JobService of m2d.serving.orders: each of its methods is asked of the Jobs deployment."""
+    """What m2d.serving.jobs.Jobs has for its callers: each of its methods is asked of the Jobs deployment."""
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
@@ -615,7 +615,7 @@ class RemoteJobs:
         return partial(self._ask, what)
 
     def archive(self, job_id: str, owner: str) -> AsyncIterator[bytes]:
-        """See JobService.archive."""
+        """See Jobs.archive."""
         return _streamed(partial(self._handle.options(stream=True).archive.remote, job_id, owner))
 
     async def _ask(self, what: str, *arguments: Any) -> Any:

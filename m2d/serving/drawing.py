@@ -28,7 +28,6 @@ from m2d.serving.orders import (
     DeadlineExceeded,
     Drawn,
     Event,
-    ModelCard,
     Order,
     Overloaded,
     Preview,
@@ -270,12 +269,8 @@ def gates_entry(gates: set[str]) -> dict[str, Any]:
 
 
 def _head(order: Order) -> dict[str, Any]:
-    return {"id": order.id, "seed": order.config.seed, "model": model_entry(order.model)}
-
-
-def model_entry(card: ModelCard) -> dict[str, Any]:
-    """Which checkpoint it was."""
-    return {"id": card.name, "sha256": card.sha256, "step": card.step}
+    model = {"id": order.model.name, "sha256": order.model.sha256, "step": order.model.step}
+    return {"id": order.id, "seed": order.config.seed, "model": model}
 
 
 def base64_of(content: bytes) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -72,8 +72,10 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
     async def ordered(order: JobOrder, caller: Caller, idempotency_key: str | None) -> tuple[Job, bool]:
         """(the job, whether it is a new one)."""
         async with one_at_a_time:
-            if idempotency_key is not None and await _is_there(service, keyed_id(caller.name, idempotency_key), caller):
-                return await service.jobs.create(order, caller.name, idempotency_key), False
+            with suppress(KeyError):
+                if idempotency_key is not None:
+                    await service.jobs.get(keyed_id(caller.name, idempotency_key), caller.name)
+                    return await service.jobs.create(order, caller.name, idempotency_key), False
             access.spend(caller, len(order.rows), at_once=False)
             try:
                 return await service.jobs.create(_as_served(order, config), caller.name, idempotency_key), True
@@ -195,14 +197,6 @@ def _as_served(order: JobOrder, config: ServeConfig) -> JobOrder:
         extractor_weights=config.extractor_weights,
     )
     return replace(order, config=own)
-
-
-async def _is_there(service: Service, job_id: str, caller: Caller) -> bool:
-    try:
-        await service.jobs.get(job_id, caller.name)
-    except KeyError:
-        return False
-    return True
 
 
 @contextmanager

@@ -12,17 +12,13 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
 import re
 import secrets
 import shutil
-import subprocess
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -46,7 +42,7 @@ _PIECE_BYTES = 2**18  # of an archive
 
 
 class Run(Protocol):
-    """How the work of a job is done elsewhere: in a process of its own (`run_in_process`), or on Ray."""
+    """How the work of a job is done elsewhere: by m2d.serving.deployment on Ray, by tests in a thread."""
 
     async def __call__(self, config: GenerateConfig, sha256: str, log: Path) -> None:
         """`make_images(config, sha256)` elsewhere, to its end; raises the M2DError that it raises.
@@ -74,49 +70,6 @@ def make_images(config: GenerateConfig, sha256: str) -> None:
             raise ConfigError(f"output: {error.filename} cannot be written ({error.strerror})") from None
 
 
-async def run_in_process(config: GenerateConfig, sha256: str, log: Path) -> None:
-    """A `Run` in a child process, on one device."""
-    with log.open("a") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "m2d.serving.jobs"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=output,
-            start_new_session=True,  # Ctrl-C in the server's terminal is not for it
-        )
-    assert child.stdin is not None
-    assert child.stdout is not None
-    try:
-        child.stdin.write(json.dumps([asdict(replace(config, num_actors=0)), sha256]).encode() + b"\n")
-        child.stdin.flush()  # and stays open: its end tells the child that this process is gone
-        said = await asyncio.to_thread(child.stdout.read)
-        code = await asyncio.to_thread(child.wait)
-    finally:
-        child.kill()
-        await asyncio.to_thread(child.wait)
-        child.stdin.close()
-    if code:
-        kinds = {kind.exit_code: kind for kind in (M2DError, Incomplete)}
-        raise kinds.get(code, RuntimeError)(said.decode().strip() or f"{log} ends with exit code {code}")
-
-
-def _child() -> None:
-    """What `run_in_process` starts."""
-    settings, sha256 = json.loads(sys.stdin.buffer.readline())
-
-    def end_with_parent() -> None:
-        os.read(sys.stdin.fileno(), 1)  # not through a buffer, whose lock would abort Python's end
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        with redirect_stdout(sys.stderr):
-            make_images(_config_of(settings), sha256)
-    except M2DError as error:
-        print(error)
-        sys.exit(error.exit_code)
-
-
 def keyed_id(owner: str, idempotency_key: str) -> str:
     """The id of the job that an owner's idempotency key begins."""
     return hashlib.sha256(json.dumps([owner, idempotency_key]).encode()).hexdigest()
@@ -136,7 +89,10 @@ class _Record:
 
 
 class Jobs:
-    """The JobService of one folder, for all owners; another one of the same folder waits until this one has stopped."""
+    """The jobs of one folder; another service of the same folder waits until this one has stopped.
+
+    Of all owners: a job that is not the owner's is not there (KeyError).
+    """
 
     def __init__(self, folder: Path, run: Run, *, limits: ServingLimits, at_once: int = 1) -> None:
         """at_once: jobs at work at a time."""
@@ -469,7 +425,3 @@ def _each(rows: pa.Table, root: Path) -> Iterator[tuple[PlanRow, bytes]]:
         for row, path in zip(rows_of(some), some["path"].to_pylist(), strict=True):
             with suppress(FileNotFoundError):  # found damaged meanwhile, and about to be made again
                 yield row, (root / path).read_bytes()
-
-
-if __name__ == "__main__":
-    _child()

@@ -6,12 +6,15 @@ Nothing heavy is imported.
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from m2d.classes import ClassSet
 from m2d.errors import M2DError
 from m2d.generation.plan import PlanRow
 from m2d.generation.settings import GenerateConfig
+
+if TYPE_CHECKING:
+    from m2d.serving.jobs import Jobs
 
 JobState = Literal["queued", "running", "succeeded", "incomplete", "failed", "cancelled"]
 
@@ -140,42 +143,10 @@ class TooManyJobs(M2DError):
     """The key has as many unfinished jobs as it may."""
 
 
-class JobService(Protocol):
-    """Jobs of all owners; a job that is not the owner's is not there (KeyError)."""
-
-    async def create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> Job:
-        """The new job, or the one that this owner's idempotency key began. Raises JobConflict or TooManyJobs."""
-        ...
-
-    async def all(self, owner: str) -> list[Job]:
-        """The owner's jobs, the newest first."""
-        ...
-
-    async def get(self, job_id: str, owner: str) -> Job:
-        """Raises KeyError."""
-        ...
-
-    async def cancel(self, job_id: str, owner: str) -> Job:
-        """Stops it; images that are done stay. A job that has ended stays as it is. Raises KeyError."""
-        ...
-
-    async def entries(self, job_id: str, owner: str, first: int, count: int) -> tuple[list[dict[str, Any]], int]:
-        """(rows of the manifest from `first` on, by id; how many there are so far). Raises KeyError."""
-        ...
-
-    async def image(self, job_id: str, owner: str, image_id: str) -> bytes:
-        """A PNG. Raises KeyError."""
-        ...
-
-    def archive(self, job_id: str, owner: str) -> AsyncIterator[bytes]:
-        """A tar in WebDataset's layout, piece by piece: <id>.png, .cls, .json of each image. Raises KeyError."""
-        ...
-
-
 class Service(Protocol):
     """What the HTTP side asks of the rest."""
 
-    jobs: JobService
+    jobs: "Jobs"  # or what asks them elsewhere
 
     async def models(self) -> list[ModelCard]:
         """All that are served, the default first."""

@@ -151,6 +151,8 @@ class _Envelope:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
+                if scope["path"].startswith("/v1/"):  # what a key may see is for no cache; jobs and models change
+                    headers["Cache-Control"] = "no-store"
                 for name, value in self.headers.items():
                     headers.setdefault(name, value)
             await send(message)

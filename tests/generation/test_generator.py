@@ -386,16 +386,11 @@ def test_images_come_as_uint8_rgb_in_the_order_of_the_rows(checkpoint: Checkpoin
     assert images_of(checkpoint, []).shape == (0, 16, 16, 3)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 def test_rows_that_leave_their_batch_change_none_of_those_that_stay(
-    prior_checkpoint: Checkpoint,
-    references: ByClass,
-    extractor: FeatureExtractor,
-    uncompiled: list[dict[str, Any]],
-    compiled: bool,
+    prior_checkpoint: Checkpoint, references: ByClass, extractor: FeatureExtractor
 ) -> None:
     """Row 1 of three leaves after the first step, what is then row 0 after the third."""
-    generator = Generator(prior_checkpoint, batch_size=4, device="cpu", extractor=extractor, compile=compiled)
+    generator = Generator(prior_checkpoint, batch_size=4, device="cpu", extractor=extractor)
     for rows in (PRIOR_ROWS[:3], from_images(references, 0.9, num_samples=3)[:3], walks(references)[:3]):
         seen: list[int] = []
 
@@ -408,11 +403,8 @@ def test_rows_that_leave_their_batch_change_none_of_those_that_stay(
         assert levels_apart(generator.decode(stayed), images_of(prior_checkpoint, rows[2:], 4, extractor)) <= 1
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_batch_that_all_have_left_ends_at_that_step(
-    checkpoint: Checkpoint, uncompiled: list[dict[str, Any]], compiled: bool
-) -> None:
-    generator, steps = Generator(checkpoint, batch_size=4, device="cpu", compile=compiled), []
+def test_a_batch_that_all_have_left_ends_at_that_step(checkpoint: Checkpoint) -> None:
+    generator, steps = Generator(checkpoint, batch_size=4, device="cpu"), []
 
     def watch(step: int, clean: torch.Tensor) -> list[int]:
         steps.append(step)

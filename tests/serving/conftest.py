@@ -1,4 +1,4 @@
-"""A service in this process: the real engine on the smallest real checkpoint, and jobs in processes of their own."""
+"""A service in this process: the real engine on the smallest real checkpoint, and jobs in threads."""
 
 import asyncio
 import socket
@@ -20,9 +20,10 @@ from m2d.errors import ConfigError
 from m2d.generation.settings import GateConfig
 from m2d.serving.app import create_app
 from m2d.serving.engine import Engine, describe
-from m2d.serving.jobs import Jobs, run_in_process
+from m2d.serving.jobs import Jobs
 from m2d.serving.orders import Event, ModelCard, Order
 from m2d.serving.settings import ServeConfig
+from tests.serving.job_bench import run_in_thread
 
 
 class LocalService:
@@ -30,7 +31,7 @@ class LocalService:
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
-        self.jobs = Jobs(config.jobs_folder, run_in_process, limits=config.limits)
+        self.jobs = Jobs(config.jobs_folder, run_in_thread, limits=config.limits)
         self.ready = True
         self._executor = ThreadPoolExecutor(1)
         self.engines: dict[str, Engine] = {}  # by the model's name, the default first
