@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -85,6 +85,7 @@ class Generator:
         self._compiled = compile
         if compile:
             self.denoiser.unet.compile(mode=compile_mode, dynamic=False)  # two shapes: guided, which is twice, and not
+        self.uploads: Mapping[str, bytes] = {}  # name -> file of a reference; of any other the name is its place
         self._latents: dict[str | Pasted, Tensor] = {}
         self._features: dict[str | Pasted, Tensor] = {}
 
@@ -259,12 +260,10 @@ class Generator:
         self, inputs: Sequence[str | Pasted], kept: dict[str | Pasted, Tensor], compute: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """compute(uint8 [n, 3, H, W]) -> [n, ...] for each input image, each computed once while it is kept."""
-        missing, size = [one for one in dict.fromkeys(inputs) if one not in kept], self.checkpoint.image_size
+        missing = [one for one in dict.fromkeys(inputs) if one not in kept]
         for first in range(0, len(missing), self.batch_size):
             part = missing[first : first + self.batch_size]
-            pixels = np.stack(
-                [read_reference(one, size) if isinstance(one, str) else read_pasted(one, size) for one in part]
-            )
+            pixels = np.stack([self._read(one) for one in part])
             kept.update(zip(part, compute(torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)), strict=True))
         values = torch.stack([kept[one] for one in inputs])
         for one in dict.fromkeys(inputs):
@@ -272,6 +271,10 @@ class Generator:
         for one in list(kept)[:-_REFERENCES_KEPT]:
             del kept[one]
         return values
+
+    def _read(self, one: str | Pasted) -> np.ndarray:
+        size = self.checkpoint.image_size
+        return read_pasted(one, size) if isinstance(one, Pasted) else read_reference(one, size, self.uploads.get(one))
 
 
 def batch_key(row: PlanRow) -> tuple[Any, ...]:

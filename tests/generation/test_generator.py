@@ -327,9 +327,9 @@ def test_a_reference_is_read_and_encoded_once(
 ) -> None:
     read: list[str] = []
 
-    def counting(path: str, size: int) -> np.ndarray:
+    def counting(path: str, *more: Any) -> np.ndarray:
         read.append(path)
-        return read_reference(path, size)
+        return read_reference(path, *more)
 
     monkeypatch.setattr(generator_module, "read_reference", counting)
     generator = Generator(checkpoint, batch_size=2, device="cpu", extractor=extractor)

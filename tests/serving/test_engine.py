@@ -8,7 +8,6 @@ import json
 import logging
 import shutil
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -33,7 +32,7 @@ from m2d.generation.run import generate
 from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.models.checkpoint import load_checkpoint
 from m2d.serving.engine import Engine, describe
-from m2d.serving.orders import DeadlineExceeded, Drawn, Event, ModelCard, Order, Preview, Progress, Refused
+from m2d.serving.orders import Drawn, Event, ModelCard, Order, Preview, Progress, Refused
 from m2d.serving.settings import ServeConfig
 
 Draw = Callable[[Order], AsyncIterator[Event]]
@@ -82,7 +81,7 @@ def six(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def order(card: ModelCard, count: int = 1, *, label: str = "MEL", **more: Any) -> Order:
     """As requests.py makes one. more: settings of GenerateConfig, fields of Order."""
-    own = {name: more.pop(name) for name in ("previews", "deadline") if name in more}
+    own = {"previews": more.pop("previews", 0)}
     config = GenerateConfig(checkpoint=card.checkpoint, classes=label, num_samples=count, **{"steps": 4, **more})
     rows = rows_of(make_plan(config, "prior", None, card.classes).table)
     return Order(id="some", model=card, config=config, rows=tuple(rows), **own)
@@ -489,17 +488,6 @@ def test_a_waiting_order_that_is_closed_is_never_drawn(
     assert batches == [1] * 4
 
 
-def test_an_order_that_is_late_is_given_up_and_says_so(engine: Engine, card: ModelCard, gate: Gate) -> None:
-    async def late() -> None:
-        with pytest.raises(DeadlineExceeded):
-            await events_of(engine, order(card, 3, deadline=time.time() + 0.05))
-        gate.open()
-        assert len(images_of(await events_of(engine, order(card)))) == 1
-
-    asyncio.run(late())
-    assert engine.stats()["orders"] == 0
-
-
 def test_fifty_rounds_of_twenty_clients_of_which_ten_go_leave_nothing_behind(load: Load, card: ModelCard) -> None:
     engine = load(batch_size=32, batch_wait_s=0.0)
 
@@ -516,7 +504,7 @@ def test_fifty_rounds_of_twenty_clients_of_which_ten_go_leave_nothing_behind(loa
 
     assert asyncio.run(rounds()) == 500
     stats = engine.stats()
-    assert (stats["orders"], stats["waiting"], stats["uploads"]) == (0, 0, 0)
+    assert (stats["orders"], stats["waiting"]) == (0, 0)
     gc.collect()
     assert not [one for one in gc.get_objects() if type(one).__name__ in ("_UnderWay", "_Sample")]
 
@@ -540,30 +528,7 @@ def test_a_reference_that_cannot_be_read_fails_its_own_order_alone(
     assert "/" not in str(error).split(" cannot be used")[0]
     assert same_images(first, drawn(engine, good)[0])
     assert same_images(second, first)
-    assert engine.stats()["orders"] == engine.stats()["uploads"] == 0
-
-
-def test_uploads_are_there_while_an_order_uses_them_and_no_longer(
-    engine: Engine, card: ModelCard, tmp_path: Path, gate: Gate
-) -> None:
-    wanted = guided_by(card, write_photograph(tmp_path / "one.png", 2).read_bytes())
-    (name,) = wanted.uploads
-
-    async def two() -> None:
-        first = asyncio.create_task(events_of(engine, wanted))
-        await gate.reached()
-        second = asyncio.create_task(events_of(engine, wanted))
-        await asyncio.sleep(0.05)
-        first.cancel()
-        await asyncio.wait([first])
-        assert (engine.uploads / name).is_file()
-        gate.open()
-        (event,) = (event for event in await second if isinstance(event, Drawn))
-        assert event.entry["reference"] == name
-        assert str(engine.uploads).encode() not in event.png
-        assert not list(engine.uploads.iterdir())
-
-    asyncio.run(two())
+    assert engine.stats()["orders"] == 0
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_one_that_never_fits_says_so(
@@ -628,10 +593,8 @@ def test_a_checkpoint_is_in_use_until_its_engine_is_closed(
     own = shutil.copytree(checkpoint, tmp_path / "own")
     engine = Engine.load(replace(card, checkpoint=str(own)), config, executor)
     assert is_in_use(own / COMPLETE)
-    folder = engine.uploads
     engine.close()
     assert not is_in_use(own / COMPLETE)
-    assert not folder.exists()
 
 
 @pytest.mark.parametrize(("feature", "message"), [("reference", "does not say which feature extractor")])
