@@ -9,6 +9,7 @@ Of a folder of generated images it makes a data set instead, see m2d.export.data
 """
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import diffusers
 from torch import Tensor, nn
 
 from m2d import __version__
+from m2d.errors import ConfigError, first_line
 from m2d.export.bundle import one_file
 from m2d.export.card import SAMPLES, experiment_record, write_card
 from m2d.export.conditioning import Conditioning
@@ -28,7 +30,7 @@ from m2d.files.atomic import mark_complete
 from m2d.files.paths import absolute, result_path
 from m2d.files.progress import say
 from m2d.models.checkpoint import WEIGHTS, Checkpoint, hold_checkpoint, load_checkpoint, save_tensors, write_info
-from m2d.models.published import HUB, checkpoint_path, own_name
+from m2d.models.published import HUB, checkpoint_path, own_name, repository
 from m2d.training.ema import with_length
 
 INDEX = "model_index.json"
@@ -57,9 +59,7 @@ def export(config: ExportConfig) -> Path | str:
 def deliver(config: ExportConfig, write: Callable[[Path, str], None], kind: str = "model") -> Path | str:
     """To the folder or the repository that `to` names. write: (empty folder, its name for users) -> its files."""
     if config.to.startswith(HUB):
-        from m2d.export.hub import send
-
-        return send(config, write, kind)
+        return _send(config, write, kind)
     place = Path(absolute(result_path("to", config.to)))
     inside = place.is_relative_to(Path.cwd())  # a card names no folder of this machine
     with new_folder(place) as folder:
@@ -67,6 +67,43 @@ def deliver(config: ExportConfig, write: Callable[[Path, str], None], kind: str 
     files = [file for file in place.rglob("*") if file.is_file()]
     print(f"{len(files):,} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB, in {place}")
     return place
+
+
+def _send(config: ExportConfig, write: Callable[[Path, str], None], kind: str) -> str:
+    """To the hub, by its client's own token. Returns its address, or with dry_run the location asked for.
+
+    Files that the repository has already are not sent again. Raises ConfigError where the hub refuses, CheckpointError
+    for a location that names no repository.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    name, revision = repository("to", config.to)
+    with tempfile.TemporaryDirectory(prefix="m2d-export-") as made:
+        folder = Path(made)
+        write(folder, name)
+        if config.dry_run:
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            for file in files:
+                print(f"{file.stat().st_size:>12,}  {file.relative_to(folder)}")
+            size = sum(file.stat().st_size for file in files)
+            print(f"would send {len(files)} files, {size / 1e6:.1f} MB, to {name}")
+            return config.to
+        api, of = HfApi(), dict[str, Any](repo_type=kind)
+        try:
+            address = api.create_repo(name, private=config.private or None, exist_ok=True, **of)
+            if revision is not None:
+                api.create_branch(name, branch=revision, exist_ok=True, **of)
+            api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message="Export by M2D", **of)
+        except LocalTokenNotFoundError:
+            raise ConfigError(f"to: {name}: there is no token; log in by hf auth login, or set HF_TOKEN") from None
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise ConfigError(
+                f"to: {name} cannot be sent ({first_line(error)}); check network and token (hf auth login), then run "
+                "again"
+            ) from None
+    print(f"sent to {address}")
+    return str(address)
 
 
 def write_export(

@@ -202,17 +202,9 @@ def _key_and_chain() -> bytes:
         )
 
     def certificate(subject: str, public_key: ec.EllipticCurvePublicKey, *, is_root: bool) -> x509.Certificate:
-        usage = x509.KeyUsage(
-            digital_signature=not is_root,
-            key_cert_sign=is_root,
-            content_commitment=False,
-            key_encipherment=False,
-            data_encipherment=False,
-            key_agreement=False,
-            crl_sign=False,
-            encipher_only=False,
-            decipher_only=False,
-        )
+        others = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign")
+        no = dict.fromkeys((*others, "encipher_only", "decipher_only"), False)
+        usage = x509.KeyUsage(digital_signature=not is_root, key_cert_sign=is_root, **no)
         builder = (
             x509.CertificateBuilder()
             .subject_name(name(subject))

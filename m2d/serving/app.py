@@ -30,6 +30,7 @@ from m2d.serving.drawing import (
     NOTICE,
     Desk,
     Drawing,
+    Service,
     Streamed,
     answer,
     base64_of,
@@ -41,7 +42,7 @@ from m2d.serving.drawing import (
     zip_of,
 )
 from m2d.serving.job_routes import create_router
-from m2d.serving.orders import Drawn, Order, Preview, Refused, Service
+from m2d.serving.orders import Drawn, Order, Preview, Refused
 from m2d.serving.problems import Problem, as_problem, documented, install
 from m2d.serving.settings import ServeConfig
 from m2d.serving.uploads import Upload, read_order

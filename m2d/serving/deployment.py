@@ -479,7 +479,7 @@ async def _streamed(call: Callable[[], Any]) -> AsyncIterator[Any]:
 
 
 class RayService:
-    """The Service of m2d.serving.orders, over Serve's handles."""
+    """The Service of m2d.serving.drawing, over Serve's handles."""
 
     def __init__(self, config: ServeConfig, cards: Sequence[ModelCard], models: Handle, jobs: Handle) -> None:
         """cards: of the configured checkpoints."""

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from m2d.serving import requests as asked
 from m2d.serving.access import Access, Caller
+from m2d.serving.drawing import Service
 from m2d.serving.jobs import keyed_id
-from m2d.serving.orders import Job, JobOrder, JobState, Service
+from m2d.serving.orders import Job, JobOrder, JobState
 from m2d.serving.problems import Problem, documented
 from m2d.serving.settings import ServeConfig
 from m2d.serving.uploads import read_order

@@ -1,20 +1,17 @@
 """What the parts of the service say to each other: models, orders, what becomes of an order, and jobs.
 
-Plain data and protocols, cheap to pickle: they cross Ray between the HTTP side and the replicas that hold a model.
+Plain data, cheap to pickle: it crosses Ray between the HTTP side and the replicas that hold a model.
 Nothing heavy is imported.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal
 
 from m2d.classes import ClassSet
 from m2d.errors import M2DError
 from m2d.generation.plan import PlanRow
 from m2d.generation.settings import GenerateConfig
-
-if TYPE_CHECKING:
-    from m2d.serving.jobs import Jobs
 
 JobState = Literal["queued", "running", "succeeded", "incomplete", "failed", "cancelled"]
 
@@ -141,32 +138,3 @@ class JobConflict(M2DError):
 
 class TooManyJobs(M2DError):
     """The key has as many unfinished jobs as it may."""
-
-
-class Service(Protocol):
-    """What the HTTP side asks of the rest."""
-
-    jobs: "Jobs"  # or what asks them elsewhere
-
-    async def models(self) -> list[ModelCard]:
-        """All that are served, the default first."""
-        ...
-
-    async def add_model(self, checkpoint: str, name: str | None = None) -> ModelCard:
-        """Serve a checkpoint; one of the same name is replaced once it is loaded. Raises ConfigError, CheckpointError.
-
-        checkpoint: relative to ServeConfig.checkpoints_root.
-        """
-        ...
-
-    async def is_ready(self) -> bool:
-        """Whether a model is loaded, so that an order would be begun at once."""
-        ...
-
-    def draw(self, order: Order) -> AsyncIterator[Event]:
-        """What becomes of an order; closing the iterator gives it up. Raises an M2DError."""
-        ...
-
-    async def metrics(self) -> str:
-        """In Prometheus's text format."""
-        ...
