@@ -249,12 +249,11 @@ class Engine:
             require_prior(self._generator.checkpoint).require(list(dict.fromkeys(drawn)))
         if any(row.feature == "reference" for row in rows):
             await loop.run_in_executor(self._executor, self._need_extractor)
-        by_reference = config.feature is None and config.mode in ("image2image", "interpolate")
         recipe = Recipe.of(
             config,
             checkpoint=self.card.sha256,
             precision=self._generator.precision,
-            feature=pick_feature("reference" if by_reference else config.feature, self._generator.checkpoint),
+            feature=pick_feature(config.feature or config.own_feature, self._generator.checkpoint),
             gates=self._gates.record,
             plan=order.plan,
             classes=self.card.classes.codes,

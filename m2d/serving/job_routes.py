@@ -9,41 +9,19 @@ from typing import Annotated, Any, Literal
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from m2d.serving import requests as asked
 from m2d.serving.access import Access, Caller
 from m2d.serving.drawing import Service
 from m2d.serving.jobs import keyed_id
-from m2d.serving.orders import Job, JobOrder, JobState
+from m2d.serving.orders import JobOrder, JobTold
 from m2d.serving.problems import Problem, documented
 from m2d.serving.settings import ServeConfig
 from m2d.serving.uploads import read_order
 
 _TAR, _PNG = "application/x-tar", "image/png"
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
-
-
-class JobTold(BaseModel):
-    """A job."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    id: str
-    object: Literal["job"] = "job"
-    state: JobState
-    model: str
-    sha256: str = Field(description="of the checkpoint")
-    counts: dict[str, int] = Field(description="images by class")
-    total: int
-    done: int
-    created: float = Field(description="Unix time, as the two below")
-    started: float | None
-    finished: float | None
-    images_per_second: float | None = Field(description="since it was last started")
-    seconds_left: float | None
-    detail: str | None = Field(description="why it failed or is incomplete")
-    request: dict[str, Any] = Field(description="what was ordered")
 
 
 class JobList(BaseModel):
@@ -70,7 +48,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
 
     # Each is whole though its client goes: a job that is there has been counted, and one that was stopped given back.
 
-    async def ordered(order: JobOrder, caller: Caller, idempotency_key: str | None) -> tuple[Job, bool]:
+    async def ordered(order: JobOrder, caller: Caller, idempotency_key: str | None) -> tuple[JobTold, bool]:
         """(the job, whether it is a new one)."""
         async with one_at_a_time:
             with suppress(KeyError):
@@ -84,7 +62,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
                 access.refund(caller, len(order.rows), at_once=False)
                 raise
 
-    async def stopped(job_id: str, caller: Caller) -> Job:
+    async def stopped(job_id: str, caller: Caller) -> JobTold:
         async with one_at_a_time:
             before = await service.jobs.get(job_id, caller.name)
             job = await service.jobs.cancel(job_id, caller.name)
@@ -108,7 +86,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         response: Response,
         caller: caller_of,
         idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
-    ) -> Job:
+    ) -> JobTold:
         """Jobs wait for each other and survive the server. The same Idempotency-Key again is the same job."""
         content, uploads = await read_order(request, config.limits)
         ask = asked.parse(asked.JobRequest, content)
@@ -128,7 +106,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
     @router.get(
         "/{job_id}", summary="How far a job is", response_model=JobTold, responses=documented(401, 403, 404, 500, 503)
     )
-    async def one(job_id: str, caller: caller_of) -> Job:
+    async def one(job_id: str, caller: caller_of) -> JobTold:
         """Its state, and how much of it is done."""
         with _or_404():
             return await service.jobs.get(job_id, caller.name)
@@ -136,7 +114,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
     @router.delete(
         "/{job_id}", summary="Stop a job", response_model=JobTold, responses=documented(401, 403, 404, 500, 503)
     )
-    async def cancel(job_id: str, caller: caller_of) -> Job:
+    async def cancel(job_id: str, caller: caller_of) -> JobTold:
         """Images that are done stay. A job that has ended stays as it is."""
         with _or_404():
             return await asyncio.shield(stopped(job_id, caller))

@@ -31,7 +31,7 @@ from m2d.files.atomic import FULL, try_lock, write_whole
 from m2d.generation.output import FolderSoFar, is_in_use, tar_pieces, write_rows
 from m2d.generation.plan import PlanRow, rows_of, table_of, without_seldom
 from m2d.generation.settings import GateConfig, GenerateConfig
-from m2d.serving.orders import Job, JobConflict, JobOrder, JobState, Overloaded, TooManyJobs
+from m2d.serving.orders import JobConflict, JobOrder, JobState, JobTold, Overloaded, TooManyJobs
 from m2d.serving.settings import ServingLimits
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,7 @@ _LOOK_EVERY_S = 0.5
 _PATIENCE_S = 30.0  # of who calls, and of a job, for a service that is being replaced to let go of its files
 _FOLDERS_KEPT = 4  # of jobs that are not at work: their rows in memory, 80 MB for 100,000 images
 _PIECE_BYTES = 2**18  # of an archive
+_LATER = ("started", "finished", "images_per_second", "seconds_left", "detail")  # known of a job
 
 
 class Run(Protocol):
@@ -79,13 +80,18 @@ def keyed_id(owner: str, idempotency_key: str) -> str:
 class _Record:
     """A job and what its owner is not told."""
 
-    job: Job
+    job: JobTold
+    owner: str  # name of the key
     config: GenerateConfig
     classes: tuple[str, ...]  # codes of the checkpoint's
     digest: str  # of the order
     resumed: tuple[float, int] | None = None  # when it was last started, and images there were
     can_stop: bool = False  # it is at work, and was not told to stop
     cancelled: bool = False
+
+    def tell(self, **news: Any) -> None:
+        """From now on, of the job."""
+        self.job = self.job.model_copy(update=news)
 
 
 class Jobs:
@@ -132,23 +138,23 @@ class Jobs:
         if self._lock is not None:
             self._lock.close()
 
-    async def create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> Job:
+    async def create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> JobTold:
         """The new job, or the one that this owner's idempotency key began. Raises JobConflict or TooManyJobs."""
         await self._wait_until_ours()
         return await asyncio.shield(self._create(order, owner, idempotency_key))  # whole, though the client goes
 
-    async def all(self, owner: str) -> list[Job]:
+    async def all(self, owner: str) -> list[JobTold]:
         """The owner's jobs, the newest first."""
         await self._wait_until_ours()
-        found = [record for record in self._records.values() if record.job.owner == owner]
+        found = [record for record in self._records.values() if record.owner == owner]
         found.sort(key=lambda record: record.job.created, reverse=True)
         return [await self._told(record) for record in found]
 
-    async def get(self, job_id: str, owner: str) -> Job:
+    async def get(self, job_id: str, owner: str) -> JobTold:
         """Raises KeyError."""
         return await self._told(await self._find(job_id, owner))
 
-    async def cancel(self, job_id: str, owner: str) -> Job:
+    async def cancel(self, job_id: str, owner: str) -> JobTold:
         """Stops it; images that are done stay. A job that has ended stays as it is. Raises KeyError."""
         record = await self._find(job_id, owner)
         task = self._at_work.get(job_id)
@@ -221,11 +227,11 @@ class Jobs:
     async def _find(self, job_id: str, owner: str) -> _Record:
         await self._wait_until_ours()
         record = self._records[job_id]
-        if record.job.owner != owner:
+        if record.owner != owner:
             raise KeyError(job_id)
         return record
 
-    async def _create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> Job:
+    async def _create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> JobTold:
         digest = await asyncio.to_thread(_digest, order)
         async with self._one_at_a_time:
             job_id = secrets.token_hex(16) if idempotency_key is None else keyed_id(owner, idempotency_key)
@@ -233,12 +239,12 @@ class Jobs:
                 if known.digest != digest:
                     raise JobConflict("this Idempotency-Key came with another order before; take a new one")
                 return await self._told(known)
-            jobs = [record.job for record in self._records.values() if record.job.owner == owner]
+            jobs = [record.job for record in self._records.values() if record.owner == owner]
             if sum(job.finished is None for job in jobs) >= self._limits.jobs:
                 raise TooManyJobs(f"{self._limits.jobs} jobs of this key are unfinished; wait for one, or cancel one")
-            job = Job(
+            unknown: dict[str, Any] = dict.fromkeys(_LATER)
+            job = JobTold(
                 id=job_id,
-                owner=owner,
                 state="queued",
                 model=order.model.name,
                 sha256=order.model.sha256,
@@ -246,9 +252,10 @@ class Jobs:
                 total=len(order.rows),
                 done=0,
                 created=time.time(),
+                **unknown,
                 request=dict(order.request),
             )
-            record = _Record(job, order.config, order.model.classes.codes, digest)
+            record = _Record(job, owner, order.config, order.model.classes.codes, digest)
             try:
                 await asyncio.to_thread(self._write, record, order)
             except (OSError, ConfigError) as error:
@@ -265,14 +272,14 @@ class Jobs:
             if not waiting:
                 return
             record = min(waiting, key=self._turn)
-            record.job = replace(record.job, state="running", started=record.job.started or time.time())
+            record.tell(state="running", started=record.job.started or time.time())
             record.can_stop = True
             self._at_work[record.job.id] = asyncio.create_task(self._work(record))
 
     def _turn(self, record: _Record) -> tuple[Any, ...]:
         """What was begun before a restart, then the owner who has least at work and has waited longest."""
         job = record.job
-        same = [other.job for other in self._records.values() if other.job.owner == job.owner]
+        same = [other.job for other in self._records.values() if other.owner == record.owner]
         at_work = sum(other.state == "running" for other in same)
         return job.started is None, at_work, max(other.started or 0 for other in same), job.created
 
@@ -306,14 +313,12 @@ class Jobs:
 
     async def _end(self, record: _Record, state: JobState, done: int, detail: str | None) -> None:
         rate = _rate(record, done)
-        record.job = replace(
-            record.job, state=state, done=done, detail=detail, finished=time.time(), images_per_second=rate
-        )
+        record.tell(state=state, done=done, detail=detail, finished=time.time(), images_per_second=rate)
         await self._save(record)
         self._at_work.pop(record.job.id, None)
         self._begin_next()
 
-    async def _told(self, record: _Record) -> Job:
+    async def _told(self, record: _Record) -> JobTold:
         if record.job.started is None or record.job.finished is not None:
             return record.job
         done = await asyncio.to_thread(self._images(record.job.id).count)
@@ -322,7 +327,7 @@ class Jobs:
             return job
         rate = _rate(record, done)
         left = (job.total - done) / rate if rate else None
-        return replace(job, done=done, images_per_second=rate, seconds_left=left)
+        return job.model_copy(update={"done": done, "images_per_second": rate, "seconds_left": left})
 
     def _line(self, error: M2DError, record: _Record) -> str:
         """An error of `generate` for a client: no paths of this machine, no advice on a command line."""
@@ -356,14 +361,14 @@ class Jobs:
                 continue
             try:
                 read = json.loads((place / "job.json").read_text(encoding="utf-8"))
-                record = _Record(
-                    Job(**read["job"]), _config_of(read["config"]), tuple(read["classes"]), str(read["digest"])
-                )
+                job = JobTold(**read["job"])
+                config, classes = _config_of(read["config"]), tuple(read["classes"])
+                record = _Record(job, str(read["job"]["owner"]), config, classes, str(read["digest"]))
             except (OSError, KeyError, TypeError, ValueError, M2DError) as error:
                 logger.error("%s cannot be read (%s), so this job is left out", place / "job.json", error)
                 continue
             if record.job.state == "running":
-                record.job = replace(record.job, state="queued")
+                record.tell(state="queued")
             records[record.job.id] = record
         return records
 
@@ -409,7 +414,8 @@ def _digest(order: JobOrder) -> str:
 
 
 def _json(record: _Record) -> str:
-    kept = {"job": asdict(record.job), "config": asdict(record.config), "classes": record.classes}
+    job = record.job.model_dump(exclude={"object"}) | {"owner": record.owner}
+    kept = {"job": job, "config": asdict(record.config), "classes": record.classes}
     return json.dumps(kept | {"digest": record.digest}, indent=1)
 
 

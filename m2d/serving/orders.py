@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from m2d.classes import ClassSet
 from m2d.errors import M2DError
 from m2d.generation.plan import PlanRow
@@ -111,25 +113,26 @@ class JobOrder:
     request: Mapping[str, Any] = field(default_factory=dict)  # what the client sent, to be told again
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A job as it is told to its owner."""
+class JobTold(BaseModel):
+    """A job."""
+
+    model_config = ConfigDict(frozen=True)
 
     id: str  # not to be guessed
-    owner: str  # name of the key
+    object: Literal["job"] = "job"
     state: JobState
     model: str
-    sha256: str
-    counts: dict[str, int]  # images by class code
+    sha256: str = Field(description="of the checkpoint")
+    counts: dict[str, int] = Field(description="images by class")
     total: int
     done: int
-    created: float  # Unix times
-    started: float | None = None
-    finished: float | None = None
-    images_per_second: float | None = None  # since it was last started
-    seconds_left: float | None = None
-    detail: str | None = None  # why it failed or is incomplete
-    request: dict[str, Any] = field(default_factory=dict)
+    created: float = Field(description="Unix time, as the two below")
+    started: float | None
+    finished: float | None
+    images_per_second: float | None = Field(description="since it was last started")
+    seconds_left: float | None
+    detail: str | None = Field(description="why it failed or is incomplete")
+    request: dict[str, Any] = Field(description="what was ordered")
 
 
 class JobConflict(M2DError):

@@ -18,7 +18,7 @@ from pydantic.json_schema import models_json_schema
 from m2d.classes import ClassSet
 from m2d.diffusion.settings import Solver
 from m2d.errors import ConfigError
-from m2d.generation.plan import digest_of, plan_of, rows_of, sums_of, targets
+from m2d.generation.plan import Mode, digest_of, plan_of, rows_of, sums_of, targets
 from m2d.generation.references import Reference
 from m2d.generation.settings import Feature, GenerateConfig
 from m2d.serving.orders import JobOrder, ModelCard, Order
@@ -28,7 +28,6 @@ from m2d.serving.settings import ServingLimits
 if TYPE_CHECKING:
     from m2d.serving.uploads import Upload
 
-Mode = Literal["standard", "image2image", "interpolate"]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 _Word = Annotated[str, Field(min_length=1, max_length=200)]
 _Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]

@@ -29,7 +29,7 @@ from m2d.generation.run import generate
 from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.serving.engine import describe
 from m2d.serving.jobs import Jobs, Run
-from m2d.serving.orders import Job, JobConflict, JobOrder, Overloaded, TooManyJobs
+from m2d.serving.orders import JobConflict, JobOrder, JobTold, Overloaded, TooManyJobs
 from m2d.serving.settings import ServingLimits
 from tests.serving.job_bench import Bench, run_in_thread
 
@@ -75,25 +75,25 @@ async def serving(folder: Path, run: Run, limits: ServingLimits | None = None) -
         await jobs.stop()
 
 
-async def until(jobs: Jobs, job: Job, is_so: Callable[[Job], bool]) -> Job:
+async def until(jobs: Jobs, job: JobTold, is_so: Callable[[JobTold], bool], owner: str = "ann") -> JobTold:
     deadline = time.monotonic() + 300
-    while not is_so(found := await jobs.get(job.id, job.owner)):
+    while not is_so(found := await jobs.get(job.id, owner)):
         assert time.monotonic() < deadline, found
         await asyncio.sleep(0.02)
     return found
 
 
-async def ended(jobs: Jobs, job: Job) -> Job:
-    return await until(jobs, job, lambda found: found.finished is not None)
+async def ended(jobs: Jobs, job: JobTold, owner: str = "ann") -> JobTold:
+    return await until(jobs, job, lambda found: found.finished is not None, owner)
 
 
-async def ids(jobs: Jobs, job: Job) -> list[str]:
-    rows, _ = await jobs.entries(job.id, job.owner, 0, 1000)
+async def ids(jobs: Jobs, job: JobTold) -> list[str]:
+    rows, _ = await jobs.entries(job.id, "ann", 0, 1000)
     return [row["id"] for row in rows]
 
 
-async def archive(jobs: Jobs, job: Job) -> bytes:
-    return b"".join([piece async for piece in jobs.archive(job.id, job.owner)])
+async def archive(jobs: Jobs, job: JobTold, owner: str = "ann") -> bytes:
+    return b"".join([piece async for piece in jobs.archive(job.id, owner)])
 
 
 def pixels(png: bytes) -> np.ndarray:
@@ -219,9 +219,9 @@ async def test_owners_take_turns_and_see_their_own_jobs_alone(tmp_path: Path, or
         with pytest.raises(KeyError):
             await jobs.entries(ann[0].id, "bob", 0, 1)
         with pytest.raises(KeyError):
-            await archive(jobs, replace(ann[0], owner="bob"))
+            await archive(jobs, ann[0], "bob")
         bench.allow(100)
-        await asyncio.gather(*(ended(jobs, job) for job in (*ann, *bob)))
+        await asyncio.gather(*(ended(jobs, job) for job in ann), *(ended(jobs, job, "bob") for job in bob))
     assert bench.begun == [ann[0].id, bob[0].id, ann[1].id, bob[1].id, ann[2].id]
 
 
@@ -240,7 +240,7 @@ async def test_an_idempotency_key_is_one_job_of_its_owner_whatever_happens(
             await jobs.create(order({"MEL": 2}), "ann", "monday")
         other = await jobs.create(order({"MEL": 2}), "bob", "monday")
         assert other.id != job.id
-        await ended(jobs, other)
+        await ended(jobs, other, "bob")
     assert bench.begun == [job.id, other.id]
 
 
@@ -270,7 +270,7 @@ async def test_the_next_service_waits_for_the_folder_and_goes_on(
             await new.get(running.id, "ann")
         await old.stop()
         bench.allow(100)
-        assert [(await ended(new, job)).done for job in (running, waiting)] == [6, 2]
+        assert [(await ended(new, running)).done, (await ended(new, waiting, "bob")).done] == [6, 2]
         assert (await new.get(running.id, "ann")).started == pytest.approx(running.created, abs=1)
     assert bench.begun == [running.id, running.id, waiting.id]  # what was begun goes first
     assert sorted(bench.drawn) == sorted([*(f"MEL_{n:06d}" for n in range(6)), "MEL_000000", "MEL_000001"])
@@ -422,7 +422,7 @@ def test_a_server_killed_with_a_job_half_done_and_started_again_gives_every_imag
 ) -> None:
     asked = order({"MEL": 20, "DF": 20}, steps=4)
 
-    async def place(folder: Path) -> Job:
+    async def place(folder: Path) -> JobTold:
         async with serving(folder, bench) as jobs:
             return await jobs.create(asked, "ann", "the same")
 
