@@ -26,7 +26,7 @@ from m2d.models.checkpoint import CARD_FILES, Checkpoint
 from m2d.models.published import HUB
 from m2d.training.settings import TrainConfig, as_dict
 
-SAMPLES = "samples.png"
+CARD, SAMPLES = "README.md", "samples.png"
 # Where files are and how a run is shown says nothing of the model.
 _OF_PLACES = ("data_root", "experiments_dir", "cache_dir", "init_checkpoint", "name", "fresh", "verbose", "dry_run")
 _OF_DISPLAY = ("use_wandb", "wandb", "ray.", "telemetry.", "saving.")

@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 
 from m2d import __version__
 from m2d.errors import ConfigError, first_line
-from m2d.export.card import TEMPLATES, read_evaluation
-from m2d.export.folders import CARD
+from m2d.export.card import CARD, TEMPLATES, read_evaluation
 from m2d.export.settings import ExportConfig
 from m2d.files.atomic import mark_complete
 from m2d.generation.output import JOURNAL_NAME, MANIFEST_NAME, RECORD_NAME, read_pngs

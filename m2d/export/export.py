@@ -9,8 +9,11 @@ Of a folder of generated images it makes a data set instead, see m2d.export.data
 """
 
 import json
+import shutil
 import tempfile
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,11 @@ from torch import Tensor, nn
 from m2d import __version__
 from m2d.errors import ConfigError, first_line
 from m2d.export.bundle import one_file
-from m2d.export.card import SAMPLES, experiment_record, write_card
+from m2d.export.card import CARD, SAMPLES, experiment_record, write_card
 from m2d.export.conditioning import Conditioning
 from m2d.export.dataset import is_generated, write_dataset
-from m2d.export.folders import new_folder
 from m2d.export.settings import ExportConfig
-from m2d.files.atomic import mark_complete
+from m2d.files.atomic import COMPLETE, PARTIAL, mark_complete, to_disk
 from m2d.files.paths import absolute, result_path
 from m2d.files.progress import say
 from m2d.models.checkpoint import WEIGHTS, Checkpoint, hold_checkpoint, load_checkpoint, save_tensors, write_info
@@ -62,11 +64,49 @@ def deliver(config: ExportConfig, write: Callable[[Path, str], None], kind: str 
         return _send(config, write, kind)
     place = Path(absolute(result_path("to", config.to)))
     inside = place.is_relative_to(Path.cwd())  # a card names no folder of this machine
-    with new_folder(place) as folder:
+    with _new_folder(place) as folder:
         write(folder, (place.relative_to(Path.cwd()) if inside else Path(place.name)).as_posix())
     files = [file for file in place.rglob("*") if file.is_file()]
     print(f"{len(files):,} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB, in {place}")
     return place
+
+
+@contextmanager
+def _new_folder(place: Path) -> Iterator[Path]:
+    """Yields a hidden folder beside `place`, which becomes it at the end; an earlier export there is replaced.
+
+    Raises ConfigError for anything else that is there, and where the disk refuses.
+    """
+    _refuse_others(place)
+    hidden = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    try:
+        hidden.mkdir(parents=True)
+        yield hidden
+        old = hidden.with_name(f"{hidden.name}.old")
+        if place.exists():
+            place.rename(old)
+        hidden.rename(place)
+        shutil.rmtree(old, ignore_errors=True)
+        to_disk(place.parent)
+    except OSError as error:
+        raise ConfigError(
+            f"to: {error.filename or place} cannot be written ({error.strerror}); name another place"
+        ) from None
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _refuse_others(place: Path) -> None:
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    try:
+        ours = set(json.loads((place / COMPLETE).read_text(encoding="utf-8"))["files"]) | {COMPLETE}
+        there = {file.relative_to(place).as_posix() for file in place.rglob("*") if not file.is_dir()}
+        if CARD in ours and there <= ours and not place.is_symlink():
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"to: {place} is there and is no unchanged export of M2D; name a new folder, or remove it")
 
 
 def _send(config: ExportConfig, write: Callable[[Path, str], None], kind: str) -> str:

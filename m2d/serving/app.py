@@ -60,11 +60,14 @@ _DESCRIPTION = """Labelled synthetic dermoscopy images on demand. Every image sa
 manifest row that it is synthetic, and which checkpoint, seed and settings made it. Not for diagnosis."""
 
 
-def create_app(service: Service, config: ServeConfig) -> FastAPI:
-    """The whole of the HTTP side. Raises ConfigError where the file of keys cannot be used."""
+def create_app(service: Service, config: ServeConfig, *, behind_serve: bool = False) -> FastAPI:
+    """The whole of the HTTP side. Raises ConfigError where the file of keys cannot be used.
+
+    behind_serve: Serve's proxy adds to the answer the X-Request-ID that it handed on.
+    """
     mimetypes.add_type("text/javascript", ".js")  # some systems' tables say otherwise, and modules then do not load
     app = FastAPI(title="M2D", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None)
-    install(app, config)
+    install(app, config, behind_serve=behind_serve)
     access = Access(config)
     desk = Desk(service, access, config.limits)
     app.state.desk = desk

@@ -155,7 +155,6 @@ class Engine:
         self.passes = 0  # of batches through the solver
         self.images = 0  # made and kept
         self._generator, self._gates, self._config, self._executor = generator, gates, config, executor
-        self._batch_size = config.batch_size
         self._reference = None if gates.reference is None else GateReference.load(gates.reference)
         self._signing = signing_of(config.sign, config.sign_key)
         self._weak = frozenset(generator.checkpoint.prior.weak if generator.checkpoint.prior else ())
@@ -212,16 +211,6 @@ class Engine:
             self._end(under, Overloaded("the model is being replaced; ask again"))
         self._held.close()
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        """Those at work, see active_gates."""
-        return self._gates.names
-
-    @property
-    def batch_size(self) -> int:
-        """Images at once; lower than was asked for where these did not fit the device."""
-        return self._batch_size
-
     def stats(self) -> dict[str, float]:
         """Plain numbers, for metrics."""
         on_gpu = self._generator.device.type == "cuda"
@@ -230,7 +219,7 @@ class Engine:
             "orders": len(self._orders),
             "passes": self.passes,
             "images": self.images,
-            "batch_size": self._batch_size,
+            "batch_size": self._generator.batch_size,
             "batch_fill": sum(self._fills) / len(self._fills) if self._fills else 0.0,
             "pass_seconds": self._seconds,
             "gpu_memory_bytes": torch.cuda.memory_reserved(self._generator.device) if on_gpu else 0,
@@ -310,7 +299,7 @@ class Engine:
         without them, small and large batches would take turns for good. Solver settings take turns: a large order
         keeps one of other settings waiting for a pass, not for all of its own.
         """
-        company, key = self._batch_size, None
+        company, key = self._generator.batch_size, None
         while self._waiting:
             if len(self._waiting) < company:
                 if self._finishing:
@@ -318,10 +307,10 @@ class Engine:
                 await asyncio.sleep(self._config.batch_wait_s)
             keys = [batch_key(sample.row) for sample in self._waiting]  # the oldest first
             key = next((other for other in keys if other != key), key)
-            batch = [sample for sample in self._waiting if batch_key(sample.row) == key][: self._batch_size]
+            batch = [sample for sample in self._waiting if batch_key(sample.row) == key][: self._generator.batch_size]
             self._waiting = [sample for sample in self._waiting if sample not in batch]
             await self._pass(batch)
-            company = min(len(batch), self._batch_size)
+            company = min(len(batch), self._generator.batch_size)
 
     async def _pass(self, batch: Sequence[_Sample]) -> None:
         """Draw a batch. Where that fails, each order's samples are drawn alone, and who fails alone is told so."""
@@ -330,7 +319,7 @@ class Engine:
         if not batch:
             return
         self.passes += 1
-        self._fills.append(len(batch) / self._batch_size)
+        self._fills.append(len(batch) / self._generator.batch_size)
         began = time.monotonic()
         try:
             made = await loop.run_in_executor(self._executor, self._draw_batch, batch, loop)
@@ -338,12 +327,12 @@ class Engine:
             for sample in batch:
                 self._again(sample)
             if len(batch) > 1:
-                self._batch_size = self._generator.batch_size = len(batch) // 2
+                self._generator.batch_size = len(batch) // 2
                 logger.warning(
                     "%d images at once do not fit %s; from now on %d",
                     len(batch),
                     self._generator.device,
-                    self._batch_size,
+                    self._generator.batch_size,
                 )
                 self._enqueue(batch)
                 return

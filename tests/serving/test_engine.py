@@ -545,7 +545,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_one_that_never_fi
     monkeypatch.setattr(Generator, "denoise", denoise)
     with caplog.at_level(logging.WARNING):
         assert same_images(drawn(engine, order(card, 8))[0], expected)
-    assert engine.batch_size == 2
+    assert engine.stats()["batch_size"] == 2
     assert len(caplog.records) == 2  # 8 to 4, 4 to 2
     room = 0
     with pytest.raises(ConfigError, match="not even one image"):
