@@ -104,7 +104,7 @@ def _image_routes(desk: Desk) -> APIRouter:
         """
         form = _form_of(request)
         content, uploads = await read_order(request, desk.limits)
-        order = await _planned(desk, asked.parse(asked.ImageRequest, content), uploads)
+        order = await _planned(desk, asked.ImageRequest.model_validate(content), uploads)
         if form == _PNG and len(order.rows) != 1:
             raise Problem(406, f"image/png is one image, and {len(order.rows)} are asked for; accept {_ZIP} or {_JSON}")
         drawing = desk.take(order, caller)
@@ -193,7 +193,7 @@ def _openai_routes(desk: Desk) -> APIRouter:
     async def generate(request: Request, caller: Annotated[Caller, Depends(desk.access)]) -> Response:
         """For OpenAI's clients as they are: the prompt names a class by its code, or by its English or Chinese name."""
         content, uploads = await read_order(request, desk.limits)
-        ask = asked.parse(asked.OpenAIRequest, content)
+        ask = asked.OpenAIRequest.model_validate(content)
         card = asked.pick_model(await desk.service.models(), ask.model)
         size = f"{card.image_size}x{card.image_size}"
         if ask.size not in (None, "auto", size):
@@ -207,7 +207,7 @@ def _openai_routes(desk: Desk) -> APIRouter:
             **ask.model_dump(include={"seed", "steps", "guidance_scale"}),
             "partial_images": ask.partial_images or 0,
         }
-        order = await _planned(desk, asked.parse(asked.ImageRequest, own), uploads)
+        order = await _planned(desk, asked.ImageRequest.model_validate(own), uploads)
         drawing = desk.take(order, caller)
         if ask.stream:
             await drawing.begin()
@@ -286,7 +286,7 @@ def _model_routes(service: Service, access: Access, config: ServeConfig) -> APIR
         if not caller.is_operator:
             raise Problem(403, "this key is not an operator's; make one by `serve keys add NAME --operator`")
         content, _ = await read_order(request, config.limits)
-        ask = asked.parse(asked.ModelRequest, content)
+        ask = asked.ModelRequest.model_validate(content)
         try:
             card = await service.add_model(ask.checkpoint, ask.name)
         except CheckpointError as error:

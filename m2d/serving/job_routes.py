@@ -89,7 +89,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
     ) -> JobTold:
         """Jobs wait for each other and survive the server. The same Idempotency-Key again is the same job."""
         content, uploads = await read_order(request, config.limits)
-        ask = asked.parse(asked.JobRequest, content)
+        ask = asked.JobRequest.model_validate(content)
         card = asked.pick_model(await service.models(), ask.model)
         order = await to_thread.run_sync(asked.plan_job, ask, card, uploads, config.limits)
         job, is_new = await asyncio.shield(ordered(order, caller, idempotency_key))
@@ -167,15 +167,9 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
 
 def _as_served(order: JobOrder, config: ServeConfig) -> JobOrder:
     """With the settings that are the service's, kept with the job so that a restart with others changes nothing."""
-    own = replace(
-        order.config,
-        gates=config.gates,
-        batch_size=config.batch_size,
-        device=config.device,
-        mixed_precision=config.mixed_precision,
-        extractor_weights=config.extractor_weights,
-    )
-    return replace(order, config=own)
+    names = ("gates", "batch_size", "device", "mixed_precision", "extractor_weights")
+    own: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return replace(order, config=replace(order.config, **own))
 
 
 @contextmanager

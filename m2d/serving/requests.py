@@ -9,10 +9,9 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from m2d.classes import ClassSet
@@ -28,7 +27,6 @@ from m2d.serving.settings import ServingLimits
 if TYPE_CHECKING:
     from m2d.serving.uploads import Upload
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
 _Word = Annotated[str, Field(min_length=1, max_length=200)]
 _Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
 _Count = Annotated[int, Field(ge=0)]
@@ -284,16 +282,6 @@ def schemas(limits: ServingLimits) -> dict[str, Any]:
             number = properties[counted].get("anyOf", [properties[counted]])[0]
             number["maximum"] = limits.images
     return found
-
-
-def parse(kind: type[ModelT], content: Any) -> ModelT:
-    """A checked request. Raises RequestValidationError."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise RequestValidationError(
-            [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
-        ) from None
 
 
 def pick_model(models: Sequence[ModelCard], name: str | None) -> ModelCard:
