@@ -31,20 +31,16 @@ from m2d.generation.plan import make_plan, rows_of
 from m2d.generation.run import generate
 from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.serving import drawing
-from m2d.serving.access import Caller, keys_command
+from m2d.serving.access import Caller
 from m2d.serving.app import create_app
 from m2d.serving.drawing import Desk
 from m2d.serving.orders import Drawn
 from m2d.serving.requests import ImageRequest, JobRequest, class_in, plan_images, plan_job
-from m2d.serving.settings import KeysConfig, ServeConfig, ServingLimits
+from m2d.serving.settings import ServeConfig, ServingLimits
 from m2d.serving.uploads import Upload
-from tests.serving.conftest import LocalService
+from tests.serving.conftest import LocalService, new_key, pixels
 
 ORDER = {"class": "MEL", "seed": 7, "steps": 3}
-
-
-def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)), np.int16)
 
 
 def pngs(answer: Any) -> list[bytes]:
@@ -527,17 +523,12 @@ def test_the_documents_need_no_other_host(client: TestClient) -> None:
 
 @pytest.fixture
 def keyed(
-    service: Any,
-    config: ServeConfig,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    service: Any, config: ServeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[TestClient, dict[str, dict[str, str]]]]:
     """A service with keys, and the headers of a user and an operator."""
-    file, headers = tmp_path / "keys.json", {}
-    for name, operator in (("user", False), ("operator", True)):
-        keys_command(KeysConfig(words=["add", name], keys=str(file), operator=operator))
-        headers[name] = {"Authorization": f"Bearer {capsys.readouterr().out.strip()}"}
+    file = tmp_path / "keys.json"
+    keys = {name: new_key(file, name, operator=name == "operator") for name in ("user", "operator")}
+    headers = {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
     root = str(Path(config.checkpoint[0]).parent)
     keyed_config = replace(config, keys=str(file), directory=str(tmp_path), checkpoints_root=root)
     monkeypatch.setattr(service, "config", keyed_config)

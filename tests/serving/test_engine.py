@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import hashlib
-import io
 import json
 import logging
 import shutil
@@ -19,7 +18,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from tiny_references import SixFeatures, write_photograph
 
 from m2d.errors import CheckpointError, ConfigError, DataError, Incomplete
@@ -34,6 +32,7 @@ from m2d.models.checkpoint import load_checkpoint
 from m2d.serving.engine import Engine, describe
 from m2d.serving.orders import Drawn, Event, ModelCard, Order, Preview, Progress, Refused
 from m2d.serving.settings import ServeConfig
+from tests.serving.conftest import pixels
 
 Draw = Callable[[Order], AsyncIterator[Event]]
 
@@ -127,11 +126,6 @@ async def left_after(engine: Engine, wanted: Order, steps: int) -> None:
 def images_of(events: Sequence[Event]) -> list[np.ndarray]:
     finished = sorted((event for event in events if isinstance(event, Drawn)), key=lambda event: event.index)
     return [pixels(event.png) for event in finished]
-
-
-def pixels(png: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(png)) as image:
-        return np.array(image).astype(int)
 
 
 def same_images(first: Sequence[Event], second: Sequence[Event]) -> bool:
@@ -288,17 +282,6 @@ def test_clients_that_ask_again_end_up_in_one_batch(engine: Engine, card: ModelC
     before = engine.passes
     asyncio.run(six_clients())
     assert engine.passes - before == 6
-
-
-def test_the_event_loop_goes_on_while_the_device_is_at_work(engine: Engine, card: ModelCard, gate: Gate) -> None:
-    async def beside() -> int:
-        order_under_way = asyncio.create_task(events_of(engine, order(card)))
-        await gate.reached()
-        assert engine.stats()["orders"] == 1
-        gate.open()
-        return len(images_of(await order_under_way))
-
-    assert asyncio.run(beside()) == 1
 
 
 # --- the images of the bulk job

@@ -31,6 +31,7 @@ from m2d.serving.engine import describe
 from m2d.serving.jobs import Jobs, Run
 from m2d.serving.orders import JobConflict, JobOrder, JobTold, Overloaded, TooManyJobs
 from m2d.serving.settings import ServingLimits
+from tests.serving.conftest import pixels
 from tests.serving.job_bench import Bench, run_in_thread
 
 pytestmark = pytest.mark.anyio
@@ -58,11 +59,6 @@ def order(checkpoint: Path) -> JobSettings:
         return JobOrder(model=card, config=config, rows=tuple(rows), request={"counts": counts, "seed": seed})
 
     return plan
-
-
-@pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(monkeypatch)
 
 
 @asynccontextmanager
@@ -94,11 +90,6 @@ async def ids(jobs: Jobs, job: JobTold) -> list[str]:
 
 async def archive(jobs: Jobs, job: JobTold, owner: str = "ann") -> bytes:
     return b"".join([piece async for piece in jobs.archive(job.id, owner)])
-
-
-def pixels(png: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(png)) as image:
-        return np.array(image)
 
 
 async def test_a_job_makes_the_images_of_a_generate_run(tmp_path: Path, order: JobSettings, bench: Bench) -> None:
