@@ -350,9 +350,8 @@ def test_what_is_kept_of_references_is_bounded(
 
 
 def test_a_row_whose_extractor_is_not_there_is_a_one_line_error(checkpoint: Checkpoint, references: ByClass) -> None:
-    with pytest.raises(ConfigError, match="given no extractor") as caught:
+    with pytest.raises(ConfigError, match=r"^[^\n]*given no extractor[^\n]*$"):
         images_of(checkpoint, from_images(references, 0.5))
-    assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="have 5 dimensions"):
         Generator(checkpoint, device="cpu", extractor=SixFeatures(dim=5))
 
@@ -369,9 +368,8 @@ def test_a_checkpoint_with_a_prior_uses_it_unless_told_otherwise(
     picked = [pick_feature(feature, prior_checkpoint) for feature in (None, "none", "prior")]  # type: ignore[arg-type]
     assert [*picked, pick_feature(None, checkpoint)] == ["prior", "none", "prior", "none"]
     for call in (lambda: pick_feature("prior", checkpoint), lambda: images_of(checkpoint, PRIOR_ROWS)):
-        with pytest.raises(ConfigError, match=r"step_1000 holds no feature prior; leave --feature out") as caught:
+        with pytest.raises(ConfigError, match=r"^[^\n]*step_1000 holds no feature prior; leave --feature out[^\n]*$"):
             call()
-        assert "\n" not in str(caught.value)
 
 
 def test_a_class_that_the_prior_does_not_know_is_a_one_line_error(prior_checkpoint: Checkpoint) -> None:
@@ -644,9 +642,8 @@ def test_rounding_is_to_the_nearest_level_and_clips() -> None:
 def test_a_model_that_gives_nan_is_a_one_line_error(checkpoint: Checkpoint) -> None:
     broken = replace(checkpoint, autoencoder=copy.deepcopy(checkpoint.autoencoder))
     torch.nn.init.constant_(broken.autoencoder.vae.decoder.conv_out.bias, float("nan"))
-    with pytest.raises(CheckpointError, match="not finite numbers") as caught:
+    with pytest.raises(CheckpointError, match=r"^[^\n]*not finite numbers[^\n]*$"):
         images_of(broken)
-    assert "\n" not in str(caught.value)
 
 
 def test_torch_takes_no_more_threads_than_a_containers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -665,9 +662,8 @@ def test_a_device_that_is_not_there_is_a_one_line_error() -> None:
     with pytest.raises(ConfigError, match="device is nonsense"):
         pick_device("nonsense")
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="device is cuda, which cannot be used here") as caught:
+        with pytest.raises(ConfigError, match=r"^[^\n]*device is cuda, which cannot be used here[^\n]*$"):
             pick_device("cuda")
-        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.gpu

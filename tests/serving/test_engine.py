@@ -565,9 +565,8 @@ def test_the_card_says_what_the_checkpoint_is(card: ModelCard, checkpoint: Path)
 def test_another_checkpoint_than_the_card_s_is_refused_in_one_line(
     card: ModelCard, config: ServeConfig, executor: ThreadPoolExecutor
 ) -> None:
-    with pytest.raises(CheckpointError, match="000000000000 is to be served") as caught:
+    with pytest.raises(CheckpointError, match=r"^[^\n]*000000000000 is to be served[^\n]*$"):
         Engine.load(replace(card, sha256="0" * 64), config, executor)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_is_in_use_until_its_engine_is_closed(
