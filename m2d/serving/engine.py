@@ -323,24 +323,18 @@ class Engine:
         began = time.monotonic()
         try:
             made = await loop.run_in_executor(self._executor, self._draw_batch, batch, loop)
-        except torch.OutOfMemoryError:
-            for sample in batch:
-                self._again(sample)
-            if len(batch) > 1:
-                self._generator.batch_size = len(batch) // 2
-                logger.warning(
-                    "%d images at once do not fit %s; from now on %d",
-                    len(batch),
-                    self._generator.device,
-                    self._generator.batch_size,
-                )
-                self._enqueue(batch)
-                return
-            self._end(batch[0].of, ConfigError("not even one image at once fits the memory of the device"))
-            return
         except Exception as error:
-            for sample in batch:
-                self._again(sample)
+            for sample in batch:  # their attempts are to be repeated
+                sample.of.done -= sample.done
+                sample.done = 0
+            if isinstance(error, torch.OutOfMemoryError):
+                device, half = self._generator.device, len(batch) // 2
+                if half:
+                    self._generator.batch_size = half
+                    logger.warning("%d images at once do not fit %s; from now on %d", len(batch), device, half)
+                    self._enqueue(batch)
+                    return
+                error = ConfigError("not even one image at once fits the memory of the device")
             orders = list(dict.fromkeys(sample.of for sample in batch))
             if len(orders) == 1:
                 self._end(orders[0], error)
@@ -356,11 +350,6 @@ class Engine:
             self._seconds += time.monotonic() - began
         for part in failed:
             await self._pass(part)
-
-    def _again(self, sample: _Sample) -> None:
-        """Its attempt is to be repeated."""
-        sample.of.done -= sample.done
-        sample.done = 0
 
     def _draw_batch(
         self, batch: Sequence[_Sample], loop: asyncio.AbstractEventLoop
