@@ -83,9 +83,8 @@ def create_app(service: Service, config: ServeConfig, *, behind_serve: bool = Fa
 
 def _image_routes(desk: Desk) -> APIRouter:
     router = APIRouter()
-    binary = {"schema": {"type": "string", "format": "binary"}}
     names = ["started", "progress", "preview", "image", "refused", "done", "error"]
-    contents = {_ZIP: binary, _PNG: binary, **_events_schema(names)}
+    contents = {_ZIP: asked.BINARY, _PNG: asked.BINARY, **_events_schema(names)}
 
     @router.post(
         "/v1/images",

@@ -21,7 +21,6 @@ from m2d.serving.settings import ServeConfig
 from m2d.serving.uploads import read_order
 
 _TAR, _PNG = "application/x-tar", "image/png"
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
 
 
 class JobList(BaseModel):
@@ -42,7 +41,7 @@ class JobImages(BaseModel):
 
 def create_router(service: Service, access: Access, config: ServeConfig) -> APIRouter:
     """All routes below /v1/jobs."""
-    router = APIRouter(prefix="/v1/jobs")
+    router = APIRouter(prefix="/v1/jobs", responses=documented(401, 403, 500, 503))
     caller_of = Annotated[Caller, Depends(access)]
     one_at_a_time = asyncio.Lock()  # so that no image is counted, or given back, twice
 
@@ -78,7 +77,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         response_model=JobTold,
         responses={
             200: {"model": JobTold, "description": "The job that this Idempotency-Key began"},
-            **documented(400, 401, 403, 404, 409, 413, 415, 422, 429, 500, 503),
+            **documented(400, 404, 409, 413, 415, 422, 429),
         },
     )
     async def create(
@@ -98,22 +97,18 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         response.headers["Location"] = f"{router.prefix}/{job.id}"
         return job
 
-    @router.get("", summary="This key's jobs", response_model=JobList, responses=documented(401, 403, 500, 503))
+    @router.get("", summary="This key's jobs", response_model=JobList)
     async def all_jobs(caller: caller_of) -> dict[str, Any]:
         """The newest first."""
         return {"data": await service.jobs.all(caller.name)}
 
-    @router.get(
-        "/{job_id}", summary="How far a job is", response_model=JobTold, responses=documented(401, 403, 404, 500, 503)
-    )
+    @router.get("/{job_id}", summary="How far a job is", response_model=JobTold, responses=documented(404))
     async def one(job_id: str, caller: caller_of) -> JobTold:
         """Its state, and how much of it is done."""
         with _or_404():
             return await service.jobs.get(job_id, caller.name)
 
-    @router.delete(
-        "/{job_id}", summary="Stop a job", response_model=JobTold, responses=documented(401, 403, 404, 500, 503)
-    )
+    @router.delete("/{job_id}", summary="Stop a job", response_model=JobTold, responses=documented(404))
     async def cancel(job_id: str, caller: caller_of) -> JobTold:
         """Images that are done stay. A job that has ended stays as it is."""
         with _or_404():
@@ -123,7 +118,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         "/{job_id}/images",
         summary="A job's images, page by page",
         response_model=JobImages,
-        responses=documented(401, 403, 404, 422, 500, 503),
+        responses=documented(404, 422),
     )
     async def images(
         job_id: str,
@@ -142,7 +137,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         "/{job_id}/images/{image_id}",
         summary="An image",
         response_class=Response,
-        responses={200: {"content": {_PNG: _BINARY}}, **documented(401, 403, 404, 500, 503)},
+        responses={200: {"content": {_PNG: asked.BINARY}}, **documented(404)},
     )
     async def image(job_id: str, image_id: str, caller: caller_of) -> Response:
         """With what made it in its text chunks."""
@@ -153,7 +148,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         "/{job_id}/archive",
         summary="All images of a job",
         response_class=StreamingResponse,
-        responses={200: {"content": {_TAR: _BINARY}}, **documented(401, 403, 404, 500, 503)},
+        responses={200: {"content": {_TAR: asked.BINARY}}, **documented(404)},
     )
     async def archive(job_id: str, caller: caller_of) -> StreamingResponse:
         """Those that are done, as a tar in WebDataset's layout: <id>.png, <id>.cls, <id>.json."""

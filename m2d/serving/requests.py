@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _Word = Annotated[str, Field(min_length=1, max_length=200)]
 _Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
 _Count = Annotated[int, Field(ge=0)]
+BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}  # content of an answer
 _COPIED = {"mode", "feature_temperature", "strength", "steps_between", "solver", "steps", "guidance_scale"}
 
 
@@ -259,8 +260,7 @@ def body_of(kind: type[BaseModel], *files: str, many: bool = False) -> dict[str,
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if files:
-        file: dict[str, Any] = {"type": "string", "format": "binary"}
-        one = {"type": "array", "items": file} if many else file
+        one = {"type": "array", "items": BINARY["schema"]} if many else BINARY["schema"]
         properties = {"request": schema, **dict.fromkeys(files, one)}
         form = {"type": "object", "properties": properties, "required": ["request"], "additionalProperties": False}
         encoding = {"request": {"contentType": "application/json"}}
