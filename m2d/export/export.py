@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import diffusers
+import torch
 from torch import Tensor, nn
 
 from m2d import __version__
 from m2d.errors import ConfigError, first_line
+from m2d.export import pipeline
 from m2d.export.bundle import one_file
 from m2d.export.card import CARD, SAMPLES, experiment_record, write_card
 from m2d.export.conditioning import Conditioning
@@ -246,3 +248,19 @@ def _draw_samples(path: Path, checkpoint: Checkpoint, config: ExportConfig, titl
         f"Synthetic images, not patients. Seed {config.seed}, {checkpoint.image_size} x {checkpoint.image_size} px."
     )
     contact_sheet(of_class, title=title, caption=caption, classes=classes).save(path, format="PNG")
+
+
+class M2DPipeline(pipeline.M2DPipeline):
+    """`from m2d import M2DPipeline`: the pipeline of any checkpoint of M2D, by M2D's own classes."""
+
+    @classmethod
+    def from_pretrained(
+        cls, location: str, *, dtype: torch.dtype | None = None, torch_dtype: torch.dtype | None = None, **_: Any
+    ) -> Self:
+        """Of a checkpoint directory, exported or not, a name in weights/, or hub:USER/NAME; no remote code is run.
+
+        dtype, or torch_dtype: of the U-Net; the rest is computed in float32. Raises an M2DError.
+        """
+        checkpoint = load_checkpoint(checkpoint_path("checkpoint", str(location)))
+        unet = checkpoint.denoiser.unet.to(dtype or torch_dtype or torch.float32)
+        return cls(unet=unet, vae=checkpoint.autoencoder.vae, conditioning=conditioning_of(checkpoint))

@@ -331,11 +331,8 @@ class Jobs:
 
     def _line(self, error: M2DError, record: _Record) -> str:
         """An error of `generate` for a client: no paths of this machine, no advice on a command line."""
-        text = (
-            str(error)
-            .replace(f"{self._folder / record.job.id}/", "")
-            .replace(record.config.checkpoint, record.job.model)
-        )
+        place = f"{self._folder / record.job.id}/"
+        text = str(error).replace(place, "").replace(record.config.checkpoint, record.job.model)
         text = _PATH.sub(lambda found: Path(found[0]).name, text)
         text = " ".join(text.split())
         text = text.rpartition("; ")[0] or text
