@@ -19,7 +19,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import requests
@@ -36,20 +35,6 @@ from m2d.serving.client import Client
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 300
-
-
-@dataclass(frozen=True)
-class Load:
-    """So many clients at once."""
-
-    clients: int
-    images_per_s: float
-    share: float  # of the generator's own rate
-    p50_s: float  # of a request
-    p95_s: float
-    requests: int
-    healthz_p50_ms: float  # asked once in 0.1 s meanwhile
-    healthz_p99_ms: float
 
 
 def main(
@@ -80,39 +65,30 @@ def main(
     with tempfile.TemporaryDirectory(prefix="m2d-bench-") as folder:
         place = checkpoint or str(written(random_checkpoint(preset), Path(folder) / "random/checkpoints/best"))
         before = direct_rate(place, batch_size, steps, seconds / 2)
-        found = []
         with served(place, batch_size, Path(folder) / "serving") as url:
             Client(url).images(Client(url).models()[0]["classes"][0]["code"], 1, steps=steps)
             measured = [(number, *measure(url, number, count, steps, seconds)) for number in clients]
         rate = statistics.mean([before, after := direct_rate(place, batch_size, steps, seconds / 2)])
+    rows = []  # requests: seconds of each; /healthz was asked once in 0.1 s meanwhile
     for number, images, latencies, health in measured:
         cuts, pulse = statistics.quantiles(latencies, n=20), statistics.quantiles(health, n=100)
-        found.append(
-            Load(
-                clients=number,
-                images_per_s=images / seconds,
-                share=images / seconds / rate,
-                p50_s=cuts[9],
-                p95_s=cuts[18],
-                requests=len(latencies),
-                healthz_p50_ms=1000 * pulse[49],
-                healthz_p99_ms=1000 * pulse[98],
-            )
-        )
+        row = {"clients": number, "images_per_s": images / seconds, "share": images / seconds / rate}
+        row |= {"p50_s": cuts[9], "p95_s": cuts[18], "requests": len(latencies)}
+        rows.append(row | {"healthz_p50_ms": 1000 * pulse[49], "healthz_p99_ms": 1000 * pulse[98]})
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {threads} thread(s)"
     print(f"{device}; batch size {batch_size}, {steps} steps, {count} image(s) a request, {seconds:g} s a row")
     print(f"the generator called directly: {before:.2f} images/s before, {after:.2f} after")
     print(
         "| clients | images/s | share of direct | p50, s | p95, s | /healthz p50, p99, ms |\n|---|---|---|---|---|---|"
     )
-    for row in found:
+    for row in rows:
         print(
-            f"| {row.clients} | {row.images_per_s:.2f} | {row.share:.0%} | {row.p50_s:.2f} | {row.p95_s:.2f} "
-            f"| {row.healthz_p50_ms:.0f}, {row.healthz_p99_ms:.0f} |"
+            "| {clients} | {images_per_s:.2f} | {share:.0%} | {p50_s:.2f} | {p95_s:.2f} "
+            "| {healthz_p50_ms:.0f}, {healthz_p99_ms:.0f} |".format(**row)
         )
     if output is not None:
         setting = {"device": device, "batch_size": batch_size, "steps": steps, "count": count, "seconds": seconds}
-        record = setting | {"preset": checkpoint or preset, "direct": [before, after], "rows": [*map(asdict, found)]}
+        record = setting | {"preset": checkpoint or preset, "direct": [before, after], "rows": rows}
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 

@@ -9,5 +9,5 @@ def __getattr__(name: str) -> Any:
     if name == "M2DPipeline":  # heavy
         from pkgutil import resolve_name
 
-        return resolve_name("m2d.export.loading:M2DPipeline")
+        return resolve_name("m2d.export.export:M2DPipeline")
     raise AttributeError(f"module {__name__} has no attribute {name}")

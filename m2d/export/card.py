@@ -6,6 +6,7 @@ What is not recorded is left out or said to be unknown; nothing is made up.
 import json
 from collections import Counter
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from m2d import __version__
+from m2d.errors import ConfigError, first_line
 from m2d.experiment import Experiment
 from m2d.experiments.details import duration_text
 from m2d.experiments.record import Record, flat, read_record
-from m2d.export.evaluated import Evaluated, read_evaluation
 from m2d.export.settings import ExportConfig
 from m2d.generation.output import RECORD_NAME
 from m2d.models.checkpoint import CARD_FILES, Checkpoint
 from m2d.models.published import HUB
 from m2d.training.settings import TrainConfig, as_dict
 
-SAMPLES = "samples.png"
+CARD, SAMPLES = "README.md", "samples.png"
 # Where files are and how a run is shown says nothing of the model.
 _OF_PLACES = ("data_root", "experiments_dir", "cache_dir", "init_checkpoint", "name", "fresh", "verbose", "dry_run")
 _OF_DISPLAY = ("use_wandb", "wandb", "ray.", "telemetry.", "saving.")
@@ -35,10 +36,19 @@ _MEASURES = {
     "val/velocity_mse": "error of the velocity (lower is better)",
 }
 _LICENSES = {"cc-by-nc-4.0", "cc-by-4.0", "cc0-1.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0", "mit", "apache-2.0"}
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("m2d.export", "."), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
 )
-_TEMPLATES.filters["grouped"] = lambda number: "–" if number is None else f"{number:,}"
+TEMPLATES.filters["grouped"] = lambda number: "–" if number is None else f"{number:,}"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What of an evaluation.json a card tells."""
+
+    verdicts: list[str]  # sentences, with their intervals
+    lines: list[str]
+    images: list[dict[str, Any]]  # of each set: name, images and lesions by class
 
 
 def experiment_record(checkpoint: Path) -> Record | None:
@@ -74,7 +84,7 @@ def write_card(
         "settings": _settings(info.config),
         "effort": _effort(record, checkpoint.step),
         "measures": _measures(record, checkpoint.step),
-        "evaluated": _evaluated(config.evaluation, record, checkpoint.sha256),
+        "evaluated": _newest_evaluation(config.evaluation, record, checkpoint.sha256),
         "degraded": run.get("degraded") or [],
         "has_prior": checkpoint.prior is not None,
         "weak": list(checkpoint.prior.weak) if checkpoint.prior else [],
@@ -84,7 +94,7 @@ def write_card(
         "version": __version__,
     }
     for name in CARD_FILES:
-        template = _TEMPLATES.get_template({"README.md": "card.md.jinja"}.get(name, f"{name}.jinja"))
+        template = TEMPLATES.get_template({"README.md": "card.md.jinja"}.get(name, f"{name}.jinja"))
         (folder / name).write_text(template.render(facts), encoding="utf-8")
 
 
@@ -163,7 +173,7 @@ def _measures(record: Record | None, step: int) -> list[tuple[str, str]]:
     ]
 
 
-def _evaluated(given: str | None, record: Record | None, sha256: str) -> Evaluated | None:
+def _newest_evaluation(given: str | None, record: Record | None, sha256: str) -> Evaluated | None:
     """The evaluation that is given, or the newest one of images that this very checkpoint made in its experiment."""
     places = [Path(given).expanduser()] if given else []
     if record is not None and not given:
@@ -181,3 +191,51 @@ def _made_by(generated: Path, sha256: str) -> bool:
         record = json.loads((generated / RECORD_NAME).read_text(encoding="utf-8"))
         return bool(record.get("recipe", record).get("checkpoint") == sha256)
     return False
+
+
+def read_evaluation(file: Path) -> Evaluated:
+    """Raises ConfigError for a file that is none."""
+    try:
+        return _evaluated(json.loads(file.expanduser().read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"evaluation: {file} cannot be read as an evaluation.json ({first_line(error)}); name another one"
+        ) from None
+
+
+def _evaluated(document: dict[str, Any]) -> Evaluated:
+    verdicts = [f"{one['classifier']}: {one['verdict']['sentence']}" for one in document.get("worth") or []]
+    verdicts = verdicts or [
+        f"{one['classifier']}: {one['verdict']['sentence']}" for one in document.get("downstream") or []
+    ]
+    lines = []
+    for fidelity in (document.get("fidelity") or [])[:1]:
+        of_all = {row["comparison"]: row for row in fidelity["rows"] if row["label"] == "all"}
+        said = {"generated": "generated images", "autoencoder": "reconstructions", "unseen": "unseen real images"}
+        told = [
+            f"{text} {of_all[name]['kernel_distance']:.3f} (standard error {of_all[name]['kernel_distance_se']:.3f})"
+            for name, text in said.items()
+            if name in of_all and of_all[name].get("kernel_distance") is not None
+        ]
+        lines += (
+            [f"Kernel distance to the training images, features of {fidelity['extractor']}: {', '.join(told)}."]
+            if told
+            else []
+        )
+    consistency = document.get("consistency") or {}
+    if made := consistency.get("mean_agreement"):
+        real = consistency["mean_recall_of_real"]
+        lines.append(
+            "A classifier of real images finds the asked class in "
+            f"{_share(made)} of the generated images, and the diagnosis in {_share(real)} of unseen real ones (means "
+            "over the classes)."
+        )
+    if memorization := document.get("memorization"):
+        lines.append(f"Memorisation: {memorization['verdict']}.")
+    if privacy := document.get("privacy"):
+        lines.append(f"Privacy of the training lesions: {privacy['verdict']}.")
+    return Evaluated(verdicts, lines, document.get("images") or [])
+
+
+def _share(estimate: dict[str, float]) -> str:
+    return "{value:.0%} [{low:.0%}, {high:.0%}]".format(**estimate)

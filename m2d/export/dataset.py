@@ -1,4 +1,4 @@
-"""Generated images as an image folder of Hugging Face `datasets`, with a data sheet. Light: no torch.
+"""Generated images as an image folder of Hugging Face `datasets`, with a data sheet.
 
 CLASS/ID.png  metadata.csv     one row an image: file_name, label, and what shaped it
 certificates.pem               of images that are signed by a self-made one
@@ -12,14 +12,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m2d import __version__
 from m2d.errors import ConfigError, first_line
-from m2d.export.evaluated import read_evaluation
-from m2d.export.folders import CARD
+from m2d.export.card import CARD, TEMPLATES, read_evaluation
 from m2d.export.settings import ExportConfig
 from m2d.files.atomic import mark_complete
 from m2d.generation.output import JOURNAL_NAME, MANIFEST_NAME, RECORD_NAME, read_pngs
@@ -29,9 +27,6 @@ _COLUMNS = (
     "seed", "mode", "feature", "solver", "steps", "guidance_scale", "strength", "gates", "nearest_distance",
     "class_distance", "feature_weak", "sha256",
 )  # fmt: skip
-_TEMPLATES = jinja2.Environment(
-    loader=jinja2.PackageLoader("m2d.export", "."), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-)
 
 
 def is_generated(place: str) -> bool:
@@ -74,7 +69,7 @@ def write_dataset(folder: Path, config: ExportConfig, generated: Path, title: st
         "evaluated": evaluated,
         "version": __version__,
     }
-    sheet = _TEMPLATES.get_template("datasheet.md.jinja").render(facts)
+    sheet = TEMPLATES.get_template("datasheet.md.jinja").render(facts)
     (folder / CARD).write_text(sheet, encoding="utf-8")
     mark_complete(folder)
 

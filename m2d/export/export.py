@@ -9,26 +9,32 @@ Of a folder of generated images it makes a data set instead, see m2d.export.data
 """
 
 import json
-from collections.abc import Callable
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import diffusers
+import torch
 from torch import Tensor, nn
 
 from m2d import __version__
+from m2d.errors import ConfigError, first_line
+from m2d.export import pipeline
 from m2d.export.bundle import one_file
-from m2d.export.card import SAMPLES, experiment_record, write_card
+from m2d.export.card import CARD, SAMPLES, experiment_record, write_card
 from m2d.export.conditioning import Conditioning
 from m2d.export.dataset import is_generated, write_dataset
-from m2d.export.folders import new_folder
 from m2d.export.settings import ExportConfig
-from m2d.files.atomic import mark_complete
+from m2d.files.atomic import COMPLETE, PARTIAL, mark_complete, to_disk
 from m2d.files.paths import absolute, result_path
 from m2d.files.progress import say
 from m2d.models.checkpoint import WEIGHTS, Checkpoint, hold_checkpoint, load_checkpoint, save_tensors, write_info
-from m2d.models.published import HUB, checkpoint_path, own_name
+from m2d.models.published import HUB, checkpoint_path, own_name, repository
 from m2d.training.ema import with_length
 
 INDEX = "model_index.json"
@@ -57,16 +63,89 @@ def export(config: ExportConfig) -> Path | str:
 def deliver(config: ExportConfig, write: Callable[[Path, str], None], kind: str = "model") -> Path | str:
     """To the folder or the repository that `to` names. write: (empty folder, its name for users) -> its files."""
     if config.to.startswith(HUB):
-        from m2d.export.hub import send
-
-        return send(config, write, kind)
+        return _send(config, write, kind)
     place = Path(absolute(result_path("to", config.to)))
     inside = place.is_relative_to(Path.cwd())  # a card names no folder of this machine
-    with new_folder(place) as folder:
+    with _new_folder(place) as folder:
         write(folder, (place.relative_to(Path.cwd()) if inside else Path(place.name)).as_posix())
     files = [file for file in place.rglob("*") if file.is_file()]
     print(f"{len(files):,} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB, in {place}")
     return place
+
+
+@contextmanager
+def _new_folder(place: Path) -> Iterator[Path]:
+    """Yields a hidden folder beside `place`, which becomes it at the end; an earlier export there is replaced.
+
+    Raises ConfigError for anything else that is there, and where the disk refuses.
+    """
+    _refuse_others(place)
+    hidden = place.with_name(f".{place.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    try:
+        hidden.mkdir(parents=True)
+        yield hidden
+        old = hidden.with_name(f"{hidden.name}.old")
+        if place.exists():
+            place.rename(old)
+        hidden.rename(place)
+        shutil.rmtree(old, ignore_errors=True)
+        to_disk(place.parent)
+    except OSError as error:
+        raise ConfigError(
+            f"to: {error.filename or place} cannot be written ({error.strerror}); name another place"
+        ) from None
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _refuse_others(place: Path) -> None:
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    try:
+        ours = set(json.loads((place / COMPLETE).read_text(encoding="utf-8"))["files"]) | {COMPLETE}
+        there = {file.relative_to(place).as_posix() for file in place.rglob("*") if not file.is_dir()}
+        if CARD in ours and there <= ours and not place.is_symlink():
+            return
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise ConfigError(f"to: {place} is there and is no unchanged export of M2D; name a new folder, or remove it")
+
+
+def _send(config: ExportConfig, write: Callable[[Path, str], None], kind: str) -> str:
+    """To the hub, by its client's own token. Returns its address, or with dry_run the location asked for.
+
+    Files that the repository has already are not sent again. Raises ConfigError where the hub refuses, CheckpointError
+    for a location that names no repository.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    name, revision = repository("to", config.to)
+    with tempfile.TemporaryDirectory(prefix="m2d-export-") as made:
+        folder = Path(made)
+        write(folder, name)
+        if config.dry_run:
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            for file in files:
+                print(f"{file.stat().st_size:>12,}  {file.relative_to(folder)}")
+            size = sum(file.stat().st_size for file in files)
+            print(f"would send {len(files)} files, {size / 1e6:.1f} MB, to {name}")
+            return config.to
+        api, of = HfApi(), dict[str, Any](repo_type=kind)
+        try:
+            address = api.create_repo(name, private=config.private or None, exist_ok=True, **of)
+            if revision is not None:
+                api.create_branch(name, branch=revision, exist_ok=True, **of)
+            api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message="Export by M2D", **of)
+        except LocalTokenNotFoundError:
+            raise ConfigError(f"to: {name}: there is no token; log in by hf auth login, or set HF_TOKEN") from None
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise ConfigError(
+                f"to: {name} cannot be sent ({first_line(error)}); check network and token (hf auth login), then run "
+                "again"
+            ) from None
+    print(f"sent to {address}")
+    return str(address)
 
 
 def write_export(
@@ -174,3 +253,19 @@ def _draw_samples(path: Path, checkpoint: Checkpoint, config: ExportConfig, titl
         f"Synthetic images, not patients. Seed {config.seed}, {checkpoint.image_size} x {checkpoint.image_size} px."
     )
     contact_sheet(of_class, title=title, caption=caption, classes=classes).save(path, format="PNG")
+
+
+class M2DPipeline(pipeline.M2DPipeline):
+    """`from m2d import M2DPipeline`: the pipeline of any checkpoint of M2D, by M2D's own classes."""
+
+    @classmethod
+    def from_pretrained(
+        cls, location: str, *, dtype: torch.dtype | None = None, torch_dtype: torch.dtype | None = None, **_: Any
+    ) -> Self:
+        """Of a checkpoint directory, exported or not, a name in weights/, or hub:USER/NAME; no remote code is run.
+
+        dtype, or torch_dtype: of the U-Net; the rest is computed in float32. Raises an M2DError.
+        """
+        checkpoint = load_checkpoint(checkpoint_path("checkpoint", str(location)))
+        unet = checkpoint.denoiser.unet.to(dtype or torch_dtype or torch.float32)
+        return cls(unet=unet, vae=checkpoint.autoencoder.vae, conditioning=conditioning_of(checkpoint))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,7 +16,7 @@ from joblib import cpu_count
 from torch import Tensor, nn
 
 from m2d.data.views import apply_view
-from m2d.diffusion.solver import AutoguidedVelocity, GuidedVelocity, HeldVelocity, Watch, keep_rows, solve
+from m2d.diffusion.solver import AutoguidedVelocity, GuidedVelocity, HeldVelocity, Watch, solve
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation.plan import PlanRow, seed_of
 from m2d.generation.references import Pasted, read_pasted, read_reference, read_region, require_dim
@@ -85,6 +85,7 @@ class Generator:
         self._compiled = compile
         if compile:
             self.denoiser.unet.compile(mode=compile_mode, dynamic=False)  # two shapes: guided, which is twice, and not
+        self.uploads: Mapping[str, bytes] = {}  # name -> file of a reference; of any other the name is its place
         self._latents: dict[str | Pasted, Tensor] = {}
         self._features: dict[str | Pasted, Tensor] = {}
 
@@ -126,7 +127,8 @@ class Generator:
     def denoise(self, rows: Sequence[PlanRow], watch: Watch | None = None) -> Tensor:
         """Normalised latents at t = 0, float32 [B, C, h, w] on the device, of one of the `batches`.
 
-        watch: as of `solve`; the latents are then of the rows that stayed. At strength 0 there is no step to watch.
+        watch: as of `solve`, where nothing is compiled, whose shapes must not change; the latents are then of the rows
+        that stayed. At strength 0 there is no step to watch.
         """
         row, wanted = rows[0], len(rows)
         start_time, steps = start_of(row)
@@ -153,29 +155,9 @@ class Generator:
             velocity = AutoguidedVelocity(self, self.guide, context, of_guide, scale, interval)
         if row.mask is not None and clean is not None:
             velocity = HeldVelocity(velocity, self._region(rows), noise - clean)
-        staying = list(range(wanted))
-        narrow = None if watch is None else partial(self._narrow, watch, velocity, staying)
+        narrow = None if watch is None else partial(_narrow, watch, velocity)
         grid: dict[str, Any] = {"steps": steps, "shift": self.time_shift, "start_time": start_time}
-        latents = solve(velocity, latents, solver=row.solver, watch=narrow, **grid)
-        return keep_rows(latents, staying) if self._compiled and watch else latents[:wanted]
-
-    def _narrow(
-        self,
-        watch: Watch,
-        velocity: GuidedVelocity | AutoguidedVelocity | HeldVelocity,
-        staying: list[int],
-        step: int,
-        clean: Tensor,
-    ) -> Sequence[int] | None:
-        """What the solver's watch returns. staying: rows of a compiled batch, whose shape must not change."""
-        kept = watch(step, keep_rows(clean, staying) if self._compiled else clean)
-        if kept is None:
-            return None
-        if not self._compiled:
-            velocity.keep(kept)
-            return kept
-        staying[:] = [staying[row] for row in kept]
-        return None if staying else []
+        return solve(velocity, latents, solver=row.solver, watch=narrow, **grid)[:wanted]
 
     def velocity(self, x_t: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """d x_t / d t, [B, C, h, w] in x_t's type, by the U-Net in its own. context: [B, L, Dc], in the U-Net's type.
@@ -278,12 +260,10 @@ class Generator:
         self, inputs: Sequence[str | Pasted], kept: dict[str | Pasted, Tensor], compute: Callable[[Tensor], Tensor]
     ) -> Tensor:
         """compute(uint8 [n, 3, H, W]) -> [n, ...] for each input image, each computed once while it is kept."""
-        missing, size = [one for one in dict.fromkeys(inputs) if one not in kept], self.checkpoint.image_size
+        missing = [one for one in dict.fromkeys(inputs) if one not in kept]
         for first in range(0, len(missing), self.batch_size):
             part = missing[first : first + self.batch_size]
-            pixels = np.stack(
-                [read_reference(one, size) if isinstance(one, str) else read_pasted(one, size) for one in part]
-            )
+            pixels = np.stack([self._read(one) for one in part])
             kept.update(zip(part, compute(torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2)), strict=True))
         values = torch.stack([kept[one] for one in inputs])
         for one in dict.fromkeys(inputs):
@@ -291,6 +271,10 @@ class Generator:
         for one in list(kept)[:-_REFERENCES_KEPT]:
             del kept[one]
         return values
+
+    def _read(self, one: str | Pasted) -> np.ndarray:
+        size = self.checkpoint.image_size
+        return read_pasted(one, size) if isinstance(one, Pasted) else read_reference(one, size, self.uploads.get(one))
 
 
 def batch_key(row: PlanRow) -> tuple[Any, ...]:
@@ -413,6 +397,16 @@ def _input_of(row: PlanRow) -> str | Pasted:
 def _noise_of(row: PlanRow, shape: tuple[int, int, int]) -> Tensor:
     noise = noise_for(row.seed, shape)
     return noise if row.seed_b is None else slerp(noise, noise_for(row.seed_b, shape), row.position or 0)
+
+
+def _narrow(
+    watch: Watch, velocity: GuidedVelocity | AutoguidedVelocity | HeldVelocity, step: int, clean: Tensor
+) -> Sequence[int] | None:
+    """What the watch returns, once the velocity knows it too."""
+    kept = watch(step, clean)
+    if kept is not None:
+        velocity.keep(kept)
+    return kept
 
 
 def _with_unet_in(dtype: torch.dtype, denoiser: Denoiser, device: torch.device) -> Denoiser:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from m2d.models.checkpoint import CheckpointInfo
 
 Mode = Literal["standard", "image2image", "interpolate"]
+ByClass = Mapping[str, Sequence[Reference]]  # input images by class code, none without
 _SHOWN_REJECTED = 10
 _STRENGTH_STEP = 0.05  # between strengths that are drawn, for images of one strength share batches
 _FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -175,45 +176,55 @@ def make_plan(
         paths = {path for name in _FILES for path in table[name].to_pylist() if path is not None}
         return Planned(table, digest_of(table, read_sha256(paths)))
     classes = config.class_codes(known) if config.classes is not None else None
-    sums: dict[str, str] = {}
 
-    def references(setting: str) -> dict[str, tuple[Reference, ...]]:
+    def references(setting: str) -> ByClass:
         found = read_references(getattr(config, setting), classes=classes, known=known, setting=setting)
         _say_rejected(setting, found.rejected)
         return found.by_class
 
-    shared: dict[str, Any] = {"run_seed": config.seed, "sampling": config}
-    drawn: dict[str, Any] = {**shared, "feature": feature, "feature_temperature": config.feature_temperature}
+    starts: list[ByClass] = []
+    counts: Mapping[str, int] = {}  # walks count for themselves
     before = counted = None
     if config.mode == "image2image":
-        chosen = references("init_images")
+        starts = [references("init_images")]
         if config.masks is not None:
-            chosen = masked_references(config.masks, chosen)
-        _add_sums(sums, chosen)
-        table = image2image_plan(chosen, num_samples=config.num_samples, strength=config.strength, **drawn)
+            starts = [masked_references(config.masks, *starts)]
+        counts = dict.fromkeys(starts[0], config.num_samples)
     elif config.mode == "interpolate":
-        a, b = references("reference_images"), references("reference_images_b")
-        _add_sums(sums, a, b)
-        table = interpolation_plan(a, b, steps_between=config.steps_between, **shared)
+        starts = [references("reference_images"), references("reference_images_b")]
     elif config.mode == "balance":
         before = class_counts(catalog, None if config.balance_split == "all" else config.balance_split)
         counted = {"to": config.to, "split": config.balance_split, "catalog": catalog_hash(catalog)[:12]}
-        wanted = targets(before, config.to, classes)
-        if training is None:
-            table = standard_plan(wanted, **drawn)
-        else:
+        counts = targets(before, config.to, classes)
+        if training is not None:
             counted["from"] = config.balance_from
-            flips = config.balance_from == "flips"
             if config.masks is None:
-                parents = training_references(*training, wanted, run_seed=config.seed)
+                starts = [training_references(*training, counts, run_seed=config.seed)]
             else:
-                parents = pasted_references(*training, config.masks, wanted, run_seed=config.seed, alone=flips)
-            _add_sums(sums, parents)
-            table = image2image_plan(parents, num_samples=wanted, strength=0 if flips else config.strength, **drawn)
-            table = _in_views(table) if flips else table
+                alone = config.balance_from == "flips"
+                starts = [pasted_references(*training, config.masks, counts, run_seed=config.seed, alone=alone)]
     else:
-        table = standard_plan(dict.fromkeys(config.class_codes(known), config.num_samples), **drawn)
+        counts = dict.fromkeys(config.class_codes(known), config.num_samples)
+    table = plan_of(config, feature, counts, starts)
+    sums = sums_of(starts)
     return Planned(table, digest_of(table, sums) if sums else None, counted, before)
+
+
+def plan_of(config: GenerateConfig, feature: Feature, counts: Mapping[str, int], starts: Sequence[ByClass]) -> pa.Table:
+    """The rows that a mode has.
+
+    feature: decided, never None. counts: images of each class. starts: the images that others start from, both ends of
+    walks, or none.
+    """
+    shared: dict[str, Any] = {"run_seed": config.seed, "sampling": config}
+    if config.mode == "interpolate":
+        return interpolation_plan(*starts, steps_between=config.steps_between, **shared)
+    shared |= {"feature": feature, "feature_temperature": config.feature_temperature}
+    if not starts:
+        return standard_plan(counts, **shared)
+    flips = config.balance_from == "flips"
+    table = image2image_plan(*starts, num_samples=counts, strength=0 if flips else config.strength, **shared)
+    return _in_views(table) if flips else table
 
 
 def targets(counts: Mapping[str, int], to: str, classes: Iterable[str] | None = None) -> dict[str, int]:
@@ -312,7 +323,7 @@ def standard_plan(
 
 
 def image2image_plan(
-    references: Mapping[str, Sequence[Reference]],
+    references: ByClass,
     *,
     num_samples: int | Mapping[str, int],
     strength: float | str,
@@ -391,7 +402,7 @@ def training_references(
     return chosen
 
 
-def masked_references(folder: str, references: Mapping[str, Sequence[Reference]]) -> dict[str, tuple[Reference, ...]]:
+def masked_references(folder: str, references: ByClass) -> dict[str, tuple[Reference, ...]]:
     """Those that have a mask in a folder, with it. Raises DataError where a class has none."""
     masks = read_masks(folder, [(one.path, one.sha256, None) for found in references.values() for one in found])
     masked = {
@@ -463,8 +474,8 @@ def _place(root: str, path: str) -> str:
 
 
 def interpolation_plan(
-    references: Mapping[str, Sequence[Reference]],
-    references_b: Mapping[str, Sequence[Reference]],
+    references: ByClass,
+    references_b: ByClass,
     *,
     steps_between: int,
     run_seed: int,
@@ -634,13 +645,11 @@ def check_plan(plan: pa.Table, where: str = "plan", classes: Sequence[str] = ISI
         )
 
 
-def _add_sums(sums: dict[str, str], *found: Mapping[str, Sequence[Reference]]) -> None:
-    """The sha256 of every file that these are made of, by its path."""
-    images = [image for by_class in found for images in by_class.values() for image in images]
-    for image in [*images, *(image.skin for image in images if image.skin is not None)]:
-        for file in (image, image.mask):
-            if file is not None:
-                sums[file.path] = file.sha256
+def sums_of(starts: Sequence[ByClass]) -> dict[str, str]:
+    """The sha256 of every file that input images are made of, by its path."""
+    images = [image for by_class in starts for images in by_class.values() for image in images]
+    images += [image.skin for image in images if image.skin is not None]
+    return {file.path: file.sha256 for image in images for file in (image, image.mask) if file is not None}
 
 
 def _say_rejected(setting: str, rejected: Sequence[tuple[str, str]]) -> None:

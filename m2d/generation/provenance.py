@@ -128,15 +128,9 @@ def forget_key(folder: Path) -> None:
 
 def _usable(chain: Path, key: Path) -> Signing:
     """Raises ConfigError unless a picture that these sign proves sound."""
-    from cryptography import x509
     from cryptography.hazmat.primitives import hashes
 
-    try:
-        own = x509.load_pem_x509_certificates(chain.read_bytes())[0]
-    except OSError as error:
-        raise ConfigError(f"sign: {chain} cannot be read ({error.strerror}); name a PEM file of certificates") from None
-    except ValueError as error:
-        raise ConfigError(f"sign: {chain} holds no certificates in PEM ({first_line(error)})") from None
+    own = read_certificates("sign", chain)[1][0]
     signing = Signing(chain=chain, key=key, sha256=own.fingerprint(hashes.SHA256()).hex())
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, format="PNG")
@@ -202,17 +196,9 @@ def _key_and_chain() -> bytes:
         )
 
     def certificate(subject: str, public_key: ec.EllipticCurvePublicKey, *, is_root: bool) -> x509.Certificate:
-        usage = x509.KeyUsage(
-            digital_signature=not is_root,
-            key_cert_sign=is_root,
-            content_commitment=False,
-            key_encipherment=False,
-            data_encipherment=False,
-            key_agreement=False,
-            crl_sign=False,
-            encipher_only=False,
-            decipher_only=False,
-        )
+        others = ("content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "crl_sign")
+        no = dict.fromkeys((*others, "encipher_only", "decipher_only"), False)
+        usage = x509.KeyUsage(digital_signature=not is_root, key_cert_sign=is_root, **no)
         builder = (
             x509.CertificateBuilder()
             .subject_name(name(subject))
@@ -241,6 +227,20 @@ def _key_and_chain() -> bytes:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_certificates(setting: str, path: Path) -> tuple[bytes, list[Any]]:
+    """A PEM file, and the certificates in it. Raises ConfigError where there are none."""
+    from cryptography import x509
+
+    try:
+        pem = path.read_bytes()
+        return pem, x509.load_pem_x509_certificates(pem)
+    except OSError as error:
+        text = f"{setting}: {path} cannot be read ({error.strerror}); name a PEM file of certificates"
+        raise ConfigError(text) from None
+    except ValueError as error:
+        raise ConfigError(f"{setting}: {path} holds no certificates in PEM ({first_line(error)})") from None
 
 
 @dataclass(frozen=True, kw_only=True)

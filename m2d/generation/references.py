@@ -111,13 +111,12 @@ def read_references(
     return References(by_class={code: tuple(found[code]) for code in present}, rejected=tuple(sorted(rejected)))
 
 
-def read_reference(path: str, size: int) -> np.ndarray:
+def read_reference(path: str, size: int, content: bytes | None = None) -> np.ndarray:
     """One input image as training sees images of `size` pixels: uint8 [size, size, 3] RGB, the centre square.
 
-    Raises DataError where it cannot be read.
+    content: of the file, where it is known. Raises DataError where it cannot be read.
     """
-    filesystem, place = open_storage(path)
-    encoded = read_file((filesystem, ""), place)
+    encoded = _read(*open_storage(path)) if content is None else content
     try:
         if isinstance(encoded, str):
             raise ImageRejected(encoded)
@@ -183,7 +182,7 @@ def read_masks(folder: str, images: Collection[tuple[str, str, float | None]]) -
 
     def read(image: tuple[str, str, float | None]) -> Mask | None:
         place = place_of.get(f"{without_image_suffix(image[0].rpartition('/')[2])}{MASK_SUFFIX}")
-        encoded = None if place is None else read_file((filesystem, ""), place)
+        encoded = None if place is None else _read(filesystem, place)
         if place is None or not isinstance(encoded, bytes):
             return None
         try:
@@ -218,9 +217,13 @@ def read_sha256(paths: Collection[str]) -> dict[str, str]:
     return {path: sha256 for path, (sha256, _) in probed.items()}
 
 
+def _read(filesystem: fs.FileSystem, path: str) -> bytes | str:
+    return read_file((filesystem, ""), path)
+
+
 def _probe(filesystem: fs.FileSystem, path: str, max_pixels: int = MAX_PIXELS) -> tuple[str, str]:
     """The file's sha256, and why it cannot be used: empty where it can."""
-    encoded = read_file((filesystem, ""), path)
+    encoded = _read(filesystem, path)
     if isinstance(encoded, str):
         return "", encoded
     try:

@@ -19,7 +19,7 @@ from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError, Incomplete, first_line
 from m2d.files.paths import input_path
 from m2d.generation.output import RECORD_NAME, SHARDS, read_pngs
-from m2d.generation.provenance import OF_NOBODY, Manifest, read_manifest, require_c2pa
+from m2d.generation.provenance import OF_NOBODY, Manifest, read_certificates, read_manifest, require_c2pa
 from m2d.generation.settings import VerifyConfig
 
 _SHARD_SUFFIXES = (".tar", ".parquet")
@@ -34,7 +34,10 @@ def verify(config: VerifyConfig) -> None:
     lost its manifest, says nothing of itself or cannot be read.
     """
     require_c2pa("verify")
-    trust = None if config.trust is None else _certificates(Path(str(input_path("trust", config.trust))).expanduser())
+    trust = None
+    if config.trust is not None:
+        file = Path(input_path("trust", config.trust)).expanduser()
+        trust = read_certificates("trust", file)[0].decode(errors="replace")
     places = [Path(input_path("files", place)).expanduser() for place in config.files]
     files = {place: list(_images_below(place)) for place in places}
     for place, found in files.items():
@@ -168,16 +171,3 @@ def _contents(file: Path) -> Iterator[tuple[str, bytes | None]]:
             yield str(file), file.read_bytes()
     except (OSError, ValueError):
         yield str(file), None
-
-
-def _certificates(path: Path) -> str:
-    from cryptography import x509
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        x509.load_pem_x509_certificates(text.encode())
-    except OSError as error:
-        raise ConfigError(f"trust: {path} cannot be read ({error.strerror}); name a PEM file of certificates") from None
-    except ValueError as error:
-        raise ConfigError(f"trust: {path} holds no certificates in PEM ({first_line(error)})") from None
-    return text

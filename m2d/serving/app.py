@@ -16,9 +16,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from jinja2 import Environment, PackageLoader
-from starlette.datastructures import MutableHeaders
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
@@ -32,6 +30,7 @@ from m2d.serving.drawing import (
     NOTICE,
     Desk,
     Drawing,
+    Service,
     Streamed,
     answer,
     base64_of,
@@ -43,7 +42,7 @@ from m2d.serving.drawing import (
     zip_of,
 )
 from m2d.serving.job_routes import create_router
-from m2d.serving.orders import Drawn, Order, Preview, Refused, Service
+from m2d.serving.orders import Drawn, Order, Preview, Refused
 from m2d.serving.problems import Problem, as_problem, documented, install
 from m2d.serving.settings import ServeConfig
 from m2d.serving.uploads import Upload, read_order
@@ -61,12 +60,14 @@ _DESCRIPTION = """Labelled synthetic dermoscopy images on demand. Every image sa
 manifest row that it is synthetic, and which checkpoint, seed and settings made it. Not for diagnosis."""
 
 
-def create_app(service: Service, config: ServeConfig) -> FastAPI:
-    """The whole of the HTTP side. Raises ConfigError where the file of keys cannot be used."""
+def create_app(service: Service, config: ServeConfig, *, behind_serve: bool = False) -> FastAPI:
+    """The whole of the HTTP side. Raises ConfigError where the file of keys cannot be used.
+
+    behind_serve: Serve's proxy adds to the answer the X-Request-ID that it handed on.
+    """
     mimetypes.add_type("text/javascript", ".js")  # some systems' tables say otherwise, and modules then do not load
     app = FastAPI(title="M2D", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None)
-    install(app, config)
-    app.add_middleware(_NoStore)
+    install(app, config, behind_serve=behind_serve)
     access = Access(config)
     desk = Desk(service, access, config.limits)
     app.state.desk = desk
@@ -80,26 +81,10 @@ def create_app(service: Service, config: ServeConfig) -> FastAPI:
     return app
 
 
-class _NoStore:
-    """What a key may see is for no cache; jobs and models change."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_marked(message: Message) -> None:
-            if message["type"] == "http.response.start" and scope["path"].startswith("/v1/"):
-                MutableHeaders(scope=message)["Cache-Control"] = "no-store"
-            await send(message)
-
-        await self.app(scope, receive, send_marked)
-
-
 def _image_routes(desk: Desk) -> APIRouter:
     router = APIRouter()
-    binary = {"schema": {"type": "string", "format": "binary"}}
     names = ["started", "progress", "preview", "image", "refused", "done", "error"]
-    contents = {_ZIP: binary, _PNG: binary, **_events_schema(names)}
+    contents = {_ZIP: asked.BINARY, _PNG: asked.BINARY, **_events_schema(names)}
 
     @router.post(
         "/v1/images",
@@ -118,7 +103,7 @@ def _image_routes(desk: Desk) -> APIRouter:
         """
         form = _form_of(request)
         content, uploads = await read_order(request, desk.limits)
-        order = await _planned(desk, asked.parse(asked.ImageRequest, content), uploads)
+        order = await _planned(desk, asked.ImageRequest.model_validate(content), uploads)
         if form == _PNG and len(order.rows) != 1:
             raise Problem(406, f"image/png is one image, and {len(order.rows)} are asked for; accept {_ZIP} or {_JSON}")
         drawing = desk.take(order, caller)
@@ -207,7 +192,7 @@ def _openai_routes(desk: Desk) -> APIRouter:
     async def generate(request: Request, caller: Annotated[Caller, Depends(desk.access)]) -> Response:
         """For OpenAI's clients as they are: the prompt names a class by its code, or by its English or Chinese name."""
         content, uploads = await read_order(request, desk.limits)
-        ask = asked.parse(asked.OpenAIRequest, content)
+        ask = asked.OpenAIRequest.model_validate(content)
         card = asked.pick_model(await desk.service.models(), ask.model)
         size = f"{card.image_size}x{card.image_size}"
         if ask.size not in (None, "auto", size):
@@ -221,7 +206,7 @@ def _openai_routes(desk: Desk) -> APIRouter:
             **ask.model_dump(include={"seed", "steps", "guidance_scale"}),
             "partial_images": ask.partial_images or 0,
         }
-        order = await _planned(desk, asked.parse(asked.ImageRequest, own), uploads)
+        order = await _planned(desk, asked.ImageRequest.model_validate(own), uploads)
         drawing = desk.take(order, caller)
         if ask.stream:
             await drawing.begin()
@@ -300,7 +285,7 @@ def _model_routes(service: Service, access: Access, config: ServeConfig) -> APIR
         if not caller.is_operator:
             raise Problem(403, "this key is not an operator's; make one by `serve keys add NAME --operator`")
         content, _ = await read_order(request, config.limits)
-        ask = asked.parse(asked.ModelRequest, content)
+        ask = asked.ModelRequest.model_validate(content)
         try:
             card = await service.add_model(ask.checkpoint, ask.name)
         except CheckpointError as error:

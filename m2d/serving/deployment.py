@@ -35,8 +35,6 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from m2d.arguments import parse_arguments
 from m2d.classes import ClassSet
@@ -50,7 +48,7 @@ from m2d.generation.provenance import self_made, signing_of
 from m2d.generation.settings import SELF_MADE, GenerateConfig
 from m2d.models.published import checkpoint_path, own_name
 from m2d.serving.jobs import Jobs, make_images
-from m2d.serving.orders import Event, JobService, ModelCard, Order, Overloaded
+from m2d.serving.orders import Event, ModelCard, Order, Overloaded
 from m2d.serving.settings import ServeConfig, is_loopback, replica_range
 
 if TYPE_CHECKING:
@@ -296,24 +294,19 @@ class _Meters:
     """Numbers of a replica for Prometheus, by model."""
 
     def __init__(self) -> None:
-        gauges = {
-            "waiting": ("waiting_images", "images that wait for a batch"),
-            "orders": ("orders", "requests under way"),
-            "batch_fill": ("batch_fill", "share of the batch size that the last passes used"),
-            "gpu_memory_bytes": ("gpu_memory_bytes", "memory of the GPU that the replica holds"),
+        meters: dict[str, tuple[Any, str, str]] = {
+            "waiting": (metrics.Gauge, "waiting_images", "images that wait for a batch"),
+            "orders": (metrics.Gauge, "orders", "requests under way"),
+            "batch_fill": (metrics.Gauge, "batch_fill", "share of the batch size that the last passes used"),
+            "gpu_memory_bytes": (metrics.Gauge, "gpu_memory_bytes", "memory of the GPU that the replica holds"),
+            "images": (metrics.Counter, "images", "images made and kept"),
+            "passes": (metrics.Counter, "passes", "batches that went through the solver"),
+            "pass_seconds": (metrics.Counter, "pass_seconds", "seconds that these took"),
         }
-        counters = {
-            "images": ("images", "images made and kept"),
-            "passes": ("passes", "batches that went through the solver"),
-            "pass_seconds": ("pass_seconds", "seconds that these took"),
+        self._meters = {
+            stat: kind(f"m2d_{name}", description=told, tag_keys=("model",))
+            for stat, (kind, name, told) in meters.items()
         }
-
-        def each(kind: Any, stats: Mapping[str, tuple[str, str]]) -> dict[str, Any]:
-            return {
-                stat: kind(f"m2d_{name}", description=told, tag_keys=("model",)) for stat, (name, told) in stats.items()
-            }
-
-        self._gauges, self._counters = each(metrics.Gauge, gauges), each(metrics.Counter, counters)
         self.latency = metrics.Histogram(
             "m2d_request_seconds",
             description="from a request's arrival at the replica to its last image",
@@ -327,12 +320,12 @@ class _Meters:
         gone = {model: dict.fromkeys(before, 0.0) for model, before in self._told.items() if model not in stats}
         for model, found in {**gone, **stats}.items():
             tags, before = {"model": model}, self._told.get(model, {})
-            for stat, gauge in self._gauges.items():
-                gauge.set(found[stat], tags)
-            for stat, counter in self._counters.items():
+            for stat, meter in self._meters.items():
                 more = found[stat] - before.get(stat, 0.0)
-                if more > 0:  # of a model that was loaded again, since then
-                    counter.inc(more, tags)
+                if isinstance(meter, metrics.Gauge):
+                    meter.set(found[stat], tags)
+                elif more > 0:  # of a model that was loaded again, since then
+                    meter.inc(more, tags)
         self._told = {model: dict(found) for model, found in stats.items()}
 
 
@@ -431,26 +424,7 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> Any:
         from m2d.serving.app import create_app
 
-        app = create_app(self._service, self._config)
-        app.add_middleware(_RequestIdOnce)
-        return app
-
-
-class _RequestIdOnce:
-    """Serve's proxy adds the X-Request-ID that it handed on to the answer; the application's own would be a second."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_without(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                if headers.get("x-request-id") == Headers(scope=scope).get("x-request-id"):
-                    del headers["x-request-id"]
-            await send(message)
-
-        await self.app(scope, receive, send_without)
+        return create_app(self._service, self._config, behind_serve=True)
 
 
 @contextmanager
@@ -479,11 +453,11 @@ async def _streamed(call: Callable[[], Any]) -> AsyncIterator[Any]:
 
 
 class RayService:
-    """The Service of m2d.serving.orders, over Serve's handles."""
+    """The Service of m2d.serving.drawing, over Serve's handles."""
 
     def __init__(self, config: ServeConfig, cards: Sequence[ModelCard], models: Handle, jobs: Handle) -> None:
         """cards: of the configured checkpoints."""
-        self.jobs = cast(JobService, RemoteJobs(jobs))
+        self.jobs = cast(Jobs, RemoteJobs(jobs))
         self._config, self._models = config, models
         self._additions = Path(config.directory) / ADDITIONS
         self._configured = list(cards)
@@ -606,7 +580,7 @@ def write_addition(file: Path, configured: Sequence[ModelCard], card: ModelCard)
 
 
 class RemoteJobs:
-    """A JobService of m2d.serving.orders: each of its methods is asked of the Jobs deployment."""
+    """What m2d.serving.jobs.Jobs has for its callers: each of its methods is asked of the Jobs deployment."""
 
     def __init__(self, handle: Handle) -> None:
         self._handle = handle
@@ -615,7 +589,7 @@ class RemoteJobs:
         return partial(self._ask, what)
 
     def archive(self, job_id: str, owner: str) -> AsyncIterator[bytes]:
-        """See JobService.archive."""
+        """See Jobs.archive."""
         return _streamed(partial(self._handle.options(stream=True).archive.remote, job_id, owner))
 
     async def _ask(self, what: str, *arguments: Any) -> Any:

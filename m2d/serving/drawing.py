@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from m2d.generation.output import JOURNAL_SCHEMA, MANIFEST_NAME
 from m2d.generation.plan import without_seldom
 from m2d.serving.access import Access, Caller
+from m2d.serving.jobs import Jobs
 from m2d.serving.orders import (
     DeadlineExceeded,
     Drawn,
@@ -34,7 +35,6 @@ from m2d.serving.orders import (
     Preview,
     Progress,
     Refused,
-    Service,
 )
 from m2d.serving.problems import as_problem, failure, problem_document, request_id
 from m2d.serving.settings import ServingLimits
@@ -46,6 +46,35 @@ NOTICE = {
 HEARTBEAT_S = 10.0  # proxies close a connection that says nothing
 _AT_ONCE_S = 0.25
 _WAITING = 64  # events that a slow client has not read; then previews and progress are left out, images never
+
+
+class Service(Protocol):
+    """What the HTTP side asks of the rest."""
+
+    jobs: Jobs  # or what asks them elsewhere
+
+    async def models(self) -> list[ModelCard]:
+        """All that are served, the default first."""
+        ...
+
+    async def add_model(self, checkpoint: str, name: str | None = None) -> ModelCard:
+        """Serve a checkpoint; one of the same name is replaced once it is loaded. Raises ConfigError, CheckpointError.
+
+        checkpoint: relative to ServeConfig.checkpoints_root.
+        """
+        ...
+
+    async def is_ready(self) -> bool:
+        """Whether a model is loaded, so that an order would be begun at once."""
+        ...
+
+    def draw(self, order: Order) -> AsyncIterator[Event]:
+        """What becomes of an order; closing the iterator gives it up. Raises an M2DError."""
+        ...
+
+    async def metrics(self) -> str:
+        """In Prometheus's text format."""
+        ...
 
 
 class Desk:
@@ -270,12 +299,8 @@ def gates_entry(gates: set[str]) -> dict[str, Any]:
 
 
 def _head(order: Order) -> dict[str, Any]:
-    return {"id": order.id, "seed": order.config.seed, "model": model_entry(order.model)}
-
-
-def model_entry(card: ModelCard) -> dict[str, Any]:
-    """Which checkpoint it was."""
-    return {"id": card.name, "sha256": card.sha256, "step": card.step}
+    model = {"id": order.model.name, "sha256": order.model.sha256, "step": order.model.step}
+    return {"id": order.id, "seed": order.config.seed, "model": model}
 
 
 def base64_of(content: bytes) -> str:

@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import io
 import logging
-import tempfile
 import time
 from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from m2d.errors import CheckpointError, ConfigError, M2DError
-from m2d.files.atomic import COMPLETE, write_whole
+from m2d.files.atomic import COMPLETE
 from m2d.files.paths import checkpoint_folder
 from m2d.files.progress import say
 from m2d.generation.gates import GateReference, GatesAtWork, active_gates, prepare_gates
@@ -52,7 +51,6 @@ from m2d.models.checkpoint import (
 )
 from m2d.models.settings import require_extractor
 from m2d.serving.orders import (
-    DeadlineExceeded,
     Drawn,
     Event,
     ModelCard,
@@ -157,13 +155,10 @@ class Engine:
         self.passes = 0  # of batches through the solver
         self.images = 0  # made and kept
         self._generator, self._gates, self._config, self._executor = generator, gates, config, executor
-        self._batch_size = config.batch_size
         self._reference = None if gates.reference is None else GateReference.load(gates.reference)
         self._signing = signing_of(config.sign, config.sign_key)
         self._weak = frozenset(generator.checkpoint.prior.weak if generator.checkpoint.prior else ())
         self._held = ExitStack()
-        self.uploads = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="m2d-serving-")))
-        self._users: Counter[str] = Counter()  # of uploads
         self._orders: set[_UnderWay] = set()
         self._waiting: list[_Sample] = []  # those who came first are first
         self._samples = 0
@@ -216,16 +211,6 @@ class Engine:
             self._end(under, Overloaded("the model is being replaced; ask again"))
         self._held.close()
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        """Those at work, see active_gates."""
-        return self._gates.names
-
-    @property
-    def batch_size(self) -> int:
-        """Images at once; lower than was asked for where these did not fit the device."""
-        return self._batch_size
-
     def stats(self) -> dict[str, float]:
         """Plain numbers, for metrics."""
         on_gpu = self._generator.device.type == "cuda"
@@ -234,18 +219,17 @@ class Engine:
             "orders": len(self._orders),
             "passes": self.passes,
             "images": self.images,
-            "batch_size": self._batch_size,
+            "batch_size": self._generator.batch_size,
             "batch_fill": sum(self._fills) / len(self._fills) if self._fills else 0.0,
             "pass_seconds": self._seconds,
-            "uploads": len(self._users),
             "gpu_memory_bytes": torch.cuda.memory_reserved(self._generator.device) if on_gpu else 0,
         }
 
     async def draw(self, order: Order) -> AsyncIterator[Event]:
         """What becomes of the order's images, see orders.py. Closing the iterator gives the order up.
 
-        Raises an M2DError: DeadlineExceeded, ConfigError for a feature that the checkpoint does not have, DataError for
-        a reference that cannot be read.
+        The deadline is its caller's. Raises an M2DError: ConfigError for a feature that the checkpoint does not have,
+        DataError for a reference that cannot be read.
         """
         loop = asyncio.get_running_loop()
         rows, config = order.rows, order.config
@@ -254,12 +238,11 @@ class Engine:
             require_prior(self._generator.checkpoint).require(list(dict.fromkeys(drawn)))
         if any(row.feature == "reference" for row in rows):
             await loop.run_in_executor(self._executor, self._need_extractor)
-        by_reference = config.feature is None and config.mode in ("image2image", "interpolate")
         recipe = Recipe.of(
             config,
             checkpoint=self.card.sha256,
             precision=self._generator.precision,
-            feature=pick_feature("reference" if by_reference else config.feature, self._generator.checkpoint),
+            feature=pick_feature(config.feature or config.own_feature, self._generator.checkpoint),
             gates=self._gates.record,
             plan=order.plan,
             classes=self.card.classes.codes,
@@ -267,16 +250,8 @@ class Engine:
             sign=None if self._signing is None else self._signing.sha256,
         )
         under = _UnderWay(order=order, recipe=recipe, left=len(rows), total=sum(start_of(row)[1] for row in rows))
-        self._users.update(order.uploads.keys())
         self._orders.add(under)
-        timer = None
-        if order.deadline is not None:
-            late = DeadlineExceeded("the deadline passed before all images were made; ask for fewer, or allow longer")
-            timer = loop.call_later(max(0.0, order.deadline - time.time()), self._end, under, late)
-        writing = asyncio.create_task(asyncio.to_thread(self._write, order)) if order.uploads else None
         try:
-            if writing is not None:
-                await asyncio.shield(writing)
             self._enqueue(
                 _Sample(number=self._samples + index, of=under, index=index, row=row) for index, row in enumerate(rows)
             )
@@ -290,28 +265,7 @@ class Engine:
                     raise event
                 yield event
         finally:
-            if timer is not None:
-                timer.cancel()
             self._end(under)
-            if writing is None or writing.done():
-                self._remove(order)
-            else:
-                writing.add_done_callback(lambda _: self._remove(order))
-
-    def _write(self, order: Order) -> None:
-        try:
-            for name, content in order.uploads.items():
-                write_whole(self.uploads / name, content, durable=False)
-        except OSError as error:
-            raise Overloaded(f"references cannot be kept ({error.strerror}); ask again later", 30) from None
-
-    def _remove(self, order: Order) -> None:
-        """Its uploads, but those that others use too."""
-        self._users.subtract(order.uploads.keys())
-        for name in order.uploads:
-            if not self._users[name]:
-                del self._users[name]
-                (self.uploads / name).unlink(missing_ok=True)
 
     def _need_extractor(self) -> None:
         if self._generator.extractor is None:
@@ -345,7 +299,7 @@ class Engine:
         without them, small and large batches would take turns for good. Solver settings take turns: a large order
         keeps one of other settings waiting for a pass, not for all of its own.
         """
-        company, key = self._batch_size, None
+        company, key = self._generator.batch_size, None
         while self._waiting:
             if len(self._waiting) < company:
                 if self._finishing:
@@ -353,10 +307,10 @@ class Engine:
                 await asyncio.sleep(self._config.batch_wait_s)
             keys = [batch_key(sample.row) for sample in self._waiting]  # the oldest first
             key = next((other for other in keys if other != key), key)
-            batch = [sample for sample in self._waiting if batch_key(sample.row) == key][: self._batch_size]
+            batch = [sample for sample in self._waiting if batch_key(sample.row) == key][: self._generator.batch_size]
             self._waiting = [sample for sample in self._waiting if sample not in batch]
             await self._pass(batch)
-            company = min(len(batch), self._batch_size)
+            company = min(len(batch), self._generator.batch_size)
 
     async def _pass(self, batch: Sequence[_Sample]) -> None:
         """Draw a batch. Where that fails, each order's samples are drawn alone, and who fails alone is told so."""
@@ -365,31 +319,25 @@ class Engine:
         if not batch:
             return
         self.passes += 1
-        self._fills.append(len(batch) / self._batch_size)
+        self._fills.append(len(batch) / self._generator.batch_size)
         began = time.monotonic()
         try:
             made = await loop.run_in_executor(self._executor, self._draw_batch, batch, loop)
-        except torch.OutOfMemoryError:
-            for sample in batch:
-                self._again(sample)
-            if len(batch) > 1:
-                self._batch_size = self._generator.batch_size = len(batch) // 2
-                logger.warning(
-                    "%d images at once do not fit %s; from now on %d",
-                    len(batch),
-                    self._generator.device,
-                    self._batch_size,
-                )
-                self._enqueue(batch)
-                return
-            self._end(batch[0].of, ConfigError("not even one image at once fits the memory of the device"))
-            return
         except Exception as error:
-            for sample in batch:
-                self._again(sample)
+            for sample in batch:  # their attempts are to be repeated
+                sample.of.done -= sample.done
+                sample.done = 0
+            if isinstance(error, torch.OutOfMemoryError):
+                device, half = self._generator.device, len(batch) // 2
+                if half:
+                    self._generator.batch_size = half
+                    logger.warning("%d images at once do not fit %s; from now on %d", len(batch), device, half)
+                    self._enqueue(batch)
+                    return
+                error = ConfigError("not even one image at once fits the memory of the device")
             orders = list(dict.fromkeys(sample.of for sample in batch))
             if len(orders) == 1:
-                self._end(orders[0], self._without_place(error))
+                self._end(orders[0], error)
                 return
             failed = [[sample for sample in batch if sample.of is under] for under in orders]
         else:
@@ -402,22 +350,6 @@ class Engine:
             self._seconds += time.monotonic() - began
         for part in failed:
             await self._pass(part)
-
-    def _again(self, sample: _Sample) -> None:
-        """Its attempt is to be repeated."""
-        sample.of.done -= sample.done
-        sample.done = 0
-
-    def _without_place(self, error: Exception) -> Exception:
-        """Without the folder of the uploads, which is nobody's business."""
-        if not isinstance(error, M2DError):
-            return error
-        return type(error)(str(error).replace(f"{self.uploads}/", ""))
-
-    def _located(self, row: PlanRow) -> PlanRow:
-        """With the places of its references, for the generator."""
-        a, b = (None if name is None else str(self.uploads / name) for name in (row.reference, row.reference_b))
-        return replace(row, reference=a, reference_b=b)
 
     def _draw_batch(
         self, batch: Sequence[_Sample], loop: asyncio.AbstractEventLoop
@@ -452,7 +384,11 @@ class Engine:
             loop.call_soon_threadsafe(self._stepped, list(staying), step, previews)
             return None if len(wanted) == left else wanted
 
-        latents = generator.denoise([self._located(sample.row) for sample in staying], watch)
+        generator.uploads = {name: one for sample in staying for name, one in sample.of.order.uploads.items()}
+        try:
+            latents = generator.denoise([sample.row for sample in staying], watch)
+        finally:
+            generator.uploads = {}
         if not staying:
             return None
         images = generator.decode(latents)

@@ -2,47 +2,25 @@
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from m2d.serving import requests as asked
 from m2d.serving.access import Access, Caller
+from m2d.serving.drawing import Service
 from m2d.serving.jobs import keyed_id
-from m2d.serving.orders import Job, JobOrder, JobState, Service
+from m2d.serving.orders import JobOrder, JobTold
 from m2d.serving.problems import Problem, documented
 from m2d.serving.settings import ServeConfig
 from m2d.serving.uploads import read_order
 
 _TAR, _PNG = "application/x-tar", "image/png"
-_BINARY = {"schema": {"type": "string", "format": "binary"}}
-
-
-class JobTold(BaseModel):
-    """A job."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    id: str
-    object: Literal["job"] = "job"
-    state: JobState
-    model: str
-    sha256: str = Field(description="of the checkpoint")
-    counts: dict[str, int] = Field(description="images by class")
-    total: int
-    done: int
-    created: float = Field(description="Unix time, as the two below")
-    started: float | None
-    finished: float | None
-    images_per_second: float | None = Field(description="since it was last started")
-    seconds_left: float | None
-    detail: str | None = Field(description="why it failed or is incomplete")
-    request: dict[str, Any] = Field(description="what was ordered")
 
 
 class JobList(BaseModel):
@@ -63,17 +41,19 @@ class JobImages(BaseModel):
 
 def create_router(service: Service, access: Access, config: ServeConfig) -> APIRouter:
     """All routes below /v1/jobs."""
-    router = APIRouter(prefix="/v1/jobs")
+    router = APIRouter(prefix="/v1/jobs", responses=documented(401, 403, 500, 503))
     caller_of = Annotated[Caller, Depends(access)]
     one_at_a_time = asyncio.Lock()  # so that no image is counted, or given back, twice
 
     # Each is whole though its client goes: a job that is there has been counted, and one that was stopped given back.
 
-    async def ordered(order: JobOrder, caller: Caller, idempotency_key: str | None) -> tuple[Job, bool]:
+    async def ordered(order: JobOrder, caller: Caller, idempotency_key: str | None) -> tuple[JobTold, bool]:
         """(the job, whether it is a new one)."""
         async with one_at_a_time:
-            if idempotency_key is not None and await _is_there(service, keyed_id(caller.name, idempotency_key), caller):
-                return await service.jobs.create(order, caller.name, idempotency_key), False
+            with suppress(KeyError):
+                if idempotency_key is not None:
+                    await service.jobs.get(keyed_id(caller.name, idempotency_key), caller.name)
+                    return await service.jobs.create(order, caller.name, idempotency_key), False
             access.spend(caller, len(order.rows), at_once=False)
             try:
                 return await service.jobs.create(_as_served(order, config), caller.name, idempotency_key), True
@@ -81,7 +61,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
                 access.refund(caller, len(order.rows), at_once=False)
                 raise
 
-    async def stopped(job_id: str, caller: Caller) -> Job:
+    async def stopped(job_id: str, caller: Caller) -> JobTold:
         async with one_at_a_time:
             before = await service.jobs.get(job_id, caller.name)
             job = await service.jobs.cancel(job_id, caller.name)
@@ -97,7 +77,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         response_model=JobTold,
         responses={
             200: {"model": JobTold, "description": "The job that this Idempotency-Key began"},
-            **documented(400, 401, 403, 404, 409, 413, 415, 422, 429, 500, 503),
+            **documented(400, 404, 409, 413, 415, 422, 429),
         },
     )
     async def create(
@@ -105,10 +85,10 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         response: Response,
         caller: caller_of,
         idempotency_key: Annotated[str | None, Header(min_length=1, max_length=200)] = None,
-    ) -> Job:
+    ) -> JobTold:
         """Jobs wait for each other and survive the server. The same Idempotency-Key again is the same job."""
         content, uploads = await read_order(request, config.limits)
-        ask = asked.parse(asked.JobRequest, content)
+        ask = asked.JobRequest.model_validate(content)
         card = asked.pick_model(await service.models(), ask.model)
         order = await to_thread.run_sync(asked.plan_job, ask, card, uploads, config.limits)
         job, is_new = await asyncio.shield(ordered(order, caller, idempotency_key))
@@ -117,23 +97,19 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         response.headers["Location"] = f"{router.prefix}/{job.id}"
         return job
 
-    @router.get("", summary="This key's jobs", response_model=JobList, responses=documented(401, 403, 500, 503))
+    @router.get("", summary="This key's jobs", response_model=JobList)
     async def all_jobs(caller: caller_of) -> dict[str, Any]:
         """The newest first."""
         return {"data": await service.jobs.all(caller.name)}
 
-    @router.get(
-        "/{job_id}", summary="How far a job is", response_model=JobTold, responses=documented(401, 403, 404, 500, 503)
-    )
-    async def one(job_id: str, caller: caller_of) -> Job:
+    @router.get("/{job_id}", summary="How far a job is", response_model=JobTold, responses=documented(404))
+    async def one(job_id: str, caller: caller_of) -> JobTold:
         """Its state, and how much of it is done."""
         with _or_404():
             return await service.jobs.get(job_id, caller.name)
 
-    @router.delete(
-        "/{job_id}", summary="Stop a job", response_model=JobTold, responses=documented(401, 403, 404, 500, 503)
-    )
-    async def cancel(job_id: str, caller: caller_of) -> Job:
+    @router.delete("/{job_id}", summary="Stop a job", response_model=JobTold, responses=documented(404))
+    async def cancel(job_id: str, caller: caller_of) -> JobTold:
         """Images that are done stay. A job that has ended stays as it is."""
         with _or_404():
             return await asyncio.shield(stopped(job_id, caller))
@@ -142,7 +118,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         "/{job_id}/images",
         summary="A job's images, page by page",
         response_model=JobImages,
-        responses=documented(401, 403, 404, 422, 500, 503),
+        responses=documented(404, 422),
     )
     async def images(
         job_id: str,
@@ -161,7 +137,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         "/{job_id}/images/{image_id}",
         summary="An image",
         response_class=Response,
-        responses={200: {"content": {_PNG: _BINARY}}, **documented(401, 403, 404, 500, 503)},
+        responses={200: {"content": {_PNG: asked.BINARY}}, **documented(404)},
     )
     async def image(job_id: str, image_id: str, caller: caller_of) -> Response:
         """With what made it in its text chunks."""
@@ -172,7 +148,7 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
         "/{job_id}/archive",
         summary="All images of a job",
         response_class=StreamingResponse,
-        responses={200: {"content": {_TAR: _BINARY}}, **documented(401, 403, 404, 500, 503)},
+        responses={200: {"content": {_TAR: asked.BINARY}}, **documented(404)},
     )
     async def archive(job_id: str, caller: caller_of) -> StreamingResponse:
         """Those that are done, as a tar in WebDataset's layout: <id>.png, <id>.cls, <id>.json."""
@@ -186,23 +162,9 @@ def create_router(service: Service, access: Access, config: ServeConfig) -> APIR
 
 def _as_served(order: JobOrder, config: ServeConfig) -> JobOrder:
     """With the settings that are the service's, kept with the job so that a restart with others changes nothing."""
-    own = replace(
-        order.config,
-        gates=config.gates,
-        batch_size=config.batch_size,
-        device=config.device,
-        mixed_precision=config.mixed_precision,
-        extractor_weights=config.extractor_weights,
-    )
-    return replace(order, config=own)
-
-
-async def _is_there(service: Service, job_id: str, caller: Caller) -> bool:
-    try:
-        await service.jobs.get(job_id, caller.name)
-    except KeyError:
-        return False
-    return True
+    names = ("gates", "batch_size", "device", "mixed_precision", "extractor_weights")
+    own: dict[str, Any] = {name: getattr(config, name) for name in names}
+    return replace(order, config=replace(order.config, **own))
 
 
 @contextmanager

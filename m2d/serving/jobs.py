@@ -12,17 +12,13 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
 import re
 import secrets
 import shutil
-import subprocess
-import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -35,7 +31,7 @@ from m2d.files.atomic import FULL, try_lock, write_whole
 from m2d.generation.output import FolderSoFar, is_in_use, tar_pieces, write_rows
 from m2d.generation.plan import PlanRow, rows_of, table_of, without_seldom
 from m2d.generation.settings import GateConfig, GenerateConfig
-from m2d.serving.orders import Job, JobConflict, JobOrder, JobState, Overloaded, TooManyJobs
+from m2d.serving.orders import JobConflict, JobOrder, JobState, JobTold, Overloaded, TooManyJobs
 from m2d.serving.settings import ServingLimits
 
 logger = logging.getLogger(__name__)
@@ -43,10 +39,11 @@ _LOOK_EVERY_S = 0.5
 _PATIENCE_S = 30.0  # of who calls, and of a job, for a service that is being replaced to let go of its files
 _FOLDERS_KEPT = 4  # of jobs that are not at work: their rows in memory, 80 MB for 100,000 images
 _PIECE_BYTES = 2**18  # of an archive
+_LATER = ("started", "finished", "images_per_second", "seconds_left", "detail")  # known of a job
 
 
 class Run(Protocol):
-    """How the work of a job is done elsewhere: in a process of its own (`run_in_process`), or on Ray."""
+    """How the work of a job is done elsewhere: by m2d.serving.deployment on Ray, by tests in a thread."""
 
     async def __call__(self, config: GenerateConfig, sha256: str, log: Path) -> None:
         """`make_images(config, sha256)` elsewhere, to its end; raises the M2DError that it raises.
@@ -74,49 +71,6 @@ def make_images(config: GenerateConfig, sha256: str) -> None:
             raise ConfigError(f"output: {error.filename} cannot be written ({error.strerror})") from None
 
 
-async def run_in_process(config: GenerateConfig, sha256: str, log: Path) -> None:
-    """A `Run` in a child process, on one device."""
-    with log.open("a") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "m2d.serving.jobs"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=output,
-            start_new_session=True,  # Ctrl-C in the server's terminal is not for it
-        )
-    assert child.stdin is not None
-    assert child.stdout is not None
-    try:
-        child.stdin.write(json.dumps([asdict(replace(config, num_actors=0)), sha256]).encode() + b"\n")
-        child.stdin.flush()  # and stays open: its end tells the child that this process is gone
-        said = await asyncio.to_thread(child.stdout.read)
-        code = await asyncio.to_thread(child.wait)
-    finally:
-        child.kill()
-        await asyncio.to_thread(child.wait)
-        child.stdin.close()
-    if code:
-        kinds = {kind.exit_code: kind for kind in (M2DError, Incomplete)}
-        raise kinds.get(code, RuntimeError)(said.decode().strip() or f"{log} ends with exit code {code}")
-
-
-def _child() -> None:
-    """What `run_in_process` starts."""
-    settings, sha256 = json.loads(sys.stdin.buffer.readline())
-
-    def end_with_parent() -> None:
-        os.read(sys.stdin.fileno(), 1)  # not through a buffer, whose lock would abort Python's end
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    try:
-        with redirect_stdout(sys.stderr):
-            make_images(_config_of(settings), sha256)
-    except M2DError as error:
-        print(error)
-        sys.exit(error.exit_code)
-
-
 def keyed_id(owner: str, idempotency_key: str) -> str:
     """The id of the job that an owner's idempotency key begins."""
     return hashlib.sha256(json.dumps([owner, idempotency_key]).encode()).hexdigest()
@@ -126,7 +80,8 @@ def keyed_id(owner: str, idempotency_key: str) -> str:
 class _Record:
     """A job and what its owner is not told."""
 
-    job: Job
+    job: JobTold
+    owner: str  # name of the key
     config: GenerateConfig
     classes: tuple[str, ...]  # codes of the checkpoint's
     digest: str  # of the order
@@ -134,9 +89,16 @@ class _Record:
     can_stop: bool = False  # it is at work, and was not told to stop
     cancelled: bool = False
 
+    def tell(self, **news: Any) -> None:
+        """From now on, of the job."""
+        self.job = self.job.model_copy(update=news)
+
 
 class Jobs:
-    """The JobService of one folder, for all owners; another one of the same folder waits until this one has stopped."""
+    """The jobs of one folder; another service of the same folder waits until this one has stopped.
+
+    Of all owners: a job that is not the owner's is not there (KeyError).
+    """
 
     def __init__(self, folder: Path, run: Run, *, limits: ServingLimits, at_once: int = 1) -> None:
         """at_once: jobs at work at a time."""
@@ -176,23 +138,23 @@ class Jobs:
         if self._lock is not None:
             self._lock.close()
 
-    async def create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> Job:
+    async def create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> JobTold:
         """The new job, or the one that this owner's idempotency key began. Raises JobConflict or TooManyJobs."""
         await self._wait_until_ours()
         return await asyncio.shield(self._create(order, owner, idempotency_key))  # whole, though the client goes
 
-    async def all(self, owner: str) -> list[Job]:
+    async def all(self, owner: str) -> list[JobTold]:
         """The owner's jobs, the newest first."""
         await self._wait_until_ours()
-        found = [record for record in self._records.values() if record.job.owner == owner]
+        found = [record for record in self._records.values() if record.owner == owner]
         found.sort(key=lambda record: record.job.created, reverse=True)
         return [await self._told(record) for record in found]
 
-    async def get(self, job_id: str, owner: str) -> Job:
+    async def get(self, job_id: str, owner: str) -> JobTold:
         """Raises KeyError."""
         return await self._told(await self._find(job_id, owner))
 
-    async def cancel(self, job_id: str, owner: str) -> Job:
+    async def cancel(self, job_id: str, owner: str) -> JobTold:
         """Stops it; images that are done stay. A job that has ended stays as it is. Raises KeyError."""
         record = await self._find(job_id, owner)
         task = self._at_work.get(job_id)
@@ -265,11 +227,11 @@ class Jobs:
     async def _find(self, job_id: str, owner: str) -> _Record:
         await self._wait_until_ours()
         record = self._records[job_id]
-        if record.job.owner != owner:
+        if record.owner != owner:
             raise KeyError(job_id)
         return record
 
-    async def _create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> Job:
+    async def _create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> JobTold:
         digest = await asyncio.to_thread(_digest, order)
         async with self._one_at_a_time:
             job_id = secrets.token_hex(16) if idempotency_key is None else keyed_id(owner, idempotency_key)
@@ -277,12 +239,12 @@ class Jobs:
                 if known.digest != digest:
                     raise JobConflict("this Idempotency-Key came with another order before; take a new one")
                 return await self._told(known)
-            jobs = [record.job for record in self._records.values() if record.job.owner == owner]
+            jobs = [record.job for record in self._records.values() if record.owner == owner]
             if sum(job.finished is None for job in jobs) >= self._limits.jobs:
                 raise TooManyJobs(f"{self._limits.jobs} jobs of this key are unfinished; wait for one, or cancel one")
-            job = Job(
+            unknown: dict[str, Any] = dict.fromkeys(_LATER)
+            job = JobTold(
                 id=job_id,
-                owner=owner,
                 state="queued",
                 model=order.model.name,
                 sha256=order.model.sha256,
@@ -290,9 +252,10 @@ class Jobs:
                 total=len(order.rows),
                 done=0,
                 created=time.time(),
+                **unknown,
                 request=dict(order.request),
             )
-            record = _Record(job, order.config, order.model.classes.codes, digest)
+            record = _Record(job, owner, order.config, order.model.classes.codes, digest)
             try:
                 await asyncio.to_thread(self._write, record, order)
             except (OSError, ConfigError) as error:
@@ -309,14 +272,14 @@ class Jobs:
             if not waiting:
                 return
             record = min(waiting, key=self._turn)
-            record.job = replace(record.job, state="running", started=record.job.started or time.time())
+            record.tell(state="running", started=record.job.started or time.time())
             record.can_stop = True
             self._at_work[record.job.id] = asyncio.create_task(self._work(record))
 
     def _turn(self, record: _Record) -> tuple[Any, ...]:
         """What was begun before a restart, then the owner who has least at work and has waited longest."""
         job = record.job
-        same = [other.job for other in self._records.values() if other.job.owner == job.owner]
+        same = [other.job for other in self._records.values() if other.owner == record.owner]
         at_work = sum(other.state == "running" for other in same)
         return job.started is None, at_work, max(other.started or 0 for other in same), job.created
 
@@ -350,14 +313,12 @@ class Jobs:
 
     async def _end(self, record: _Record, state: JobState, done: int, detail: str | None) -> None:
         rate = _rate(record, done)
-        record.job = replace(
-            record.job, state=state, done=done, detail=detail, finished=time.time(), images_per_second=rate
-        )
+        record.tell(state=state, done=done, detail=detail, finished=time.time(), images_per_second=rate)
         await self._save(record)
         self._at_work.pop(record.job.id, None)
         self._begin_next()
 
-    async def _told(self, record: _Record) -> Job:
+    async def _told(self, record: _Record) -> JobTold:
         if record.job.started is None or record.job.finished is not None:
             return record.job
         done = await asyncio.to_thread(self._images(record.job.id).count)
@@ -366,15 +327,12 @@ class Jobs:
             return job
         rate = _rate(record, done)
         left = (job.total - done) / rate if rate else None
-        return replace(job, done=done, images_per_second=rate, seconds_left=left)
+        return job.model_copy(update={"done": done, "images_per_second": rate, "seconds_left": left})
 
     def _line(self, error: M2DError, record: _Record) -> str:
         """An error of `generate` for a client: no paths of this machine, no advice on a command line."""
-        text = (
-            str(error)
-            .replace(f"{self._folder / record.job.id}/", "")
-            .replace(record.config.checkpoint, record.job.model)
-        )
+        place = f"{self._folder / record.job.id}/"
+        text = str(error).replace(place, "").replace(record.config.checkpoint, record.job.model)
         text = _PATH.sub(lambda found: Path(found[0]).name, text)
         text = " ".join(text.split())
         text = text.rpartition("; ")[0] or text
@@ -400,14 +358,14 @@ class Jobs:
                 continue
             try:
                 read = json.loads((place / "job.json").read_text(encoding="utf-8"))
-                record = _Record(
-                    Job(**read["job"]), _config_of(read["config"]), tuple(read["classes"]), str(read["digest"])
-                )
+                job = JobTold(**read["job"])
+                config, classes = _config_of(read["config"]), tuple(read["classes"])
+                record = _Record(job, str(read["job"]["owner"]), config, classes, str(read["digest"]))
             except (OSError, KeyError, TypeError, ValueError, M2DError) as error:
                 logger.error("%s cannot be read (%s), so this job is left out", place / "job.json", error)
                 continue
             if record.job.state == "running":
-                record.job = replace(record.job, state="queued")
+                record.tell(state="queued")
             records[record.job.id] = record
         return records
 
@@ -453,7 +411,8 @@ def _digest(order: JobOrder) -> str:
 
 
 def _json(record: _Record) -> str:
-    kept = {"job": asdict(record.job), "config": asdict(record.config), "classes": record.classes}
+    job = record.job.model_dump(exclude={"object"}) | {"owner": record.owner}
+    kept = {"job": job, "config": asdict(record.config), "classes": record.classes}
     return json.dumps(kept | {"digest": record.digest}, indent=1)
 
 
@@ -469,7 +428,3 @@ def _each(rows: pa.Table, root: Path) -> Iterator[tuple[PlanRow, bytes]]:
         for row, path in zip(rows_of(some), some["path"].to_pylist(), strict=True):
             with suppress(FileNotFoundError):  # found damaged meanwhile, and about to be made again
                 yield row, (root / path).read_bytes()
-
-
-if __name__ == "__main__":
-    _child()

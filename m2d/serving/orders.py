@@ -1,12 +1,14 @@
 """What the parts of the service say to each other: models, orders, what becomes of an order, and jobs.
 
-Plain data and protocols, cheap to pickle: they cross Ray between the HTTP side and the replicas that hold a model.
+Plain data, cheap to pickle: it crosses Ray between the HTTP side and the replicas that hold a model.
 Nothing heavy is imported.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from m2d.classes import ClassSet
 from m2d.errors import M2DError
@@ -111,25 +113,26 @@ class JobOrder:
     request: Mapping[str, Any] = field(default_factory=dict)  # what the client sent, to be told again
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A job as it is told to its owner."""
+class JobTold(BaseModel):
+    """A job."""
+
+    model_config = ConfigDict(frozen=True)
 
     id: str  # not to be guessed
-    owner: str  # name of the key
+    object: Literal["job"] = "job"
     state: JobState
     model: str
-    sha256: str
-    counts: dict[str, int]  # images by class code
+    sha256: str = Field(description="of the checkpoint")
+    counts: dict[str, int] = Field(description="images by class")
     total: int
     done: int
-    created: float  # Unix times
-    started: float | None = None
-    finished: float | None = None
-    images_per_second: float | None = None  # since it was last started
-    seconds_left: float | None = None
-    detail: str | None = None  # why it failed or is incomplete
-    request: dict[str, Any] = field(default_factory=dict)
+    created: float = Field(description="Unix time, as the two below")
+    started: float | None
+    finished: float | None
+    images_per_second: float | None = Field(description="since it was last started")
+    seconds_left: float | None
+    detail: str | None = Field(description="why it failed or is incomplete")
+    request: dict[str, Any] = Field(description="what was ordered")
 
 
 class JobConflict(M2DError):
@@ -138,64 +141,3 @@ class JobConflict(M2DError):
 
 class TooManyJobs(M2DError):
     """The key has as many unfinished jobs as it may."""
-
-
-class JobService(Protocol):
-    """Jobs of all owners; a job that is not the owner's is not there (KeyError)."""
-
-    async def create(self, order: JobOrder, owner: str, idempotency_key: str | None) -> Job:
-        """The new job, or the one that this owner's idempotency key began. Raises JobConflict or TooManyJobs."""
-        ...
-
-    async def all(self, owner: str) -> list[Job]:
-        """The owner's jobs, the newest first."""
-        ...
-
-    async def get(self, job_id: str, owner: str) -> Job:
-        """Raises KeyError."""
-        ...
-
-    async def cancel(self, job_id: str, owner: str) -> Job:
-        """Stops it; images that are done stay. A job that has ended stays as it is. Raises KeyError."""
-        ...
-
-    async def entries(self, job_id: str, owner: str, first: int, count: int) -> tuple[list[dict[str, Any]], int]:
-        """(rows of the manifest from `first` on, by id; how many there are so far). Raises KeyError."""
-        ...
-
-    async def image(self, job_id: str, owner: str, image_id: str) -> bytes:
-        """A PNG. Raises KeyError."""
-        ...
-
-    def archive(self, job_id: str, owner: str) -> AsyncIterator[bytes]:
-        """A tar in WebDataset's layout, piece by piece: <id>.png, .cls, .json of each image. Raises KeyError."""
-        ...
-
-
-class Service(Protocol):
-    """What the HTTP side asks of the rest."""
-
-    jobs: JobService
-
-    async def models(self) -> list[ModelCard]:
-        """All that are served, the default first."""
-        ...
-
-    async def add_model(self, checkpoint: str, name: str | None = None) -> ModelCard:
-        """Serve a checkpoint; one of the same name is replaced once it is loaded. Raises ConfigError, CheckpointError.
-
-        checkpoint: relative to ServeConfig.checkpoints_root.
-        """
-        ...
-
-    async def is_ready(self) -> bool:
-        """Whether a model is loaded, so that an order would be begun at once."""
-        ...
-
-    def draw(self, order: Order) -> AsyncIterator[Event]:
-        """What becomes of an order; closing the iterator gives it up. Raises an M2DError."""
-        ...
-
-    async def metrics(self) -> str:
-        """In Prometheus's text format."""
-        ...

@@ -110,7 +110,7 @@ def request_id(request: Request) -> str:
     return str(request.state.request_id)
 
 
-def install(app: FastAPI, config: ServeConfig) -> None:
+def install(app: FastAPI, config: ServeConfig, *, behind_serve: bool = False) -> None:
     """Errors become problems; ids, security headers, limits and the access log go around every route."""
     for kind in (HTTPException, RequestValidationError, ValidationError, *_STATUS):
         app.add_exception_handler(kind, _answer)
@@ -123,14 +123,14 @@ def install(app: FastAPI, config: ServeConfig) -> None:
             allow_headers=["Authorization", "Idempotency-Key", "X-Request-ID"],
             expose_headers=["Location", "Retry-After", "X-Request-ID"],
         )
-    app.add_middleware(_Envelope, config=config)
+    app.add_middleware(_Envelope, config=config, behind_serve=behind_serve)
 
 
 class _Envelope:
     """The outermost layer. Plain ASGI: starlette's BaseHTTPMiddleware hides a client's going and holds up streams."""
 
-    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, config: ServeConfig, *, behind_serve: bool) -> None:
+        self.app, self.behind_serve = app, behind_serve
         tls = {"Strict-Transport-Security": "max-age=31536000"} if config.tls_cert else {}
         self.headers = {**_SECURITY, **tls}
 
@@ -150,7 +150,10 @@ class _Envelope:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
+                if not (self.behind_serve and request_id == sent):  # or there would be two
+                    headers["X-Request-ID"] = request_id
+                if scope["path"].startswith("/v1/"):  # what a key may see is for no cache; jobs and models change
+                    headers["Cache-Control"] = "no-store"
                 for name, value in self.headers.items():
                     headers.setdefault(name, value)
             await send(message)

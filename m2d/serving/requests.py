@@ -9,24 +9,15 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
-import pyarrow as pa
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.json_schema import models_json_schema
 
 from m2d.classes import ClassSet
 from m2d.diffusion.settings import Solver
 from m2d.errors import ConfigError
-from m2d.generation.plan import (
-    digest_of,
-    image2image_plan,
-    interpolation_plan,
-    rows_of,
-    standard_plan,
-    targets,
-)
+from m2d.generation.plan import Mode, digest_of, plan_of, rows_of, sums_of, targets
 from m2d.generation.references import Reference
 from m2d.generation.settings import Feature, GenerateConfig
 from m2d.serving.orders import JobOrder, ModelCard, Order
@@ -36,11 +27,11 @@ from m2d.serving.settings import ServingLimits
 if TYPE_CHECKING:
     from m2d.serving.uploads import Upload
 
-Mode = Literal["standard", "image2image", "interpolate"]
-ModelT = TypeVar("ModelT", bound=BaseModel)
 _Word = Annotated[str, Field(min_length=1, max_length=200)]
 _Seed = Annotated[int, Field(ge=0, le=2**64 - 1)]
 _Count = Annotated[int, Field(ge=0)]
+BINARY: dict[str, Any] = {"schema": {"type": "string", "format": "binary"}}  # content of an answer
+_COPIED = {"mode", "feature_temperature", "strength", "steps_between", "solver", "steps", "guidance_scale"}
 
 
 class _Settings(BaseModel):
@@ -269,8 +260,7 @@ def body_of(kind: type[BaseModel], *files: str, many: bool = False) -> dict[str,
     schema = {"$ref": f"#/components/schemas/{kind.__name__}"}
     content: dict[str, Any] = {"application/json": {"schema": schema}}
     if files:
-        file: dict[str, Any] = {"type": "string", "format": "binary"}
-        one = {"type": "array", "items": file} if many else file
+        one = {"type": "array", "items": BINARY["schema"]} if many else BINARY["schema"]
         properties = {"request": schema, **dict.fromkeys(files, one)}
         form = {"type": "object", "properties": properties, "required": ["request"], "additionalProperties": False}
         encoding = {"request": {"contentType": "application/json"}}
@@ -292,16 +282,6 @@ def schemas(limits: ServingLimits) -> dict[str, Any]:
             number = properties[counted].get("anyOf", [properties[counted]])[0]
             number["maximum"] = limits.images
     return found
-
-
-def parse(kind: type[ModelT], content: Any) -> ModelT:
-    """A checked request. Raises RequestValidationError."""
-    try:
-        return kind.model_validate(content)
-    except ValidationError as error:
-        raise RequestValidationError(
-            [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False)]
-        ) from None
 
 
 def pick_model(models: Sequence[ModelCard], name: str | None) -> ModelCard:
@@ -366,10 +346,10 @@ def plan_images(
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed  # exact in JavaScript, too
     references = _references(request, code, uploads, ("reference", "reference_b"))
     config = _config(request, card, seed, limits, code, count)
-    table = _rows(config, request, {code: request.first + count}, references)
+    table = plan_of(config, cast(Feature, config.feature), {code: request.first + count}, references)
     if request.mode != "interpolate":
         table = table.slice(request.first)
-    sums = {one.path: one.sha256 for images in references for one in images.get(code, ())}
+    sums = sums_of(references)
     return Order(
         id=order_id,
         model=card,
@@ -416,7 +396,7 @@ def plan_job(
     return JobOrder(
         model=card,
         config=config,
-        rows=tuple(rows_of(_rows(config, request, counts, references))),
+        rows=tuple(rows_of(plan_of(config, cast(Feature, config.feature), counts, references))),
         uploads={one.name: one.content for files in uploads.values() for one in files},
         request=request.model_dump(mode="json", by_alias=True, exclude_unset=True),
     )
@@ -471,37 +451,14 @@ def _config(
     if feature == "reference" and request.mode != "standard" and not card.has_extractor:
         instead = "" if request.mode == "interpolate" else "; ask for feature prior or none"
         raise ConfigError(f"feature: the extractor of {card.name} ({card.extractor}) is not here{instead}")
+    folders = {"image2image": ("init_images",), "interpolate": ("reference_images", "reference_images_b")}
+    own: dict[str, Any] = request.model_dump(include=_COPIED) | dict.fromkeys(folders.get(request.mode, ()), "uploads")
     return GenerateConfig(
         checkpoint=card.checkpoint,
-        mode=request.mode,
         classes=codes,
         num_samples=count,
         seed=seed,
         feature=feature,
-        feature_temperature=request.feature_temperature,
-        init_images="uploads" if request.mode == "image2image" else None,
-        strength=request.strength,
-        reference_images="uploads" if request.mode == "interpolate" else None,
-        reference_images_b="uploads" if request.mode == "interpolate" else None,
-        steps_between=request.steps_between,
-        solver=request.solver,
-        steps=request.steps,
-        guidance_scale=request.guidance_scale,
         guidance_interval=(low, high),
+        **own,
     )
-
-
-def _rows(
-    config: GenerateConfig,
-    request: _Settings,
-    counts: Mapping[str, int],
-    references: Sequence[Mapping[str, Sequence[Reference]]],
-) -> pa.Table:
-    shared: dict[str, Any] = {"run_seed": config.seed, "sampling": config}
-    if request.mode == "interpolate":
-        return interpolation_plan(*references, steps_between=config.steps_between, **shared)
-    drawn = {**shared, "feature": config.feature, "feature_temperature": config.feature_temperature}
-    if request.mode == "image2image":
-        (count,) = (counts[code] for code in references[0])
-        return image2image_plan(references[0], num_samples=count, strength=config.strength, **drawn)
-    return standard_plan(counts, **drawn)

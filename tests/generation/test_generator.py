@@ -327,9 +327,9 @@ def test_a_reference_is_read_and_encoded_once(
 ) -> None:
     read: list[str] = []
 
-    def counting(path: str, size: int) -> np.ndarray:
+    def counting(path: str, *more: Any) -> np.ndarray:
         read.append(path)
-        return read_reference(path, size)
+        return read_reference(path, *more)
 
     monkeypatch.setattr(generator_module, "read_reference", counting)
     generator = Generator(checkpoint, batch_size=2, device="cpu", extractor=extractor)
@@ -350,9 +350,8 @@ def test_what_is_kept_of_references_is_bounded(
 
 
 def test_a_row_whose_extractor_is_not_there_is_a_one_line_error(checkpoint: Checkpoint, references: ByClass) -> None:
-    with pytest.raises(ConfigError, match="given no extractor") as caught:
+    with pytest.raises(ConfigError, match=r"^[^\n]*given no extractor[^\n]*$"):
         images_of(checkpoint, from_images(references, 0.5))
-    assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="have 5 dimensions"):
         Generator(checkpoint, device="cpu", extractor=SixFeatures(dim=5))
 
@@ -369,9 +368,8 @@ def test_a_checkpoint_with_a_prior_uses_it_unless_told_otherwise(
     picked = [pick_feature(feature, prior_checkpoint) for feature in (None, "none", "prior")]  # type: ignore[arg-type]
     assert [*picked, pick_feature(None, checkpoint)] == ["prior", "none", "prior", "none"]
     for call in (lambda: pick_feature("prior", checkpoint), lambda: images_of(checkpoint, PRIOR_ROWS)):
-        with pytest.raises(ConfigError, match=r"step_1000 holds no feature prior; leave --feature out") as caught:
+        with pytest.raises(ConfigError, match=r"^[^\n]*step_1000 holds no feature prior; leave --feature out[^\n]*$"):
             call()
-        assert "\n" not in str(caught.value)
 
 
 def test_a_class_that_the_prior_does_not_know_is_a_one_line_error(prior_checkpoint: Checkpoint) -> None:
@@ -386,16 +384,11 @@ def test_images_come_as_uint8_rgb_in_the_order_of_the_rows(checkpoint: Checkpoin
     assert images_of(checkpoint, []).shape == (0, 16, 16, 3)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 def test_rows_that_leave_their_batch_change_none_of_those_that_stay(
-    prior_checkpoint: Checkpoint,
-    references: ByClass,
-    extractor: FeatureExtractor,
-    uncompiled: list[dict[str, Any]],
-    compiled: bool,
+    prior_checkpoint: Checkpoint, references: ByClass, extractor: FeatureExtractor
 ) -> None:
     """Row 1 of three leaves after the first step, what is then row 0 after the third."""
-    generator = Generator(prior_checkpoint, batch_size=4, device="cpu", extractor=extractor, compile=compiled)
+    generator = Generator(prior_checkpoint, batch_size=4, device="cpu", extractor=extractor)
     for rows in (PRIOR_ROWS[:3], from_images(references, 0.9, num_samples=3)[:3], walks(references)[:3]):
         seen: list[int] = []
 
@@ -408,11 +401,8 @@ def test_rows_that_leave_their_batch_change_none_of_those_that_stay(
         assert levels_apart(generator.decode(stayed), images_of(prior_checkpoint, rows[2:], 4, extractor)) <= 1
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_batch_that_all_have_left_ends_at_that_step(
-    checkpoint: Checkpoint, uncompiled: list[dict[str, Any]], compiled: bool
-) -> None:
-    generator, steps = Generator(checkpoint, batch_size=4, device="cpu", compile=compiled), []
+def test_a_batch_that_all_have_left_ends_at_that_step(checkpoint: Checkpoint) -> None:
+    generator, steps = Generator(checkpoint, batch_size=4, device="cpu"), []
 
     def watch(step: int, clean: torch.Tensor) -> list[int]:
         steps.append(step)
@@ -652,9 +642,8 @@ def test_rounding_is_to_the_nearest_level_and_clips() -> None:
 def test_a_model_that_gives_nan_is_a_one_line_error(checkpoint: Checkpoint) -> None:
     broken = replace(checkpoint, autoencoder=copy.deepcopy(checkpoint.autoencoder))
     torch.nn.init.constant_(broken.autoencoder.vae.decoder.conv_out.bias, float("nan"))
-    with pytest.raises(CheckpointError, match="not finite numbers") as caught:
+    with pytest.raises(CheckpointError, match=r"^[^\n]*not finite numbers[^\n]*$"):
         images_of(broken)
-    assert "\n" not in str(caught.value)
 
 
 def test_torch_takes_no_more_threads_than_a_containers_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -673,9 +662,8 @@ def test_a_device_that_is_not_there_is_a_one_line_error() -> None:
     with pytest.raises(ConfigError, match="device is nonsense"):
         pick_device("nonsense")
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="device is cuda, which cannot be used here") as caught:
+        with pytest.raises(ConfigError, match=r"^[^\n]*device is cuda, which cannot be used here[^\n]*$"):
             pick_device("cuda")
-        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.gpu

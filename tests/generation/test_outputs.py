@@ -29,19 +29,7 @@ from m2d.generation.output import (
 from m2d.generation.plan import PLAN_SCHEMA, PlanRow, retried, table_of
 from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.generation.workers import GroupWriter
-
-RECIPE = Recipe(
-    checkpoint="ab" * 32, seed=0, solver="heun", steps=10, guidance_scale=1.5, guidance_interval=(0.0, 0.8),
-    precision="no", feature="prior", feature_temperature=1.0,
-)  # fmt: skip
-
-
-def row(label: str = "MEL", index: int = 3, seed: int = 2**62 + 1) -> PlanRow:
-    return PlanRow(
-        id=f"{label}_{index:06d}", label=label, index=index, seed=seed, feature="prior", feature_temperature=1.0,
-        solver="heun", steps=10, guidance_scale=1.5, guidance_low=0.0, guidance_high=0.8,
-    )  # fmt: skip
-
+from tests.generation.conftest import RECIPE, row
 
 MEL, DF = row(), row("DF", 0, 1)
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)

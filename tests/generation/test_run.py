@@ -217,9 +217,8 @@ def test_a_weak_class_is_said_in_one_line_and_recorded(with_prior: Path, capsys:
 def test_a_class_that_the_prior_does_not_know_stops_the_run_before_anything_is_made(
     with_prior: Path, drawn: list[str]
 ) -> None:
-    with pytest.raises(DataError, match=r"of VASC, .*--classes BKL,DF,MEL,NV\), .*--feature none\)") as caught:
+    with pytest.raises(DataError, match=r"^[^\n]*of VASC, .*--classes BKL,DF,MEL,NV\), .*--feature none\)[^\n]*$"):
         run.generate(config(classes="MEL,VASC"))
-    assert "\n" not in str(caught.value)
     assert drawn == []
     assert not with_prior.exists()
     run.generate(config(classes="MEL,VASC", feature="none", num_samples=1))
@@ -383,22 +382,22 @@ def test_a_lost_image_comes_back_at_its_own_attempt(
     assert (again[lost["id"]]["attempt"], again[lost["id"]]["seed"]) == (lost["attempt"], lost["seed"])
 
 
-@pytest.mark.parametrize("after", [2, 12, 22, 28])
 def test_a_run_interrupted_among_its_retries_ends_like_one_that_was_not(
-    drawn: list[str], parity_gate: Callable[[np.ndarray], bool], tmp_path: Path, after: int
+    drawn: list[str], parity_gate: Callable[[np.ndarray], bool], tmp_path: Path
 ) -> None:
     """20 images in pairs, half of them rejected: 20 draws are of the first round, the rest of later ones."""
     settings = config(num_samples=10, batch_size=2, gates=GATED)
     unbroken = run.generate(replace(settings, output=str(tmp_path / "unbroken")))
     attempts = len(drawn)
     assert attempts > 28
-    drawn.clear()
-    broken = replace(settings, output=str(tmp_path / "broken"))
-    interrupted(broken, drawn, after)
-    root = run.generate(broken)
-    assert pngs(root) == pngs(unbroken)
-    assert len(drawn) == attempts, "no attempt is made twice"
-    _assert_manifest_is_right(root, 20)
+    for after in (2, 12, 22, 28):
+        drawn.clear()
+        broken = replace(settings, output=str(tmp_path / f"broken {after}"))
+        interrupted(broken, drawn, after)
+        root = run.generate(broken)
+        assert pngs(root) == pngs(unbroken)
+        assert len(drawn) == attempts, "no attempt is made twice"
+        _assert_manifest_is_right(root, 20)
 
 
 def test_what_is_never_accepted_is_said_to_be_missing(
@@ -654,9 +653,8 @@ def tiny_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(drawn: list[str], tiny_disk: Path) -> None:
     settings = config(output=str(tiny_disk / "out"), num_samples=40, batch_size=4)
-    with pytest.raises(ConfigError, match=r"No space left on device.*make room") as caught:
+    with pytest.raises(ConfigError, match=r"^[^\n]*No space left on device.*make room[^\n]*$"):
         run.generate(settings)
-    assert "\n" not in str(caught.value)
     made = len(drawn)
     assert 0 < made < 80
     subprocess.run(["mount", "-o", "remount,size=4m", str(tiny_disk)], check=True)

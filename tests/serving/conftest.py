@@ -1,28 +1,35 @@
-"""A service in this process: the real engine on the smallest real checkpoint, and jobs in processes of their own."""
+"""A service in this process: the real engine on the smallest real checkpoint, and jobs in threads."""
 
 import asyncio
+import io
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from PIL import Image
 from starlette.testclient import TestClient
 from tiny_checkpoint import make_checkpoint, make_prior, write_checkpoint
 
 from m2d.classes import ISIC7
 from m2d.errors import ConfigError
 from m2d.generation.settings import GateConfig
+from m2d.serving.access import keys_command
 from m2d.serving.app import create_app
 from m2d.serving.engine import Engine, describe
-from m2d.serving.jobs import Jobs, run_in_process
+from m2d.serving.jobs import Jobs
 from m2d.serving.orders import Event, ModelCard, Order
-from m2d.serving.settings import ServeConfig
+from m2d.serving.settings import KeysConfig, ServeConfig
+from tests.serving.job_bench import Bench, run_in_thread
 
 
 class LocalService:
@@ -30,7 +37,7 @@ class LocalService:
 
     def __init__(self, config: ServeConfig) -> None:
         self.config = config
-        self.jobs = Jobs(config.jobs_folder, run_in_process, limits=config.limits)
+        self.jobs = Jobs(config.jobs_folder, run_in_thread, limits=config.limits)
         self.ready = True
         self._executor = ThreadPoolExecutor(1)
         self.engines: dict[str, Engine] = {}  # by the model's name, the default first
@@ -112,42 +119,67 @@ def client(app: FastAPI, service: LocalService) -> Iterator[TestClient]:
         made.portal.call(service.jobs.stop)
 
 
-Serve = Callable[..., str]
+Serve = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="session")
 def serve() -> Iterator[Serve]:
-    """A function that serves an app over real HTTP on a free port of this machine until the tests end; its URL.
+    """A function that serves apps over real HTTP on free ports of this machine until the tests end; their URLs.
 
     jobs: to be at work meanwhile.
     """
-    servers: list[tuple[uvicorn.Server, threading.Thread]] = []
+    running: list[tuple[list[uvicorn.Server], threading.Thread]] = []
 
-    def begin(app: FastAPI, jobs: Jobs | None = None) -> str:
-        listening = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=2))
+    def begin(*apps: FastAPI, jobs: Jobs | None = None) -> list[str]:
+        listening = [socket.create_server(("127.0.0.1", 0)) for _ in apps]
+        settings: dict[str, Any] = {"log_level": "warning", "lifespan": "off", "timeout_graceful_shutdown": 2}
+        servers = [uvicorn.Server(uvicorn.Config(app, **settings)) for app in apps]
 
         async def run() -> None:
             if jobs is not None:
                 await jobs.start()
-            await server.serve([listening])
+            await asyncio.gather(*(server.serve([one]) for server, one in zip(servers, listening)))
             if jobs is not None:
                 await jobs.stop()
 
         thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
         thread.start()
-        servers.append((server, thread))
-        while not server.started:
+        running.append((servers, thread))
+        while not all(server.started for server in servers):
             time.sleep(0.01)
-        return f"http://127.0.0.1:{listening.getsockname()[1]}"
+        return [f"http://127.0.0.1:{one.getsockname()[1]}" for one in listening]
 
     yield begin
-    for server, thread in servers:
-        server.should_exit = True
+    for servers, thread in running:
+        for server in servers:
+            server.should_exit = True
         thread.join(10)
 
 
 @pytest.fixture(scope="session")
 def url(app: FastAPI, serve: Serve) -> str:
     """The service over real HTTP, for streams and for clients that go away."""
-    return serve(app)
+    return serve(app)[0]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(monkeypatch)
+
+
+def new_key(file: Path, name: str, **settings: Any) -> str:
+    """As `serve keys add` prints it."""
+    with redirect_stdout(io.StringIO()) as said:
+        keys_command(KeysConfig(words=["add", name], keys=str(file), **settings))
+    return said.getvalue().strip()
+
+
+def pixels(png: bytes) -> np.ndarray:
+    """With a sign."""
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image, np.int16)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        return int(one.getsockname()[1])

@@ -3,6 +3,8 @@
 import hmac
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,7 @@ from m2d.errors import ConfigError
 from m2d.serving.access import Access, Caller, keys_command
 from m2d.serving.problems import Problem, install
 from m2d.serving.settings import KeysConfig, ServeConfig
+from tests.serving.conftest import new_key
 
 MIDNIGHT = 1_700_006_400.0  # 2023-11-15 00:00 UTC
 
@@ -24,12 +27,8 @@ def file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def add(file: Path, capsys: pytest.CaptureFixture[str]):
-    def added(name: str, **settings) -> str:
-        keys_command(KeysConfig(words=["add", name], keys=str(file), **settings))
-        return capsys.readouterr().out.strip()
-
-    return added
+def add(file: Path) -> Callable[..., str]:
+    return partial(new_key, file)
 
 
 class Clock:

@@ -31,20 +31,16 @@ from m2d.generation.plan import make_plan, rows_of
 from m2d.generation.run import generate
 from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.serving import drawing
-from m2d.serving.access import Caller, keys_command
+from m2d.serving.access import Caller
 from m2d.serving.app import create_app
 from m2d.serving.drawing import Desk
 from m2d.serving.orders import Drawn
-from m2d.serving.requests import ImageRequest, JobRequest, class_in, parse, plan_images, plan_job
-from m2d.serving.settings import KeysConfig, ServeConfig, ServingLimits
+from m2d.serving.requests import ImageRequest, JobRequest, class_in, plan_images, plan_job
+from m2d.serving.settings import ServeConfig, ServingLimits
 from m2d.serving.uploads import Upload
-from tests.serving.conftest import LocalService
+from tests.serving.conftest import LocalService, new_key, pixels
 
 ORDER = {"class": "MEL", "seed": 7, "steps": 3}
-
-
-def pixels(png: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(png)), np.int16)
 
 
 def pngs(answer: Any) -> list[bytes]:
@@ -253,9 +249,8 @@ def test_a_silent_stream_is_kept_alive(client: TestClient, monkeypatch: pytest.M
 def test_a_client_that_does_not_read_gets_its_images_and_no_more_than_fits(app: FastAPI, service: Any) -> None:
     async def read_late() -> list[Any]:
         desk: Desk = app.state.desk
-        request = parse(
-            ImageRequest, {"class": "DF", "count": 3, "steps": 70, "guidance_scale": 1.0, "partial_images": 3}
-        )
+        asked = {"class": "DF", "count": 3, "steps": 70, "guidance_scale": 1.0, "partial_images": 3}
+        request = ImageRequest.model_validate(asked)
         order = plan_images(request, service.engine.card, {}, ServingLimits(), "late")
         async with desk.take(order, Caller("local", is_operator=True)) as drawn:
             while desk.images:
@@ -528,17 +523,12 @@ def test_the_documents_need_no_other_host(client: TestClient) -> None:
 
 @pytest.fixture
 def keyed(
-    service: Any,
-    config: ServeConfig,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    service: Any, config: ServeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[TestClient, dict[str, dict[str, str]]]]:
     """A service with keys, and the headers of a user and an operator."""
-    file, headers = tmp_path / "keys.json", {}
-    for name, operator in (("user", False), ("operator", True)):
-        keys_command(KeysConfig(words=["add", name], keys=str(file), operator=operator))
-        headers[name] = {"Authorization": f"Bearer {capsys.readouterr().out.strip()}"}
+    file = tmp_path / "keys.json"
+    keys = {name: new_key(file, name, operator=name == "operator") for name in ("user", "operator")}
+    headers = {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
     root = str(Path(config.checkpoint[0]).parent)
     keyed_config = replace(config, keys=str(file), directory=str(tmp_path), checkpoints_root=root)
     monkeypatch.setattr(service, "config", keyed_config)
@@ -596,7 +586,7 @@ def test_rows_are_those_that_generate_plans(mode: str, service: Any, tmp_path: P
     config = GenerateConfig(checkpoint="x", classes="MEL", num_samples=4, **settings, **own)
     planned = make_plan(config, "prior" if mode == "standard" else "reference", None, ISIC7)
     asked = {"class": "melanoma", "count": 4, **settings, "strength": own.get("strength", 0.75)}
-    order = plan_images(parse(ImageRequest, asked), card, uploads, ServingLimits(), "x")
+    order = plan_images(ImageRequest.model_validate(asked), card, uploads, ServingLimits(), "x")
     bare = {"reference": None, "reference_b": None}
     assert [replace(row, **bare) for row in order.rows] == [replace(row, **bare) for row in rows_of(planned.table)]
     assert order.plan == planned.digest
@@ -605,11 +595,11 @@ def test_rows_are_those_that_generate_plans(mode: str, service: Any, tmp_path: P
 
 def test_a_jobs_rows_fill_up_what_there_is(service: Any) -> None:
     asked = {"balance": {"have": {"nevus": 5, "DF": 2, "MEL": 4}, "to": "max"}, "steps": 9}
-    job = plan_job(parse(JobRequest, asked), service.engine.card, {}, ServingLimits())
+    job = plan_job(JobRequest.model_validate(asked), service.engine.card, {}, ServingLimits())
     assert Counter(row.label for row in job.rows) == {"DF": 3, "MEL": 1}
     assert job.request == asked
     asked = {"counts": {"MEL": 2, "皮肤纤维瘤": 1}, "seed": 3}
-    job = plan_job(parse(JobRequest, asked), service.engine.card, {}, ServingLimits())
+    job = plan_job(JobRequest.model_validate(asked), service.engine.card, {}, ServingLimits())
     config = GenerateConfig(checkpoint="x", classes="MEL,DF", num_samples=2, seed=3)
     of_generate = rows_of(make_plan(config, "prior", None, ISIC7).table)
     assert set(job.rows) == {row for row in of_generate if row.id != "DF_000001"}
@@ -619,11 +609,11 @@ def test_a_job_from_references_is_of_one_class(service: Any) -> None:
     card = replace(service.engine.card, has_extractor=True)
     files = [upload(jpeg(number)) for number in range(3)]
     varied = {"mode": "image2image", "counts": {"DF": 5}}
-    job = plan_job(parse(JobRequest, varied), card, {"references": files}, ServingLimits())
+    job = plan_job(JobRequest.model_validate(varied), card, {"references": files}, ServingLimits())
     assert [row.reference for row in job.rows] == [files[number % 3].name for number in range(5)]
     walks = {"mode": "interpolate", "class": "DF", "steps_between": 1}
     both = {"references": files, "references_b": files[:1]}
-    job = plan_job(parse(JobRequest, walks), card, both, ServingLimits())
+    job = plan_job(JobRequest.model_validate(walks), card, both, ServingLimits())
     assert [row.id for row in job.rows[:4]] == ["DF_pair000_00", "DF_pair000_01", "DF_pair000_02", "DF_pair001_00"]
     assert len(job.rows) == 9
 
@@ -644,4 +634,4 @@ def test_a_job_from_references_is_of_one_class(service: Any) -> None:
 )
 def test_a_job_that_cannot_be_planned_is_refused_in_one_line(service: Any, asked: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        plan_job(parse(JobRequest, asked), service.engine.card, {}, ServingLimits())
+        plan_job(JobRequest.model_validate(asked), service.engine.card, {}, ServingLimits())

@@ -35,7 +35,7 @@ def with_jobs(
     jobs = Jobs(tmp_path_factory.mktemp("jobs"), run_in_thread, limits=config.limits)
     made = copy.copy(service)
     made.jobs = jobs
-    return serve(create_app(made, config), jobs)
+    return serve(create_app(made, config), jobs=jobs)[0]
 
 
 def test_the_examples_of_the_page_work_as_they_are_written(with_jobs: str, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_client_comes_again_when_a_busy_service_says(serve: Serve) -> None:
             return JSONResponse({"detail": "full"}, 503, {"Retry-After": "1"})
         return JSONResponse({"data": [{"id": "late"}]})
 
-    url = serve(app)
+    (url,) = serve(app)
     assert Client(url).models() == [{"id": "late"}]
     assert len(asked) == 3
     assert asked[1] - asked[0] >= 1

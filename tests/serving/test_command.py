@@ -30,6 +30,7 @@ from m2d.serving.command import deploy_file
 from m2d.serving.deployment import gpu_shares, of_ours, signing_file, with_additions, write_addition
 from m2d.serving.engine import describe
 from m2d.serving.settings import ServeConfig
+from tests.serving.conftest import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STARTING_S = 240.0
@@ -197,9 +198,7 @@ class Running:
 @contextmanager
 def running(folder: Path, checkpoint: Path, *flags: str, verify: Any = True) -> Iterator[Running]:
     """Until the block ends, where it is killed if it has not ended."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
+    port = str(free_port())
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "M2D_"))}
     environment = {"RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0", "PYTHONPATH": str(ROOT)}
     places = ["--checkpoint", str(checkpoint), "--directory", str(folder / "serving"), "--port", port]
@@ -291,9 +290,7 @@ def entries(service: Running, place: str) -> list[dict[str, Any]]:
 @pytest.mark.exhaustive
 def test_a_submitted_job_serves_until_it_is_stopped_and_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     """Relative places of results begin where the head was started; a service of other HTTP options is refused."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
+    port = str(free_port())
     with job_cluster(tmp_path) as cluster:
         words = ["python", "jobs/serve.py", "--checkpoint", str(checkpoint), "--gates.enabled", "false"]
         submit = ["job", "submit", "--submission-id", "served", "--no-wait", "--", *words, "--port", port]

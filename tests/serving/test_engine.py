@@ -3,12 +3,10 @@
 import asyncio
 import gc
 import hashlib
-import io
 import json
 import logging
 import shutil
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -20,7 +18,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from tiny_references import SixFeatures, write_photograph
 
 from m2d.errors import CheckpointError, ConfigError, DataError, Incomplete
@@ -33,8 +30,9 @@ from m2d.generation.run import generate
 from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.models.checkpoint import load_checkpoint
 from m2d.serving.engine import Engine, describe
-from m2d.serving.orders import DeadlineExceeded, Drawn, Event, ModelCard, Order, Preview, Progress, Refused
+from m2d.serving.orders import Drawn, Event, ModelCard, Order, Preview, Progress, Refused
 from m2d.serving.settings import ServeConfig
+from tests.serving.conftest import pixels
 
 Draw = Callable[[Order], AsyncIterator[Event]]
 
@@ -82,7 +80,7 @@ def six(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def order(card: ModelCard, count: int = 1, *, label: str = "MEL", **more: Any) -> Order:
     """As requests.py makes one. more: settings of GenerateConfig, fields of Order."""
-    own = {name: more.pop(name) for name in ("previews", "deadline") if name in more}
+    own = {"previews": more.pop("previews", 0)}
     config = GenerateConfig(checkpoint=card.checkpoint, classes=label, num_samples=count, **{"steps": 4, **more})
     rows = rows_of(make_plan(config, "prior", None, card.classes).table)
     return Order(id="some", model=card, config=config, rows=tuple(rows), **own)
@@ -128,11 +126,6 @@ async def left_after(engine: Engine, wanted: Order, steps: int) -> None:
 def images_of(events: Sequence[Event]) -> list[np.ndarray]:
     finished = sorted((event for event in events if isinstance(event, Drawn)), key=lambda event: event.index)
     return [pixels(event.png) for event in finished]
-
-
-def pixels(png: bytes) -> np.ndarray:
-    with Image.open(io.BytesIO(png)) as image:
-        return np.array(image).astype(int)
 
 
 def same_images(first: Sequence[Event], second: Sequence[Event]) -> bool:
@@ -289,17 +282,6 @@ def test_clients_that_ask_again_end_up_in_one_batch(engine: Engine, card: ModelC
     before = engine.passes
     asyncio.run(six_clients())
     assert engine.passes - before == 6
-
-
-def test_the_event_loop_goes_on_while_the_device_is_at_work(engine: Engine, card: ModelCard, gate: Gate) -> None:
-    async def beside() -> int:
-        order_under_way = asyncio.create_task(events_of(engine, order(card)))
-        await gate.reached()
-        assert engine.stats()["orders"] == 1
-        gate.open()
-        return len(images_of(await order_under_way))
-
-    assert asyncio.run(beside()) == 1
 
 
 # --- the images of the bulk job
@@ -489,17 +471,6 @@ def test_a_waiting_order_that_is_closed_is_never_drawn(
     assert batches == [1] * 4
 
 
-def test_an_order_that_is_late_is_given_up_and_says_so(engine: Engine, card: ModelCard, gate: Gate) -> None:
-    async def late() -> None:
-        with pytest.raises(DeadlineExceeded):
-            await events_of(engine, order(card, 3, deadline=time.time() + 0.05))
-        gate.open()
-        assert len(images_of(await events_of(engine, order(card)))) == 1
-
-    asyncio.run(late())
-    assert engine.stats()["orders"] == 0
-
-
 def test_fifty_rounds_of_twenty_clients_of_which_ten_go_leave_nothing_behind(load: Load, card: ModelCard) -> None:
     engine = load(batch_size=32, batch_wait_s=0.0)
 
@@ -516,7 +487,7 @@ def test_fifty_rounds_of_twenty_clients_of_which_ten_go_leave_nothing_behind(loa
 
     assert asyncio.run(rounds()) == 500
     stats = engine.stats()
-    assert (stats["orders"], stats["waiting"], stats["uploads"]) == (0, 0, 0)
+    assert (stats["orders"], stats["waiting"]) == (0, 0)
     gc.collect()
     assert not [one for one in gc.get_objects() if type(one).__name__ in ("_UnderWay", "_Sample")]
 
@@ -540,30 +511,7 @@ def test_a_reference_that_cannot_be_read_fails_its_own_order_alone(
     assert "/" not in str(error).split(" cannot be used")[0]
     assert same_images(first, drawn(engine, good)[0])
     assert same_images(second, first)
-    assert engine.stats()["orders"] == engine.stats()["uploads"] == 0
-
-
-def test_uploads_are_there_while_an_order_uses_them_and_no_longer(
-    engine: Engine, card: ModelCard, tmp_path: Path, gate: Gate
-) -> None:
-    wanted = guided_by(card, write_photograph(tmp_path / "one.png", 2).read_bytes())
-    (name,) = wanted.uploads
-
-    async def two() -> None:
-        first = asyncio.create_task(events_of(engine, wanted))
-        await gate.reached()
-        second = asyncio.create_task(events_of(engine, wanted))
-        await asyncio.sleep(0.05)
-        first.cancel()
-        await asyncio.wait([first])
-        assert (engine.uploads / name).is_file()
-        gate.open()
-        (event,) = (event for event in await second if isinstance(event, Drawn))
-        assert event.entry["reference"] == name
-        assert str(engine.uploads).encode() not in event.png
-        assert not list(engine.uploads.iterdir())
-
-    asyncio.run(two())
+    assert engine.stats()["orders"] == 0
 
 
 def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_one_that_never_fits_says_so(
@@ -580,7 +528,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does_and_one_that_never_fi
     monkeypatch.setattr(Generator, "denoise", denoise)
     with caplog.at_level(logging.WARNING):
         assert same_images(drawn(engine, order(card, 8))[0], expected)
-    assert engine.batch_size == 2
+    assert engine.stats()["batch_size"] == 2
     assert len(caplog.records) == 2  # 8 to 4, 4 to 2
     room = 0
     with pytest.raises(ConfigError, match="not even one image"):
@@ -617,9 +565,8 @@ def test_the_card_says_what_the_checkpoint_is(card: ModelCard, checkpoint: Path)
 def test_another_checkpoint_than_the_card_s_is_refused_in_one_line(
     card: ModelCard, config: ServeConfig, executor: ThreadPoolExecutor
 ) -> None:
-    with pytest.raises(CheckpointError, match="000000000000 is to be served") as caught:
+    with pytest.raises(CheckpointError, match=r"^[^\n]*000000000000 is to be served[^\n]*$"):
         Engine.load(replace(card, sha256="0" * 64), config, executor)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_is_in_use_until_its_engine_is_closed(
@@ -628,10 +575,8 @@ def test_a_checkpoint_is_in_use_until_its_engine_is_closed(
     own = shutil.copytree(checkpoint, tmp_path / "own")
     engine = Engine.load(replace(card, checkpoint=str(own)), config, executor)
     assert is_in_use(own / COMPLETE)
-    folder = engine.uploads
     engine.close()
     assert not is_in_use(own / COMPLETE)
-    assert not folder.exists()
 
 
 @pytest.mark.parametrize(("feature", "message"), [("reference", "does not say which feature extractor")])

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
-from m2d.serving.access import keys_command
 from m2d.serving.app import create_app
 from m2d.serving.jobs import Jobs
-from m2d.serving.settings import KeysConfig, ServeConfig, ServingLimits
+from m2d.serving.settings import ServeConfig, ServingLimits
+from tests.serving.conftest import new_key
 from tests.serving.job_bench import Bench
 
 QUOTA = 12  # images a day of each key
@@ -28,17 +28,8 @@ Ask = Callable[..., Any]
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
-    return Bench(monkeypatch)
-
-
-@pytest.fixture
-def keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
-    found = {}
-    for name in ("ann", "bob"):
-        keys_command(KeysConfig(words=["add", name], keys=str(tmp_path / "keys.json"), images_per_day=QUOTA))
-        found[name] = capsys.readouterr().out.strip()
-    return found
+def keys(tmp_path: Path) -> dict[str, str]:
+    return {name: new_key(tmp_path / "keys.json", name, images_per_day=QUOTA) for name in ("ann", "bob")}
 
 
 @pytest.fixture

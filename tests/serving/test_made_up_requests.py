@@ -1,7 +1,7 @@
 """Requests made up from the OpenAPI document: whatever it allows is answered as it says."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -21,14 +21,13 @@ from schemathesis.specs.openapi.checks import (
 from m2d.serving.app import create_app
 from m2d.serving.jobs import Jobs
 from m2d.serving.settings import ServeConfig, ServingLimits
+from tests.serving.conftest import Serve
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
 @pytest.fixture(scope="module")
-def url(
-    service: Any, config: ServeConfig, serve: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[str]:
+def url(service: Any, config: ServeConfig, serve: Serve, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Of a service whose orders are small and whose jobs never come to their work: the requests are many."""
 
     async def wait_for_ever(*_: object) -> None:
@@ -37,7 +36,7 @@ def url(
     limits = ServingLimits(images=2, steps=3, upload_bytes=2**20, job_images=50)
     own = type(service)(replace(config, directory=str(tmp_path_factory.mktemp("made_up")), limits=limits))
     own.jobs = Jobs(own.config.jobs_folder, wait_for_ever, limits=limits)
-    yield serve(create_app(own, own.config), own.jobs)
+    yield serve(create_app(own, own.config), jobs=own.jobs)[0]
     own.close()
 
 

@@ -1,14 +1,11 @@
 """The page in a real browser, on the real service with the smallest checkpoint. Skipped without Debian's Chromium."""
 
-import asyncio
 import base64
 import hashlib
 import json
 import re
 import shutil
-import socket
 import tarfile
-import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,18 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, Route, expect, sync_playwright
 
 from m2d.generation.plan import seed_of
-from m2d.serving.access import keys_command
 from m2d.serving.app import PAGE, create_app
-from m2d.serving.jobs import Jobs
-from m2d.serving.settings import KeysConfig, ServeConfig, ServingLimits
-from tests.serving.conftest import LocalService
-from tests.serving.job_bench import run_in_thread
+from m2d.serving.settings import ServeConfig, ServingLimits
+from tests.serving.conftest import LocalService, Serve, new_key
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
@@ -43,39 +36,18 @@ SERVED = ("free", "keyed")  # the same service without keys, and with
 def key(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A key, and the file of its hash."""
     file = tmp_path_factory.mktemp("keys") / "keys.json"
-    with pytest.MonkeyPatch.context() as patch:
-        said: list[str] = []
-        patch.setattr("builtins.print", lambda *words, **_: said.extend(map(str, words)))
-        keys_command(KeysConfig(words=["add", "annotator"], keys=str(file)))
-    (found,) = re.findall(r"\S{40,}", "\n".join(said))
-    return found, file
+    return new_key(file, "annotator"), file
 
 
 @pytest.fixture(scope="module")
 def urls(
-    config: ServeConfig, key: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, str]]:
+    config: ServeConfig, key: tuple[str, Path], serve: Serve, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
     """Of the service without keys and with; at most 12 images may wait, so that it is soon overloaded."""
     free = replace(config, directory=str(tmp_path_factory.mktemp("page")), limits=ServingLimits(queued_images=12))
     service = LocalService(free)
-    service.jobs = Jobs(free.jobs_folder, run_in_thread, limits=free.limits)
     apps = [create_app(service, free), create_app(service, replace(free, keys=str(key[1])))]
-    listening = [socket.create_server(("127.0.0.1", 0)) for _ in apps]
-    settings: dict[str, Any] = {"log_level": "warning", "lifespan": "off", "timeout_graceful_shutdown": 1}
-    servers = [uvicorn.Server(uvicorn.Config(app, **settings)) for app in apps]
-
-    async def serve() -> None:
-        await service.jobs.start()
-        await asyncio.gather(*(server.serve([one]) for server, one in zip(servers, listening)))
-        await service.jobs.stop()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
-    thread.start()
-    yield {name: f"http://127.0.0.1:{one.getsockname()[1]}" for name, one in zip(SERVED, listening)}
-    for server in servers:
-        server.should_exit = True
-    thread.join(10)
-    service.close()
+    return dict(zip(SERVED, serve(*apps, jobs=service.jobs)))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@
 import base64
 import io
 import json
-import socket
 import statistics
 import tarfile
 import threading
@@ -14,7 +13,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +28,13 @@ import yaml
 from click.testing import CliRunner
 from cluster.cluster_files import MANIFESTS
 from cluster.job_cluster import await_that
-from PIL import Image
 from ray import serve
 from ray.serve.scripts import cli
 from tiny_checkpoint import make_checkpoint, make_prior, write_checkpoint
 
 from m2d.classes import ISIC7
-from m2d.serving.access import keys_command
-from m2d.serving.settings import KeysConfig
+from tests.serving import conftest
+from tests.serving.conftest import free_port, new_key
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -118,23 +116,16 @@ def served(ray_cluster: None, checkpoints: Path, tmp_path_factory: pytest.TempPa
         "gates": {"enabled": False},
         "limits": {"queued_images": QUEUED, "steps": 1000},
     }
-    with redirect_stdout(io.StringIO()) as said:
-        keys_command(KeysConfig(words=["add", "tester"], keys=keys, operator=True))
+    key = new_key(Path(keys), "tester", operator=True)
     dashboard = f"http://{ray._private.worker.global_worker.node.webui_url}"
-    found = Served(f"http://127.0.0.1:{port}", said.getvalue().strip(), config, dashboard, folder)
+    found = Served(f"http://127.0.0.1:{port}", key, config, dashboard, folder)
     found.deploy()
     yield found
     serve.shutdown()
 
 
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
 def pixels(image: dict[str, Any]) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(image["b64_png"]))), np.int16)
+    return conftest.pixels(base64.b64decode(image["b64_png"]))
 
 
 @contextmanager
@@ -185,7 +176,7 @@ def test_a_job_is_made_beside_the_models_and_is_what_a_request_gets(served: Serv
         "DF_000000.png", "DF_000001.png", "MEL_000000.png", "MEL_000001.png", "MEL_000002.png",
     ]  # fmt: skip
     (image,) = served.images(first=2, seed=11)["images"]
-    assert abs(pixels(image) - np.asarray(Image.open(io.BytesIO(made)), np.int16)).max() <= 1
+    assert abs(pixels(image) - conftest.pixels(made)).max() <= 1
 
 
 def test_events_come_while_images_are_being_made(served: Served) -> None:
