@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from pyarrow import fs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from m2d.classes import ISIC7, named_class_set
 from m2d.data.features import FeatureStore, feature_bytes
-from m2d.data.layouts import IMAGE_SUFFIXES, is_debris
+from m2d.data.layouts import IMAGE_SUFFIXES, list_files
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import CheckpointError, DataError, first_line
 from m2d.experiment import Experiment
@@ -110,10 +109,8 @@ def count_images(config: TrainConfig) -> tuple[int, int, str, bool]:
         of_train, of_val = (catalog.filter(pc.equal(catalog["split"], name))["sha256"] for name in ("train", "val"))
         absent = store.missing(of_train.to_pylist(), data.views).any() or store.missing(of_val.to_pylist(), 1).any()
         return len(catalog), len(of_train), "setup_data's catalog", not absent
-    filesystem, path = open_storage(root)
-    entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    files = [entry.base_name for entry in entries if entry.type == fs.FileType.File]
-    images = sum(name.lower().endswith(IMAGE_SUFFIXES) and not is_debris(name) for name in files)
+    files, _ = list_files(*open_storage(root), root)
+    images = sum(file.path.lower().endswith(IMAGE_SUFFIXES) for file in files)
     if images == 0:
         raise DataError(f"data_root: {root} holds no image; expected {' '.join(IMAGE_SUFFIXES)}")
     return images, max(1, round(images * train_share)), "image files, counted by name", False
