@@ -23,6 +23,7 @@ from pyarrow import fs
 from m2d.classes import NAMED, ClassSet, class_set_of, named_class_set
 from m2d.data.settings import DataConfig
 from m2d.errors import DataError
+from m2d.files.atomic import csv_text
 from m2d.files.storage import files_below, one_line, open_storage
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
@@ -337,7 +338,7 @@ def _read_table(
             content = stream.read()
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         if name.lower().endswith(".jsonl"):
-            text = _lines_as_csv(text)
+            text = csv_text([json.loads(line) for line in text.splitlines() if line.strip()])
         text = text.lstrip()
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         header = next(csv.reader([text.partition("\n")[0]], delimiter=delimiter), [])
@@ -411,16 +412,6 @@ def _read_table(
             if place in by_key:
                 break
     return [table]
-
-
-def _lines_as_csv(text: str) -> str:
-    """JSON objects, one a line, as Hugging Face's metadata.jsonl. Raises ValueError."""
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    written = io.StringIO(newline="")
-    writer = csv.DictWriter(written, dict.fromkeys(name for row in rows for name in row))
-    writer.writeheader()
-    writer.writerows(rows)
-    return written.getvalue()
 
 
 def _dermoscopic(entries: list[Entry], tables: list[_Table], config: DataConfig, said: list[str]) -> list[Entry]:
