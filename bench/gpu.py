@@ -56,7 +56,7 @@ from m2d.training.dry_run import FakeRun
 from m2d.training.measure import peak_flops
 from m2d.training.networks import Networks, build_networks, idle_modules
 from m2d.training.settings import TrainConfig
-from m2d.training.step import DecoderStep, JointStep, LatentStep, build_step, step_config_of
+from m2d.training.step import DecoderStep, JointStep, LatentStep, StepConfig, build_step
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -267,13 +267,11 @@ def step_of(
     config: TrainConfig, networks: Networks, device: torch.device, *, distributed: bool
 ) -> JointStep | LatentStep | DecoderStep:
     """The step of the config's stage; every network learns in it from its first step on."""
-    step_config = step_config_of(
-        config, precision=config.mixed_precision or "no", total_steps=config.max_steps or 10_000
-    )
+    config = replace(config, discriminator=replace(config.discriminator, start_step=0))
+    step_config = StepConfig(config, precision=config.mixed_precision or "no", total_steps=config.max_steps or 10_000)
     perceptual = build_perceptual("features", None)
     if config.stage != "latent":
         perceptual.to(device)
-    step_config = replace(step_config, discriminator_start=0)
     return build_step(config.stage, networks, perceptual, step_config, device, distributed)
 
 

@@ -32,7 +32,7 @@ from jsonargparse import auto_cli
 from PIL import Image
 
 from m2d.data.catalog import scan_dataset
-from m2d.data.order import StreamOrder
+from m2d.data.order import Share, StreamOrder
 from m2d.data.reader import ImageReader
 from m2d.data.settings import DataConfig
 from m2d.data.stream import build_stream, iterate_stream
@@ -353,30 +353,16 @@ def _data_loader(images: _Images, workload: Workload) -> Batches:
 
 
 def _stream_shards(workload: Workload, workers: int) -> list[ray.data.DataIterator]:
-    dataset = build_stream(
-        workload.reader,
-        workload.order,
-        batch_size=workload.batch_size,
-        num_workers=workers,
-        start_micro_batch=0,
-        num_micro_batches=workload.micro_batches,
-        object_store_share=0.3,
-        read_cpus=1.0,
-    )
+    share, turns = Share(batch_size=workload.batch_size, world_size=workers), range(workload.micro_batches)
+    dataset = build_stream(workload.reader, workload.order, share, turns, object_store_share=0.3, read_cpus=1.0)
     return list(dataset.streaming_split(workers, equal=True))
 
 
 def _shard_batches(
     shard: ray.data.DataIterator, workload: Workload, rank: int, workers: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    return iterate_stream(
-        shard,
-        batch_size=workload.batch_size,
-        rank=rank,
-        world_size=workers,
-        start_micro_batch=0,
-        num_micro_batches=workload.micro_batches,
-    )
+    share = Share(batch_size=workload.batch_size, rank=rank, world_size=workers)
+    return iterate_stream(shard, share, range(workload.micro_batches))
 
 
 if __name__ == "__main__":

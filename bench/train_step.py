@@ -41,8 +41,9 @@ from m2d.data.reader import ImageReader
 from m2d.data.setup import setup_data
 from m2d.demo.dataset import write_demo_dataset
 from m2d.diffusion.interpolant import interpolate, velocity_target
+from m2d.models.autoencoder import from_uint8
 from m2d.models.perceptual import build_perceptual
-from m2d.training.batch import ImageBatch, draw, extract, model_images
+from m2d.training.batch import ImageBatch, draw, extract
 from m2d.training.losses import (
     DenoiserPhase,
     adversarial_loss,
@@ -54,7 +55,7 @@ from m2d.training.losses import (
 )
 from m2d.training.networks import Networks, build_networks
 from m2d.training.settings import TrainConfig
-from m2d.training.step import JointStep, step_config_of
+from m2d.training.step import JointStep, StepConfig
 from m2d.training.trainer import train
 
 EVERY_K = (1, 2, 4)
@@ -195,7 +196,7 @@ class OurStep:
     def __init__(self, config: TrainConfig, device: torch.device, batches: list[ImageBatch]) -> None:
         self.config, self.device, self.batches, self.done = config, device, batches, 0
         self.networks = build_networks(config, device)
-        settings = step_config_of(config, precision="no", total_steps=10_000)
+        settings = StepConfig(config, precision="no", total_steps=10_000)
         perceptual = build_perceptual("features", self.networks.extractor)
         self.step = JointStep(self.networks, perceptual, settings, device)
         size = config.data.image_size
@@ -257,7 +258,7 @@ class RepaEStep:
         )
         batch = self.batches[self.done % len(self.batches)]
         pixels = batch.images.permute(0, 3, 1, 2)
-        images = model_images(pixels)
+        images = from_uint8(pixels)
         assert n.extractor is not None
         features = extract(n.extractor, pixels)  # 0
         posterior = n.autoencoder.encode(images)  # 1

@@ -1,5 +1,6 @@
 """User-facing errors. The command line prints them as one line and exits with their code; anything else is a bug."""
 
+from math import inf
 from typing import Any
 
 
@@ -33,6 +34,29 @@ class Incomplete(M2DError):
     """A command came to its end and made less than it was asked for; what it made is whole, and stays."""
 
     exit_code = 3
+
+
+def require(condition: object, message: str) -> None:
+    """Raise ConfigError with the message unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_range(
+    config: object, room: str, low: float, *names: str, high: float = inf, above: bool = False, below: bool = False
+) -> None:
+    """Each named number of the settings is None or finite and in [low, high].
+
+    room: "schedule." say. above, below: an end that is left out.
+    """
+    shown = f"above {low:g}" if above else f"at least {low:g}"
+    if high < inf:
+        shown = f"in [{low:g}, {high:g}{')' if below else ']'}"
+    for name in names:
+        value = getattr(config, name)
+        inside = value is None or (low <= value <= high and value != inf)  # and not nan
+        excluded = [low] * above + [high] * below
+        require(inside and value not in excluded, f"{room}{name} is {value}; it must be {shown}")
 
 
 def refuse_repeated_keys(text: str, where: str) -> None:

@@ -8,7 +8,7 @@ from tiny_networks import CONDITIONING, FEATURE_DIM, IMAGE_SIZE, LATENT_SHAPE, t
 from torch import Tensor
 
 import m2d.training.step as step_module
-from m2d.data.order import worker_rows
+from m2d.data.order import Share
 from m2d.training.batch import Draws, ImageBatch, draw
 
 GLOBAL_BATCH = 8
@@ -59,14 +59,9 @@ def steps(discriminator: str, rank: int, world_size: int, batch_size: int) -> di
     before = state()
     micro_batches = GLOBAL_BATCH // batch_size
     each = micro_batches // world_size
+    share = Share(batch_size=batch_size, rank=rank, world_size=world_size, step_micro_batches=micro_batches)
     for number in range(STEPS):
-        shares = [
-            worker_rows(
-                number * each + k, batch_size=batch_size, rank=rank, world_size=world_size,
-                step_micro_batches=micro_batches,
-            )
-            for k in range(each)
-        ]  # fmt: skip
-        step([micro_batch(torch.from_numpy(rows)) for rows in shares], number)
+        turns = range(number * each, (number + 1) * each)
+        step([micro_batch(torch.from_numpy(share.rows(turn))) for turn in turns], number)
     step_module.guarded_update = update
     return {"gradients": gradients, "before": before, "after": state()}

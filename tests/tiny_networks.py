@@ -8,11 +8,17 @@ from torch import Tensor, nn
 from m2d.models.autoencoder import build_autoencoder
 from m2d.models.extractors import FeatureExtractor, Features
 from m2d.models.perceptual import Discriminator, FeatureDistance, PatchDiscriminator, ProjectedDiscriminator
-from m2d.models.settings import AutoencoderConfig, ConditioningConfig, ProjectorConfig, UNetConfig
+from m2d.models.settings import (
+    AutoencoderConfig,
+    ConditioningConfig,
+    DiscriminatorConfig,
+    ProjectorConfig,
+    UNetConfig,
+)
 from m2d.models.unet import AlignmentProjector, build_denoiser, tap_channels
 from m2d.training.batch import Draws, ImageBatch, draw
 from m2d.training.networks import Networks
-from m2d.training.settings import LossWeights, OptimizerConfig, ScheduleConfig, TrainConfig
+from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig, TrainConfig
 from m2d.training.step import StepConfig, build_step
 
 IMAGE_SIZE = 16
@@ -77,16 +83,20 @@ def tiny_step(
     *,
     distributed: bool = False,
     weights: LossWeights | None = None,
+    alignment: AlignmentConfig | None = None,
     rate: float = 1e-3,
+    discriminator_start: int = 0,
     **settings: Any,
 ) -> Any:
     """A stage's step with plain settings."""
-    config = StepConfig(
-        weights=weights or LossWeights(kl=1e-3),
+    run = TrainConfig(
+        loss_weights=weights or LossWeights(kl=1e-3),
+        alignment=alignment or AlignmentConfig(),
         optimizer=OptimizerConfig(lr_autoencoder=rate, lr_denoiser=rate, warmup_steps=0, clip_norm=1e6),
         schedule=ScheduleConfig(ema_decay=0.9, max_skipped_in_row=3),
-        **({"precision": "no", "total_steps": 100} | settings),
+        discriminator=DiscriminatorConfig(start_step=discriminator_start),
     )
+    config = StepConfig(run, **({"precision": "no", "total_steps": 100} | settings))
     return build_step(stage, networks, FeatureDistance(networks.extractor), config, CPU, distributed)
 
 

@@ -3,8 +3,6 @@
 Called by setup_data. The images' bytes do not change; the folder is then a dataset like any other (m2d.data.layouts).
 """
 
-import csv
-import io
 import json
 import posixpath
 import re
@@ -17,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from m2d.errors import DataError
-from m2d.files.atomic import write_whole
+from m2d.files.atomic import csv_text, write_whole
 from m2d.files.progress import progress
 from m2d.files.storage import one_line
 
@@ -62,12 +60,9 @@ def import_shards(source: str, data_root: str) -> int:
                         write_whole(path, image, durable=False)
                     rows[file] = facts
                 shown.show(done, len(shards))
-        columns = list(dict.fromkeys(name for facts in rows.values() for name in facts))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, ["file_name", *columns])
-        writer.writeheader()
-        writer.writerows({"file_name": f"{IMAGES}/{file}", **facts} for file, facts in rows.items())
-        write_whole(target / TABLE, text.getvalue())
+        columns = ["file_name", *dict.fromkeys(name for facts in rows.values() for name in facts)]
+        table = [{"file_name": f"{IMAGES}/{file}", **facts} for file, facts in rows.items()]
+        write_whole(target / TABLE, csv_text(table, columns))
     except (OSError, pa.ArrowException, tarfile.TarError) as error:
         raise DataError(f"import_from: {source} cannot be unpacked into {data_root} ({one_line(error)})") from error
     return len(rows)

@@ -44,7 +44,7 @@ from m2d.data.decode import ImageRejected, probe_image
 from m2d.data.layouts import IMAGE_SUFFIXES, is_debris, without_image_suffix
 from m2d.data.settings import SKIP, DownloadConfig, collection_number, is_web_address
 from m2d.errors import DataError
-from m2d.files.atomic import try_lock, write_whole
+from m2d.files.atomic import csv_text, try_lock, write_whole
 from m2d.files.progress import progress
 from m2d.files.storage import one_line, open_storage
 
@@ -563,11 +563,7 @@ def _write_metadata(path: Path, wanted: Wanted) -> None:
         old = rows.get(image.isic_id, {})
         rows[image.isic_id] = old | {name: value for name, value in known.items() if value or name not in old}
         columns += [name for name in known if name not in columns]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows.values())
-    _write_changed(path, table.getvalue())
+    _write_changed(path, csv_text(rows.values(), columns, "\n"))
 
 
 def _write_provenance(path: Path, wanted: Wanted, source: str, collection: int) -> None:

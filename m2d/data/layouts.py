@@ -23,7 +23,8 @@ from pyarrow import fs
 from m2d.classes import NAMED, ClassSet, class_set_of, named_class_set
 from m2d.data.settings import DataConfig
 from m2d.errors import DataError
-from m2d.files.storage import one_line, open_storage
+from m2d.files.atomic import csv_text
+from m2d.files.storage import files_below, one_line, open_storage
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 REPORT = "evaluation.json"  # a folder that holds one is what `evaluate` leaves beside class folders
@@ -137,6 +138,7 @@ def _read_layout(
     rejected: list[tuple[str, str]],
 ) -> Layout:
     entries: list[Entry] = []
+    may_be_tables: list[str] = []  # not below a class folder, of a table's suffix or none
     masks = 0
     for path in (file.path for file in files):
         stem, suffix = posixpath.splitext(path)
@@ -148,6 +150,8 @@ def _read_layout(
         elif label:
             known = " ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
             rejected.append((path, f"the suffix {suffix or '(none)'} is not one of {known}"))
+        elif suffix.lower() in _TABLE_SUFFIXES:
+            may_be_tables.append(path)
     shards = sum(file.path.endswith((".parquet", ".tar")) for file in files)
     if shards and not entries:
         raise DataError(
@@ -161,7 +165,7 @@ def _read_layout(
         key = image_key(entry.path)
         for name in {key, posixpath.basename(key)}:
             by_key[name].append(entry)
-    places = [(filesystem, posixpath.join(root, path), path) for path in _table_paths(files, config, classes)]
+    places = [(filesystem, posixpath.join(root, path), path) for path in may_be_tables]
     if config.table is not None:
         places.append((*open_storage(config.table), config.table))
     tables = [table for place in places for table in _read_table(*place, shown, by_key, config, classes, said)]
@@ -195,8 +199,7 @@ def list_files(filesystem: fs.FileSystem, root: str, shown: str) -> tuple[list[F
         if isinstance(filesystem, fs.LocalFileSystem):
             files, broken = _walk(root)
         else:
-            below = filesystem.get_file_info(fs.FileSelector(root, recursive=True))
-            found = [entry for entry in below if entry.type == fs.FileType.File]
+            found = files_below(filesystem, root)
             files = [File(posixpath.relpath(entry.path, root), entry.size, entry.mtime_ns) for entry in found]
             broken = []
     except (pa.ArrowException, OSError) as error:
@@ -204,16 +207,6 @@ def list_files(filesystem: fs.FileSystem, root: str, shown: str) -> tuple[list[F
     reports = {posixpath.dirname(file.path) for file in files if posixpath.basename(file.path) == REPORT} - {""}
     files = [file for file in files if posixpath.dirname(file.path) not in reports]
     return sorted(file for file in files if not any(map(is_debris, file.path.split("/")))), sorted(broken)
-
-
-def _table_paths(files: Iterable[File], config: DataConfig, classes: ClassSet) -> list[str]:
-    """Those of the files that may be tables: not below a class folder, of a table's suffix or none."""
-    return [
-        file.path
-        for file in files
-        if posixpath.splitext(file.path)[1].lower() in _TABLE_SUFFIXES
-        and _folders(file.path, config, classes)[1] is None
-    ]
 
 
 def sources(filesystem: fs.FileSystem, root: str, shown: str, config: DataConfig) -> list[File]:
@@ -334,20 +327,25 @@ def _read_table(
     """The table in a file, or none where the file is no table of images; a .csv that is not used is said."""
     telling = name.lower().endswith(".csv") or name == config.table
     shown = name if name == config.table else f"{name} in {root}"
+
+    def unused(why: str) -> list[_Table]:
+        if telling:
+            said.append(f"not used: {name} ({why})")
+        return []
+
     try:
         with filesystem.open_input_stream(path, compression=None) as stream:
             content = stream.read()
         text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
         if name.lower().endswith(".jsonl"):
-            text = _lines_as_csv(text)
+            text = csv_text([json.loads(line) for line in text.splitlines() if line.strip()])
         text = text.lstrip()
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         header = next(csv.reader([text.partition("\n")[0]], delimiter=delimiter), [])
         known = {*_COLUMNS["image"], *_COLUMNS["lesion"]}
         if name != config.table and len(header) > 2 and not known & {cell.strip().casefold() for cell in header}:
             # Kaggle's HAM10000 has tables of a column for each pixel, which would fill the memory.
-            said += [f"not used: {name} (no column names its images)"] if telling else []
-            return []
+            return unused("no column names its images")
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
         rows = [row + [""] * (len(header) - len(row)) for row in reader if any(map(str.strip, row))]
     except (OSError, pa.ArrowException, ValueError, csv.Error) as error:
@@ -355,8 +353,7 @@ def _read_table(
             raise DataError(f"{shown} cannot be read ({one_line(error)}); save it as CSV in UTF-8") from error
         return []
     if not rows:
-        said += [f"not used: {name} (an empty file)"] if telling else []
-        return []
+        return unused("an empty file")
     names = [cell.strip().casefold() for cell in rows[0]]
     roles = {role: names.index(known) for role in _COLUMNS for known in reversed(_COLUMNS[role]) if known in names}
     if name == config.table:
@@ -394,12 +391,9 @@ def _read_table(
         if "lesion" in roles and table.has_labels:
             table.labels_of_lesion = {_cell(row, roles["lesion"]): table.label(row) for row in rows[1:]}
             return [table]
-        if telling:
-            said.append(f"not used: {name} (no column names its images)")
-        return []
+        return unused("no column names its images")
     if not table.has_labels and len(roles) == 1:
-        said += [f"not used: {name} (no column of labels, lesions or splits)"] if telling else []
-        return []
+        return unused("no column of labels, lesions or splits")
     table.first_ids = [row[roles["image"]] for row in rows[1:3]]
     folder = posixpath.dirname(name).casefold()
     for number, row in enumerate(rows[1:], 2):
@@ -418,16 +412,6 @@ def _read_table(
             if place in by_key:
                 break
     return [table]
-
-
-def _lines_as_csv(text: str) -> str:
-    """JSON objects, one a line, as Hugging Face's metadata.jsonl. Raises ValueError."""
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    written = io.StringIO(newline="")
-    writer = csv.DictWriter(written, dict.fromkeys(name for row in rows for name in row))
-    writer.writeheader()
-    writer.writerows(rows)
-    return written.getvalue()
 
 
 def _dermoscopic(entries: list[Entry], tables: list[_Table], config: DataConfig, said: list[str]) -> list[Entry]:

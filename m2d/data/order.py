@@ -3,6 +3,7 @@ so nothing is shuffled, stored or sent, and a run resumes at any row. The local 
 """
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -78,28 +79,30 @@ class StreamOrder:
         return {**self.__dict__, "_epochs": OrderedDict()}  # permutations are cheap to redo and dear to send
 
 
-def micro_batch_number(turn: int, *, rank: int, world_size: int, step_micro_batches: int | None = None) -> int:
-    """Which of the run's micro-batches, counted over all workers, worker `rank` takes at its `turn`-th.
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one worker takes of the stream: micro-batches of `batch_size` rows, its `turn`-th of the run at each turn.
 
     step_micro_batches: M, those of a step, of all workers together; None: one for each worker. A worker takes
-    ceil(M / world_size) a step. Where that makes more than M, the last ones of a step are also the first of the next:
-    so a step begins at the same row however many workers there are.
+    ceil(M / world_size) a step, so turn = step * that + k. Where that makes more than M, the last ones of a step are
+    also the first of the next: so a step begins at the same row however many workers there are.
     """
-    each_step = world_size if step_micro_batches is None else step_micro_batches
-    step, k = divmod(turn, -(-each_step // world_size))
-    return step * each_step + k * world_size + rank
 
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    step_micro_batches: int | None = None
 
-def worker_rows(
-    micro_batch: int, *, batch_size: int, rank: int, world_size: int, step_micro_batches: int | None = None
-) -> np.ndarray:
-    """Stream rows of one worker's micro-batch, int64 [batch_size].
+    def number(self, turn: int) -> int:
+        """Which of the run's micro-batches, counted over all workers."""
+        each_step = self.step_micro_batches or self.world_size
+        step, k = divmod(turn, -(-each_step // self.world_size))
+        return step * each_step + k * self.world_size + self.rank
 
-    micro_batch counts the worker's own from the run's start: step * accumulation + k. See micro_batch_number for
-    step_micro_batches; without it, or where the workers divide it, they cover each stream row once.
-    """
-    number = micro_batch_number(micro_batch, rank=rank, world_size=world_size, step_micro_batches=step_micro_batches)
-    return np.arange(number * batch_size, (number + 1) * batch_size, dtype=np.int64)
+    def rows(self, turn: int) -> np.ndarray:
+        """Its stream rows, int64 [batch_size]; workers that divide M cover each row once."""
+        first = self.number(turn) * self.batch_size
+        return np.arange(first, first + self.batch_size, dtype=np.int64)
 
 
 def _generator(*words: int) -> np.random.PCG64:

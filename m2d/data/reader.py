@@ -5,9 +5,8 @@
 
 import hashlib
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import pyarrow as pa
 
 from m2d.data.catalog import classes_of
 from m2d.data.decode import ImageRejected, decode_resized
-from m2d.data.order import StreamOrder, worker_rows
+from m2d.data.order import Share, StreamOrder
 from m2d.data.store import PreparedImages, PreparedRows
 from m2d.data.views import apply_view
 from m2d.errors import DataError
@@ -29,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 READ_THREADS = 16  # they wait for storage, not for the CPU
 MAX_SUBSTITUTES = 32  # this many bad files of one class in a row mean lost storage, not a few broken files
-PREFETCHED_BATCHES = 2
 
 
 def decode_unchanged(
@@ -198,38 +196,15 @@ class ImageReader:
 
 
 def iterate_local(
-    reader: ImageReader,
-    order: StreamOrder,
-    *,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    start_micro_batch: int,
-    num_micro_batches: int,
-    step_micro_batches: int | None = None,
+    reader: ImageReader, order: StreamOrder, share: Share, turns: range
 ) -> "Iterator[dict[str, torch.Tensor]]":
-    """Micro-batches start_micro_batch .. start_micro_batch + num_micro_batches - 1 of worker `rank`, each full.
+    """The worker's micro-batches of these turns, each full, read when they are asked for.
 
     Yields images uint8 [B, S, S, 3], labels, catalog_rows, stream_rows int64 [B], views int8 [B], substituted bool [B];
-    the consumer owns them. A thread decodes ahead; what it raises is raised here, and leaving the loop ends it.
+    the consumer owns them.
     """
     import torch
 
-    rows_of = partial(
-        worker_rows, batch_size=batch_size, rank=rank, world_size=world_size, step_micro_batches=step_micro_batches
-    )
-
-    def read(micro_batch: int) -> dict[str, np.ndarray]:
-        rows = rows_of(micro_batch)
-        return reader.read(*order.lookup(rows)) | {"stream_rows": rows}
-
-    thread = ThreadPoolExecutor(1, thread_name_prefix="m2d-local-stream")
-    ahead: deque[Future[dict[str, np.ndarray]]] = deque()
-    try:
-        for place in range(num_micro_batches + PREFETCHED_BATCHES):
-            if place < num_micro_batches:
-                ahead.append(thread.submit(read, start_micro_batch + place))
-            if place >= PREFETCHED_BATCHES:
-                yield {name: torch.from_numpy(column) for name, column in ahead.popleft().result().items()}
-    finally:
-        thread.shutdown(cancel_futures=True)
+    for rows in map(share.rows, turns):
+        columns = reader.read(*order.lookup(rows)) | {"stream_rows": rows}
+        yield {name: torch.from_numpy(column) for name, column in columns.items()}

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from urllib.parse import urlsplit
 
 from m2d.classes import ISIC7, NAMED, named_class_set
-from m2d.errors import ConfigError
+from m2d.errors import require, require_range
 from m2d.files.paths import absolute, input_path
 from m2d.models.settings import FeatureExtractorConfig
 
@@ -28,8 +28,7 @@ def collection_number(collection: int | str) -> int | None:
 
 def require_seed(name: str, seed: int, highest: int = 2**64 - 1) -> None:
     """Raise ConfigError for a seed that a generator would refuse in the middle of a run."""
-    if not 0 <= seed <= highest:
-        raise ConfigError(f"{name} is {seed}; it must be a whole number from 0 to {highest}")
+    require(0 <= seed <= highest, f"{name} is {seed}; it must be a whole number from 0 to {highest}")
 
 
 def is_web_address(url: str) -> bool:
@@ -81,8 +80,7 @@ class DataConfig:
             ("object_store_share", 0 < self.object_store_share <= 0.8, "in (0, 0.8]"),
             ("read_cpus", self.read_cpus > 0, "above 0"),
         ):
-            if not sound:
-                raise ConfigError(f"data.{name} is {getattr(self, name)}; it must be {wanted}")
+            require(sound, f"data.{name} is {getattr(self, name)}; it must be {wanted}")
 
     def in_this_place(self) -> Self:
         """The same with its files where a job of Ray finds them, absolute: see m2d.files.paths. Raises ConfigError."""
@@ -109,22 +107,17 @@ class DownloadConfig:
     api: str = PUBLIC_API  # address of the API; another one for a mirror
 
     def __post_init__(self) -> None:
-        known = collection_number(self.collection) is not None
+        known, codes = collection_number(self.collection) is not None, ISIC7.codes
         for name, sound, wanted in (
             ("collection", known, f"one of {' '.join(COLLECTIONS)} or a number"),
             ("limit", self.limit is None or self.limit >= 1, "at least 1, or null for all"),
-            (
-                "diagnoses",
-                set(self.diagnoses.values()) <= {*ISIC7.codes, SKIP},
-                f"a map to {' '.join(ISIC7.codes)} or {SKIP}",
-            ),
+            ("diagnoses", {*self.diagnoses.values()} <= {*codes, SKIP}, f"a map to {' '.join(codes)} or {SKIP}"),
             ("connections", 1 <= self.connections <= 64, "from 1 to 64"),
             ("retries", 0 <= self.retries <= 100, "from 0 to 100"),
             ("timeout_s", 0 < self.timeout_s <= 3600, "above 0 and at most 3600"),
             ("api", is_web_address(self.api) and "?" not in self.api, "a plain http or https address"),
         ):
-            if not sound:
-                raise ConfigError(f"download.{name} is {getattr(self, name)}; it must be {wanted}")
+            require(sound, f"download.{name} is {getattr(self, name)}; it must be {wanted}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,18 +140,16 @@ class SetupConfig:
     download: DownloadConfig = field(default_factory=DownloadConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("num_actors", 0), ("extract_batch_size", 1), ("shard_images", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}; it must be at least {least}")
+        require_range(self, "", 0, "num_actors")
+        require_range(self, "", 1, "extract_batch_size", "shard_images")
 
     @property
     def stages(self) -> frozenset[str]:
         """Of scan, images and features those asked for. Raises ConfigError where nothing was asked for."""
         names = ("scan", "images", "features")
         asked = frozenset(name for name in names if self.all or getattr(self, name))
-        if not asked and not self.download.enabled and self.import_from is None:
-            raise ConfigError(
-                "nothing to do; give --all, or some of --download --import_from --scan --images --features"
-            )
+        require(
+            asked or self.download.enabled or self.import_from is not None,
+            "nothing to do; give --all, or some of --download --import_from --scan --images --features",
+        )
         return asked

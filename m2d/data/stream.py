@@ -7,7 +7,7 @@ in two; Ray deals the blocks out to the workers in turn.
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from ray.data.datasource import Datasource, ReadTask
 
 from m2d.cluster.fan_out import raise_user_error
 from m2d.cluster.nodes import node_resources
-from m2d.data.order import StreamOrder, worker_rows
+from m2d.data.order import Share, StreamOrder
 from m2d.data.reader import ImageReader
 from m2d.errors import TrainingError
 
@@ -38,67 +38,39 @@ OPEN_STREAMS = 2  # a worker process may serve the training and the validation s
 PREFETCHED_BLOCKS = 1  # of each worker, in addition to the one it consumes and those in the object store
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class BlockPlan:
-    """Which micro-batches are in which block. Blocks are dealt out in turn: block b is for worker b % num_workers."""
+    """Which micro-batches are in which block. Blocks are dealt out in turn: block b is for worker b % world_size."""
 
-    batch_size: int
-    num_workers: int
-    start_micro_batch: int
-    num_micro_batches: int  # of each worker
+    share: Share  # of any worker
+    turns: range  # of each worker
     block_micro_batches: int
-    step_micro_batches: int | None = None  # see m2d.data.order.micro_batch_number
 
     @property
     def num_blocks(self) -> int:
         """Of all workers together. Each has as many, and its last one may be shorter, equally so for all."""
-        return -(-self.num_micro_batches // self.block_micro_batches) * self.num_workers
+        return -(-len(self.turns) // self.block_micro_batches) * self.share.world_size
 
     def stream_rows(self, block: int) -> np.ndarray:
         """The stream rows of a block, int64 [micro-batches * batch_size]."""
-        turn, rank = divmod(block, self.num_workers)
-        first = turn * self.block_micro_batches
-        rows_of = partial(
-            worker_rows,
-            batch_size=self.batch_size,
-            rank=rank,
-            world_size=self.num_workers,
-            step_micro_batches=self.step_micro_batches,
-        )
-        numbers = range(first, min(first + self.block_micro_batches, self.num_micro_batches))
-        return np.concatenate([rows_of(self.start_micro_batch + number) for number in numbers])
+        number, rank = divmod(block, self.share.world_size)
+        share, first = replace(self.share, rank=rank), number * self.block_micro_batches
+        return np.concatenate([share.rows(turn) for turn in self.turns[first : first + self.block_micro_batches]])
 
 
 def build_stream(
-    reader: ImageReader,
-    order: StreamOrder,
-    *,
-    batch_size: int,
-    num_workers: int,
-    start_micro_batch: int,
-    num_micro_batches: int,
-    object_store_share: float,
-    read_cpus: float,
-    step_micro_batches: int | None = None,
+    reader: ImageReader, order: StreamOrder, share: Share, turns: range, *, object_store_share: float, read_cpus: float
 ) -> ray.data.Dataset:
-    """Micro-batches start_micro_batch .. start_micro_batch + num_micro_batches - 1 of every worker, decoded on demand.
+    """The micro-batches of these turns of every worker (share: of any of them), decoded on demand.
 
     TorchTrainer splits it under `stream_options`, as streaming_split(num_workers, equal=True) does; each worker
-    reads its shard with `iterate_stream` and the same numbers. Call it in a process that lives as long as the run.
+    reads its shard with `iterate_stream` and the same turns. Call it in a process that lives as long as the run.
     object_store_share: encoded files are put into the object store once, if they fit this share of each node's store;
-    otherwise tasks read data_root. read_cpus: logical CPUs of a decoding task. step_micro_batches: see
-    m2d.data.order.micro_batch_number.
+    otherwise tasks read data_root. read_cpus: logical CPUs of a decoding task.
     """
     block_images = min(BLOCK_IMAGES, BLOCK_BYTES // (3 * reader.image_size**2))
-    plan = BlockPlan(
-        batch_size=batch_size,
-        num_workers=num_workers,
-        start_micro_batch=start_micro_batch,
-        num_micro_batches=num_micro_batches,
-        # Of a short run every core gets a share.
-        block_micro_batches=max(1, min(block_images // batch_size, -(-num_micro_batches // 4))),
-        step_micro_batches=step_micro_batches,
-    )
+    # Of a short run every core gets a share.
+    plan = BlockPlan(share, turns, max(1, min(block_images // share.batch_size, -(-len(turns) // 4))))
     # Each node that can decode gets a copy of the encoded files.
     stores = [node.get("object_store_memory", 0.0) for node in node_resources() if node.get("CPU", 0) > 0]
     chunks = _put_encoded(reader) if reader.sizes.sum() <= object_store_share * min(stores, default=0.0) else []
@@ -124,43 +96,32 @@ def stream_options() -> ray.data.ExecutionOptions:
 
 
 def iterate_stream(
-    shard: ray.data.DataIterator,
-    *,
-    batch_size: int,
-    rank: int,
-    world_size: int,
-    start_micro_batch: int,
-    num_micro_batches: int,
-    step_micro_batches: int | None = None,
-    pin_memory: bool = False,
+    shard: ray.data.DataIterator, share: Share, turns: range, *, pin_memory: bool = False
 ) -> "Iterator[dict[str, torch.Tensor]]":
-    """The micro-batches of worker `rank` from its shard of `build_stream`, each full, on the CPU.
+    """The worker's micro-batches from its shard of `build_stream`, each full, on the CPU.
 
     Yields images uint8 [B, S, S, 3], labels, catalog_rows, stream_rows int64 [B], views int8 [B], substituted bool [B].
     The consumer owns them: a background thread copies them out of the object store.
     Raises TrainingError when Ray delivers other rows than the arithmetic assigns to this worker, and the M2DError that
     a decoding task raised.
     """
-    rows_of = partial(
-        worker_rows, batch_size=batch_size, rank=rank, world_size=world_size, step_micro_batches=step_micro_batches
-    )
     collated: dict[str, Any] = {"collate_fn": _OwnedTensors(), "device": "cpu", "pin_memory": pin_memory}
     blocks: Any = iter(shard.iter_torch_batches(batch_size=1, prefetch_batches=PREFETCHED_BLOCKS, **collated))
     batches: Iterator[dict[str, torch.Tensor]] = (
-        {name: column[first : first + batch_size] for name, column in block.items()}
+        {name: column[first : first + share.batch_size] for name, column in block.items()}
         for block in blocks
-        for first in range(0, len(block["stream_rows"]), batch_size)
+        for first in range(0, len(block["stream_rows"]), share.batch_size)
     )
-    where = f"data stream: worker {rank} of {world_size} got"
+    where = f"data stream: worker {share.rank} of {share.world_size} got"
     try:
-        for micro_batch in range(start_micro_batch, start_micro_batch + num_micro_batches):
+        for micro_batch in turns:
             batch = next(batches, None)
             if batch is None:
                 raise TrainingError(
                     f"{where} no rows for micro-batch {micro_batch}: the stream ends earlier. Build it with the "
                     "numbers that iterate_stream is given."
                 )
-            found, expected = batch["stream_rows"].numpy(), rows_of(micro_batch)
+            found, expected = batch["stream_rows"].numpy(), share.rows(micro_batch)
             if not np.array_equal(found, expected):
                 raise TrainingError(
                     f"{where} rows {found[0]}..{found[-1]} for micro-batch {micro_batch} in place of "

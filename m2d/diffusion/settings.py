@@ -1,10 +1,9 @@
 """Settings of a sampler. Light on purpose: the command line reads them before torch is imported."""
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import Literal, get_args
 
-from m2d.errors import ConfigError
+from m2d.errors import require, require_range
 
 Solver = Literal["euler", "heun", "dpmpp", "unipc"]
 SOLVERS: tuple[str, ...] = get_args(Solver)
@@ -21,12 +20,9 @@ class SamplingSettings:
     guidance_interval: tuple[float, float] = (0.0, 0.8)  # guided where low <= t <= high; t = 1 is noise
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise ConfigError(f"solver is {self.solver}; known: {' '.join(SOLVERS)}")
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; it must be at least 1")
-        if not (isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise ConfigError(f"guidance_scale is {self.guidance_scale}; it must be a number of at least 0 (1: off)")
+        require(self.solver in SOLVERS, f"solver is {self.solver}; known: {' '.join(SOLVERS)}")
+        require_range(self, "", 1, "steps")
+        require_range(self, "", 0, "guidance_scale")
         interval = list(self.guidance_interval)
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise ConfigError(f"guidance_interval is {interval}; it must be [low, high], 0 <= low <= high <= 1")
+        sound = len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1
+        require(sound, f"guidance_interval is {interval}; it must be [low, high], 0 <= low <= high <= 1")

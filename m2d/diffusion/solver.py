@@ -151,7 +151,7 @@ def solve(
         return start
     if solver in ("dpmpp", "unipc"):
         return _multistep(velocity, start, times, watch, corrected=solver == "unipc")
-    return (_heun if solver == "heun" else _euler)(velocity, start, times, watch)
+    return _one_step(velocity, start, times, watch, corrected=solver == "heun")
 
 
 def keep_rows(x: Tensor, rows: Sequence[int]) -> Tensor:
@@ -172,24 +172,15 @@ def time_grid(steps: int, shift: float = 1.0, start_time: float = 1.0) -> Tensor
     return shifted(times, shift)
 
 
-def _euler(velocity: Velocity, x: Tensor, times: Tensor, watch: Watch | None) -> Tensor:
+def _one_step(velocity: Velocity, x: Tensor, times: Tensor, watch: Watch | None, *, corrected: bool) -> Tensor:
+    """Euler; corrected: Heun, the trapezoid rule, also in the last step: this path's velocity is finite at t = 0."""
     for step, (t, t_next) in enumerate(pairwise(times), 1):
-        slope = velocity(x, t).to(x.dtype)
+        slope = end = velocity(x, t).to(x.dtype)
+        if corrected:
+            end = velocity(x + (t_next - t) * slope, t_next).to(x.dtype)
+            slope = (slope + end) / 2
         x = x + (t_next - t) * slope
-        if watch is not None and (rows := watch(step, x - t_next * slope)) is not None:
-            x = keep_rows(x, rows)
-            if not rows:
-                break
-    return x
-
-
-def _heun(velocity: Velocity, x: Tensor, times: Tensor, watch: Watch | None) -> Tensor:
-    """The trapezoid rule with an Euler predictor, also in the last step: this path's velocity is finite at t = 0."""
-    for step, (t, t_next) in enumerate(pairwise(times), 1):
-        here = velocity(x, t).to(x.dtype)
-        there = velocity(x + (t_next - t) * here, t_next).to(x.dtype)
-        x = x + (t_next - t) * (here + there) / 2
-        if watch is not None and (rows := watch(step, x - t_next * there)) is not None:
+        if watch is not None and (rows := watch(step, x - t_next * end)) is not None:
             x = keep_rows(x, rows)
             if not rows:
                 break

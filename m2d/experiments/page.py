@@ -75,14 +75,14 @@ def report_experiment(config: ReportConfig) -> None:
     print(f"report: {write_report(found.experiment)}")
 
 
-def write_report(experiment: Experiment, samples: Path | None = None, *, held: bool = False) -> Path:
+def write_report(experiment: Experiment, samples: Path | None = None) -> Path:
     """Write report.html into the experiment, and the curves as PNG into its visualizations/; returns the page.
 
-    samples: a generation run whose contact sheet the page shows; None: the newest samples there are. held: this process
-    holds the experiment's lock, so no other trains in it. Whatever a run has not left is left out, or said to be
-    missing. Raises ExperimentError where the page cannot be written, DataError for a remote one that cannot be reached.
+    samples: a generation run whose contact sheet the page shows; None: the newest samples there are. Whatever a run has
+    not left is left out, or said to be missing. Raises ExperimentError where the page cannot be written, DataError for
+    a remote one that cannot be reached.
     """
-    record = read_record(experiment, held=held)
+    record = read_record(experiment)
     curves = _curves(record)
     written = {f"visualizations/{name}.png": curves[name].data for name in curves if not name.endswith("_narrow")}
     written[REPORT] = _page(record, find_samples(record.files, samples), curves).encode()

@@ -24,7 +24,7 @@ from m2d.errors import ExperimentError
 from m2d.experiment import CONFIG, INFO, Experiment, checkpoint_names, created, list_experiments, step_of
 from m2d.files.atomic import whole_records
 from m2d.files.paths import result_path
-from m2d.files.storage import open_storage
+from m2d.files.storage import files_below, open_storage
 
 State = Literal["running", "done", "resumable", "failed", "superseded", "broken", "unknown"]
 FINISHED: tuple[State, ...] = ("done", "superseded")  # no command continues them
@@ -86,8 +86,7 @@ class ExperimentFiles:
         root = f"{self.root}/{name}".rstrip("/")
         if isinstance(self.filesystem, fs.LocalFileSystem):
             return folder_bytes(root)
-        found = self.filesystem.get_file_info(fs.FileSelector(root, recursive=True, allow_not_found=True))
-        return sum(info.size or 0 for info in found if info.type == fs.FileType.File)
+        return sum(info.size or 0 for info in files_below(self.filesystem, root))
 
 
 def folder_bytes(folder: str) -> int:

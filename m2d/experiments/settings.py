@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from m2d.errors import ConfigError
+from m2d.errors import require, require_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,9 @@ class CompareConfig:
     json: bool = False  # for machines
 
     def __post_init__(self) -> None:
-        if len(self.experiments) < 2:
-            found = " ".join(self.experiments) or "none"
-            raise ConfigError(f"experiments: {found}; compare needs two or more, such as: compare NAME_A NAME_B")
+        found = " ".join(self.experiments) or "none"
+        message = f"experiments: {found}; compare needs two or more, such as: compare NAME_A NAME_B"
+        require(len(self.experiments) >= 2, message)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,6 @@ class CleanConfig:
     json: bool = False  # for machines; needs yes or dry_run, as it cannot ask
 
     def __post_init__(self) -> None:
-        if self.keep < 0:
-            raise ConfigError(f"keep is {self.keep}; it must be at least 0")
-        if self.json and not (self.yes or self.dry_run):
-            raise ConfigError("json is set and clean asks first, which a machine cannot answer; add --yes or --dry_run")
+        require_range(self, "", 0, "keep")
+        answered = not self.json or self.yes or self.dry_run
+        require(answered, "json is set and clean asks first, which a machine cannot answer; add --yes or --dry_run")

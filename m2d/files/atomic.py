@@ -1,14 +1,16 @@
 """Files and folders that are whole or absent, on the disk before they count; locks that end with their process."""
 
+import csv
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
 import socket
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -77,6 +79,16 @@ def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> No
     """Write a file of this text (UTF-8) or these bytes as `whole_file` does."""
     with whole_file(path, durable=durable) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def csv_text(rows: Iterable[Mapping[str, Any]], columns: Sequence[str] | None = None, end: str = "\r\n") -> str:
+    """A table with a header: of a column for every name that occurs in the rows, or of these columns alone."""
+    rows, text = list(rows), io.StringIO(newline="")
+    columns = columns or list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator=end)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def clear_leftovers(folder: Path) -> int:

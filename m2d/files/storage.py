@@ -68,14 +68,15 @@ def copy_changed(source: str, target: str, wanted: Callable[[str], bool]) -> Non
     if filesystem.get_file_info(root).type == fs.FileType.File:
         _copy_file(filesystem, root, target_filesystem, target_root)
         return
-    there = {info.path[len(target_root) + 1 :]: info.size for info in _files(target_filesystem, target_root)}
-    found = {info.path[len(root) + 1 :]: info.size for info in _files(filesystem, root)}
+    there = {info.path[len(target_root) + 1 :]: info.size for info in files_below(target_filesystem, target_root)}
+    found = {info.path[len(root) + 1 :]: info.size for info in files_below(filesystem, root)}
     for name in sorted(found, key=lambda name: (name.endswith(COMPLETE), name)):
         if wanted(name) and (found[name] < 2**20 or there.get(name) != found[name]):
             _copy_file(filesystem, f"{root}/{name}", target_filesystem, f"{target_root}/{name}")
 
 
-def _files(filesystem: fs.FileSystem, root: str) -> list[fs.FileInfo]:
+def files_below(filesystem: fs.FileSystem, root: str) -> list[fs.FileInfo]:
+    """All files in a folder and its folders; none where it is not there."""
     selector = fs.FileSelector(root, recursive=True, allow_not_found=True)
     return [info for info in filesystem.get_file_info(selector) if info.type == fs.FileType.File]
 

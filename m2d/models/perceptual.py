@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2d.errors import first_line
-from m2d.models.extractors import LITE0, load_feature_extractor
+from m2d.models.extractors import LITE0, EfficientNetLite, load_feature_extractor
 from m2d.models.settings import PerceptualKind
 
 LITE0_MAPS = (16, 24, 40, 112)  # channels of EfficientNet-Lite0's pyramid
@@ -27,9 +27,14 @@ class _Frozen(nn.Module):
         super().__init__()
         self._network = [network]
 
+    @property
+    def hidden(self) -> list[nn.Module]:
+        """Its own, and those of what is in it."""
+        return [network for part in self.modules() if isinstance(part, _Frozen) for network in part._network]
+
     def to(self, *args: Any, **kwargs: Any) -> "_Frozen":
         """Moves the hidden networks too."""
-        for network in (*self._network, *self.children()):
+        for network in self.hidden:
             network.to(*args, **kwargs)
         return self
 
@@ -73,8 +78,9 @@ class FeatureDistance(_Frozen):
 class LpipsDistance(_Frozen):
     """The `lpips` package's distance, frozen. maps: those that a projected discriminator judges beside it."""
 
-    def __init__(self, net: str, maps: FeatureMaps | None = None) -> None:
-        super().__init__(_load_lpips(net))
+    def __init__(self, network: nn.Module, maps: FeatureMaps | None = None) -> None:
+        """network: as `load_lpips` gives it."""
+        super().__init__(network)
         self.maps = maps
 
     def forward(self, images: Tensor, targets: Tensor, maps: tuple[Maps, Maps] | None = None) -> Tensor:
@@ -86,7 +92,7 @@ class LpipsDistance(_Frozen):
 def lpips_available(net: str) -> tuple[bool, str]:
     """Whether LPIPS can be built here, and why not. It needs torchvision's ImageNet weights, from cache or network."""
     try:
-        _load_lpips(net)
+        load_lpips(net)
     except URLError:  # its own text is a socket's error number
         return False, "no network to fetch them from, and not in the torch hub cache"
     except Exception as error:
@@ -95,31 +101,38 @@ def lpips_available(net: str) -> tuple[bool, str]:
 
 
 def build_perceptual(
-    kind: PerceptualKind, extractor: nn.Module | None, net: str = "vgg", *, projected: bool = False
+    kind: PerceptualKind,
+    extractor: nn.Module | None,
+    net: str = "vgg",
+    *,
+    projected: bool = False,
+    weights: bool = True,
 ) -> FeatureDistance | LpipsDistance:
     """The distance of that kind; both take images in [-1, 1] and give one number per image.
 
     "features" takes the maps of `extractor` where it has a pyramid, else those of the packaged EfficientNet-Lite0: a
     ViT has no map finer than its patches, and cached features come with no network at all. projected: a
     ProjectedDiscriminator shares the maps, which must be Lite0's then; beside LPIPS they are computed for it alone.
+    weights: False: none are read, where shapes alone matter.
     """
+    network: Any = None
     if kind == "features" or projected:
-        network = extractor if gives_maps(extractor, projected) else load_feature_extractor(LITE0)
-        return FeatureDistance(network) if kind == "features" else LpipsDistance(net, FeatureMaps(network))
-    return LpipsDistance(net)
+        gives_maps = hasattr(extractor, "pyramid") and (not projected or getattr(extractor, "name", None) == LITE0)
+        lite0 = load_feature_extractor if weights else EfficientNetLite
+        network = extractor if gives_maps else lite0(LITE0)
+    if kind == "features":
+        return FeatureDistance(network)
+    return LpipsDistance(load_lpips(net, weights=weights), None if network is None else FeatureMaps(network))
 
 
-def gives_maps(extractor: nn.Module | None, projected: bool) -> bool:
-    """Whether the maps of `build_perceptual` are the extractor's."""
-    return hasattr(extractor, "pyramid") and (not projected or getattr(extractor, "name", None) == LITE0)
-
-
-def _load_lpips(net: str) -> nn.Module:
+def load_lpips(net: str, *, weights: bool = True) -> nn.Module:
+    """The package's network on one of its backbones, frozen."""
     import lpips
 
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it calls torchvision by arguments that were renamed since
-        return lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
+        found = lpips.LPIPS(net=net, pretrained=weights, pnet_rand=not weights, verbose=False)
+    return found.eval().requires_grad_(False)
 
 
 class PatchDiscriminator(nn.Module):

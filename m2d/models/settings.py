@@ -6,7 +6,7 @@ from itertools import product
 from pathlib import Path
 from typing import Literal, get_args
 
-from m2d.errors import ConfigError
+from m2d.errors import require, require_range
 
 TIMM_PREFIX = "timm:"  # and the name of any timm model that has spatial features
 PANDERM_PREFIX = "panderm-"
@@ -22,7 +22,7 @@ _EXTRACTORS = ("efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2",
 def parse_tap(tap: str) -> tuple[str, int]:
     """("down", 1) of `down_1`, ("middle", 0) of `middle`. Raises ConfigError for any other form."""
     matched = re.fullmatch(r"(down|up)_(\d+)", tap)
-    _require(matched or tap == MIDDLE, f"alignment.tap is {tap}; it must be middle, or down_K or up_K, K from 0")
+    require(matched or tap == MIDDLE, f"alignment.tap is {tap}; it must be middle, or down_K or up_K, K from 0")
     return (matched[1], int(matched[2])) if matched else (MIDDLE, 0)
 
 
@@ -30,42 +30,29 @@ def require_extractor(name: str, weights: str | None, input_size: int | None, cr
     """Raise ConfigError where an extractor cannot be built from these settings, as far as that shows without torch."""
     group, panderm = "feature_extractor", name.startswith(PANDERM_PREFIX)
     known = name in _EXTRACTORS or (name.startswith(TIMM_PREFIX) and name != TIMM_PREFIX)
-    _require(known, f"{group}.name is {name}; known: {' '.join(_EXTRACTORS)} {TIMM_PREFIX}MODEL")
-    _require(
+    require(known, f"{group}.name is {name}; known: {' '.join(_EXTRACTORS)} {TIMM_PREFIX}MODEL")
+    require(
         weights is not None or not panderm,
         f"{group}.weights is not set; {name} needs its file, which only its authors distribute: see docs/panderm.md",
     )
-    if weights is not None and not Path(weights).is_file():
-        raise ConfigError(f"{group}.weights: {weights} is not a file; give the path of a local one")
+    found = weights is None or Path(weights).is_file()
+    require(found, f"{group}.weights: {weights} is not a file; give the path of a local one")
     if input_size is not None:  # timm's models know for themselves which sizes they take
         least, cell = (1, 1) if name.startswith(TIMM_PREFIX) else (32, 16 if panderm else 32)
-        _require(
+        require(
             input_size >= least and input_size % cell == 0,
             f"{group}.input_size is {input_size}; {name} needs a multiple of {cell}, at least {least}",
         )
-    _require(crop in get_args(Crop), f"{group}.crop is {crop}; known: {' '.join(get_args(Crop))}")
-
-
-def _require(condition: object, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _require_at_least(config: object, group: str, **least: float) -> None:
-    for name, minimum in least.items():
-        value = getattr(config, name)
-        _require(value >= minimum, f"{group}.{name} is {value}; it must be at least {minimum}")
+    require(crop in get_args(Crop), f"{group}.crop is {crop}; known: {' '.join(get_args(Crop))}")
 
 
 def _require_levels(config: "AutoencoderConfig | UNetConfig", group: str, *divisors: str) -> None:
     """A width for each level, each divisible by what these settings say."""
-    _require(config.block_channels, f"{group}.block_channels is empty; give one width per level")
+    require(config.block_channels, f"{group}.block_channels is empty; give one width per level")
     for width, name in product(config.block_channels, divisors):
         divisor = getattr(config, name)
-        _require(
-            width % divisor == 0,
-            f"{group}.block_channels has {width}; every width must be divisible by {name} {divisor}",
-        )
+        what = f"every width must be divisible by {name} {divisor}"
+        require(width % divisor == 0, f"{group}.block_channels has {width}; {what}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +67,7 @@ class FeatureExtractorConfig:
 
     def __post_init__(self) -> None:
         require_extractor(self.name, self.weights, self.input_size, self.crop)
-        _require_at_least(self, "feature_extractor", statistics_images=2)
+        require_range(self, "feature_extractor.", 2, "statistics_images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +86,11 @@ class AutoencoderConfig:
     gradient_checkpointing: bool = False  # less memory in training, about a third more time
 
     def __post_init__(self) -> None:
-        _require_at_least(self, "autoencoder", norm_groups=1, latent_channels=1, layers_per_block=1, patch_size=1)
+        require_range(self, "autoencoder.", 1, "norm_groups", "latent_channels", "layers_per_block", "patch_size")
         _require_levels(self, "autoencoder", "norm_groups")
-        _require(0 <= self.whitening <= 1, f"autoencoder.whitening is {self.whitening}; it must be from 0 to 1")
+        require_range(self, "autoencoder.", 0, "whitening", high=1)
         most = 3 * self.downsampling**2
-        _require(
+        require(
             self.kind == "kl" or self.latent_channels <= most,
             f"autoencoder.latent_channels is {self.latent_channels}; blocks of {self.downsampling} x "
             f"{self.downsampling} pixels have {most} numbers",
@@ -129,10 +116,10 @@ class UNetConfig:
     gradient_checkpointing: bool = False  # less memory, about a third more time
 
     def __post_init__(self) -> None:
-        _require_at_least(self, "unet", layers_per_block=1, head_dim=1, norm_groups=1)
+        require_range(self, "unet.", 1, "layers_per_block", "head_dim", "norm_groups")
         _require_levels(self, "unet", "norm_groups", "head_dim")
         levels, attending = len(self.block_channels), len(self.attention_levels)
-        _require(attending == levels, f"unet.attention_levels has {attending} entries; there are {levels} levels")
+        require(attending == levels, f"unet.attention_levels has {attending} entries; there are {levels} levels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +133,9 @@ class ConditioningConfig:
     feature_noise: float = 0.5  # largest noise level added to the standardised feature; drawn uniformly from [0, this]
 
     def __post_init__(self) -> None:
-        for name in ("class_dropout", "feature_dropout"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"conditioning.{name} is {value}; it is a probability")
-        _require_at_least(self, "conditioning", feature_noise=0, feature_tokens=1, context_dim=1)
+        require_range(self, "conditioning.", 0, "class_dropout", "feature_dropout", high=1)
+        require_range(self, "conditioning.", 0, "feature_noise")
+        require_range(self, "conditioning.", 1, "feature_tokens", "context_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +146,7 @@ class ProjectorConfig:
     hidden_dim: int = 512  # width of the MLP
 
     def __post_init__(self) -> None:
-        _require_at_least(self, "projector", hidden_dim=1)
+        require_range(self, "projector.", 1, "hidden_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,5 +168,7 @@ class DiscriminatorConfig:
     start_step: int = 2000  # the generator's adversarial term begins here; the discriminator learns from step 0
 
     def __post_init__(self) -> None:
-        _require(self.channels % 4 == 0, f"discriminator.channels is {self.channels}; it must be a multiple of 4")
-        _require_at_least(self, "discriminator", channels=4, layers=1, start_step=0)
+        require(self.channels % 4 == 0, f"discriminator.channels is {self.channels}; it must be a multiple of 4")
+        require_range(self, "discriminator.", 4, "channels")
+        require_range(self, "discriminator.", 1, "layers")
+        require_range(self, "discriminator.", 0, "start_step")

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from m2d.diffusion.interpolant import training_times
 from m2d.diffusion.settings import TimeDensity
-from m2d.models.autoencoder import from_uint8
 from m2d.models.extractors import FeatureExtractor, Features
 from m2d.models.settings import ConditioningConfig
 
@@ -64,11 +63,6 @@ def pinned(batch: BatchT) -> BatchT:
 
     pinned_batch: BatchT = pin(batch)
     return pinned_batch
-
-
-def model_images(pixels: Tensor) -> Tensor:
-    """What the VAE takes: float32 in [-1, 1] of uint8 images."""
-    return from_uint8(pixels)
 
 
 def on_device(features: Features, device: torch.device) -> Features:

@@ -6,7 +6,6 @@ read. Counted is a training step in its steady state; validation, samples and th
 
 import contextlib
 import gc
-import io
 import math
 import warnings
 import weakref
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from pyarrow import fs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,27 +25,20 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from m2d.classes import ISIC7, named_class_set
 from m2d.data.features import FeatureStore, feature_bytes
-from m2d.data.layouts import IMAGE_SUFFIXES, is_debris
+from m2d.data.layouts import IMAGE_SUFFIXES, list_files
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import CheckpointError, DataError, first_line
 from m2d.experiment import Experiment
 from m2d.files.storage import open_storage
-from m2d.models.extractors import LITE0, EfficientNetLite, FeatureExtractor, Features, extractor_identity
-from m2d.models.perceptual import (
-    FeatureDistance,
-    FeatureMaps,
-    LpipsDistance,
-    ProjectedDiscriminator,
-    build_perceptual,
-    gives_maps,
-)
+from m2d.models.extractors import EfficientNetLite, FeatureExtractor, Features, extractor_identity
+from m2d.models.perceptual import ProjectedDiscriminator, build_perceptual
 from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorConfig, PerceptualKind
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
 from m2d.training.measure import flop_formulas, known_peak
 from m2d.training.networks import build_networks, idle_modules
 from m2d.training.run import RunPlan
 from m2d.training.settings import TrainConfig, with_absolute_paths
-from m2d.training.step import build_step, step_config_of
+from m2d.training.step import StepConfig, build_step
 
 GIB, GB = 2**30, 1e9
 ASSUMED_IMAGES = 10_000  # about HAM10000's, where no data_root is named
@@ -118,10 +109,8 @@ def count_images(config: TrainConfig) -> tuple[int, int, str, bool]:
         of_train, of_val = (catalog.filter(pc.equal(catalog["split"], name))["sha256"] for name in ("train", "val"))
         absent = store.missing(of_train.to_pylist(), data.views).any() or store.missing(of_val.to_pylist(), 1).any()
         return len(catalog), len(of_train), "setup_data's catalog", not absent
-    filesystem, path = open_storage(root)
-    entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    files = [entry.base_name for entry in entries if entry.type == fs.FileType.File]
-    images = sum(name.lower().endswith(IMAGE_SUFFIXES) and not is_debris(name) for name in files)
+    files, _ = list_files(*open_storage(root), root)
+    images = sum(file.path.lower().endswith(IMAGE_SUFFIXES) for file in files)
     if images == 0:
         raise DataError(f"data_root: {root} holds no image; expected {' '.join(IMAGE_SUFFIXES)}")
     return images, max(1, round(images * train_share)), "image files, counted by name", False
@@ -216,22 +205,23 @@ class FakeRun:
         )
         with torch.device("meta"):  # neither memory nor random numbers
             extractor = extractor_by_shape(config.feature_extractor)
+            self.feature_dim, self.num_patches = extractor.dim, extractor.num_patches
             self.networks = build_networks(config, torch.device("meta"), extractor.dim, plan.classes)
             self.networks.extractor = None if cached else extractor
-            projected = isinstance(self.networks.discriminator, ProjectedDiscriminator)
-            judges, perceptual = _perceptual_by_shape(
-                kind, self.networks.extractor, config.perceptual.lpips_net, projected
+            projected, net = (
+                isinstance(self.networks.discriminator, ProjectedDiscriminator),
+                config.perceptual.lpips_net,
             )
-        self.feature_dim, self.num_patches = extractor.dim, extractor.num_patches
+            perceptual = build_perceptual(kind, self.networks.extractor, net, projected=projected, weights=False)
         self.latent_shape = self.networks.denoiser.latent_shape(
             config.data.image_size, self.networks.autoencoder.downsampling
         )
         self.counter = StepCounter(self.device.type)
         self._mode = _OneFakeMode(allow_non_fake_inputs=True)
-        frozen = {*judges, self.networks.extractor or judges[0]}
+        frozen = {*perceptual.hidden, *([] if cached else [extractor])}
         # Fakes do not move to the CPU; `_label` forgets those that would.
         here = replace(config, compile=False, schedule=replace(config.schedule, ema_on_cpu=False))
-        step_config = step_config_of(here, plan.precision, plan.total_steps, plan.vae_warmup_steps)
+        step_config = StepConfig(here, plan.precision, plan.total_steps, plan.vae_warmup_steps)
         with self._faking(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a copy asks a fake tensor for its address
             for module in (*self.networks.trained().values(), *frozen):
@@ -526,32 +516,6 @@ def extractor_by_shape(config: FeatureExtractorConfig) -> FeatureExtractor:
             network.set_input_size(img_size=(side, side))
         return TimmExtractor(name, network, side or native, config.crop, "0" * 64)
     return EfficientNetLite(name, side, config.crop)
-
-
-def _perceptual_by_shape(
-    kind: PerceptualKind, extractor: nn.Module | None, net: str, projected: bool
-) -> tuple[list[nn.Module], FeatureDistance | LpipsDistance]:
-    """(its frozen networks, the distance), as build_perceptual chooses them, without weights."""
-    lite: list[nn.Module] = []
-    if kind == "features" or projected:
-        lite = [extractor if extractor is not None and gives_maps(extractor, projected) else EfficientNetLite(LITE0)]
-    if kind == "features":
-        return lite, build_perceptual(kind, lite[0])
-    import lpips
-
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it calls torchvision by arguments that were renamed since
-        network: nn.Module = lpips.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
-    network.eval().requires_grad_(False)
-    return [network, *lite], _ShapedLpips(network, FeatureMaps(lite[0]) if lite else None)
-
-
-class _ShapedLpips(LpipsDistance):
-    """LPIPS on a network that is given: its own constructor would fetch weights."""
-
-    def __init__(self, network: nn.Module, maps: FeatureMaps | None) -> None:
-        nn.Module.__init__(self)
-        self._network, self.maps = [network], maps
 
 
 def _by_shape(config: TrainConfig) -> TrainConfig:

@@ -19,9 +19,9 @@ from m2d.data.features import FeatureTable
 from m2d.data.reader import ImageReader
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.files.atomic import whole_file
-from m2d.models.autoencoder import Autoencoder, Vae, block_pca, coded_at_once
+from m2d.models.autoencoder import Autoencoder, Vae, block_pca, coded_at_once, from_uint8
 from m2d.models.extractors import FeatureExtractor, Features
-from m2d.training.batch import LatentBatch, extract, model_images, on_device
+from m2d.training.batch import LatentBatch, extract, on_device
 from m2d.training.networks import all_reduce_sum
 from m2d.training.settings import TrainConfig
 
@@ -124,7 +124,7 @@ def fit_linear(
     sums = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device)  # of (1, x) (1, x)'
     for start in range(0, len(rows), config.batch_size):
         pixels, _ = read_pixels(reader, rows[start : start + config.batch_size], device)
-        blocks = F.pixel_unshuffle(model_images(pixels), patch).movedim(1, -1).reshape(-1, size).double()
+        blocks = F.pixel_unshuffle(from_uint8(pixels), patch).movedim(1, -1).reshape(-1, size).double()
         extended = F.pad(blocks, (1, 0), value=1.0)
         sums += extended.T @ extended
     moments = all_reduce_sum(sums) / sums[0, 0]
@@ -219,7 +219,7 @@ def cache_latents(
         rows, view_of_row = indices // views, (indices % views).astype(np.int8)
         read = reader.read(rows, view_of_row)
         pixels = torch.from_numpy(read["images"]).to(source.device).permute(0, 3, 1, 2)
-        posterior = autoencoder.encode(model_images(pixels))
+        posterior = autoencoder.encode(from_uint8(pixels))
         columns = {"mean": posterior.mean, "std": posterior.std}
         if source.table is None:
             columns |= vars(source.features(pixels, rows, view_of_row))

@@ -12,7 +12,7 @@ import torch
 from joblib import cpu_count
 from torch import Tensor
 
-from m2d.data.order import micro_batch_number, worker_rows
+from m2d.data.order import Share
 from m2d.diffusion.feature_prior import FeaturePrior
 from m2d.experiment import complete_checkpoints
 from m2d.files.paths import checkpoint_folder
@@ -25,7 +25,7 @@ from m2d.training.measure import Throughput, peak_memory_gib
 from m2d.training.networks import Networks, all_reduce_sum, build_networks, idle_modules
 from m2d.training.run import RunPlan, Wish, stop_is_wanted
 from m2d.training.saving import CheckpointKeeper, load_training_state, take_snapshot
-from m2d.training.step import build_step, step_config_of
+from m2d.training.step import StepConfig, build_step
 from m2d.training.telemetry import Preparing, Telemetry
 from m2d.training.validation import RunView, score, show_gradients
 
@@ -39,7 +39,7 @@ class WorkerLink(Protocol):
     world_size: int
     device: torch.device
 
-    def images(self, first_micro_batch: int, num_micro_batches: int) -> Iterator[dict[str, Tensor]]:
+    def images(self, share: Share, turns: range) -> Iterator[dict[str, Tensor]]:
         """The worker's micro-batches, from the stream."""
 
     def report(self, metrics: dict[str, float], checkpoint: str | None) -> None:
@@ -96,7 +96,7 @@ class _Run:
         self.plan, self.link, self.leads = plan, link, link.rank == 0
         self.told = Preparing(plan.experiment.path, leads=self.leads)
         self.accumulation = plan.accumulation(link.world_size)
-        self.place = {"rank": link.rank, "world_size": link.world_size, "step_micro_batches": plan.step_micro_batches}
+        self.share = plan.share(link.rank, link.world_size)
 
         # 1. Networks, and what features tell of the training split.
         features = plan.feature_table("train")
@@ -125,7 +125,7 @@ class _Run:
             plan.perceptual, networks.extractor, config.perceptual.lpips_net, projected=projected
         )
         self.perceptual.to(device)
-        step_config = step_config_of(config, plan.precision, plan.total_steps, plan.vae_warmup_steps)
+        step_config = StepConfig(config, plan.precision, plan.total_steps, plan.vae_warmup_steps)
         self.step = build_step(
             config.stage, networks, self.perceptual, step_config, device, distributed=link.world_size > 1
         )
@@ -238,26 +238,25 @@ class _Run:
 
     def _batches(self, start: int) -> Iterator[ImageBatch | LatentBatch]:
         plan, link, cached = self.plan, self.link, self.source.table
-        first, count = plan.micro_batches_from(start, link.world_size)
+        turns = plan.turns_from(start, link.world_size)
         if self.table is None:
             unguided = plan.total_steps if plan.config.stage == "decoder" else plan.vae_warmup_steps
             warmup = unguided * self.accumulation  # the first micro-batches need no features
-            for micro_batch, batch in enumerate(link.images(first, count), start=first):
+            for batch, micro_batch in zip(link.images(self.share, turns), turns):
                 features = None
                 if cached is not None and micro_batch >= warmup:
                     features = cached.batch(batch["catalog_rows"].numpy(), batch["views"].numpy())
                 yield ImageBatch(images=batch["images"], labels=batch["labels"], features=features)
             return
         order = plan.order(plan.reader("train"))
-        for micro_batch in range(first, first + count):
-            rows = worker_rows(micro_batch, batch_size=plan.config.batch_size, **self.place)
+        for rows in map(self.share.rows, turns):
             yield self.table.batch(*order.lookup(rows))
 
     def _draws(self, micro_batch: int) -> Draws:
         """Those of the worker's micro-batch: the same whichever worker takes it, of however many."""
         config, feature_dim = self.plan.config, self.networks.feature_dim
         times, shift = config.schedule.times, config.schedule.time_shift
-        first = micro_batch_number(micro_batch, **self.place) * config.batch_size
+        first = self.share.number(micro_batch) * config.batch_size
         rows = torch.arange(first, first + config.batch_size, device=self.link.device)
         return draw(config.seed, rows, self.latent_shape, feature_dim, config.conditioning, times, shift)
 

@@ -15,6 +15,7 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from ray.train.torch import TorchConfig, TorchTrainer
 from torch import Tensor
 
+from m2d.data.order import Share
 from m2d.data.stream import build_stream, iterate_stream, stream_options
 from m2d.errors import M2DError, TrainingError
 from m2d.experiment import log_file, newest_step
@@ -139,18 +140,10 @@ class RayLink:
         self.device: torch.device = ray.train.torch.get_device()
         self._leaving: set[str] = set()  # nodes already reported
 
-    def images(self, first_micro_batch: int, num_micro_batches: int) -> Iterator[dict[str, Tensor]]:
+    def images(self, share: Share, turns: range) -> Iterator[dict[str, Tensor]]:
         """See WorkerLink."""
-        return iterate_stream(
-            ray.train.get_dataset_shard(GroupStream.NAME),
-            batch_size=self.plan.config.batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            start_micro_batch=first_micro_batch,
-            num_micro_batches=num_micro_batches,
-            step_micro_batches=self.plan.step_micro_batches,
-            pin_memory=self.device.type == "cuda",
-        )
+        shard = ray.train.get_dataset_shard(GroupStream.NAME)
+        return iterate_stream(shard, share, turns, pin_memory=self.device.type == "cuda")
 
     def report(self, metrics: dict[str, float], checkpoint: str | None) -> None:
         """See WorkerLink. The checkpoint is in the experiment already, so Ray copies nothing."""
@@ -194,17 +187,13 @@ class GroupStream(ray.train.DataConfig):
 
     def stream(self, world_size: int) -> ray.data.Dataset:
         """The rest of the run's rows."""
-        plan = self.plan
-        first, count = plan.micro_batches_from(newest_step(plan.experiment.checkpoints), world_size)
-        reader = plan.reader("train")
+        plan, data, reader = self.plan, self.plan.config.data, self.plan.reader("train")
+        turns = plan.turns_from(newest_step(plan.experiment.checkpoints), world_size)
         return build_stream(
             reader,
             plan.order(reader),
-            batch_size=plan.config.batch_size,
-            num_workers=world_size,
-            start_micro_batch=first,
-            num_micro_batches=max(count, 1),  # a group restarted after the last checkpoint asks for none of them
-            object_store_share=plan.config.data.object_store_share,
-            read_cpus=plan.config.data.read_cpus,
-            step_micro_batches=plan.step_micro_batches,
+            plan.share(0, world_size),
+            turns or range(1),  # a group restarted after the last checkpoint asks for none of them
+            object_store_share=data.object_store_share,
+            read_cpus=data.read_cpus,
         )

@@ -40,7 +40,7 @@ from m2d.data.catalog import (
     write_csv,
 )
 from m2d.data.features import FeatureStore, FeatureTable
-from m2d.data.order import StreamOrder
+from m2d.data.order import Share, StreamOrder
 from m2d.data.reader import ImageReader
 from m2d.data.store import PreparedImages, prepared_folder, reusable_catalog
 from m2d.errors import ConfigError, DataError, M2DError, TrainingError
@@ -105,10 +105,19 @@ class RunPlan:
         """Micro-batches that each of `world_size` workers takes a step: more of them where workers are missing."""
         return -(-self.step_micro_batches // world_size)
 
-    def micro_batches_from(self, step: int, world_size: int) -> tuple[int, int]:
-        """(first micro-batch, number of micro-batches) of one of `world_size` workers from `step` to the end."""
+    def share(self, rank: int, world_size: int) -> Share:
+        """What one of `world_size` workers takes of the stream."""
+        return Share(
+            batch_size=self.config.batch_size,
+            rank=rank,
+            world_size=world_size,
+            step_micro_batches=self.step_micro_batches,
+        )
+
+    def turns_from(self, step: int, world_size: int) -> range:
+        """Those of each of `world_size` workers, from `step` to the end."""
         k = self.accumulation(world_size)
-        return step * k, (self.total_steps - step) * k
+        return range(step * k, self.total_steps * k)
 
     def reader(self, split: str) -> ImageReader:
         """Reads the images of a split."""

@@ -1,7 +1,6 @@
 """Settings of a training run. Light on purpose: the command line reads them before torch is imported."""
 
 import dataclasses
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from m2d.data.settings import DataConfig, require_seed
 from m2d.diffusion.settings import TimeDensity
-from m2d.errors import ConfigError
+from m2d.errors import ConfigError, require, require_range
 from m2d.files.paths import absolute, checkpoint_folder, input_path, require_outside, result_path
 from m2d.models.published import checkpoint_path
 from m2d.models.settings import (
@@ -26,26 +25,6 @@ from m2d.models.settings import (
 )
 
 LONGEST_NAME = 200  # characters: of a folder's 255 bytes the date takes 16, and its removal and a sweep's past more
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises ConfigError with the message unless the condition holds."""
-    if not condition:
-        raise ConfigError(message)
-
-
-def require_range(
-    config: object, room: str, low: float, *names: str, high: float = math.inf, above: bool = False, below: bool = False
-) -> None:
-    """Each named number is finite and in [low, high]. room: "schedule." say. above, below: an end that is left out."""
-    shown = f"above {low:g}" if above else f"at least {low:g}"
-    if high < math.inf:
-        shown = f"in [{low:g}, {high:g}{')' if below else ']'}"
-    for name in names:
-        value = getattr(config, name)
-        inside = value is None or (low <= value <= high and value != math.inf)  # and not nan
-        excluded = [low] * above + [high] * below
-        require(inside and value not in excluded, f"{room}{name} is {value}; it must be {shown}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,11 +253,11 @@ class TrainConfig:
     @property
     def checked_data_root(self) -> str:
         """data_root, or ConfigError where it was not given or is no folder of this machine."""
-        if self.data_root is None:
+        if (root := self.data_root) is None:
             raise ConfigError("data_root is not set; name the folder that holds the class folders by --data_root")
-        if "://" not in self.data_root and not Path(self.data_root).expanduser().is_dir():
-            raise ConfigError(f"data_root: {self.data_root} is not a folder; name the one that holds the class folders")
-        return self.data_root
+        found = "://" in root or Path(root).expanduser().is_dir()
+        require(found, f"data_root: {root} is not a folder; name the one that holds the class folders")
+        return root
 
 
 def parse_num_workers(value: int | str) -> tuple[int, int]:

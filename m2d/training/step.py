@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from m2d.errors import TrainingError
+from m2d.models.autoencoder import from_uint8
 from m2d.models.extractors import Features
 from m2d.models.perceptual import FeatureDistance, LpipsDistance, ProjectedDiscriminator
 from m2d.models.precision import DTYPES
 from m2d.models.settings import Precision
-from m2d.training.batch import Draws, ImageBatch, LatentBatch, extract, model_images, on_device
+from m2d.training.batch import Draws, ImageBatch, LatentBatch, extract, on_device
 from m2d.training.ema import Ema
 from m2d.training.losses import (
     AutoencoderPhase,
@@ -35,51 +36,34 @@ from m2d.training.losses import (
 )
 from m2d.training.measure import GradientStatistics, add_up, count_flops, gradient_statistics
 from m2d.training.networks import Networks, all_reduce_sum
-from m2d.training.settings import AlignmentConfig, LossWeights, OptimizerConfig, ScheduleConfig, TrainConfig
+from m2d.training.settings import OptimizerConfig, TrainConfig
 
 BatchT = TypeVar("BatchT", ImageBatch, LatentBatch)
 MicroBatchT = TypeVar("MicroBatchT")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class StepConfig:
     """What the step needs to know of the run."""
 
-    weights: LossWeights
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
+    run: TrainConfig
     precision: Precision
     total_steps: int
     vae_warmup_steps: int = 0
-    discriminator_start: int = 0
-    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
-    compile: Mapping[str, Any] | None = None  # what torch.compile is given; None: networks run eagerly
 
     def trains_autoencoder(self, step: int) -> bool:
         """Whether the joint stage updates the VAE at a step: each one of its warm-up, then every k-th."""
         joint = step - self.vae_warmup_steps
-        return joint < 0 or joint % self.schedule.vae_every_k_steps == 0
+        return joint < 0 or joint % self.run.schedule.vae_every_k_steps == 0
 
     def aligns(self, step: int) -> bool:
         """Whether the alignment still acts at a step. Source: HASTE (arXiv 2505.16792): help early, then let go."""
-        return step < round(self.alignment.stop_fraction * self.total_steps)
+        return step < round(self.run.alignment.stop_fraction * self.total_steps)
 
-
-def step_config_of(
-    config: TrainConfig, precision: Precision, total_steps: int, vae_warmup_steps: int = 0
-) -> StepConfig:
-    """What a run's step needs to know of it."""
-    return StepConfig(
-        weights=config.loss_weights,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        precision=precision,
-        total_steps=total_steps,
-        vae_warmup_steps=vae_warmup_steps,
-        discriminator_start=config.discriminator.start_step,
-        alignment=config.alignment,
-        compile={"mode": config.compile_mode} if config.compile else None,
-    )
+    @property
+    def compile(self) -> dict[str, Any] | None:
+        """What torch.compile is given; None: networks run eagerly."""
+        return {"mode": self.run.compile_mode} if self.run.compile else None
 
 
 def learning_rate(config: OptimizerConfig, peak: float, step: int, first_step: int, total_steps: int) -> float:
@@ -156,7 +140,8 @@ class BaseStep(Generic[BatchT]):
         distributed: bool = False,
     ) -> None:
         self.networks, self.perceptual, self.config, self.device = networks, perceptual, config, device
-        optimizer, schedule, discriminator = config.optimizer, config.schedule, networks.discriminator
+        optimizer, schedule, discriminator = config.run.optimizer, config.run.schedule, networks.discriminator
+        alignment = config.run.alignment
         if "autoencoder" not in self.trains:
             networks.autoencoder.requires_grad_(False)
         if "denoiser" not in self.trains:
@@ -164,7 +149,7 @@ class BaseStep(Generic[BatchT]):
                 module.requires_grad_(False)
         self.optimizers: dict[str, torch.optim.AdamW] = {}
         self.denoiser_phase = DenoiserPhase(
-            networks.denoiser, networks.projector, config.alignment.tap, config.alignment.spatial_norm
+            networks.denoiser, networks.projector, alignment.tap, alignment.spatial_norm
         )
         # The phases as they are called: DDP may wrap them.
         self._denoiser: nn.Module = self.denoiser_phase
@@ -207,8 +192,8 @@ class BaseStep(Generic[BatchT]):
         starts, config = self._learning(step), self.config
         active = {name: self.optimizers[name] for name in starts}
         for name, optimizer in active.items():
-            peak: float = getattr(config.optimizer, f"lr_{name}")
-            rate = learning_rate(config.optimizer, peak, step, starts[name], config.total_steps)
+            peak: float = getattr(config.run.optimizer, f"lr_{name}")
+            rate = learning_rate(config.run.optimizer, peak, step, starts[name], config.total_steps)
             optimizer.param_groups[0]["lr"] = rate
 
         def look_at_gradients() -> None:
@@ -216,7 +201,7 @@ class BaseStep(Generic[BatchT]):
                 self.gradients = gradient_statistics(self.networks.trained())
                 self.watch_gradients = False
 
-        every_loss, clip_norm = torch.stack(list(losses.values())), config.optimizer.clip_norm
+        every_loss, clip_norm = torch.stack(list(losses.values())), config.run.optimizer.clip_norm
         accepted, norms = guarded_update(list(active.values()), every_loss, self.scaler, clip_norm, look_at_gradients)
         self._restore_norm(norm_before, accepted)
         if self._pulls:
@@ -261,7 +246,7 @@ class BaseStep(Generic[BatchT]):
         scalars: dict[str, float] = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
         in_row = int(scalars.pop("in_row"))
         every = scalars["skipped_steps"] >= self.config.total_steps  # of a short run: it has not trained
-        if every or in_row >= self.config.schedule.max_skipped_in_row:
+        if every or in_row >= self.config.run.schedule.max_skipped_in_row:
             bad = [name for name, value in scalars.items() if not math.isfinite(value)]
             raise TrainingError(
                 f"{in_row} steps in a row had a loss or gradient that is not finite ({', '.join(bad) or 'gradients'}); "
@@ -319,7 +304,7 @@ class BaseStep(Generic[BatchT]):
         self, clean: Tensor, labels: Tensor, features: Features, draws: Draws, step: int, losses: "_Means"
     ) -> None:
         """The U-Net's losses on normalised latents, and their backward pass."""
-        weights = self.config.weights
+        weights = self.config.run.loss_weights
         with self.autocast():
             flow = self._denoiser(clean, labels.to(self.device, non_blocking=True), features, draws)
         losses.add(flow)
@@ -335,7 +320,7 @@ class BaseStep(Generic[BatchT]):
 
         Each loss leaves its gradient at the pixels; the decoder takes the sum of them.
         """
-        weights, discriminator = self.config.weights, self.networks.discriminator
+        weights, discriminator = self.config.run.loss_weights, self.networks.discriminator
         drawn = reconstructed.detach().requires_grad_()
         with self.autocast():
             losses = {"reconstruction": reconstruction_loss(drawn, images)}
@@ -352,7 +337,7 @@ class BaseStep(Generic[BatchT]):
             losses["perceptual"] = distance.float().mean()
         self._backward(weights.perceptual * losses["perceptual"], micro_batches, retain_graph=maps is not None)
         if discriminator is not None:
-            acts = step >= self.config.discriminator_start
+            acts = step >= self.config.run.discriminator.start_step
             with frozen(discriminator), torch.set_grad_enabled(acts):
                 with self.autocast():
                     losses["adversarial"] = adversarial_loss(discriminator(drawn if maps is None else maps[0]))
@@ -391,7 +376,7 @@ class BaseStep(Generic[BatchT]):
         for name, pull in {"pointwise": pointwise, "adversarial": adversarial}.items():
             (at_last,) = torch.autograd.grad(reconstructed, last, pull, retain_graph=True)
             add_up(self._pulls, name, at_last)
-        drawn.grad = pointwise + self.config.weights.adversarial * discriminator.adaptive_weight * adversarial
+        drawn.grad = pointwise + self.config.run.loss_weights.adversarial * discriminator.adaptive_weight * adversarial
 
     def _weigh_adversary(self, accepted: Tensor) -> None:
         """The next step's adaptive weight, of this one's gradients over all micro-batches and workers.
@@ -467,9 +452,9 @@ class JointStep(BaseStep[ImageBatch]):
         self, batch: ImageBatch, draws: Draws, step: int, losses: _Means
     ) -> tuple[Tensor, Features | None]:
         """Steps 1 to 3 of the VAE's half, with its backward passes. Returns detached latents [B, C, h, w], features."""
-        config, weights, parts = self.config, self.config.weights, losses.parts
+        config, weights, parts = self.config, self.config.run.loss_weights, losses.parts
         pixels = self._pixels(batch)
-        images = model_images(pixels)
+        images = from_uint8(pixels)
         features = None if step < config.vae_warmup_steps else self._features(batch, pixels)
         if not config.trains_autoencoder(step):
             with torch.no_grad(), self.autocast():
@@ -524,7 +509,7 @@ class DecoderStep(BaseStep[ImageBatch]):
         """See BaseStep."""
         losses = _Means(len(micro_batches))
         for batch, draws in self._in_turn(micro_batches, self._autoencoder, self._discriminator):
-            images = model_images(self._pixels(batch))
+            images = from_uint8(self._pixels(batch))
             with self.autocast():
                 *_, reconstructed = self._autoencoder(images, draws.posterior)
             losses.add(self._decoder_backward(images, reconstructed, step, losses.parts))

@@ -4,7 +4,6 @@ The first worker holds one `Telemetry` and tells it everything; the report and t
 only module that knows wandb.
 """
 
-import csv
 import io
 import json
 import logging
@@ -25,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from m2d.errors import first_line
 from m2d.experiment import Experiment
-from m2d.files.atomic import whole_records, write_whole
+from m2d.files.atomic import csv_text, whole_records, write_whole
 from m2d.files.progress import in_notebook
 from m2d.training.settings import TrainConfig, as_dict
 
@@ -75,12 +74,7 @@ class MetricsLog:
 
     def write_csv(self) -> None:
         """The records as a table; a column for every name that occurs."""
-        records = self.read()
-        columns = list(dict.fromkeys(name for record in records for name in record))
-        with self.path.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(records)
+        self.path.with_suffix(".csv").write_text(csv_text(self.read()), encoding="utf-8", newline="")
 
 
 class Preparing:

@@ -15,6 +15,7 @@ from torch import Tensor
 from m2d.cluster.nodes import GpuFacts, cluster_gpu, gpu_facts, node_resources, places, require_shared
 from m2d.cluster.start import ray_cluster
 from m2d.data.catalog import class_counts, classes_of, dataset_fingerprint
+from m2d.data.order import Share
 from m2d.data.reader import iterate_local
 from m2d.errors import ConfigError, DataError
 from m2d.experiment import Experiment, log_file, newest_step, open_experiment
@@ -277,18 +278,10 @@ class _LocalLink:
         self.plan = plan
         self.device = device
 
-    def images(self, first_micro_batch: int, num_micro_batches: int) -> Iterator[dict[str, Tensor]]:
+    def images(self, share: Share, turns: range) -> Iterator[dict[str, Tensor]]:
         """See WorkerLink."""
         reader = self.plan.reader("train")
-        return iterate_local(
-            reader,
-            self.plan.order(reader),
-            batch_size=self.plan.config.batch_size,
-            rank=0,
-            world_size=1,
-            start_micro_batch=first_micro_batch,
-            num_micro_batches=num_micro_batches,
-        )
+        return iterate_local(reader, self.plan.order(reader), share, turns)
 
     def report(self, metrics: dict[str, float], checkpoint: str | None) -> None:
         """There is no driver to report to."""

@@ -26,13 +26,13 @@ from m2d.generation.generator import Generator, pick_feature
 from m2d.generation.plan import rows_of, standard_plan
 from m2d.metrics.distances import kernel_distance
 from m2d.metrics.neighbours import Standardizer, at_least_part_of_median
-from m2d.models.autoencoder import to_uint8
+from m2d.models.autoencoder import from_uint8, to_uint8
 from m2d.models.checkpoint import Checkpoint, CheckpointInfo
 from m2d.models.extractors import FeatureExtractor
 from m2d.models.unet import Denoiser
 from m2d.plots.charts import class_similarity, cls_projection, gradient_histogram
 from m2d.plots.tiles import alignment_map, patch_pca, reconstruction_grid
-from m2d.training.batch import extract, model_images
+from m2d.training.batch import extract
 from m2d.training.features import FeatureSource, read_pixels, spread_over_classes
 from m2d.training.losses import psnr
 from m2d.training.measure import EDGES, GradientStatistics
@@ -83,7 +83,7 @@ class RunView:
             share = rows[start : start + self.batch_size]
             pixels, shown = read_pixels(self.reader, share, device)
             labels = torch.from_numpy(self.reader.labels[share]).to(device)
-            targets = model_images(pixels)
+            targets = from_uint8(pixels)
             latents = autoencoder.encode(targets).mean
             reconstructed = autoencoder.decode(latents).float().clamp(-1, 1)
             clean = averaged.normalize(latents)
@@ -190,7 +190,7 @@ class RunView:
     @torch.no_grad()
     def _reconstructions(self, telemetry: Telemetry, step: int) -> None:
         images, pixels, labels, _ = self._shown
-        targets = model_images(pixels)
+        targets = from_uint8(pixels)
         parts = self._latents(targets).split(self.batch_size)
         reconstructed = torch.cat([self.networks.autoencoder.decode(part).float().clamp(-1, 1) for part in parts])
         decibels = psnr(reconstructed, targets).cpu().numpy()
@@ -239,7 +239,7 @@ class RunView:
     def _cosine(self, cls: Tensor, patches: Tensor) -> np.ndarray:
         """[N, P]: cosine of every token of the tapped block, projected, with the extractor's patch."""
         averaged, (_, pixels, labels, rows) = self.averaged, self._shown
-        clean = averaged.normalize(self._latents(model_images(pixels)))
+        clean = averaged.normalize(self._latents(from_uint8(pixels)))
         _, noise = fixed_noise(rows, clean)
         t = torch.full((len(clean),), ALIGNMENT_TIME, device=self.device)
         context = averaged.context(torch.from_numpy(labels).to(self.device), cls)

@@ -1,6 +1,5 @@
 """What a sweep found: a table, two pictures, and the best trial's settings as a file that training takes unchanged."""
 
-import csv
 import json
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m2d.errors import TrainingError
+from m2d.files.atomic import csv_text
 from m2d.plots.sweeps import importance_chart, parallel_coordinates
 from m2d.training.settings import as_dict
 from m2d.tuning.ledger import WORST, Ledger, objective
@@ -73,11 +73,8 @@ def write_outcome(trials: Sequence[TrialOutcome], config: SweepConfig, folder: P
     results = [{**asdict(trial), "objective": trial.objective} for trial in trials]
     (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     columns = ["trial", "objective", "reports", "step", "finished", *space, *MEASURES, "error"]
-    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        for trial, result in zip(trials, results):
-            writer.writerow({**result, **trial.chosen, **trial.measures, "reports": len(trial.objectives)})
+    rows = [r | t.chosen | t.measures | {"reports": len(t.objectives)} for t, r in zip(trials, results)]
+    (folder / "results.csv").write_text(csv_text(rows, columns), encoding="utf-8", newline="")
     # Into a file the table goes whole: there is no width to fit.
     wide = console if console.is_terminal else Console(file=console.file, width=240)
     wide.print(_table(trials, list(space)))

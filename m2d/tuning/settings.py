@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeVar
 
 from m2d.arguments import setting_types
 from m2d.data.settings import require_seed
-from m2d.training.settings import TrainConfig, require, require_range
+from m2d.errors import require, require_range
+from m2d.training.settings import TrainConfig
 
 ConfigT = TypeVar("ConfigT")
 DEFAULT_SPACE = {

@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from m2d.data.order import StreamOrder, micro_batch_number, worker_rows
+from m2d.data.order import Share, StreamOrder
 from m2d.data.settings import Balance
 from m2d.errors import DataError
 
@@ -131,7 +131,7 @@ def test_one_view_is_the_image_as_it_is_and_an_empty_split_an_error_for_the_user
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_workers_together_cover_the_stream_once(world_size: int) -> None:
     rows = [
-        worker_rows(micro_batch, batch_size=4, rank=rank, world_size=world_size)
+        Share(batch_size=4, rank=rank, world_size=world_size).rows(micro_batch)
         for micro_batch in range(5)
         for rank in range(world_size)
     ]
@@ -144,13 +144,9 @@ def test_a_step_begins_at_the_same_row_and_misses_nothing_however_many_workers_t
 ) -> None:
     """Steps of eight micro-batches; workers that divide them take exactly those."""
     for step in (0, 5):
-        places = [(turn, rank) for turn in range(step * each, (step + 1) * each) for rank in range(workers)]
-        numbers = [
-            micro_batch_number(turn, rank=rank, world_size=workers, step_micro_batches=8) for turn, rank in places
-        ]
+        shares = [Share(batch_size=4, rank=rank, world_size=workers, step_micro_batches=8) for rank in range(workers)]
+        places = [(share, turn) for turn in range(step * each, (step + 1) * each) for share in shares]
+        numbers = [share.number(turn) for share, turn in places]
         assert sorted(numbers) == list(range(step * 8, step * 8 + each * workers))
-        rows = [
-            worker_rows(turn, batch_size=4, rank=rank, world_size=workers, step_micro_batches=8)
-            for turn, rank in places
-        ]
-        assert sorted(np.concatenate(rows)) == list(range(step * 32, step * 32 + 4 * each * workers))
+        rows = np.concatenate([share.rows(turn) for share, turn in places])
+        assert sorted(rows) == list(range(step * 32, step * 32 + 4 * each * workers))

@@ -1,5 +1,4 @@
 import hashlib
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from m2d.data import stream as stream_module
-from m2d.data.order import StreamOrder, worker_rows
+from m2d.data.order import Share, StreamOrder
 from m2d.data.reader import ImageReader, iterate_local
 from m2d.data.store import PreparedImages, write_images
 from m2d.data.stream import BlockPlan, build_stream, iterate_stream, stream_options
@@ -36,25 +35,20 @@ def order(reader: ImageReader) -> StreamOrder:
 def local(
     reader: ImageReader, order: StreamOrder, start: int, number: int, rank: int = 0, world: int = 1
 ) -> list[Batch]:
-    span = {"start_micro_batch": start, "num_micro_batches": number}
-    return list(iterate_local(reader, order, batch_size=BATCH, rank=rank, world_size=world, **span))
+    share = Share(batch_size=BATCH, rank=rank, world_size=world)
+    return list(iterate_local(reader, order, share, range(start, start + number)))
 
 
 def streamed(
     reader: ImageReader, order: StreamOrder, start: int, number: int, world: int, share: float = 0.3
 ) -> list[list[Batch]]:
     """What each of `world` workers gets from Ray, all reading at once."""
-    span = {"start_micro_batch": start, "num_micro_batches": number}
-    dataset = build_stream(
-        reader, order, batch_size=BATCH, num_workers=world, object_store_share=share, read_cpus=1.0, **span
-    )
+    workers = [Share(batch_size=BATCH, rank=rank, world_size=world) for rank in range(world)]
+    turns = range(start, start + number)
+    dataset = build_stream(reader, order, workers[0], turns, object_store_share=share, read_cpus=1.0)
     shards = dataset.streaming_split(world, equal=True)
-
-    def consume(rank: int) -> list[Batch]:
-        return list(iterate_stream(shards[rank], batch_size=BATCH, rank=rank, world_size=world, **span))
-
     with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(consume, range(world)))
+        return list(pool.map(lambda shard, worker: list(iterate_stream(shard, worker, turns)), shards, workers))
 
 
 def assert_same(found: list[Batch], expected: list[Batch]) -> None:
@@ -67,7 +61,7 @@ def assert_same(found: list[Batch], expected: list[Batch]) -> None:
 
 def test_a_local_batch_is_the_lookup_of_its_rows(reader: ImageReader, order: StreamOrder) -> None:
     for micro_batch, batch in enumerate(local(reader, order, 3, 5, rank=1, world=2), start=3):
-        rows = worker_rows(micro_batch, batch_size=BATCH, rank=1, world_size=2)
+        rows = Share(batch_size=BATCH, rank=1, world_size=2).rows(micro_batch)
         expected = reader.read(*order.lookup(rows)) | {"stream_rows": rows}
         assert batch.keys() == expected.keys()
         for name in expected:
@@ -87,22 +81,13 @@ def test_a_local_error_reaches_the_consumer(tmp_path: Path, paint_images: Any, o
         local(broken, order, 0, 2)
 
 
-def test_leaving_a_local_stream_early_ends_its_thread(reader: ImageReader, order: StreamOrder) -> None:
-    span = {"start_micro_batch": 0, "num_micro_batches": 10_000}
-    batches = iterate_local(reader, order, batch_size=BATCH, rank=0, world_size=1, **span)
-    next(batches)
-    batches.close()  # type: ignore[attr-defined]
-    assert "m2d-local-stream" not in {thread.name for thread in threading.enumerate()}
-
-
 @pytest.mark.parametrize(("world", "number", "width"), [(1, 7, 3), (2, 8, 4), (3, 5, 2), (2, 1, 8)])
 def test_blocks_dealt_out_in_turn_give_each_worker_its_rows(world: int, number: int, width: int) -> None:
-    plan = BlockPlan(
-        batch_size=BATCH, num_workers=world, start_micro_batch=11, num_micro_batches=number, block_micro_batches=width
-    )
+    plan = BlockPlan(Share(batch_size=BATCH, world_size=world), range(11, 11 + number), width)
     blocks = [plan.stream_rows(block) for block in range(plan.num_blocks)]
     for rank in range(world):
-        expected = [worker_rows(11 + m, batch_size=BATCH, rank=rank, world_size=world) for m in range(number)]
+        share = Share(batch_size=BATCH, rank=rank, world_size=world)
+        expected = [share.rows(11 + m) for m in range(number)]
         np.testing.assert_array_equal(np.concatenate(blocks[rank::world]), np.concatenate(expected))
     assert stream_options().preserve_order
     for turn in range(0, plan.num_blocks, world):
@@ -164,15 +149,13 @@ def test_the_consumer_owns_its_batches(ray_cluster: None, reader: ImageReader, o
 def test_rows_of_another_worker_are_an_error_not_silence(
     ray_cluster: None, reader: ImageReader, order: StreamOrder
 ) -> None:
-    span = {"start_micro_batch": 0, "num_micro_batches": 2}
-    dataset = build_stream(
-        reader, order, batch_size=BATCH, num_workers=1, object_store_share=0.3, read_cpus=1.0, **span
-    )
+    alone, turns = Share(batch_size=BATCH), range(2)
+    dataset = build_stream(reader, order, alone, turns, object_store_share=0.3, read_cpus=1.0)
     (shard,) = dataset.streaming_split(1, equal=True)
     with pytest.raises(TrainingError, match=r"rows 0\.\.3 for micro-batch 0 in place of 4\.\.7.*stream_options"):
-        next(iterate_stream(shard, batch_size=BATCH, rank=1, world_size=2, **span))
+        next(iterate_stream(shard, Share(batch_size=BATCH, rank=1, world_size=2), turns))
     with pytest.raises(TrainingError, match="no rows for micro-batch 2"):
-        list(iterate_stream(shard, batch_size=BATCH, rank=0, world_size=1, start_micro_batch=0, num_micro_batches=3))
+        list(iterate_stream(shard, alone, range(3)))
 
 
 @pytest.mark.ray
@@ -206,9 +189,9 @@ def test_a_run_of_a_hundred_million_images_starts_as_a_short_one_does(
     ray_cluster: None, reader: ImageReader, order: StreamOrder
 ) -> None:
     """200,000 blocks. A task for each would take Ray about six minutes and 1.6 GB before the first batch."""
-    span = {"start_micro_batch": 0, "num_micro_batches": 100_000_000 // 512}
-    dataset = build_stream(reader, order, batch_size=512, num_workers=1, object_store_share=0.3, read_cpus=1.0, **span)
+    alone, turns = Share(batch_size=512), range(100_000_000 // 512)
+    dataset = build_stream(reader, order, alone, turns, object_store_share=0.3, read_cpus=1.0)
     (shard,) = dataset.streaming_split(1, equal=True)
-    batches = iterate_stream(shard, batch_size=512, rank=0, world_size=1, **span)
+    batches = iterate_stream(shard, alone, turns)
     assert next(batches)["stream_rows"].tolist() == list(range(512))
     batches.close()  # type: ignore[attr-defined]

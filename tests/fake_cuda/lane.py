@@ -25,7 +25,7 @@ from m2d.models.settings import Precision
 from m2d.training.batch import Draws, ImageBatch, LatentBatch, draw
 from m2d.training.networks import build_networks, idle_modules
 from m2d.training.settings import TrainConfig
-from m2d.training.step import build_step, step_config_of
+from m2d.training.step import StepConfig, build_step
 
 CUDA = torch.device("cuda", 0)
 PROJECT = Path(__file__).resolve().parents[2]
@@ -163,8 +163,9 @@ class PresetStep:
         if stage == "latent":
             config = dataclasses.replace(config, discriminator=dataclasses.replace(config.discriminator, enabled=False))
         self.networks = networks = build_networks(config, CUDA, cached_dim)
-        settings = step_config_of(config, precision=precision, total_steps=TOTAL_STEPS, vae_warmup_steps=warmup_steps)
-        settings = dataclasses.replace(settings, discriminator_start=0, compile=None)
+        judge = dataclasses.replace(config.discriminator, start_step=0)
+        eager = dataclasses.replace(config, discriminator=judge, compile=False)
+        settings = StepConfig(eager, precision=precision, total_steps=TOTAL_STEPS, vae_warmup_steps=warmup_steps)
         perceptual = build_perceptual("features", networks.extractor)
         perceptual.to(CUDA)
         self.step = build_step(stage, networks, perceptual, settings, CUDA)

@@ -14,6 +14,7 @@ from m2d.models.perceptual import (
     PatchDiscriminator,
     ProjectedDiscriminator,
     build_perceptual,
+    load_lpips,
     lpips_available,
     spectral_norm,
 )
@@ -165,7 +166,7 @@ def lpips_of_random_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("lpips_of_random_weights")
 def test_lpips_is_frozen_moves_with_its_module_and_gives_one_number_per_image() -> None:
     assert lpips_available("squeeze") == (True, "")
-    network = LpipsDistance("squeeze")
+    network = LpipsDistance(load_lpips("squeeze"))
     images, targets = (nn.functional.interpolate(some_images(seed), 64) for seed in (0, 1))
     distances = network(torch.cat([images, images]), torch.cat([images, targets]))
     assert distances[:2].tolist() == [0.0, 0.0]

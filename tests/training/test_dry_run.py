@@ -28,7 +28,7 @@ from m2d.training.dry_run import (
 from m2d.training.measure import count_flops
 from m2d.training.networks import build_networks
 from m2d.training.settings import TrainConfig
-from m2d.training.step import JointStep, step_config_of
+from m2d.training.step import JointStep, StepConfig
 
 CPU = torch.device("cpu")
 WEIGHTS, AVERAGES, MOMENTS = "weights", "averaged weights (EMA)", "AdamW's moments"
@@ -111,7 +111,7 @@ def test_further_micro_batches_add_what_is_kept_of_them() -> None:
 def test_flops_are_those_of_a_step_on_real_tensors(joint: FakeRun) -> None:
     config, plan = joint.config, joint.plan
     networks = build_networks(config, CPU, 1280)
-    settings = step_config_of(config, "no", plan.total_steps, plan.vae_warmup_steps)
+    settings = StepConfig(config, "no", plan.total_steps, plan.vae_warmup_steps)
     step = JointStep(networks, build_perceptual("features", None), settings, CPU)
     images, draws = random_batch(config, networks, 0, 4)
     batch = dataclasses.replace(images, features=Features(torch.zeros(4, 1280), torch.zeros(4, 1, 1280)))

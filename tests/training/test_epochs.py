@@ -16,7 +16,7 @@ from tiny_run import records, tiny_config
 from torch import Tensor
 from torch.testing import assert_close
 
-from m2d.data.order import StreamOrder, worker_rows
+from m2d.data.order import Share, StreamOrder
 from m2d.experiment import Experiment
 from m2d.training import trainer
 from m2d.training.run import RunPlan, Stopped
@@ -53,10 +53,8 @@ def rows_of_step(step: int, division: tuple[int, int, int], begin: int, train_im
         config=config, experiment=Experiment(Path("none")), world_size=workers, train_images=train_images,
         precision="no", perceptual="features",
     )  # fmt: skip
-    first, _ = plan.micro_batches_from(begin, workers)
-    turns = range(first + (step - begin) * accumulation, first + (step - begin + 1) * accumulation)
-    place = {"batch_size": batch_size, "world_size": workers, "step_micro_batches": plan.step_micro_batches}
-    return np.concatenate([worker_rows(turn, rank=rank, **place) for turn in turns for rank in range(workers)])
+    turns = plan.turns_from(begin, workers)[(step - begin) * accumulation :][:accumulation]
+    return np.concatenate([plan.share(rank, workers).rows(turn) for turn in turns for rank in range(workers)])
 
 
 class WatchedLink(trainer._LocalLink):
@@ -66,9 +64,9 @@ class WatchedLink(trainer._LocalLink):
     stop_after: int | None = None
     _done = 0
 
-    def images(self, first_micro_batch: int, num_micro_batches: int) -> Iterator[dict[str, Tensor]]:
-        self._done = first_micro_batch
-        for number, batch in enumerate(super().images(first_micro_batch, num_micro_batches), start=first_micro_batch):
+    def images(self, share: Share, turns: range) -> Iterator[dict[str, Tensor]]:
+        self._done = turns.start
+        for number, batch in enumerate(super().images(share, turns), start=turns.start):
             self.seen[number] = batch["catalog_rows"].tolist()
             yield batch
 

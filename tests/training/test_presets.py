@@ -38,7 +38,7 @@ from m2d.models.settings import AutoencoderConfig
 from m2d.training.batch import LatentBatch
 from m2d.training.networks import build_networks
 from m2d.training.settings import TrainConfig
-from m2d.training.step import JointStep, build_step, step_config_of
+from m2d.training.step import JointStep, StepConfig, build_step
 from m2d.training.trainer import train
 
 CPU = torch.device("cpu")
@@ -309,7 +309,7 @@ FULL_WIDTHS = [
 @pytest.mark.parametrize("base", FULL_WIDTHS)
 def test_a_wide_preset_takes_two_steps_in_each_stage_at_its_full_widths(base: str, tmp_path: Path) -> None:
     config: TrainConfig = parse("train", [*small_settings(base, tmp_path, full_width=True), "--stage", "joint"])
-    networks, settings = build_networks(config, CPU), step_config_of(config, "no", STEPS)
+    networks, settings = build_networks(config, CPU), StepConfig(config, "no", STEPS)
     perceptual = build_perceptual("features", networks.extractor)
     unet, decoder = networks.denoiser.unet, networks.autoencoder.vae.decoder
     for stage in STAGES:
@@ -343,7 +343,7 @@ def test_isic_256_takes_a_joint_step_at_its_true_size(capsys: pytest.CaptureFixt
     try:
         networks = build_networks(config, CPU)
         step = JointStep(
-            networks, build_perceptual("features", networks.extractor), step_config_of(config, "no", STEPS), CPU
+            networks, build_perceptual("features", networks.extractor), StepConfig(config, "no", STEPS), CPU
         )
         before = {name: digits(module) for name, module in networks.trained().items()}
         step([random_batch(config, networks, 0, config.batch_size)], 0)
