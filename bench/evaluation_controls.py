@@ -53,7 +53,7 @@ from m2d.evaluation.classifiers.worth import (
 )
 from m2d.evaluation.evaluate import KEPT, evaluate
 from m2d.evaluation.features import Extraction
-from m2d.evaluation.images import ImageSet, read_image_sets, with_pixels
+from m2d.evaluation.images import ImageSet, pixels_sha256, read_image_sets, stored_pixels
 from m2d.evaluation.settings import EvaluateConfig, FinetuneConfig
 from m2d.models.settings import FeatureExtractorConfig
 
@@ -287,6 +287,13 @@ def thinned(images: ImageSet, largest: int | None, cache_dir: str) -> ImageSet:
     common = np.flatnonzero(images.labels == counts.argmax())
     drawn = np.random.default_rng(1).choice(common, min(largest or len(common), len(common)), replace=False)
     return taken(images, np.sort(np.concatenate([np.flatnonzero(images.labels != counts.argmax()), drawn])), cache_dir)
+
+
+def with_pixels(like: ImageSet, *, name: str, source: str, pixels: np.ndarray, cache_dir: str) -> ImageSet:
+    """The images of another set, redrawn: pixels uint8 [N, S, S, 3] take the place of its own, kept as a file."""
+    sha256 = pixels_sha256(pixels)
+    stored = stored_pixels(cache_dir, sha256, pixels.shape, lambda out: out.__setitem__(slice(None), pixels))
+    return replace(like, name=name, source=source, sha256=sha256, pixels=stored)
 
 
 def taken(images: ImageSet, rows: np.ndarray, cache_dir: str) -> ImageSet:

@@ -64,7 +64,7 @@ class Extraction:
         name = (id(images), config)
         if name not in self._known:
             key, _ = extractor_identity(config)
-            self._known[name] = FeatureSet(images, key, self.features(images, config)[0])
+            self._known[name] = FeatureSet(**vars(images), extractor=key, cls=self.features(images, config)[0])
         return self._known[name]
 
     def features(

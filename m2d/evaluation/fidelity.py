@@ -119,7 +119,7 @@ def measure_fidelity(
         for name, other in others.items()
         if other is not None
     ]
-    labels, codes = np.unique(generated.labels).tolist(), train.images.classes.codes
+    labels, codes = np.unique(generated.labels).tolist(), train.classes.codes
     counts, matched, notes = {}, {}, []
     for label in labels:
         of_class = [one.of_class(label) for one in comparisons]

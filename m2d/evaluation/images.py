@@ -7,19 +7,19 @@ defined here.
 import hashlib
 import os
 import posixpath
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -32,7 +32,7 @@ from m2d.data.reader import decode_unchanged
 from m2d.data.settings import DataConfig
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import CheckpointError, ConfigError, DataError
-from m2d.evaluation.provenance import made_from_others
+from m2d.evaluation.provenance import made_from_others, rows_beside
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
@@ -57,6 +57,9 @@ _THREADS = 16
 # Images as unit vectors, one function for each view in which they are known: rows -> float32 [len(rows), D].
 Views = Sequence[Callable[[slice | np.ndarray], torch.Tensor]]
 ALL_ROWS = slice(None)
+
+
+Images = TypeVar("Images", bound="ImageSet")
 
 
 class Unanswerable(DataError):
@@ -101,6 +104,10 @@ class ImageSet:
         """Images of each class that has some, in the order of the set."""
         return class_counts(self.labels, self.classes)
 
+    def rows(self, label: int) -> np.ndarray:
+        """Row numbers of a class, int64 [n]."""
+        return np.flatnonzero(self.labels == label)
+
     @property
     def summary(self) -> dict[str, Any]:
         """For evaluation.json."""
@@ -108,35 +115,12 @@ class ImageSet:
         return {"name": self.name, "source": self.source, "images": self.counts, "lesions": lesions}
 
 
-@dataclass(frozen=True)
-class FeatureSet:
-    """The `cls` features of one extractor for an image set, in its order."""
+@dataclass(frozen=True, kw_only=True)
+class FeatureSet(ImageSet):
+    """Images with the `cls` features of one extractor."""
 
-    images: ImageSet
     extractor: str  # m2d.models.extractors.base.FeatureExtractor.key
     cls: np.ndarray  # float32 [N, D], as the extractor gives them: not standardised
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 [N]."""
-        return self.images.labels
-
-    @property
-    def groups(self) -> np.ndarray:
-        """object [N]."""
-        return self.images.groups
-
-    @property
-    def classes(self) -> ClassSet:
-        """What labels are indices into."""
-        return self.images.classes
-
-    def rows(self, label: int) -> np.ndarray:
-        """Row numbers of a class, int64 [n]."""
-        return np.flatnonzero(self.labels == label)
 
 
 @dataclass(frozen=True)
@@ -156,6 +140,16 @@ class Listed:
     def labels(self) -> np.ndarray:
         """Class indices, int64 [N]."""
         return np.array([self.classes.index(code) for code in self["label"]], dtype=np.int64)
+
+
+def together(*sets: Images) -> Images:
+    """The images of several sets, one after the other: of feature sets the features, of others the pixels."""
+    if len(sets) == 1:
+        return sets[0]
+    columns = ("labels", "groups", "cls" if isinstance(sets[0], FeatureSet) else "pixels")
+    joined: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in sets]) for name in columns}
+    joined |= {name: tuple(chain(*(getattr(one, name) for one in sets))) for name in ("sha256", "paths")}
+    return replace(sets[-1], **joined)
 
 
 def class_counts(labels: np.ndarray, classes: ClassSet) -> dict[str, int]:
@@ -540,33 +534,18 @@ def _generated(root: str, data: DataConfig, classes: ClassSet, notes: list[str])
     if repeated:
         notes.append(f"{repeated:,} generated images are exact repeats of other generated ones; all are counted")
     base = root if remote else os.path.abspath(root)
-    varied = _varied_lesions(root)
+    rows = rows_beside(root, MANIFEST_NAME, "sha256", "lesion_id", "skin_lesion_id")
+    # The lesion that m2d's own run varied for an image, and the one whose skin it took; "" for none.
+    varied = {row["sha256"]: (row["lesion_id"] or "", row["skin_lesion_id"] or "") for row in rows}
+    of = [varied.get(image.sha256, ("", "")) for image in images]
     columns = {
         "path": [image.path if remote else os.path.relpath(image.path, base) for image in images],
         "sha256": [image.sha256 for image in images],
         "label": [image.label for image in images],
-        "lesion_id": [varied[image.sha256][0] or f"generated {number}" for number, image in enumerate(images)],
-        "skin_lesion_id": [varied[image.sha256][1] for image in images],
+        "lesion_id": [lesion or f"generated {number}" for number, (lesion, _) in enumerate(of)],
+        "skin_lesion_id": [skin for _, skin in of],
     }
     return Listed("generated", f"all of {root}", base, pa.table(columns), classes)
-
-
-def _varied_lesions(root: str) -> Mapping[str, tuple[str, str]]:
-    """By the sha256 of an image the lesion that it varies and the one whose skin it took, as m2d's own manifest has it.
-
-    "" for none.
-    """
-    varied = defaultdict[str, tuple[str, str]](lambda: ("", ""))
-    filesystem, place = open_storage(root)
-    try:
-        with filesystem.open_input_file(posixpath.join(place, MANIFEST_NAME)) as file:
-            table = pq.read_table(file)
-    except (OSError, pa.ArrowException):  # images of another generator
-        return varied
-    known = [name for name in ("sha256", "lesion_id", "skin_lesion_id") if name in table.column_names]
-    for row in table.select(known).to_pylist() if known[:1] == ["sha256"] else ():
-        varied[row["sha256"]] = row.get("lesion_id") or "", row.get("skin_lesion_id") or ""
-    return varied
 
 
 def _left_out(rejected: Sequence[tuple[str, str]], what: str) -> list[str]:
@@ -596,7 +575,7 @@ def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: lis
             raise _Unreadable
 
     try:
-        pixels = _stored(cache_dir, sha256, (len(sha256), size, size, 3), fill)
+        pixels = stored_pixels(cache_dir, sha256, (len(sha256), size, size, 3), fill)
     except _Unreadable:
         first = failures[min(failures)]
         if len(failures) == len(paths):
@@ -621,18 +600,12 @@ class _Unreadable(Exception):
     """Some images could not be decoded; the rest is tried again."""
 
 
-def with_pixels(like: ImageSet, *, name: str, source: str, pixels: np.ndarray, cache_dir: str) -> ImageSet:
-    """The images of another set, redrawn: pixels uint8 [N, S, S, 3] take the place of its own, kept as a file."""
-    sha256 = _pixels_sha256(pixels)
-    stored = _stored(cache_dir, sha256, pixels.shape, lambda out: out.__setitem__(slice(None), pixels))
-    return replace(like, name=name, source=source, sha256=sha256, pixels=stored)
-
-
-def _pixels_sha256(pixels: np.ndarray) -> tuple[str, ...]:
+def pixels_sha256(pixels: np.ndarray) -> tuple[str, ...]:
+    """Of each of the images [N, S, S, 3], hex."""
     return tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
 
 
-def _stored(
+def stored_pixels(
     cache_dir: str, named: Sequence[str], shape: tuple[int, ...], fill: Callable[[np.ndarray], None]
 ) -> np.ndarray:
     """uint8 [N, S, S, 3], mapped from a file of the cache; `fill` writes it where it is not there.
@@ -672,20 +645,27 @@ def reconstructions(
             for first in range(0, len(images), size):
                 part = slice(first, first + size)
                 x = torch.from_numpy(np.array(images.pixels[part])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-                try:
+                with batch_fits(size, device):
                     y = autoencoder.decode(autoencoder.encode(x).mode()).clamp(-1, 1)
-                except torch.OutOfMemoryError:
-                    raise ConfigError(
-                        f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} "
-                        "(the result stays the same)"
-                    ) from None
                 out[part] = ((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
                 shown.advance(len(x))
 
-    named = f"reconstructed by {checkpoint.sha256}", *_pixels_sha256(images.pixels)
-    pixels = _stored(cache_dir, named, images.pixels.shape, fill)
+    named = f"reconstructed by {checkpoint.sha256}", *pixels_sha256(images.pixels)
+    pixels = stored_pixels(cache_dir, named, images.pixels.shape, fill)
     source = f"reconstructions of {images.source} by checkpoint {checkpoint.sha256[:12]}"
-    return replace(images, name="reconstructions", source=source, sha256=_pixels_sha256(pixels), pixels=pixels)
+    return replace(images, name="reconstructions", source=source, sha256=pixels_sha256(pixels), pixels=pixels)
+
+
+@contextmanager
+def batch_fits(size: int, device: str) -> Iterator[None]:
+    """Raises ConfigError where the batch does not fit the device."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} "
+            "(the result stays the same)"
+        ) from None
 
 
 def rows_like(labels: np.ndarray, generated: np.ndarray, seed: int, times: int = 1) -> np.ndarray:
@@ -696,11 +676,19 @@ def rows_like(labels: np.ndarray, generated: np.ndarray, seed: int, times: int =
     return np.concatenate(drawn)
 
 
-def drawn_like(train: ImageSet, rows: np.ndarray) -> ImageSet:
-    """These rows of the training images. Each is a group of its own, as a generated image is."""
-    groups = np.array([f"reconstruction {row}" for row in rows], dtype=object)
-    source = f"{len(rows):,} images of {train.source}"
-    return ImageSet("training images", source, (), (), train.labels[rows], groups, train.pixels[rows], train.classes)
+def drawn_like(sides: Sequence[ImageSet], rows: np.ndarray) -> ImageSet:
+    """These rows of the sets, which count one after the other, ascending where there are several.
+
+    Each is a group of its own, as a generated image is.
+    """
+    ends = np.cumsum([len(one) for one in sides])
+    own = np.split(rows, np.searchsorted(rows, ends[:-1]))
+    taken = list(zip(sides, (part - end + len(one) for one, part, end in zip(sides, own, ends)), strict=True))
+    labels, pixels = (
+        np.concatenate([getattr(one, name)[part] for one, part in taken]) for name in ("labels", "pixels")
+    )
+    source = f"{len(rows):,} images of {' and '.join(one.source for one in sides)}"
+    return ImageSet("real images", source, (), (), labels, rows.astype(object), pixels, sides[-1].classes)
 
 
 def psnr_db(images: ImageSet, redrawn: ImageSet) -> float:

@@ -85,7 +85,7 @@ def test_the_training_set_again_as_synthetic_equals_oversampling() -> None:
 def test_shuffled_labels_hurt() -> None:
     labels = np.random.default_rng(0).permutation(np.tile([NV, MEL, BKL], 400))
     shuffled = clouds("generated", {NV: 400, MEL: 400, BKL: 400}, 4)
-    result = measure(replace(shuffled, images=replace(shuffled.images, labels=labels)), train=BALANCED)
+    result = measure(replace(shuffled, labels=labels), train=BALANCED)
     assert result.minus_c["balanced_accuracy"].high < 0
 
 
@@ -144,10 +144,10 @@ class AllOrNone(ProbeClassifier):
 
 
 def test_what_the_seeds_draw_widens_the_interval() -> None:
-    classifier, images = AllOrNone(TRAIN, TEST, TRUE, 0.1), (TRAIN.images, TEST.images, TRUE.images)
+    classifier, images = AllOrNone(TRAIN, TEST, TRUE, 0.1), (TRAIN, TEST, TRUE)
 
     def interval(*seeds: int) -> tuple[float, float]:
-        found = compare_arms(classifier, "", {}, Trials(seeds=seeds, resamples=200), images=images, notes=[])
+        found = compare_arms(classifier, {}, Trials(seeds=seeds, resamples=200), images=images, notes=[])
         score = found.arms["c"].scores["balanced_accuracy"]
         return score.low, score.high
 
@@ -167,7 +167,7 @@ def test_the_sweep_has_a_step_for_each_ratio_up_to_the_images_there_are(helpful:
 
 
 def test_c_is_chosen_without_a_look_at_the_test_images() -> None:
-    turned = replace(TEST, images=replace(TEST.images, labels=TEST.labels[::-1].copy()))
+    turned = replace(TEST, labels=TEST.labels[::-1].copy())
     chosen, again = (measure(TRUE, test=test, c=None).settings["c"] for test in (TEST, turned))
     assert chosen == again
 

@@ -158,7 +158,10 @@ def test_what_preprocessing_changes_is_told_against_the_original_images() -> Non
     grey = [replace(one, sha256=(), pixels=np.full_like(one.pixels, 99)) for one in (TRAIN, TEST)]
     trials = Trials(seeds=range(1), resamples=100)
     judge = partial(finetuned_worth, generated=GENERATED, config=TINY, trials=trials)
-    clear, alone = judge(known=TRAIN, tested=TEST, original=(grey[0], grey[1])), judge(known=TRAIN, tested=TEST)
+    clear, alone = (
+        judge(known=TRAIN, tested=TEST, original={"known": grey[0], "tested": grey[1]}),
+        judge(known=TRAIN, tested=TEST),
+    )
     changed = {row: one["balanced_accuracy"].value for row, one in clear.minus_original.items()}
     assert changed == pytest.approx(dict.fromkeys(changed, 0.5), abs=1e-9)
     assert len(changed) == 4

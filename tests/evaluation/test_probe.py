@@ -57,9 +57,7 @@ def test_in_a_common_channel_marked_images_are_worth_what_unmarked_ones_are() ->
 
     judge = partial(probe_worth, c=0.03, trials=Trials(seeds=range(1), resamples=200))
     plain = judge(**sides, generated=new)
-    passed = judge(
-        **{name: marked(one) for name, one in sides.items()}, generated=marked(new), original=tuple(sides.values())
-    )
+    passed = judge(**{name: marked(one) for name, one in sides.items()}, generated=marked(new), original=sides)
     gained = {row: one["balanced_accuracy"].value for row, one in passed.minus_original.items()}
     ruled = {rule: one["balanced_accuracy"].value for rule, one in plain.differences.items()}
     assert gained == pytest.approx(

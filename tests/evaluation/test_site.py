@@ -41,7 +41,7 @@ def clouds(name: str, counts: dict[int, int], seed: int) -> FeatureSet:
 KNOWN = clouds("known", {NV: 500, MEL: 200, BKL: 100}, 0)
 TESTED = clouds("tested", {NV: 300, MEL: 120, BKL: 60}, 1)
 NEW = clouds("generated", {MEL: 120, BKL: 120}, 2)  # as real lesions are distributed
-NOISE = feature_set(NEW.images, 8 * np.random.default_rng(0).normal(size=NEW.cls.shape))
+NOISE = feature_set(NEW, 8 * np.random.default_rng(0).normal(size=NEW.cls.shape))
 
 
 def judge(generated: FeatureSet, seeds: int = 1, **more: Any) -> SiteResult:
@@ -61,7 +61,7 @@ def test_a_site_gains_from_new_lesions_and_the_report_says_what_it_has(new: Site
     assert new.images == {"NV": 40, "MEL": 16, "BKL": 8}
     assert "a site with 32 lesions, 4 of them of the class benign keratosis, gains +" in new.verdict.sentence
     assert new.differences["less_real"]["balanced_accuracy"].signed in new.verdict.sentence
-    assert new.test == TESTED.images.counts
+    assert new.test == TESTED.counts
 
 
 def test_the_generators_own_images_are_lent_up_to_the_same_counts(new: SiteResult) -> None:
@@ -117,7 +117,7 @@ def test_turned_images_that_look_the_same_change_nothing_and_others_are_trained_
 
 
 def test_copies_of_tested_images_get_no_verdict() -> None:
-    told = judge(replace(NEW, images=replace(NEW.images, copies=(Copy("0.png", "tested/0.png", None),))))
+    told = judge(replace(NEW, copies=(Copy("0.png", "tested/0.png", None),)))
     assert told.verdict.word == "no verdict"
     assert "1 of 240 generated images are copies" in told.verdict.sentence
 
@@ -182,7 +182,7 @@ def chosen(answers: dict[float, np.ndarray], truth: np.ndarray) -> float:
     pool = Pool(truth, np.arange(len(truth)).astype(object), np.ones(len(truth), bool), np.array([1]), ISIC7)
     balanced = TrainingRows(np.arange(2), np.empty(0, np.int64), np.ones(2), asked=np.arange(len(truth)))
     spread = {share: np.pad(answer, ((0, 0), (0, 5))) for share, answer in answers.items()}
-    return chosen_of_few(pool, pool.generated, [{s: (balanced, one) for s, one in spread.items()}], 0)[0]
+    return chosen_of_few(pool, [{s: (balanced, one) for s, one in spread.items()}], 0)[0]
 
 
 TRUTH = np.arange(80) % 2
