@@ -136,10 +136,21 @@ class Listed:
     def __getitem__(self, column: str) -> list[str]:
         return self.rows[column].to_pylist()
 
+    def where(self, kept: np.ndarray) -> "Listed":
+        """Those of a mask, bool [N]."""
+        return replace(self, rows=self.rows.filter(pa.array(kept)))
+
     @property
     def labels(self) -> np.ndarray:
         """Class indices, int64 [N]."""
         return np.array([self.classes.index(code) for code in self["label"]], dtype=np.int64)
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """The fields of an ImageSet but for the pixels."""
+        paths, groups = tuple(inside(self.root, path) for path in self["path"]), np.array(self["lesion_id"], object)
+        own = {"name": self.name, "source": self.source, "classes": self.classes, "sha256": tuple(self["sha256"])}
+        return {**own, "paths": paths, "labels": self.labels, "groups": groups}
 
 
 def together(*sets: Images) -> Images:
@@ -223,15 +234,14 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
                 split = np.array(whole["split"]) == "train"
                 left = _without(whole, split, "may have been trained on by the generator", notes)
             left = replace(left, name="tested")
-            gone = pa.array(~np.isin(whole["path"], left["path"]))
-            seen = replace(whole, name="known", rows=whole.rows.filter(gone))
+            seen = replace(whole, name="known").where(~np.isin(whole["path"], left["path"]))
             trained, tested = decode(seen) if len(seen.rows) else None, decode(left)
             tested = unlike(left, tested, trained) if trained else tested
         sets |= {"tested": _one_lesion_if_alike(tested)} | ({"known": trained} if trained else {})
     lesions = [*test["lesion_id"], *(str(lesion) for lesion in tested.groups)]
     of_tests = np.isin(generated["lesion_id"], lesions) | np.isin(generated["skin_lesion_id"], lesions)
     if of_tests.any():
-        generated = replace(generated, rows=generated.rows.filter(pa.array(~of_tests)))
+        generated = generated.where(~of_tests)
         if not len(generated.rows):
             raise DataError(f"generated: all images of {generated.source} are variations of lesions that are tested")
         notes.append(f"left out {of_tests.sum():,} generated images, variations of lesions that are tested")
@@ -360,7 +370,7 @@ def _without(test: Listed, seen: np.ndarray, why: str, notes: list[str]) -> List
     gone = np.isin(lesions, lesions[seen])
     if not gone.any():
         return test
-    left = replace(test, rows=test.rows.filter(pa.array(~gone)))
+    left = test.where(~gone)
     if not len(left.rows):
         raise DataError(
             f"real: none of {len(gone):,} test images ({test.source}) is unseen, for they, or others of their lesions, "
@@ -393,7 +403,7 @@ def _of_training_images(generated: Listed, catalogs: Sequence[pa.Table], notes: 
     if foreign.all():
         raise DataError(f"generated: {what}; generate from training images, or without input images")
     notes.append(f"left out {what}")
-    return replace(generated, rows=generated.rows.filter(pa.array(~foreign)))
+    return generated.where(~foreign)
 
 
 def _copies(
@@ -469,12 +479,11 @@ def _real_sides(
         classes = classes_of(train)
         test = catalog_of(real, data, config.cache_dir, notes, classes, f"--train {root}")
         notes += unknown_lesions(train, test)
-        return (
+        sides = (
             Listed("train", f"all of {root}", root, train, classes),
             Listed("test", f"all of {real}", real, test, classes),
-            None,
-            _files(*catalogs.values(), test),
         )
+        return *sides, None, _files(*catalogs.values(), test)
     own = Path(experiment_of(checkpoint.path), "cache", "catalog.parquet") if checkpoint else Path()
     recorded = str(checkpoint.info.config.get("data_root") or "") if checkpoint else ""
     same = recorded == real or ("://" not in recorded + real and os.path.realpath(recorded) == os.path.realpath(real))
@@ -490,14 +499,11 @@ def _real_sides(
                 "whether the generator saw the test images is not known (no --checkpoint)"
             )
     notes += unknown_lesions(catalog)
-    sides = []
-    for split in ("train", "test"):
-        rows = catalog.filter(pc.equal(catalog["split"], split))
-        if not len(rows):
-            raise DataError(f"real: {real} has no image in its {split} split; set the fractions of --data")
-        sides.append(Listed(split, f"{split} split of {real}", real, rows, classes_of(catalog)))
-    whole = Listed("test", f"all of {real}", real, catalog, classes_of(catalog))
-    return sides[0], sides[1], whole, _files(*catalogs.values(), catalog)
+    whole, split = Listed("test", f"all of {real}", real, catalog, classes_of(catalog)), np.array(catalog["split"])
+    train, test = (replace(whole, name=k, source=f"{k} split of {real}").where(split == k) for k in ("train", "test"))
+    if empty := [side.name for side in (train, test) if not len(side.rows)]:
+        raise DataError(f"real: {real} has no image in its {empty[0]} split; set the fractions of --data")
+    return train, test, whole, _files(*catalogs.values(), catalog)
 
 
 def _files(*catalogs: pa.Table) -> dict[str, str]:
@@ -581,19 +587,10 @@ def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: lis
         if len(failures) == len(paths):
             raise DataError(f"{side.name}: no image of {side.source} can be read; the first: {first}") from None
         notes.append(f"{len(failures):,} {side.name} images cannot be read, the first: {first}")
-        kept = side.rows.take([row for row in range(len(paths)) if row not in failures])
-        return _decode(replace(side, rows=kept), size, cache_dir, max_pixels, notes)
-    return ImageSet(
-        name=side.name,
-        source=side.source,
-        sha256=tuple(sha256),
-        paths=tuple(inside(side.root, path) for path in paths),
-        labels=side.labels,
-        groups=np.array(side["lesion_id"], dtype=object),
-        pixels=pixels,
-        classes=side.classes,
-        skins=np.array(side["skin_lesion_id"], dtype=object) if "skin_lesion_id" in side.rows.column_names else None,
-    )
+        kept = ~np.isin(np.arange(len(paths)), list(failures))
+        return _decode(side.where(kept), size, cache_dir, max_pixels, notes)
+    skins = np.array(side["skin_lesion_id"], dtype=object) if "skin_lesion_id" in side.rows.column_names else None
+    return ImageSet(**side.known, pixels=pixels, skins=skins)
 
 
 class _Unreadable(Exception):

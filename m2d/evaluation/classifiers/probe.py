@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -37,14 +36,13 @@ from m2d.evaluation.classifiers.site import SiteResult, measure_site, site_rows
 from m2d.evaluation.classifiers.worth import Pool, WorthResult, equal_priors, measure_worth
 from m2d.evaluation.features import ClsFeatures, cls_features
 from m2d.evaluation.images import (
+    ALL_ROWS,
     FeatureSet,
     Listed,
     Unanswerable,
     catalog_of,
     check_apart,
-    class_counts,
     class_folder,
-    lesion_counts,
     require_same,
     together,
     unknown_lesions,
@@ -303,10 +301,9 @@ def measure_consistency(
     probe = LinearProbe.fit(train.cls, train.labels, c=c)
     known = np.isin(test.labels, np.unique(train.labels))
     codes = train.classes.codes
-    shape = {"num_classes": len(codes), "resamples": resamples, "seed": seed}
-    called, called_real = probe.predict(generated.cls), probe.predict(test.cls[known])
-    drawn = resampled_confusions(generated.labels, called, np.arange(len(generated)), **shape)  # [1 + R, K, K]
-    drawn_real = resampled_confusions(test.labels[known], called_real, test.groups[known], **shape)
+    single = replace(generated, groups=np.arange(len(generated)))
+    drawn = _confusions(probe, single, resamples, seed)
+    drawn_real = _confusions(probe, test, resamples, seed, known)
     confusion, real = drawn[0], drawn_real[0]
     made, tested = (np.flatnonzero(one.sum(axis=1)) for one in (confusion, real))
     recalls, both = scores(drawn_real).recall, np.intersect1d(made, tested)
@@ -327,6 +324,16 @@ def measure_consistency(
             **unscored(train, test),
             **{codes[k]: "no generated image, so no agreement" for k in np.setdiff1d(tested, made)},
         },
+    )
+
+
+def _confusions(
+    probe: LinearProbe, of: FeatureSet, resamples: int, seed: int, rows: slice | np.ndarray = ALL_ROWS
+) -> np.ndarray:
+    """int64 [1 + R, K, K]: of these images, and of their resamples by lesion."""
+    called, size = probe.predict(of.cls[rows]), len(of.classes)
+    return resampled_confusions(
+        of.labels[rows], called, of.groups[rows], num_classes=size, resamples=resamples, seed=seed
     )
 
 
@@ -363,34 +370,24 @@ def probe(config: ProbeConfig) -> Path:
         batch_size=config.batch_size or (8 if device == "cpu" else 64),  # small ones stay in a CPU's caches
         max_pixels=config.data.max_pixels,
     )
-    (train_cls, labels, lesions), (cls, truth, test_lesions) = (_read(side, features) for side in listed)
-    train, test = (
-        {
-            "source": side.source,
-            "images": class_counts(of_side, classes),
-            "lesions": lesion_counts(of_side, groups, classes),
-        }
-        for side, of_side, groups in zip(listed, (labels, truth), (lesions, test_lesions))
-    )
+    train, test = (_read(side, features, key) for side in listed)
     c, tried = config.c, dict[float, float]()
     if c is None:
-        c, tried = choose_c(train_cls, labels, lesions, num_classes=len(classes), seed=config.seed)
+        c, tried = choose_c(train.cls, train.labels, train.groups, num_classes=len(classes), seed=config.seed)
     c = c or C_WITHOUT_CHOICE
-    fitted = LinearProbe.fit(train_cls, labels, c=c)
-    predicted = fitted.predict(cls)
-    confusions = resampled_confusions(
-        truth, predicted, test_lesions, num_classes=len(classes), resamples=config.bootstrap, seed=config.seed
-    )
+    fitted = LinearProbe.fit(train.cls, train.labels, c=c)
+    confusions = _confusions(fitted, test, config.bootstrap, config.seed)
     measured = scores(confusions)
     means = ("accuracy", "balanced_accuracy", "macro_f1")  # over the classes in the test images
-    recall = {code: Estimate.of(measured.recall[:, k]) for k, code in enumerate(test["images"])}
+    recall = {code: Estimate.of(measured.recall[:, k]) for k, code in enumerate(test.counts)}
+    read = [{name: one.summary[name] for name in ("source", "images", "lesions")} for one in (train, test)]
     result: dict[str, Any] = {  # of probe.json
         "extractor": key,
         "device": device,
         **{name: Estimate.of(getattr(measured, name)) for name in means},
         "recall": recall,
-        "train": train,  # what could not be read is left out
-        "test": test,
+        "train": read[0],  # what could not be read is left out
+        "test": read[1],
         "classes": classes.codes,
         "confusion": confusions[0].tolist(),  # rows: true class, columns: called class
         "c": c,
@@ -406,7 +403,7 @@ def probe(config: ProbeConfig) -> Path:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
     }
-    result["reading"] = _reading(result["balanced_accuracy"], recall, 1 / len(train["images"]))
+    result["reading"] = _reading(result["balanced_accuracy"], recall, 1 / len(train.counts))
     _show(result, folder)
     print(f"probe.json, probe.csv and probe.png in {folder} ({result['seconds']:.0f} s)")
     return folder
@@ -414,38 +411,29 @@ def probe(config: ProbeConfig) -> Path:
 
 def _listed(config: ProbeConfig) -> tuple[list[Listed], list[str]]:
     """What to fit on and what to test on, with no lesion or image in both; and what the report must say of lesions."""
-    notes: list[str]
     root = test_root = class_folder(config.data_root, "data_root")
     if config.test_data_root is not None:
         test_root = class_folder(config.test_data_root, "test_data_root")
-    if config.train_catalog is not None and config.test_catalog is not None:
-        places = (("train", root, config.train_catalog), ("test", test_root, config.test_catalog))
-        catalogs = [read_catalog(file) for *_, file in places]
-        classes, tested = map(classes_of, catalogs)
-        require_same(tested, config.test_catalog, classes, config.train_catalog)
-        notes = unknown_lesions(*catalogs)
-        sides = [
-            Listed(name, f"all of {file}", place, catalog, classes)
-            for (name, place, file), catalog in zip(places, catalogs)
-        ]
+    notes = list[str]()
+    files = [file for file in (config.train_catalog, config.test_catalog) if file is not None]
+    catalogs = [read_catalog(file) for file in files] or [catalog_of(root, config.data, config.cache_dir, notes)]
+    for note in notes:
+        say(note)
+    classes, tested = classes_of(catalogs[0]), classes_of(catalogs[-1])
+    if len(catalogs) > 1:
+        require_same(tested, files[1], classes, files[0])
+        places = zip(("train", "test"), files, (root, test_root), catalogs, strict=True)
+        sides = [Listed(name, f"all of {file}", place, rows, classes) for name, file, place, rows in places]
     else:
-        notes = []
-        if config.train_catalog is None:
-            whole = catalog_of(root, config.data, config.cache_dir, notes)
-        else:
-            whole = read_catalog(config.train_catalog)
-        for note in notes:
-            say(note)
-        notes = unknown_lesions(whole)
+        whole, splits = Listed("", "", root, catalogs[0], classes), np.array(catalogs[0]["split"])
         sides = [
-            Listed(split, f"{split} split of {config.train_catalog or root}", root, rows, classes_of(whole))
+            replace(whole, name=split, source=f"{split} split of {config.train_catalog or root}").where(splits == split)
             for split in ("train", "test")
-            for rows in [whole.filter(pc.equal(whole["split"], split))]
         ]
     for side in sides:
         _check_classes(side)
     check_apart(sides[0], sides[1], "probe")
-    return sides, notes
+    return sides, unknown_lesions(*catalogs)
 
 
 def _check_classes(side: Listed) -> None:
@@ -458,17 +446,17 @@ def _check_classes(side: Listed) -> None:
         )
 
 
-def _read(side: Listed, features: ClsFeatures) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the readable images: cls float32 [N, D], class indices int64 [N], lesions [N]."""
+def _read(side: Listed, features: ClsFeatures, key: str) -> FeatureSet:
+    """The readable images, by their features alone."""
     if not features.of_image:
         raise DataError(
             f"probe: none of {len(features.unreadable):,} images in {side.root} can be read, the first: "
             f"{features.unreadable[0]}; is it the data_root of these catalogs?"
         )
-    left = replace(side, rows=side.rows.filter([sha256 in features.of_image for sha256 in side["sha256"]]))
+    left = side.where(np.array([sha256 in features.of_image for sha256 in side["sha256"]], bool))
     _check_classes(left)
     cls = np.stack([features.of_image[sha256] for sha256 in left["sha256"]])
-    return cls, left.labels, np.array(left["lesion_id"], object)
+    return FeatureSet(**left.known, pixels=np.empty((len(cls), 0, 0, 3), np.uint8), extractor=key, cls=cls)
 
 
 def _show(result: dict[str, Any], folder: Path) -> None:

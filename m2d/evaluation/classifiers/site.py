@@ -13,6 +13,7 @@ from m2d.evaluation.classifiers.compare import Classifier, TrainingRows, Trials,
 from m2d.evaluation.classifiers.worth import (
     LEAST_PROBABILITY,
     SHARES,
+    Folds,
     Judged,
     JudgedResult,
     Offer,
@@ -99,12 +100,12 @@ def measure_site(
     }
     arms["class-balanced loss: b"] = judged.scores("b", adjusted=False)
     arms["class-balanced loss: d"] = judged.scores("balanced", adjusted=False)
-    differences, drawn = judged.compared(arms, DIFFERENCES)
+    told, drawn = judged.told(trials, folds, arms, DIFFERENCES)
     lesions = _mean([lesion_counts(pool.labels[one.fit], pool.groups[one.fit], pool.classes) for one in sites])
     offered = class_counts(pool.generated, pool.classes)
     said = word([drawn[rule] for rule in ("primary", "less_real", "class_balanced")], judged.shares("d"))
     return SiteResult(
-        **judged.told(trials, folds, arms, differences),
+        **told,
         share=share,
         lesions=lesions,
         images=_mean([class_counts(pool.labels[one.fit], pool.classes) for one in sites]),
@@ -112,7 +113,9 @@ def measure_site(
         offered_real={pool.classes.codes[k]: int(n) for k, n in enumerate(counts) if n},
         shares_of_real=judged.shares("f") if "f" in sites[0].offers else [],
         of_shared=share_of_gain(drawn["less_real"], drawn.get("shared")),
-        verdict=_verdict("no verdict" if pool.copies else said, differences, pool, _in_words(lesions, offered, pool)),
+        verdict=_verdict(
+            "no verdict" if pool.copies else said, told["differences"], pool, _in_words(lesions, offered, pool)
+        ),
         notes=[*notes, *judged.notes("The site's lesions")],
     )
 
@@ -139,9 +142,7 @@ def site_rows(pool: Pool, rest: np.ndarray, share: float, seed: list[int]) -> np
     return rest[np.isin(pool.groups[rest].astype(str), drawn)]
 
 
-def chosen_of_few(
-    pool: Pool, folds: Sequence[dict[float, tuple[TrainingRows, np.ndarray]]], seed: int
-) -> tuple[float, dict[float, float]]:
+def chosen_of_few(pool: Pool, folds: Folds, seed: int) -> tuple[float, dict[float, float]]:
     """The smallest share that is within a standard error over lesions of the best one; and what each lost.
 
     folds: of all repeats. The loss is that of worth.py, a class-balanced cross-entropy at equal priors on held-out

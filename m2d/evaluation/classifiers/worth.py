@@ -92,8 +92,8 @@ class Pool:
         return np.concatenate([self.generated, redrawn, np.tile(self.labels[self.tested], self.turned)])
 
 
-# Pool, for each inner fold share -> rows and answers, seed -> share, and what each lost.
-Choice = Callable[[Pool, Sequence[dict[float, tuple[TrainingRows, np.ndarray]]], int], tuple[float, dict[float, float]]]
+Folds = Sequence[dict[float, tuple[TrainingRows, np.ndarray]]]  # for each inner fold share -> rows and answers
+Choice = Callable[[Pool, Folds, int], tuple[float, dict[float, float]]]  # by a seed; the share, and what each lost
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,8 @@ def measure_worth(
         "argmax: c": scores("c", adjusted=False),
         "argmax: d": scores("d", adjusted=False),
     }
-    differences, drawn = judged.compared(arms, RULES)
+    told, drawn = judged.told(trials, folds, arms, RULES)
+    told["classifier"] += ", real images through the autoencoder" if original is not None else ""
     minus_original = {}
     if original is not None:
         asked = {(number, arm): part.arms[arm] for number, part in enumerate(parts) for arm in "bc"}
@@ -252,14 +253,14 @@ def measure_worth(
     deciding, shares = [drawn["primary"], drawn["less_real"]], judged.shares("all")
     said: Word = "no verdict" if pool.copies else word(deciding, shares)
     return WorthResult(
-        **judged.told(trials, folds, arms, differences),
+        **told,
         margin=MARGIN,
         within={rule: Estimate.of(drawn[rule], 90) for rule in ("primary", "less_real")},
         gains=gains,
         of_ceiling=share_of_gain(gained.get("synthetic"), gained.get("ceiling")),
         codec_retention=share_of_gain(gained.get("codec"), gained.get("ceiling")),
         told_apart=dict(told_apart or {}),
-        verdict=verdict(said, differences, shares, (pool.copies, len(pool.generated))),
+        verdict=verdict(said, told["differences"], shares, (pool.copies, len(pool.generated))),
         notes=[*notes, *judged.notes("The training lesions")],
         minus_original=minus_original,
     )
@@ -364,26 +365,18 @@ class Judged:
         """Of each part."""
         return [part.shares[offer] for part in self.parts]
 
-    def compared(
-        self, arms: Mapping[str, list[Scored]], rules: Rules
-    ) -> tuple[dict[str, dict[str, Estimate]], dict[str, np.ndarray]]:
-        """By rule the differences of its arms, and balanced accuracy's [1 + R]; of the rules whose arms there are."""
+    def told(
+        self, trials: Trials, folds: int, arms: Mapping[str, list[Scored]], rules: Rules
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """The fields of JudgedResult, and by rule the difference in balanced accuracy [1 + R].
+
+        Differences are of the rules whose arms there are.
+        """
+        truth, classes, tried = self.resamples.truth, self.pool.classes, SHARES if self.tried else ()
+        groups = self.pool.groups[self.pool.tested][self.scored]
         named = {rule: (f"{how}: {one}", f"{how}: {other}") for rule, (how, one, other) in rules.items()}
         sides = {rule: [arms[one] for one in both] for rule, both in named.items() if arms.keys() >= set(both)}
         drawn = {rule: self.resamples.means(one, "balanced_accuracy", other) for rule, (one, other) in sides.items()}
-        return {rule: self.resamples.estimates(*both) for rule, both in sides.items()}, drawn
-
-    def told(
-        self,
-        trials: Trials,
-        folds: int,
-        arms: Mapping[str, list[Scored]],
-        differences: dict[str, dict[str, Estimate]],
-    ) -> dict[str, Any]:
-        """The fields of JudgedResult."""
-        truth, classes = self.resamples.truth, self.pool.classes
-        groups = self.pool.groups[self.pool.tested][self.scored]
-        tried = SHARES if self.tried else ()
         return {
             "classifier": self.classifier.name,
             "folds": folds,
@@ -394,8 +387,8 @@ class Judged:
             "shares": self.shares(next(iter(self.parts[0].offers))),
             "inner": {f"{share:g}": float(np.mean([lost[share] for lost in self.tried])) for share in tried},
             "arms": {arm: self.resamples.estimates(one) for arm, one in arms.items()},
-            "differences": differences,
-        }
+            "differences": {rule: self.resamples.estimates(*both) for rule, both in sides.items()},
+        }, drawn
 
     def notes(self, whose: str) -> list[str]:
         """The line that says so where a share should have been chosen and could not be."""
@@ -515,9 +508,7 @@ def inner_trainings(pool: Pool, offer: Offer, seed: int) -> list[dict[float, Tra
     return found
 
 
-def chosen(
-    pool: Pool, folds: Sequence[dict[float, tuple[TrainingRows, np.ndarray]]], seed: int
-) -> tuple[float, dict[float, float]]:
+def chosen(pool: Pool, folds: Folds, seed: int) -> tuple[float, dict[float, float]]:
     """The share of least loss, or 0 where that is less by under a standard error over lesions; and what each lost.
 
     The loss: cross-entropy at equal priors on held-out training lesions, every class weighing the same. In accuracy few
@@ -533,9 +524,7 @@ def chosen(
     return best if gain[0] > max(gain[1:].std(), 1e-6) else 0.0, {share: float(one[0]) for share, one in lost.items()}
 
 
-def held_out(
-    pool: Pool, folds: Sequence[dict[float, tuple[TrainingRows, np.ndarray]]]
-) -> tuple[np.ndarray, dict[float, np.ndarray]]:
+def held_out(pool: Pool, folds: Folds) -> tuple[np.ndarray, dict[float, np.ndarray]]:
     """The real rows that all folds hold out, int64 [N], and for each share their calls at equal priors, [N, K]."""
     held = np.concatenate([fold[0.0][0].asked for fold in folds if fold[0.0][0].asked is not None])
     return held, {
