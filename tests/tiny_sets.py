@@ -48,3 +48,9 @@ def clouds(
     labels = np.repeat(list(counts), list(counts.values()))
     cls = generator.normal(size=(len(labels), len(scales))) + distance * np.eye(7, len(scales))[labels]
     return feature_set(image_set(labels, name, groups), cls * scales)
+
+
+def pairs(name: str, counts: dict[int, int], seed: int, scales: np.ndarray) -> FeatureSet:
+    """Clouds with two images of each lesion, but for `generated`."""
+    lesions = None if name == "generated" else [f"{name}-{number // 2}" for number in range(sum(counts.values()))]
+    return clouds(name, counts, seed, distance=2.0, scales=scales, groups=lesions)

@@ -14,13 +14,7 @@ from torch import Tensor
 
 from m2d.evaluation.images import ALL_ROWS, FeatureSet, ImageSet, Unanswerable, Views, thumbnail_views
 from m2d.metrics.bootstrap import Estimate
-from m2d.metrics.neighbours import (
-    COPY_FLOOR,
-    Standardizer,
-    at_least_median,
-    calibration_distances,
-    nearest_in_views,
-)
+from m2d.metrics.neighbours import COPY_FLOOR, Standardizer, at_least_median, calibration_distances, nearest_in_views
 
 EITHER = "either"  # of the two spaces
 FEWEST = 10  # training images: the nearest of fewer is no rare distance

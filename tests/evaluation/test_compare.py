@@ -4,17 +4,17 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_sets
 from ray import cloudpickle
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
-from tiny_sets import feature_set, image_set
+from tiny_sets import feature_set, image_set, pairs
 
 from m2d.classes import ISIC7
 from m2d.errors import DataError
@@ -36,19 +36,7 @@ from m2d.evaluation.images import FeatureSet
 BKL, DF, MEL, NV, VASC = (ISIC7.index(code) for code in ("BKL", "DF", "MEL", "NV", "VASC"))
 DIMS = 40
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import tests
-
-
-def clouds(name: str, counts: dict[int, int], seed: int) -> FeatureSet:
-    """Two images of each lesion in real sets."""
-    return tiny_sets.clouds(
-        name, counts, seed, distance=2.0, scales=np.logspace(-1, 1, DIMS), groups=lesions(name, counts)
-    )
-
-
-def lesions(name: str, counts: dict[int, int]) -> list[str] | None:
-    return None if name == "generated" else [f"{name}-{number // 2}" for number in range(sum(counts.values()))]
-
-
+clouds = partial(pairs, scales=np.logspace(-1, 1, DIMS))
 TRAIN = clouds("train", {NV: 200, MEL: 8, BKL: 8}, 0)
 TEST = clouds("test", {NV: 200, MEL: 100, BKL: 100}, 1)
 TRUE = clouds("generated", {MEL: 192, BKL: 192}, 2)  # as the real ones are distributed

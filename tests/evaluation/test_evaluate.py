@@ -41,12 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, paint_images: Any) -> tupl
     """Real images, and 12 generated ones of DF and of MEL."""
     root: Path = tmp_path_factory.mktemp("evaluate")
     paint_images(root / "real", COUNTS)
-    generator = np.random.default_rng(7)
-    for label in ("DF", "MEL"):
-        (root / "generated" / label).mkdir(parents=True)
-        for number in range(12):
-            pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / "generated" / label / f"{number}.png")
+    paint_generated(root / "generated", {"DF": 12, "MEL": 12})
     return root / "real", root / "generated"
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_sets
 from PIL import Image
-from tiny_sets import feature_set
+from tiny_sets import feature_set, pairs
 
 from m2d.classes import ISIC7
 from m2d.cli import parse
@@ -32,12 +33,7 @@ BKL, DF, MEL, NV = (ISIC7.index(code) for code in ("BKL", "DF", "MEL", "NV"))
 DIMS = 60
 
 
-def clouds(name: str, counts: dict[int, int], seed: int) -> FeatureSet:
-    """Two images of each lesion in real sets."""
-    groups = None if name == "generated" else [f"{name}-{number // 2}" for number in range(sum(counts.values()))]
-    return tiny_sets.clouds(name, counts, seed, distance=2.0, scales=np.ones(DIMS), groups=groups)
-
-
+clouds = partial(pairs, scales=np.ones(DIMS))
 KNOWN = clouds("known", {NV: 500, MEL: 200, BKL: 100}, 0)
 TESTED = clouds("tested", {NV: 300, MEL: 120, BKL: 60}, 1)
 NEW = clouds("generated", {MEL: 120, BKL: 120}, 2)  # as real lesions are distributed

@@ -1,16 +1,16 @@
 """What synthetic images are worth comes out as it must where the truth is known."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_sets
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
-from tiny_sets import feature_set, image_set
+from tiny_sets import feature_set, image_set, pairs
 
 from m2d.classes import ISIC7
 from m2d.data.features import extract_view
@@ -28,12 +28,7 @@ DIMS, C = 60, 0.03
 HAM10000 = Path(__file__).parents[3] / "shared" / "ham10000"
 
 
-def clouds(name: str, counts: dict[int, int], seed: int) -> FeatureSet:
-    """Two images of each lesion in real sets."""
-    groups = None if name == "generated" else [f"{name}-{number // 2}" for number in range(sum(counts.values()))]
-    return tiny_sets.clouds(name, counts, seed, distance=2.0, scales=np.ones(DIMS), groups=groups)
-
-
+clouds = partial(pairs, scales=np.ones(DIMS))
 REAL = clouds("real", {NV: 300, MEL: 40, BKL: 40}, 0)
 TEST = clouds("test", {NV: 300, MEL: 300, BKL: 300}, 1)
 NEW = clouds("generated", {MEL: 300, BKL: 300}, 2)  # as the real ones are distributed

@@ -35,7 +35,7 @@ MARGIN = 0.02  # of balanced accuracy: less is no difference that matters
 INNER_FOLDS, INNER_RESAMPLES = 3, 200
 LEAST_PROBABILITY = 1e-6  # in a loss: one image that is called wrongly must not decide alone
 Word = Literal["helps", "harmless", "no use", "no difference shown", "hurts", "no verdict"]
-Rules = Mapping[str, tuple[str, str, str]]  # how images are called, with what, and against what
+Rules = dict[str, tuple[str, str, str]]  # how images are called, with what, and against what
 RULES: Rules = {
     "primary": ("equal priors", "d", "c"),
     "less_real": ("equal priors", "d", "a"),

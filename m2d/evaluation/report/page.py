@@ -216,8 +216,8 @@ def typicality(train: FeatureSet, generated: FeatureSet) -> np.ndarray:
     distances = np.empty(len(generated))
     for label in np.unique(generated.labels):
         rows, bank = generated.rows(label), train.rows(label)
-        sides = (standard.unit(cls) for cls in (generated.cls[rows], train.cls[bank]))
-        distances[rows] = nearest(*sides, min(TYPICAL_OF, len(bank)))[0].mean(dim=1).numpy()
+        made, real = (standard.unit(cls) for cls in (generated.cls[rows], train.cls[bank]))
+        distances[rows] = nearest(made, real, min(TYPICAL_OF, len(bank)))[0].mean(dim=1).numpy()
     return distances
 
 
@@ -316,10 +316,10 @@ def named(differences: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Es
     return {"{}: {} - {}".format(*rules[rule]): found for rule, found in differences.items()}
 
 
-def _score_rows(sides: dict[str, dict[str, Estimate]], **head: str | float) -> list[Row]:
+def _score_rows(sides: dict[str, dict[str, Estimate]], **head: str | int | float | None) -> list[Row]:
     """A row for each arm, difference or gain, and score."""
     return [
-        head | {"arm": arm, "score": name, **vars(value)}
+        {**head, "arm": arm, "score": name, **vars(value)}
         for arm, scores in sides.items()
         for name, value in scores.items()
     ]
