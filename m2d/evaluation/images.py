@@ -42,7 +42,7 @@ from m2d.generation.output import MANIFEST_NAME, PARTS, RECORD_NAME, experiment_
 from m2d.generation.plan import data_config_of
 from m2d.generation.references import read_references
 from m2d.metrics.neighbours import NEAR_DUPLICATE, near_duplicates, nearest_in_views, thumbnails
-from m2d.models.autoencoder import coded_at_once
+from m2d.models.autoencoder import coded_at_once, from_uint8, to_uint8
 from m2d.models.checkpoint import Checkpoint, read_info
 
 NAMED = 3  # of shared lesions or unreadable files
@@ -199,7 +199,7 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     test = _unseen(test, catalogs.values(), notes)
     generated = _generated(generated_root, data, train.classes, notes)
     if config.setting == "site":
-        generated = _of_training_images(generated, [train.rows, *catalogs.values()], notes)
+        generated = _of_training_images(generated, train, catalogs.values(), notes)
     known, made = (list(class_counts(side.labels, side.classes)) for side in (train, generated))
     if unknown := [code for code in made if code not in known]:
         raise DataError(
@@ -329,9 +329,12 @@ def check_apart(train: Listed, test: Listed, setting: str) -> None:
 
 def trained_on(checkpoint: Checkpoint) -> set[str] | None:
     """The sha256 of what its run, and those whose checkpoints that started from, trained on; None: not known."""
-    catalogs = _catalogs_of(checkpoint, [])
-    trained = [one.filter(pc.equal(one["split"], "train"))["sha256"].to_pylist() for one in catalogs.values()]
-    return {sha256 for some in trained for sha256 in some} if trained else None
+    catalogs = _catalogs_of(checkpoint, []).values()
+    return {sha256 for one in catalogs for sha256 in _of_split(one, "train", "sha256")} if catalogs else None
+
+
+def _of_split(catalog: pa.Table, split: str, column: str) -> list[str]:
+    return catalog.filter(pc.equal(catalog["split"], split))[column].to_pylist()
 
 
 def _catalogs_of(checkpoint: Checkpoint, notes: list[str]) -> dict[Path, pa.Table]:
@@ -356,7 +359,7 @@ def _unseen(test: Listed, catalogs: Iterable[pa.Table], notes: list[str]) -> Lis
         # Without a table a lesion is called as its file, and files of two datasets may have one name.
         for column in ("sha256",) if unknown_lesions(catalog, test.rows) else ("sha256", "lesion_id"):
             for split, mask in seen.items():
-                mask |= np.isin(test[column], catalog.filter(pc.equal(catalog["split"], split))[column].to_pylist())
+                mask |= np.isin(test[column], _of_split(catalog, split, column))
     if validated := np.count_nonzero(seen["val"] & ~seen["train"]):
         notes.append(
             f"the generator's training chose its best checkpoint by {validated:,} of {len(test.rows):,} test images"
@@ -384,14 +387,9 @@ def _without(test: Listed, seen: np.ndarray, why: str, notes: list[str]) -> List
     return left
 
 
-def _of_training_images(generated: Listed, catalogs: Sequence[pa.Table], notes: list[str]) -> Listed:
+def _of_training_images(generated: Listed, train: Listed, catalogs: Iterable[pa.Table], notes: list[str]) -> Listed:
     """Without what was made from real images that the generator was not trained on. Raises DataError for none left."""
-    trained = {
-        row["sha256"]
-        for catalog in catalogs
-        for row in catalog.select(("sha256", "split")).to_pylist()
-        if catalog is catalogs[0] or row["split"] == "train"
-    }
+    trained = {*train["sha256"], *(sha256 for one in catalogs for sha256 in _of_split(one, "train", "sha256"))}
     foreign = made_from_others(generated.root, generated["sha256"], trained)
     if not foreign.any():
         return generated
@@ -641,10 +639,10 @@ def reconstructions(
         with progress(f"reconstructing {images.name}", len(images)) as shown:
             for first in range(0, len(images), size):
                 part = slice(first, first + size)
-                x = torch.from_numpy(np.array(images.pixels[part])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+                x = from_uint8(torch.from_numpy(np.array(images.pixels[part])).to(device).permute(0, 3, 1, 2))
                 with batch_fits(size, device):
-                    y = autoencoder.decode(autoencoder.encode(x).mode()).clamp(-1, 1)
-                out[part] = ((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+                    y = autoencoder.decode(autoencoder.encode(x).mode())
+                out[part] = to_uint8(y)
                 shown.advance(len(x))
 
     named = f"reconstructed by {checkpoint.sha256}", *pixels_sha256(images.pixels)

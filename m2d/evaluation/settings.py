@@ -13,8 +13,8 @@ from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorCon
 FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three lowest resamples: noise
 HIGHEST_SEED = 2**32 - 1  # scikit-learn's
 SETTINGS, SITE_FOLDS = ("same", "site"), 5
-PARTS = ("fidelity", "memorization", "downstream", "consistency", "privacy")
-CLASSIFIERS = ("logistic", "finetune")
+PARTS = ("fidelity", "memorization", "downstream", "consistency", "privacy")  # all but the last without a GPU
+CLASSIFIERS = ("logistic", "finetune")  # the first without one
 Preprocess = Literal["autoencoder"]
 Recipe = Literal["mix", "replace", "two_phase", "auxiliary_bn"]
 PickRule = Literal["classifier", "random"]
@@ -163,10 +163,7 @@ class EvaluateConfig(_Command):
 
     def part_names(self, *, gpu: bool) -> tuple[str, ...]:
         """Of PARTS those to answer, in their order. Privacy takes passes of the U-Net: on a CPU minutes to hours."""
-        asked = _words(self.parts)
-        if asked is None:
-            return PARTS if gpu else tuple(part for part in PARTS if part != "privacy")
-        return tuple(part for part in PARTS if part in asked)
+        return tuple(part for part in PARTS if part in (_words(self.parts) or PARTS[: None if gpu else -1]))
 
     @property
     def ratio_list(self) -> tuple[float, ...]:
@@ -185,10 +182,7 @@ class EvaluateConfig(_Command):
 
     def classifier_names(self, *, gpu: bool) -> tuple[str, ...]:
         """Of CLASSIFIERS those to train."""
-        asked = _words(self.classifiers)
-        if asked is None:
-            return CLASSIFIERS if gpu else ("logistic",)
-        return tuple(name for name in CLASSIFIERS if name in asked)
+        return tuple(name for name in CLASSIFIERS if name in (_words(self.classifiers) or CLASSIFIERS[: 1 + gpu]))
 
 
 @dataclass(frozen=True, kw_only=True)

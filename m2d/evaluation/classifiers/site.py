@@ -164,13 +164,9 @@ def chosen_of_few(pool: Pool, folds: Folds, seed: int) -> tuple[float, dict[floa
             tempered.append(mean(np.bincount(place, losses) / times))  # over the repeats, then over the rows
         lost[share] = min(tempered, key=lambda one: one[0])
     best = min(SHARES, key=lambda share: lost[share][0])
-    within = [share for share in SHARES if _within(lost[share] - lost[best])]
+    worse = {share: lost[share] - lost[best] for share in SHARES}
+    within = [share for share, one in worse.items() if one[0] <= max(one[1:].std(), 1e-6)]
     return within[0], {share: float(one[0]) for share, one in lost.items()}
-
-
-def _within(worse: np.ndarray) -> bool:
-    """Whether a difference, value and resamples [1 + R], is at most its standard error."""
-    return bool(worse[0] <= max(worse[1:].std(), 1e-6))
 
 
 def _turned(pool: Pool, site: Part) -> TrainingRows:
