@@ -166,7 +166,7 @@ def by_one_rule(
     noise = with_pixels(blank, name="noise", source="noise", pixels=pixels, cache_dir=cache_dir)
     of = partial(extraction.of, config=extractor)
     trials = Trials(seeds=range(repeats), resamples=1000, kept=Path(cache_dir) / KEPT)
-    judged = partial(probe_worth, known=None, tested=of(tested), c=1e-3, trials=trials, folds=folds)
+    judged = partial(probe_worth, {"tested": of(tested)}, c=1e-3, trials=trials, folds=folds)
     found = {
         "samples": judged(
             generated=made,
@@ -219,7 +219,7 @@ def by_recipe(
     all_given = with_pixels(
         blank, name="given", source="", pixels=np.concatenate(list(pixels.values())), cache_dir=config.cache_dir
     )
-    pool = Pool.of(None, tested, replace(tested, labels=tested.labels[rare]))
+    pool = Pool.of({"tested": tested}, replace(tested, labels=tested.labels[rare]))
     trials = Trials(
         seeds=range(repeats), resamples=1000, kept=Path(config.cache_dir) / KEPT, what="networks fine-tuned"
     )

@@ -5,7 +5,7 @@ Run again after a kill it resumes: pixels, features and finished trainings are i
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -28,6 +28,7 @@ from m2d.evaluation.features import Extraction, ray_pays
 from m2d.evaluation.fidelity import measure_fidelity
 from m2d.evaluation.images import (
     VIEWS,
+    FeatureSet,
     ImageSet,
     Unanswerable,
     drawn_like,
@@ -73,7 +74,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     for name, images in zip(("training", "unseen", "generated"), sets.values()):
         counts = " ".join(f"{code} {count}" for code, count in images.counts.items())
         say(f"{name} images: {counts} ({images.source})")
-    sides: dict[str, Any] = {name: sets.pop(name) for name in ("known", "tested") if name in sets}
+    sides: dict[str, ImageSet] = {name: sets.pop(name) for name in ("known", "tested") if name in sets}
     train, test, generated = sets.values()
     sides = sides or {"known": train, "tested": test}
     say(f"evaluating at {generated.image_size} px on {device}")
@@ -84,7 +85,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         extraction = Extraction(config.cache_dir, device, config.batch_size, actors, config.verbose)
         unanswered: list[str] = []
 
-        def of_sets(images: dict[str, ImageSet], extractor: FeatureExtractorConfig) -> dict[str, Any]:
+        def of_sets(images: Mapping[str, ImageSet], extractor: FeatureExtractorConfig) -> dict[str, FeatureSet]:
             return {name: extraction.of(one, extractor) for name, one in images.items()}
 
         def views_for_guide() -> dict[str, Any]:
@@ -161,16 +162,17 @@ def evaluate(config: EvaluateConfig) -> Path:
             asked = list[Callable[..., SiteResult]]()
             if "logistic" in classifiers:
                 turned = extraction.features(sides["tested"], config.independent_extractor, views=range(1, VIEWS))
-                given = of_sets({**sides, "generated": generated}, config.independent_extractor)
-                asked.append(partial(probe_site, **given, turned=turned, c=c, trials=replace(of_folds, what="sites")))
+                given = of_sets(sides, config.independent_extractor)
+                of_features = replace(of_folds, what="sites")
+                asked.append(partial(probe_site, given, of(generated), c, of_features, turned=turned))
             if "finetune" in classifiers:
                 of_pixels = replace(of_folds, what="sites, fine-tuned")
-                asked.append(partial(finetuned_site, **sides, generated=generated, config=own, trials=of_pixels))
+                asked.append(partial(finetuned_site, sides, generated, own, of_pixels))
             for share in config.site_shares:
                 with asking(f"a site with {share:g} of the lesions"):
                     sites += [one(share=share, folds=folds) for one in asked]
             classifiers = ()
-        through = dict[str, Any]()
+        through = dict[str, ImageSet]()
         if config.preprocess and redraw and classifiers:
             through = {name: redraw(images) for name, images in sides.items()}
         if "logistic" in classifiers:
@@ -183,10 +185,9 @@ def evaluate(config: EvaluateConfig) -> Path:
             with asking("downstream, fine-tuned,"):
                 downstream.append(measure_finetuned(**sets, config=own, trials=replace(trials, what=what)))
                 of_pixels = replace(of_folds, what=what)
-                finetuned = partial(finetuned_worth, generated=generated, config=own, trials=of_pixels, folds=folds)
-                worth.append(finetuned(**sides))
+                worth.append(finetuned_worth(sides, generated, own, of_pixels, folds=folds))
                 if through:
-                    worth.append(finetuned(**through, original=sides))
+                    worth.append(finetuned_worth(through, generated, own, of_pixels, folds=folds, original=sides))
         if "logistic" in classifiers and c is not None and downstream:
             redrawn_pool = None
             if redraw is not None:
@@ -201,9 +202,9 @@ def evaluate(config: EvaluateConfig) -> Path:
                 of_features = replace(of_folds, what="what they are worth")
                 probed = partial(probe_worth, generated=of(generated), c=c, trials=of_features, folds=folds)
                 plain = of_sets(sides, config.independent_extractor)
-                worth.insert(0, probed(**plain, redrawn=redrawn_pool))
+                worth.insert(0, probed(plain, redrawn=redrawn_pool))
                 if through:
-                    worth.append(probed(**of_sets(through, config.independent_extractor), original=plain))
+                    worth.append(probed(of_sets(through, config.independent_extractor), original=plain))
 
         # 4. Consistency.
         consistency = None

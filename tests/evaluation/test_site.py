@@ -40,9 +40,11 @@ NEW = clouds("generated", {MEL: 120, BKL: 120}, 2)  # as real lesions are distri
 NOISE = feature_set(NEW, 8 * np.random.default_rng(0).normal(size=NEW.cls.shape))
 
 
-def judge(generated: FeatureSet, seeds: int = 1, **more: Any) -> SiteResult:
-    sides = {"known": KNOWN, "tested": TESTED, "c": 0.01, "share": 0.05, "folds": 2, **more}
-    return probe_site(generated=generated, trials=Trials(seeds=range(seeds), resamples=200), **sides)
+def judge(
+    generated: FeatureSet, seeds: int = 1, known: FeatureSet | None = KNOWN, c: float | None = 0.01, **more: Any
+) -> SiteResult:
+    sides = ({"known": known} if known else {}) | {"tested": TESTED}
+    return probe_site(sides, generated, c, Trials(seeds=range(seeds), resamples=200), share=0.05, folds=2, **more)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +164,7 @@ def test_a_fine_tuned_network_is_asked_about_the_same_sites_and_gets_the_right_i
     monkeypatch.setattr(FinetuneClassifier, "predict", predict)
     config = FinetuneConfig(model="timm:test_resnet", pretrained=False, input_size=32, recipe="replace")
     trials = Trials(seeds=range(1), resamples=100)
-    found = finetuned_site(**sets, generated=marked(2, {MEL: 30}), config=config, trials=trials, share=0.1, folds=2)
+    found = finetuned_site(sets, marked(2, {MEL: 30}), config, trials, share=0.1, folds=2)
     assert trained == 2 * [set(), set(), set()] + 2 * [{2}, {2}, {0}]  # a, b, c; d, d class-balanced, f
     assert {arm: one["balanced_accuracy"].value for arm, one in found.arms.items()} == dict.fromkeys(found.arms, 1)
     assert (found.shares, found.inner, found.offered_real) == ([0.5, 0.5], {}, {"MEL": 20})

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,9 +38,15 @@ SHIFTED = feature_set(NEW, NEW.cls + 6 * np.eye(DIMS)[DIMS - 1])  # the same, ma
 NOISE = feature_set(NEW, 8 * np.random.default_rng(0).normal(size=NEW.cls.shape))
 
 
-def judge(generated: FeatureSet, seeds: int = 1, **more: object) -> WorthResult:
-    sides = {"known": REAL, "tested": TEST, **more}
-    return probe_worth(generated=generated, c=C, trials=Trials(seeds=range(seeds), resamples=200), **sides)  # type: ignore[arg-type]
+def judge(
+    generated: FeatureSet,
+    seeds: int = 1,
+    known: FeatureSet | None = REAL,
+    tested: FeatureSet = TEST,
+    **more: Any,
+) -> WorthResult:
+    sides = ({"known": known} if known else {}) | {"tested": tested}
+    return probe_worth(sides, generated, C, Trials(seeds=range(seeds), resamples=200), **more)
 
 
 def differences(result: WorthResult) -> dict[str, Estimate]:

@@ -6,7 +6,7 @@ in data alone, and in how synthetic images come in: the recipe.
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from m2d.data.views import apply_view
 from m2d.errors import ConfigError, TrainingError
 from m2d.evaluation.classifiers.compare import DownstreamResult, TrainingRows, Trials, compare_arms, drawn_of_classes
 from m2d.evaluation.classifiers.site import SiteResult, measure_site
-from m2d.evaluation.classifiers.worth import FIXED_SHARE, Pool, WorthResult, measure_worth
+from m2d.evaluation.classifiers.worth import FIXED_SHARE, Pool, Sides, WorthResult, measure_worth
 from m2d.evaluation.images import ImageSet, together
 from m2d.evaluation.settings import FinetuneConfig
 from m2d.generation.generator import pick_device
@@ -69,55 +69,40 @@ def measure_finetuned(
 
 
 def finetuned_worth(
-    *,
-    known: ImageSet | None = None,
-    tested: ImageSet,
+    sides: Sides,
     generated: ImageSet,
     config: FinetuneConfig,
     trials: Trials,
+    *,
     folds: int = 1,
-    original: Mapping[str, ImageSet] | None = None,
+    original: Sides | None = None,
 ) -> WorthResult:
     """What generated images are worth to classifier 2; see worth.measure_worth.
 
-    known: real images that are trained on alone; with folds, `tested` are too. original: known and tested images as
-    they are, where those given were preprocessed.
+    sides: with folds, those of `tested` are trained on too. original: as they are, where those given were preprocessed.
     """
 
-    def judge(known: ImageSet | None = None, *, tested: ImageSet) -> FinetuneClassifier:
-        if folds > 1 or known is None:
-            known = tested = together(*([known] if known else []), tested)
-        return FinetuneClassifier.of(known, tested, generated, config)
+    def judge(sides: Sides) -> FinetuneClassifier:
+        every = list(sides.values()) if folds == 1 else [together(*sides.values())]
+        return FinetuneClassifier.of(every[0], every[-1], generated, config)
 
-    return measure_worth(
-        judge(known, tested=tested),
-        Pool.of(known, tested, generated),
-        trials,
-        folds=folds,
-        notes=[_fixed(config)],
-        original=judge(**original) if original else None,
-    )
+    before = judge(original) if original else None
+    pool, notes = Pool.of(sides, generated), [_fixed(config)]
+    return measure_worth(judge(sides), pool, trials, folds=folds, notes=notes, original=before)
 
 
 def finetuned_site(
-    *,
-    known: ImageSet | None = None,
-    tested: ImageSet,
-    generated: ImageSet,
-    config: FinetuneConfig,
-    trials: Trials,
-    share: float,
-    folds: int,
+    sides: Sides, generated: ImageSet, config: FinetuneConfig, trials: Trials, *, share: float, folds: int
 ) -> SiteResult:
-    """What a site gains, for classifier 2; see site.measure_site. known: real images that the generator learned on."""
-    pooled = together(*([known] if known else []), tested)
+    """What a site gains, for classifier 2; see site.measure_site. Known images: those that the generator learned on."""
+    pooled = together(*sides.values())
     notes = [
         _fixed(config),
         "The generator's own real images come by the same recipe as the synthetic ones. There is no arm t: flips and "
         "quarter turns are in every arm.",
     ]
-    judge, pool = FinetuneClassifier.of(pooled, pooled, generated, config), Pool.of(known, tested, generated)
-    return measure_site(judge, pool, trials, share=share, folds=folds, notes=notes)
+    judge = FinetuneClassifier.of(pooled, pooled, generated, config)
+    return measure_site(judge, Pool.of(sides, generated), trials, share=share, folds=folds, notes=notes)
 
 
 def _fixed(config: FinetuneConfig) -> str:

@@ -153,25 +153,23 @@ class ProbeClassifier:
 
 
 def probe_worth(
-    *,
-    known: FeatureSet | None = None,
-    tested: FeatureSet,
+    sides: Mapping[str, FeatureSet],
     generated: FeatureSet,
-    redrawn: tuple[np.ndarray, FeatureSet] | None = None,
     c: float,
     trials: Trials,
+    *,
     folds: int = 1,
+    redrawn: tuple[np.ndarray, FeatureSet] | None = None,
     controls: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
     original: Mapping[str, FeatureSet] | None = None,
 ) -> WorthResult:
     """What generated images are worth to classifier 1; see worth.measure_worth.
 
-    known: real images that are trained on alone; with folds, `tested` are too. redrawn: rows of both together,
-    ascending, and the features of those images after the autoencoder. c: as in measure_downstream. original: known and
-    tested images as they are, where those given were preprocessed.
+    sides: see worth.Sides; with folds, those of `tested` are trained on too. c: as in measure_downstream. redrawn: rows
+    of both sides together, ascending, and the features of those images after the autoencoder. original: the sides as
+    they are, where those given were preprocessed.
     """
-    pooled = together(*([known] if known else []), tested)
-    pool = Pool.of(known, tested, generated, redrawn=redrawn[0] if redrawn else None)
+    pooled, pool = together(*sides.values()), Pool.of(sides, generated, redrawn=redrawn[0] if redrawn else None)
     cls, labels, groups = pooled.cls, pool.labels, pool.groups
     pool = replace(pool, nearest=partial(origins, cls, groups, generated))
     rest, apart = np.flatnonzero(~pool.tested) if folds == 1 else np.arange(len(labels)), dict[str, float]()
@@ -196,24 +194,22 @@ def probe_worth(
 
 
 def probe_site(
-    *,
-    known: FeatureSet | None = None,
-    tested: FeatureSet,
+    sides: Mapping[str, FeatureSet],
     generated: FeatureSet,
-    turned: Sequence[np.ndarray] = (),
     c: float | None,
     trials: Trials,
+    *,
+    turned: Sequence[np.ndarray] = (),
     share: float,
     folds: int,
 ) -> SiteResult:
     """What a site gains, for classifier 1; see site.measure_site.
 
-    known: real images that the generator learned on. turned: features of the tested images, one array for each further
+    known images: those that the generator learned on. turned: features of the tested images, one array for each further
     view. c: None: chosen by sites drawn from the known lesions, for the best one depends on the number of lesions.
     """
-    pool = Pool.of(known, tested, generated, turned=len(turned))
-    pooled = together(*([known] if known else []), tested)
-    offered = together(generated, *(replace(tested, cls=view) for view in turned))
+    pooled, pool = together(*sides.values()), Pool.of(sides, generated, turned=len(turned))
+    offered = together(generated, *(replace(sides["tested"], cls=view) for view in turned))
     probe, how = ProbeClassifier(pooled, pooled, offered, c or C_WITHOUT_CHOICE), "as asked for"
     if c is None:
         c, how = _c_of_sites(probe, pool, share, trials.seed), "for there is too little to choose it by"

@@ -59,6 +59,7 @@ WATCHED = {  # may fall while the balanced accuracy rises: the ranking within a 
     "melanoma_auprc": "melanoma AUPRC",
     "expected_calibration_error": "expected calibration error",
 }
+Sides = Mapping[str, ImageSet]  # "known", real images that are trained on alone, if there are any; then "tested"
 Key = tuple[Any, ...]  # of a training: the number of the part, then which one
 
 
@@ -78,12 +79,12 @@ class Pool:
     nearest: Callable[[np.ndarray], np.ndarray] | None = None
 
     @classmethod
-    def of(cls, known: ImageSet | None, tested: ImageSet, generated: ImageSet, **more: Any) -> Self:
+    def of(cls, sides: Sides, generated: ImageSet, **more: Any) -> Self:
         """The known images first."""
-        sides = [one for one in (known, tested) if one is not None]
-        labels, groups = (np.concatenate([getattr(one, part) for one in sides]) for part in ("labels", "groups"))
-        of_test = np.arange(len(labels)) >= len(labels) - len(tested)
-        return cls(labels, groups, of_test, generated.labels, tested.classes, len(generated.copies), **more)
+        every = sides.values()
+        labels, groups = (np.concatenate([getattr(one, part) for one in every]) for part in ("labels", "groups"))
+        of_test, classes = np.arange(len(labels)) >= len(labels) - len(sides["tested"]), sides["tested"].classes
+        return cls(labels, groups, of_test, generated.labels, classes, len(generated.copies), **more)
 
     @cached_property
     def made(self) -> np.ndarray:
