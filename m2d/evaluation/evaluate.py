@@ -3,7 +3,6 @@
 Run again after a kill it resumes: pixels, features and finished trainings are in the cache folder.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -42,6 +41,7 @@ from m2d.evaluation.privacy import infer_membership, measure_privacy
 from m2d.evaluation.provenance import near_copy_gate
 from m2d.evaluation.report.page import Evaluation, print_evaluation, typicality, write_report
 from m2d.evaluation.settings import EvaluateConfig
+from m2d.experiment import read_mapping
 from m2d.files.paths import checkpoint_folder, result_path
 from m2d.files.progress import say
 from m2d.generation.generator import pick_device
@@ -285,9 +285,8 @@ def _guide(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[st
 
 def record_of(generated: str) -> dict[str, Any]:
     """What `generate` noted beside its images; {}: they are other images than m2d's own, or at a URI."""
-    with suppress(OSError, ValueError):
-        record = json.loads(Path(generated, RECORD_NAME).read_text(encoding="utf-8"))
-        return record if isinstance(record, dict) else {}
+    with suppress(OSError):
+        return read_mapping(Path(generated, RECORD_NAME)) or {}
     return {}
 
 

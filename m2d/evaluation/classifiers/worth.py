@@ -133,7 +133,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class JudgedResult:
-    """What is told of one classifier, whose images ever they are."""
+    """What is told of one classifier here and for a site."""
 
     classifier: str
     folds: int  # 1: one test part
@@ -246,10 +246,12 @@ def measure_worth(
             for how, one, other in PREPROCESSED
         }
     gains, gained = dict[str, Gain](), dict[str, np.ndarray]()
-    for offer in (one for one in parts[0].offers if one != "all" and all(one in part.offers for part in parts)):
-        shares, with_it, controlled = judged.shares(offer), scores(offer), (scores("half c"), scores("half a"))
-        of_both = [resamples.means(with_it, "balanced_accuracy", control) for control in controlled]
-        minus = (resamples.estimates(with_it, control) for control in controlled)
+    offered = [one for one in parts[0].offers if one != "all" and all(one in part.offers for part in parts)]
+    of_half = [scores(f"half {letter}") for letter in "ca"] if offered else []
+    for offer in offered:
+        shares, with_it = judged.shares(offer), scores(offer)
+        of_both = [resamples.means(with_it, "balanced_accuracy", control) for control in of_half]
+        minus = (resamples.estimates(with_it, control) for control in of_half)
         gains[offer], gained[offer] = Gain(word(of_both, shares), float(np.mean(shares)), *minus), of_both[1]
     deciding, shares = [drawn["primary"], drawn["less_real"]], judged.shares("all")
     said: Word = "no verdict" if pool.copies else word(deciding, shares)
