@@ -48,17 +48,14 @@ class FinetuneConfig:
                 f"finetune.pretrained is false with model {self.model} and weights {self.weights}; from random weights "
                 f"there is {TIMM_PREFIX}MODEL alone, without a file"
             )
+        shared_norms = self.recipe != "auxiliary_bn"
         for name, must, ok in (
             ("epochs", "be a number above 0", 0 < self.epochs < inf),
             ("learning_rate", "be a number above 0", 0 < self.learning_rate < inf),
             ("weight_decay", "be a number of at least 0", 0 <= self.weight_decay < inf),
             ("warmup", "be a share of the steps, below 1", 0 <= self.warmup < 1),
             ("batch_size", "be at least 2, for batch norms", self.batch_size >= 2),
-            (
-                "batch_size",
-                "be at least 4 with recipe auxiliary_bn",
-                self.recipe != "auxiliary_bn" or self.batch_size >= 4,
-            ),
+            ("batch_size", "be at least 4 with recipe auxiliary_bn", shared_norms or self.batch_size >= 4),
             ("share", "lie between 0 and 1", self.share is None or 0 < self.share < 1),
             ("color_jitter", "be at least 0 and below 1", 0 <= self.color_jitter < 1),
         ):

@@ -315,6 +315,10 @@ def test_one_network_as_both_extractors_is_refused(folders: tuple[Path, Path], t
         (["--ratios", "0"], "ratios is 0; each must be above 0"),
         (["--seeds", "0"], "seeds is 0; it must be at least 1"),
         (["--folds", "0"], "folds is 0; it must be at least 1"),
+        (["--setting", "hospital"], "setting is hospital; choose one of same site"),
+        (["--setting", "site", "--folds", "1"], "folds is 1; with setting site it must be at least 2"),
+        (["--site_share", "0.1,x"], "site_share is 0.1,x; it must be numbers"),
+        (["--site_share", "10"], "site_share is 10; each must be above 0 and below 1"),
         (["--output", "s3://bucket"], "output is s3://bucket; it must be a folder of this machine"),
     ],
 )

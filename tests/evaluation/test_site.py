@@ -17,7 +17,7 @@ from tiny_sets import feature_set, pairs
 
 from m2d.classes import ISIC7
 from m2d.cli import parse
-from m2d.errors import ConfigError, DataError
+from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import TrainingRows, Trials
 from m2d.evaluation.classifiers.finetune import FinetuneClassifier, finetuned_site
 from m2d.evaluation.classifiers.probe import ProbeClassifier, probe_site
@@ -279,17 +279,3 @@ def test_images_made_from_unseen_lesions_alone_are_refused(flags: list[str], tmp
         DataError, match=r"generated: 12 of 12 generated images, MEL/0.png for one, were made from real"
     ):
         evaluate(parse("evaluate", flags))
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--setting", "hospital"], "setting is hospital; choose one of same site"),
-        (["--setting", "site", "--folds", "1"], "folds is 1; with setting site it must be at least 2"),
-        (["--site_share", "0.1,x"], "site_share is 0.1,x; it must be numbers"),
-        (["--site_share", "10"], "site_share is 10; each must be above 0 and below 1"),
-    ],
-)
-def test_a_setting_that_cannot_work_is_one_line(given: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse("evaluate", given)
