@@ -102,12 +102,10 @@ def evaluate(config: EvaluateConfig) -> Path:
                 unanswered.append(f"{part} was not measured: {error}")
 
         parts = config.part_names(gpu=device != "cpu")
-        redraw = None
+        networks: dict[str, Any] = {"device": device, "cache_dir": config.cache_dir, "batch_size": config.batch_size}
+        redraw: Callable[[ImageSet], ImageSet] | None = None
         if checkpoint is not None and checkpoint.image_size == test.image_size:
-            cache_dir, batch_size = config.cache_dir, config.batch_size
-            redraw = partial(
-                reconstructions, checkpoint=checkpoint, device=device, cache_dir=cache_dir, batch_size=batch_size
-            )
+            redraw = partial(reconstructions, checkpoint=checkpoint, **networks)
         elif checkpoint is not None:
             notes.append(
                 f"no autoencoder floor: the checkpoint is of {checkpoint.image_size} px, the evaluation of "
@@ -219,16 +217,9 @@ def evaluate(config: EvaluateConfig) -> Path:
         if "privacy" in parts:
             membership = None
             with asking("membership inference"):
+                most, resamples = config.privacy_lesions, config.bootstrap
                 membership = infer_membership(
-                    train,
-                    test,
-                    checkpoint,
-                    device=device,
-                    cache_dir=config.cache_dir,
-                    batch_size=config.batch_size,
-                    most=config.privacy_lesions,
-                    resamples=config.bootstrap,
-                    seed=config.seed,
+                    train, test, checkpoint, **networks, most=most, resamples=resamples, seed=config.seed
                 )
             with asking("privacy"):
                 privacy = measure_privacy(**views_for_guide(), membership=membership)
