@@ -53,7 +53,7 @@ from m2d.evaluation.classifiers.worth import (
 )
 from m2d.evaluation.evaluate import KEPT, evaluate
 from m2d.evaluation.features import Extraction
-from m2d.evaluation.images import ImageSet, read_image_sets, with_pixels
+from m2d.evaluation.images import ImageSet, pixels_sha256, read_image_sets, stored_pixels
 from m2d.evaluation.settings import EvaluateConfig, FinetuneConfig
 from m2d.models.settings import FeatureExtractorConfig
 
@@ -166,7 +166,7 @@ def by_one_rule(
     noise = with_pixels(blank, name="noise", source="noise", pixels=pixels, cache_dir=cache_dir)
     of = partial(extraction.of, config=extractor)
     trials = Trials(seeds=range(repeats), resamples=1000, kept=Path(cache_dir) / KEPT)
-    judged = partial(probe_worth, known=None, tested=of(tested), c=1e-3, trials=trials, folds=folds)
+    judged = partial(probe_worth, {"tested": of(tested)}, c=1e-3, trials=trials, folds=folds)
     found = {
         "samples": judged(
             generated=made,
@@ -219,7 +219,7 @@ def by_recipe(
     all_given = with_pixels(
         blank, name="given", source="", pixels=np.concatenate(list(pixels.values())), cache_dir=config.cache_dir
     )
-    pool = Pool.of(None, tested, replace(tested, labels=tested.labels[rare]))
+    pool = Pool.of({"tested": tested}, replace(tested, labels=tested.labels[rare]))
     trials = Trials(
         seeds=range(repeats), resamples=1000, kept=Path(config.cache_dir) / KEPT, what="networks fine-tuned"
     )
@@ -287,6 +287,13 @@ def thinned(images: ImageSet, largest: int | None, cache_dir: str) -> ImageSet:
     common = np.flatnonzero(images.labels == counts.argmax())
     drawn = np.random.default_rng(1).choice(common, min(largest or len(common), len(common)), replace=False)
     return taken(images, np.sort(np.concatenate([np.flatnonzero(images.labels != counts.argmax()), drawn])), cache_dir)
+
+
+def with_pixels(like: ImageSet, *, name: str, source: str, pixels: np.ndarray, cache_dir: str) -> ImageSet:
+    """The images of another set, redrawn: pixels uint8 [N, S, S, 3] take the place of its own, kept as a file."""
+    sha256 = pixels_sha256(pixels)
+    stored = stored_pixels(cache_dir, sha256, pixels.shape, lambda out: out.__setitem__(slice(None), pixels))
+    return replace(like, name=name, source=source, sha256=sha256, pixels=stored)
 
 
 def taken(images: ImageSet, rows: np.ndarray, cache_dir: str) -> ImageSet:

@@ -158,9 +158,7 @@ _VASC = Diagnosis(
     "#CC79A7",
     # "Vascular skin lesions in the dataset range from cherry angiomas to angiokeratomas and pyogenic granulomas.
     # Hemorrhage is also included in this category": the HAM10000 paper, Scientific Data 5:180161.
-    (
-        "vascular lesions", "angioma", "hemangioma", "angiokeratoma", "pyogenic granuloma", "hemorrhagic lesions",
-    ),
+    ("vascular lesions", "angioma", "hemangioma", "angiokeratoma", "pyogenic granuloma", "hemorrhagic lesions"),
     ("benign soft tissue proliferations vascular",),  # all that HAM10000's carry; below it is a lymphangioma, too
 )  # fmt: skip
 _SCC = Diagnosis("SCC", "squamous cell carcinoma", "鳞状细胞癌", "#D55E00", ("squamous cell carcinoma, nos",))
@@ -190,8 +188,7 @@ MILK11 = ClassSet(
     ),
 )
 BINARY = ClassSet(
-    "binary",
-    (Diagnosis("BENIGN", "benign", "良性", "#0072B2"), Diagnosis("MALIGNANT", "malignant", "恶性", "#D55E00")),
+    "binary", (Diagnosis("BENIGN", "benign", "良性", "#0072B2"), Diagnosis("MALIGNANT", "malignant", "恶性", "#D55E00"))
 )
 NAMED = {one.name: one for one in (ISIC7, ISIC8, MILK11, BINARY)}
 
@@ -210,9 +207,8 @@ def named_class_set(name: str) -> ClassSet:
         refuse_repeated_keys(text, f"data.classes: {name}")
         entries = yaml.safe_load(text)
         records = [{"code": str(one)} if not isinstance(one, dict) else one for one in entries]
-        return class_set_of(
-            (record["code"] for record in records), Path(name).stem, {one["code"]: one for one in records}
-        )
+        by_code = {one["code"]: one for one in records}
+        return class_set_of([one["code"] for one in records], Path(name).stem, by_code)
     except OSError as error:
         raise ConfigError(
             f"data.classes: {name} is none of {' '.join(NAMED)} folders, and no file ({error.strerror})"

@@ -1,6 +1,7 @@
 """Image sets and feature sets of a few images, for the evaluation's tests."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import numpy as np
 
@@ -28,8 +29,9 @@ def image_set(
 
 
 def feature_set(images: ImageSet, cls: np.ndarray) -> FeatureSet:
-    """By the extractor net-1."""
-    return FeatureSet(images, "net-1", np.asarray(cls, dtype=np.float32))
+    """These images with other features, by the extractor net-1."""
+    own = {field.name: getattr(images, field.name) for field in fields(ImageSet)}
+    return FeatureSet(**own, extractor="net-1", cls=np.asarray(cls, dtype=np.float32))
 
 
 def clouds(
@@ -46,3 +48,9 @@ def clouds(
     labels = np.repeat(list(counts), list(counts.values()))
     cls = generator.normal(size=(len(labels), len(scales))) + distance * np.eye(7, len(scales))[labels]
     return feature_set(image_set(labels, name, groups), cls * scales)
+
+
+def pairs(name: str, counts: dict[int, int], seed: int, scales: np.ndarray) -> FeatureSet:
+    """Clouds with two images of each lesion, but for `generated`."""
+    lesions = None if name == "generated" else [f"{name}-{number // 2}" for number in range(sum(counts.values()))]
+    return clouds(name, counts, seed, distance=2.0, scales=scales, groups=lesions)

@@ -3,9 +3,8 @@
 Run again after a kill it resumes: pixels, features and finished trainings are in the cache folder.
 """
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -21,13 +20,7 @@ from m2d.cluster.start import ray_cluster
 from m2d.errors import CheckpointError, ConfigError, DataError, M2DError
 from m2d.evaluation.classifiers.compare import DownstreamResult, Trials, scored_classes
 from m2d.evaluation.classifiers.finetune import finetuned_site, finetuned_worth, measure_finetuned
-from m2d.evaluation.classifiers.probe import (
-    chosen_c,
-    measure_consistency,
-    measure_downstream,
-    probe_site,
-    probe_worth,
-)
+from m2d.evaluation.classifiers.probe import chosen_c, measure_consistency, measure_downstream, probe_site, probe_worth
 from m2d.evaluation.classifiers.site import SiteResult
 from m2d.evaluation.classifiers.worth import WorthResult
 from m2d.evaluation.features import Extraction, ray_pays
@@ -48,6 +41,7 @@ from m2d.evaluation.privacy import infer_membership, measure_privacy
 from m2d.evaluation.provenance import near_copy_gate
 from m2d.evaluation.report.page import Evaluation, print_evaluation, typicality, write_report
 from m2d.evaluation.settings import EvaluateConfig
+from m2d.experiment import read_mapping
 from m2d.files.paths import checkpoint_folder, result_path
 from m2d.files.progress import say
 from m2d.generation.generator import pick_device
@@ -80,24 +74,25 @@ def evaluate(config: EvaluateConfig) -> Path:
     for name, images in zip(("training", "unseen", "generated"), sets.values()):
         counts = " ".join(f"{code} {count}" for code, count in images.counts.items())
         say(f"{name} images: {counts} ({images.source})")
-    known, tested = (sets.pop(name, None) for name in ("known", "tested"))
+    sides: dict[str, ImageSet] = {name: sets.pop(name) for name in ("known", "tested") if name in sets}
     train, test, generated = sets.values()
-    if tested is None:
-        known, tested = train, test
+    sides = sides or {"known": train, "tested": test}
     say(f"evaluating at {generated.image_size} px on {device}")
     # One connection for all parts. Small sets on one machine are done before Ray has started.
     on_ray = ray_pays(config.num_actors, device, len(train) + len(generated))
     with ray_cluster(verbose=config.verbose) if on_ray else nullcontext():
-        extraction = Extraction(
-            cache_dir=config.cache_dir,
-            device=device,
-            batch_size=config.batch_size,
-            num_actors=config.num_actors if on_ray else 0,
-            verbose=config.verbose,
-        )
+        actors = config.num_actors if on_ray else 0
+        extraction = Extraction(config.cache_dir, device, config.batch_size, actors, config.verbose)
+        unanswered: list[str] = []
 
-        def of_sets(extractor: FeatureExtractorConfig) -> dict[str, FeatureSet]:
-            return {name: extraction.of(images, extractor) for name, images in sets.items()}
+        def of_sets(images: Mapping[str, ImageSet], extractor: FeatureExtractorConfig) -> dict[str, FeatureSet]:
+            return {name: extraction.of(one, extractor) for name, one in images.items()}
+
+        def views_for_guide() -> dict[str, Any]:
+            """Real images as they are and generated ones in eight views."""
+            real = of_sets({"train": train, "test": test}, guide)
+            views = extraction.features(generated, guide, views=range(VIEWS))
+            return {**real, "generated_views": views, "generated": generated, "seed": config.seed}
 
         @contextmanager
         def asking(part: str) -> Iterator[None]:
@@ -106,14 +101,11 @@ def evaluate(config: EvaluateConfig) -> Path:
             except Unanswerable as error:
                 unanswered.append(f"{part} was not measured: {error}")
 
-        unanswered: list[str] = []
         parts = config.part_names(gpu=device != "cpu")
-        redraw = None
+        networks: dict[str, Any] = {"device": device, "cache_dir": config.cache_dir, "batch_size": config.batch_size}
+        redraw: Callable[[ImageSet], ImageSet] | None = None
         if checkpoint is not None and checkpoint.image_size == test.image_size:
-            cache_dir, batch_size = config.cache_dir, config.batch_size
-            redraw = partial(
-                reconstructions, checkpoint=checkpoint, device=device, cache_dir=cache_dir, batch_size=batch_size
-            )
+            redraw = partial(reconstructions, checkpoint=checkpoint, **networks)
         elif checkpoint is not None:
             notes.append(
                 f"no autoencoder floor: the checkpoint is of {checkpoint.image_size} px, the evaluation of "
@@ -131,7 +123,7 @@ def evaluate(config: EvaluateConfig) -> Path:
             redrawn = redraw(test) if redraw else None
             fidelity = [
                 measure_fidelity(
-                    **of_sets(extractor),
+                    **of_sets(sets, extractor),
                     reconstructions=extraction.of(redrawn, extractor) if redrawn else None,
                     circular=extractor.name == checkpoint.info.feature_extractor if checkpoint else None,
                     seed=config.seed,
@@ -143,19 +135,16 @@ def evaluate(config: EvaluateConfig) -> Path:
         memorization = None
         if "memorization" in parts:
             with asking("memorisation"):
-                memorization = measure_memorization(
-                    train=extraction.of(train, guide),
-                    test=extraction.of(test, guide),
-                    generated_views=extraction.features(generated, guide, views=range(VIEWS)),
-                    generated=generated,
-                    seed=config.seed,
-                )
+                memorization = measure_memorization(**views_for_guide())
 
         # 3. Downstream, in features that did not guide the model: those it was trained towards would take its side.
-        independent = of_sets(config.independent_extractor)
+        independent = of_sets(sets, config.independent_extractor)
+        of = partial(extraction.of, config=config.independent_extractor)
         downstream: list[DownstreamResult] = []
         through_autoencoder, worth, sites = None, list[WorthResult](), list[SiteResult]()
-        c = config.c
+        c, folds, own = config.c, config.fold_count, config.finetune
+        if on_ray and own.device is not None:  # each task has its own share of a GPU
+            own = replace(own, device=device_of_actor(own.device))
         classifiers = config.classifier_names(gpu=device != "cpu") if "downstream" in parts else ()
         trials = Trials(
             seeds=range(config.seed, config.seed + config.seeds),
@@ -165,31 +154,25 @@ def evaluate(config: EvaluateConfig) -> Path:
             kept=Path(config.cache_dir).expanduser() / KEPT,
             on_ray=on_ray,
         )
-        of = partial(extraction.of, config=config.independent_extractor)
-        own, folds = config.finetune, config.fold_count
-        if on_ray and own.device is not None:  # each task has its own share of a GPU
-            own = replace(own, device=device_of_actor(own.device))
         repeats = range(config.seed, config.seed + config.repeats)
         of_folds = replace(trials, seeds=repeats) if folds > 1 else trials
         if config.setting == "site" and classifiers:  # another question: a site lacks the generator's training images
             asked = list[Callable[..., SiteResult]]()
             if "logistic" in classifiers:
-                ask = partial(
-                    probe_site,
-                    known=of(known) if known else None,
-                    tested=of(tested),
-                    generated=of(generated),
-                    turned=extraction.features(tested, config.independent_extractor, views=range(1, VIEWS)),
-                    c=c,
-                )
-                asked.append(partial(ask, trials=replace(of_folds, what="sites")))
+                turned = extraction.features(sides["tested"], config.independent_extractor, views=range(1, VIEWS))
+                given = of_sets(sides, config.independent_extractor)
+                of_features = replace(of_folds, what="sites")
+                asked.append(partial(probe_site, given, of(generated), c, of_features, turned=turned))
             if "finetune" in classifiers:
-                ask = partial(finetuned_site, known=known, tested=tested, generated=generated, config=own)
-                asked.append(partial(ask, trials=replace(of_folds, what="sites, fine-tuned")))
+                of_pixels = replace(of_folds, what="sites, fine-tuned")
+                asked.append(partial(finetuned_site, sides, generated, own, of_pixels))
             for share in config.site_shares:
                 with asking(f"a site with {share:g} of the lesions"):
                     sites += [one(share=share, folds=folds) for one in asked]
             classifiers = ()
+        through = dict[str, ImageSet]()
+        if config.preprocess and redraw and classifiers:
+            through = {name: redraw(images) for name, images in sides.items()}
         if "logistic" in classifiers:
             with asking("downstream"):
                 of_features = replace(trials, what="logistic regressions")
@@ -200,33 +183,26 @@ def evaluate(config: EvaluateConfig) -> Path:
             with asking("downstream, fine-tuned,"):
                 downstream.append(measure_finetuned(**sets, config=own, trials=replace(trials, what=what)))
                 of_pixels = replace(of_folds, what=what)
-                finetuned = partial(finetuned_worth, generated=generated, config=own, trials=of_pixels, folds=folds)
-                worth.append(finetuned(known=known, tested=tested))
-                if config.preprocess and redraw:
-                    through = redraw(known) if known else None
-                    worth.append(finetuned(known=through, tested=redraw(tested), original=(known, tested)))
+                worth.append(finetuned_worth(sides, generated, own, of_pixels, folds=folds))
+                if through:
+                    worth.append(finetuned_worth(through, generated, own, of_pixels, folds=folds, original=sides))
         if "logistic" in classifiers and c is not None and downstream:
             redrawn_pool = None
             if redraw is not None:
-                again = of(redraw(drawn_like(train, rows_like(train.labels, generated.labels, config.seed))))
+                rows = rows_like(train.labels, generated.labels, config.seed)
+                again = of(redraw(drawn_like([train], rows)))
                 once = replace(trials, seeds=[config.seed], ratios=(), what="the same with reconstructions")
                 through_autoencoder = measure_downstream(**independent | {"generated": again}, c=c, trials=once)
-                rows, images = _redrawn(known, tested, generated, redraw, config.seed)
-                redrawn_pool = rows, of(images)
+                labels = np.concatenate([images.labels for images in sides.values()])
+                rows = np.sort(rows_like(labels, generated.labels, config.seed, times=2))
+                redrawn_pool = rows, of(redraw(drawn_like(list(sides.values()), rows)))
             with asking("what they are worth"):
-                probed = partial(
-                    probe_worth,
-                    generated=of(generated),
-                    c=c,
-                    trials=replace(of_folds, what="what they are worth"),
-                    folds=folds,
-                )
-                known_of, tested_of = of(known) if known else None, of(tested)
-                worth.insert(0, probed(known=known_of, tested=tested_of, redrawn=redrawn_pool))
-                if config.preprocess and redraw:
-                    original = [one for one in (known_of, tested_of) if one is not None]
-                    redrawn_of = of(redraw(known)) if known else None
-                    worth.append(probed(known=redrawn_of, tested=of(redraw(tested)), original=original))
+                of_features = replace(of_folds, what="what they are worth")
+                probed = partial(probe_worth, generated=of(generated), c=c, trials=of_features, folds=folds)
+                plain = of_sets(sides, config.independent_extractor)
+                worth.insert(0, probed(plain, redrawn=redrawn_pool))
+                if through:
+                    worth.append(probed(of_sets(through, config.independent_extractor), original=plain))
 
         # 4. Consistency.
         consistency = None
@@ -241,26 +217,12 @@ def evaluate(config: EvaluateConfig) -> Path:
         if "privacy" in parts:
             membership = None
             with asking("membership inference"):
+                most, resamples = config.privacy_lesions, config.bootstrap
                 membership = infer_membership(
-                    train,
-                    test,
-                    checkpoint,
-                    device=device,
-                    cache_dir=config.cache_dir,
-                    batch_size=config.batch_size,
-                    most=config.privacy_lesions,
-                    resamples=config.bootstrap,
-                    seed=config.seed,
+                    train, test, checkpoint, **networks, most=most, resamples=resamples, seed=config.seed
                 )
             with asking("privacy"):
-                privacy = measure_privacy(
-                    train=extraction.of(train, guide),
-                    test=extraction.of(test, guide),
-                    generated_views=extraction.features(generated, guide, views=range(VIEWS)),
-                    generated=generated,
-                    membership=membership,
-                    seed=config.seed,
-                )
+                privacy = measure_privacy(**views_for_guide(), membership=membership)
         if not (fidelity or memorization or downstream or sites or consistency or privacy):
             raise DataError("; ".join(unanswered))
         notes += unanswered
@@ -293,20 +255,6 @@ def evaluate(config: EvaluateConfig) -> Path:
     return output
 
 
-def _redrawn(
-    known: ImageSet | None, tested: ImageSet, generated: ImageSet, redraw: Callable[[ImageSet], ImageSet], seed: int
-) -> tuple[np.ndarray, ImageSet]:
-    """Rows of both sides, twice as many of each class as were generated; and these images after the autoencoder."""
-    sides = [one for one in (known, tested) if one is not None]
-    labels = np.concatenate([one.labels for one in sides])
-    rows, first = np.sort(rows_like(labels, generated.labels, seed, times=2)), len(labels) - len(tested)
-    own = [rows[rows < first], rows[rows >= first] - first][-len(sides) :]
-    pixels = np.concatenate([one.pixels[part] for one, part in zip(sides, own, strict=True)])
-    return rows, redraw(
-        replace(tested, sha256=(), paths=(), labels=labels[rows], groups=rows.astype(object), pixels=pixels)
-    )
-
-
 def _guide(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[str]) -> FeatureExtractorConfig:
     """What guided the training, where it is known and its weights are here."""
     guide = config.feature_extractor or FeatureExtractorConfig()
@@ -326,12 +274,16 @@ def _guide(config: EvaluateConfig, checkpoint: Checkpoint | None, notes: list[st
     return guide
 
 
+def record_of(generated: str) -> dict[str, Any]:
+    """What `generate` noted beside its images; {}: they are other images than m2d's own, or at a URI."""
+    with suppress(OSError):
+        return read_mapping(Path(generated, RECORD_NAME)) or {}
+    return {}
+
+
 def picked_by(generated: str) -> list[dict[str, Any]]:
     """What `evaluate pick` noted of itself beside the images, the last pick last; empty: they are a whole run's."""
-    try:
-        return list(json.loads(Path(generated, RECORD_NAME).read_text(encoding="utf-8")).get("pick", []))
-    except (OSError, ValueError, AttributeError):
-        return []
+    return list(record_of(generated).get("pick", []))
 
 
 def _refuse_pickers(
@@ -355,12 +307,8 @@ def find_checkpoint(generated: str, asked: str | None) -> tuple[str | None, list
     it the experiment around the images is searched, where m2d's own runs leave them. Raises CheckpointError for a
     folder that is no checkpoint, ConfigError for one that did not make the images.
     """
-    recorded = None
-    try:
-        record = json.loads(Path(generated, RECORD_NAME).read_text(encoding="utf-8"))
-        recorded = str(record.get("recipe", record)["checkpoint"])
-    except (OSError, ValueError, KeyError, AttributeError):
-        pass  # other images than m2d's own, or at a URI
+    record = record_of(generated)
+    recorded = record.get("recipe", record).get("checkpoint")
     unknown = "no autoencoder floor, and whether the generator saw the test images is not known"
     if asked is not None:
         asked = checkpoint_folder(asked)
@@ -368,7 +316,7 @@ def find_checkpoint(generated: str, asked: str | None) -> tuple[str | None, list
         sha256 = checkpoint_sha256(Path(asked))
         if recorded not in (None, sha256):
             raise ConfigError(
-                f"checkpoint: {asked} ({sha256[:12]}) did not make the images in {generated}, {str(recorded)[:12]} "
+                f"checkpoint: {asked} ({sha256[:12]}) did not make the images in {generated}, {recorded[:12]} "
                 "did; name that one, or leave --checkpoint out"
             )
         return asked, [] if recorded else [f"{generated} does not say what made it; {asked} is taken on trust"]

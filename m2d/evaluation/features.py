@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from joblib import cpu_count
 from PIL import Image
+from torchvision.transforms.functional import center_crop, resize
 
 from m2d.cluster.fan_out import JobResult, run_jobs
 from m2d.cluster.nodes import cluster_total, node_resources
@@ -64,7 +65,7 @@ class Extraction:
         name = (id(images), config)
         if name not in self._known:
             key, _ = extractor_identity(config)
-            self._known[name] = FeatureSet(images, key, self.features(images, config)[0])
+            self._known[name] = FeatureSet(**vars(images), extractor=key, cls=self.features(images, config)[0])
         return self._known[name]
 
     def features(
@@ -173,13 +174,8 @@ def official_square(image: np.ndarray, extractor: FeatureExtractor) -> np.ndarra
     has only its crop left to do.
     """
     side = math.floor(extractor.input_size / (extractor.crop_pct if extractor.crop == "official" else 1))
-    height, width = image.shape[:2]
-    shorter = min(height, width)
-    # As torchvision's Resize rounds. Some timm models squash: both sides to the same length.
-    size = (side, side) if extractor.squash else (int(side * width / shorter), int(side * height / shorter))
-    resized = Image.fromarray(image).resize(size, Image.Resampling.BILINEAR)
-    left, top = (round((length - side) / 2) for length in resized.size)
-    return np.asarray(resized.crop((left, top, left + side, top + side)))
+    size = [side, side] if extractor.squash else [side]  # some timm models squash: both sides to the same length
+    return np.asarray(center_crop(resize(Image.fromarray(image), size), [side]))
 
 
 def _read_squares(

@@ -3,7 +3,7 @@
 Called by the evaluation, once for each extractor. Knows features and labels, no files; the maths is in metrics.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -119,12 +119,13 @@ def measure_fidelity(
         for name, other in others.items()
         if other is not None
     ]
-    labels, codes = np.unique(generated.labels).tolist(), train.images.classes.codes
+    labels, codes = np.unique(generated.labels).tolist(), train.classes.codes
     counts, matched, notes = {}, {}, []
     for label in labels:
         of_class = [one.of_class(label) for one in comparisons]
+        smaller = [min(one.sizes) for one in of_class]
         # Drawn down to the smallest side of those that have enough; where none has, each keeps its own N, too small.
-        matched[label] = min((one.smaller for one in of_class if one.smaller >= LEAST_MATCHED), default=LEAST_MATCHED)
+        matched[label] = min((size for size in smaller if size >= LEAST_MATCHED), default=LEAST_MATCHED)
         poor = [f"{one.name} {one.lesions}" for one in of_class if one.lesions < LEAST_GROUPS]
         if poor:
             notes.append(
@@ -132,7 +133,7 @@ def measure_fidelity(
                 f"({', '.join(poor)})"
             )
         else:
-            counts[label] = min(one.smaller for one in of_class)
+            counts[label] = min(smaller)
     if reconstructions is None:
         notes.append("no reconstructions were given, so there is no comparison with them")
 
@@ -144,7 +145,7 @@ def measure_fidelity(
         of_label = {}
         for label in labels:
             mine = one.of_class(label)
-            drawn = {label: min(matched[label], mine.smaller)}
+            drawn = {label: min(matched[label], *mine.sizes)}
             of_label[label] = _row(mine, codes[label], mine.sizes, mine.kernel(), drawn, generators[label])
         counted = [of_label[label] for label in counts]
         values = [row.kernel_distance for row in counted if row.kernel_distance is not None]
@@ -204,11 +205,6 @@ class _Comparison:
         return len(self.rows[0]), len(self.rows[1])
 
     @property
-    def smaller(self) -> int:
-        """Images of the smaller side."""
-        return min(self.sizes)
-
-    @property
     def lesions(self) -> int:
         """Lesions of the side that has fewer."""
         return min(len(set(one.groups[rows].tolist())) for one, rows in zip(self.sets, self.rows))
@@ -245,20 +241,20 @@ def _row(
     """kernel: a distance, or why there is none. counts: label -> images of it, of either side, for all else."""
     matched = sum(counts.values())
     draws = int(np.clip(_DRAWN // matched, 1, _MOST_DRAWS)) if matched >= LEAST_MATCHED else 0
-    measured = []
+    measured = defaultdict[str, list[float]](list)
     for _ in range(draws):
         reference, other = comparison.drawn(counts, generator).standardised()
         one = neighbour_scores(reference, other)
         one |= {"vendi_reference": vendi_score(reference), "vendi_other": vendi_score(other)}
-        if matched >= LEAST_FRECHET:
-            one["frechet_distance"] = frechet_distance(reference, other)
-        measured.append(one)
-    means = {name: float(np.mean([one[name] for one in measured])) for name in (measured[0] if measured else {})}
-    needed = LEAST_FRECHET if draws else LEAST_MATCHED
+        one |= {"frechet_distance": frechet_distance(reference, other)} if matched >= LEAST_FRECHET else {}
+        for name, value in one.items():
+            measured[name].append(value)
+    means = {name: float(np.mean(values)) for name, values in measured.items()}
+    too_few = (
+        f"{matched} images a side can be compared at equal N; {LEAST_FRECHET if draws else LEAST_MATCHED} are needed"
+    )
     left_out = dict.fromkeys(_KERNEL, kernel) if isinstance(kernel, str) else {}
-    for name in _AT_EQUAL_N:
-        if name not in means:
-            left_out[name] = f"{matched} images a side can be compared at equal N; {needed} are needed"
+    left_out |= {name: too_few for name in _AT_EQUAL_N if name not in means}
     return FidelityRow(
         extractor=comparison.sets[0].extractor,
         comparison=comparison.name,

@@ -7,19 +7,19 @@ defined here.
 import hashlib
 import os
 import posixpath
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
@@ -32,7 +32,7 @@ from m2d.data.reader import decode_unchanged
 from m2d.data.settings import DataConfig
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import CheckpointError, ConfigError, DataError
-from m2d.evaluation.provenance import made_from_others
+from m2d.evaluation.provenance import made_from_others, rows_beside
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
@@ -42,7 +42,7 @@ from m2d.generation.output import MANIFEST_NAME, PARTS, RECORD_NAME, experiment_
 from m2d.generation.plan import data_config_of
 from m2d.generation.references import read_references
 from m2d.metrics.neighbours import NEAR_DUPLICATE, near_duplicates, nearest_in_views, thumbnails
-from m2d.models.autoencoder import coded_at_once
+from m2d.models.autoencoder import coded_at_once, from_uint8, to_uint8
 from m2d.models.checkpoint import Checkpoint, read_info
 
 NAMED = 3  # of shared lesions or unreadable files
@@ -57,6 +57,9 @@ _THREADS = 16
 # Images as unit vectors, one function for each view in which they are known: rows -> float32 [len(rows), D].
 Views = Sequence[Callable[[slice | np.ndarray], torch.Tensor]]
 ALL_ROWS = slice(None)
+
+
+Images = TypeVar("Images", bound="ImageSet")
 
 
 class Unanswerable(DataError):
@@ -101,6 +104,10 @@ class ImageSet:
         """Images of each class that has some, in the order of the set."""
         return class_counts(self.labels, self.classes)
 
+    def rows(self, label: int) -> np.ndarray:
+        """Row numbers of a class, int64 [n]."""
+        return np.flatnonzero(self.labels == label)
+
     @property
     def summary(self) -> dict[str, Any]:
         """For evaluation.json."""
@@ -108,35 +115,12 @@ class ImageSet:
         return {"name": self.name, "source": self.source, "images": self.counts, "lesions": lesions}
 
 
-@dataclass(frozen=True)
-class FeatureSet:
-    """The `cls` features of one extractor for an image set, in its order."""
+@dataclass(frozen=True, kw_only=True)
+class FeatureSet(ImageSet):
+    """Images with the `cls` features of one extractor."""
 
-    images: ImageSet
     extractor: str  # m2d.models.extractors.base.FeatureExtractor.key
     cls: np.ndarray  # float32 [N, D], as the extractor gives them: not standardised
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64 [N]."""
-        return self.images.labels
-
-    @property
-    def groups(self) -> np.ndarray:
-        """object [N]."""
-        return self.images.groups
-
-    @property
-    def classes(self) -> ClassSet:
-        """What labels are indices into."""
-        return self.images.classes
-
-    def rows(self, label: int) -> np.ndarray:
-        """Row numbers of a class, int64 [n]."""
-        return np.flatnonzero(self.labels == label)
 
 
 @dataclass(frozen=True)
@@ -152,10 +136,31 @@ class Listed:
     def __getitem__(self, column: str) -> list[str]:
         return self.rows[column].to_pylist()
 
+    def where(self, kept: np.ndarray) -> "Listed":
+        """Those of a mask, bool [N]."""
+        return replace(self, rows=self.rows.filter(pa.array(kept)))
+
     @property
     def labels(self) -> np.ndarray:
         """Class indices, int64 [N]."""
         return np.array([self.classes.index(code) for code in self["label"]], dtype=np.int64)
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """The fields of an ImageSet but for the pixels."""
+        paths, groups = tuple(inside(self.root, path) for path in self["path"]), np.array(self["lesion_id"], object)
+        own = {"name": self.name, "source": self.source, "classes": self.classes, "sha256": tuple(self["sha256"])}
+        return {**own, "paths": paths, "labels": self.labels, "groups": groups}
+
+
+def together(*sets: Images) -> Images:
+    """The images of several sets, one after the other: of feature sets the features, of others the pixels."""
+    if len(sets) == 1:
+        return sets[0]
+    columns = ("labels", "groups", "cls" if isinstance(sets[0], FeatureSet) else "pixels")
+    joined: dict[str, Any] = {name: np.concatenate([getattr(one, name) for one in sets]) for name in columns}
+    joined |= {name: tuple(chain(*(getattr(one, name) for one in sets))) for name in ("sha256", "paths")}
+    return replace(sets[-1], **joined)
 
 
 def class_counts(labels: np.ndarray, classes: ClassSet) -> dict[str, int]:
@@ -194,7 +199,7 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     test = _unseen(test, catalogs.values(), notes)
     generated = _generated(generated_root, data, train.classes, notes)
     if config.setting == "site":
-        generated = _of_training_images(generated, [train.rows, *catalogs.values()], notes)
+        generated = _of_training_images(generated, train, catalogs.values(), notes)
     known, made = (list(class_counts(side.labels, side.classes)) for side in (train, generated))
     if unknown := [code for code in made if code not in known]:
         raise DataError(
@@ -229,15 +234,14 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
                 split = np.array(whole["split"]) == "train"
                 left = _without(whole, split, "may have been trained on by the generator", notes)
             left = replace(left, name="tested")
-            gone = pa.array(~np.isin(whole["path"], left["path"]))
-            seen = replace(whole, name="known", rows=whole.rows.filter(gone))
+            seen = replace(whole, name="known").where(~np.isin(whole["path"], left["path"]))
             trained, tested = decode(seen) if len(seen.rows) else None, decode(left)
             tested = unlike(left, tested, trained) if trained else tested
         sets |= {"tested": _one_lesion_if_alike(tested)} | ({"known": trained} if trained else {})
     lesions = [*test["lesion_id"], *(str(lesion) for lesion in tested.groups)]
     of_tests = np.isin(generated["lesion_id"], lesions) | np.isin(generated["skin_lesion_id"], lesions)
     if of_tests.any():
-        generated = replace(generated, rows=generated.rows.filter(pa.array(~of_tests)))
+        generated = generated.where(~of_tests)
         if not len(generated.rows):
             raise DataError(f"generated: all images of {generated.source} are variations of lesions that are tested")
         notes.append(f"left out {of_tests.sum():,} generated images, variations of lesions that are tested")
@@ -325,9 +329,12 @@ def check_apart(train: Listed, test: Listed, setting: str) -> None:
 
 def trained_on(checkpoint: Checkpoint) -> set[str] | None:
     """The sha256 of what its run, and those whose checkpoints that started from, trained on; None: not known."""
-    catalogs = _catalogs_of(checkpoint, [])
-    trained = [one.filter(pc.equal(one["split"], "train"))["sha256"].to_pylist() for one in catalogs.values()]
-    return {sha256 for some in trained for sha256 in some} if trained else None
+    catalogs = _catalogs_of(checkpoint, []).values()
+    return {sha256 for one in catalogs for sha256 in _of_split(one, "train", "sha256")} if catalogs else None
+
+
+def _of_split(catalog: pa.Table, split: str, column: str) -> list[str]:
+    return catalog.filter(pc.equal(catalog["split"], split))[column].to_pylist()
 
 
 def _catalogs_of(checkpoint: Checkpoint, notes: list[str]) -> dict[Path, pa.Table]:
@@ -352,7 +359,7 @@ def _unseen(test: Listed, catalogs: Iterable[pa.Table], notes: list[str]) -> Lis
         # Without a table a lesion is called as its file, and files of two datasets may have one name.
         for column in ("sha256",) if unknown_lesions(catalog, test.rows) else ("sha256", "lesion_id"):
             for split, mask in seen.items():
-                mask |= np.isin(test[column], catalog.filter(pc.equal(catalog["split"], split))[column].to_pylist())
+                mask |= np.isin(test[column], _of_split(catalog, split, column))
     if validated := np.count_nonzero(seen["val"] & ~seen["train"]):
         notes.append(
             f"the generator's training chose its best checkpoint by {validated:,} of {len(test.rows):,} test images"
@@ -366,7 +373,7 @@ def _without(test: Listed, seen: np.ndarray, why: str, notes: list[str]) -> List
     gone = np.isin(lesions, lesions[seen])
     if not gone.any():
         return test
-    left = replace(test, rows=test.rows.filter(pa.array(~gone)))
+    left = test.where(~gone)
     if not len(left.rows):
         raise DataError(
             f"real: none of {len(gone):,} test images ({test.source}) is unseen, for they, or others of their lesions, "
@@ -380,14 +387,9 @@ def _without(test: Listed, seen: np.ndarray, why: str, notes: list[str]) -> List
     return left
 
 
-def _of_training_images(generated: Listed, catalogs: Sequence[pa.Table], notes: list[str]) -> Listed:
+def _of_training_images(generated: Listed, train: Listed, catalogs: Iterable[pa.Table], notes: list[str]) -> Listed:
     """Without what was made from real images that the generator was not trained on. Raises DataError for none left."""
-    trained = {
-        row["sha256"]
-        for catalog in catalogs
-        for row in catalog.select(("sha256", "split")).to_pylist()
-        if catalog is catalogs[0] or row["split"] == "train"
-    }
+    trained = {*train["sha256"], *(sha256 for one in catalogs for sha256 in _of_split(one, "train", "sha256"))}
     foreign = made_from_others(generated.root, generated["sha256"], trained)
     if not foreign.any():
         return generated
@@ -399,7 +401,7 @@ def _of_training_images(generated: Listed, catalogs: Sequence[pa.Table], notes: 
     if foreign.all():
         raise DataError(f"generated: {what}; generate from training images, or without input images")
     notes.append(f"left out {what}")
-    return replace(generated, rows=generated.rows.filter(pa.array(~foreign)))
+    return generated.where(~foreign)
 
 
 def _copies(
@@ -475,12 +477,11 @@ def _real_sides(
         classes = classes_of(train)
         test = catalog_of(real, data, config.cache_dir, notes, classes, f"--train {root}")
         notes += unknown_lesions(train, test)
-        return (
+        sides = (
             Listed("train", f"all of {root}", root, train, classes),
             Listed("test", f"all of {real}", real, test, classes),
-            None,
-            _files(*catalogs.values(), test),
         )
+        return *sides, None, _files(*catalogs.values(), test)
     own = Path(experiment_of(checkpoint.path), "cache", "catalog.parquet") if checkpoint else Path()
     recorded = str(checkpoint.info.config.get("data_root") or "") if checkpoint else ""
     same = recorded == real or ("://" not in recorded + real and os.path.realpath(recorded) == os.path.realpath(real))
@@ -496,14 +497,11 @@ def _real_sides(
                 "whether the generator saw the test images is not known (no --checkpoint)"
             )
     notes += unknown_lesions(catalog)
-    sides = []
-    for split in ("train", "test"):
-        rows = catalog.filter(pc.equal(catalog["split"], split))
-        if not len(rows):
-            raise DataError(f"real: {real} has no image in its {split} split; set the fractions of --data")
-        sides.append(Listed(split, f"{split} split of {real}", real, rows, classes_of(catalog)))
-    whole = Listed("test", f"all of {real}", real, catalog, classes_of(catalog))
-    return sides[0], sides[1], whole, _files(*catalogs.values(), catalog)
+    whole, split = Listed("test", f"all of {real}", real, catalog, classes_of(catalog)), np.array(catalog["split"])
+    train, test = (replace(whole, name=k, source=f"{k} split of {real}").where(split == k) for k in ("train", "test"))
+    if empty := [side.name for side in (train, test) if not len(side.rows)]:
+        raise DataError(f"real: {real} has no image in its {empty[0]} split; set the fractions of --data")
+    return train, test, whole, _files(*catalogs.values(), catalog)
 
 
 def _files(*catalogs: pa.Table) -> dict[str, str]:
@@ -540,33 +538,18 @@ def _generated(root: str, data: DataConfig, classes: ClassSet, notes: list[str])
     if repeated:
         notes.append(f"{repeated:,} generated images are exact repeats of other generated ones; all are counted")
     base = root if remote else os.path.abspath(root)
-    varied = _varied_lesions(root)
+    rows = rows_beside(root, MANIFEST_NAME, "sha256", "lesion_id", "skin_lesion_id")
+    # The lesion that m2d's own run varied for an image, and the one whose skin it took; "" for none.
+    varied = {row["sha256"]: (row["lesion_id"] or "", row["skin_lesion_id"] or "") for row in rows}
+    of = [varied.get(image.sha256, ("", "")) for image in images]
     columns = {
         "path": [image.path if remote else os.path.relpath(image.path, base) for image in images],
         "sha256": [image.sha256 for image in images],
         "label": [image.label for image in images],
-        "lesion_id": [varied[image.sha256][0] or f"generated {number}" for number, image in enumerate(images)],
-        "skin_lesion_id": [varied[image.sha256][1] for image in images],
+        "lesion_id": [lesion or f"generated {number}" for number, (lesion, _) in enumerate(of)],
+        "skin_lesion_id": [skin for _, skin in of],
     }
     return Listed("generated", f"all of {root}", base, pa.table(columns), classes)
-
-
-def _varied_lesions(root: str) -> Mapping[str, tuple[str, str]]:
-    """By the sha256 of an image the lesion that it varies and the one whose skin it took, as m2d's own manifest has it.
-
-    "" for none.
-    """
-    varied = defaultdict[str, tuple[str, str]](lambda: ("", ""))
-    filesystem, place = open_storage(root)
-    try:
-        with filesystem.open_input_file(posixpath.join(place, MANIFEST_NAME)) as file:
-            table = pq.read_table(file)
-    except (OSError, pa.ArrowException):  # images of another generator
-        return varied
-    known = [name for name in ("sha256", "lesion_id", "skin_lesion_id") if name in table.column_names]
-    for row in table.select(known).to_pylist() if known[:1] == ["sha256"] else ():
-        varied[row["sha256"]] = row.get("lesion_id") or "", row.get("skin_lesion_id") or ""
-    return varied
 
 
 def _left_out(rejected: Sequence[tuple[str, str]], what: str) -> list[str]:
@@ -596,43 +579,28 @@ def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: lis
             raise _Unreadable
 
     try:
-        pixels = _stored(cache_dir, sha256, (len(sha256), size, size, 3), fill)
+        pixels = stored_pixels(cache_dir, sha256, (len(sha256), size, size, 3), fill)
     except _Unreadable:
         first = failures[min(failures)]
         if len(failures) == len(paths):
             raise DataError(f"{side.name}: no image of {side.source} can be read; the first: {first}") from None
         notes.append(f"{len(failures):,} {side.name} images cannot be read, the first: {first}")
-        kept = side.rows.take([row for row in range(len(paths)) if row not in failures])
-        return _decode(replace(side, rows=kept), size, cache_dir, max_pixels, notes)
-    return ImageSet(
-        name=side.name,
-        source=side.source,
-        sha256=tuple(sha256),
-        paths=tuple(inside(side.root, path) for path in paths),
-        labels=side.labels,
-        groups=np.array(side["lesion_id"], dtype=object),
-        pixels=pixels,
-        classes=side.classes,
-        skins=np.array(side["skin_lesion_id"], dtype=object) if "skin_lesion_id" in side.rows.column_names else None,
-    )
+        kept = ~np.isin(np.arange(len(paths)), list(failures))
+        return _decode(side.where(kept), size, cache_dir, max_pixels, notes)
+    skins = np.array(side["skin_lesion_id"], dtype=object) if "skin_lesion_id" in side.rows.column_names else None
+    return ImageSet(**side.known, pixels=pixels, skins=skins)
 
 
 class _Unreadable(Exception):
     """Some images could not be decoded; the rest is tried again."""
 
 
-def with_pixels(like: ImageSet, *, name: str, source: str, pixels: np.ndarray, cache_dir: str) -> ImageSet:
-    """The images of another set, redrawn: pixels uint8 [N, S, S, 3] take the place of its own, kept as a file."""
-    sha256 = _pixels_sha256(pixels)
-    stored = _stored(cache_dir, sha256, pixels.shape, lambda out: out.__setitem__(slice(None), pixels))
-    return replace(like, name=name, source=source, sha256=sha256, pixels=stored)
-
-
-def _pixels_sha256(pixels: np.ndarray) -> tuple[str, ...]:
+def pixels_sha256(pixels: np.ndarray) -> tuple[str, ...]:
+    """Of each of the images [N, S, S, 3], hex."""
     return tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in pixels)
 
 
-def _stored(
+def stored_pixels(
     cache_dir: str, named: Sequence[str], shape: tuple[int, ...], fill: Callable[[np.ndarray], None]
 ) -> np.ndarray:
     """uint8 [N, S, S, 3], mapped from a file of the cache; `fill` writes it where it is not there.
@@ -671,21 +639,28 @@ def reconstructions(
         with progress(f"reconstructing {images.name}", len(images)) as shown:
             for first in range(0, len(images), size):
                 part = slice(first, first + size)
-                x = torch.from_numpy(np.array(images.pixels[part])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-                try:
-                    y = autoencoder.decode(autoencoder.encode(x).mode()).clamp(-1, 1)
-                except torch.OutOfMemoryError:
-                    raise ConfigError(
-                        f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} "
-                        "(the result stays the same)"
-                    ) from None
-                out[part] = ((y + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+                x = from_uint8(torch.from_numpy(np.array(images.pixels[part])).to(device).permute(0, 3, 1, 2))
+                with batch_fits(size, device):
+                    y = autoencoder.decode(autoencoder.encode(x).mode())
+                out[part] = to_uint8(y)
                 shown.advance(len(x))
 
-    named = f"reconstructed by {checkpoint.sha256}", *_pixels_sha256(images.pixels)
-    pixels = _stored(cache_dir, named, images.pixels.shape, fill)
+    named = f"reconstructed by {checkpoint.sha256}", *pixels_sha256(images.pixels)
+    pixels = stored_pixels(cache_dir, named, images.pixels.shape, fill)
     source = f"reconstructions of {images.source} by checkpoint {checkpoint.sha256[:12]}"
-    return replace(images, name="reconstructions", source=source, sha256=_pixels_sha256(pixels), pixels=pixels)
+    return replace(images, name="reconstructions", source=source, sha256=pixels_sha256(pixels), pixels=pixels)
+
+
+@contextmanager
+def batch_fits(size: int, device: str) -> Iterator[None]:
+    """Raises ConfigError where the batch does not fit the device."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ConfigError(
+            f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} "
+            "(the result stays the same)"
+        ) from None
 
 
 def rows_like(labels: np.ndarray, generated: np.ndarray, seed: int, times: int = 1) -> np.ndarray:
@@ -696,11 +671,19 @@ def rows_like(labels: np.ndarray, generated: np.ndarray, seed: int, times: int =
     return np.concatenate(drawn)
 
 
-def drawn_like(train: ImageSet, rows: np.ndarray) -> ImageSet:
-    """These rows of the training images. Each is a group of its own, as a generated image is."""
-    groups = np.array([f"reconstruction {row}" for row in rows], dtype=object)
-    source = f"{len(rows):,} images of {train.source}"
-    return ImageSet("training images", source, (), (), train.labels[rows], groups, train.pixels[rows], train.classes)
+def drawn_like(sides: Sequence[ImageSet], rows: np.ndarray) -> ImageSet:
+    """These rows of the sets, which count one after the other, ascending where there are several.
+
+    Each is a group of its own, as a generated image is.
+    """
+    ends = np.cumsum([len(one) for one in sides])
+    own = np.split(rows, np.searchsorted(rows, ends[:-1]))
+    taken = list(zip(sides, (part - end + len(one) for one, part, end in zip(sides, own, ends)), strict=True))
+    labels, pixels = (
+        np.concatenate([getattr(one, name)[part] for one, part in taken]) for name in ("labels", "pixels")
+    )
+    source = f"{len(rows):,} images of {' and '.join(one.source for one in sides)}"
+    return ImageSet("real images", source, (), (), labels, rows.astype(object), pixels, sides[-1].classes)
 
 
 def psnr_db(images: ImageSet, redrawn: ImageSet) -> float:

@@ -14,13 +14,7 @@ from torch import Tensor
 
 from m2d.evaluation.images import ALL_ROWS, FeatureSet, ImageSet, Unanswerable, Views, thumbnail_views
 from m2d.metrics.bootstrap import Estimate
-from m2d.metrics.neighbours import (
-    COPY_FLOOR,
-    Standardizer,
-    at_least_median,
-    calibration_distances,
-    nearest_in_views,
-)
+from m2d.metrics.neighbours import COPY_FLOOR, Standardizer, at_least_median, calibration_distances, nearest_in_views
 
 EITHER = "either"  # of the two spaces
 FEWEST = 10  # training images: the nearest of fewer is no rare distance
@@ -131,18 +125,18 @@ def measure_memorization(
     shared = np.intersect1d(generated.labels, test.labels).tolist()
     if len(train) < FEWEST or lesions.max() == 0:
         raise Unanswerable(
-            f"memorization: train ({train.images.source}) has {len(train)} images of {lesions.max() + 1} lesions, too "
+            f"memorization: train ({train.source}) has {len(train)} images of {lesions.max() + 1} lesions, too "
             f"few to tell which distance between lesions is small; give at least {FEWEST} images of two lesions"
         )
     if not shared:
         raise Unanswerable(
-            f"memorization: generated has {' '.join(generated.counts)}, test has {' '.join(test.images.counts)}; "
+            f"memorization: generated has {' '.join(generated.counts)}, test has {' '.join(test.counts)}; "
             "give unseen images of a generated class"
         )
     standard = Standardizer.of(train.cls, at_least_median)
     calibrate = torch.from_numpy(lesions.astype(np.int64)), calibration_images, seed, quantile
     in_features = [_in_features(standard, views) for views in ([train.cls], [test.cls], generated_views)]
-    in_thumbnails = [thumbnail_views(images) for images in (train.images, test.images, generated)]
+    in_thumbnails = [thumbnail_views(images) for images in (train, test, generated)]
     spaces = {"features": _Space(in_features, *calibrate), "thumbnails": _Space(in_thumbnails, *calibrate)}
     strictness = np.stack([one.generated.min(axis=1) / one.limits.any_try for one in spaces.values()], axis=1)
 
@@ -181,7 +175,7 @@ def measure_memorization(
             generated_row=row,
             train_row=other,
             generated_path=generated.paths[row],
-            train_path=train.images.paths[other],
+            train_path=train.paths[other],
             generated_class=codes[generated.labels[row]],
             train_class=codes[train.labels[other]],
             view=view,
@@ -194,7 +188,7 @@ def measure_memorization(
     overall = compare(shared)
     flagged = [code for code, one in classes.items() if one.flagged]
     omitted = {code: "no unseen image to compare with" for code, one in classes.items() if one.test is None}
-    omitted |= {code: "no generated image" for code in train.images.counts if code not in classes}
+    omitted |= {code: "no generated image" for code in train.counts if code not in classes}
     return MemorizationResult(
         extractor=train.extractor,
         quantile=quantile,
@@ -293,10 +287,7 @@ def _share(near_copies: np.ndarray, weights: np.ndarray, groups: np.ndarray) -> 
 
 def _verdict(overall: Comparison, flagged: Sequence[str]) -> str:
     """One sentence."""
-    mine, chance = (
-        f"{100 * part.value:.1f} % ({100 * part.low:.1f} to {100 * part.high:.1f})"
-        for part in (overall.generated[EITHER], (overall.test or {})[EITHER])
-    )
+    mine, chance = (part.percent for part in (overall.generated[EITHER], (overall.test or {})[EITHER]))
     found = "memorisation found" if overall.flagged else "no memorisation shown"
     if flagged and not overall.flagged:
         found += f" overall, found in {' '.join(flagged)}"

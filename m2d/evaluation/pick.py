@@ -8,7 +8,6 @@ picked by a judge pleases it. Nothing is drawn and nothing overwritten.
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
-from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor
 
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation.classifiers.probe import chosen_c
-from m2d.evaluation.evaluate import find_checkpoint, picked_by
+from m2d.evaluation.evaluate import find_checkpoint, picked_by, record_of
 from m2d.evaluation.features import Extraction
 from m2d.evaluation.images import CONTACT_SHEET, FeatureSet, ImageSet, Unanswerable, read_image_sets
 from m2d.evaluation.settings import EvaluateConfig, PickConfig
@@ -34,7 +32,7 @@ from m2d.generation.contact_sheet import contact_sheet
 from m2d.generation.generator import pick_device
 from m2d.generation.output import LESIONS_NAME, MANIFEST_NAME, RECORD_NAME, cannot_write
 from m2d.generation.provenance import CERTIFICATES_NAME
-from m2d.metrics.linear_probe import FOLDS, LinearProbe
+from m2d.metrics.linear_probe import FOLDS, LinearProbe, lesion_folds
 from m2d.metrics.neighbours import Standardizer, one_where_constant
 from m2d.models.checkpoint import load_checkpoint
 from m2d.models.extractors import extractor_identity
@@ -114,14 +112,12 @@ def class_probabilities(
     seen its lesion, a variation of a training lesion likewise, any other generated image of all three: their mean.
     Raises Unanswerable where the lesions are too few for it.
     """
-    if len(np.unique(train.groups)) < FOLDS or np.bincount(train.labels).max() < FOLDS:
+    folds = lesion_folds(train.labels, train.groups, FOLDS, seed)
+    if not folds:
         raise Unanswerable(f"{len(train)} training images are too few for {FOLDS} folds of lesions; give more")
-    size, folds = len(train.classes), StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+    size = len(train.classes)
     real, summed, asked = np.zeros(len(train)), np.zeros(len(generated)), np.zeros(len(generated))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of classes with fewer images than folds
-        parts = list(folds.split(train.cls, train.labels, train.groups))
-    for fitted, held in parts:
+    for fitted, held in folds:
         probe = LinearProbe.fit(train.cls[fitted], train.labels[fitted], c=c)
         real[held] = probe.probabilities(train.cls[held], size)[np.arange(len(held)), train.labels[held]]
         unseen = np.flatnonzero(~np.isin(generated.groups, train.groups[fitted]))
@@ -196,14 +192,14 @@ def _write(
     rows = rows.append_column("pick_order", pa.array([order for _, order in kept]))
     rows = rows.append_column("pick_rule", pa.array([record["rule"]] * len(kept))).sort_by("id")
     sheet = contact_sheet(
-        {code: made.images.pixels[rows[:_SHOWN]] for code, rows in picked.items() if rows},
+        {code: made.pixels[rows[:_SHOWN]] for code, rows in picked.items() if rows},
         title=f"Picked synthetic images ({record['rule']})",
         caption=f"Of {source.name}, by {record['extractor']}. Synthetic images, not patients.",
         totals={code: len(rows) for code, rows in picked.items()},
         classes=made.classes,
     )
-    before = json.loads((source / RECORD_NAME).read_text(encoding="utf-8")) if (source / RECORD_NAME).is_file() else {}
-    document = {"recipe": before.get("recipe", before), "pick": [*picked_by(str(source)), record]}
+    before = record_of(str(source))
+    document = {"recipe": before.get("recipe", before), "pick": [*before.get("pick", []), record]}
     partial = output.with_name(f".{output.name}{PARTIAL}")
     try:
         shutil.rmtree(partial, ignore_errors=True)

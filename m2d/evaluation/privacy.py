@@ -22,6 +22,7 @@ from m2d.evaluation.images import (
     FeatureSet,
     ImageSet,
     Unanswerable,
+    batch_fits,
     class_counts,
     thumbnail_views,
     trained_on,
@@ -100,7 +101,7 @@ def measure_privacy(
     each. A real image that is the nearest one of many generated images is one trial (Kish's effective number, in
     Wilson's interval), for it may be a training image by chance. Raises Unanswerable for fewer than ten lesions a side.
     """
-    rows = equal_sides(train.images, test.images, seed=seed)
+    rows = equal_sides(train, test, seed=seed)
     order = np.random.default_rng(seed).permutation(2 * len(rows[0]))  # equal distances are no one's advantage
     trained = order < len(rows[0])
     standard = Standardizer.of(train.cls, at_least_median)
@@ -118,7 +119,7 @@ def measure_privacy(
         ),
         "thumbnails": share(
             [view(ALL_ROWS) for view in thumbnail_views(generated)],
-            [thumbnail_views(one.images)[0](some) for one, some in sides],
+            [thumbnail_views(one)[0](some) for one, some in sides],
         ),
     }
     attacks = membership.attacks if membership else {}
@@ -184,13 +185,13 @@ def infer_membership(
     labels = np.concatenate([train.labels[rows[0]], test.labels[rows[1]]])
     of_train = np.arange(len(labels)) < len(rows[0])
     weights = resampled_weights(2 * labels + of_train, np.arange(len(labels)), resamples=resamples, seed=seed)
-    weights = np.concatenate([np.ones_like(weights[:1]), weights]).astype(np.float64)
+    weights = weights.astype(np.float64)
 
     def attack(score: np.ndarray, some: np.ndarray) -> Attack:
         """some: bool [n], the images to tell apart."""
         area, called = told_apart(score[some], of_train[some], weights[:, some], LEVEL)
-        share = None if np.isnan(called[0]) else Estimate.of(called[0], called[1:])
-        return Attack(auc=Estimate.of(area[0], area[1:]), found=share, lesions=int(some.sum()) // 2)
+        share = None if np.isnan(called[0]) else Estimate.of(called)
+        return Attack(auc=Estimate.of(area), found=share, lesions=int(some.sum()) // 2)
 
     lesions = class_counts(train.labels[rows[0]], train.classes)
     scores = {name: familiarity(one, labels) for name, one in errors.items()}
@@ -306,13 +307,8 @@ def model_errors(
 
     with progress(f"errors on {images.name} images", len(missing)) as shown:
         for kept in pieces(missing, _KEPT_AT_ONCE):
-            try:
+            with batch_fits(size, device):
                 found = torch.cat([errors_of(part) for part in pieces(kept, size)]).cpu().numpy()
-            except torch.OutOfMemoryError:
-                raise ConfigError(
-                    f"batch_size {size} does not fit the memory of {device}; try --batch_size {max(1, size // 2)} "
-                    "(the result stays the same)"
-                ) from None
             if not np.isfinite(found).all():
                 raise CheckpointError(f"checkpoint: {checkpoint.path} gives errors that are no numbers; take another")
             write_cls(folder, checkpoint.path, [ids[place] for place in kept], found)
@@ -335,12 +331,10 @@ def _extractor(checkpoint: Checkpoint, notes: list[str]) -> FeatureExtractor | N
 
 def _roughness(images: ImageSet, rows: np.ndarray) -> np.ndarray:
     """Mean squared difference of neighbouring pixels, float64 [n, 1]."""
-    return np.array(
-        [
-            [sum(np.square(np.diff(images.pixels[row].astype(float), axis=axis)).mean() for axis in (0, 1))]
-            for row in rows
-        ]
-    )
+    found = [
+        sum(np.square(np.diff(images.pixels[row].astype(float), axis=axis)).mean() for axis in (0, 1)) for row in rows
+    ]
+    return np.array(found)[:, None]
 
 
 def _found(attacks: dict[str, Attack], nearer: dict[str, Estimate]) -> bool:
@@ -358,9 +352,9 @@ def _verdict(attacks: dict[str, Attack], nearer: dict[str, Estimate]) -> str:
     parts = []
     for name in (DENOISER, AUTOENCODER) if attacks else ():
         one, share = attacks[name], attacks[name].found
-        called = f" and finds {_percent(share)} of them at 1 % false alarms" if share else ""
+        called = f" and finds {share.percent} of them at 1 % false alarms" if share else ""
         parts.append(f"the {name} ranks training lesions before unseen ones with an AUC of {one.auc}{called}")
-    shares = " and ".join(f"{_percent(share)} by {space}" for space, share in nearer.items())
+    shares = " and ".join(f"{share.percent} by {space}" for space, share in nearer.items())
     parts.append(f"{shares} of the generated images are nearer to training lesions than to as many unseen ones")
     told = "training lesions can be told" if _found(attacks, nearer) else "no training lesion's membership was shown"
     control = attacks.get(BLIND)
@@ -368,7 +362,3 @@ def _verdict(attacks: dict[str, Attack], nearer: dict[str, Estimate]) -> str:
     if control is not None and control.succeeds:
         aside = f"; without any model pictures alone reach {control.auc}, so the split itself gives some away"
     return f"{told}: {'; '.join(parts)}{aside}"
-
-
-def _percent(share: Estimate) -> str:
-    return f"{100 * share.value:.1f} % ({100 * share.low:.1f} to {100 * share.high:.1f})"

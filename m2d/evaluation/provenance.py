@@ -25,12 +25,10 @@ class NearCopyGate:
 
 def near_copy_gate(generated: str) -> NearCopyGate | None:
     """By the journal of the run that made the images; None: there is none."""
-    journal = _table(generated, JOURNAL_NAME, ("accepted", "gates", "reason"))
-    if journal is None:
-        return None
-    rows = journal.to_pylist()
+    rows = rows_beside(generated, JOURNAL_NAME, "accepted", "gates", "reason")
     near = [row["accepted"] for row in rows if row["reason"] == "near_copy"]
-    return NearCopyGate(len(rows), near.count(False), near.count(True), sum(row["gates"] == "off" for row in rows))
+    gate = NearCopyGate(len(rows), near.count(False), near.count(True), sum(row["gates"] == "off" for row in rows))
+    return gate if rows else None
 
 
 def made_from_others(generated: str, sha256: Sequence[str], trained: Collection[str]) -> np.ndarray:
@@ -39,8 +37,7 @@ def made_from_others(generated: str, sha256: Sequence[str], trained: Collection[
     sha256: of the generated images' files [N]; trained: of the training images. An input image that can no longer be
     read counts as no training image. False where the run's manifest is gone, or does not know the image.
     """
-    manifest = _table(generated, MANIFEST_NAME, ("sha256", "reference", "reference_b"))
-    rows = [] if manifest is None else manifest.to_pylist()
+    rows = rows_beside(generated, MANIFEST_NAME, "sha256", "reference", "reference_b")
     places = {row["sha256"]: {row["reference"], row["reference_b"]} - {None} for row in rows}
     known = {place for place in set().union(*places.values()) if _sha256(place) in trained}
     return np.array([bool(places.get(digest, set()) - known) for digest in sha256], dtype=bool)
@@ -52,11 +49,16 @@ def _sha256(place: str) -> str | None:
     return hashlib.sha256(found).hexdigest() if isinstance(found, bytes) else None
 
 
-def _table(root: str, name: str, columns: tuple[str, ...]) -> Any:
-    """Columns of a Parquet file beside the images; None: there is no such file."""
+def rows_beside(root: str, name: str, key: str, *more: str) -> list[dict[str, Any]]:
+    """Columns of a Parquet file beside the images, None for those that it lacks; []: there is no such file, or no key.
+
+    Images of another generator may lie beside a table of other columns.
+    """
     filesystem, place = open_storage(root)
-    path = inside(place, name)
     try:
-        return pq.read_table(path, columns=list(columns), filesystem=filesystem)
-    except (OSError, pa.ArrowInvalid):  # another's images, or a table of other columns
-        return None
+        with filesystem.open_input_file(inside(place, name)) as file:
+            table = pq.read_table(file)
+    except (OSError, pa.ArrowException):
+        return []
+    there = [column for column in (key, *more) if column in table.column_names]
+    return [dict.fromkeys(more) | row for row in table.select(there).to_pylist() if key in there]

@@ -13,8 +13,8 @@ from m2d.models.settings import PANDERM_PREFIX, TIMM_PREFIX, FeatureExtractorCon
 FEWEST_RESAMPLES = 100  # below, a 2.5th percentile is one of the two or three lowest resamples: noise
 HIGHEST_SEED = 2**32 - 1  # scikit-learn's
 SETTINGS, SITE_FOLDS = ("same", "site"), 5
-PARTS = ("fidelity", "memorization", "downstream", "consistency", "privacy")
-CLASSIFIERS = ("logistic", "finetune")
+PARTS = ("fidelity", "memorization", "downstream", "consistency", "privacy")  # all but the last without a GPU
+CLASSIFIERS = ("logistic", "finetune")  # the first without one
 Preprocess = Literal["autoencoder"]
 Recipe = Literal["mix", "replace", "two_phase", "auxiliary_bn"]
 PickRule = Literal["classifier", "random"]
@@ -48,17 +48,14 @@ class FinetuneConfig:
                 f"finetune.pretrained is false with model {self.model} and weights {self.weights}; from random weights "
                 f"there is {TIMM_PREFIX}MODEL alone, without a file"
             )
+        shared_norms = self.recipe != "auxiliary_bn"
         for name, must, ok in (
             ("epochs", "be a number above 0", 0 < self.epochs < inf),
             ("learning_rate", "be a number above 0", 0 < self.learning_rate < inf),
             ("weight_decay", "be a number of at least 0", 0 <= self.weight_decay < inf),
             ("warmup", "be a share of the steps, below 1", 0 <= self.warmup < 1),
             ("batch_size", "be at least 2, for batch norms", self.batch_size >= 2),
-            (
-                "batch_size",
-                "be at least 4 with recipe auxiliary_bn",
-                self.recipe != "auxiliary_bn" or self.batch_size >= 4,
-            ),
+            ("batch_size", "be at least 4 with recipe auxiliary_bn", shared_norms or self.batch_size >= 4),
             ("share", "lie between 0 and 1", self.share is None or 0 < self.share < 1),
             ("color_jitter", "be at least 0 and below 1", 0 <= self.color_jitter < 1),
         ):
@@ -166,10 +163,7 @@ class EvaluateConfig(_Command):
 
     def part_names(self, *, gpu: bool) -> tuple[str, ...]:
         """Of PARTS those to answer, in their order. Privacy takes passes of the U-Net: on a CPU minutes to hours."""
-        asked = _words(self.parts)
-        if asked is None:
-            return PARTS if gpu else tuple(part for part in PARTS if part != "privacy")
-        return tuple(part for part in PARTS if part in asked)
+        return tuple(part for part in PARTS if part in (_words(self.parts) or PARTS[: None if gpu else -1]))
 
     @property
     def ratio_list(self) -> tuple[float, ...]:
@@ -188,10 +182,7 @@ class EvaluateConfig(_Command):
 
     def classifier_names(self, *, gpu: bool) -> tuple[str, ...]:
         """Of CLASSIFIERS those to train."""
-        asked = _words(self.classifiers)
-        if asked is None:
-            return CLASSIFIERS if gpu else ("logistic",)
-        return tuple(name for name in CLASSIFIERS if name in asked)
+        return tuple(name for name in CLASSIFIERS if name in (_words(self.classifiers) or CLASSIFIERS[: 1 + gpu]))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,11 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, value: float | np.ndarray, resampled: np.ndarray) -> Self:
-        """A score with the percentile interval of its resamples [R]."""
-        low, high = np.percentile(resampled, [2.5, 97.5])
-        return cls(float(value), float(low), float(high))
+    def of(cls, drawn: np.ndarray, level: float = 95) -> Self:
+        """A score with the percentile interval of its resamples, [1 + R]. level: of the interval, in percent."""
+        tail = (100 - level) / 2
+        low, high = np.percentile(drawn[1:], [tail, 100 - tail])
+        return cls(float(drawn[0]), float(low), float(high))
 
     @classmethod
     def of_share(cls, share: float, trials: float) -> Self:
@@ -46,12 +47,17 @@ class Estimate:
         """`+0.012 [-0.003, +0.027]`."""
         return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
+    @property
+    def percent(self) -> str:
+        """Of a share: `1.2 % (0.3 to 2.7)`."""
+        return f"{100 * self.value:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def resampled_weights(truth: np.ndarray, lesions: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
-    """How often each of N test images is in each bootstrap sample, int32 [resamples, N].
+    """How often each of N test images is in the test set, once, and then in each bootstrap sample: int32 [1 + R, N].
 
     truth: int64 [N], classes. lesions: [N], equal values are one lesion.
     Whole lesions are drawn with replacement, for their photographs succeed or fail together (a cluster bootstrap:
@@ -59,20 +65,20 @@ def resampled_weights(truth: np.ndarray, lesions: np.ndarray, *, resamples: int,
     has, so that a rare class never vanishes. The classifier stays as it is: another training set is not in it.
     """
     generator = np.random.default_rng(seed)
-    weights = np.zeros((resamples, len(truth)), dtype=np.int32)
+    weights = np.ones((1 + resamples, len(truth)), dtype=np.int32)
     for label in np.unique(truth):
         rows = np.flatnonzero(truth == label)
         names, lesion = np.unique(lesions[rows], return_inverse=True)
         # How often each lesion was drawn is all that matters; the multinomial draws just that.
         drawn = generator.multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-        weights[:, rows] = drawn[:, lesion]
+        weights[1:, rows] = drawn[:, lesion]
     return weights
 
 
 def resampled_confusions(
     truth: np.ndarray, predicted: np.ndarray, lesions: np.ndarray, *, num_classes: int, resamples: int, seed: int
 ) -> np.ndarray:
-    """Confusion matrices int64 [resamples, K, K] of the bootstrap samples of `resampled_weights`.
+    """Confusion matrices int64 [1 + R, K, K] of the test set and the bootstrap samples of `resampled_weights`.
 
     truth, predicted: int64 [N], classes 0 .. K - 1.
     """

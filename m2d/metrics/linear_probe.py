@@ -65,21 +65,30 @@ class LinearProbe:
         return spread
 
 
+def lesion_folds(labels: np.ndarray, lesions: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows to fit on and rows held out, ascending, of each fold: stratified by class, no lesion in two. [] for too few.
+
+    labels: int64 [N]. lesions: [N], equal values are one lesion.
+    """
+    if len(np.unique(lesions)) < folds or np.bincount(labels).max(initial=0) < folds:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with fewer images than folds
+        found = list(StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(labels, labels, lesions))
+    return found if all(len(held) for _, held in found) else []
+
+
 def choose_c(
     features: np.ndarray, labels: np.ndarray, lesions: np.ndarray, *, num_classes: int, seed: int
 ) -> tuple[float | None, dict[float, float]]:
     """The best c of C_GRID, and the balanced accuracy that each reaches on held-out lesions of the training images.
 
-    Three folds, stratified by class, no lesion in two of them; what all folds predict is scored together, for a rare
-    class has but a few images in each. None and {} where the lesions are so few that a fold leaves less than two
-    classes. Of equals the middle c is the best: easy classes leave the whole grid equal.
+    Three folds; what all of them predict is scored together, for a rare class has but a few images in each. None and {}
+    where the lesions are so few that a fold leaves less than two classes. Of equals the middle c is the best: easy
+    classes leave the whole grid equal.
     """
-    if len(np.unique(lesions)) < FOLDS or np.bincount(labels).max() < FOLDS:
-        return None, {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of classes with fewer images than folds
-        folds = list(StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(features, labels, lesions))
-    if any(len(np.unique(labels[fitted])) < 2 or not len(held_out) for fitted, held_out in folds):
+    folds = lesion_folds(labels, lesions, FOLDS, seed)
+    if not folds or any(len(np.unique(labels[fitted])) < 2 for fitted, _ in folds):
         return None, {}
     tried = {}
     for c in C_GRID:
@@ -101,10 +110,10 @@ def told_apart(features: np.ndarray, generated: np.ndarray, groups: np.ndarray, 
     kinds, made = np.unique(groups.astype(str), return_inverse=True)[1], generated.astype(np.int64)
     if min(len(set(kinds[made == side].tolist())) for side in (0, 1)) < FOLDS:
         return None
-    score = np.empty(len(made))
-    for fitted, held in StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(features, made, kinds):
-        if len(set(made[fitted].tolist())) < 2:
-            return None
+    score, folds = np.empty(len(made)), lesion_folds(made, kinds, FOLDS, seed)
+    if not folds or any(len(np.unique(made[fitted])) < 2 for fitted, _ in folds):
+        return None
+    for fitted, held in folds:
         probe = LinearProbe.fit(features[fitted], made[fitted], c=c, tolerance=TOLERANCE_OF_CHOICE)
         score[held] = probe.probabilities(features[held], 2)[:, 1]
     return float(roc_auc_score(made, score))

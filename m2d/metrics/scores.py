@@ -70,12 +70,8 @@ def weighted_scores(
     precision, one class against the rest; melanoma_auprc: melanoma's, where `classes` and `truth` have it.
     expected_calibration_error: see `calibration_error`.
     """
-    step = max(1, _CELLS_AT_ONCE // len(truth))
-    if len(weights) > step:
-        parts = [
-            weighted_scores(probabilities, truth, weights[one : one + step], classes, decided)
-            for one in range(0, len(weights), step)
-        ]
+    if len(some := _parts(weights)) > 1:
+        parts = [weighted_scores(probabilities, truth, one, classes, decided) for one in some]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     weights = weights.astype(np.float64, order="F")
     present, size = np.unique(truth), len(classes)
@@ -98,12 +94,8 @@ def average_precision(score: np.ndarray, positive: np.ndarray, weights: np.ndarr
     score: [N], higher means more likely positive; equal scores pass a threshold together. positive: bool [N].
     weights: float64 [R, N]. Equals scikit-learn's average_precision_score(sample_weight=...) of each row.
     """
-    order = np.argsort(-score, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # of each run of equal scores
-    ordered = weights.T[order]  # [N, R]: rows are moved whole
-    called = np.cumsum(ordered, axis=0)[last]
-    ordered[~positive[order]] = 0
-    hits = np.cumsum(ordered, axis=0)[last]
+    hits, alarms = _above_thresholds(score, positive, weights)
+    called = hits + alarms
     precision = np.divide(hits, called, out=np.zeros_like(hits), where=called > 0)
     gained = np.diff(hits, axis=0, prepend=0)
     return np.asarray((gained * precision).sum(axis=0) / hits[-1])
@@ -117,17 +109,9 @@ def told_apart(score: np.ndarray, positive: np.ndarray, weights: np.ndarray, lev
     is the k-th highest negative, k = floor(level (n + 1)), and what lies above it is called: a new negative then is
     with a probability of k / (n + 1) at most. Fewer than 1 / level - 1 negatives have no such threshold: nan.
     """
-    step = max(1, _CELLS_AT_ONCE // len(score))
-    if len(weights) > step:
-        some = (weights[one : one + step] for one in range(0, len(weights), step))
+    if len(some := _parts(weights)) > 1:
         return tuple(map(np.concatenate, zip(*(told_apart(score, positive, one, level) for one in some), strict=True)))
-    order = np.argsort(-score, kind="stable")
-    last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # of each run of equal scores
-    ordered = weights.T[order]  # [N, R]: rows are moved whole
-    hits, alarms = (
-        np.pad(np.cumsum(ordered * side[order][:, None], axis=0)[last], ((1, 0), (0, 0)))
-        for side in (positive, ~positive)
-    )
+    hits, alarms = (np.pad(one, ((1, 0), (0, 0))) for one in _above_thresholds(score, positive, weights))
     area = (np.diff(alarms, axis=0) * (hits[1:] + hits[:-1]) / 2).sum(axis=0) / (hits[-1] * alarms[-1])
     allowed = np.floor(level * (alarms[-1] + 1) + 1e-9) - 1
     called = np.where(alarms <= allowed, hits, 0).max(axis=0) / hits[-1]
@@ -146,3 +130,17 @@ def calibration_error(probabilities: np.ndarray, truth: np.ndarray, weights: np.
     in_bin = np.eye(BINS)[np.searchsorted(edges, confidence, side="right")]  # [N, BINS]
     gaps = weights @ (in_bin * (right - confidence)[:, None])
     return np.asarray(np.abs(gaps).sum(axis=1) / weights.sum(axis=1))
+
+
+def _parts(weights: np.ndarray) -> list[np.ndarray]:
+    """Rows of weights [R, N] by as many as fit the memory at once."""
+    step = max(1, _CELLS_AT_ONCE // weights.shape[1])
+    return [weights[first : first + step] for first in range(0, len(weights), step)]
+
+
+def _above_thresholds(score: np.ndarray, positive: np.ndarray, weights: np.ndarray) -> list[np.ndarray]:
+    """Weight of the positives and of the others that pass each threshold, [T, R] each; equal scores pass together."""
+    order = np.argsort(-score, kind="stable")
+    last = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)  # of each run of equal scores
+    ordered = weights.T[order]  # [N, R]: rows are moved whole
+    return [np.cumsum(ordered * side[order][:, None], axis=0)[last] for side in (positive, ~positive)]

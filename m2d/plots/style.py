@@ -7,8 +7,8 @@ import io
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import update_wrapper
-from typing import Any, Generic, ParamSpec
+from functools import wraps
+from typing import Any, ParamSpec
 
 import matplotlib
 import numpy as np
@@ -62,18 +62,15 @@ def styled() -> Iterator[None]:
         yield
 
 
-class drawn(Generic[P]):
-    """Makes a function that draws a Figure one that gives its PNG; the figure itself is at `.figure(...)`."""
+def drawn(draw: Callable[P, Figure]) -> Callable[P, bytes]:
+    """Makes a function that draws a Figure one that gives its PNG, in M2D's style."""
 
-    __name__: str
+    @wraps(draw)
+    @styled()
+    def encoded(*args: P.args, **options: P.kwargs) -> bytes:
+        return png(draw(*args, **options))
 
-    def __init__(self, draw: Callable[P, Figure]) -> None:
-        self.figure = styled()(draw)
-        update_wrapper(self, draw)
-
-    def __call__(self, *args: P.args, **options: P.kwargs) -> bytes:
-        """PNG bytes."""
-        return png(self.figure(*args, **options))
+    return encoded
 
 
 def new_figure(width: float, height: float, note: str = "") -> Figure:

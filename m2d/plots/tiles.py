@@ -41,11 +41,6 @@ def reconstruction_grid(
     """
     psnr_db = np.asarray(psnr_db, dtype=float)
     factor = _whole_factor(originals, reconstructed)
-    if originals.shape != reconstructed.shape or psnr_db.shape != originals.shape[:1]:
-        raise ValueError(
-            f"originals are {originals.shape}, reconstructed {reconstructed.shape}, psnr_db {psnr_db.shape}; expected "
-            "two of the same shape, and one number for each image"
-        )
     rows = (originals, reconstructed, difference(originals, reconstructed))
     height = originals.shape[1] * factor
     names = ("original", "reconstruction", f"difference × {DIFFERENCE_GAIN}")
@@ -101,8 +96,6 @@ def patch_colours(patches: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     count, number, dim = patches.shape
     side = math.isqrt(number)
-    if side * side != number or not side:
-        raise ValueError(f"{number} patches per image are no square grid")
     flat = patches.reshape(-1, dim)
     mean, axes, share = principal_components(flat, 3)
     coordinates = (flat - mean) @ axes.T
@@ -121,8 +114,6 @@ def alignment_map(
     to 1, so that pictures of two steps compare; below 0 is drawn as 0. Tokens that are not finite are grey.
     """
     cosine = np.asarray(cosine, dtype=float)
-    if cosine.ndim != 3:
-        raise ValueError(f"cosine is of shape {cosine.shape}; expected [N, h, w]")
     known = np.isfinite(cosine)
     bar = Image.new("RGB", (258, 54), "white")
     draw = ImageDraw.Draw(bar)
@@ -166,8 +157,6 @@ def _pairs(
     notes: the text above each map.
     """
     factor = _whole_factor(images)
-    if len(maps) != len(images):
-        raise ValueError(f"{len(images)} images beside {len(maps)} maps; expected one for each")
     map_factor = max(1, round(factor * max(images.shape[1:3]) / max(maps.shape[1:3])))
     cells = _side_by_side([_enlarged(images, factor), _enlarged(maps, map_factor)], axis=2)
     above = {images.shape[2] * factor + GAP: notes}
@@ -211,7 +200,8 @@ def _page(
         top += header.height
     if not count:
         draw.text((MARGIN, top), "no images", fill=FAINT, font=text)
-    for number, (cell, label) in enumerate(zip(cells, labels, strict=True)):
+    texts = below or [""] * count
+    for number, (cell, label, text_below) in enumerate(zip(cells, labels, texts, strict=True)):
         row, column = divmod(number, columns)
         x, y = left + column * step_x, top + row * step_y
         class_stripe(draw, classes.diagnoses[label], x, y, width, room=min([width, *(above or {})]) - 4)
@@ -219,8 +209,7 @@ def _page(
             draw.text((x + dx, y), notes[number] if notes else "", fill=INK, font=text)
         y += HEAD
         page.paste(Image.fromarray(cell), (x, y))
-        if below:
-            draw.text((x, y + height + 4), below[number], fill=INK, font=text)
+        draw.text((x, y + height + 4), text_below, fill=INK, font=text)
         for dy, name in (row_names or {}).items() if column == 0 else ():
             draw.text((MARGIN, y + dy), name, fill=INK, font=text)
     return page

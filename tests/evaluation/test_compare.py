@@ -4,17 +4,17 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_sets
 from ray import cloudpickle
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.class_weight import compute_sample_weight
-from tiny_sets import feature_set, image_set
+from tiny_sets import feature_set, image_set, pairs
 
 from m2d.classes import ISIC7
 from m2d.errors import DataError
@@ -36,19 +36,7 @@ from m2d.evaluation.images import FeatureSet
 BKL, DF, MEL, NV, VASC = (ISIC7.index(code) for code in ("BKL", "DF", "MEL", "NV", "VASC"))
 DIMS = 40
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import tests
-
-
-def clouds(name: str, counts: dict[int, int], seed: int) -> FeatureSet:
-    """Two images of each lesion in real sets."""
-    return tiny_sets.clouds(
-        name, counts, seed, distance=2.0, scales=np.logspace(-1, 1, DIMS), groups=lesions(name, counts)
-    )
-
-
-def lesions(name: str, counts: dict[int, int]) -> list[str] | None:
-    return None if name == "generated" else [f"{name}-{number // 2}" for number in range(sum(counts.values()))]
-
-
+clouds = partial(pairs, scales=np.logspace(-1, 1, DIMS))
 TRAIN = clouds("train", {NV: 200, MEL: 8, BKL: 8}, 0)
 TEST = clouds("test", {NV: 200, MEL: 100, BKL: 100}, 1)
 TRUE = clouds("generated", {MEL: 192, BKL: 192}, 2)  # as the real ones are distributed
@@ -85,7 +73,7 @@ def test_the_training_set_again_as_synthetic_equals_oversampling() -> None:
 def test_shuffled_labels_hurt() -> None:
     labels = np.random.default_rng(0).permutation(np.tile([NV, MEL, BKL], 400))
     shuffled = clouds("generated", {NV: 400, MEL: 400, BKL: 400}, 4)
-    result = measure(replace(shuffled, images=replace(shuffled.images, labels=labels)), train=BALANCED)
+    result = measure(replace(shuffled, labels=labels), train=BALANCED)
     assert result.minus_c["balanced_accuracy"].high < 0
 
 
@@ -144,10 +132,10 @@ class AllOrNone(ProbeClassifier):
 
 
 def test_what_the_seeds_draw_widens_the_interval() -> None:
-    classifier, images = AllOrNone(TRAIN, TEST, TRUE, 0.1), (TRAIN.images, TEST.images, TRUE.images)
+    classifier, images = AllOrNone(TRAIN, TEST, TRUE, 0.1), (TRAIN, TEST, TRUE)
 
     def interval(*seeds: int) -> tuple[float, float]:
-        found = compare_arms(classifier, "", {}, Trials(seeds=seeds, resamples=200), images=images, notes=[])
+        found = compare_arms(classifier, {}, Trials(seeds=seeds, resamples=200), images=images, notes=[])
         score = found.arms["c"].scores["balanced_accuracy"]
         return score.low, score.high
 
@@ -167,7 +155,7 @@ def test_the_sweep_has_a_step_for_each_ratio_up_to_the_images_there_are(helpful:
 
 
 def test_c_is_chosen_without_a_look_at_the_test_images() -> None:
-    turned = replace(TEST, images=replace(TEST.images, labels=TEST.labels[::-1].copy()))
+    turned = replace(TEST, labels=TEST.labels[::-1].copy())
     chosen, again = (measure(TRUE, test=test, c=None).settings["c"] for test in (TEST, turned))
     assert chosen == again
 

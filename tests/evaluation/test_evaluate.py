@@ -41,12 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, paint_images: Any) -> tupl
     """Real images, and 12 generated ones of DF and of MEL."""
     root: Path = tmp_path_factory.mktemp("evaluate")
     paint_images(root / "real", COUNTS)
-    generator = np.random.default_rng(7)
-    for label in ("DF", "MEL"):
-        (root / "generated" / label).mkdir(parents=True)
-        for number in range(12):
-            pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / "generated" / label / f"{number}.png")
+    paint_generated(root / "generated", {"DF": 12, "MEL": 12})
     return root / "real", root / "generated"
 
 
@@ -320,6 +315,12 @@ def test_one_network_as_both_extractors_is_refused(folders: tuple[Path, Path], t
         (["--ratios", "0"], "ratios is 0; each must be above 0"),
         (["--seeds", "0"], "seeds is 0; it must be at least 1"),
         (["--folds", "0"], "folds is 0; it must be at least 1"),
+        (["--setting", "hospital"], "setting is hospital; choose one of same site"),
+        (["--setting", "site", "--preprocess", "autoencoder"], "preprocess is autoencoder; setting site"),
+        (["--setting", "site", "--ratios", "0.5,1"], "ratios is 0.5,1; setting site does not use it"),
+        (["--setting", "site", "--folds", "1"], "folds is 1; with setting site it must be at least 2"),
+        (["--site_share", "0.1,x"], "site_share is 0.1,x; it must be numbers"),
+        (["--site_share", "10"], "site_share is 10; each must be above 0 and below 1"),
         (["--output", "s3://bucket"], "output is s3://bucket; it must be a folder of this machine"),
     ],
 )

@@ -19,7 +19,7 @@ from m2d.data import features as store
 from m2d.errors import CheckpointError
 from m2d.evaluation import features
 from m2d.evaluation.features import FOLDER, ClsFeatures, Extraction, cls_features, official_square
-from m2d.evaluation.images import ImageSet, Listed, with_pixels
+from m2d.evaluation.images import ImageSet, Listed, pixels_sha256, stored_pixels
 from m2d.models.extractors import FeatureExtractor, Features, load_feature_extractor
 from m2d.models.settings import FeatureExtractorConfig
 
@@ -33,7 +33,9 @@ def images(tmp_path: Path) -> ImageSet:
     pixels = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
     pixels[6] = pixels[0]
     empty = ImageSet("train", "here", (), (), np.zeros(7, np.int64), np.arange(7).astype(object), pixels[:0])
-    return with_pixels(empty, name="train", source="here", pixels=pixels, cache_dir=str(tmp_path))
+    sha256 = pixels_sha256(pixels)
+    stored = stored_pixels(str(tmp_path), sha256, pixels.shape, lambda out: out.__setitem__(slice(None), pixels))
+    return replace(empty, sha256=sha256, pixels=stored)
 
 
 def at(tmp_path: Path, **more: Any) -> Extraction:

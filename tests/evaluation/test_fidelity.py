@@ -1,6 +1,6 @@
 """Fidelity: controls come out as they must, sides are compared like with like, and what is left out is told."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -93,7 +93,7 @@ def test_noise_is_far() -> None:
 def test_a_shift_of_every_feature_is_its_squared_length_in_frechet_distance() -> None:
     """Moved by one deviation of the training images in each of D dimensions: D above the floor."""
     train = real("train", {"MEL": 2000}, 0)
-    moved = FeatureSet(train.images, "net-1", train.cls + train.cls.std(axis=0))
+    moved = replace(train, cls=train.cls + train.cls.std(axis=0))
     result = measure(moved, train=train)
     floor = row(result, FLOOR, "MEL").frechet_distance
     assert row(result, GENERATED, "MEL").frechet_distance == pytest.approx(D + floor, rel=0.05)
@@ -101,7 +101,7 @@ def test_a_shift_of_every_feature_is_its_squared_length_in_frechet_distance() ->
 
 def test_duplicates_lower_vendi_and_coverage() -> None:
     varied = real("generated", {"MEL": 100}, 1)
-    copied = FeatureSet(varied.images, "net-1", np.repeat(varied.cls[:5], 20, axis=0))
+    copied = replace(varied, cls=np.repeat(varied.cls[:5], 20, axis=0))
     whole, copies = row(measure(varied), GENERATED, "MEL"), row(measure(copied), GENERATED, "MEL")
     assert copies.vendi_other < 5.001 < 0.8 * whole.vendi_other
     assert copies.coverage < 0.7 * whole.coverage
@@ -119,7 +119,7 @@ def test_a_model_that_ignores_the_class_is_far_overall() -> None:
 
 def test_blurred_reconstructions_are_the_autoencoders_floor() -> None:
     test = real("test", {"MEL": 60, "NV": 60}, 2)
-    blurred = FeatureSet(test.images, "net-1", test.cls * 0.3)
+    blurred = replace(test, cls=test.cls * 0.3)
     result = measure(real("generated", {"MEL": 60, "NV": 60}, 1), test=test, reconstructions=blurred)
     assert row(result, AUTOENCODER).kernel_distance > 5 * row(result, UNSEEN).kernel_distance
     assert row(result, AUTOENCODER, "MEL").frechet_distance > 2 * row(result, UNSEEN, "MEL").frechet_distance

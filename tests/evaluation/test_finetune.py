@@ -148,7 +148,7 @@ def test_a_whole_comparison_runs() -> None:
     result = measure_finetuned(train=TRAIN, test=TEST, generated=GENERATED, config=config, trials=trials)
     assert result.settings["steps"] == 6
     assert {arm: one.trainings for arm, one in result.arms.items()} == dict.fromkeys("abcde", 2)
-    worth = finetuned_worth(known=TRAIN, tested=TEST, generated=GENERATED, config=config, trials=trials)
+    worth = finetuned_worth({"known": TRAIN, "tested": TEST}, GENERATED, config, trials)
     assert (worth.shares, worth.gains) == ([0.4, 0.4], {})
     assert worth.verdict.word in get_args(Word)
 
@@ -157,8 +157,8 @@ def test_what_preprocessing_changes_is_told_against_the_original_images() -> Non
     """On grey ones two classes are one: half of the balanced accuracy."""
     grey = [replace(one, sha256=(), pixels=np.full_like(one.pixels, 99)) for one in (TRAIN, TEST)]
     trials = Trials(seeds=range(1), resamples=100)
-    judge = partial(finetuned_worth, generated=GENERATED, config=TINY, trials=trials)
-    clear, alone = judge(known=TRAIN, tested=TEST, original=(grey[0], grey[1])), judge(known=TRAIN, tested=TEST)
+    judge = partial(finetuned_worth, {"known": TRAIN, "tested": TEST}, GENERATED, TINY, trials)
+    clear, alone = judge(original={"known": grey[0], "tested": grey[1]}), judge()
     changed = {row: one["balanced_accuracy"].value for row, one in clear.minus_original.items()}
     assert changed == pytest.approx(dict.fromkeys(changed, 0.5), abs=1e-9)
     assert len(changed) == 4

@@ -43,7 +43,7 @@ def image_set(name: str, pixels: np.ndarray, labels: np.ndarray, lesions: list[s
 
 
 def feature_set(name: str, pixels: np.ndarray, labels: np.ndarray, lesions: list[str] | None = None) -> FeatureSet:
-    return FeatureSet(image_set(name, pixels, labels, lesions), "stand-in", stand_in(pixels))
+    return tiny_sets.feature_set(image_set(name, pixels, labels, lesions), stand_in(pixels))
 
 
 def in_views(pixels: np.ndarray) -> list[np.ndarray]:
@@ -107,12 +107,12 @@ COPIES: dict[str, Change] = {
 @pytest.mark.parametrize("change", COPIES.values(), ids=COPIES)
 def test_a_planted_copy_is_found_before_all_new_images_in_the_view_that_turns_it_back(change: Change) -> None:
     pixels = textures(20, seed=3)
-    pixels[7] = change(TRAIN.images.pixels[42])
+    pixels[7] = change(TRAIN.pixels[42])
     result = measured(pixels)
     worst = result.worst[0]
     assert 7 in result.near_copies
     assert (worst.generated_row, worst.train_row, worst.near_copy) == (7, 42, True)
-    assert np.abs(apply_view(pixels[7], worst.view).astype(int) - TRAIN.images.pixels[42]).mean() < 12
+    assert np.abs(apply_view(pixels[7], worst.view).astype(int) - TRAIN.pixels[42]).mean() < 12
     assert worst.distances["thumbnails"] < 0.02
 
 
@@ -120,20 +120,20 @@ def test_few_new_images_are_listed_beside_a_planted_copy() -> None:
     """The union bound: at most 8 / 481 of them, in features, and 4 / 481 by thumbnails."""
     train = feature_set("train", textures(480, seed=1), two_classes(480))
     pixels = textures(400, seed=3)
-    pixels[7] = redrawn(train.images.pixels[42])
+    pixels[7] = redrawn(train.pixels[42])
     listed = measured(pixels, train=train).near_copies
     assert 7 in listed
     assert len(listed) <= 1 + 400 * 12 / 481
 
 
 def test_an_exact_copy_in_another_view_is_at_distance_zero_in_both_spaces() -> None:
-    worst = measured(np.stack([np.rot90(TRAIN.images.pixels[5])])).worst[0]
+    worst = measured(np.stack([np.rot90(TRAIN.pixels[5])])).worst[0]
     assert worst.distances == pytest.approx({"features": 0, "thumbnails": 0}, abs=1e-9)
 
 
 def test_a_shifted_copy_is_found_where_the_features_know_it() -> None:
     """Features that a shift does not move, as an extractor's may be; its thumbnail is another image's."""
-    shifted = np.roll(TRAIN.images.pixels[42], 11, axis=1)[None]
+    shifted = np.roll(TRAIN.pixels[42], 11, axis=1)[None]
     of_copy = [TRAIN.cls[[42]] if view == 0 else stand_in(textures(1, seed=view)) for view in range(8)]
     result = measure_memorization(
         train=TRAIN, test=TEST, generated_views=of_copy, generated=image_set("g", shifted, two_classes(1)), seed=0
@@ -143,7 +143,7 @@ def test_a_shifted_copy_is_found_where_the_features_know_it() -> None:
 
 
 def test_training_images_given_as_generated_are_flagged_overall_and_in_each_class() -> None:
-    result = measured(TRAIN.images.pixels[:60])
+    result = measured(TRAIN.pixels[:60])
     assert result.flagged
     assert result.overall.flagged
     assert {code: found.flagged for code, found in result.classes.items()} == {"MEL": True, "NV": True}
@@ -165,7 +165,7 @@ def test_unseen_lesions_given_as_generated_are_not_flagged() -> None:
 
 def test_a_larger_share_whose_interval_meets_that_of_unseen_images_is_not_flagged() -> None:
     """One copy among 20 images: 5 % or more, but scipy's interval for 1 of 20 begins at 0.9 %."""
-    result = measured(np.concatenate([textures(19, seed=3), TRAIN.images.pixels[:1]]))
+    result = measured(np.concatenate([textures(19, seed=3), TRAIN.pixels[:1]]))
     assert result.overall.test is not None
     assert result.overall.generated["either"].value > result.overall.test["either"].value
     assert not result.flagged
@@ -173,7 +173,7 @@ def test_a_larger_share_whose_interval_meets_that_of_unseen_images_is_not_flagge
 
 def test_one_class_of_copies_is_enough_to_flag() -> None:
     """Six copies among 206 images, all of them melanomas."""
-    pixels = np.concatenate([textures(200, seed=3), TRAIN.images.pixels[1:13:2]])
+    pixels = np.concatenate([textures(200, seed=3), TRAIN.pixels[1:13:2]])
     labels = np.array([NV] * 200 + [MEL] * 6)
     result = measured(pixels, labels)
     assert [code for code, found in result.classes.items() if found.flagged] == ["MEL"]
@@ -204,7 +204,7 @@ def test_a_thumbnail_distance_is_one_minus_the_cosine_of_8_by_8_means_at_its_lea
         return (cells - cells.mean()) / np.linalg.norm(cells - cells.mean())
 
     pixels = textures(6, seed=3)
-    bank = np.stack([thumbnail(image) for image in TRAIN.images.pixels])
+    bank = np.stack([thumbnail(image) for image in TRAIN.pixels])
     turned = [[np.rot90(one, k) for one in (image, np.fliplr(image)) for k in range(4)] for image in pixels]
     least = [1 - max((bank @ thumbnail(view)).max() for view in views) for views in turned]
     assert measured(pixels).spaces["thumbnails"].generated_median == pytest.approx(np.median(least), abs=1e-5)
@@ -212,9 +212,7 @@ def test_a_thumbnail_distance_is_one_minus_the_cosine_of_8_by_8_means_at_its_lea
 
 def test_photographs_of_one_lesion_do_not_make_the_limit_small() -> None:
     twice = np.repeat(np.arange(160), 2)
-    train = feature_set(
-        "train", TRAIN.images.pixels[twice], TRAIN.labels[twice], [f"lesion {number}" for number in twice]
-    )
+    train = feature_set("train", TRAIN.pixels[twice], TRAIN.labels[twice], [f"lesion {number}" for number in twice])
     assert measured(textures(4, seed=3), train=train).spaces["thumbnails"].limit == pytest.approx(
         measured(textures(4, seed=3)).spaces["thumbnails"].limit, abs=1e-6
     )
@@ -222,8 +220,8 @@ def test_photographs_of_one_lesion_do_not_make_the_limit_small() -> None:
 
 def test_an_exact_copy_is_one_also_where_training_images_repeat_under_other_lesions() -> None:
     twice = np.repeat(np.arange(80), 2)
-    train = feature_set("train", TRAIN.images.pixels[twice], TRAIN.labels[twice])
-    result = measured(np.concatenate([textures(9, seed=3), TRAIN.images.pixels[:1]]), train=train)
+    train = feature_set("train", TRAIN.pixels[twice], TRAIN.labels[twice])
+    result = measured(np.concatenate([textures(9, seed=3), TRAIN.pixels[:1]]), train=train)
     assert result.near_copies == [9]
 
 
@@ -263,11 +261,8 @@ def test_honest_images_are_seldom_flagged_though_they_have_more_views_than_unsee
     flags = []
     for seed in range(50):
         generator = np.random.default_rng(seed)
-        unseen, new = (TEST.images, NEW) if seed % 2 else (NEW, TEST.images)
-        train, test = (
-            FeatureSet(part, "noise", generator.normal(size=(len(part), 4)).astype(np.float32))
-            for part in (TRAIN.images, unseen)
-        )
+        unseen, new = (TEST, NEW) if seed % 2 else (NEW, TEST)
+        train, test = (tiny_sets.feature_set(part, generator.normal(size=(len(part), 4))) for part in (TRAIN, unseen))
         result = measure_memorization(
             train=train,
             test=test,
@@ -281,7 +276,7 @@ def test_honest_images_are_seldom_flagged_though_they_have_more_views_than_unsee
 
 def test_unseen_images_weigh_as_the_generated_mix_of_classes_has_it() -> None:
     """Half of the 20 unseen nevi are doubles, no melanoma is; of 40 generated images a quarter are nevi."""
-    pixels = np.concatenate([TRAIN.images.pixels[:10], textures(30, seed=5)])
+    pixels = np.concatenate([TRAIN.pixels[:10], textures(30, seed=5)])
     test = feature_set("test", pixels, np.array([NV] * 20 + [MEL] * 20))
     result = measured(textures(40, seed=3), np.array([NV] * 10 + [MEL] * 30), test=test)
     assert result.overall.test is not None
@@ -297,7 +292,7 @@ def test_unseen_images_weigh_as_the_generated_mix_of_classes_has_it() -> None:
 
 
 def test_photographs_of_one_unseen_lesion_are_one_trial() -> None:
-    pixels = np.concatenate([TRAIN.images.pixels[:3], textures(7, seed=5)])
+    pixels = np.concatenate([TRAIN.pixels[:3], textures(7, seed=5)])
     twice = np.repeat(np.arange(10), 2)
     test = feature_set("test", pixels[twice], np.full(20, NV), [f"unseen {number}" for number in twice])
     share = measured(textures(4, seed=3), np.full(4, NV), test=test).overall.test
@@ -311,7 +306,7 @@ def test_photographs_of_one_unseen_lesion_are_one_trial() -> None:
 def test_nearness_holds_each_image_against_unseen_ones_of_its_class() -> None:
     """Unseen melanomas are copies, so they set a distance of nearly 0; generated nevi are no worse for that."""
     test = feature_set(
-        "test", np.concatenate([TRAIN.images.pixels[:20], textures(40, seed=5)]), np.array([MEL] * 20 + [NV] * 40)
+        "test", np.concatenate([TRAIN.pixels[:20], textures(40, seed=5)]), np.array([MEL] * 20 + [NV] * 40)
     )
     result = measured(textures(40, seed=3), np.full(40, NV), test=test)
     assert result.overall.nearness == pytest.approx({"features": 1, "thumbnails": 1}, abs=0.15)
@@ -322,7 +317,7 @@ def test_nearness_holds_each_image_against_unseen_ones_of_its_class() -> None:
 
 def test_a_class_without_unseen_images_keeps_its_share_and_is_not_compared() -> None:
     labels = np.array([NV] * 5 + [DF] * 5)
-    result = measured(np.concatenate([textures(5, seed=3), TRAIN.images.pixels[:5]]), labels)
+    result = measured(np.concatenate([textures(5, seed=3), TRAIN.pixels[:5]]), labels)
     assert result.omitted == {"DF": "no unseen image to compare with", "MEL": "no generated image"}
     assert (result.classes["DF"].test, result.classes["DF"].flagged) == (None, False)
     assert result.classes["DF"].generated["either"].value == 1
@@ -340,13 +335,13 @@ def test_a_class_without_unseen_images_keeps_its_share_and_is_not_compared() -> 
 )
 def test_sets_that_show_nothing_are_refused_in_one_line(words: str, changed: dict[str, FeatureSet]) -> None:
     with pytest.raises(DataError, match=words) as refusal:
-        measured(TEST.images.pixels[:3], **changed)
+        measured(TEST.pixels[:3], **changed)
     assert "\n" not in str(refusal.value)
 
 
 def test_the_worst_pairs_are_the_nearest_in_order_and_name_their_files() -> None:
     pixels = textures(10, seed=3)
-    pixels[4], pixels[8] = redrawn(TRAIN.images.pixels[3]), TRAIN.images.pixels[6]
+    pixels[4], pixels[8] = redrawn(TRAIN.pixels[3]), TRAIN.pixels[6]
     worst = measured(pixels, worst=3).worst
     assert [(pair.generated_path, pair.train_path) for pair in worst[:2]] == [("8.png", "6.png"), ("4.png", "3.png")]
     assert len(worst) == 3
@@ -452,7 +447,7 @@ def test_on_real_images_copies_are_flagged_and_unseen_lesions_are_not() -> None:
         return extract_view(extractor, images, view, "cpu").cls.numpy()
 
     train, test = (
-        FeatureSet(image_set(name, pixels[rows], labels[rows]), extractor.key, cls(pixels[rows]))
+        tiny_sets.feature_set(image_set(name, pixels[rows], labels[rows]), cls(pixels[rows]))
         for name, rows in (("train", place < 6), ("test", place == 6))
     )
 
@@ -462,7 +457,7 @@ def test_on_real_images_copies_are_flagged_and_unseen_lesions_are_not() -> None:
             train=train, test=test, generated_views=views, generated=image_set("generated", images, of), seed=0
         )
 
-    copies = np.stack([jpeg(np.ascontiguousarray(apply_view(image, 5))) for image in train.images.pixels[::4]])
+    copies = np.stack([jpeg(np.ascontiguousarray(apply_view(image, 5))) for image in train.pixels[::4]])
     found = given_as_generated(copies, train.labels[::4])
     assert found.flagged
     assert found.overall.generated["either"].value >= 0.9

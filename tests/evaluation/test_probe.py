@@ -56,10 +56,8 @@ def test_in_a_common_channel_marked_images_are_worth_what_unmarked_ones_are() ->
         return replace(features, cls=features.cls + np.float32(8) * np.eye(20, dtype=np.float32)[-1])
 
     judge = partial(probe_worth, c=0.03, trials=Trials(seeds=range(1), resamples=200))
-    plain = judge(**sides, generated=new)
-    passed = judge(
-        **{name: marked(one) for name, one in sides.items()}, generated=marked(new), original=tuple(sides.values())
-    )
+    plain = judge(sides, new)
+    passed = judge({name: marked(one) for name, one in sides.items()}, marked(new), original=sides)
     gained = {row: one["balanced_accuracy"].value for row, one in passed.minus_original.items()}
     ruled = {rule: one["balanced_accuracy"].value for rule, one in plain.differences.items()}
     assert gained == pytest.approx(
@@ -72,7 +70,7 @@ def test_in_a_common_channel_marked_images_are_worth_what_unmarked_ones_are() ->
         abs=1e-3,
     )
     assert ruled["primary"] > 0.02
-    assert passed.told_apart["MEL"] < 0.75 < 0.95 < judge(**sides, generated=marked(new)).told_apart["MEL"]
+    assert passed.told_apart["MEL"] < 0.75 < 0.95 < judge(sides, marked(new)).told_apart["MEL"]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

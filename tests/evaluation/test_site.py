@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_sets
 from PIL import Image
-from tiny_sets import feature_set
+from tiny_sets import feature_set, pairs
 
 from m2d.classes import ISIC7
 from m2d.cli import parse
-from m2d.errors import ConfigError, DataError
+from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import TrainingRows, Trials
 from m2d.evaluation.classifiers.finetune import FinetuneClassifier, finetuned_site
 from m2d.evaluation.classifiers.probe import ProbeClassifier, probe_site
@@ -32,21 +33,18 @@ BKL, DF, MEL, NV = (ISIC7.index(code) for code in ("BKL", "DF", "MEL", "NV"))
 DIMS = 60
 
 
-def clouds(name: str, counts: dict[int, int], seed: int) -> FeatureSet:
-    """Two images of each lesion in real sets."""
-    groups = None if name == "generated" else [f"{name}-{number // 2}" for number in range(sum(counts.values()))]
-    return tiny_sets.clouds(name, counts, seed, distance=2.0, scales=np.ones(DIMS), groups=groups)
-
-
+clouds = partial(pairs, scales=np.ones(DIMS))
 KNOWN = clouds("known", {NV: 500, MEL: 200, BKL: 100}, 0)
 TESTED = clouds("tested", {NV: 300, MEL: 120, BKL: 60}, 1)
 NEW = clouds("generated", {MEL: 120, BKL: 120}, 2)  # as real lesions are distributed
-NOISE = feature_set(NEW.images, 8 * np.random.default_rng(0).normal(size=NEW.cls.shape))
+NOISE = feature_set(NEW, 8 * np.random.default_rng(0).normal(size=NEW.cls.shape))
 
 
-def judge(generated: FeatureSet, seeds: int = 1, **more: Any) -> SiteResult:
-    sides = {"known": KNOWN, "tested": TESTED, "c": 0.01, "share": 0.05, "folds": 2, **more}
-    return probe_site(generated=generated, trials=Trials(seeds=range(seeds), resamples=200), **sides)
+def judge(
+    generated: FeatureSet, seeds: int = 1, known: FeatureSet | None = KNOWN, c: float | None = 0.01, **more: Any
+) -> SiteResult:
+    sides = ({"known": known} if known else {}) | {"tested": TESTED}
+    return probe_site(sides, generated, c, Trials(seeds=range(seeds), resamples=200), share=0.05, folds=2, **more)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def test_a_site_gains_from_new_lesions_and_the_report_says_what_it_has(new: Site
     assert new.images == {"NV": 40, "MEL": 16, "BKL": 8}
     assert "a site with 32 lesions, 4 of them of the class benign keratosis, gains +" in new.verdict.sentence
     assert new.differences["less_real"]["balanced_accuracy"].signed in new.verdict.sentence
-    assert new.test == TESTED.images.counts
+    assert new.test == TESTED.counts
 
 
 def test_the_generators_own_images_are_lent_up_to_the_same_counts(new: SiteResult) -> None:
@@ -117,7 +115,7 @@ def test_turned_images_that_look_the_same_change_nothing_and_others_are_trained_
 
 
 def test_copies_of_tested_images_get_no_verdict() -> None:
-    told = judge(replace(NEW, images=replace(NEW.images, copies=(Copy("0.png", "tested/0.png", None),))))
+    told = judge(replace(NEW, copies=(Copy("0.png", "tested/0.png", None),)))
     assert told.verdict.word == "no verdict"
     assert "1 of 240 generated images are copies" in told.verdict.sentence
 
@@ -166,7 +164,7 @@ def test_a_fine_tuned_network_is_asked_about_the_same_sites_and_gets_the_right_i
     monkeypatch.setattr(FinetuneClassifier, "predict", predict)
     config = FinetuneConfig(model="timm:test_resnet", pretrained=False, input_size=32, recipe="replace")
     trials = Trials(seeds=range(1), resamples=100)
-    found = finetuned_site(**sets, generated=marked(2, {MEL: 30}), config=config, trials=trials, share=0.1, folds=2)
+    found = finetuned_site(sets, marked(2, {MEL: 30}), config, trials, share=0.1, folds=2)
     assert trained == 2 * [set(), set(), set()] + 2 * [{2}, {2}, {0}]  # a, b, c; d, d class-balanced, f
     assert {arm: one["balanced_accuracy"].value for arm, one in found.arms.items()} == dict.fromkeys(found.arms, 1)
     assert (found.shares, found.inner, found.offered_real) == ([0.5, 0.5], {}, {"MEL": 20})
@@ -182,7 +180,7 @@ def chosen(answers: dict[float, np.ndarray], truth: np.ndarray) -> float:
     pool = Pool(truth, np.arange(len(truth)).astype(object), np.ones(len(truth), bool), np.array([1]), ISIC7)
     balanced = TrainingRows(np.arange(2), np.empty(0, np.int64), np.ones(2), asked=np.arange(len(truth)))
     spread = {share: np.pad(answer, ((0, 0), (0, 5))) for share, answer in answers.items()}
-    return chosen_of_few(pool, pool.generated, [{s: (balanced, one) for s, one in spread.items()}], 0)[0]
+    return chosen_of_few(pool, [{s: (balanced, one) for s, one in spread.items()}], 0)[0]
 
 
 TRUTH = np.arange(80) % 2
@@ -281,22 +279,3 @@ def test_images_made_from_unseen_lesions_alone_are_refused(flags: list[str], tmp
         DataError, match=r"generated: 12 of 12 generated images, MEL/0.png for one, were made from real"
     ):
         evaluate(parse("evaluate", flags))
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (["--setting", "hospital"], "setting is hospital; choose one of same site"),
-        (
-            ["--setting", "site", "--preprocess", "autoencoder"],
-            "preprocess is autoencoder; setting site",
-        ),
-        (["--setting", "site", "--ratios", "0.5,1"], "ratios is 0.5,1; setting site does not use it"),
-        (["--setting", "site", "--folds", "1"], "folds is 1; with setting site it must be at least 2"),
-        (["--site_share", "0.1,x"], "site_share is 0.1,x; it must be numbers"),
-        (["--site_share", "10"], "site_share is 10; each must be above 0 and below 1"),
-    ],
-)
-def test_a_setting_that_cannot_work_is_one_line(given: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse("evaluate", given)

@@ -214,7 +214,7 @@ def test_intervals_are_the_binomial_one_of_a_recall_and_add_the_variances_of_the
         (measured.recall[:, 0], 0.8, Z * np.sqrt(of_recall)),
         (measured.balanced_accuracy, 0.65, Z * np.sqrt(of_recall + of_other) / 2),
     ):
-        one = Estimate.of(0.0, drawn)
+        one = Estimate.of(drawn)
         assert (one.low, one.high) == pytest.approx((value - half, value + half), abs=0.005)
 
 
@@ -222,10 +222,10 @@ def test_repeated_photographs_of_a_lesion_add_nothing_to_the_certainty() -> None
     """Four photographs of each of 100 lesions, all right or all wrong: the interval is that of 100, not of 400."""
     truth, called = two_classes((400, 320), (400, 200))
     lesions = np.arange(800) // 4
-    one = Estimate.of(0.0, scores(resample(truth, called, lesions)).recall[:, 0])
+    one = Estimate.of(scores(resample(truth, called, lesions)).recall[:, 0])
     half = Z * np.sqrt(0.8 * 0.2 / 100)
     assert (one.low, one.high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.01)
-    by_image = Estimate.of(0.0, scores(resample(truth, called)).recall[:, 0])
+    by_image = Estimate.of(scores(resample(truth, called)).recall[:, 0])
     assert one.high - one.low > 1.8 * (by_image.high - by_image.low)
 
 

@@ -1,9 +1,20 @@
 """What the tests of pictures share: PNG bytes as pixels, and where a tile stands on a page."""
 
 import io
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
+
+from m2d.plots.style import styled
+
+
+def figure_of(draw: Callable[..., bytes], *args: Any, **options: Any) -> Figure:
+    """What a function that gives PNG bytes encodes."""
+    figure: Figure = styled()(draw.__wrapped__)(*args, **options)  # type: ignore[attr-defined]
+    return figure
 
 
 def pixels_of(png: bytes) -> np.ndarray:

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 from PIL import Image
-from plots.pictures import pixels_of
+from plots.pictures import figure_of, pixels_of
 
 from m2d.classes import ISIC7
 from m2d.plots.charts import (
@@ -35,7 +35,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 def test_every_point_of_a_class_is_in_its_chart_and_in_that_of_all() -> None:
     given = np.random.default_rng(0).uniform(-1, 1, (20, 2)), np.random.default_rng(1).uniform(-0.9, 0.9, (6, 2))
     real, generated, _ = project_cls(*given)
-    figure = cls_projection.figure(given[0], np.repeat([MEL, NV], 10), given[1], np.repeat([MEL, NV], 3))
+    figure = figure_of(cls_projection, given[0], np.repeat([MEL, NV], 10), given[1], np.repeat([MEL, NV], 3))
     charts = {axes.get_title("left"): axes for axes in figure.axes}
     mel = charts["MEL melanoma\n10 real, 3 generated"]
     shown = [one.get_offsets().data for one in mel.collections if len(one.get_offsets())]
@@ -49,7 +49,7 @@ def test_every_point_of_a_class_is_in_its_chart_and_in_that_of_all() -> None:
 
 def test_a_point_far_away_is_drawn_at_the_edge() -> None:
     real = np.concatenate([normal(99, 2), [[1e6, 0.0]]])
-    figure = cls_projection.figure(real, np.full(100, NV), np.zeros((0, 2)), np.zeros(0, int))
+    figure = figure_of(cls_projection, real, np.full(100, NV), np.zeros((0, 2)), np.zeros(0, int))
     low, high = figure.axes[0].get_xlim()
     assert np.abs([low, high]).max() < 5 < np.abs(project_cls(real, real)[0]).max()
     drawn = np.concatenate([one.get_offsets().data for one in figure.axes[0].collections])
@@ -58,7 +58,7 @@ def test_a_point_far_away_is_drawn_at_the_edge() -> None:
 
 
 def test_real_points_are_hollow_and_generated_ones_filled() -> None:
-    figure = cls_projection.figure(normal(4, 2), np.full(4, MEL), normal(4, 2), np.full(4, MEL))
+    figure = figure_of(cls_projection, normal(4, 2), np.full(4, MEL), normal(4, 2), np.full(4, MEL))
     real, generated = (one for one in figure.axes[0].collections if len(one.get_offsets()))
     assert len(real.get_facecolor()) == 0
     assert generated.get_facecolor()[0].tolist() == [0, 0, 0, 1]  # melanoma is black
@@ -103,7 +103,7 @@ def test_the_median_divides_the_counts_in_halves() -> None:
 
 def test_bars_are_shares_of_a_networks_gradients_on_one_axis_of_sizes() -> None:
     counts = {"autoencoder": ([1, 2], [-9.0, -8.0, -7.0]), "denoiser": ([1, 3], [-6.0, -5.0, -4.0])}
-    first, second = gradient_histogram.figure(counts, step=1200).axes
+    first, second = figure_of(gradient_histogram, counts, step=1200).axes
     assert second.get_title("left") == "denoiser: 4 gradients"
     assert second.patches[0].get_data().values.tolist() == [25, 75]
     assert second.get_xlabel() == "|gradient| at step 1,200"
@@ -118,7 +118,7 @@ def test_nothing_to_count_is_a_picture(counts: dict[str, tuple[list[int], list[f
 def test_a_confusion_shows_the_counts_and_shares_of_each_row() -> None:
     matrix = np.zeros((7, 7), int)
     matrix[MEL, [MEL, NV]] = 30, 10
-    axes = confusion_matrix_picture.figure(matrix.tolist(), "A probe", ISIC7.codes).axes[0]
+    axes = figure_of(confusion_matrix_picture, matrix.tolist(), "A probe", ISIC7.codes).axes[0]
     assert {text.get_position(): text.get_text() for text in axes.texts if text.get_text() != "0"} == {
         (MEL, MEL): "30", (NV, MEL): "10"
     }  # fmt: skip

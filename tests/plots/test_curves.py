@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from plots.pictures import pixels_of
+from plots.pictures import figure_of, pixels_of
 
 from m2d.plots.curves import (
     Series,
@@ -68,7 +68,7 @@ def test_modules_of_a_network_share_a_chart_of_their_own() -> None:
 def test_a_quantity_that_nobody_knew_of_is_drawn_too() -> None:
     panels = training_panels(log(3, loss__kl=1, brand_new_quantity=0.3))
     assert panels[-1].title == "brand_new_quantity"
-    assert len(validation_curves.figure(log(3, val__psnr_db=30, val__fid=12)).axes) >= 2
+    assert len(figure_of(validation_curves, log(3, val__psnr_db=30, val__fid=12)).axes) >= 2
 
 
 def test_skipped_steps_are_drawn_once_there_are_any() -> None:
@@ -79,13 +79,13 @@ def test_skipped_steps_are_drawn_once_there_are_any() -> None:
 
 def test_losses_that_span_decades_are_drawn_on_a_logarithmic_scale_and_negative_ones_are_not() -> None:
     records = log(300, loss__kl=1, loss__alignment=-0.5)  # 1.01^300 = 19.8
-    figure = training_curves.figure(records)
+    figure = figure_of(training_curves, records)
     assert chart(figure, "VAE: KL divergence").get_yscale() == "log"
     assert chart(figure, "Alignment (-1 is perfect)").get_yscale() == "linear"
 
 
 def test_what_was_recorded_is_faint_and_its_median_bold_and_a_learning_rate_is_drawn_as_recorded() -> None:
-    figure = training_curves.figure(log(50, loss__kl=1, learning_rate__denoiser=1))
+    figure = figure_of(training_curves, log(50, loss__kl=1, learning_rate__denoiser=1))
     faint, bold = chart(figure, "VAE: KL divergence").get_lines()
     (rate,) = chart(figure, "Learning rate").get_lines()
     assert faint.get_alpha() < 0.5 < 1.5 < bold.get_linewidth()
@@ -96,21 +96,21 @@ def test_what_was_recorded_is_faint_and_its_median_bold_and_a_learning_rate_is_d
 def test_thirty_thousand_records_are_few_points() -> None:
     records = log(1000, loss__kl=1)
     records = [record | {"step": n, "epoch": n / 500} for n, record in enumerate(30 * records)]
-    for line in chart(training_curves.figure(records), "VAE: KL divergence").get_lines():
+    for line in chart(figure_of(training_curves, records), "VAE: KL divergence").get_lines():
         assert len(np.asarray(line.get_xdata())) <= 600
 
 
 def test_epochs_stand_above_their_steps_where_records_have_them() -> None:
-    above = chart(training_curves.figure(log(41, loss__kl=1)), "VAE: KL divergence").child_axes[0]
+    above = chart(figure_of(training_curves, log(41, loss__kl=1)), "VAE: KL divergence").child_axes[0]
     places = dict(zip([tick.get_text() for tick in above.get_xticklabels()], above.get_xticks(), strict=True))
     assert places == pytest.approx({"epoch 2": 80, "4": 160, "6": 240, "8": 320, "10": 400})
     records = [{"step": step, "loss/kl": 1.0 + step} for step in range(5)]
-    assert chart(training_curves.figure(records), "VAE: KL divergence").child_axes == []
+    assert chart(figure_of(training_curves, records), "VAE: KL divergence").child_axes == []
 
 
 def test_a_network_has_one_colour_in_every_chart() -> None:
-    figure = training_curves.figure(
-        log(3, learning_rate__denoiser=1, gradient_norm__autoencoder=1, gradient_norm__denoiser=1)
+    figure = figure_of(
+        training_curves, log(3, learning_rate__denoiser=1, gradient_norm__autoencoder=1, gradient_norm__denoiser=1)
     )
     rate = chart(figure, "Learning rate").get_lines()[0]
     norm = chart(figure, "Gradient norm").get_lines()[1]
@@ -120,14 +120,14 @@ def test_a_network_has_one_colour_in_every_chart() -> None:
 def test_the_best_value_is_ringed_at_its_step() -> None:
     values = [30.0, 33.5, 31.0]
     records = [{"step": 100 * n, "val/psnr_db": value, "val/perceptual": value} for n, value in enumerate(values)]
-    figure = validation_curves.figure(records)
+    figure = figure_of(validation_curves, records)
     assert labels_of(chart(figure, "PSNR (dB, more is better)")) == ["last 31", "best 33.5 at 100"]
     assert labels_of(chart(figure, "Perceptual distance (less is better)")) == ["last 31", "best 30 at 0"]
 
 
 def test_a_measure_that_moves_by_rounding_only_is_drawn_flat() -> None:
     records = [{"step": n, "val/psnr_db": 36.9 + 1e-7 * n} for n in range(5)]
-    low, high = chart(validation_curves.figure(records), "PSNR (dB, more is better)").get_ylim()
+    low, high = chart(figure_of(validation_curves, records), "PSNR (dB, more is better)").get_ylim()
     assert high - low > 0.1
 
 
@@ -136,7 +136,7 @@ def test_a_measure_that_moves_by_rounding_only_is_drawn_flat() -> None:
 )
 def test_values_that_are_not_finite_are_left_out_of_curve_and_legend(values: list[float], label: str) -> None:
     records = [{"step": n, "loss/kl": value} for n, value in enumerate(values)]
-    assert labels_of(chart(training_curves.figure(records), "VAE: KL divergence")) == [label]
+    assert labels_of(chart(figure_of(training_curves, records), "VAE: KL divergence")) == [label]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])

@@ -67,6 +67,14 @@ class Classifier(Protocol):
     """Trains on rows of its real and generated images and calls its test images. It is pickled."""
 
     @property
+    def name(self) -> str:
+        """As reports call it."""
+
+    @property
+    def fixed_share(self) -> float | None:
+        """Of a class's weight on synthetic images, where trainings take too long to choose it; None: it is chosen."""
+
+    @property
     def seeded(self) -> bool:
         """Whether the seed changes the answer."""
 
@@ -139,7 +147,6 @@ class DownstreamResult:
 
 def compare_arms(
     classifier: Classifier,
-    name: str,
     settings: Settings,
     trials: Trials,
     *,
@@ -180,18 +187,12 @@ def compare_arms(
     answers = run_jobs(classifier, [job for of_arm in jobs.values() for job in of_arm], trials)
 
     resamples = Resamples.of(truth, groups, trials, train.classes)
-    scores = {digest: resamples.scores(answer[rows]) for digest, answer in answers.items()}
-
-    def estimates(
-        arm: str, ratio: float | None = None, minus: tuple[str, float | None] | None = None
-    ) -> dict[str, Estimate]:
-        """Each score of an arm, or of an arm less another."""
-        first, other = ([scores[job.digest] for job in jobs[one]] for one in ((arm, ratio), minus or (arm, ratio)))
-        return resamples.estimates(first, other if minus else None)
-
-    minus_b, minus_c = (estimates("d", minus=(control, None)) for control in "bc")
+    of_job = {digest: resamples.scores(answer[rows]) for digest, answer in answers.items()}
+    scores = {arm: [of_job[job.digest] for job in of_arm] for arm, of_arm in jobs.items()}
+    estimates = resamples.estimates
+    d, (b, c) = scores["d", None], (scores[control, None] for control in "bc")
     return DownstreamResult(
-        classifier=name,
+        classifier=classifier.name,
         settings=settings,
         seeds=list(trials.seeds),
         resamples=trials.resamples,
@@ -204,21 +205,21 @@ def compare_arms(
                 description=ARMS[arm],
                 images=counted(arms[arm, None][0].labels(train.labels, generated.labels)),
                 trainings=len({job.digest for job in jobs[arm, None]}),
-                scores=estimates(arm),
+                scores=estimates(scores[arm, None]),
             )
             for arm in letters
         },
-        minus_b=minus_b,
-        minus_c=minus_c,
+        minus_b=estimates(d, b),
+        minus_c=estimates(d, c),
         ratios=[
             RatioResult(
                 ratio=ratio,
                 added=counted(generated.labels[arms["d", ratio][0].generated]),
                 limited=limits(train.labels, generated.labels, ratio, train.classes),
-                oversampled=estimates("c", ratio),
-                synthetic=estimates("d", ratio),
-                minus_b=estimates("d", ratio, minus=("b", None)),
-                minus_c=estimates("d", ratio, minus=("c", ratio)),
+                oversampled=estimates(scores["c", ratio]),
+                synthetic=estimates(scores["d", ratio]),
+                minus_b=estimates(scores["d", ratio], b),
+                minus_c=estimates(scores["d", ratio], scores["c", ratio]),
             )
             for ratio in trials.ratios
         ],
@@ -239,11 +240,9 @@ class Resamples:
     @classmethod
     def of(cls, truth: np.ndarray, groups: np.ndarray, trials: Trials, classes: ClassSet) -> Self:
         """truth [N], groups [N]: of the scored test images; both kinds of draws are the trials'."""
-        drawn = resampled_weights(truth, groups, resamples=trials.resamples, seed=trials.seed)
-        weights = np.concatenate([np.ones((1, len(truth)), dtype=drawn.dtype), drawn])
-        return cls(
-            truth, weights, resampled_seeds(len(trials.seeds), resamples=trials.resamples, seed=trials.seed), classes
-        )
+        weights = resampled_weights(truth, groups, resamples=trials.resamples, seed=trials.seed)
+        picked = resampled_seeds(len(trials.seeds), resamples=trials.resamples, seed=trials.seed)
+        return cls(truth, weights, picked, classes)
 
     def scores(self, probabilities: np.ndarray, decided: np.ndarray | None = None) -> Scored:
         """Of one training, name to [1 + R]; see metrics.scores.weighted_scores."""
@@ -251,8 +250,7 @@ class Resamples:
 
     def estimates(self, seeds: Sequence[Scored], minus: Sequence[Scored] | None = None) -> dict[str, Estimate]:
         """Each score averaged over the trainings of all seeds, or its difference to another's of the same seeds."""
-        means = {name: self.means(seeds, name, minus) for name in seeds[0]}
-        return {name: Estimate.of(drawn[0], drawn[1:]) for name, drawn in means.items()}
+        return {name: Estimate.of(self.means(seeds, name, minus)) for name in seeds[0]}
 
     def means(self, seeds: Sequence[Scored], name: str, minus: Sequence[Scored] | None = None) -> np.ndarray:
         """A score averaged over the seeds, then over those of each resample: float64 [1 + R]."""

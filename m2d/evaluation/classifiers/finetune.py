@@ -7,7 +7,7 @@ in data alone, and in how synthetic images come in: the recipe.
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,10 @@ from torchvision.transforms.functional import rgb_to_grayscale
 from m2d import __version__
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, TrainingError
-from m2d.evaluation.classifiers.compare import (
-    DownstreamResult,
-    TrainingRows,
-    Trials,
-    compare_arms,
-    drawn_of_classes,
-)
+from m2d.evaluation.classifiers.compare import DownstreamResult, TrainingRows, Trials, compare_arms, drawn_of_classes
 from m2d.evaluation.classifiers.site import SiteResult, measure_site
-from m2d.evaluation.classifiers.worth import FIXED_SHARE, Pool, WorthResult, measure_worth
-from m2d.evaluation.images import ImageSet
+from m2d.evaluation.classifiers.worth import FIXED_SHARE, Pool, Sides, WorthResult, measure_worth
+from m2d.evaluation.images import ImageSet, together
 from m2d.evaluation.settings import FinetuneConfig
 from m2d.generation.generator import pick_device
 from m2d.models.extractors import FeatureExtractor, extractor_identity, load_feature_extractor
@@ -61,7 +55,6 @@ def measure_finetuned(
     steps = steps_of(config, len(train))
     return compare_arms(
         FinetuneClassifier.of(train, test, generated, config),
-        f"{config.model} fine-tuned on the pixels",
         {**asdict(config), "steps": steps},
         trials,
         images=(train, test, generated),
@@ -76,78 +69,40 @@ def measure_finetuned(
 
 
 def finetuned_worth(
-    *,
-    known: ImageSet | None,
-    tested: ImageSet,
+    sides: Sides,
     generated: ImageSet,
     config: FinetuneConfig,
     trials: Trials,
+    *,
     folds: int = 1,
-    original: tuple[ImageSet | None, ImageSet] | None = None,
+    original: Sides | None = None,
 ) -> WorthResult:
     """What generated images are worth to classifier 2; see worth.measure_worth.
 
-    known: real images that are trained on alone; with folds, `tested` are too. original: known and tested images as
-    they are, where those given were preprocessed.
+    sides: with folds, those of `tested` are trained on too. original: as they are, where those given were preprocessed.
     """
 
-    def judge(train: ImageSet | None, test: ImageSet) -> FinetuneClassifier:
-        if folds > 1 or train is None:
-            train = test = _pooled(train, test)
-        return FinetuneClassifier.of(train, test, generated, config)
+    def judge(sides: Sides) -> FinetuneClassifier:
+        every = list(sides.values()) if folds == 1 else [together(*sides.values())]
+        return FinetuneClassifier.of(every[0], every[-1], generated, config)
 
-    return measure_worth(
-        judge(known, tested),
-        f"{config.model} fine-tuned on the pixels",
-        Pool.of(known, tested, generated),
-        trials,
-        folds=folds,
-        choose=False,
-        share=share_of(config),
-        copies=len(generated.copies),
-        notes=[_fixed(config)],
-        original=judge(*original) if original else None,
-    )
+    before = judge(original) if original else None
+    pool, notes = Pool.of(sides, generated), [_fixed(config)]
+    return measure_worth(judge(sides), pool, trials, folds=folds, notes=notes, original=before)
 
 
 def finetuned_site(
-    *,
-    known: ImageSet | None,
-    tested: ImageSet,
-    generated: ImageSet,
-    config: FinetuneConfig,
-    trials: Trials,
-    share: float,
-    folds: int,
+    sides: Sides, generated: ImageSet, config: FinetuneConfig, trials: Trials, *, share: float, folds: int
 ) -> SiteResult:
-    """What a site gains, for classifier 2; see site.measure_site. known: real images that the generator learned on."""
-    pooled = _pooled(known, tested)
-    return measure_site(
-        FinetuneClassifier.of(pooled, pooled, generated, config),
-        f"{config.model} fine-tuned on the pixels",
-        Pool.of(known, tested, generated),
-        trials,
-        share=share,
-        folds=folds,
-        choose=False,
-        fixed=share_of(config),
-        copies=len(generated.copies),
-        notes=[
-            _fixed(config),
-            "The generator's own real images come by the same recipe as the synthetic ones. There is no arm t: flips "
-            "and quarter turns are in every arm.",
-        ],
-    )
-
-
-def _pooled(known: ImageSet | None, tested: ImageSet) -> ImageSet:
-    """The images of a Pool, the known ones first, all in memory."""
-    if known is None:
-        return tested
-    both: dict[str, Any] = {part: getattr(known, part) + getattr(tested, part) for part in ("sha256", "paths")}
-    for part in ("labels", "groups", "pixels"):
-        both[part] = np.concatenate([getattr(known, part), getattr(tested, part)])
-    return replace(tested, **both)
+    """What a site gains, for classifier 2; see site.measure_site. Known images: those that the generator learned on."""
+    pooled = together(*sides.values())
+    notes = [
+        _fixed(config),
+        "The generator's own real images come by the same recipe as the synthetic ones. There is no arm t: flips and "
+        "quarter turns are in every arm.",
+    ]
+    judge = FinetuneClassifier.of(pooled, pooled, generated, config)
+    return measure_site(judge, Pool.of(sides, generated), trials, share=share, folds=folds, notes=notes)
 
 
 def _fixed(config: FinetuneConfig) -> str:
@@ -214,6 +169,16 @@ class FinetuneClassifier:
     def identity_of(self, rows: TrainingRows) -> str:
         """Rows of real images alone are the same training whatever is generated, and by every recipe."""
         return self.identities[2 if _both(rows) else bool(len(rows.generated))]
+
+    @property
+    def name(self) -> str:
+        """As reports call it."""
+        return f"{self.config.model} fine-tuned on the pixels"
+
+    @property
+    def fixed_share(self) -> float:
+        """By its recipe."""
+        return share_of(self.config)
 
     @property
     def wants_gpu(self) -> bool:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -37,15 +36,15 @@ from m2d.evaluation.classifiers.site import SiteResult, measure_site, site_rows
 from m2d.evaluation.classifiers.worth import Pool, WorthResult, equal_priors, measure_worth
 from m2d.evaluation.features import ClsFeatures, cls_features
 from m2d.evaluation.images import (
+    ALL_ROWS,
     FeatureSet,
     Listed,
     Unanswerable,
     catalog_of,
     check_apart,
-    class_counts,
     class_folder,
-    lesion_counts,
     require_same,
+    together,
     unknown_lesions,
 )
 from m2d.evaluation.settings import ProbeConfig
@@ -80,16 +79,15 @@ def measure_downstream(
     the same for all arms; None: see `chosen_c`. Raises Unanswerable for lesions too few to choose c by, or classes too
     few.
     """
-    scored_classes(train.images, test.images)
+    scored_classes(train, test)
     picked, tried = (c, {}) if c is not None else chosen_c(train, seed=trials.seed)
     settings: Settings = {"extractor": train.extractor, "c": picked}
     settings |= {f"cross-validated balanced accuracy at c = {one:g}": score for one, score in tried.items()}
     return compare_arms(
         ProbeClassifier(train, test, generated, picked),
-        "logistic regression on extractor features",
         settings,
         trials,
-        images=(train.images, test.images, generated.images),
+        images=(train, test, generated),
         notes=[
             "Features are standardised by the real training images, and c is the same, in every arm.",
             "This classifier has no chance of its own: a seed changes what arm c repeats, and in the ratio sweep which "
@@ -120,6 +118,8 @@ class ProbeClassifier:
     test: FeatureSet
     generated: FeatureSet
     c: float
+    name = "logistic regression on extractor features"
+    fixed_share = None
     seeded = False
     wants_gpu = False
 
@@ -153,32 +153,25 @@ class ProbeClassifier:
 
 
 def probe_worth(
-    *,
-    known: FeatureSet | None,
-    tested: FeatureSet,
+    sides: Mapping[str, FeatureSet],
     generated: FeatureSet,
-    redrawn: tuple[np.ndarray, FeatureSet] | None = None,
     c: float,
     trials: Trials,
+    *,
     folds: int = 1,
+    redrawn: tuple[np.ndarray, FeatureSet] | None = None,
     controls: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
-    original: Sequence[FeatureSet] = (),
+    original: Mapping[str, FeatureSet] | None = None,
 ) -> WorthResult:
     """What generated images are worth to classifier 1; see worth.measure_worth.
 
-    known: real images that are trained on alone; with folds, `tested` are too. redrawn: rows of both together,
-    ascending, and the features of those images after the autoencoder. c: as in measure_downstream. original: known and
-    tested images as they are, where those given were preprocessed.
+    sides: see worth.Sides; with folds, those of `tested` are trained on too. c: as in measure_downstream. redrawn: rows
+    of both sides together, ascending, and the features of those images after the autoencoder. original: the sides as
+    they are, where those given were preprocessed.
     """
-    cls = tested.cls if known is None else np.concatenate([known.cls, tested.cls])
-    pool = Pool.of(
-        known.images if known else None,
-        tested.images,
-        generated.images,
-        redrawn=redrawn[0] if redrawn else None,
-    )
-    pool = replace(pool, nearest=partial(origins, cls, pool.groups, generated))
-    labels, groups, classes = pool.labels, pool.groups, pool.classes
+    pooled, pool = together(*sides.values()), Pool.of(sides, generated, redrawn=redrawn[0] if redrawn else None)
+    cls, labels, groups = pooled.cls, pool.labels, pool.groups
+    pool = replace(pool, nearest=partial(origins, cls, groups, generated))
     rest, apart = np.flatnonzero(~pool.tested) if folds == 1 else np.arange(len(labels)), dict[str, float]()
     for label in np.unique(generated.labels):
         real, own = rest[labels[rest] == label], generated.cls[generated.rows(label)]
@@ -186,65 +179,45 @@ def probe_worth(
             both = np.concatenate([groups[real], groups[_nearest(cls, own, real)]])
             made = np.arange(len(both)) >= len(real)
             auc = told_apart(np.concatenate([cls[real], own]), made, both, c=c, seed=trials.seed)
-            apart |= {classes.codes[label]: auc} if auc is not None else {}
-    pooled = replace(tested, images=replace(tested.images, labels=labels, groups=groups), cls=cls)
-    if redrawn:
-        every = replace(generated.images, labels=np.concatenate([generated.labels, labels[redrawn[0]]]))
-        generated = replace(generated, images=every, cls=np.concatenate([generated.cls, redrawn[1].cls]))
-    before = replace(pooled, cls=np.concatenate([one.cls for one in original])) if original else None
+            apart |= {pool.classes.codes[label]: auc} if auc is not None else {}
+    every = together(generated, redrawn[1]) if redrawn else generated
+    before = together(*original.values()) if original else None
     return measure_worth(
-        ProbeClassifier(pooled, pooled, generated, c),
-        "logistic regression on extractor features",
+        ProbeClassifier(pooled, pooled, every, c),
         pool,
         trials,
         folds=folds,
-        copies=len(generated.images.copies),
         told_apart=apart,
         controls=controls,
-        original=ProbeClassifier(before, before, generated, c) if before else None,
+        original=ProbeClassifier(before, before, every, c) if before else None,
     )
 
 
 def probe_site(
-    *,
-    known: FeatureSet | None,
-    tested: FeatureSet,
+    sides: Mapping[str, FeatureSet],
     generated: FeatureSet,
-    turned: Sequence[np.ndarray] = (),
     c: float | None,
     trials: Trials,
+    *,
+    turned: Sequence[np.ndarray] = (),
     share: float,
     folds: int,
 ) -> SiteResult:
     """What a site gains, for classifier 1; see site.measure_site.
 
-    known: real images that the generator learned on. turned: features of the tested images, one array for each further
+    known images: those that the generator learned on. turned: features of the tested images, one array for each further
     view. c: None: chosen by sites drawn from the known lesions, for the best one depends on the number of lesions.
     """
-    pool = Pool.of(known.images if known else None, tested.images, generated.images)
-    cls = tested.cls if known is None else np.concatenate([known.cls, tested.cls])
-    pooled = replace(tested, images=replace(tested.images, labels=pool.labels, groups=pool.groups), cls=cls)
-    views = np.concatenate([generated.labels, *(tested.labels for _ in turned)])
-    offered = replace(
-        generated, images=replace(generated.images, labels=views), cls=np.concatenate([generated.cls, *turned])
-    )
-    how = "as asked for"
+    pooled, pool = together(*sides.values()), Pool.of(sides, generated, turned=len(turned))
+    offered = together(generated, *(replace(sides["tested"], cls=view) for view in turned))
+    probe, how = ProbeClassifier(pooled, pooled, offered, c or C_WITHOUT_CHOICE), "as asked for"
     if c is None:
-        how = "chosen by sites drawn from the lesions that the generator learned on, tested on the rest of these"
-        c = _c_of_sites(ProbeClassifier(pooled, pooled, offered, C_WITHOUT_CHOICE), pool, share, trials.seed)
-        if c is None:
-            c, how = C_WITHOUT_CHOICE, "for there is too little to choose it by"
-    return measure_site(
-        ProbeClassifier(pooled, pooled, offered, c),
-        "logistic regression on extractor features",
-        pool,
-        trials,
-        share=share,
-        folds=folds,
-        turned=len(turned),
-        copies=len(generated.images.copies),
-        notes=[f"c is {c:g} in every arm, {how}."],
-    )
+        c, how = _c_of_sites(probe, pool, share, trials.seed), "for there is too little to choose it by"
+        if c is not None:
+            how = "chosen by sites drawn from the lesions that the generator learned on, tested on the rest of these"
+            probe = replace(probe, c=c)
+    notes = [f"c is {probe.c:g} in every arm, {how}."]
+    return measure_site(probe, pool, trials, share=share, folds=folds, notes=notes)
 
 
 def _c_of_sites(probe: ProbeClassifier, pool: Pool, share: float, seed: int) -> float | None:
@@ -279,7 +252,7 @@ def origins(real: np.ndarray, groups: np.ndarray, generated: FeatureSet, rows: n
     place = dict(zip(groups[rows].tolist(), rows.tolist(), strict=True))
     found = zip(generated.groups.tolist(), _nearest(real, generated.cls, rows).tolist(), strict=True)
     own = [place.get(lesion, row) for lesion, row in found]
-    skins = generated.images.skins
+    skins = generated.skins
     return np.array(own if skins is None else [(row, place.get(of, row)) for row, of in zip(own, skins)], np.int64)
 
 
@@ -320,22 +293,16 @@ def measure_consistency(
     of the real recall and of both means a bootstrap over lesions, or generated images, within each class.
     Raises Unanswerable where fewer than two classes are both in train and test.
     """
-    scored_classes(train.images, test.images)
+    scored_classes(train, test)
     probe = LinearProbe.fit(train.cls, train.labels, c=c)
     known = np.isin(test.labels, np.unique(train.labels))
     codes = train.classes.codes
-    shape = {"num_classes": len(codes), "resamples": resamples, "seed": seed}
-
-    def classified(truth: np.ndarray, cls: np.ndarray, groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The confusion matrix [K, K], and those of the resamples [R, K, K]."""
-        called = probe.predict(cls)
-        return confusion_matrix(truth, called, len(codes)), resampled_confusions(truth, called, groups, **shape)
-
-    confusion, drawn = classified(generated.labels, generated.cls, np.arange(len(generated)))
-    real, drawn_real = classified(test.labels[known], test.cls[known], test.groups[known])
+    single = replace(generated, groups=np.arange(len(generated)))
+    drawn = _confusions(probe, single, resamples, seed)
+    drawn_real = _confusions(probe, test, resamples, seed, known)
+    confusion, real = drawn[0], drawn_real[0]
     made, tested = (np.flatnonzero(one.sum(axis=1)) for one in (confusion, real))
-    recalls, resampled = scores(real).recall, scores(drawn_real).recall
-    both = np.intersect1d(made, tested)
+    recalls, both = scores(drawn_real).recall, np.intersect1d(made, tested)
     agreement = {k: Estimate.of_share(float(confusion[k, k] / confusion[k].sum()), confusion[k].sum()) for k in made}
     return ConsistencyResult(
         extractor=train.extractor,
@@ -344,27 +311,32 @@ def measure_consistency(
         classes=list(codes),
         confusion=confusion.tolist(),
         confusion_of_real=real.tolist(),
-        images=generated.images.counts,
+        images=generated.counts,
         agreement={codes[k]: one for k, one in agreement.items()},
-        recall_of_real={codes[k]: Estimate.of(recalls[row], resampled[:, row]) for row, k in enumerate(tested)},
-        mean_agreement=_mean(confusion, drawn, both),
-        mean_recall_of_real=_mean(real, drawn_real, both),
+        recall_of_real={codes[k]: Estimate.of(recalls[:, place]) for place, k in enumerate(tested)},
+        mean_agreement=_mean(drawn, both),
+        mean_recall_of_real=_mean(drawn_real, both),
         left_out={
-            **unscored(train.images, test.images),
+            **unscored(train, test),
             **{codes[k]: "no generated image, so no agreement" for k in np.setdiff1d(tested, made)},
         },
     )
 
 
-def _mean(confusion: np.ndarray, drawn: np.ndarray, classes: np.ndarray) -> Estimate | None:
-    """The mean share on the diagonal of these rows; confusion [K, K], drawn [R, K, K]. None: no row."""
-    if not len(classes):
-        return None
-    shares, resampled = (
-        np.diagonal(one, axis1=-2, axis2=-1)[..., classes] / one.sum(axis=-1)[..., classes]
-        for one in (confusion, drawn)
+def _confusions(
+    probe: LinearProbe, of: FeatureSet, resamples: int, seed: int, rows: slice | np.ndarray = ALL_ROWS
+) -> np.ndarray:
+    """int64 [1 + R, K, K]: of these images, and of their resamples by lesion."""
+    called, size = probe.predict(of.cls[rows]), len(of.classes)
+    return resampled_confusions(
+        of.labels[rows], called, of.groups[rows], num_classes=size, resamples=resamples, seed=seed
     )
-    return Estimate.of(shares.mean(), resampled.mean(axis=1))
+
+
+def _mean(confusions: np.ndarray, classes: np.ndarray) -> Estimate | None:
+    """The mean share on the diagonal of these rows of confusions [1 + R, K, K]. None: no row."""
+    shares = np.diagonal(confusions, axis1=1, axis2=2)[:, classes] / confusions.sum(axis=2)[:, classes]
+    return Estimate.of(shares.mean(axis=1)) if len(classes) else None
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -394,35 +366,26 @@ def probe(config: ProbeConfig) -> Path:
         batch_size=config.batch_size or (8 if device == "cpu" else 64),  # small ones stay in a CPU's caches
         max_pixels=config.data.max_pixels,
     )
-    (train_cls, labels, lesions), (cls, truth, test_lesions) = (_read(side, features) for side in listed)
-    train, test = (
-        {
-            "source": side.source,
-            "images": class_counts(of_side, classes),
-            "lesions": lesion_counts(of_side, groups, classes),
-        }
-        for side, of_side, groups in zip(listed, (labels, truth), (lesions, test_lesions))
-    )
+    train, test = (_read(side, features, key) for side in listed)
     c, tried = config.c, dict[float, float]()
     if c is None:
-        c, tried = choose_c(train_cls, labels, lesions, num_classes=len(classes), seed=config.seed)
+        c, tried = choose_c(train.cls, train.labels, train.groups, num_classes=len(classes), seed=config.seed)
     c = c or C_WITHOUT_CHOICE
-    fitted = LinearProbe.fit(train_cls, labels, c=c)
-    predicted = fitted.predict(cls)
-    confusion = confusion_matrix(truth, predicted, len(classes))
-    shape = {"num_classes": len(classes), "resamples": config.bootstrap, "seed": config.seed}
-    measured, resampled = scores(confusion), scores(resampled_confusions(truth, predicted, test_lesions, **shape))
+    fitted = LinearProbe.fit(train.cls, train.labels, c=c)
+    confusions = _confusions(fitted, test, config.bootstrap, config.seed)
+    measured = scores(confusions)
     means = ("accuracy", "balanced_accuracy", "macro_f1")  # over the classes in the test images
-    recall = {code: Estimate.of(measured.recall[k], resampled.recall[:, k]) for k, code in enumerate(test["images"])}
+    recall = {code: Estimate.of(measured.recall[:, k]) for k, code in enumerate(test.counts)}
+    read = [{name: one.summary[name] for name in ("source", "images", "lesions")} for one in (train, test)]
     result: dict[str, Any] = {  # of probe.json
         "extractor": key,
         "device": device,
-        **{name: Estimate.of(getattr(measured, name), getattr(resampled, name)) for name in means},
+        **{name: Estimate.of(getattr(measured, name)) for name in means},
         "recall": recall,
-        "train": train,  # what could not be read is left out
-        "test": test,
+        "train": read[0],  # what could not be read is left out
+        "test": read[1],
         "classes": classes.codes,
-        "confusion": confusion.tolist(),  # rows: true class, columns: called class
+        "confusion": confusions[0].tolist(),  # rows: true class, columns: called class
         "c": c,
         "c_tried": {f"{c:g}": score for c, score in tried.items()},  # balanced accuracy on held-out training lesions
         "converged": fitted.converged,
@@ -436,7 +399,7 @@ def probe(config: ProbeConfig) -> Path:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "version": __version__,
     }
-    result["reading"] = _reading(result["balanced_accuracy"], recall, 1 / len(train["images"]))
+    result["reading"] = _reading(result["balanced_accuracy"], recall, 1 / len(train.counts))
     _show(result, folder)
     print(f"probe.json, probe.csv and probe.png in {folder} ({result['seconds']:.0f} s)")
     return folder
@@ -444,38 +407,29 @@ def probe(config: ProbeConfig) -> Path:
 
 def _listed(config: ProbeConfig) -> tuple[list[Listed], list[str]]:
     """What to fit on and what to test on, with no lesion or image in both; and what the report must say of lesions."""
-    notes: list[str]
     root = test_root = class_folder(config.data_root, "data_root")
     if config.test_data_root is not None:
         test_root = class_folder(config.test_data_root, "test_data_root")
-    if config.train_catalog is not None and config.test_catalog is not None:
-        places = (("train", root, config.train_catalog), ("test", test_root, config.test_catalog))
-        catalogs = [read_catalog(file) for *_, file in places]
-        classes, tested = map(classes_of, catalogs)
-        require_same(tested, config.test_catalog, classes, config.train_catalog)
-        notes = unknown_lesions(*catalogs)
-        sides = [
-            Listed(name, f"all of {file}", place, catalog, classes)
-            for (name, place, file), catalog in zip(places, catalogs)
-        ]
+    notes = list[str]()
+    files = [file for file in (config.train_catalog, config.test_catalog) if file is not None]
+    catalogs = [read_catalog(file) for file in files] or [catalog_of(root, config.data, config.cache_dir, notes)]
+    for note in notes:
+        say(note)
+    classes, tested = classes_of(catalogs[0]), classes_of(catalogs[-1])
+    if len(catalogs) > 1:
+        require_same(tested, files[1], classes, files[0])
+        places = zip(("train", "test"), files, (root, test_root), catalogs, strict=True)
+        sides = [Listed(name, f"all of {file}", place, rows, classes) for name, file, place, rows in places]
     else:
-        notes = []
-        if config.train_catalog is None:
-            whole = catalog_of(root, config.data, config.cache_dir, notes)
-        else:
-            whole = read_catalog(config.train_catalog)
-        for note in notes:
-            say(note)
-        notes = unknown_lesions(whole)
+        whole, splits = Listed("", "", root, catalogs[0], classes), np.array(catalogs[0]["split"])
         sides = [
-            Listed(split, f"{split} split of {config.train_catalog or root}", root, rows, classes_of(whole))
+            replace(whole, name=split, source=f"{split} split of {config.train_catalog or root}").where(splits == split)
             for split in ("train", "test")
-            for rows in [whole.filter(pc.equal(whole["split"], split))]
         ]
     for side in sides:
         _check_classes(side)
     check_apart(sides[0], sides[1], "probe")
-    return sides, notes
+    return sides, unknown_lesions(*catalogs)
 
 
 def _check_classes(side: Listed) -> None:
@@ -488,17 +442,17 @@ def _check_classes(side: Listed) -> None:
         )
 
 
-def _read(side: Listed, features: ClsFeatures) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the readable images: cls float32 [N, D], class indices int64 [N], lesions [N]."""
+def _read(side: Listed, features: ClsFeatures, key: str) -> FeatureSet:
+    """The readable images, by their features alone."""
     if not features.of_image:
         raise DataError(
             f"probe: none of {len(features.unreadable):,} images in {side.root} can be read, the first: "
             f"{features.unreadable[0]}; is it the data_root of these catalogs?"
         )
-    left = replace(side, rows=side.rows.filter([sha256 in features.of_image for sha256 in side["sha256"]]))
+    left = side.where(np.array([sha256 in features.of_image for sha256 in side["sha256"]], bool))
     _check_classes(left)
     cls = np.stack([features.of_image[sha256] for sha256 in left["sha256"]])
-    return cls, left.labels, np.array(left["lesion_id"], object)
+    return FeatureSet(**left.known, pixels=np.empty((len(cls), 0, 0, 3), np.uint8), extractor=key, cls=cls)
 
 
 def _show(result: dict[str, Any], folder: Path) -> None:

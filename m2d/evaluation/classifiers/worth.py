@@ -5,14 +5,12 @@ chosen by cross-validation on training lesions, and may be 0. Every classifier i
 argmax a balanced accuracy compares thresholds. Called for both classifiers; see compare.py for their protocol.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, Literal, Self
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 from m2d.classes import ClassSet
 from m2d.evaluation.classifiers.compare import (
@@ -28,6 +26,7 @@ from m2d.evaluation.classifiers.compare import (
 )
 from m2d.evaluation.images import ImageSet, Unanswerable, class_counts, lesion_counts
 from m2d.metrics.bootstrap import Estimate, resampled_weights
+from m2d.metrics.linear_probe import lesion_folds
 from m2d.metrics.scores import LOWER_IS_BETTER
 
 SHARES = (0.0, 0.1, 0.25, 0.5, 0.75)  # of a class's weight, on its synthetic images: those tried
@@ -36,7 +35,8 @@ MARGIN = 0.02  # of balanced accuracy: less is no difference that matters
 INNER_FOLDS, INNER_RESAMPLES = 3, 200
 LEAST_PROBABILITY = 1e-6  # in a loss: one image that is called wrongly must not decide alone
 Word = Literal["helps", "harmless", "no use", "no difference shown", "hurts", "no verdict"]
-RULES = {  # how images are called, with what, and against what
+Rules = dict[str, tuple[str, str, str]]  # how images are called, with what, and against what
+RULES: Rules = {
     "primary": ("equal priors", "d", "c"),
     "less_real": ("equal priors", "d", "a"),
     "class_balanced": ("class-balanced loss", "d", "b"),
@@ -59,6 +59,7 @@ WATCHED = {  # may fall while the balanced accuracy rises: the ranking within a 
     "melanoma_auprc": "melanoma AUPRC",
     "expected_calibration_error": "expected calibration error",
 }
+Sides = Mapping[str, ImageSet]  # "known", real images that are trained on alone, if there are any; then "tested"
 Key = tuple[Any, ...]  # of a training: the number of the part, then which one
 
 
@@ -71,32 +72,53 @@ class Pool:
     tested: np.ndarray  # bool [N]; the others are trained on alone
     generated: np.ndarray  # int64 [M], classes
     classes: ClassSet
+    copies: int = 0  # of tested images among the generated ones
     redrawn: np.ndarray | None = None  # int64 [n], ascending: real rows that follow the generated ones, redrawn
+    turned: int = 0  # further views of the tested images, which follow these, view after view
     # Real rows -> those of them that each generated image is from, see probe.origins; None: nothing is left out by it.
     nearest: Callable[[np.ndarray], np.ndarray] | None = None
 
     @classmethod
-    def of(cls, known: ImageSet | None, tested: ImageSet, generated: ImageSet, **more: Any) -> Self:
+    def of(cls, sides: Sides, generated: ImageSet, **more: Any) -> Self:
         """The known images first."""
-        sides = [one for one in (known, tested) if one is not None]
-        labels, groups = (np.concatenate([getattr(one, part) for one in sides]) for part in ("labels", "groups"))
-        of_test = np.arange(len(labels)) >= len(labels) - len(tested)
-        return cls(labels, groups, of_test, generated.labels, tested.classes, **more)
+        every = sides.values()
+        labels, groups = (np.concatenate([getattr(one, part) for one in every]) for part in ("labels", "groups"))
+        of_test, classes = np.arange(len(labels)) >= len(labels) - len(sides["tested"]), sides["tested"].classes
+        return cls(labels, groups, of_test, generated.labels, classes, len(generated.copies), **more)
+
+    @cached_property
+    def made(self) -> np.ndarray:
+        """Classes of the classifier's generated set, int64: of the generated images and of what follows them."""
+        redrawn = self.generated[:0] if self.redrawn is None else self.labels[self.redrawn]
+        return np.concatenate([self.generated, redrawn, np.tile(self.labels[self.tested], self.turned)])
 
 
-# Pool, classes of generated images, for each inner fold share -> rows and answers, seed -> share, and what each lost.
-Choice = Callable[
-    [Pool, np.ndarray, Sequence[dict[float, tuple[TrainingRows, np.ndarray]]], int], tuple[float, dict[float, float]]
-]
+Folds = Sequence[dict[float, tuple[TrainingRows, np.ndarray]]]  # for each inner fold share -> rows and answers
+Choice = Callable[[Pool, Folds, int], tuple[float, dict[float, float]]]  # by a seed; the share, and what each lost
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """See `verdict`."""
+    """Whether synthetic images help: see `word`."""
 
     word: Word
     sentence: str
     warnings: list[str]
+
+    @classmethod
+    def of(cls, said: Word, text: str, primary: Mapping[str, Estimate]) -> Self:
+        """The word and what explains it, and a warning of what got worse by the interval while the accuracy rose.
+
+        primary: what the synthetic images change, by score.
+        """
+        worse = [
+            f"{name} by {one.signed}"
+            for score, name in WATCHED.items()
+            if (one := primary.get(score)) and (one.above if score in LOWER_IS_BETTER else one.below)
+        ]
+        rose = bool(worse) and said not in ("no use", "no verdict") and primary["balanced_accuracy"].value > 0
+        warned = f"Balanced accuracy rose, yet this got worse: {'; '.join(worse)}."
+        return cls(said, f"{said}: {text}", [warned] if rose else [])
 
 
 @dataclass(frozen=True)
@@ -110,8 +132,8 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class WorthResult:
-    """All of it for one classifier."""
+class JudgedResult:
+    """What is told of one classifier here and for a site."""
 
     classifier: str
     folds: int  # 1: one test part
@@ -119,10 +141,16 @@ class WorthResult:
     resamples: int
     test: dict[str, int]  # scored images of each class
     test_lesions: dict[str, int]
-    shares: list[float]  # of each seed and fold
+    shares: list[float]  # of a class's weight, on synthetic images, for each seed and fold
     inner: dict[str, float]  # share -> class-balanced loss on held-out training lesions, mean over seeds and folds
     arms: dict[str, dict[str, Estimate]]  # `rule: arm`
-    differences: dict[str, dict[str, Estimate]]  # by key of RULES
+    differences: dict[str, dict[str, Estimate]]  # by key of the rules
+
+
+@dataclass(frozen=True)
+class WorthResult(JudgedResult):
+    """All of it for one classifier. Differences: by key of RULES."""
+
     margin: float
     within: dict[str, Estimate]  # the first two of them with 90 % intervals, those of two one-sided tests at 5 %
     gains: dict[str, Gain]  # by key of GAINS, and controls
@@ -163,14 +191,10 @@ class Part:
 
 def measure_worth(
     classifier: Classifier,
-    name: str,
     pool: Pool,
     trials: Trials,
     *,
     folds: int = 1,
-    choose: bool = True,
-    share: float = FIXED_SHARE,
-    copies: int = 0,
     told_apart: Mapping[str, float] | None = None,
     controls: Mapping[str, Callable[[np.ndarray], np.ndarray]] | None = None,
     notes: Sequence[str] = (),
@@ -178,102 +202,69 @@ def measure_worth(
 ) -> WorthResult:
     """Train, choose the shares, score what is tested, and say whether the synthetic images help.
 
-    classifier: its train and its test set are the pool's images, its generated set the pool's with `redrawn` behind.
-    folds: of the tested lesions, each with all else to train on; their answers are scored together. choose: False: the
-    share is `share`, and without folds the classifier's sets are the two sides of `tested`. copies: of
-    test images among the generated ones. controls: by name, half of the lesions' rows -> real rows that these are
-    offered as if generated. original: the classifier of the same rows, its real images as they are, where the other's
-    were preprocessed. Raises Unanswerable where fewer than two classes can be scored.
+    classifier: its train and its test set are the pool's images, its generated set the pool's `made`; one with a fixed
+    share has, without folds, the two sides of `tested` instead. folds: of the tested lesions, each with all else to
+    train on; their answers are scored together. controls: by name, half of the lesions' rows -> real rows that these
+    are offered as if generated. original: the classifier of the same rows, its real images as they are, where the
+    other's were preprocessed. Raises Unanswerable where fewer than two classes can be scored.
     """
-    tested = np.flatnonzero(pool.tested)
-    made = pool.generated if pool.redrawn is None else np.concatenate([pool.generated, pool.labels[pool.redrawn]])
-    parts, notes = list[Part](), list(notes)
+    tested, choose = np.flatnonzero(pool.tested), classifier.fixed_share is None
+    parts = list[Part]()
     for seed in trials.seeds:
         for held in partition(pool, tested, folds, seed) if folds > 1 else [tested]:
-            fit = np.setdiff1d(np.arange(len(pool.labels)), held) if folds > 1 else np.flatnonzero(~pool.tested)
+            fit = np.setdiff1d(np.arange(len(pool.labels)), held)
             offers = {"all": Offer(fit, held[:0], np.arange(len(pool.generated)))}
             offers |= _on_half(pool, fit, seed, controls or {}) if choose else {}
-            parts.append(Part(seed, held, offers, pooled=choose or folds > 1))
-    classes = [
-        k
-        for k in np.unique(pool.labels[tested])
-        if all((pool.labels[one.fit] == k).any() for part in parts for one in part.offers.values())
-    ]
-    if not parts or len(classes) < 2:
-        raise Unanswerable(f"tested and training lesions are too few, or share too few classes, for {folds} folds")
+            part = Part(seed, held, offers, pooled=choose or folds > 1)
+            part.arms = {letter: real_arm(pool, part, letter, part.fit) for letter in "abcd"}
+            if "synthetic" in offers:
+                half = offers["synthetic"].fit
+                part.arms |= {f"half {letter}": real_arm(pool, part, letter, half) for letter in "ac"}
+            parts.append(part)
+    too_few = f"tested and training lesions are too few, or share too few classes, for {folds} folds"
+    judged = Judged.of(classifier, pool, parts, trials, chosen, too_few=too_few)
 
-    for part in parts:
-        part.arms = {letter: real_arm(pool, part, letter, part.fit) for letter in "abcd"}
-        if "synthetic" in part.offers:
-            of_half = part.offers["synthetic"].fit
-            part.arms |= {f"half {letter}": real_arm(pool, part, letter, of_half) for letter in "ac"}
-    answers, tried = train_parts(classifier, pool, made, parts, trials, share=share, choose=_chosen if choose else None)
-    if choose and not tried:
-        notes.append(f"The training lesions are too few to choose a share by; {share:g} is taken.")
-
-    scored = np.isin(pool.labels[tested], classes)
-    truth, groups = pool.labels[tested][scored], pool.groups[tested][scored]
-    resamples = Resamples.of(truth, groups, trials, pool.classes)
-    scores_of = partial(scores_of_parts, pool, made, parts, resamples, answers)
+    resamples, scores = judged.resamples, judged.scores
     arms = {
-        "equal priors: a": scores_of("a"),
-        "equal priors: c": scores_of("c"),
-        "equal priors: d": scores_of("all"),
-        "class-balanced loss: b": scores_of("b", adjusted=False),
-        "class-balanced loss: d": scores_of("balanced", adjusted=False),
-        "argmax: c": scores_of("c", adjusted=False),
-        "argmax: d": scores_of("d", adjusted=False),
+        "equal priors: a": scores("a"),
+        "equal priors: c": scores("c"),
+        "equal priors: d": scores("all"),
+        "class-balanced loss: b": scores("b", adjusted=False),
+        "class-balanced loss: d": scores("balanced", adjusted=False),
+        "argmax: c": scores("c", adjusted=False),
+        "argmax: d": scores("d", adjusted=False),
     }
-    differences = {
-        rule: resamples.estimates(arms[f"{how}: {one}"], arms[f"{how}: {other}"])
-        for rule, (how, one, other) in RULES.items()
-    }
+    told, drawn = judged.told(trials, folds, arms, RULES)
+    told["classifier"] += ", real images through the autoencoder" if original is not None else ""
     minus_original = {}
     if original is not None:
         asked = {(number, arm): part.arms[arm] for number, part in enumerate(parts) for arm in "bc"}
-        plain = train(original, parts, asked, trials)
-        before = {arm: scores_of_parts(pool, made, parts, resamples, plain, arm, adjusted=arm == "c") for arm in "bc"}
+        plain = replace(judged, answers=train(original, parts, asked, trials))
+        before = {arm: plain.scores(arm, adjusted=arm == "c") for arm in "bc"}
         minus_original = {
             f"{how}: {one} - {other} on original images": resamples.estimates(arms[f"{how}: {one}"], before[other])
             for how, one, other in PREPROCESSED
         }
+    gains, gained = dict[str, Gain](), dict[str, np.ndarray]()
     offered = [one for one in parts[0].offers if one != "all" and all(one in part.offers for part in parts)]
-    half = {arm: scores_of(arm) for arm in ([*offered, "half a", "half c"] if offered else [])}
-    shares = {offer: [part.shares[offer] for part in parts] for offer in ("all", *offered)}
-    controls_of = {"all": (arms["equal priors: c"], arms["equal priors: a"])}
-    controls_of |= {offer: (half["half c"], half["half a"]) for offer in offered}  # noqa: C420 - there may be none
-    drawn = {
-        offer: [resamples.means(scores, "balanced_accuracy", control) for control in controls_of[offer]]
-        for offer, scores in {"all": arms["equal priors: d"], **{name: half[name] for name in offered}}.items()
-    }
-    gains = {
-        offer: Gain(
-            word(drawn[offer], shares[offer]),
-            float(np.mean(shares[offer])),
-            *(resamples.estimates(half[offer], control) for control in controls_of[offer]),
-        )
-        for offer in offered
-    }
-    said = "no verdict" if copies else word(drawn["all"], shares["all"])
+    of_half = [scores(f"half {letter}") for letter in "ca"] if offered else []
+    for offer in offered:
+        shares, with_it = judged.shares(offer), scores(offer)
+        of_both = [resamples.means(with_it, "balanced_accuracy", control) for control in of_half]
+        minus = (resamples.estimates(with_it, control) for control in of_half)
+        gains[offer], gained[offer] = Gain(word(of_both, shares), float(np.mean(shares)), *minus), of_both[1]
+    deciding, shares = [drawn["primary"], drawn["less_real"]], judged.shares("all")
+    said: Word = "no verdict" if pool.copies else word(deciding, shares)
     return WorthResult(
-        classifier=name if original is None else f"{name}, real images through the autoencoder",
-        folds=folds,
-        seeds=list(trials.seeds),
-        resamples=trials.resamples,
-        test=class_counts(truth, pool.classes),
-        test_lesions=lesion_counts(truth, groups, pool.classes),
-        shares=shares["all"],
-        inner={f"{share:g}": float(np.mean([one[share] for one in tried])) for share in (SHARES if tried else ())},
-        arms={arm: resamples.estimates(one) for arm, one in arms.items()},
-        differences=differences,
+        **told,
         margin=MARGIN,
-        within=dict(zip(("primary", "less_real"), map(narrower, drawn["all"]), strict=True)),
+        within={rule: Estimate.of(drawn[rule], 90) for rule in ("primary", "less_real")},
         gains=gains,
-        of_ceiling=share_of_gain(drawn, "synthetic"),
-        codec_retention=share_of_gain(drawn, "codec"),
+        of_ceiling=share_of_gain(gained.get("synthetic"), gained.get("ceiling")),
+        codec_retention=share_of_gain(gained.get("codec"), gained.get("ceiling")),
         told_apart=dict(told_apart or {}),
-        verdict=verdict(said, differences, shares["all"], (copies, len(pool.generated))),
-        notes=notes,
+        verdict=verdict(said, told["differences"], shares, (pool.copies, len(pool.generated))),
+        notes=[*notes, *judged.notes("The training lesions")],
         minus_original=minus_original,
     )
 
@@ -290,78 +281,123 @@ def train(
     return {key: answered[job.digest] for key, job in jobs.items()}
 
 
-def train_parts(
-    classifier: Classifier,
-    pool: Pool,
-    made: np.ndarray,
-    parts: Sequence[Part],
-    trials: Trials,
-    *,
-    share: float,
-    choose: Choice | None,
-    partitions: Sequence[int] = (0,),
-) -> tuple[dict[Key, np.ndarray], list[dict[float, float]]]:
-    """Train the arms that the parts have; choose the shares of what they are offered; train with these.
+@dataclass(frozen=True)
+class Judged:
+    """Trained parts of a pool, and the scores of their answers to the tested images of classes that all parts know."""
 
-    Every part gains its shares, an arm for each offer, and `balanced`, class-balanced, for the first. made: int64,
-    classes of the classifier's generated set. share: where none can be chosen. choose: from the answers on inner folds;
-    None: none is chosen. partitions: added to a part's seed, for each partition into inner folds. Returns the answers,
-    by number of the part and arm, and what each share of the first offer lost, for each part where one was chosen.
-    """
-    asked, inner = dict[Key, TrainingRows](), dict[Key, list[dict[float, TrainingRows]]]()
-    for number, part in enumerate(parts):
-        asked |= {(number, arm): rows for arm, rows in part.arms.items()}
-        for name, offer in part.offers.items() if choose else ():
-            folds = [one for more in partitions for one in inner_trainings(pool, made, offer, part.seed + more)]
-            inner[number, name] = folds
-            for fold, of_share in enumerate(folds):
-                asked |= {(number, name, fold, one): rows for one, rows in of_share.items()}
-    answers, tried = train(classifier, parts, asked, trials), list[dict[float, float]]()
-    for number, part in enumerate(parts):
-        for name, offer in part.offers.items():
-            found = [
-                {one: (rows, answers[number, name, fold, one]) for one, rows in of_share.items()}
-                for fold, of_share in enumerate(inner.get((number, name), ()))
-            ]
-            part.shares[name], lost = choose(pool, made, found, part.seed) if choose and found else (share, None)
-            mix = partial(mixed, pool.labels, made, offer, part.shares[name], asked=part.held if part.pooled else None)
-            part.arms[name] = mix()
-            if name == next(iter(part.offers)):
-                part.arms["balanced"] = mix(balanced=True)
-                tried += [lost] if lost else []
-    rest = {(number, arm): rows for number, part in enumerate(parts) for arm, rows in part.arms.items()}
-    answers |= train(classifier, parts, {key: rows for key, rows in rest.items() if key not in answers}, trials)
-    return answers, tried
+    classifier: Classifier
+    pool: Pool
+    parts: Sequence[Part]
+    answers: dict[Key, np.ndarray]  # by number of the part and arm
+    tried: list[dict[float, float]]  # what each share of the first offer lost, for each part where one was chosen
+    scored: np.ndarray  # bool, of the tested images
+    resamples: Resamples
 
+    @classmethod
+    def of(
+        cls,
+        classifier: Classifier,
+        pool: Pool,
+        parts: Sequence[Part],
+        trials: Trials,
+        choose: Choice,
+        *,
+        partitions: Sequence[int] = (0,),
+        too_few: str,
+    ) -> Self:
+        """Train the arms that the parts have; choose the shares of what they are offered; train with these.
 
-def scores_of_parts(
-    pool: Pool,
-    made: np.ndarray,
-    parts: Sequence[Part],
-    resamples: Resamples,
-    answers: Mapping[Key, np.ndarray],
-    arm: str,
-    *,
-    adjusted: bool = True,
-) -> list[Scored]:
-    """For each seed, of the answers on all of its parts. adjusted: calls are at equal priors, ranks at the real ones.
-
-    resamples: of the tested images whose class is scored.
-    """
-    tested, found = np.flatnonzero(pool.tested), []
-    scored = np.isin(pool.labels[tested], resamples.truth)
-    for seed in dict.fromkeys(part.seed for part in parts):
-        called, ranked = np.empty((2, len(tested), len(pool.classes)))
+        Every part gains its shares, an arm for each offer, and `balanced`, class-balanced, for the first. choose: from
+        the answers on inner folds, unless the classifier has a fixed share. partitions: added to a part's seed, for
+        each partition into inner folds. Raises Unanswerable, as `too_few`, where fewer than two classes can be scored.
+        """
+        tested = np.flatnonzero(pool.tested)
+        taught = [np.unique(pool.labels[one.fit]) for part in parts for one in part.offers.values()]
+        classes = [k for k in np.unique(pool.labels[tested]) if all(k in known for known in taught)]
+        if not parts or len(classes) < 2:
+            raise Unanswerable(too_few)
+        asked, inner = dict[Key, TrainingRows](), dict[Key, list[dict[float, TrainingRows]]]()
         for number, part in enumerate(parts):
-            if part.seed == seed:
-                places, answer = np.searchsorted(tested, part.held), answers[number, arm]
-                called[places] = ranked[places] = answer
-                if adjusted:
-                    called[places] = equal_priors(answer, part.arms[arm], pool.labels, made)
-                    ranked[places] = called[places] * np.bincount(pool.labels[part.fit], minlength=len(pool.classes))
-        ranked /= ranked.sum(axis=1, keepdims=True)
-        found.append(resamples.scores(ranked[scored], called[scored]))
-    return found
+            asked |= {(number, arm): rows for arm, rows in part.arms.items()}
+            for name, offer in part.offers.items() if classifier.fixed_share is None else ():
+                folds = [one for more in partitions for one in inner_trainings(pool, offer, part.seed + more)]
+                inner[number, name] = folds
+                for fold, of_share in enumerate(folds):
+                    asked |= {(number, name, fold, one): rows for one, rows in of_share.items()}
+        answers, tried = train(classifier, parts, asked, trials), list[dict[float, float]]()
+        for number, part in enumerate(parts):
+            for name, offer in part.offers.items():
+                found = [
+                    {one: (rows, answers[number, name, fold, one]) for one, rows in of_share.items()}
+                    for fold, of_share in enumerate(inner.get((number, name), ()))
+                ]
+                part.shares[name], lost = (
+                    choose(pool, found, part.seed) if found else (classifier.fixed_share or FIXED_SHARE, None)
+                )
+                known = part.held if part.pooled else None
+                mix = partial(mixed, pool.labels, pool.made, offer, part.shares[name], asked=known)
+                part.arms[name] = mix()
+                if name == next(iter(part.offers)):
+                    part.arms["balanced"] = mix(balanced=True)
+                    tried += [lost] if lost else []
+        rest = {(number, arm): rows for number, part in enumerate(parts) for arm, rows in part.arms.items()}
+        answers |= train(classifier, parts, {key: rows for key, rows in rest.items() if key not in answers}, trials)
+        scored = np.isin(pool.labels[tested], classes)
+        truth, groups = pool.labels[tested][scored], pool.groups[tested][scored]
+        resamples = Resamples.of(truth, groups, trials, pool.classes)
+        return cls(classifier, pool, parts, answers, tried, scored, resamples)
+
+    def scores(self, arm: str, *, adjusted: bool = True) -> list[Scored]:
+        """For each seed, of the answers on all of its parts. adjusted: calls at equal priors, ranks at real ones."""
+        pool, tested, found = self.pool, np.flatnonzero(self.pool.tested), []
+        for seed in dict.fromkeys(part.seed for part in self.parts):
+            called, ranked = np.empty((2, len(tested), len(pool.classes)))
+            for number, part in enumerate(self.parts):
+                if part.seed == seed:
+                    places, answer = np.searchsorted(tested, part.held), self.answers[number, arm]
+                    called[places] = ranked[places] = answer
+                    if adjusted:
+                        called[places] = equal_priors(answer, part.arms[arm], pool.labels, pool.made)
+                        real_priors = np.bincount(pool.labels[part.fit], minlength=len(pool.classes))
+                        ranked[places] = called[places] * real_priors
+            ranked /= ranked.sum(axis=1, keepdims=True)
+            found.append(self.resamples.scores(ranked[self.scored], called[self.scored]))
+        return found
+
+    def shares(self, offer: str) -> list[float]:
+        """Of each part."""
+        return [part.shares[offer] for part in self.parts]
+
+    def told(
+        self, trials: Trials, folds: int, arms: Mapping[str, list[Scored]], rules: Rules
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """The fields of JudgedResult, and by rule the difference in balanced accuracy [1 + R].
+
+        Differences are of the rules whose arms there are.
+        """
+        truth, classes, tried = self.resamples.truth, self.pool.classes, SHARES if self.tried else ()
+        groups = self.pool.groups[self.pool.tested][self.scored]
+        named = {rule: (f"{how}: {one}", f"{how}: {other}") for rule, (how, one, other) in rules.items()}
+        sides = {rule: [arms[one] for one in both] for rule, both in named.items() if arms.keys() >= set(both)}
+        drawn = {rule: self.resamples.means(one, "balanced_accuracy", other) for rule, (one, other) in sides.items()}
+        return {
+            "classifier": self.classifier.name,
+            "folds": folds,
+            "seeds": list(trials.seeds),
+            "resamples": trials.resamples,
+            "test": class_counts(truth, classes),
+            "test_lesions": lesion_counts(truth, groups, classes),
+            "shares": self.shares(next(iter(self.parts[0].offers))),
+            "inner": {f"{share:g}": float(np.mean([lost[share] for lost in self.tried])) for share in tried},
+            "arms": {arm: self.resamples.estimates(one) for arm, one in arms.items()},
+            "differences": {rule: self.resamples.estimates(*both) for rule, both in sides.items()},
+        }, drawn
+
+    def notes(self, whose: str) -> list[str]:
+        """The line that says so where a share should have been chosen and could not be."""
+        if self.classifier.fixed_share is not None or self.tried:
+            return []
+        return [f"{whose} are too few to choose a share by; {FIXED_SHARE:g} is taken."]
 
 
 # --- the rule -------------------------------------------------------------------------------------------------------
@@ -417,14 +453,7 @@ def real_arm(pool: Pool, part: Part, letter: str, fit: np.ndarray) -> TrainingRo
 
 def partition(pool: Pool, rows: np.ndarray, folds: int, seed: int) -> list[np.ndarray]:
     """Rows in as many parts, stratified by class, no lesion in two of them; none where they are too few."""
-    labels, groups = pool.labels[rows], pool.groups[rows]
-    if len(np.unique(groups)) < folds or np.bincount(labels).max(initial=0) < folds:
-        return []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of classes with fewer images than folds
-        parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(rows, labels, groups)
-        found = [rows[held] for _, held in parts]
-    return found if all(len(held) for held in found) else []
+    return [rows[held] for _, held in lesion_folds(pool.labels[rows], pool.groups[rows], folds, seed)]
 
 
 def _on_half(
@@ -459,7 +488,7 @@ def _on_half(
 # --- the choice of a share ------------------------------------------------------------------------------------------
 
 
-def inner_trainings(pool: Pool, generated: np.ndarray, offer: Offer, seed: int) -> list[dict[float, TrainingRows]]:
+def inner_trainings(pool: Pool, offer: Offer, seed: int) -> list[dict[float, TrainingRows]]:
     """For each fold of the training lesions, what is trained for each share. Empty where they are too few.
 
     What is offered stays away from lesions that it was learned from: a generated image is left out where its nearest
@@ -478,34 +507,42 @@ def inner_trainings(pool: Pool, generated: np.ndarray, offer: Offer, seed: int) 
             near[made] = np.isin(pool.groups[nearest], pool.groups[held]).reshape(len(nearest), -1).any(axis=1)
         own = np.isin(pool.groups[offer.real], pool.groups[held])
         without = Offer(fit, offer.real[~own], offer.generated[~near])
-        found.append({share: mixed(pool.labels, generated, without, share, asked=held) for share in SHARES})
+        found.append({share: mixed(pool.labels, pool.made, without, share, asked=held) for share in SHARES})
     return found
 
 
-def _chosen(
-    pool: Pool, generated: np.ndarray, folds: Sequence[dict[float, tuple[TrainingRows, np.ndarray]]], seed: int
-) -> tuple[float, dict[float, float]]:
+def chosen(pool: Pool, folds: Folds, seed: int) -> tuple[float, dict[float, float]]:
     """The share of least loss, or 0 where that is less by under a standard error over lesions; and what each lost.
 
     The loss: cross-entropy at equal priors on held-out training lesions, every class weighing the same. In accuracy few
     lesions of a class would drown in their own noise.
     """
-    held = np.concatenate([fold[0.0][0].asked for fold in folds if fold[0.0][0].asked is not None])
-    truth, size = pool.labels[held], len(pool.classes)
-    weights = resampled_weights(truth, pool.groups[held], resamples=INNER_RESAMPLES, seed=seed)
-    weights = np.concatenate([np.ones((1, len(held)), weights.dtype), weights]).astype(np.float64)
-    of_class = np.eye(size)[:, np.unique(truth)][truth]  # [N, C]
-    lost = {}
-    for share in SHARES:
-        called = np.concatenate(
-            [equal_priors(fold[share][1], fold[share][0], pool.labels, generated) for fold in folds]
-        )
-        right = called[np.arange(len(held)), truth] / called.sum(axis=1)
-        losses = -np.log(right.clip(LEAST_PROBABILITY))[:, None] * of_class
-        lost[share] = ((weights @ losses) / (weights @ of_class)).mean(axis=1)
+    held, called = held_out(pool, folds)
+    mean, truth, lost = class_mean(pool, held, seed), pool.labels[held], {}
+    for share, answer in called.items():
+        right = answer[np.arange(len(held)), truth] / answer.sum(axis=1)
+        lost[share] = mean(-np.log(right.clip(LEAST_PROBABILITY)))
     best = min(SHARES, key=lambda share: lost[share][0])
     gain = lost[0.0] - lost[best]
     return best if gain[0] > max(gain[1:].std(), 1e-6) else 0.0, {share: float(one[0]) for share, one in lost.items()}
+
+
+def held_out(pool: Pool, folds: Folds) -> tuple[np.ndarray, dict[float, np.ndarray]]:
+    """The real rows that all folds hold out, int64 [N], and for each share their calls at equal priors, [N, K]."""
+    held = np.concatenate([fold[0.0][0].asked for fold in folds if fold[0.0][0].asked is not None])
+    return held, {
+        share: np.concatenate([equal_priors(answer, rows, pool.labels, pool.made) for rows, answer in of_folds])
+        for share in SHARES
+        for of_folds in [[fold[share] for fold in folds]]
+    }
+
+
+def class_mean(pool: Pool, rows: np.ndarray, seed: int) -> Callable[[np.ndarray], np.ndarray]:
+    """From losses [N] of real rows to their mean, every class weighing the same, and its resamples: [1 + R]."""
+    truth = pool.labels[rows]
+    weights = resampled_weights(truth, pool.groups[rows], resamples=INNER_RESAMPLES, seed=seed).astype(np.float64)
+    of_class = np.eye(len(pool.classes))[:, np.unique(truth)][truth]  # [N, C]
+    return lambda losses: ((weights @ (losses[:, None] * of_class)) / (weights @ of_class)).mean(axis=1)
 
 
 # --- the verdict ----------------------------------------------------------------------------------------------------
@@ -519,7 +556,7 @@ def word(drawn: Sequence[np.ndarray], shares: Sequence[float]) -> Word:
     cross-validation gave the images no weight anywhere. harmless: both 90 % intervals lie within MARGIN, that is, two
     one-sided tests at 5 % each reject a larger difference. Otherwise no difference is shown.
     """
-    wide, narrow = [Estimate.of(one[0], one[1:]) for one in drawn], [narrower(one) for one in drawn]
+    wide, narrow = ([Estimate.of(one, level) for one in drawn] for level in (95, 90))
     if not any(shares):
         return "no use"
     if all(one.above for one in wide):
@@ -532,13 +569,12 @@ def word(drawn: Sequence[np.ndarray], shares: Sequence[float]) -> Word:
 def verdict(
     said: Word, differences: Mapping[str, Mapping[str, Estimate]], shares: Sequence[float], copies: tuple[int, int]
 ) -> Verdict:
-    """The word in a sentence, and a warning of what got worse by the interval while the balanced accuracy rose.
+    """The word in a sentence.
 
     differences: by key of RULES. copies: of test images among the generated ones, and how many these are.
     """
     against_c, against_a = (differences[rule]["balanced_accuracy"] for rule in ("primary", "less_real"))
-    low, high = min(shares), max(shares)
-    held = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    held = " to ".join(f"{share:g}" for share in sorted({min(shares), max(shares)}))
     changed = (
         f"with {held} of a class's weight on them the synthetic images change balanced accuracy at equal priors on "
         f"unseen lesions by {against_c.signed} against real images oversampled to the same counts, and by "
@@ -552,28 +588,15 @@ def verdict(
         "no difference shown": f"{changed} This test sees differences from about "
         f"{(against_c.high - against_c.low) / 2:.2f} on; --folds 5 --repeats 2 tests more lesions.",
     }
-    worse = [
-        f"{text} by {one.signed}"
-        for name, text in WATCHED.items()
-        if (one := differences["primary"].get(name)) and (one.above if name in LOWER_IS_BETTER else one.below)
-    ]
-    warned = f"Balanced accuracy rose, yet this got worse: {'; '.join(worse)}."
-    rose = bool(worse) and any(shares) and against_c.value > 0 and said != "no verdict"
-    return Verdict(said, f"{said}: {reasons.get(said, changed)}", [warned] if rose else [])
+    return Verdict.of(said, reasons.get(said, changed), differences["primary"])
 
 
-def narrower(drawn: np.ndarray) -> Estimate:
-    """Value and resamples [1 + R] with the 90 % interval, that of two one-sided tests at 5 %."""
-    low, high = np.percentile(drawn[1:], [5, 95])
-    return Estimate(float(drawn[0]), float(low), float(high))
+def share_of_gain(gained: np.ndarray | None, ceiling: np.ndarray | None) -> Estimate | None:
+    """Of what images add to real ones alone, over what better ones do, with its interval; both [1 + R].
 
-
-def share_of_gain(drawn: Mapping[str, Sequence[np.ndarray]], offer: str) -> Estimate | None:
-    """Of what images add to real ones alone, over what the ceiling's do, with its interval.
-
-    None where either is missing, or what the ceiling's add may be 0.
+    None where either is missing, or what the better ones add may be 0.
     """
-    if offer not in drawn or Estimate.of(0, drawn["ceiling"][1][1:]).low <= 0:
+    if gained is None or ceiling is None or Estimate.of(ceiling).low <= 0:
         return None
-    ratios = drawn[offer][1] / np.where(drawn["ceiling"][1] > 0, drawn["ceiling"][1], np.nan)
+    ratios = gained / np.where(ceiling > 0, ceiling, np.nan)
     return Estimate(float(ratios[0]), *(float(end) for end in np.nanpercentile(ratios[1:], [2.5, 97.5])))

@@ -118,9 +118,8 @@ def print_evaluation(result: Evaluation) -> None:
     console = Console(highlight=False)
     rows = class_rows(result)
     shown = {name: short for name, short in _ON_TERMINAL.items() if name in rows[0]}
-    table = Table(
-        *shown.values(), title=f"at {result.image_size} px; recall by training data, all numbers in classes.csv"
-    )
+    title = f"at {result.image_size} px; recall by training data, all numbers in classes.csv"
+    table = Table(*shown.values(), title=title)
     for row in rows:
         table.add_row(*[_cell(row[name]) for name in shown])
     console.print(table)
@@ -160,9 +159,8 @@ def _pictures(
     """Name to PNG bytes."""
     generator = np.random.default_rng(result.seed)
     generated, test = sets["generated"], sets["test"]
-    drawn, unseen = (
-        {code: generator.permutation(rows) for code, rows in _of_class(images).items()} for images in (generated, test)
-    )
+    rows_of = (_of_class(images).items() for images in (generated, test))
+    drawn, unseen = ({code: generator.permutation(rows) for code, rows in one} for one in rows_of)
     unseen = {code: unseen[code] for code in drawn if code in unseen}
     typical = _of_class(generated, np.argsort(typicality, kind="stable"))
     least = {code: rows[::-1] for code, rows in typical.items()}
@@ -186,8 +184,7 @@ def _pictures(
     if result.consistency is not None:
         pictures["confusion"] = plots.confusions(result.consistency)
     if result.memorization is not None:
-        page = plots.nearest_pairs(result.memorization.worst, generated, sets["train"])
-        pictures["nearest_pairs"] = _encoded(page)
+        pictures["nearest_pairs"] = _encoded(plots.nearest_pairs(result.memorization.worst, generated, sets["train"]))
     return pictures
 
 
@@ -219,10 +216,8 @@ def typicality(train: FeatureSet, generated: FeatureSet) -> np.ndarray:
     distances = np.empty(len(generated))
     for label in np.unique(generated.labels):
         rows, bank = generated.rows(label), train.rows(label)
-        found, _ = nearest(
-            standard.unit(generated.cls[rows]), standard.unit(train.cls[bank]), min(TYPICAL_OF, len(bank))
-        )
-        distances[rows] = found.mean(dim=1).numpy()
+        made, real = (standard.unit(cls) for cls in (generated.cls[rows], train.cls[bank]))
+        distances[rows] = nearest(made, real, min(TYPICAL_OF, len(bank)))[0].mean(dim=1).numpy()
     return distances
 
 
@@ -295,57 +290,51 @@ def _memorization_rows(result: MemorizationResult) -> list[Row]:
 
 def _privacy_rows(result: PrivacyResult) -> list[Row]:
     """A row for each attack and class, overall first; then one for each space in which generated images are near."""
+    told = result.membership
     attacks = [
         (name, code, one)
-        for name, whole in (result.membership.attacks if result.membership else {}).items()
-        for code, one in [(OVERALL, whole), *(result.membership.classes[name] if result.membership else {}).items()]
+        for name, whole in (told.attacks if told else {}).items()
+        for code, one in [(OVERALL, whole), *(told.classes[name] if told else {}).items()]
     ]
-    rows: list[Row] = [
-        {
-            "told by": name, "class": code, "lesions": one.lesions, "measure": measure,
-            **vars(value), "chance": chance,
-        }
+    found = [
+        (name, code, one.lesions, measure, value, chance)
         for name, code, one in attacks
         for measure, value, chance in (("AUC", one.auc, 0.5), ("found at 1 % false alarms", one.found, 0.01))
         if value is not None
-    ]  # fmt: skip
-    lesions = sum(result.lesions.values())
-    return rows + [
-        {
-            "told by": space, "class": OVERALL, "lesions": lesions, "measure": "generated images nearer to training",
-            **vars(share), "chance": 0.5,
-        }
-        for space, share in result.nearer.items()
-    ]  # fmt: skip
+    ]
+    nearer, lesions = "generated images nearer to training", sum(result.lesions.values())
+    found += [(space, OVERALL, lesions, nearer, share, 0.5) for space, share in result.nearer.items()]
+    return [
+        {"told by": by, "class": code, "lesions": lesions, "measure": measure, **vars(value), "chance": chance}
+        for by, code, lesions, measure, value, chance in found
+    ]
 
 
 def named(differences: dict[str, dict[str, Estimate]]) -> dict[str, dict[str, Estimate]]:
     """By what was done instead of by key: `equal priors: d - c`."""
     rules = RULES | DIFFERENCES
-    return {
-        f"{how}: {one} - {other}": found for rule, found in differences.items() for how, one, other in [rules[rule]]
-    }
+    return {"{}: {} - {}".format(*rules[rule]): found for rule, found in differences.items()}
 
 
-def _worth_rows(result: WorthResult) -> list[Row]:
-    """A row for each arm, difference and gain, and score."""
-    sides = result.arms | named(result.differences) | result.minus_original
-    for name, gain in result.gains.items():
-        sides |= {f"half of the lesions: {name} - c": gain.minus_c, f"half of the lesions: {name} - a": gain.minus_a}
+def _score_rows(sides: dict[str, dict[str, Estimate]], **head: str | int | float | None) -> list[Row]:
+    """A row for each arm, difference or gain, and score."""
     return [
-        {"classifier": result.classifier, "arm": arm, "score": name, **vars(value)}
+        {**head, "arm": arm, "score": name, **vars(value)}
         for arm, scores in sides.items()
         for name, value in scores.items()
     ]
 
 
+def _worth_rows(result: WorthResult) -> list[Row]:
+    sides = result.arms | named(result.differences) | result.minus_original
+    for name, gain in result.gains.items():
+        sides |= {f"half of the lesions: {name} - c": gain.minus_c, f"half of the lesions: {name} - a": gain.minus_a}
+    return _score_rows(sides, classifier=result.classifier)
+
+
 def _site_rows(result: SiteResult) -> list[Row]:
-    """A row for each arm, difference and score."""
-    return [
-        {"classifier": result.classifier, "site_share": result.share, "arm": arm, "score": name, **vars(value)}
-        for arm, scores in (result.arms | named(result.differences)).items()
-        for name, value in scores.items()
-    ]
+    sides = result.arms | named(result.differences)
+    return _score_rows(sides, classifier=result.classifier, site_share=result.share)
 
 
 def _site_counts(result: SiteResult) -> list[Row]:
@@ -366,17 +355,12 @@ def _site_counts(result: SiteResult) -> list[Row]:
 
 
 def _downstream_rows(result: DownstreamResult) -> list[Row]:
-    """A row for each arm (or difference) and score."""
-    sides = [(letter, arm.scores) for letter, arm in result.arms.items()]
-    sides += [("d - b", result.minus_b), ("d - c", result.minus_c)]
+    sides = {letter: arm.scores for letter, arm in result.arms.items()}
+    sides |= {"d - b": result.minus_b, "d - c": result.minus_c}
     for one in result.ratios:
-        sides += [(f"d at ratio {one.ratio:g}", one.synthetic), (f"c at ratio {one.ratio:g}", one.oversampled)]
-        sides += [(f"d - c at ratio {one.ratio:g}", one.minus_c)]
-    return [
-        {"classifier": result.classifier, "arm": arm, "score": name, **vars(value)}
-        for arm, scores in sides
-        for name, value in scores.items()
-    ]
+        sides |= {f"d at ratio {one.ratio:g}": one.synthetic, f"c at ratio {one.ratio:g}": one.oversampled}
+        sides |= {f"d - c at ratio {one.ratio:g}": one.minus_c}
+    return _score_rows(sides, classifier=result.classifier)
 
 
 def _even(rows: list[Row]) -> list[Row]:

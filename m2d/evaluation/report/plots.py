@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 from m2d.data.views import apply_view
@@ -14,7 +15,7 @@ from m2d.evaluation.images import ImageSet
 from m2d.evaluation.memorization import Pair
 from m2d.metrics.scores import LOWER_IS_BETTER
 from m2d.plots.charts import confusion_map
-from m2d.plots.style import FAINT, INK, new_figure, png, styled
+from m2d.plots.style import FAINT, INK, drawn, new_figure
 from m2d.plots.tiles import shortened
 
 COMPARISONS = {
@@ -36,6 +37,9 @@ _DRAWN = {  # marker and colour
     UNSEEN: ("o", "#0072B2"),
     FLOOR: (".", "#56B4E9"),
 }
+_RULES_SHOWN = {
+    "primary": "at equal priors, against oversampling", "argmax": "the old rule, which compares thresholds"
+}  # fmt: skip
 _GOOD, _BAD, _OPEN, _ALARM = "#0072B2", "#D55E00", FAINT, "#B00020"
 VIEW_NAMES = (
     "as it is", "mirrored", "upside down", "half turn", "quarter turn", "3/4 turn", "transposed", "anti-transposed",
@@ -49,8 +53,8 @@ _CAPTION = (
 )
 
 
-@styled()
-def kernel_distances(result: FidelityResult) -> bytes:
+@drawn
+def kernel_distances(result: FidelityResult) -> Figure:
     """Each class's kernel distance to the training images, beside what real images and the decoder reach."""
     labels = list(dict.fromkeys(row.label for row in result.rows if row.label))
     figure = new_figure(9, 1.2 + 0.45 * len(labels))
@@ -75,21 +79,17 @@ def kernel_distances(result: FidelityResult) -> bytes:
     axes.grid(visible=False, axis="y")
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper center", ncols=4)
-    return png(figure)
+    return figure
 
 
-@styled()
-def differences(results: Sequence[WorthResult]) -> bytes:
+@drawn
+def differences(results: Sequence[WorthResult]) -> Figure:
     """What adding the synthetic images changes, by score and rule, with intervals; blue better, orange worse."""
     figure = new_figure(10, 1.0 + 2.6 * len(results))
     grid = figure.subplots(len(results), 2, squeeze=False, sharex=True)
     for row, result in enumerate(results):
-        titles = {
-            "primary": "at equal priors, against oversampling",
-            "argmax": "the old rule, which compares thresholds",
-        }
-        sides = [(result.differences[rule], title) for rule, title in titles.items()]
-        for axes, (minus, title) in zip(grid[row], sides, strict=True):
+        for axes, (rule, title) in zip(grid[row], _RULES_SHOWN.items(), strict=True):
+            minus = result.differences[rule]
             names = [name for name in SCORES if name in minus]
             for y, name in enumerate(names):
                 one = minus[name]
@@ -103,11 +103,11 @@ def differences(results: Sequence[WorthResult]) -> bytes:
             axes.grid(visible=False, axis="y")
             axes.set_title(f"{result.classifier}\n{title}", fontsize=10)
             axes.set_xlabel("change by adding synthetic images")
-    return png(figure)
+    return figure
 
 
-@styled()
-def ratio_curve(result: DownstreamResult) -> bytes:
+@drawn
+def ratio_curve(result: DownstreamResult) -> Figure:
     """Balanced accuracy of real + synthetic and of its oversampled control against the synthetic : real ratio."""
     figure = new_figure(7, 3.4)
     axes = figure.subplots()
@@ -125,18 +125,18 @@ def ratio_curve(result: DownstreamResult) -> bytes:
     axes.set_xlabel("synthetic images for each real one")
     axes.set_ylabel("balanced accuracy")
     axes.legend()
-    return png(figure)
+    return figure
 
 
-@styled()
-def confusions(result: ConsistencyResult) -> bytes:
+@drawn
+def confusions(result: ConsistencyResult) -> Figure:
     """Of generated images and of unseen real ones, side by side; rows sum to 100 %."""
     height = max(4.6, 1.6 + 0.3 * len(result.classes))
     figure = new_figure(max(11, 2.3 * height), height)
     one, other = figure.subplots(1, 2)
     confusion_map(one, result.confusion, "generated images", "asked for", result.classes, counts=False)
     confusion_map(other, result.confusion_of_real, "unseen real images", "diagnosed", result.classes, counts=False)
-    return png(figure)
+    return figure
 
 
 def nearest_pairs(pairs: Sequence[Pair], generated: ImageSet, train: ImageSet) -> Image.Image:
