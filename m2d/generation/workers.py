@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +25,7 @@ import pyarrow as pa
 from m2d.cluster.nodes import cluster_total, device_of_actor, node_resources
 from m2d.errors import CheckpointError, ConfigError
 from m2d.generation import output
-from m2d.generation.plan import PlanRow, retried, rows_of, without_seldom
+from m2d.generation.plan import PLAN_SCHEMA, PlanRow, retried, rows_of, table_of, without_seldom
 from m2d.generation.provenance import Signing
 from m2d.generation.settings import GateConfig, GenerateConfig
 from m2d.models.settings import Precision
@@ -330,16 +329,37 @@ def _load(load: Callable[[str], Generator], device: str, threads: int) -> Genera
     return load(device)
 
 
-_MADE = pa.schema([("made", pa.large_binary())])
+_PACKED = pa.schema(
+    [
+        ("rows", pa.list_(pa.struct(list(PLAN_SCHEMA)))),
+        ("shape", pa.list_(pa.int64())),
+        ("images", pa.large_binary()),
+        ("features", pa.large_binary()),
+    ]
+)
 _RESULT = pa.schema([("kept", pa.int64()), ("rejected", pa.list_(pa.string()))])
 
 
 def _make(attempts: int, features: bool, generator: Generator, block: pa.Table) -> pa.Table:
     """The plan's rows of one group in, its images out, in one row, so that no block boundary can divide it."""
-    return pa.table({"made": [pickle.dumps(make_group(generator, block, attempts, features), protocol=5)]}, _MADE)
+    rows, images, found = make_group(generator, block, attempts, features)
+    packed = {
+        "rows": table_of(rows).to_pylist(),
+        "shape": list(images.shape),
+        "images": images.tobytes(),
+        "features": None if found is None else found.tobytes(),
+    }
+    return pa.Table.from_pylist([packed], _PACKED)
 
 
 def _write(writer: GroupWriter, block: pa.Table) -> pa.Table:
     """Groups' images in, what became of them out."""
-    groups = (pickle.loads(one.as_buffer()) for one in block["made"])  # noqa: S301 - what _make has packed
-    return pa.Table.from_pylist([vars(writer.write(*made)) for made in groups], _RESULT)
+    results = []
+    for number in range(block.num_rows):
+        shape = block["shape"][number].as_py()
+        images = np.frombuffer(block["images"][number].as_buffer(), np.uint8).reshape(shape)  # not copied
+        packed = block["features"][number]
+        features = np.frombuffer(packed.as_buffer(), np.float32).reshape(shape[0], -1) if packed.is_valid else None
+        rows = rows_of(pa.Table.from_pylist(block["rows"][number].as_py(), PLAN_SCHEMA))
+        results.append(vars(writer.write(rows, images, features)))
+    return pa.Table.from_pylist(results, _RESULT)
