@@ -143,6 +143,21 @@ Watch = Callable[[int, Tensor], Sequence[int] | None]
 """(steps taken, the estimate of x_0 [B, ...]) -> the rows to go on with, or None for all of them."""
 
 
+def _one_step(velocity: Velocity, x: Tensor, times: Tensor, watch: Watch | None, *, corrected: bool) -> Tensor:
+    """Euler; corrected: Heun, the trapezoid rule, also in the last step: this path's velocity is finite at t = 0."""
+    for step, (t, t_next) in enumerate(pairwise(times), 1):
+        slope = end = velocity(x, t).to(x.dtype)
+        if corrected:
+            end = velocity(x + (t_next - t) * slope, t_next).to(x.dtype)
+            slope = (slope + end) / 2
+        x = x + (t_next - t) * slope
+        if watch is not None and (rows := watch(step, x - t_next * end)) is not None:
+            x = keep_rows(x, rows)
+            if not rows:
+                break
+    return x
+
+
 class _Step(NamedTuple):
     """Coefficients of a step of `_multistep`: Python numbers, so that the host never waits for a GPU."""
 
@@ -201,30 +216,6 @@ def _multistep(velocity: Velocity, x: Tensor, times: Tensor, watch: Watch | None
     return x
 
 
-def _heun(velocity: Velocity, x: Tensor, times: Tensor, watch: Watch | None) -> Tensor:
-    """The trapezoid rule with an Euler predictor, also in the last step: this path's velocity is finite at t = 0."""
-    for step, (t, t_next) in enumerate(pairwise(times), 1):
-        here = velocity(x, t).to(x.dtype)
-        there = velocity(x + (t_next - t) * here, t_next).to(x.dtype)
-        x = x + (t_next - t) * (here + there) / 2
-        if watch is not None and (rows := watch(step, x - t_next * there)) is not None:
-            x = keep_rows(x, rows)
-            if not rows:
-                break
-    return x
-
-
-def _euler(velocity: Velocity, x: Tensor, times: Tensor, watch: Watch | None) -> Tensor:
-    for step, (t, t_next) in enumerate(pairwise(times), 1):
-        slope = velocity(x, t).to(x.dtype)
-        x = x + (t_next - t) * slope
-        if watch is not None and (rows := watch(step, x - t_next * slope)) is not None:
-            x = keep_rows(x, rows)
-            if not rows:
-                break
-    return x
-
-
 @torch.no_grad()
 def solve(
     velocity: Velocity,
@@ -252,7 +243,7 @@ def solve(
         return start
     if solver in ("dpmpp", "unipc"):
         return _multistep(velocity, start, times, watch, corrected=solver == "unipc")
-    return (_heun if solver == "heun" else _euler)(velocity, start, times, watch)
+    return _one_step(velocity, start, times, watch, corrected=solver == "heun")
 
 
 # --- m2d/models/autoencoder.py ---

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from dataclasses import dataclass
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from math import inf
 from torch import Tensor, nn
 from typing import Any, Self
 
@@ -23,18 +24,30 @@ class ConfigError(M2DError):
     """A setting has a value that cannot work."""
 
 
-# --- m2d/models/settings.py ---
-def _require(condition: object, message: str) -> None:
+def require(condition: object, message: str) -> None:
+    """Raise ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
 
 
-def _require_at_least(config: object, group: str, **least: float) -> None:
-    for name, minimum in least.items():
+def require_range(
+    config: object, room: str, low: float, *names: str, high: float = inf, above: bool = False, below: bool = False
+) -> None:
+    """Each named number of the settings is None or finite and in [low, high].
+
+    room: "schedule." say. above, below: an end that is left out.
+    """
+    shown = f"above {low:g}" if above else f"at least {low:g}"
+    if high < inf:
+        shown = f"in [{low:g}, {high:g}{')' if below else ']'}"
+    for name in names:
         value = getattr(config, name)
-        _require(value >= minimum, f"{group}.{name} is {value}; it must be at least {minimum}")
+        inside = value is None or (low <= value <= high and value != inf)  # and not nan
+        excluded = [low] * above + [high] * below
+        require(inside and value not in excluded, f"{room}{name} is {value}; it must be {shown}")
 
 
+# --- m2d/models/settings.py ---
 @dataclass(frozen=True, kw_only=True)
 class ConditioningConfig:
     """What the U-Net's cross-attention reads: one class token and a few feature tokens."""
@@ -46,10 +59,9 @@ class ConditioningConfig:
     feature_noise: float = 0.5  # largest noise level added to the standardised feature; drawn uniformly from [0, this]
 
     def __post_init__(self) -> None:
-        for name in ("class_dropout", "feature_dropout"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"conditioning.{name} is {value}; it is a probability")
-        _require_at_least(self, "conditioning", feature_noise=0, feature_tokens=1, context_dim=1)
+        require_range(self, "conditioning.", 0, "class_dropout", "feature_dropout", high=1)
+        require_range(self, "conditioning.", 0, "feature_noise")
+        require_range(self, "conditioning.", 1, "feature_tokens", "context_dim")
 
 
 # --- m2d/models/unet.py ---
