@@ -20,8 +20,7 @@ from m2d.serving.app import create_app
 from m2d.serving.client import Client, ServiceError, SyntheticImage
 from m2d.serving.jobs import Jobs
 from m2d.serving.settings import ServeConfig
-from tests.serving.conftest import LocalService, Serve
-from tests.serving.job_bench import run_in_thread
+from tests.serving.conftest import LocalService, Serve, run_in_thread
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/serving.md"

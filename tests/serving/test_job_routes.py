@@ -20,8 +20,7 @@ from starlette.testclient import TestClient
 from m2d.serving.app import create_app
 from m2d.serving.jobs import Jobs
 from m2d.serving.settings import ServeConfig, ServingLimits
-from tests.serving.conftest import new_key
-from tests.serving.job_bench import Bench
+from tests.serving.conftest import Bench, new_key
 
 QUOTA = 12  # images a day of each key
 Ask = Callable[..., Any]

@@ -31,8 +31,7 @@ from m2d.serving.engine import describe
 from m2d.serving.jobs import Jobs, Run
 from m2d.serving.orders import JobConflict, JobOrder, JobTold, Overloaded, TooManyJobs
 from m2d.serving.settings import ServingLimits
-from tests.serving.conftest import pixels
-from tests.serving.job_bench import Bench, run_in_thread
+from tests.serving.conftest import Bench, pixels, run_in_thread
 
 pytestmark = pytest.mark.anyio
 JobSettings = Callable[..., JobOrder]
@@ -419,15 +418,16 @@ def test_a_server_killed_with_a_job_half_done_and_started_again_gives_every_imag
 
     job = asyncio.run(place(tmp_path / "jobs"))
     script = (
-        "import asyncio, pathlib, sys; from m2d.serving.jobs import *; from tests.serving.job_bench import *\n"
+        "import asyncio, pathlib, sys; from m2d.serving.jobs import *\n"
+        "async def run(config, sha256, log):\n"
+        "    await asyncio.to_thread(make_images, replace(config, num_actors=0), sha256)\n"
         "async def serve():\n"
-        "    await Jobs(pathlib.Path(sys.argv[1]), run_in_thread, limits=ServingLimits()).start()\n"
+        "    await Jobs(pathlib.Path(sys.argv[1]), run, limits=ServingLimits()).start()\n"
         "    await asyncio.sleep(600)\n"
         "asyncio.run(serve())"
     )
     images = FolderSoFar(tmp_path / "jobs" / job.id / "images")
-    command = [sys.executable, "-c", script, str(tmp_path / "jobs")]
-    with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as server:
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "jobs")]) as server:
         while images.count() < 10:
             assert server.poll() is None
             time.sleep(0.02)
