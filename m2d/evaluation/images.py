@@ -146,8 +146,8 @@ class Listed:
         return np.array([self.classes.index(code) for code in self["label"]], dtype=np.int64)
 
     @property
-    def known(self) -> dict[str, Any]:
-        """The fields of an ImageSet but for the pixels."""
+    def fields(self) -> dict[str, Any]:
+        """Those of an ImageSet but for the pixels."""
         paths, groups = tuple(inside(self.root, path) for path in self["path"]), np.array(self["lesion_id"], object)
         own = {"name": self.name, "source": self.source, "classes": self.classes, "sha256": tuple(self["sha256"])}
         return {**own, "paths": paths, "labels": self.labels, "groups": groups}
@@ -588,7 +588,7 @@ def _decode(side: Listed, size: int, cache_dir: str, max_pixels: int, notes: lis
         kept = ~np.isin(np.arange(len(paths)), list(failures))
         return _decode(side.where(kept), size, cache_dir, max_pixels, notes)
     skins = np.array(side["skin_lesion_id"], dtype=object) if "skin_lesion_id" in side.rows.column_names else None
-    return ImageSet(**side.known, pixels=pixels, skins=skins)
+    return ImageSet(**side.fields, pixels=pixels, skins=skins)
 
 
 class _Unreadable(Exception):

@@ -6,6 +6,7 @@ Called for both classifiers (probe.py, finetune.py), of which it knows no more t
 """
 
 import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -393,14 +394,11 @@ def _on_ray(classifier: Classifier, jobs: list[Job]) -> Iterator[tuple[Job, np.n
         share = GPU_SHARE if classifier.wants_gpu and cluster_total("GPU") else 0.0
         tasks = on_tasks((classifier, jobs), _predict, cpus=1, gpus=share)
         for row in fan_out(numbered(len(jobs)), tasks):
-            answer = np.frombuffer(row["answer"], row["dtype"]).reshape(row["shape"])
-            yield jobs[row["job"]], answer.copy()
+            yield jobs[row["job"]], np.load(io.BytesIO(row["answer"]), allow_pickle=False)
 
 
 def _predict(held: tuple[Classifier, list[Job]], block: pa.Table) -> pa.Table:
     classifier, jobs = held
     number = block["job"][0].as_py()
-    answer = classifier.predict(jobs[number].rows, jobs[number].seed)
-    return pa.table(
-        {"job": [number], "answer": [answer.tobytes()], "dtype": [answer.dtype.str], "shape": [list(answer.shape)]}
-    )
+    np.save(answer := io.BytesIO(), classifier.predict(jobs[number].rows, jobs[number].seed), allow_pickle=False)
+    return pa.table({"job": [number], "answer": [answer.getvalue()]})

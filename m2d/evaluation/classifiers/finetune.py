@@ -24,7 +24,7 @@ from m2d.errors import ConfigError, TrainingError
 from m2d.evaluation.classifiers.compare import DownstreamResult, TrainingRows, Trials, compare_arms, drawn_of_classes
 from m2d.evaluation.classifiers.site import SiteResult, measure_site
 from m2d.evaluation.classifiers.worth import FIXED_SHARE, Pool, Sides, WorthResult, measure_worth
-from m2d.evaluation.images import ImageSet, together
+from m2d.evaluation.images import VIEWS, ImageSet, together
 from m2d.evaluation.settings import FinetuneConfig
 from m2d.generation.generator import pick_device
 from m2d.models.extractors import FeatureExtractor, extractor_identity, load_feature_extractor
@@ -32,7 +32,6 @@ from m2d.models.extractors.timm import TimmExtractor
 from m2d.models.precision import DTYPES, pick_precision
 from m2d.models.settings import TIMM_PREFIX, FeatureExtractorConfig
 
-VIEWS = 8
 PREDICTED_AT_ONCE = 64
 HALF = 0.5  # DA-Fusion's chance of a replacement (arXiv 2302.07944), and the first phase's part of the steps
 FEWEST_NORMED = 2  # images whose statistics a batch norm can take

@@ -452,7 +452,7 @@ def _read(side: Listed, features: ClsFeatures, key: str) -> FeatureSet:
     left = side.where(np.array([sha256 in features.of_image for sha256 in side["sha256"]], bool))
     _check_classes(left)
     cls = np.stack([features.of_image[sha256] for sha256 in left["sha256"]])
-    return FeatureSet(**left.known, pixels=np.empty((len(cls), 0, 0, 3), np.uint8), extractor=key, cls=cls)
+    return FeatureSet(**left.fields, pixels=np.empty((len(cls), 0, 0, 3), np.uint8), extractor=key, cls=cls)
 
 
 def _show(result: dict[str, Any], folder: Path) -> None:
