@@ -159,11 +159,14 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
-def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder:
-    """A new or pretrained autoencoder. Raises CheckpointError where `pretrained` cannot be loaded."""
+def build_autoencoder(config: AutoencoderConfig, image_size: int, *, weights: bool = True) -> Autoencoder:
+    """A new or pretrained autoencoder. Raises CheckpointError where `pretrained` cannot be loaded.
+
+    weights: False: those of a pretrained one are not read, where shapes alone matter.
+    """
     vae: Vae
     if config.pretrained is not None:
-        vae = _pretrained(config.pretrained)
+        vae = _pretrained(config.pretrained, weights)
     elif config.kind == "linear":
         vae = LinearAutoencoder(config.latent_channels, config.patch_size)
     else:
@@ -186,11 +189,11 @@ def build_autoencoder(config: AutoencoderConfig, image_size: int) -> Autoencoder
     return Autoencoder(vae)
 
 
-def load_vae(location: str | Path, setting: str, **options: Any) -> Vae:
+def load_vae(location: str | Path, setting: str, *, weights: bool = True, **options: Any) -> Vae:
     """An autoencoder of any kind, from a folder or a hub id. Raises CheckpointError as load_strictly does."""
-    name = AutoencoderKL.load_config(location, **options).get("_class_name")
-    kind: Any = {kind.__name__: kind for kind in _KINDS.values()}.get(name, AutoencoderKL)
-    vae: Vae = load_strictly(kind, location, setting, **options)
+    config = AutoencoderKL.load_config(location, **options)
+    kind: Any = {kind.__name__: kind for kind in _KINDS.values()}.get(config.get("_class_name"), AutoencoderKL)
+    vae: Vae = load_strictly(kind, location, setting, **options) if weights else kind.from_config(config)
     return vae
 
 
@@ -206,12 +209,12 @@ def load_strictly(kind: type[NetworkT], location: str | Path, setting: str, **op
     return network
 
 
-def _pretrained(location: str) -> Vae:
+def _pretrained(location: str, weights: bool) -> Vae:
     try:
         folder = Path(location)
         if folder.is_dir() and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
             location = str(folder / "vae")
-        return load_vae(location, "autoencoder.pretrained")
+        return load_vae(location, "autoencoder.pretrained", weights=weights)
     except CheckpointError:
         raise
     except Exception as error:  # diffusers, huggingface_hub, safetensors and torch each have their own

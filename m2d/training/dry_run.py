@@ -27,7 +27,7 @@ from m2d.classes import ISIC7, named_class_set
 from m2d.data.features import FeatureStore, feature_bytes
 from m2d.data.layouts import IMAGE_SUFFIXES, list_files
 from m2d.data.store import prepared_folder, reusable_catalog
-from m2d.errors import CheckpointError, DataError, first_line
+from m2d.errors import DataError
 from m2d.experiment import Experiment
 from m2d.files.storage import open_storage
 from m2d.models.extractors import EfficientNetLite, FeatureExtractor, Features, extractor_identity
@@ -192,7 +192,8 @@ class FakeRun:
         self, config: TrainConfig, *, train_images: int, cached: bool = False, device: torch.device | None = None
     ) -> None:
         self.device = torch.device("cpu") if device is None else device
-        self.config = config = _by_shape(config)
+        # Nothing is loaded: a checkpoint's shapes are the settings', or the run refuses it.
+        self.config = config = replace(config, dry_run=True, init_checkpoint=None)
         kind: PerceptualKind = config.perceptual.kind or "lpips"
         self.plan = plan = RunPlan(
             config=config,
@@ -516,29 +517,3 @@ def extractor_by_shape(config: FeatureExtractorConfig) -> FeatureExtractor:
             network.set_input_size(img_size=(side, side))
         return TimmExtractor(name, network, side or native, config.crop, "0" * 64)
     return EfficientNetLite(name, side, config.crop)
-
-
-def _by_shape(config: TrainConfig) -> TrainConfig:
-    """The config without weights to load. A checkpoint's shapes are the settings', or the run refuses it."""
-    autoencoder, location = config.autoencoder, config.autoencoder.pretrained
-    if location is not None:
-        from diffusers import AutoencoderKL
-
-        folder = Path(location) / "vae"  # a pipeline's; else a VAE's own, or on the hub
-        try:
-            shape = AutoencoderKL.load_config(str(folder) if (folder / "config.json").is_file() else location)
-        except Exception as error:  # diffusers and huggingface_hub each have their own
-            raise CheckpointError(
-                f"autoencoder.pretrained: {location} has no config.json to be read ({first_line(error)})"
-            ) from None
-        autoencoder = replace(
-            autoencoder,
-            pretrained=None,
-            kind="kl",
-            block_channels=list(shape["block_out_channels"]),
-            layers_per_block=shape["layers_per_block"],
-            latent_channels=shape["latent_channels"],
-            norm_groups=shape["norm_num_groups"],
-            mid_attention=shape.get("mid_block_add_attention", True),
-        )
-    return replace(config, dry_run=True, init_checkpoint=None, autoencoder=autoencoder)

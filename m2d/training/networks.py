@@ -57,7 +57,7 @@ def build_networks(
     feature_dim = extractor.dim if extractor is not None else cached_dim
     assert feature_dim is not None
     size = config.data.image_size
-    autoencoder = build_autoencoder(config.autoencoder, size)
+    autoencoder = build_autoencoder(config.autoencoder, size, weights=not config.dry_run)
     denoiser = build_denoiser(
         config.unet,
         config.conditioning,

@@ -11,6 +11,7 @@ import torch
 from tiny_networks import draws_part
 from torch.testing import assert_close
 
+from m2d.data.order import Share
 from m2d.errors import DataError
 from m2d.models.settings import ConditioningConfig
 from m2d.training.batch import Draws, ImageBatch, draw, splitmix64
@@ -76,10 +77,10 @@ def test_another_density_moves_the_times_and_nothing_else(shift: float) -> None:
 def test_a_run_draws_its_times_as_its_schedule_says() -> None:
     """Micro-batch 5 of the only worker: rows 40 to 47."""
     config = TrainConfig(batch_size=8, seed=7, schedule=ScheduleConfig(times="logit_normal", time_shift=3.0))
-    place = {"rank": 0, "world_size": 1, "step_micro_batches": None}
+    share = Share(batch_size=8)
     networks, link = SimpleNamespace(feature_dim=3), SimpleNamespace(device="cpu")
     run: Any = SimpleNamespace(
-        plan=SimpleNamespace(config=config), networks=networks, place=place, link=link, latent_shape=(2, 2, 2)
+        plan=SimpleNamespace(config=config), networks=networks, share=share, link=link, latent_shape=(2, 2, 2)
     )
     expected = draw(7, torch.arange(40, 48), (2, 2, 2), 3, config.conditioning, "logit_normal", 3.0)
     assert_close(vars(_Run._draws(run, 5)), vars(expected), rtol=0, atol=0)

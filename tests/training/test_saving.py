@@ -38,6 +38,13 @@ def snapshot_of(step: JointStep, number: int) -> Snapshot:
     return take_snapshot(info, step.networks, state, {"val/psnr_db": 20.0})
 
 
+def save(keeper: CheckpointKeeper, step: JointStep, number: int, score: float) -> list[int]:
+    """Save one and wait for it; the steps of all complete ones."""
+    keeper.save(snapshot_of(step, number), score)
+    keeper.wait()
+    return [int(path.name.removeprefix("step_")) for path in complete_checkpoints(keeper.directory)]
+
+
 @pytest.fixture(scope="module")
 def step() -> JointStep:
     made = tiny_step(tiny_networks(discriminator=True))
@@ -47,11 +54,9 @@ def step() -> JointStep:
 
 def test_the_last_ones_and_the_best_are_kept(step: JointStep, tmp_path: Path) -> None:
     keeper = CheckpointKeeper(tmp_path, keep_last=2)
-    for number, score in enumerate([0.9, 0.1, 0.5, 0.4, 0.3], start=1):
+    for number, score in enumerate([0.9, 0.1, 0.5, 0.4], start=1):
         keeper.save(snapshot_of(step, number), score)
-    keeper.wait()
-    kept = [int(path.name.removeprefix("step_")) for path in complete_checkpoints(tmp_path)]
-    assert kept == [2, 4, 5]
+    assert save(keeper, step, 5, 0.3) == [2, 4, 5]
     assert read_best(tmp_path) == ("step_00000002", 0.1)
     assert (tmp_path / "best").resolve().name == "step_00000002"
 
@@ -59,18 +64,12 @@ def test_the_last_ones_and_the_best_are_kept(step: JointStep, tmp_path: Path) ->
 def test_a_checkpoint_that_is_being_read_goes_after_the_next_save(step: JointStep, tmp_path: Path) -> None:
     """A generation holds what `best` meant when it began, and `best` moves on."""
     keeper = CheckpointKeeper(tmp_path, keep_last=1)
-
-    def save(number: int, score: float) -> list[int]:
-        keeper.save(snapshot_of(step, number), score)
-        keeper.wait()
-        return [int(path.name.removeprefix("step_")) for path in complete_checkpoints(tmp_path)]
-
-    assert save(1, 0.5) == [1]
+    assert save(keeper, step, 1, 0.5) == [1]
     with hold_checkpoint(str(tmp_path / "best")) as held:
-        assert save(2, 0.4) == [1, 2]
+        assert save(keeper, step, 2, 0.4) == [1, 2]
         assert load_checkpoint(held).step == 1
         assert load_checkpoint(tmp_path / "best").step == 2
-    assert save(3, 0.3) == [3]
+    assert save(keeper, step, 3, 0.3) == [3]
 
 
 def test_a_snapshot_does_not_follow_the_training_that_goes_on(step: JointStep, tmp_path: Path) -> None:
@@ -114,8 +113,7 @@ def test_a_disk_that_is_full_costs_the_checkpoint_that_did_not_fit_and_nothing_e
     step: JointStep, small_disk: Path
 ) -> None:
     keeper = CheckpointKeeper(small_disk, keep_last=9)
-    keeper.save(snapshot_of(step, 1), 0.5)
-    keeper.wait()
+    save(keeper, step, 1, 0.5)
     size = sum(path.stat().st_size for path in (small_disk / "step_00000001").rglob("*") if path.is_file())
     (small_disk / "others").write_bytes(bytes(32 * 2**20 - size * 3 // 2))
     before = load_training_state(small_disk / "step_00000001", step.state_dict())
@@ -135,8 +133,7 @@ def test_a_write_that_fails_leaves_the_checkpoint_before_it(
     step: JointStep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keeper = CheckpointKeeper(tmp_path, keep_last=2)
-    keeper.save(snapshot_of(step, 1), 0.5)
-    keeper.wait()
+    save(keeper, step, 1, 0.5)
 
     def full_disk(tensors: object, path: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -201,13 +198,11 @@ def test_a_folder_that_stays_is_no_checkpoint_and_goes_with_the_next_one(
     (tmp_path / "step_00000001").mkdir()  # half of a deletion
     monkeypatch.setattr(shutil, "rmtree", lambda path, **_: None)
     for number in (1, 2):
-        keeper.save(snapshot_of(step, number), 1 / number)
-        keeper.wait()
+        save(keeper, step, number, 1 / number)
     assert [path.name for path in tmp_path.glob("step_*")] == ["step_00000002"]
     assert len(list(tmp_path.glob(".step_00000001.*"))) == 2
     monkeypatch.setattr(shutil, "rmtree", remove)
-    keeper.save(snapshot_of(step, 3), 0.1)
-    keeper.wait()
+    save(keeper, step, 3, 0.1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "best.json", "step_00000003"]
 
 
@@ -225,8 +220,7 @@ def test_no_links_and_an_empty_record_of_the_best_cost_no_checkpoint(
         keeper.wait()
     (tmp_path / "best.json").write_text("")  # as a power cut leaves it
     assert read_best(tmp_path) == ("step_00000001", 0.1)
-    keeper.save(snapshot_of(step, 3), 0.3)
-    keeper.wait()
+    save(keeper, step, 3, 0.3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best.json", "step_00000001", "step_00000003"]
     assert read_info(tmp_path / "best").step == 1
 
@@ -263,10 +257,8 @@ def test_a_training_state_that_cannot_be_read_is_refused_in_one_line(step: Joint
 def test_a_crash_between_the_record_of_the_best_and_its_link_is_made_good(step: JointStep, tmp_path: Path) -> None:
     keeper = CheckpointKeeper(tmp_path, keep_last=1)
     for number, score in ((1, 0.5), (2, 0.1)):
-        keeper.save(snapshot_of(step, number), score)
-        keeper.wait()
+        save(keeper, step, number, score)
     (tmp_path / "best").unlink()
     (tmp_path / "best").symlink_to("step_00000001")  # deleted by now
-    keeper.save(snapshot_of(step, 3), 0.9)
-    keeper.wait()
+    save(keeper, step, 3, 0.9)
     assert (tmp_path / "best").resolve() == tmp_path / "step_00000002"
