@@ -6,6 +6,7 @@ so that networks which have such levels are narrower by a whole factor where the
 their full widths. An exhaustive test takes a step of isic-256 at its true size.
 """
 
+import functools
 import json
 import os
 import resource
@@ -65,6 +66,7 @@ def preset_of(base: str, stage: str) -> str:
     return f"{base}-{stage}" if f"{base}-{stage}" in preset_names() else base
 
 
+@functools.cache
 def linear(base: str) -> bool:
     """Block PCA, which has a latent stage alone."""
     config: TrainConfig = parse("train", ["--preset", base, "--init_checkpoint", "earlier"])
@@ -81,6 +83,7 @@ def test_no_preset_is_left_out() -> None:
     assert {preset_of(base, stage) for base, stage in RUNS} == set(preset_names())
 
 
+@functools.cache
 def whole(preset: str) -> TrainConfig:
     config: TrainConfig = parse("train", ["--preset", preset, "--stage", "latent" if linear(preset) else "joint"])
     return config
