@@ -113,4 +113,4 @@ def laplacian_energy(pixels: np.ndarray) -> float:
 
 
 if __name__ == "__main__":
-    auto_cli(main)
+    auto_cli(main, as_positional=False)

@@ -219,3 +219,16 @@ def lint_imports_with(copy: Path, added: dict[str, str]) -> str:
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 1
     return done.stdout
+
+
+def test_what_a_bench_must_be_given_is_a_flag_as_its_docstring_writes_it() -> None:
+    """By default jsonargparse takes parameters without a default by their place alone."""
+    for path in sorted((ROOT / "bench").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        functions = {node.name: node.args for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        for call in ast.walk(tree):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "auto_cli":
+                arguments = [functions[name.id] for name in ast.walk(call.args[0]) if isinstance(name, ast.Name)]
+                needed = any(len(one.args) > len(one.defaults) for one in arguments)
+                flags = any(keyword.arg == "as_positional" for keyword in call.keywords)
+                assert flags or not needed, path.name
