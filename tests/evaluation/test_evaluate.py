@@ -17,7 +17,7 @@ from PIL import Image
 from tiny_checkpoint import make_checkpoint, write_checkpoint
 from tiny_sets import feature_set, image_set
 
-from m2d.classes import BINARY, ISIC7, ISIC8
+from m2d.classes import BINARY, ISIC7, ISIC8, ClassSet
 from m2d.cli import main, parse
 from m2d.cluster.nodes import device_of_actor
 from m2d.errors import ConfigError, DataError
@@ -118,35 +118,64 @@ def paint_generated(folder: Path, counts: dict[str, int]) -> None:
             Image.fromarray(pixels).save(folder / label / f"{number}.png")
 
 
+@pytest.mark.parametrize(
+    ("classes", "real", "train", "test", "made"),
+    [
+        (
+            BINARY,
+            {"BENIGN": 50, "MALIGNANT": 20},
+            {"BENIGN": 35, "MALIGNANT": 14},
+            {"BENIGN": 15, "MALIGNANT": 6},
+            {"BENIGN": 8, "MALIGNANT": 8},
+        ),
+        (
+            ISIC8,
+            {"AKIEC": 10, "MEL": 30, "SCC": 20},
+            {"AKIEC": 7, "MEL": 21, "SCC": 14},
+            {"AKIEC": 3, "MEL": 9, "SCC": 6},
+            {"MEL": 8, "SCC": 9},
+        ),
+    ],
+    ids=["binary", "isic8"],
+)
 def test_another_set_of_classes_is_evaluated_and_reported(
-    tmp_path: Path, paint_images: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    paint_images: Any,
+    capsys: pytest.CaptureFixture[str],
+    classes: ClassSet,
+    real: dict[str, int],
+    train: dict[str, int],
+    test: dict[str, int],
+    made: dict[str, int],
 ) -> None:
-    """The checkpoint's; tests/test_datasets.py does it with two classes, and where no table tells the lesions."""
-    real, train = {"AKIEC": 10, "MEL": 30, "SCC": 20}, {"AKIEC": 7, "MEL": 21, "SCC": 14}
-    made = {"MEL": 8, "SCC": 9}
+    """The checkpoint's set; isic8 has a table of lesions, the binary set has none, which the report says."""
     paint_images(tmp_path / "real", real)
-    lesions = "".join(f"{code}_{k},lesion_{code}_{k}\n" for code, count in real.items() for k in range(count))
-    (tmp_path / "real" / "metadata.csv").write_text("image_id,lesion_id\n" + lesions)
+    if classes is ISIC8:
+        lesions = "".join(f"{code}_{k},lesion_{code}_{k}\n" for code, count in real.items() for k in range(count))
+        (tmp_path / "real" / "metadata.csv").write_text("image_id,lesion_id\n" + lesions)
     paint_generated(tmp_path / "generated", made)
-    checkpoint = write_checkpoint(make_checkpoint(ISIC8), tmp_path / "run" / "checkpoints" / "best")
-    main("evaluate", flags((tmp_path / "real", tmp_path / "generated"), tmp_path, "--checkpoint", str(checkpoint)))
+    checkpoint = write_checkpoint(make_checkpoint(classes), tmp_path / "run" / "checkpoints" / "best")
+    main(
+        "evaluate",
+        flags((tmp_path / "real", tmp_path / "generated"), tmp_path, "--checkpoint", str(checkpoint)),
+    )
     out = tmp_path / "out"
     found = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))
-    assert [one["images"] for one in found["images"]] == [train, {"AKIEC": 3, "MEL": 9, "SCC": 6}, made]
-    assert found["class_set"]["name"] == ISIC8.name
-    assert found["consistency"]["classes"] == list(ISIC8.codes)
-    assert np.array(found["consistency"]["confusion"]).shape == (8, 8)
-    assert np.array(found["consistency"]["confusion"]).sum(axis=1).tolist() == [made.get(c, 0) for c in ISIC8.codes]
+    assert [one["images"] for one in found["images"]] == [train, test, made]
+    assert found["class_set"]["name"] == classes.name
+    assert found["consistency"]["classes"] == list(classes.codes)
+    assert np.array(found["consistency"]["confusion"]).shape == (len(classes), len(classes))
+    assert np.array(found["consistency"]["confusion"]).sum(axis=1).tolist() == [made.get(c, 0) for c in classes.codes]
     scores = found["downstream"][0]["arms"]["d"]["scores"]
     assert [name for name in scores if name.startswith("recall_")] == [f"recall_{code}" for code in real]
-    assert "melanoma_auprc" in scores
+    assert ("melanoma_auprc" in scores) == ("MEL" in classes.codes)
     assert found["downstream"][0]["arms"]["d"]["images"] == {code: train[code] + made.get(code, 0) for code in train}
     assert list(found["memorization"]["classes"]) == list(made)
-    assert not any(note.startswith("lesions: no table") for note in found["notes"])
+    assert any(note.startswith("lesions: no table") for note in found["notes"]) == (classes is BINARY)
     page = (out / "evaluation.html").read_text(encoding="utf-8")
     for code in made:
-        assert ISIC8.names[code] in page
-        assert f"background:{ISIC8.colours[code]}" in page
+        assert classes.names[code] in page
+        assert f"background:{classes.colours[code]}" in page
     with (out / "classes.csv").open(encoding="utf-8") as file:
         assert [row["class"] for row in csv.DictReader(file)] == list(real)
     assert " ".join(f"{code} {count}" for code, count in train.items()) in " ".join(capsys.readouterr().err.split())
