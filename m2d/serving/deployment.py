@@ -395,7 +395,7 @@ class JobActor:
 
     def run(self, config: GenerateConfig, sha256: str, log: Path) -> M2DError | None:
         """The error that is the user's, if any."""
-        os.nice(19)  # who waits for an answer comes first
+        os.nice(10)  # who waits for an answer comes first
         os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address  # the GPUs are the cluster's, not this node's
         with log.open("a") as file, redirect_stdout(file), redirect_stderr(file):
             try:

@@ -117,9 +117,9 @@ def test_a_job_in_a_copy_runs_the_submitted_code_and_stopped_ends_its_actors_and
 
     # As `ray job stop` asks, which takes seconds to start, and the run the cores meanwhile.
     assert cluster.get(f"/api/jobs/{name}/stop", cluster.token, posted={}) == (200, {"stopped": True})
-    await_that(lambda: cluster.job_status(name) == "STOPPED", 120, "it stops")
-    await_that(lambda: not cluster.living_actors(), 60, "its actors end")
-    await_that(lambda: cluster.free_cpus() == CPUS, 60, "its CPUs come back")
+    await_that(lambda: cluster.job_status(name) == "STOPPED", 240, "it stops")
+    await_that(lambda: not cluster.living_actors(), 240, "its actors end")
+    await_that(lambda: cluster.free_cpus() == CPUS, 240, "its CPUs come back")
     (experiment,) = list_experiments(str(experiments))
     assert not experiment.is_running
     # What was done when the stop came is in a checkpoint of its own.

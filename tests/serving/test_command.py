@@ -265,7 +265,7 @@ def test_a_job_of_a_killed_service_goes_on_with_the_next_and_makes_every_image_o
         def done() -> int:
             return int(service.client.get(place).json()["done"])
 
-        await_that(lambda: 0 < done() < 200, 120, "the job is at work")
+        await_that(lambda: 0 < done() < 200, 240, "the job is at work")
         before = {row["id"]: row["sha256"] for row in entries(service, place)}
         service.process.kill()
     assert 0 < len(before) < 200
@@ -311,4 +311,4 @@ def test_a_submitted_job_serves_until_it_is_stopped_and_leaves_nothing(checkpoin
         other = cluster.ray("job", "submit", "--", *words, "--port", "1", cwd=tmp_path)
         assert f"error: Serve already runs on this cluster with port {port}; " in other.stdout
         cluster.ray("job", "stop", "served", cwd=tmp_path)
-        await_that(lambda: cluster.living_actors() == [], 120, "no actor is left")
+        await_that(lambda: cluster.living_actors() == [], 240, "no actor is left")

@@ -167,7 +167,7 @@ def test_a_job_is_made_beside_the_models_and_is_what_a_request_gets(served: Serv
         begun = client.post("/v1/jobs", json={"counts": counts, "seed": 11, "steps": 8})
         assert begun.status_code == 202, begun.text
         place = begun.headers["Location"]
-        await_that(lambda: client.get(place).json()["finished"] is not None, 90, "the job ends")
+        await_that(lambda: client.get(place).json()["finished"] is not None, 400, "the job ends")
         assert client.get(place).json()["state"] == "succeeded", client.get(place).text
         with tarfile.open(fileobj=io.BytesIO(client.get(f"{place}/archive").content)) as archive:
             members = archive.getnames()
@@ -222,7 +222,7 @@ def test_a_full_service_says_so_and_clients_that_go_make_room(served: Served) ->
         refused = client.post("/v1/images", json=LONG)
     assert (refused.status_code, refused.headers["content-type"]) == (503, "application/problem+json")
     assert int(refused.headers["Retry-After"]) >= 1
-    await_that(lambda: served.stats()["tiny"]["orders"] == 0, 5, "the replica has no order under way")
+    await_that(lambda: served.stats()["tiny"]["orders"] == 0, 20, "the replica has no order under way")
     assert served.stats()["tiny"]["waiting"] == 0
     assert len(served.images(count=16)["images"]) == 16
 
@@ -274,7 +274,7 @@ def test_a_model_is_replaced_under_load(served: Served) -> None:
         replaced = client.post("/v1/models", json=new)
         assert replaced.status_code == 201, replaced.text
         sha256 = replaced.json()["sha256"]
-        await_that(lambda: answers[-1:] and answers[-1]["model"]["sha256"] == sha256, 20, "the new model answers")
+        await_that(lambda: answers[-1:] and answers[-1]["model"]["sha256"] == sha256, 200, "the new model answers")
     assert sha256 != old == answers[0]["model"]["sha256"]
 
 
@@ -290,7 +290,7 @@ def test_prometheus_is_told_of_queues_batches_images_and_seconds(served: Served)
         assert len({family.name for family in families}) == len(families)
         return {sample.name.removeprefix("ray_m2d_") for family in families for sample in family.samples}
 
-    await_that(lambda: wanted <= told(), 30, "the exporter has them, which it asks for every ten seconds")
+    await_that(lambda: wanted <= told(), 200, "the exporter has them, which it asks for every ten seconds")
 
 
 @pytest.mark.exhaustive
@@ -300,7 +300,7 @@ def test_the_service_is_replaced_under_load_with_what_an_operator_has_added(serv
     with under_load(served, count=2, steps=20) as answers, served.client() as client:
         served.deploy(args=served.config["applications"][0]["args"] | {"licence": "of the second kind"})
         at = len(answers)
-        await_that(lambda: len(answers) > at + 4, 60, "more answers")
+        await_that(lambda: len(answers) > at + 4, 200, "more answers")
         models = client.get("/v1/models").json()["data"]
     assert {answer["model"]["sha256"] for answer in answers} == {added["sha256"]}
     assert [model["licence"] for model in models if model["id"] == "third"] == ["of the second kind"]
@@ -314,6 +314,6 @@ def test_replicas_that_come_and_go_lose_no_request(served: Served) -> None:
     with under_load(served, count=8, steps=50) as answers:
         for number in (2, 1):
             served.deploy(deployments=[{"name": "Models", "num_replicas": number}])
-            await_that(lambda number=number: replicas() == number, 60, f"{number} replicas")  # type: ignore[misc]
+            await_that(lambda number=number: replicas() == number, 200, f"{number} replicas")  # type: ignore[misc]
             at = len(answers)
-            await_that(lambda at=at: len(answers) > at + 4, 60, "more answers")  # type: ignore[misc]
+            await_that(lambda at=at: len(answers) > at + 4, 200, "more answers")  # type: ignore[misc]
