@@ -243,7 +243,7 @@ def by_recipe(
                 one = replace(one, real=half[one.real], reference=half, asked=held)
             else:
                 offer = Offer(half, half[:0], rows[name])
-                one = mixed(tested.labels, labels, offer, share_of(judge.config), asked=held)
+                one = mixed(tested.labels, labels, offer, share_of(judge.config), classes="summed", asked=held)
             asked.append(Job.of(judge, one, seed))
         answers, scored = run_jobs(judge, asked, trials), []
         for seed in trials.seeds:

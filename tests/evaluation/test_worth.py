@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -168,14 +168,23 @@ def test_too_few_lesions_to_choose_a_share_by_take_the_fixed_one_and_too_few_to_
 # --- the rule ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("share", "balanced"), [(0.25, False), (0.5, False), (0.25, True)])
-def test_synthetic_images_hold_their_share_of_each_class_and_change_no_total(share: float, balanced: bool) -> None:
+@pytest.mark.parametrize(
+    ("share", "classes", "totals"),
+    [
+        (0.25, "real", (20, 6, 3)),
+        (0.5, "real", (20, 6, 3)),
+        (0.5, "summed", (20, 20, 43)),
+        (0.25, "alike", (29 / 3, 29 / 3, 29 / 3)),
+    ],
+)
+def test_synthetic_images_hold_their_share_of_each_class_whatever_it_weighs(
+    share: float, classes: Literal["real", "summed", "alike"], totals: tuple[float, ...]
+) -> None:
     real, generated = np.array([NV] * 20 + [MEL] * 6 + [DF] * 3), np.array([MEL] * 14 + [DF] * 40)
     offer = Offer(np.arange(29), np.empty(0, np.int64), np.arange(54))
-    rows = mixed(real, generated, offer, share, balanced=balanced, asked=None)
+    rows = mixed(real, generated, offer, share, classes=classes, asked=None)
     labels, made = rows.labels(real, generated), np.arange(len(rows.weights)) >= 29
-    for label, count in ((NV, 20), (MEL, 6), (DF, 3)):
-        total = 29 / 3 if balanced else count
+    for label, total in zip((NV, MEL, DF), totals, strict=True):
         assert rows.weights[labels == label].sum() == pytest.approx(total)
         assert rows.weights[(labels == label) & made].sum() == pytest.approx(0 if label == NV else share * total)
 

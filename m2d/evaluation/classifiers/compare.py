@@ -77,7 +77,7 @@ class Classifier(Protocol):
 
     @property
     def seeded(self) -> bool:
-        """Whether the seed changes the answer."""
+        """Whether it learns from batches that are drawn: the seed counts, and how often a class is met."""
 
     def identity_of(self, rows: TrainingRows) -> str:
         """Everything that shapes the answer to these rows but them and the seed: settings, weights, images."""

@@ -1,7 +1,8 @@
 """Classifier 2 of the comparison: a network fine-tuned on the pixels of an arm.
 
 All arms take the same number of steps, with the same images a step, the same schedule and augmentation, so they differ
-in data alone, and in how synthetic images come in: the recipe.
+in data alone, and in how synthetic images come in: the recipe. A weight is how often an image is drawn. As a factor of
+its loss a rare class would seldom be met, and then push hard (An et al., arXiv 2009.13447).
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from torchvision.transforms.functional import rgb_to_grayscale
 from m2d import __version__
 from m2d.data.views import apply_view
 from m2d.errors import ConfigError, TrainingError
-from m2d.evaluation.classifiers.compare import DownstreamResult, TrainingRows, Trials, compare_arms, drawn_of_classes
+from m2d.evaluation.classifiers.compare import DownstreamResult, TrainingRows, Trials, compare_arms
 from m2d.evaluation.classifiers.site import SiteResult, measure_site
 from m2d.evaluation.classifiers.worth import FIXED_SHARE, Pool, Sides, WorthResult, measure_worth
 from m2d.evaluation.images import VIEWS, ImageSet, together
@@ -36,8 +37,8 @@ PREDICTED_AT_ONCE = 64
 HALF = 0.5  # DA-Fusion's chance of a replacement (arXiv 2302.07944), and the first phase's part of the steps
 FEWEST_NORMED = 2  # images whose statistics a batch norm can take
 RECIPES = {
-    "mix": "synthetic images beside the real ones, weighted to a share of their class",
-    "replace": "a real image is replaced by a synthetic one of its class with the chance of the class's share",
+    "mix": "an image that is drawn is a synthetic one with the chance of their share, a quarter by default",
+    "replace": "the same, by default in place of half of the real images",
     "two_phase": "synthetic images alone first, classes alike, then real ones alone",
     "auxiliary_bn": "mixed, with batch norms of their own for synthetic images; those of real ones are tested",
 }
@@ -107,7 +108,8 @@ def finetuned_site(
 def _fixed(config: FinetuneConfig) -> str:
     return (
         f"A training takes too long to choose a share by; it is {share_of(config):g} by the recipe {config.recipe} "
-        f"({RECIPES[config.recipe]})."
+        f"({RECIPES[config.recipe]}). A network learns a class by how often it meets it, so images are drawn by their "
+        "weight, and where synthetic ones come in (d at equal priors, f) the classes come as often as in c."
     )
 
 
@@ -149,7 +151,7 @@ class FinetuneClassifier:
             size = config.input_size
             named = FeatureExtractorConfig(name=config.model, weights=config.weights, input_size=size, crop="whole")
             shaping |= {"weights": extractor_identity(named)}
-        digest = hashlib.sha256(f"finetune {__version__} {sorted(shaping.items(), key=str)}\n".encode())
+        digest = hashlib.sha256(f"finetune {__version__}, weights drawn {sorted(shaping.items(), key=str)}\n".encode())
         digest.update(f"{len(train.classes)} classes\n".encode())
         identities = []
         for one in (train, test, generated):
@@ -227,18 +229,18 @@ class FinetuneClassifier:
         scaler = torch.amp.GradScaler(device.type, enabled=kind == "fp16")
         colours = torch.Generator().manual_seed(seed)
         loss = torch.zeros((), device=device)
-        for step, (numbers, views, weights) in enumerate(recipe_batches(rows, of_class, self.config, total, seed)):
+        for step, (numbers, views) in enumerate(recipe_batches(rows, of_class, self.config, total, seed)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.config, step, total)
             images = _images(np.stack([self._seen(rows, *one) for one in zip(numbers, views)]), device)
             images = _input(jittered(images, self.config.color_jitter, colours), extractor)
-            chosen, weight = (torch.from_numpy(one).to(device) for one in (numbers, weights.astype(np.float32)))
+            chosen = labels[torch.from_numpy(numbers).to(device)]
             real = int(np.count_nonzero(numbers < own)) if apart else len(images)
             with torch.autocast(device.type, dtype=DTYPES[kind], enabled=kind != "no"):
                 logits = network(images[:real])
                 if apart:
                     logits = torch.cat([logits, functional_call(network, apart, images[real:])])
-            loss = (F.cross_entropy(logits.float(), labels[chosen], reduction="none") * weight).mean()
+            loss = F.cross_entropy(logits.float(), chosen)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -271,55 +273,51 @@ def learning_rate(config: FinetuneConfig, step: int, total: int) -> float:
 
 def recipe_batches(
     rows: TrainingRows, labels: np.ndarray, config: FinetuneConfig, steps: int, seed: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each step: image numbers int64 [B], a view of each, and their weights in the loss, float64 [B].
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """For each step: image numbers int64 [B], and a view of each, in 0 .. 7.
 
-    labels: int64 [n + m], of the arm's images. A class weighs as much as in `rows` by every recipe, but for two_phase's
-    first phase, where all that are generated weigh the same. Real or synthetic images alone are trained on plainly.
-    Real images that are offered as if generated come like these: see TrainingRows.own. In a batch of auxiliary_bn
-    real images come first.
+    labels: int64 [n + m], of the arm's images. An image comes as often as its weight says by every recipe, but for
+    two_phase, where real images alone have the weight of their class, after a first phase in which all classes that are
+    generated come alike. Real or synthetic images alone are trained on plainly. Real images that are offered as if
+    generated come like these: see TrainingRows.own. In a batch of auxiliary_bn real images come first, and every batch
+    has as many of each kind: their share of the weight, to whole images, and at least two for the norms.
     """
-    size, real, every = config.batch_size, rows.own, len(labels)
-    whole = np.bincount(labels, rows.weights)
-    there, offered = (np.bincount(one, minlength=len(whole)) for one in (labels[:real], labels[real:]))
-    alone = whole / there.clip(1)  # weight of a real image of each class where no synthetic one has any
-    if config.recipe == "mix" or not _both(rows):
-        for numbers, views in batches_of(every, size, steps, seed):
-            yield numbers, views, rows.weights[numbers]
-    elif config.recipe == "replace":
-        chance = np.bincount(labels[real:], rows.weights[real:], len(whole)) / whole.clip(1e-12)
-        generator = np.random.default_rng([seed, 5])
-        for numbers, views in batches_of(real, size, steps, seed):
-            of_class = labels[numbers]
-            for place in np.flatnonzero(generator.random(size) < chance[of_class]):
-                numbers[place] = real + generator.choice(np.flatnonzero(labels[real:] == of_class[place]))
-            yield numbers, views, alone[of_class]
+    size, real = config.batch_size, rows.own
+    if not _both(rows) or config.recipe in ("mix", "replace"):
+        yield from batches_of(rows.weights, size, steps, seed)
     elif config.recipe == "two_phase":
-        first = round(share_of(config) * steps)
-        alike = real + drawn_of_classes(labels[real:], np.where(offered > 0, offered.max(), 0), [seed, 5])
-        for numbers, views in batches_of(len(alike), size, first, [seed, 6]):
-            yield alike[numbers], views, np.ones(size)
-        for numbers, views in batches_of(real, size, steps - first, seed):
-            yield numbers, views, alone[labels[numbers]]
-    else:  # the same as mixed, but for as many of each kind in every batch
-        made = int(np.clip(round(size * (every - real) / every), FEWEST_NORMED, size - FEWEST_NORMED))
-        counts = np.array([size - made, made])
-        scale = np.repeat(size / every * np.array([real, every - real]) / counts, counts)
-        beside = batches_of(every - real, made, steps, [seed, 5])
-        for own, new in zip(batches_of(real, size - made, steps, seed), beside, strict=True):
-            numbers = np.concatenate([own[0], real + new[0]])
-            yield numbers, np.concatenate([own[1], new[1]]), rows.weights[numbers] * scale
+        first, classes = round(share_of(config) * steps), labels.max() + 1
+        whole = np.bincount(labels, rows.weights)
+        there, offered = (np.bincount(one, minlength=classes).clip(1) for one in (labels[:real], labels[real:]))
+        for numbers, views in batches_of((1 / offered)[labels[real:]], size, first, [seed, 6]):
+            yield real + numbers, views
+        yield from batches_of((whole / there)[labels[:real]], size, steps - first, seed)
+    else:
+        share = rows.weights[real:].sum() / rows.weights.sum()
+        made = int(np.clip(round(size * share), FEWEST_NORMED, size - FEWEST_NORMED))
+        beside = batches_of(rows.weights[real:], made, steps, [seed, 5])
+        for own, new in zip(batches_of(rows.weights[:real], size - made, steps, seed), beside, strict=True):
+            yield np.concatenate([own[0], real + new[0]]), np.concatenate([own[1], new[1]])
 
 
 def batches_of(
-    images: int, batch_size: int, steps: int, seed: int | Sequence[int]
+    weights: np.ndarray, batch_size: int, steps: int, seed: int | Sequence[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each step: image numbers int64 [B], in shuffled passes over all of them, and a view of each, in 0 .. 7."""
-    generator = np.random.default_rng(seed)
+    """For each step: image numbers int64 [B], in shuffled passes, and a view of each.
+
+    weights: [N], of the images. A pass has N draws, in which an image comes as often as its weight says, rounded up or
+    down by chance: with equal weights once. Systematic resampling, images of the same weight side by side, so that all
+    of them together come as often as they should, too.
+    """
+    generator, images = np.random.default_rng(seed), len(weights)
     waiting = np.empty(0, dtype=np.int64)
     for _ in range(steps):
         while len(waiting) < batch_size:
-            waiting = np.concatenate([waiting, generator.permutation(images)])
+            order = generator.permutation(images)
+            order = order[np.argsort(weights[order], kind="stable")]
+            ends = np.cumsum(weights[order])
+            times = np.diff(np.floor(ends * (images / ends[-1]) + generator.random()), prepend=0).astype(np.int64)
+            waiting = np.concatenate([waiting, generator.permutation(np.repeat(order, times))])
         batch, waiting = waiting[:batch_size], waiting[batch_size:]
         yield batch, generator.integers(VIEWS, size=batch_size)
 

@@ -336,9 +336,9 @@ class Judged:
                 )
                 known = part.held if part.pooled else None
                 mix = partial(mixed, pool.labels, pool.made, offer, part.shares[name], asked=known)
-                part.arms[name] = mix()
+                part.arms[name] = mix(classes="summed" if classifier.seeded else "real")
                 if name == next(iter(part.offers)):
-                    part.arms["balanced"] = mix(balanced=True)
+                    part.arms["balanced"] = mix(classes="alike")
                     tried += [lost] if lost else []
         rest = {(number, arm): rows for number, part in enumerate(parts) for arm, rows in part.arms.items()}
         answers |= train(classifier, parts, {key: rows for key, rows in rest.items() if key not in answers}, trials)
@@ -419,19 +419,25 @@ def mixed(
     offer: Offer,
     share: float,
     *,
-    balanced: bool = False,
+    classes: Literal["real", "summed", "alike"] = "real",
     asked: np.ndarray | None,
 ) -> TrainingRows:
-    """Within each class what is offered holds the share of the real images' weight, which stays their number.
+    """Within each class what is offered holds the share of the class's weight.
 
-    balanced: every class then weighs the same. asked: None: the classifier knows no others than these.
+    classes: what they weigh: as many as the real images are; as these and what is offered are together, which is what
+    real images weigh in arm c; all the same. asked: None: the classifier knows no others than these.
     """
     new = np.concatenate([real[offer.real], generated[offer.generated]])
     own = real[offer.fit]
     size = 1 + max(real.max(), generated.max(initial=0))
     counts, offered = np.bincount(own, minlength=size), np.bincount(new, minlength=size)
-    of_class = counts / (len(own) / np.count_nonzero(counts)) if balanced else np.ones(size)
-    of_class = np.divide(1, of_class, out=np.zeros(size), where=of_class > 0)
+    even = np.full(size, len(own) / np.count_nonzero(counts))
+    of_class = np.divide(
+        {"real": counts, "summed": counts + offered, "alike": even}[classes],
+        counts,
+        out=np.zeros(size),
+        where=counts > 0,
+    )
     kept = np.where((offered > 0) & (counts > 0), 1 - share, 1) * of_class
     given = share * of_class * np.divide(counts, offered, out=np.zeros(size), where=offered > 0)
     used = given[new] > 0
