@@ -25,7 +25,7 @@ from m2d.generation.provenance import CERTIFICATES_NAME
 
 _COLUMNS = (
     "seed", "mode", "feature", "solver", "steps", "guidance_scale", "strength", "gates", "nearest_distance",
-    "class_distance", "feature_weak", "sha256",
+    "class_distance", "feature_weak", "pick_rule", "pick_probability", "sha256",
 )  # fmt: skip
 
 
@@ -64,6 +64,7 @@ def write_dataset(folder: Path, config: ExportConfig, generated: Path, title: st
         "ways": _ways(rows),
         "features": sorted({row["feature"] for row in rows} - {"none"}),
         "rejected": _rejections(generated),
+        "picks": record.get("pick", []),
         "size": (rows[0]["width"], rows[0]["height"]) if rows else (0, 0),
         "licence": config.data_license,
         "evaluated": evaluated,

@@ -55,6 +55,31 @@ def test_the_sheet_tells_which_images_began_from_real_ones(tmp_path: Path) -> No
     assert "Those that began from a real image look like it" in sheet
 
 
+@pytest.mark.parametrize(
+    ("rule", "said"), [("classifier", "is as sure of as of half of these"), ("random", "at random")]
+)
+def test_the_sheet_tells_how_images_were_picked(tmp_path: Path, rule: str, said: str) -> None:
+    """As `evaluate pick` leaves them, of a pick that is picked from."""
+    copy = Path(shutil.copytree(GENERATED, tmp_path / "generated"))
+    picks = [
+        {"rule": rule, "extractor": extractor, "classes": {"DF": {"kept": 2}, "MEL": {"kept": 1}}}
+        for extractor in ("efficientnet-lite2-0", "efficientnet-lite2-1")
+    ]
+    record = json.loads((copy / "generation.json").read_text())
+    (copy / "generation.json").write_text(json.dumps({"recipe": record, "pick": picks}))
+    manifest = pq.read_table(copy / "manifest.parquet")
+    manifest = manifest.append_column("pick_rule", [[rule] * len(manifest)])
+    pq.write_table(manifest, copy / "manifest.parquet")
+    main("export", [str(copy), "--to", str(tmp_path / "out")])
+    lines = [line for line in (tmp_path / "out" / "README.md").read_text().splitlines() if "picked" in line]
+    assert len(lines) == 2
+    for number, line in enumerate(lines):
+        assert said in line
+        assert line.endswith(f": 3, with efficientnet-lite2-{number} |")
+    with (tmp_path / "out" / "metadata.csv").open(newline="") as file:
+        assert {row["pick_rule"] for row in csv.DictReader(file)} == {rule}
+
+
 def test_signed_images_bring_their_certificates(tmp_path: Path) -> None:
     copy = Path(shutil.copytree(GENERATED, tmp_path / "generated"))
     (copy / "certificates.pem").write_text("certificates")
