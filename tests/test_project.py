@@ -137,8 +137,9 @@ def test_script_is_executable_and_stops_at_the_first_error(script: str) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True)
 
 
-def test_ci_lints_then_audits_then_tests() -> None:
-    assert re.findall(r"^make (\w+)$", (ROOT / ".ci/run").read_text(), flags=re.MULTILINE) == ["lint", "audit", "test"]
+def test_ci_lints_audits_and_tests() -> None:
+    (made,) = re.findall(r"^make (.+)$", (ROOT / ".ci/run").read_text(), flags=re.MULTILINE)
+    assert [word for word in made.split() if not word.startswith("--")] == ["lint", "audit", "test"]
 
 
 def test_package_takes_its_dependencies_from_requirements_txt() -> None:
