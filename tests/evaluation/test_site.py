@@ -149,7 +149,7 @@ def test_a_fine_tuned_network_is_asked_about_the_same_sites_and_gets_the_right_i
 ) -> None:
     """One that reads the class off the pixel calls all images rightly. Sides: 0 known, 1 tested, 2 generated."""
     sets = {"known": marked(0, {NV: 60, MEL: 20}), "tested": marked(1, {NV: 80, MEL: 40})}
-    trained = []
+    trained, weighed = list[set[int]](), list[np.ndarray]()
 
     def predict(self: FinetuneClassifier, rows: TrainingRows, seed: int) -> np.ndarray:
         assert rows.asked is not None
@@ -159,6 +159,7 @@ def test_a_fine_tuned_network_is_asked_about_the_same_sites_and_gets_the_right_i
         assert (set(own[:, 1]), set(asked[:, 1])) == ({1}, {1})
         assert not set(own[:, 2]) & set(asked[:, 2])
         trained.append({*images[rows.own :, 1].tolist()})
+        weighed.append(np.bincount(images[:, 0], rows.weights, 7)[[NV, MEL]])
         return np.eye(7)[asked[:, 0]]
 
     monkeypatch.setattr(FinetuneClassifier, "predict", predict)
@@ -166,6 +167,10 @@ def test_a_fine_tuned_network_is_asked_about_the_same_sites_and_gets_the_right_i
     trials = Trials(seeds=range(1), resamples=100)
     found = finetuned_site(sets, marked(2, {MEL: 30}), config, trials, share=0.1, folds=2)
     assert trained == 2 * [set(), set(), set()] + 2 * [{2}, {2}, {0}]  # a, b, c; d, d class-balanced, f
+    for (a, _, c), (d, alike, f) in zip((weighed[:3], weighed[3:6]), (weighed[6:9], weighed[9:]), strict=True):
+        assert d == pytest.approx(c), "it is drawn as the oversampled control is"
+        assert f == pytest.approx(a + [0, 20])
+        assert alike[0] == pytest.approx(alike[1])
     assert {arm: one["balanced_accuracy"].value for arm, one in found.arms.items()} == dict.fromkeys(found.arms, 1)
     assert (found.shares, found.inner, found.offered_real) == ([0.5, 0.5], {}, {"MEL": 20})
     assert found.lesions == {"NV": 7, "MEL": 3}  # a tenth of 70 and 30
