@@ -24,7 +24,7 @@ SHOWN, SIDE = 8, 96  # images of a class in the overview, and their pixels a sid
 
 
 def main(real: str, to: str) -> None:
-    """Write a mask beside none of the images: TO/CLASS/NAME_segmentation.png, and TO/overview.png."""
+    """Write TO/CLASS/NAME_segmentation.png for each image whose lesion is found, and TO/overview.png."""
     rows = scan_dataset(real, DataConfig()).catalog.to_pylist()
     written, overview = dict.fromkeys(sorted({row["label"] for row in rows}), 0), dict[str, list[np.ndarray]]()
     for row in rows:

@@ -222,7 +222,7 @@ def test_a_full_service_says_so_and_clients_that_go_make_room(served: Served) ->
         refused = client.post("/v1/images", json=LONG)
     assert (refused.status_code, refused.headers["content-type"]) == (503, "application/problem+json")
     assert int(refused.headers["Retry-After"]) >= 1
-    await_that(lambda: served.stats()["tiny"]["orders"] == 0, 20, "the replica has no order under way")
+    await_that(lambda: served.stats()["tiny"]["orders"] == 0, 5, "the replica has no order under way")
     assert served.stats()["tiny"]["waiting"] == 0
     assert len(served.images(count=16)["images"]) == 16
 
