@@ -24,6 +24,7 @@ from m2d.evaluation.classifiers.finetune import (
     finetuned_worth,
     jittered,
     learning_rate,
+    loss_of,
     measure_finetuned,
     recipe_batches,
     share_of,
@@ -265,14 +266,24 @@ def test_auxiliary_batch_norms_see_as_many_images_of_each_kind_in_every_batch() 
     assert kinds_of(numbers) == pytest.approx([1 / 4, 1 / 4, 1 / 2], abs=0.02)
 
 
+def test_in_a_batch_with_norms_apart_synthetic_images_weigh_exactly_their_share() -> None:
+    """Though they are half of its images."""
+    assert FEW.share == pytest.approx(2.5 / 40)
+    logits, labels = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 3])
+    each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    weights = torch.tensor([0.45, 0.45, 0.05, 0.05])
+    assert loss_of(logits, labels, 2, 0.1).item() == pytest.approx((each * weights).sum().item())
+    assert loss_of(logits, labels, 4, 0.1).item() == pytest.approx(each.mean().item())
+
+
 def test_two_phases_are_balanced_synthetic_images_then_real_ones_alone() -> None:
     """Twice as many synthetic melanomas as nevi are shown equally often. Real ones come as often as their class."""
     rows = TrainingRows(np.arange(40), np.arange(30), np.ones(70))
     labels = np.concatenate([OF_FEW, np.repeat(NV, 10)])
-    config = replace(TINY, recipe="two_phase", share=0.25)
+    config = replace(TINY, recipe="two_phase", share=0.25, batch_size=6)
     numbers = [one for one, _ in recipe_batches(rows, labels, config, 20, seed=0)]
     first, rest = np.concatenate(numbers[:5]), np.concatenate(numbers[5:])
-    assert np.bincount(labels[first], minlength=7)[[NV, MEL]] == pytest.approx([20, 20], abs=2)
+    assert np.bincount(labels[first], minlength=7)[[NV, MEL]].tolist() == [15, 15]
     assert first.min() == 40
     assert np.bincount(labels[rest], minlength=7)[[NV, MEL]] / len(rest) == pytest.approx([40 / 70, 30 / 70], abs=0.01)
     assert rest.max() < 40

@@ -63,6 +63,11 @@ class TrainingRows:
         """How many images come before those that are offered: the generated ones, and real ones beyond `reference`."""
         return len(self.real) if self.reference is None else int(np.isin(self.real, self.reference).sum())
 
+    @property
+    def share(self) -> float:
+        """Of all weight, on the images that are offered."""
+        return float(self.weights[self.own :].sum() / self.weights.sum())
+
 
 class Classifier(Protocol):
     """Trains on rows of its real and generated images and calls its test images. It is pickled."""

@@ -240,7 +240,7 @@ class FinetuneClassifier:
                 logits = network(images[:real])
                 if apart:
                     logits = torch.cat([logits, functional_call(network, apart, images[real:])])
-            loss = F.cross_entropy(logits.float(), chosen)
+            loss = loss_of(logits.float(), chosen, real, rows.share)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -256,6 +256,14 @@ class FinetuneClassifier:
         own = number - len(rows.real)
         image = self.train[rows.real[number]] if own < 0 else self.generated[rows.generated[own]]
         return apply_view(image, view)
+
+
+def loss_of(logits: Tensor, labels: Tensor, real: int, share: float) -> Tensor:
+    """Cross-entropy. Where synthetic images come behind the `real` ones, together they weigh their share exactly."""
+    if real == len(logits):
+        return F.cross_entropy(logits, labels)
+    kinds = (F.cross_entropy(logits[part], labels[part]) for part in (slice(real), slice(real, None)))
+    return torch.lerp(*kinds, share)
 
 
 def steps_of(config: FinetuneConfig, real_images: int) -> int:
@@ -280,7 +288,7 @@ def recipe_batches(
     two_phase, where real images alone have the weight of their class, after a first phase in which all classes that are
     generated come alike. Real or synthetic images alone are trained on plainly. Real images that are offered as if
     generated come like these: see TrainingRows.own. In a batch of auxiliary_bn real images come first, and every batch
-    has as many of each kind: their share of the weight, to whole images, and at least two for the norms.
+    has as many of each kind: their share of the weight, to whole images, and at least two for the norms; see loss_of.
     """
     size, real = config.batch_size, rows.own
     if not _both(rows) or config.recipe in ("mix", "replace"):
@@ -293,8 +301,7 @@ def recipe_batches(
             yield real + numbers, views
         yield from batches_of((whole / there)[labels[:real]], size, steps - first, seed)
     else:
-        share = rows.weights[real:].sum() / rows.weights.sum()
-        made = int(np.clip(round(size * share), FEWEST_NORMED, size - FEWEST_NORMED))
+        made = int(np.clip(round(size * rows.share), FEWEST_NORMED, size - FEWEST_NORMED))
         beside = batches_of(rows.weights[real:], made, steps, [seed, 5])
         for own, new in zip(batches_of(rows.weights[:real], size - made, steps, seed), beside, strict=True):
             yield np.concatenate([own[0], real + new[0]]), np.concatenate([own[1], new[1]])
