@@ -262,8 +262,8 @@ def loss_of(logits: Tensor, labels: Tensor, real: int, share: float) -> Tensor:
     """Cross-entropy. Where synthetic images come behind the `real` ones, together they weigh their share exactly."""
     if real == len(logits):
         return F.cross_entropy(logits, labels)
-    kinds = (F.cross_entropy(logits[part], labels[part]) for part in (slice(real), slice(real, None)))
-    return torch.lerp(*kinds, share)
+    of_real, of_synthetic = F.cross_entropy(logits[:real], labels[:real]), F.cross_entropy(logits[real:], labels[real:])
+    return torch.lerp(of_real, of_synthetic, share)
 
 
 def steps_of(config: FinetuneConfig, real_images: int) -> int:
