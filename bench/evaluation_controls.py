@@ -45,9 +45,9 @@ from m2d.evaluation.classifiers.worth import (
     Offer,
     Pool,
     WorthResult,
-    _on_half,
     equal_priors,
     mixed,
+    on_half,
     partition,
     word,
 )
@@ -227,7 +227,7 @@ def by_recipe(
     for seed in trials.seeds:
         for held in partition(pool, np.arange(len(tested)), config.folds, seed):
             fit = np.setdiff1d(np.arange(len(tested)), held)
-            ceiling = _on_half(pool, fit, seed, {})["ceiling"]
+            ceiling = on_half(pool, fit, seed, {})["ceiling"]
             places, counts = np.searchsorted(rare, ceiling.real), np.bincount(tested.labels[ceiling.real])
             rows = {name: at + places for name, at in first.items()}
             there = np.minimum(counts, np.bincount(made.labels, minlength=len(counts))[: len(counts)])

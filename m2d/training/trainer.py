@@ -70,7 +70,7 @@ def train(config: TrainConfig, callbacks: Sequence[Any] = (), *, stoppable: bool
     with experiment.running():
         try:
             with log_file(experiment.path / "logs" / "driver.log"), _resources(config):
-                opening = _opening(config)
+                opening = opening_of(config)
                 console.say(opening.line)
                 for line in opening.degraded:
                     console.warn(line)
@@ -118,7 +118,7 @@ def _resources(config: TrainConfig) -> AbstractContextManager[None]:
 
 
 @dataclass(frozen=True)
-class _Opening:
+class Opening:
     """What a run is going to do, as far as settings and machines say."""
 
     line: str  # the first thing that a person reads
@@ -129,7 +129,7 @@ class _Opening:
     degraded: list[str]
 
 
-def _opening(config: TrainConfig) -> _Opening:
+def opening_of(config: TrainConfig) -> Opening:
     """Decide what was left to decide. Raises ConfigError where the machines cannot do what was asked for."""
     degraded: list[str] = []
     gpu, (fewest, most) = _gpu(config, degraded), config.workers
@@ -147,7 +147,7 @@ def _opening(config: TrainConfig) -> _Opening:
         f"training stage {config.stage} at {config.data.image_size} px on {device}, {PRECISION_NAMES[precision]}, "
         f"guided by {config.feature_extractor.name}{limited}"
     )
-    return _Opening(line, device, gpu is not None, precision, perceptual, degraded)
+    return Opening(line, device, gpu is not None, precision, perceptual, degraded)
 
 
 def _gpu(config: TrainConfig, degraded: list[str]) -> GpuFacts | None:
@@ -190,7 +190,7 @@ def _perceptual(config: TrainConfig, degraded: list[str]) -> PerceptualKind:
 
 
 def _plan(
-    config: TrainConfig, experiment: Experiment, catalog: pa.Table, opening: _Opening, console: Console
+    config: TrainConfig, experiment: Experiment, catalog: pa.Table, opening: Opening, console: Console
 ) -> RunPlan:
     """The plan, announced and on record, once the data is known."""
     began_with = experiment.info().get("perceptual", opening.perceptual)

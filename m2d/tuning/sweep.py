@@ -139,7 +139,7 @@ def _run(config: SweepConfig, folder: Path, ledger: Ledger, console: Console) ->
         chosen, samples = None, 1
         if config.search == "optuna":
             samples, left = config.count - len(ended), ledger.in_state("open")
-            search = _optuna(config, [(record, found[-1]) for record, found in worth if found], left, at_once)
+            search = optuna_search(config, [(record, found[-1]) for record, found in worth if found], left, at_once)
         else:
             chosen = planned(config)
             numbers = sorted(set(range(len(chosen))) - {record.number for record in ended})
@@ -151,7 +151,7 @@ def _run(config: SweepConfig, folder: Path, ledger: Ledger, console: Console) ->
             tune_config=tune.TuneConfig(
                 num_samples=samples,
                 search_alg=search,  # it holds the limit of trials at a time: Tune ignores its own where there is one
-                scheduler=_scheduler(config, {record.name: objectives for record, objectives in worth}),
+                scheduler=trial_scheduler(config, {record.name: objectives for record, objectives in worth}),
                 trial_dirname_creator=lambda trial: str(trial.trial_id),  # the default has every value in its name
             ),
             run_config=RunConfig(
@@ -163,11 +163,11 @@ def _run(config: SweepConfig, folder: Path, ledger: Ledger, console: Console) ->
                 checkpoint_config=CheckpointConfig(num_to_keep=None),
             ),
         )
-        logging.getLogger("ray.tune.tune").addFilter(_in_own_words)
+        logging.getLogger("ray.tune.tune").addFilter(in_own_words)
         tuner.fit()
 
 
-def _in_own_words(record: logging.LogRecord) -> bool:
+def in_own_words(record: logging.LogRecord) -> bool:
     """A filter of Tune's messages: what an interruption means here, not how to restore a state that we do without."""
     message = record.getMessage()
     if message.startswith("Stop signal received"):
@@ -232,7 +232,7 @@ def planned(config: SweepConfig) -> list[dict[str, float]]:
     return [{setting: draw(one, generator) for setting, one in space.items()} for generator in generators]
 
 
-def _optuna(
+def optuna_search(
     config: SweepConfig, ended: Sequence[tuple[TrialRecord, float]], left: Sequence[TrialRecord], at_once: int
 ) -> Searcher:
     """Optuna's TPE, which knows the trials that ended with their objectives and begins with those that are left."""
@@ -262,7 +262,7 @@ def _optuna(
     return ConcurrencyLimiter(search, max_concurrent=at_once)
 
 
-def _scheduler(config: SweepConfig, worth: dict[str, list[float]]) -> TrialScheduler:
+def trial_scheduler(config: SweepConfig, worth: dict[str, list[float]]) -> TrialScheduler:
     """worth: name -> objectives of each trial that has ended, at its reports."""
     settings, reports = config.sweep, config.reports
     if settings.scheduler == "none" or reports <= settings.grace_reports:

@@ -11,7 +11,7 @@ from m2d.generation.settings import GenerateConfig
 from m2d.models.precision import DTYPES, pick_precision
 from m2d.models.settings import Precision
 from m2d.training.settings import TrainConfig
-from m2d.training.trainer import _opening
+from m2d.training.trainer import opening_of
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -33,8 +33,8 @@ def test_the_cpu_computes_in_float32_unless_told_otherwise_and_a_gpu_in_bf16_whe
 
 
 def test_training_follows_the_rule(gpu: str) -> None:
-    assert _opening(TrainConfig(num_workers=0)).precision == gpu
-    assert _opening(TrainConfig(num_workers=0, mixed_precision="fp16")).precision == "fp16"
+    assert opening_of(TrainConfig(num_workers=0)).precision == gpu
+    assert opening_of(TrainConfig(num_workers=0, mixed_precision="fp16")).precision == "fp16"
 
 
 def test_generation_follows_the_rule(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from m2d.training.run import RunPlan, allocator_settings
 from m2d.training.saving import read_best
 from m2d.training.settings import TrainConfig, as_dict, differences
 from m2d.training.telemetry import MetricsLog
-from m2d.training.trainer import _opening, train
+from m2d.training.trainer import opening_of, train
 
 
 @pytest.mark.ray
@@ -188,10 +188,10 @@ def test_a_driver_whose_gpu_torch_does_not_see_is_told(tmp_path: Path, monkeypat
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12\n")
     monkeypatch.setattr(nodes, "DRIVER", tmp_path / "version")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    told = _opening(TrainConfig(num_workers=0)).degraded
+    told = opening_of(TrainConfig(num_workers=0)).degraded
     assert any(line.startswith("torch sees no GPU: ") and "535.183.01" in line for line in told)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the user's wish
-    assert not any("535.183.01" in line for line in _opening(TrainConfig(num_workers=0)).degraded)
+    assert not any("535.183.01" in line for line in opening_of(TrainConfig(num_workers=0)).degraded)
 
 
 def test_memory_is_allocated_in_expandable_segments_unless_the_user_says_otherwise(

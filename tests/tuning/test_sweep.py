@@ -24,7 +24,7 @@ from m2d.errors import ConfigError, ExperimentError, Incomplete
 from m2d.experiment import list_experiments
 from m2d.tuning.ledger import Ledger, TrialRecord
 from m2d.tuning.settings import SweepConfig
-from m2d.tuning.sweep import _in_own_words, _optuna, _scheduler, held, require_same, sweep, write_settings
+from m2d.tuning.sweep import held, in_own_words, optuna_search, require_same, sweep, trial_scheduler, write_settings
 
 ROOT = Path(__file__).parents[2]
 SPACE = "{loss_weights.diffusion: 'loguniform(0.1, 10)', optimizer.lr_denoiser: 'loguniform(1e-5, 1e-2)'}"
@@ -295,7 +295,7 @@ def test_an_interruption_is_told_in_the_sweeps_words(capsys: pytest.CaptureFixtu
     """The messages are Tune's (ray 2.60, tune/tune.py)."""
 
     def is_shown(message: str) -> bool:
-        return _in_own_words(logging.makeLogRecord({"msg": message}))
+        return in_own_words(logging.makeLogRecord({"msg": message}))
 
     assert not is_shown("Stop signal received (e.g. via SIGINT/Ctrl+C), ending Ray Tune run. ")
     assert not is_shown("Experiment has been interrupted, but the most recent state was saved.\nResume with: x")
@@ -305,7 +305,7 @@ def test_an_interruption_is_told_in_the_sweeps_words(capsys: pytest.CaptureFixtu
 
 def answers(config: SweepConfig, worth: dict[str, list[float]], objectives: list[float]) -> list[str]:
     """What the scheduler says to each report of a new trial."""
-    scheduler, trial, nobody = _scheduler(config, worth), Trial("new", stub=True, trial_id="new"), None
+    scheduler, trial, nobody = trial_scheduler(config, worth), Trial("new", stub=True, trial_id="new"), None
     asked: Any = scheduler
     asked.on_trial_add(nobody, trial)
     return [
@@ -327,7 +327,7 @@ def test_a_trial_is_not_stopped_at_its_last_report(data_root: Path, tmp_path: Pa
 
 def test_optuna_begins_with_the_trials_that_are_left(data_root: Path, tmp_path: Path) -> None:
     chosen = {"loss_weights.diffusion": 0.3, "optimizer.lr_denoiser": 0.0021}
-    search = _optuna(config_of(data_root, tmp_path), [], [TrialRecord(0, chosen)], at_once=2)
+    search = optuna_search(config_of(data_root, tmp_path), [], [TrialRecord(0, chosen)], at_once=2)
     assert search.suggest("a") == chosen
     other = search.suggest("b")
     assert other != chosen
@@ -337,6 +337,6 @@ def test_optuna_begins_with_the_trials_that_are_left(data_root: Path, tmp_path: 
 def test_optuna_proposes_near_what_was_good_before(data_root: Path, tmp_path: Path) -> None:
     config = config_of(data_root, tmp_path, "--sweep.space", "{loss_weights.diffusion: 'uniform(0, 1)'}")
     known = [(TrialRecord(k, {"loss_weights.diffusion": k / 40}), abs(k / 40 - 0.8)) for k in range(40)]
-    search = _optuna(config, known, [], at_once=20)
+    search = optuna_search(config, known, [], at_once=20)
     proposed = [search.suggest(str(k))["loss_weights.diffusion"] for k in range(20)]  # type: ignore[index]
     assert sum(abs(value - 0.8) < 0.2 for value in proposed) > 14  # 8 by chance

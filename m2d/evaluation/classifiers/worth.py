@@ -214,7 +214,7 @@ def measure_worth(
         for held in partition(pool, tested, folds, seed) if folds > 1 else [tested]:
             fit = np.setdiff1d(np.arange(len(pool.labels)), held)
             offers = {"all": Offer(fit, held[:0], np.arange(len(pool.generated)))}
-            offers |= _on_half(pool, fit, seed, controls or {}) if choose else {}
+            offers |= on_half(pool, fit, seed, controls or {}) if choose else {}
             part = Part(seed, held, offers, pooled=choose or folds > 1)
             part.arms = {letter: real_arm(pool, part, letter, part.fit) for letter in "abcd"}
             if "synthetic" in offers:
@@ -462,7 +462,7 @@ def partition(pool: Pool, rows: np.ndarray, folds: int, seed: int) -> list[np.nd
     return [rows[held] for _, held in lesion_folds(pool.labels[rows], pool.groups[rows], folds, seed)]
 
 
-def _on_half(
+def on_half(
     pool: Pool, fit: np.ndarray, seed: int, controls: Mapping[str, Callable[[np.ndarray], np.ndarray]]
 ) -> dict[str, Offer]:
     """Half of the lesions of each generated class are withheld; what the rest is offered. Empty for too few lesions.
