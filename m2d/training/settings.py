@@ -41,7 +41,7 @@ class LossWeights:
     alignment_vae: float = 0.1  # on the VAE, through the frozen U-Net
     manifold: float = 3.0  # times `alignment`: U-REPA's w
     kl: float = 1e-6  # of the sum over a latent, as in REPA-E
-    adversarial: float = 0.1  # on the VAE, where discriminator.enabled; times an adaptive weight if it is projected
+    adversarial: float = 0.1  # on the VAE, where discriminator.enabled; a projected one needs some 0.8: it is adaptive
 
     def __post_init__(self) -> None:
         require_range(self, "loss_weights.", 0, *vars(self))

@@ -83,6 +83,15 @@ def test_no_preset_is_left_out() -> None:
     assert {preset_of(base, stage) for base, stage in RUNS} == set(preset_names())
 
 
+def test_a_projected_discriminator_is_weighed_so_that_it_acts() -> None:
+    """Measured (docs/results/train_step.md): at 0.1 of the other losses' pull images are as they are without it."""
+    runs: list[TrainConfig] = [
+        parse("train", ["--preset", of, "--init_checkpoint", "earlier"]) for of in preset_names()
+    ]
+    projected = [run for run in runs if run.discriminator.enabled and run.discriminator.kind == "projected"]
+    assert {run.loss_weights.adversarial for run in projected} == {0.8}, "VQGAN's own"
+
+
 @functools.cache
 def whole(preset: str) -> TrainConfig:
     config: TrainConfig = parse("train", ["--preset", preset, "--stage", "latent" if linear(preset) else "joint"])
