@@ -74,9 +74,15 @@ def ray_cluster(
                     f"{LONGEST_FOLDER} bytes, or unset it"
                 ) from None
             # It gives its processes 30 s to start, whatever else the machine does; they are warm now.
-            logger.warning("Ray did not start in time; trying once more", exc_info=True)
+            logger.warning("Ray did not start (%s); trying once more", first_line(error), exc_info=verbose)
             ray.shutdown()
-            ray.init(**options)
+            try:
+                ray.init(**options)
+            except Exception as again:
+                raise ConfigError(
+                    f"Ray did not start on this machine, nor at a second try ({first_line(again)}); run again when "
+                    f"the machine is less busy; its logs are under {os.environ['RAY_TMPDIR']}"
+                ) from again
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:

@@ -3,10 +3,12 @@
 import http.server
 import json
 import os
+import re
 import signal
 import stat
 import tempfile
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,6 +142,26 @@ def test_a_folder_of_the_users_that_is_too_long_for_sockets_is_refused_once(
     monkeypatch.setattr(ray, "init", refuse)
     with pytest.raises(ConfigError, match=r"^RAY_TMPDIR: /theirs is too long [^\n]*$"), ray_cluster():
         pass
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_machine_too_busy_for_ray_is_tried_twice_and_then_said_in_one_line(
+    pretended: PretendedRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, failures: int
+) -> None:
+    left = iter(range(failures))
+
+    def start(**options: Any) -> SimpleNamespace:
+        if next(left, None) is not None:
+            raise Exception("The current node timed out during startup.\nThis could happen because")
+        return pretended.init(**options)
+
+    monkeypatch.setattr(ray, "init", start)
+    pattern = r"^Ray did not start on this machine, nor at a second try \(The current node timed out [^\n]*$"
+    with pytest.raises(ConfigError, match=pattern) if failures == 2 else nullcontext(), ray_cluster():
+        pass
+    (record,) = caplog.records
+    assert re.fullmatch("Ray did not start .*; trying once more", record.getMessage())
+    assert record.exc_info in (None, False), "Ray's traceback is in its logs"
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system pins no process to cores")
