@@ -32,7 +32,7 @@ from m2d.data.reader import decode_unchanged
 from m2d.data.settings import DataConfig
 from m2d.data.store import prepared_folder, reusable_catalog
 from m2d.errors import CheckpointError, ConfigError, DataError
-from m2d.evaluation.provenance import made_from_others, rows_beside
+from m2d.evaluation.provenance import METADATA_NAME, made_from_others, rows_beside
 from m2d.evaluation.settings import EvaluateConfig
 from m2d.files.atomic import cache_file
 from m2d.files.progress import progress
@@ -243,7 +243,7 @@ def read_image_sets(config: EvaluateConfig, checkpoint: Checkpoint | None, notes
     if of_tests.any():
         generated = generated.where(~of_tests)
         if not len(generated.rows):
-            raise DataError(f"generated: all images of {generated.source} are variations of lesions that are tested")
+            raise DataError(f"generated: all images of {generated.root} are variations of lesions that are tested")
         notes.append(f"left out {of_tests.sum():,} generated images, variations of lesions that are tested")
         sets["generated"] = decode(generated)
     copies = _copies(trained, tested, sets["generated"], shapes, files, notes)
@@ -538,10 +538,14 @@ def _generated(root: str, data: DataConfig, classes: ClassSet, notes: list[str])
     if repeated:
         notes.append(f"{repeated:,} generated images are exact repeats of other generated ones; all are counted")
     base = root if remote else os.path.abspath(root)
-    rows = rows_beside(root, MANIFEST_NAME, "sha256", "lesion_id", "skin_lesion_id")
+    columns_of_run = ("sha256", "lesion_id", "skin_lesion_id", "mode", "reference")
+    rows = rows_beside(root, MANIFEST_NAME, *columns_of_run) or rows_beside(root, METADATA_NAME, *columns_of_run)
     # The lesion that m2d's own run varied for an image, and the one whose skin it took; "" for none.
     varied = {row["sha256"]: (row["lesion_id"] or "", row["skin_lesion_id"] or "") for row in rows}
     of = [varied.get(image.sha256, ("", "")) for image in images]
+    began = {row["sha256"] for row in rows if row["mode"] in ("image2image", "interpolate") and not row["reference"]}
+    if unnamed := sum(image.sha256 in began and not lesion for image, (lesion, _) in zip(images, of, strict=True)):
+        notes.append(f"{unnamed:,} generated images began from real ones of unnamed lesions, which may be tested")
     columns = {
         "path": [image.path if remote else os.path.relpath(image.path, base) for image in images],
         "sha256": [image.sha256 for image in images],

@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from m2d.files.storage import inside, open_storage, read_file
 from m2d.generation.output import JOURNAL_NAME, MANIFEST_NAME
+
+METADATA_NAME = "metadata.csv"  # of an exported set, in place of the manifest
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,15 @@ def _sha256(place: str) -> str | None:
 
 
 def rows_beside(root: str, name: str, key: str, *more: str) -> list[dict[str, Any]]:
-    """Columns of a Parquet file beside the images, None for those that it lacks; []: there is no such file, or no key.
+    """Columns of a Parquet or CSV file (texts) beside the images, None for those that it lacks; []: no file, or no key.
 
     Images of another generator may lie beside a table of other columns.
     """
     filesystem, place = open_storage(root)
     try:
         with filesystem.open_input_file(inside(place, name)) as file:
-            table = pq.read_table(file)
+            as_text = pa_csv.ConvertOptions(column_types=dict.fromkeys((key, *more), pa.string()))
+            table = pa_csv.read_csv(file, convert_options=as_text) if name.endswith(".csv") else pq.read_table(file)
     except (OSError, pa.ArrowException):
         return []
     there = [column for column in (key, *more) if column in table.column_names]

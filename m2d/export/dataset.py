@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from m2d import __version__
 from m2d.errors import ConfigError, first_line
+from m2d.evaluation.provenance import METADATA_NAME
 from m2d.export.card import CARD, TEMPLATES, read_evaluation
 from m2d.export.settings import ExportConfig
 from m2d.files.atomic import mark_complete
@@ -25,7 +26,7 @@ from m2d.generation.provenance import CERTIFICATES_NAME
 
 _COLUMNS = (
     "seed", "mode", "feature", "solver", "steps", "guidance_scale", "strength", "gates", "nearest_distance",
-    "class_distance", "feature_weak", "pick_rule", "pick_probability", "sha256",
+    "class_distance", "feature_weak", "pick_rule", "pick_probability", "lesion_id", "skin_lesion_id", "sha256",
 )  # fmt: skip
 
 
@@ -41,6 +42,11 @@ def write_dataset(folder: Path, config: ExportConfig, generated: Path, title: st
         rows = [row for row in pq.read_table(generated / MANIFEST_NAME).to_pylist() if row["path"]]
         if any(row.get("view") is not None for row in rows):
             raise ConfigError(f"checkpoint: {generated} holds real images, flipped and turned; export synthetic ones")
+        if any(row["mode"] == "image2image" and row.get("strength") == 0 for row in rows):
+            raise ConfigError(
+                f"checkpoint: {generated} holds real images, passed through the autoencoder (strength 0); export "
+                "synthetic ones"
+            )
         _write_images(folder, generated, rows)
         if (generated / CERTIFICATES_NAME).exists():
             shutil.copyfile(generated / CERTIFICATES_NAME, folder / CERTIFICATES_NAME)
@@ -49,7 +55,7 @@ def write_dataset(folder: Path, config: ExportConfig, generated: Path, title: st
             f"checkpoint: the images in {generated} cannot be read ({first_line(error)}); run generate again to finish "
             "them"
         ) from None
-    with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
+    with (folder / METADATA_NAME).open("w", encoding="utf-8", newline="") as file:
         columns = [name for name in _COLUMNS if any(row.get(name) is not None for row in rows)]
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file_name", "label", "synthetic", *columns])
@@ -62,6 +68,9 @@ def write_dataset(folder: Path, config: ExportConfig, generated: Path, title: st
         "recipe": record.get("recipe", record),
         "counts": Counter(row["class"] for row in rows),
         "ways": _ways(rows),
+        "begun": sum(row["mode"] != "standard" for row in rows),  # from real images
+        "inpainted": sum(bool(row.get("skin_lesion_id")) for row in rows),
+        "lesions": any(row.get("lesion_id") for row in rows),
         "features": sorted({row["feature"] for row in rows} - {"none"}),
         "rejected": _rejections(generated),
         "picks": record.get("pick", []),

@@ -165,6 +165,8 @@ def read_info(path: str | Path) -> CheckpointInfo:
         meant = max(inside, key=lambda one: (one.name == "best", one), default=None)
         hint = f"did you mean {meant}?" if meant else f"name one that has {COMPLETE}"
         raise CheckpointError(f"checkpoint: {path} is not a complete checkpoint; {hint}")
+    if not description.is_file():  # an exported set of images, say
+        raise CheckpointError(f"checkpoint: {path} is no checkpoint: it has no {description.name}")
     if reason := damage(directory, optional=TRAINING, editable=CARD_FILES):  # a checkpoint is given away without it
         raise CheckpointError(f"checkpoint: {reason}; take another checkpoint")
     try:

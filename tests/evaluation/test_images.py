@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -94,9 +95,15 @@ def test_a_variation_is_of_its_lesion_and_is_left_out_where_that_is_tested(
     inpainted = pq.read_table(generated / "manifest.parquet").to_pydict() | {"lesion_id": [str(of["train"][0])]}
     pq.write_table(pa.table(inpainted | {"skin_lesion_id": [str(of["test"][0])]}), generated / "manifest.parquet")
     assert read(tmp_path, real, generated).generated.counts == {"DF": 2}, "by the lesion whose skin it took"
+    pa_csv.write_csv(pq.read_table(generated / "manifest.parquet"), generated / "metadata.csv")  # as an export has it
+    (generated / "manifest.parquet").unlink()
+    assert read(tmp_path, real, generated).generated.counts == {"DF": 2}
     shutil.rmtree(generated / "DF")
     with pytest.raises(DataError, match=r"^generated: all images of [^\n]+ are variations of lesions that are tested$"):
         read(tmp_path, real, generated)
+    (generated / "metadata.csv").write_text(f"sha256,mode\n{inpainted['sha256'][0]},image2image\n")  # an older export's
+    told = [note for note in read(tmp_path, real, generated).notes if "began from real ones" in note]
+    assert told == ["1 generated images began from real ones of unnamed lesions, which may be tested"]
 
 
 def test_training_images_from_a_folder_of_their_own_leave_all_of_real_unseen(

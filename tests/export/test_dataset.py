@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -35,6 +36,8 @@ def test_images_labels_and_a_data_sheet(tmp_path: Path) -> None:
         "| gates | blank, near_copy:features, near_copy:pixels |",
     ):
         assert line in sheet.splitlines()
+    assert "they show no patient" in sheet
+    assert "lesion_id" not in sheet
     assert "Not evaluated" in sheet
     assert "CC-BY-NC-4.0" in sheet
     assert str(tmp_path) not in sheet
@@ -47,12 +50,22 @@ def test_the_sheet_tells_which_images_began_from_real_ones(tmp_path: Path) -> No
     rows = pq.read_table(copy / "manifest.parquet").to_pylist()
     for number, row in enumerate(row for row in rows if row["class"] == "DF"):
         row.update(mode="image2image", strength=0.3 + number / 10, feature="reference")
-    pq.write_table(pa.Table.from_pylist(rows), copy / "manifest.parquet")
+        row["lesion_id"], row["skin_lesion_id"] = f"HAM_{number}", "HAM_7"
+    columns = {name: [row.get(name) for row in rows] for name in [*rows[0], "lesion_id", "skin_lesion_id"]}
+    pq.write_table(pa.table(columns), copy / "manifest.parquet")
     main("export", [str(copy), "--to", str(tmp_path / "out")])
+    with (tmp_path / "out" / "metadata.csv").open(newline="") as file:
+        told = {(row["label"], row["lesion_id"], row["skin_lesion_id"]) for row in csv.DictReader(file)}
+    assert {one for one in told if one[0] == "DF"} == {("DF", f"HAM_{number}", "HAM_7") for number in range(3)}
+    assert {one[1:] for one in told if one[0] != "DF"} == {("", "")}
     sheet = (tmp_path / "out" / "README.md").read_text()
     assert "| begun | 3 from a real image, noised to strength 0.3..0.5; 18 from noise |" in sheet
     assert "| guided by | the class and a feature (prior, reference) |" in sheet
     assert "Those that began from a real image look like it" in sheet
+    assert "3 of them are variations of patients' images" in sheet
+    assert "they show no patient" not in sheet
+    assert "keep an image on the side of every split that these are on" in sheet
+    assert "| inpainted | 3 show a lesion" in sheet
 
 
 @pytest.mark.parametrize(
@@ -103,10 +116,16 @@ def test_a_lost_image_is_told_in_one_line(tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "out").exists()
 
 
-def test_flipped_real_images_are_not_exported_as_synthetic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [({"view": 3}, "flipped and turned"), ({"mode": "image2image", "strength": 0.0}, "through the autoencoder")],
+)
+def test_real_images_are_not_exported_as_synthetic(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], facts: dict[str, object], said: str
+) -> None:
     copy = Path(shutil.copytree(GENERATED, tmp_path / "generated"))
-    table = pq.read_table(copy / "manifest.parquet")
-    pq.write_table(table.append_column("view", [[3] * len(table)]), copy / "manifest.parquet")
+    rows = pq.read_table(copy / "manifest.parquet").to_pylist()
+    pq.write_table(pa.Table.from_pylist([row | facts for row in rows]), copy / "manifest.parquet")
     with pytest.raises(SystemExit):
         main("export", [str(copy), "--to", str(tmp_path / "out")])
-    assert "holds real images, flipped and turned" in capsys.readouterr().err
+    assert re.search(rf"holds real images, [^\n]*{said}", capsys.readouterr().err)

@@ -155,6 +155,12 @@ def overwrite(path: Path) -> None:
     path.write_bytes(b"\xff" * path.stat().st_size)
 
 
+def leave_nothing_but_images(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+    mark_complete(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "name", "words"),
     [
@@ -164,6 +170,7 @@ def overwrite(path: Path) -> None:
         (Path.unlink, "training/projector.safetensors", "projector.safetensors is missing"),
         (overwrite, "conditioning.safetensors", "cannot be loaded"),
         (shutil.rmtree, "", "is not a directory"),
+        (leave_nothing_but_images, "", "is no checkpoint"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(copy: Path, damage: Callable[[Path], None], name: str, words: str) -> None:
