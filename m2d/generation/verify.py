@@ -148,7 +148,7 @@ def _text(image: bytes) -> dict[str, str]:
 
 
 def _images_below(place: Path) -> Iterator[Path]:
-    """The files to look into: the place itself, or what a folder holds but the pictures about a run or of an evaluation."""
+    """The files to look into: the place itself, or what a folder holds but pictures about a run or an evaluation."""
     if not place.is_dir():
         yield from [place] if place.exists() else []
         return

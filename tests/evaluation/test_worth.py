@@ -221,11 +221,23 @@ def drawn(value: float, deviation: float) -> np.ndarray:
         (drawn(0.0, 0.005), drawn(0.002, 0.005), "harmless"),
         (drawn(0.0, 0.02), drawn(0.0, 0.02), "no difference shown"),
         (drawn(0.01, 0.002), drawn(0.01, 0.002), "helps"),  # less than the margin, yet shown
+        (drawn(0.0, 0.0), drawn(0.0, 0.0), "no difference shown"),  # too few lesions, of which none is called otherwise
+        (drawn(0.3, 0.0), drawn(0.3, 0.1), "no difference shown"),  # one lesion of each class
     ],
 )
 def test_the_word_needs_both_controls(against_c: np.ndarray, against_a: np.ndarray, said: str) -> None:
     assert word([against_c, against_a], [0.25, 0.0]) == said
     assert word([against_c, against_a], [0.0, 0.0]) == "no use"
+
+
+def test_an_interval_that_is_a_point_is_not_taken_for_a_test_that_sees_everything() -> None:
+    def sentence(low: float, high: float) -> str:
+        found = {"balanced_accuracy": Estimate(0, low, high)}
+        return verdict("no difference shown", {"primary": found, "less_real": found}, [0.5], (0, 9)).sentence
+
+    assert "sees differences from about 0.03 on" in sentence(-0.03, 0.03)
+    assert "sees differences" not in sentence(0, 0)
+    assert "too few lesions" in sentence(0, 0)
 
 
 UP, DOWN, OPEN = Estimate(0.05, 0.01, 0.09), Estimate(-0.05, -0.09, -0.01), Estimate(0.01, -0.03, 0.05)
