@@ -25,7 +25,7 @@ from m2d.evaluation import evaluate as evaluate_module
 from m2d.evaluation.classifiers.worth import Word
 from m2d.evaluation.evaluate import evaluate, find_checkpoint
 from m2d.evaluation.images import FeatureSet, ImageSet, reconstructions
-from m2d.evaluation.report.page import typicality
+from m2d.evaluation.report.page import FILES, typicality
 from m2d.models.checkpoint import Checkpoint, checkpoint_sha256
 
 COUNTS = {"DF": 24, "MEL": 40, "NV": 60}
@@ -103,6 +103,7 @@ def test_every_part_is_answered_in_every_file(
     assert float(rows["DF"]["recall_a"]) == found["downstream"][0]["arms"]["a"]["scores"]["recall_DF"]["value"]
     for name in ("fidelity", "memorization", "downstream"):
         assert len((out / f"{name}.csv").read_text(encoding="utf-8").splitlines()) > 2
+    assert {path.name for path in out.iterdir()} <= FILES | {"evaluation.json", "evaluation.html"}
     for path in out.glob("*.png"):
         assert min(Image.open(path).size) > 100
     shown = capsys.readouterr().out
@@ -225,6 +226,21 @@ def test_a_second_run_extracts_and_trains_nothing(
     assert first["fidelity"] == []
     assert first["consistency"] is None
     assert first["memorization"] is None
+
+
+def test_nothing_of_an_earlier_report_stays_beside_a_new_one(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("evaluation.json", "sites.csv", "site_counts.csv", "confusion.png", "notes.csv", "photograph.png"):
+        (out / name).touch()
+    evaluate(parse("evaluate", flags(folders, tmp_path, "--parts", "memorization")))
+    assert "earlier report" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {
+        "evaluation.json", "evaluation.html", "classes.csv", "memorization.csv", "generated.png", "unseen.png",
+        "most_typical.png", "least_typical.png", "nearest_pairs.png", "notes.csv", "photograph.png",
+    }  # fmt: skip
 
 
 def test_of_one_class_what_can_be_asked_is_answered_and_the_report_is_no_class_the_next_time(
