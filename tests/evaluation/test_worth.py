@@ -20,9 +20,11 @@ from m2d.evaluation.classifiers.compare import TrainingRows, Trials
 from m2d.evaluation.classifiers.probe import ProbeClassifier, origins, probe_worth
 from m2d.evaluation.classifiers.worth import MARGIN, RULES, Offer, WorthResult, equal_priors, mixed, verdict, word
 from m2d.evaluation.images import Copy, FeatureSet
+from m2d.evaluation.report import plots
 from m2d.metrics.bootstrap import Estimate
 from m2d.metrics.linear_probe import told_apart
 from m2d.models.extractors import load_feature_extractor
+from m2d.plots.style import styled
 
 BKL, DF, MEL, NV = (ISIC7.index(code) for code in ("BKL", "DF", "MEL", "NV"))
 DIMS, C = 60, 0.03
@@ -256,6 +258,16 @@ def test_what_got_worse_while_balanced_accuracy_rose_is_warned_of() -> None:
     # Where the balanced accuracy fell, the verdict says enough; a smaller calibration error is a better one.
     assert warned(DOWN, macro_auprc=DOWN) == warned(UP, expected_calibration_error=DOWN) == []
     assert warned(UP, (0.0,), macro_auprc=DOWN) == []
+
+
+def test_a_long_name_stays_above_its_own_chart(new: WorthResult) -> None:
+    long = replace(new, classifier="efficientnet-lite0 fine-tuned on the pixels, real images through the autoencoder")
+    with styled():
+        figure = plots.differences.__wrapped__([new, long])  # type: ignore[attr-defined]
+        figure.draw_without_rendering()
+        for left, right in (figure.axes[:2], figure.axes[2:]):
+            assert left.get_tightbbox().x1 < right.get_tightbbox().x0
+            assert right.get_tightbbox().x1 < figure.bbox.x1
 
 
 def test_a_detector_knows_a_mark_and_not_a_copy() -> None:
