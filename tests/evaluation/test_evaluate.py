@@ -84,6 +84,7 @@ def test_every_part_is_answered_in_every_file(
     page = (out / "evaluation.html").read_text(encoding="utf-8")
     assert found["worth"][0]["verdict"]["sentence"][1:] in page
     assert privacy["verdict"][1:].replace("'", "&#39;") in page
+    assert "at argmax" in page[page.index("<h2>By class") : page.index("<h2>The images")]
     with (out / "privacy.csv").open(encoding="utf-8") as file:
         told = [(row["told by"], row["class"], row["measure"], float(row["value"])) for row in csv.DictReader(file)]
     area = privacy["membership"]["attacks"]["velocity error"]["auc"]["value"]
@@ -106,8 +107,9 @@ def test_every_part_is_answered_in_every_file(
     assert {path.name for path in out.iterdir()} <= FILES | {"evaluation.json", "evaluation.html"}
     for path in out.glob("*.png"):
         assert min(Image.open(path).size) > 100
-    shown = capsys.readouterr().out
-    assert found["worth"][0]["verdict"]["word"] in " ".join(shown.split()).lower()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert found["worth"][0]["verdict"]["word"] in shown.lower()
+    assert "recall by training data, at argmax" in shown
 
 
 def paint_generated(folder: Path, counts: dict[str, int]) -> None:
@@ -226,6 +228,14 @@ def test_a_second_run_extracts_and_trains_nothing(
     assert first["fidelity"] == []
     assert first["consistency"] is None
     assert first["memorization"] is None
+
+
+def test_a_table_without_recall_has_no_word_on_it(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = evaluate(parse("evaluate", flags(folders, tmp_path, "--parts", "memorization")))
+    assert "recall" not in capsys.readouterr().out.replace(str(tmp_path), "")
+    assert "Recall" not in (out / "evaluation.html").read_text(encoding="utf-8")
 
 
 def test_nothing_of_an_earlier_report_stays_beside_a_new_one(

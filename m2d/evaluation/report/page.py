@@ -132,7 +132,8 @@ def print_evaluation(result: Evaluation) -> None:
     console = Console(highlight=False)
     rows = class_rows(result)
     shown = {name: short for name, short in _ON_TERMINAL.items() if name in rows[0]}
-    title = f"at {result.image_size} px; recall by training data, all numbers in classes.csv"
+    rule = "recall by training data, at argmax with all images mixed in, which is not the verdict's rule; "
+    title = f"at {result.image_size} px; {rule if 'recall_d' in shown else ''}all numbers in classes.csv"
     table = Table(*shown.values(), title=title)
     for row in rows:
         table.add_row(*[_cell(row[name]) for name in shown])
