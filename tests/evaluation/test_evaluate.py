@@ -347,6 +347,8 @@ def test_one_network_as_both_extractors_is_refused(folders: tuple[Path, Path], t
         (["--setting", "site", "--folds", "1"], "folds is 1; with setting site it must be at least 2"),
         (["--site_share", "0.1,x"], "site_share is 0.1,x; it must be numbers"),
         (["--site_share", "10"], "site_share is 10; each must be above 0 and below 1"),
+        (["--site_share", "0.1"], "site_share is 0.1; setting same does not use it"),
+        (["--site_share", ""], "site_share is empty; each must be above 0 and below 1"),
         (["--output", "s3://bucket"], "output is s3://bucket; it must be a folder of this machine"),
     ],
 )
