@@ -123,7 +123,7 @@ class EvaluateConfig(_Command):
     preprocess: Preprocess | None = None  # autoencoder: judges once more, all real images passed through it
     seeds: int = 3  # repetitions of each training in `downstream`
     setting: str = "same"  # whose classifier: same: it has the generator's training images; site: few others
-    site_share: str = "0.05,0.1,0.25"  # site: of all lesions, those seen by the generator too; a site for each
+    site_share: str | None = None  # site: of all lesions, the generator's too; a site each; None: 0.05,0.1,0.25
     folds: int | None = None  # of the lesions the generator has not seen; None: 1, the test split alone; for a site 5
     repeats: int = 2  # of the folds, each time others
     c: float | None = None  # inverse strength of the logistic regression's penalty; None: chosen on training lesions
@@ -160,6 +160,10 @@ class EvaluateConfig(_Command):
             raise ConfigError(f"ratios is {self.ratios}; each must be above 0 and at most 1000")
         if not self.site_shares or any(not 0 < share < 1 for share in self.site_shares):
             raise ConfigError(f"site_share is {self.site_share or 'empty'}; each must be above 0 and below 1")
+        if self.site_share is not None and self.setting != "site":
+            raise ConfigError(
+                f"site_share is {self.site_share}; setting {self.setting} does not use it; add --setting site"
+            )
 
     def part_names(self, *, gpu: bool) -> tuple[str, ...]:
         """Of PARTS those to answer, in their order. Privacy takes passes of the U-Net: on a CPU minutes to hours."""
@@ -173,7 +177,8 @@ class EvaluateConfig(_Command):
     @property
     def site_shares(self) -> tuple[float, ...]:
         """Ascending. Raises ConfigError for what is no number."""
-        return _numbers("site_share", self.site_share, "0.05,0.1,0.25")
+        shares = "0.05,0.1,0.25"
+        return _numbers("site_share", shares if self.site_share is None else self.site_share, shares)
 
     @property
     def fold_count(self) -> int:

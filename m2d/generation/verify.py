@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from m2d.data.decode import ImageRejected, probe_image
-from m2d.data.layouts import IMAGE_SUFFIXES
+from m2d.data.layouts import IMAGE_SUFFIXES, REPORT
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError, Incomplete, first_line
 from m2d.files.paths import input_path
@@ -148,7 +148,7 @@ def _text(image: bytes) -> dict[str, str]:
 
 
 def _images_below(place: Path) -> Iterator[Path]:
-    """The files to look into: the place itself, or what a folder holds but the pictures about a run."""
+    """The files to look into: the place itself, or what a folder holds but pictures about a run or an evaluation."""
     if not place.is_dir():
         yield from [place] if place.exists() else []
         return
@@ -158,7 +158,9 @@ def _images_below(place: Path) -> Iterator[Path]:
         if hidden or not path.is_file() or not (is_shard or path.suffix.lower() in IMAGE_SUFFIXES):
             continue
         is_about = path.name == "contact_sheet.png" or path.match("strip_*.png")
-        if not (is_about and (path.parent / RECORD_NAME).exists()):
+        is_of_run = is_about and (path.parent / RECORD_NAME).exists()
+        is_of_report = path.suffix == ".png" and (path.parent / REPORT).exists()
+        if not (is_of_run or is_of_report):
             yield path
 
 

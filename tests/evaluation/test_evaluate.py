@@ -25,7 +25,7 @@ from m2d.evaluation import evaluate as evaluate_module
 from m2d.evaluation.classifiers.worth import Word
 from m2d.evaluation.evaluate import evaluate, find_checkpoint
 from m2d.evaluation.images import FeatureSet, ImageSet, reconstructions
-from m2d.evaluation.report.page import typicality
+from m2d.evaluation.report.page import FILES, typicality
 from m2d.models.checkpoint import Checkpoint, checkpoint_sha256
 
 COUNTS = {"DF": 24, "MEL": 40, "NV": 60}
@@ -84,6 +84,7 @@ def test_every_part_is_answered_in_every_file(
     page = (out / "evaluation.html").read_text(encoding="utf-8")
     assert found["worth"][0]["verdict"]["sentence"][1:] in page
     assert privacy["verdict"][1:].replace("'", "&#39;") in page
+    assert "at argmax" in page[page.index("<h2>By class") : page.index("<h2>The images")]
     with (out / "privacy.csv").open(encoding="utf-8") as file:
         told = [(row["told by"], row["class"], row["measure"], float(row["value"])) for row in csv.DictReader(file)]
     area = privacy["membership"]["attacks"]["velocity error"]["auc"]["value"]
@@ -103,10 +104,12 @@ def test_every_part_is_answered_in_every_file(
     assert float(rows["DF"]["recall_a"]) == found["downstream"][0]["arms"]["a"]["scores"]["recall_DF"]["value"]
     for name in ("fidelity", "memorization", "downstream"):
         assert len((out / f"{name}.csv").read_text(encoding="utf-8").splitlines()) > 2
+    assert {path.name for path in out.iterdir()} <= FILES | {"evaluation.json", "evaluation.html"}
     for path in out.glob("*.png"):
         assert min(Image.open(path).size) > 100
-    shown = capsys.readouterr().out
-    assert found["worth"][0]["verdict"]["word"] in " ".join(shown.split()).lower()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert found["worth"][0]["verdict"]["word"] in shown.lower()
+    assert "recall by training data, at argmax" in shown
 
 
 def paint_generated(folder: Path, counts: dict[str, int]) -> None:
@@ -227,6 +230,29 @@ def test_a_second_run_extracts_and_trains_nothing(
     assert first["memorization"] is None
 
 
+def test_a_table_without_recall_has_no_word_on_it(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = evaluate(parse("evaluate", flags(folders, tmp_path, "--parts", "memorization")))
+    assert "recall" not in capsys.readouterr().out.replace(str(tmp_path), "")
+    assert "Recall" not in (out / "evaluation.html").read_text(encoding="utf-8")
+
+
+def test_nothing_of_an_earlier_report_stays_beside_a_new_one(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("evaluation.json", "sites.csv", "site_counts.csv", "confusion.png", "notes.csv", "photograph.png"):
+        (out / name).touch()
+    evaluate(parse("evaluate", flags(folders, tmp_path, "--parts", "memorization")))
+    assert "earlier report" in capsys.readouterr().err
+    assert {path.name for path in out.iterdir()} == {
+        "evaluation.json", "evaluation.html", "classes.csv", "memorization.csv", "generated.png", "unseen.png",
+        "most_typical.png", "least_typical.png", "nearest_pairs.png", "notes.csv", "photograph.png",
+    }  # fmt: skip
+
+
 def test_of_one_class_what_can_be_asked_is_answered_and_the_report_is_no_class_the_next_time(
     tmp_path: Path, paint_images: Any
 ) -> None:
@@ -321,6 +347,8 @@ def test_one_network_as_both_extractors_is_refused(folders: tuple[Path, Path], t
         (["--setting", "site", "--folds", "1"], "folds is 1; with setting site it must be at least 2"),
         (["--site_share", "0.1,x"], "site_share is 0.1,x; it must be numbers"),
         (["--site_share", "10"], "site_share is 10; each must be above 0 and below 1"),
+        (["--site_share", "0.1"], "site_share is 0.1; setting same does not use it"),
+        (["--site_share", ""], "site_share is empty; each must be above 0 and below 1"),
         (["--output", "s3://bucket"], "output is s3://bucket; it must be a folder of this machine"),
     ],
 )

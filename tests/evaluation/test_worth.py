@@ -20,9 +20,11 @@ from m2d.evaluation.classifiers.compare import TrainingRows, Trials
 from m2d.evaluation.classifiers.probe import ProbeClassifier, origins, probe_worth
 from m2d.evaluation.classifiers.worth import MARGIN, RULES, Offer, WorthResult, equal_priors, mixed, verdict, word
 from m2d.evaluation.images import Copy, FeatureSet
+from m2d.evaluation.report import plots
 from m2d.metrics.bootstrap import Estimate
 from m2d.metrics.linear_probe import told_apart
 from m2d.models.extractors import load_feature_extractor
+from m2d.plots.style import styled
 
 BKL, DF, MEL, NV = (ISIC7.index(code) for code in ("BKL", "DF", "MEL", "NV"))
 DIMS, C = 60, 0.03
@@ -221,11 +223,23 @@ def drawn(value: float, deviation: float) -> np.ndarray:
         (drawn(0.0, 0.005), drawn(0.002, 0.005), "harmless"),
         (drawn(0.0, 0.02), drawn(0.0, 0.02), "no difference shown"),
         (drawn(0.01, 0.002), drawn(0.01, 0.002), "helps"),  # less than the margin, yet shown
+        (drawn(0.0, 0.0), drawn(0.0, 0.0), "no difference shown"),  # too few lesions, of which none is called otherwise
+        (drawn(0.3, 0.0), drawn(0.3, 0.1), "no difference shown"),  # one lesion of each class
     ],
 )
 def test_the_word_needs_both_controls(against_c: np.ndarray, against_a: np.ndarray, said: str) -> None:
     assert word([against_c, against_a], [0.25, 0.0]) == said
     assert word([against_c, against_a], [0.0, 0.0]) == "no use"
+
+
+def test_an_interval_that_is_a_point_is_not_taken_for_a_test_that_sees_everything() -> None:
+    def sentence(low: float, high: float) -> str:
+        found = {"balanced_accuracy": Estimate(0, low, high)}
+        return verdict("no difference shown", {"primary": found, "less_real": found}, [0.5], (0, 9)).sentence
+
+    assert "sees differences from about 0.03 on" in sentence(-0.03, 0.03)
+    assert "sees differences" not in sentence(0, 0)
+    assert "too few lesions" in sentence(0, 0)
 
 
 UP, DOWN, OPEN = Estimate(0.05, 0.01, 0.09), Estimate(-0.05, -0.09, -0.01), Estimate(0.01, -0.03, 0.05)
@@ -244,6 +258,16 @@ def test_what_got_worse_while_balanced_accuracy_rose_is_warned_of() -> None:
     # Where the balanced accuracy fell, the verdict says enough; a smaller calibration error is a better one.
     assert warned(DOWN, macro_auprc=DOWN) == warned(UP, expected_calibration_error=DOWN) == []
     assert warned(UP, (0.0,), macro_auprc=DOWN) == []
+
+
+def test_a_long_name_stays_above_its_own_chart(new: WorthResult) -> None:
+    long = replace(new, classifier="efficientnet-lite0 fine-tuned on the pixels, real images through the autoencoder")
+    with styled():
+        figure = plots.differences.__wrapped__([new, long])  # type: ignore[attr-defined]
+        figure.draw_without_rendering()
+        for left, right in (figure.axes[:2], figure.axes[2:]):
+            assert left.get_tightbbox().x1 < right.get_tightbbox().x0
+            assert right.get_tightbbox().x1 < figure.bbox.x1
 
 
 def test_a_detector_knows_a_mark_and_not_a_copy() -> None:

@@ -6,7 +6,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -334,6 +334,20 @@ def test_what_is_not_in_order_is_named_and_is_exit_code_3(
     assert said.err.startswith("1 of 2 images")
     ends_with(3, str(place / "contact_sheet.png"))
     assert "says nothing of itself" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("beside", "images"), [("evaluation.json", 2), ("notes.json", 3)])
+def test_the_pictures_of_an_evaluation_are_passed_over_and_others_in_a_folder_of_that_name_are_not(
+    folder: Callable[[str], Path], beside: str, images: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = folder("folder")
+    (place / "evaluation").mkdir()
+    (place / "evaluation" / beside).write_text("{}")
+    Image.fromarray(PIXELS).save(place / "evaluation" / "confusion.png")
+    capsys.readouterr()
+    with suppress(SystemExit):
+        main("verify", [str(place)])
+    assert f"{images} images" in capsys.readouterr().out.splitlines()
 
 
 def test_a_file_that_is_named_is_told_of_in_full(

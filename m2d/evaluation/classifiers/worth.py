@@ -560,11 +560,14 @@ def word(drawn: Sequence[np.ndarray], shares: Sequence[float]) -> Word:
     drawn: its differences to c and to a, value and resamples [1 + R] each. Which of the two controls is the better one
     differs by chance, so helps and hurts are said where the 95 % intervals of both lie above 0, or below. no use:
     cross-validation gave the images no weight anywhere. harmless: both 90 % intervals lie within MARGIN, that is, two
-    one-sided tests at 5 % each reject a larger difference. Otherwise no difference is shown.
+    one-sided tests at 5 % each reject a larger difference. Otherwise no difference is shown, nor by an interval that is
+    a point.
     """
     wide, narrow = ([Estimate.of(one, level) for one in drawn] for level in (95, 90))
     if not any(shares):
         return "no use"
+    if any(map(_is_point, wide)):
+        return "no difference shown"
     if all(one.above for one in wide):
         return "helps"
     if all(one.below for one in wide):
@@ -580,6 +583,11 @@ def verdict(
     differences: by key of RULES. copies: of test images among the generated ones, and how many these are.
     """
     against_c, against_a = (differences[rule]["balanced_accuracy"] for rule in ("primary", "less_real"))
+    sees = (
+        "An interval that is a point shows that too few lesions are tested, not that nothing differs"
+        if _is_point(against_c) or _is_point(against_a)
+        else f"This test sees differences from about {(against_c.high - against_c.low) / 2:.2g} on"
+    )
     held = " to ".join(f"{share:g}" for share in sorted({min(shares), max(shares)}))
     changed = (
         f"with {held} of a class's weight on them the synthetic images change balanced accuracy at equal priors on "
@@ -591,10 +599,14 @@ def verdict(
         "help any classifier; take them out (copies.csv) and evaluate again.",
         "no use": "cross-validation on training lesions gives the synthetic images no weight, so they change nothing.",
         "harmless": f"{changed} Two one-sided tests at 5 % rule out {MARGIN:g} or more either way.",
-        "no difference shown": f"{changed} This test sees differences from about "
-        f"{(against_c.high - against_c.low) / 2:.2f} on; --folds 5 --repeats 2 tests more lesions.",
+        "no difference shown": f"{changed} {sees}; --folds 5 --repeats 2 tests more lesions.",
     }
     return Verdict.of(said, reasons.get(said, changed), differences["primary"])
+
+
+def _is_point(one: Estimate) -> bool:
+    """Every resample says the same: few lesions, all called alike with and without, or one of each class."""
+    return one.high - one.low < 1e-9  # sums in another order
 
 
 def share_of_gain(gained: np.ndarray | None, ceiling: np.ndarray | None) -> Estimate | None:

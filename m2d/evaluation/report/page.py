@@ -28,6 +28,7 @@ from m2d.evaluation.memorization import MemorizationResult
 from m2d.evaluation.privacy import PrivacyResult
 from m2d.evaluation.provenance import NearCopyGate
 from m2d.evaluation.report import plots
+from m2d.files.progress import say
 from m2d.generation.contact_sheet import contact_sheet
 from m2d.metrics.bootstrap import Estimate
 from m2d.metrics.neighbours import Standardizer, nearest, one_where_constant
@@ -36,6 +37,15 @@ Row = dict[str, str | int | float | None]
 OVERALL = "all"
 SHOWN = 10  # images of a class on a sheet
 TYPICAL_OF = 5  # neighbours
+FILES = {  # all that a report may hold beside REPORT and the page
+    *(f"{name}.csv" for name in (
+        "classes", "copies", "downstream", "fidelity", "memorization", "privacy", "site_counts", "sites", "worth",
+    )),
+    *(f"{name}.png" for name in (
+        "confusion", "differences", "generated", "kernel_distance", "kernel_distance_guide", "least_typical",
+        "most_typical", "nearest_pairs", "ratios", "ratios_finetune", "reconstructions", "unseen",
+    )),
+}  # fmt: skip
 _ON_TERMINAL = {
     "class": "class", "train_images": "train", "test_images": "unseen", "generated_images": "made",
     "kernel_distance_generated": "kernel distance", "recall_b": "real, weighted", "recall_c": "oversampled",
@@ -86,7 +96,7 @@ _TEMPLATES.filters["cell"] = _cell
 def write_report(
     result: Evaluation, output: Path, sets: dict[str, ImageSet], redrawn: ImageSet | None, typicality: np.ndarray
 ) -> None:
-    """Write everything into the folder.
+    """Write everything into the folder; what is left there of an earlier report is removed.
 
     redrawn: reconstructions of the unseen images. typicality: float64 [N], of each generated image, small: typical.
     Raises DataError where the disk refuses.
@@ -94,6 +104,10 @@ def write_report(
     pictures, classes = _pictures(result, sets, redrawn, typicality), sets["train"].classes
     try:
         output.mkdir(parents=True, exist_ok=True)
+        if (output / REPORT).exists():
+            say(f"the earlier report in {output} is replaced")
+            for name in FILES:
+                (output / name).unlink(missing_ok=True)
         of_set = {} if classes == ISIC7 else {"class_set": classes.as_dict()}
         document = json.dumps(asdict(result) | of_set, indent=1, allow_nan=False)
         (output / REPORT).write_text(document, encoding="utf-8")  # first, as it marks the folder as a report
@@ -118,7 +132,8 @@ def print_evaluation(result: Evaluation) -> None:
     console = Console(highlight=False)
     rows = class_rows(result)
     shown = {name: short for name, short in _ON_TERMINAL.items() if name in rows[0]}
-    title = f"at {result.image_size} px; recall by training data, all numbers in classes.csv"
+    rule = "recall by training data, at argmax with all images mixed in, which is not the verdict's rule; "
+    title = f"at {result.image_size} px; {rule if 'recall_d' in shown else ''}all numbers in classes.csv"
     table = Table(*shown.values(), title=title)
     for row in rows:
         table.add_row(*[_cell(row[name]) for name in shown])

@@ -1,6 +1,7 @@
 """Figures of the evaluation report: charts as PNG bytes, and the nearest pairs. Knows results, no files and no HTML."""
 
 from collections.abc import Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -44,6 +45,7 @@ _GOOD, _BAD, _OPEN, _ALARM = "#0072B2", "#D55E00", FAINT, "#B00020"
 VIEW_NAMES = (
     "as it is", "mirrored", "upside down", "half turn", "quarter turn", "3/4 turn", "transposed", "anti-transposed",
 )  # fmt: skip
+_TITLE = 44  # characters of a chart's title in a line
 _COLUMNS, _TILE, _GAP, _MARGIN, _STRIPE, _LINE = 8, 148, 18, 36, 8, 19  # pixels; eight columns are 1,382 wide
 _CAPTION = (
     "Above: generated, in the view in which it comes nearest. Below: the training image. The stripe has the class's "
@@ -85,7 +87,7 @@ def kernel_distances(result: FidelityResult) -> Figure:
 @drawn
 def differences(results: Sequence[WorthResult]) -> Figure:
     """What adding the synthetic images changes, by score and rule, with intervals; blue better, orange worse."""
-    figure = new_figure(10, 1.0 + 2.6 * len(results))
+    figure = new_figure(10, 1.0 + 2.8 * len(results))
     grid = figure.subplots(len(results), 2, squeeze=False, sharex=True)
     for row, result in enumerate(results):
         for axes, (rule, title) in zip(grid[row], _RULES_SHOWN.items(), strict=True):
@@ -101,7 +103,8 @@ def differences(results: Sequence[WorthResult]) -> Figure:
             axes.invert_yaxis()
             axes.axvline(0, color=INK, linewidth=0.8)
             axes.grid(visible=False, axis="y")
-            axes.set_title(f"{result.classifier}\n{title}", fontsize=10)
+            axes.set_title(f"{fill(result.classifier, _TITLE)}\n{title}", fontsize=10)
+            axes.locator_params(axis="x", nbins=6)
             axes.set_xlabel("change by adding synthetic images")
     return figure
 
