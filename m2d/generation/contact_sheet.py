@@ -99,10 +99,14 @@ def counts_and_rejections(
     rejections: Counter[tuple[str, str]],
     missing: Counter[str],
     classes: ClassSet = ISIC7,
+    kind: str = "synthetic",
 ) -> Table:
-    """One row per class and one for all. before: real images, in mode balance. missing: asked for and given up."""
+    """One row per class and one for all. before: real images, in mode balance. missing: asked for and given up.
+
+    kind: what made images are.
+    """
     columns = {} if before is None else {"real": Counter(before)}
-    columns["synthetic"] = made
+    columns[kind] = made
     for wanted in sorted({reason for _, reason in rejections}):
         columns[f"rejected: {wanted}"] = Counter({code: n for (code, why), n in rejections.items() if why == wanted})
     if missing:

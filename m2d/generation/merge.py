@@ -4,7 +4,7 @@
     train = index[index["split"] == "train"]
     files = train["root"] + "/" + train["path"]                     # one image each; of a shard, its file
     labels = train["class"].map({code: i for i, code in enumerate(sorted(train["class"].unique()))})
-    weights = train["source"].map({"real": 1.0, "synthetic": 0.5})  # if synthetic images shall count less
+    weights = train["source"].map({"real": 1.0, "flipped": 1.0, "synthetic": 0.5})  # if these count less
 Evaluate on `val` and `test`: they hold real images alone. After moving a folder replace its name in `root`.
 """
 
@@ -34,7 +34,7 @@ INDEX_SCHEMA = pa.schema(
         ("split", pa.string()),  # real images keep theirs, synthetic ones are train
         ("lesion_id", pa.string()),  # of an image made from a real one: that one's, so that groups stay together
         ("skin_lesion_id", pa.string()),  # the lesion that an inpainted one covers: its group too; where there are some
-        ("source", pa.string()),  # real or synthetic
+        ("source", pa.string()),  # real, synthetic, or flipped: a real image again, flipped or turned
         ("sha256", pa.string()),  # of the file; in a shard, of the image within
     ]
 )
@@ -65,7 +65,7 @@ def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: 
                     return by_sha256.get(hashlib.file_digest(file, "sha256").hexdigest())
         return by_path.get(os.path.abspath(reference))
 
-    real, left_out = len(rows), []
+    left_out = []
     for made in _read_manifest(manifest):
         references = [made[name] for name in ("reference", "reference_b") if made[name]]
         sources = [source for reference in references if (source := origin(reference)) is not None]
@@ -74,21 +74,23 @@ def write_merged_index(data_root: str, catalog: pa.Table, manifest: Path, path: 
             continue
         lesion = sources[0]["lesion_id"] if sources else made.get("lesion_id") or f"synthetic/{made['id']}"
         shared = {"image_id": made["id"], "root": os.path.abspath(manifest.parent), "split": "train"}
-        rows.append({**made, **shared, "lesion_id": lesion, "source": "synthetic"})
+        kind = "synthetic" if made.get("view") is None else "flipped"
+        rows.append({**made, **shared, "lesion_id": lesion, "source": kind})
     table = without_seldom(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA))
     with whole_output(path.with_suffix(".csv")) as partial:
         pa_csv.write_csv(table, partial)
     with whole_output(path) as partial:
         pq.write_table(table, partial, compression="zstd")
     without = f", {len(left_out)} made from val or test images left out" if left_out else ""
-    print(f"{real:,} real and {len(rows) - real:,} synthetic images{without} in {path}")
+    kinds = " and ".join(f"{count:,} {kind}" for kind, count in Counter(row["source"] for row in rows).items())
+    print(f"{kinds} images{without} in {path}")
     return left_out
 
 
 def _read_manifest(path: Path) -> list[dict[str, Any]]:
     try:
         table = pq.read_table(path)
-        of_variations = {"lesion_id", "skin_lesion_id"} & set(table.column_names)
+        of_variations = {"lesion_id", "skin_lesion_id", "view"} & set(table.column_names)
         table = table.select(["id", "path", "class", "sha256", "reference", "reference_b", *of_variations])
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(

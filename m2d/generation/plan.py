@@ -409,12 +409,9 @@ def masked_references(folder: str, references: ByClass) -> dict[str, tuple[Refer
         code: tuple(replace(one, mask=masks[one.sha256]) for one in found if one.sha256 in masks)
         for code, found in references.items()
     }
-    without = sum(map(len, references.values())) - sum(map(len, masked.values()))
-    if without:
-        say(f"masks: left out {without:,} images that have no mask in {folder}")
     if lacking := [code for code, found in masked.items() if not found]:
         raise DataError(
-            f"masks: {folder} has no NAME{MASK_SUFFIX} of any image of {' '.join(lacking)}; leave them out with "
+            f"masks: {folder} has no usable NAME{MASK_SUFFIX} of any image of {' '.join(lacking)}; leave them out with "
             "--classes"
         )
     return masked
@@ -430,9 +427,9 @@ def pasted_references(
     of their lesion again. alone: without skins. Raises DataError also where there are fewer than varied lesions.
     """
     rows = images.select(("path", "label", "lesion_id", "sha256", "width", "height")).to_pylist()
-    masks = read_masks(folder, [(row["path"], row["sha256"], row["width"] / row["height"]) for row in rows])
-    say(f"masks: {len(masks):,} of {len(rows):,} training images have one in {folder}")
-    fits = [row["sha256"] in masks and masks[row["sha256"]].share <= _LARGEST_PASTED for row in rows]
+    measured = [(row["path"], row["sha256"], row["width"] / row["height"]) for row in rows]
+    masks = read_masks(folder, measured, what="training image", largest=_LARGEST_PASTED)
+    fits = [row["sha256"] in masks for row in rows]
     what = f"training image with a mask of at most {_LARGEST_PASTED:.0%} of the picture"
     parents = training_references(images.filter(pa.array(fits, pa.bool_())), root, counts, run_seed=run_seed, what=what)
     if alone:

@@ -6,6 +6,7 @@ The driver reads folders, the generator single images. Nothing heavy is imported
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from m2d.data.layouts import IMAGE_SUFFIXES, REPORT, is_debris, without_image_su
 from m2d.data.settings import DataConfig
 from m2d.errors import CheckpointError, ConfigError, DataError
 from m2d.files.paths import refuse_credentials
-from m2d.files.progress import progress
+from m2d.files.progress import progress, say
 from m2d.files.storage import inside, one_line, open_storage, read_file
 
 if TYPE_CHECKING:
@@ -164,11 +165,15 @@ def read_region(masks: Sequence[str], size: int) -> np.ndarray:
     return np.asarray(grown.filter(ImageFilter.GaussianBlur(ring / 2)), np.float32) / 255
 
 
-def read_masks(folder: str, images: Collection[tuple[str, str, float | None]]) -> dict[str, Mask]:
+def read_masks(
+    folder: str, images: Collection[tuple[str, str, float | None]], *, what: str = "image", largest: float = 1.0
+) -> dict[str, Mask]:
     """By an image's sha256 its mask, of those that have a usable one in a folder, at any depth.
 
-    images: (path, sha256, width / height or None) of each. The mask of NAME.jpg is NAME_segmentation.png, of the shape
-    of its image and with some lesion in the centre square. Raises DataError where the folder cannot be listed.
+    images: (path, sha256, width / height or None) of each; what they are. The mask of NAME.jpg is
+    NAME_segmentation.png, of the shape of its image and with some lesion in the centre square, at most the share
+    `largest` of it. Says how many there are, and what was left out. Raises DataError where the folder cannot be listed,
+    or no image has one.
     """
     refuse_credentials("masks", folder)
     filesystem, root = open_storage(folder)
@@ -180,27 +185,48 @@ def read_masks(folder: str, images: Collection[tuple[str, str, float | None]]) -
         ) from None
     place_of = {info.base_name: info.path for info in listed if not is_debris(info.base_name)}
 
-    def read(image: tuple[str, str, float | None]) -> Mask | None:
-        place = place_of.get(f"{without_image_suffix(image[0].rpartition('/')[2])}{MASK_SUFFIX}")
-        encoded = None if place is None else _read(filesystem, place)
-        if place is None or not isinstance(encoded, bytes):
+    def name_of(image: tuple[str, str, float | None]) -> str:
+        return f"{without_image_suffix(image[0].rpartition('/')[2])}{MASK_SUFFIX}"
+
+    def read(image: tuple[str, str, float | None]) -> Mask | str | None:
+        """The mask, or why it cannot be used; None: there is none."""
+        place = place_of.get(name_of(image))
+        if place is None:
             return None
+        encoded = _read(filesystem, place)
+        if isinstance(encoded, str):
+            return "unreadable"
         try:
             pixels, width, height = decode_measured(encoded, _MASK_PIXELS, max_pixels=MAX_PIXELS)
         except ImageRejected:
-            return None
+            return "unreadable"
         share = float((pixels[..., 0] > 127).mean())
-        if not share or abs(width / height / (image[2] or width / height) - 1) > 0.02:
-            return None
+        if abs(width / height / (image[2] or width / height) - 1) > 0.02:
+            return f"of another shape than its {what}"
+        if not share or share > largest:
+            return f"over {largest:.0%} lesion" if share else "without a lesion"
         path = inside(folder, place[len(root) + 1 :]) if "://" in folder else place
         return Mask(path=path, sha256=hashlib.sha256(encoded).hexdigest(), share=share)
 
     masks: dict[str, Mask] = {}
+    names = set(map(name_of, images))
+    left_out = {name: f"of no {what}" for name in place_of if _is_image(name) and name not in names}
     with ThreadPoolExecutor(_THREADS) as pool, progress("masks", len(images)) as shown:
         for image, mask in zip(images, pool.map(read, images), strict=True):
             shown.advance(1)
-            if mask is not None:
+            if isinstance(mask, Mask):
                 masks[image[1]] = mask
+            elif mask is not None:
+                left_out[name_of(image)] = mask
+    example = {reason: name for name, reason in left_out.items()}
+    reasons = (f"{n:,} {reason}, such as {example[reason]}" for reason, n in Counter(left_out.values()).items())
+    told = f"; left out: {'; '.join(reasons)}" if left_out else ""
+    if images and not masks:
+        raise DataError(
+            f"masks: no {what} has a usable NAME{MASK_SUFFIX} in {folder}{told or ', which holds no image'}; "
+            "it must be white on the lesion of NAME.jpg, in its shape"
+        )
+    say(f"masks: {len(masks):,} of {len(images):,} {what}s have a usable one in {folder}{told}")
     return masks
 
 

@@ -232,12 +232,14 @@ class _Run:
 
         folder, plan, classes = self.folder, self.planned.table, self.checkpoint.info.classes
         rejections = folder.rejections()
-        title, caption = "M2D synthetic dermoscopy", self._caption(weak)
+        title, caption, kind = "M2D synthetic dermoscopy", self._caption(weak), "synthetic"
         if pc.any(pc.is_valid(plan["view"])).as_py():
-            title, caption = "Real images, flipped and turned", "Patients' images, as a control of synthetic ones."
+            title, kind = "Real images, flipped and turned", "flipped"
+            caption = "Patients' images, as a control of synthetic ones."
         strips = write_pictures(folder, plan, title=title, caption=caption, classes=classes)
         made = Counter(folder.accepted["class"].to_pylist())
-        Console(file=sys.stdout).print(counts_and_rejections(self.planned.before, made, rejections, missing, classes))
+        counts = counts_and_rejections(self.planned.before, made, rejections, missing, classes, kind)
+        Console(file=sys.stdout).print(counts)
         lost = missing.total()
         print(
             f"{plan.num_rows - lost:,} images ({new}), {MANIFEST_NAME} and contact_sheet.png"
@@ -249,10 +251,10 @@ class _Run:
         reasons = {
             code: [f"{why} {n}" for (of, why), n in sorted(rejections.items()) if of == code] for code in missing
         }
-        counts = [f"{code} {missing[code]} ({', '.join(reasons[code])})" for code in missing]
+        each = [f"{code} {missing[code]} ({', '.join(reasons[code])})" for code in missing]
         return (
             f"{lost:,} of {plan.num_rows:,} images are missing, rejected {self.config.gates.max_attempts} times each: "
-            f"{', '.join(counts)}; raise --gates.max_attempts, or look at the gates' settings"
+            f"{', '.join(each)}; raise --gates.max_attempts, or look at the gates' settings"
         )
 
     def _caption(self, weak: list[str]) -> str:

@@ -103,6 +103,17 @@ def test_a_variation_of_an_image_that_is_not_found_keeps_its_manifests_lesion(
     assert (lesions["DF_000000"], lesions["DF_000001"]) == ("L1", "synthetic/DF_000001")
 
 
+def test_flipped_real_images_are_not_called_synthetic(
+    dataset: tuple[str, pa.Table], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_manifest(tmp_path / "out", f"{dataset[0]}/DF/a.jpg", None)
+    pq.write_table(pq.read_table(manifest).append_column("view", pa.array([3, None])), manifest)
+    write_merged_index(*dataset, manifest, tmp_path / "merged.parquet")
+    kinds = {row["image_id"]: row["source"] for row in pq.read_table(tmp_path / "merged.parquet").to_pylist()}
+    assert (kinds["DF_000000"], kinds["DF_000001"]) == ("flipped", "synthetic")
+    assert "4 real and 1 flipped and 1 synthetic images" in capsys.readouterr().out
+
+
 def test_a_manifest_that_is_none_is_refused_in_one_line(dataset: tuple[str, pa.Table], tmp_path: Path) -> None:
     foreign, broken = tmp_path / "foreign.parquet", tmp_path / "broken.parquet"
     pq.write_table(pa.table({"id": ["x"]}), foreign)

@@ -176,14 +176,34 @@ def test_a_pasted_lesion_brings_its_skin_in_the_colours_of_the_other_and_covers_
     assert region[30, :15].max() == 0
 
 
-def test_masks_are_found_by_name_at_any_depth_and_must_have_their_images_shape_and_a_lesion(tmp_path: Path) -> None:
+def test_masks_are_found_by_name_at_any_depth_and_must_have_their_images_shape_and_a_lesion(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "deep").mkdir()
+    (tmp_path / "empty").mkdir()
     picture(tmp_path / "deep" / "whole_segmentation.png", (0,), (255,), (32, 0, 64, 64))
     picture(tmp_path / "dark_segmentation.png", (0,), (255,), (0, 0, 4, 4))
     picture(tmp_path / "square_segmentation.png", (0,), (255,), (32, 0, 64, 64))
+    picture(tmp_path / "all_segmentation.png", (0,), (255,), (0, 0, 96, 64))
+    picture(tmp_path / "whole_mask.png", (0,), (255,), (32, 0, 64, 64))
     (tmp_path / "cut_segmentation.png").write_bytes(b"PNG")
-    names = {"whole": 1.5, "dark": 1.5, "square": 1.0, "cut": 1.5, "lacking": 1.5}
-    found = read_masks(str(tmp_path), [(f"NV/{name}.jpg", name, ratio) for name, ratio in names.items()])
+    (tmp_path / "licence.txt").write_text("CC-0")
+    names = {"whole": 1.5, "dark": 1.5, "square": 1.0, "cut": 1.5, "all": 1.5, "lacking": 1.5}
+    images = [(f"NV/{name}.jpg", name, ratio) for name, ratio in names.items()]
+    found = read_masks(str(tmp_path), images, largest=0.6)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith("masks: 1 of 6 images ")
+    for reason, name in {
+        "1 without a lesion": "dark_segmentation.png",
+        "1 of another shape than its image": "square_segmentation.png",
+        "1 unreadable": "cut_segmentation.png",
+        "1 over 60% lesion": "all_segmentation.png",
+        "1 of no image": "whole_mask.png",
+    }.items():
+        assert f"{reason}, such as {name}" in told
+    with pytest.raises(DataError, match=r"^masks: no image has [^\n]+ 1 unreadable, such as cut_segmentation.png"):
+        read_masks(str(tmp_path), [image for image in images if image[1] == "cut"])
+    fails_with(DataError, "^masks: no image has .* holds no image", read_masks, str(tmp_path / "empty"), images)
     assert list(found) == ["whole"]
     assert found["whole"].path == str(tmp_path / "deep" / "whole_segmentation.png")
     assert found["whole"].share == pytest.approx(0.5, abs=0.02)

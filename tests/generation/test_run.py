@@ -554,7 +554,11 @@ def test_balance_from_real_varies_training_lesions_and_says_which(
 
 
 def test_a_lesion_goes_into_another_skin_both_are_named_and_flips_of_the_same_are_its_control(
-    drawn: list[str], tmp_path: Path, paint_images: Any, monkeypatch: pytest.MonkeyPatch
+    drawn: list[str],
+    tmp_path: Path,
+    paint_images: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     data, masks = tmp_path / "data", tmp_path / "masks"
     paint_images(data, {"MEL": 6, "DF": 12})
@@ -606,8 +610,10 @@ def test_a_lesion_goes_into_another_skin_both_are_named_and_flips_of_the_same_ar
     of_flips = replace(settings, balance_from="flips", feature=None, masks=None)
     with pytest.raises(ConfigError, match="sign: "):
         run.generate(replace(of_flips, sign="self-made"))
+    capsys.readouterr()
     flips = run.generate(of_flips)
     flipped = manifest(flips)
+    assert "synthetic" not in capsys.readouterr().out
     assert [row["id"] for row in flipped] == [row["id"] for row in rows]
     assert {row["reference"] for row in flipped} == {row["reference"] for row in rows}
     assert len({(row["reference"], row["view"]) for row in flipped}) == 7, "each use is another one"
