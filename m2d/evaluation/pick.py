@@ -28,7 +28,7 @@ from m2d.files.atomic import PARTIAL
 from m2d.files.paths import result_path
 from m2d.files.progress import say
 from m2d.files.storage import one_line
-from m2d.generation.contact_sheet import contact_sheet
+from m2d.generation.contact_sheet import contact_sheet, what_they_are
 from m2d.generation.generator import pick_device
 from m2d.generation.output import LESIONS_NAME, MANIFEST_NAME, RECORD_NAME, cannot_write
 from m2d.generation.provenance import CERTIFICATES_NAME
@@ -194,7 +194,7 @@ def _write(
     sheet = contact_sheet(
         {code: made.pixels[rows[:_SHOWN]] for code, rows in picked.items() if rows},
         title=f"Picked synthetic images ({record['rule']})",
-        caption=f"Of {source.name}, by {record['extractor']}. Synthetic images, not patients.",
+        caption=f"Of {source.name}, by {record['extractor']}. {what_they_are(manifest)}.",
         totals={code: len(rows) for code, rows in picked.items()},
         classes=made.classes,
     )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 from rich.table import Column, Table
 
@@ -91,6 +92,12 @@ def write_pictures(folder: OutputFolder, plan: pa.Table, *, title: str, caption:
         with whole_output(folder.root / f"strip_{group}.png") as partial:
             Image.fromarray(strip[:, :-GAP]).save(partial, format="PNG")
     return len(complete)
+
+
+def what_they_are(rows: pa.Table) -> str:
+    """For a caption, of a plan or a manifest: images that began from real ones may look like a patient's."""
+    begun = "mode" in rows.column_names and pc.any(pc.not_equal(rows["mode"], "standard")).as_py()
+    return "Variations of real images" if begun else "Synthetic images, not patients"
 
 
 def counts_and_rejections(

@@ -228,11 +228,15 @@ class _Run:
         return max(batch, min(self.config.shard_images, in_memory) // batch * batch)
 
     def _report(self, new: str, weak: list[str], missing: Counter[str]) -> str:
-        from m2d.generation.contact_sheet import counts_and_rejections, write_pictures  # matplotlib costs a second
+        from m2d.generation.contact_sheet import (
+            counts_and_rejections,
+            what_they_are,
+            write_pictures,
+        )  # matplotlib costs a second
 
         folder, plan, classes = self.folder, self.planned.table, self.checkpoint.info.classes
         rejections = folder.rejections()
-        title, caption, kind = "M2D synthetic dermoscopy", self._caption(weak), "synthetic"
+        title, caption, kind = "M2D synthetic dermoscopy", f"{what_they_are(plan)}. {self._caption(weak)}", "synthetic"
         if pc.any(pc.is_valid(plan["view"])).as_py():
             title, kind = "Real images, flipped and turned", "flipped"
             caption = "Patients' images, as a control of synthetic ones."
@@ -273,7 +277,7 @@ class _Run:
             f"[{low:g}, {high:g}]{away}; {guided[recipe.feature]}; seed {recipe.seed}"
         )
         return (
-            f"Synthetic images, not patients. Checkpoint {checkpoint.sha256[:12]}, step {checkpoint.step:,}; "
+            f"Checkpoint {checkpoint.sha256[:12]}, step {checkpoint.step:,}; "
             f"{'rows of a plan' if self.config.plan else how}; {checkpoint.image_size} x {checkpoint.image_size} px."
         )
 

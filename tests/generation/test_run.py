@@ -241,6 +241,7 @@ def captions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_contact_sheet_says_what_guided(with_prior: Path, captions: list[str]) -> None:
     run.generate(config(feature_temperature=0.5))
     run.generate(config(feature="none"))
+    assert captions[0].startswith("Synthetic images, not patients. ")
     assert "features drawn from the class prior at temperature 0.5 (few images of DF)" in captions[0]
     assert "the class alone, no feature" in captions[1]
 
@@ -510,7 +511,7 @@ def test_balance_fills_every_class_up_and_merges(
 
 
 def test_balance_from_real_varies_training_lesions_and_says_which(
-    drawn: list[str], tmp_path: Path, paint_images: Any, monkeypatch: pytest.MonkeyPatch
+    drawn: list[str], captions: list[str], tmp_path: Path, paint_images: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paint_images(tmp_path / "data", {"MEL": 8, "DF": 12})
     names = [(code, path.stem) for code in ("DF", "MEL") for path in sorted((tmp_path / "data" / code).iterdir())]
@@ -530,6 +531,7 @@ def test_balance_from_real_varies_training_lesions_and_says_which(
         strength="0.3..0.6", merge=True, gates=GateConfig(class_consistency=False),
     )  # fmt: skip
     root = run.generate(settings)
+    assert captions[0].startswith("Variations of real images. ")
     rows = manifest(root)
     assert len(rows) == 14
     assert {lesion_of[Path(row["reference"]).stem] for row in rows} == {"MEL/8", "MEL/9"}, "of the training split"
