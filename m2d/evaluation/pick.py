@@ -150,6 +150,11 @@ def _manifest(source: Path, generated: ImageSet) -> pa.Table:
         manifest = pq.read_table(source / MANIFEST_NAME)
         own = dict(zip(zip(manifest["path"].to_pylist(), manifest["sha256"].to_pylist()), range(len(manifest))))
         manifest.select(["id"])
+    except FileNotFoundError:
+        raise DataError(
+            f"generated: {source} has no {MANIFEST_NAME}, so it is no set of generate's; name the folder of a finished "
+            "run of generate"
+        ) from None
     except (OSError, pa.ArrowException, KeyError) as error:
         raise DataError(
             f"generated: {source / MANIFEST_NAME} cannot be read ({one_line(error)}); name the folder of a "

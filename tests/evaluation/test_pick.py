@@ -159,8 +159,11 @@ def test_a_place_that_is_taken_and_a_run_that_is_none_are_refused_in_one_line(pl
     with pytest.raises(DataError, match=r"^generated: [^\n]+DF_0.png is not what manifest.parquet says[^\n]+$"):
         pick(config(places))
     assert sorted(path.name for path in run.parent.iterdir()) == ["run"]
-    (run / "manifest.parquet").unlink()
+    (run / "manifest.parquet").write_text("no table")
     with pytest.raises(DataError, match=r"^generated: [^\n]+ cannot be read [^\n]+$"):
+        pick(config(places))
+    (run / "manifest.parquet").unlink()
+    with pytest.raises(DataError, match=r"^generated: [^\n]+ has no manifest.parquet[^\n]+$"):
         pick(config(places))
     for wrong in ({"rule": "best"}, {"count": 0}, {"generated": "s3://bucket/run"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
