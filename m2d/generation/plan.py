@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Mode = Literal["standard", "image2image", "interpolate"]
 ByClass = Mapping[str, Sequence[Reference]]  # input images by class code, none without
 _SHOWN_REJECTED = 10
+_MOST_ROWS = 5_000_000  # of a plan, which takes about 1 KB of memory each
 _STRENGTH_STEP = 0.05  # between strengths that are drawn, for images of one strength share batches
 _FILE_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 # Shares of the picture: a lesion that is pasted, and one that is covered, may have so much, so that skin is left.
@@ -196,6 +197,7 @@ def make_plan(
         before = class_counts(catalog, None if config.balance_split == "all" else config.balance_split)
         counted = {"to": config.to, "split": config.balance_split, "catalog": catalog_hash(catalog)[:12]}
         counts = targets(before, config.to, classes)
+        _require_rows("to", sum(counts.values()))  # each needs an input image first
         if training is not None:
             counted["from"] = config.balance_from
             if config.masks is None:
@@ -304,6 +306,7 @@ def standard_plan(
         raise ConfigError(
             f"feature_temperature is {feature_temperature}, but no feature is drawn (feature {feature}); leave it out"
         )
+    _require_rows("num_samples", sum(counts.values()))
     turns = _turns(counts)
     shared = {
         **_shared(sampling),
@@ -493,7 +496,9 @@ def interpolation_plan(
                 "class, so add some, or leave the class out with --classes"
             )
     rows: list[dict[str, Any]] = []
-    for label, pair in _turns({code: max(len(found), len(references_b[code])) for code, found in references.items()}):
+    pairs = {code: max(len(found), len(references_b[code])) for code, found in references.items()}
+    _require_rows("steps_between", sum(pairs.values()) * (steps_between + 2))
+    for label, pair in _turns(pairs):
         a, b = (found[label][pair % len(found[label])] for found in (references, references_b))
         walk = {
             **_shared(sampling),
@@ -511,6 +516,15 @@ def interpolation_plan(
             index, position = pair * (steps_between + 2) + number, number / (steps_between + 1)
             rows.append({**walk, "id": f"{walk['group']}_{number:02d}", "index": index, "position": position})
     return pa.Table.from_pylist(rows, PLAN_SCHEMA)
+
+
+def _require_rows(setting: str, rows: int) -> None:
+    """Raise ConfigError for a plan of more than would fit into memory. setting: what asks for them."""
+    if rows > _MOST_ROWS:
+        raise ConfigError(
+            f"{setting}: a plan of {rows:,} images is more than the {_MOST_ROWS:,} that one may have; make fewer, or "
+            "several runs, each with its own --seed"
+        )
 
 
 def _shared(sampling: SamplingSettings) -> dict[str, Any]:
@@ -536,6 +550,7 @@ def read_plan(path: str | Path, class_set: ClassSet = ISIC7) -> pa.Table:
     for a file that is no plan, and for the first row that cannot be generated.
     """
     try:
+        _require_rows("plan", pq.read_metadata(str(path)).num_rows)
         table = pq.read_table(str(path), partitioning=None)
     except FileNotFoundError:
         raise ConfigError(f"plan: {path} does not exist; write one with --plan_only") from None

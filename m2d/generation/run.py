@@ -90,6 +90,9 @@ def generate(config: GenerateConfig) -> Path:
         if config.output is None and not output.in_experiment(str(checkpoint.path)):
             say(f"output: {root}, as the checkpoint is in no experiment; name another place by --output")
         if config.plan_only:
+            if not planned.table.num_rows:
+                print(f"nothing to plan: no class lacks images for --to {config.to}")
+                return root
             _write_plan(root, planned.table)
             print(f"a plan of {planned.table.num_rows:,} images; run it with --plan {root / PLAN_NAME}")
             return root
@@ -244,6 +247,9 @@ class _Run:
         made = Counter(folder.accepted["class"].to_pylist())
         counts = counts_and_rejections(self.planned.before, made, rejections, missing, classes, kind)
         Console(file=sys.stdout).print(counts)
+        if not plan.num_rows:
+            print(f"nothing to make: no class lacks images for --to {self.config.to}; {MANIFEST_NAME} in {folder.root}")
+            return ""
         lost = missing.total()
         print(
             f"{plan.num_rows - lost:,} images ({new}), {MANIFEST_NAME} and contact_sheet.png"

@@ -146,6 +146,12 @@ class GenerateConfig(SamplingSettings):
                 "masks are of real lesions, and these images come from noise; add --mode balance --balance_from real, "
                 "or --mode image2image"
             )
+        if self.strength != GenerateConfig.strength and self.mode != "image2image" and self.balance_from != "real":
+            start = f"balance_from {self.balance_from}" if self.mode == "balance" else f"mode {self.mode}"
+            raise ConfigError(
+                f"strength is {self.strength}, and {start} has none; leave it out, or add --mode image2image, or "
+                "--mode balance --balance_from real"
+            )
         if self.balance_from == "flips" and self.feature not in (None, "none"):
             raise ConfigError(f"feature is {self.feature}, but nothing guides a flip; leave it out")
         if self.feature == "reference" and not self.starts_from_images:

@@ -452,7 +452,8 @@ def _config(
         instead = "" if request.mode == "interpolate" else "; ask for feature prior or none"
         raise ConfigError(f"feature: the extractor of {card.name} ({card.extractor}) is not here{instead}")
     folders = {"image2image": ("init_images",), "interpolate": ("reference_images", "reference_images_b")}
-    own: dict[str, Any] = request.model_dump(include=_COPIED) | dict.fromkeys(folders.get(request.mode, ()), "uploads")
+    copied = _COPIED - ({"strength"} if request.mode != "image2image" else set())
+    own: dict[str, Any] = request.model_dump(include=copied) | dict.fromkeys(folders.get(request.mode, ()), "uploads")
     return GenerateConfig(
         checkpoint=card.checkpoint,
         classes=codes,

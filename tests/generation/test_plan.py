@@ -14,9 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from m2d.classes import ISIC7
+from m2d.data.catalog import CATALOG_SCHEMA
 from m2d.data.settings import DataConfig
 from m2d.diffusion.settings import SamplingSettings
 from m2d.errors import CheckpointError, ConfigError, DataError
+from m2d.generation import plan
 from m2d.generation.output import write_rows
 from m2d.generation.plan import (
     PLAN_SCHEMA,
@@ -26,6 +29,7 @@ from m2d.generation.plan import (
     digest_of,
     image2image_plan,
     interpolation_plan,
+    make_plan,
     masked_references,
     pasted_references,
     read_plan,
@@ -37,6 +41,7 @@ from m2d.generation.plan import (
     training_references,
 )
 from m2d.generation.references import Reference
+from m2d.generation.settings import GenerateConfig
 from m2d.models.checkpoint import CheckpointInfo
 
 SAMPLING = SamplingSettings(solver="heun", steps=9, guidance_scale=2.0, guidance_interval=(0.1, 0.7))
@@ -229,6 +234,25 @@ def test_a_plan_that_makes_no_sense_is_a_one_line_error(call: Any, text: str) ->
     with pytest.raises(ConfigError, match=text) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_a_plan_that_no_memory_holds_is_refused_before_it_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_rows(tmp_path / "plan.parquet", table_of(standard({"DF": 4})))
+    known = dict.fromkeys(("image_id", "path", "lesion_id", "sha256"), "") | {"label": "DF", "split": "train"}
+    catalog = pa.Table.from_pylist([known], CATALOG_SCHEMA)
+    balance = GenerateConfig(checkpoint="c", mode="balance", catalog="given", to="5")
+    monkeypatch.setattr(plan, "_MOST_ROWS", 3)
+    for setting, call in {
+        "num_samples": lambda: standard({"DF": 2, "MEL": 2}),
+        "steps_between": lambda: interpolation({"DF": 1}, {"DF": 1}, steps_between=2),
+        "to": lambda: make_plan(balance, "none", catalog, ISIC7),
+        "plan": lambda: read_plan(tmp_path / "plan.parquet"),
+    }.items():
+        with pytest.raises(ConfigError, match=rf"^{setting}: a plan of 4 images [^\n]+$"):
+            call()
+    assert len(standard({"DF": 3})) == 3
 
 
 def test_a_retry_is_another_noise_under_the_same_id_for_ever() -> None:

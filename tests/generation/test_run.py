@@ -506,8 +506,15 @@ def test_balance_fills_every_class_up_and_merges(
         assert (Path(row["root"]) / row["path"]).is_file()
     drawn.clear()
     assert run.generate(settings) == root
-    full = run.generate(config(mode="balance", data_root=str(tmp_path / "data"), classes="NV"))
+    filled = config(mode="balance", data_root=str(tmp_path / "data"), classes="NV", to="7")
+    planned = run.generate(replace(filled, plan_only=True))
+    assert not planned.exists()
+    assert "no class lacks images for --to 7" in capsys.readouterr().out.splitlines()[-1]
+    full = run.generate(filled)
     assert (drawn, manifest(full)) == ([], []), "the largest class lacks none"
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert "no class lacks images for --to 7" in told
+    assert "contact_sheet" not in told
 
 
 def test_balance_from_real_varies_training_lesions_and_says_which(

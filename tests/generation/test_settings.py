@@ -50,6 +50,12 @@ def test_no_classes_means_all() -> None:
         ({"strength": "0.6..0.3"}, "strength is 0.6..0.3; it must be from 0"),
         ({"strength": "0.3.."}, "strength is 0.3..; it must be from 0"),
         ({"strength": "half"}, "strength is half; it must be from 0"),
+        ({"strength": 0.3}, "strength is 0.3, and mode standard has none"),
+        ({"strength": 0.3, "mode": "balance", "data_root": "d"}, "strength is 0.3, and balance_from noise has none"),
+        (
+            {"strength": "0.3..0.6", "balance_from": "flips", "mode": "balance", "data_root": "d"},
+            "strength is 0.3..0.6, and balance_from flips has none",
+        ),
         ({"balance_from": "dreams"}, "balance_from is dreams; known: noise real"),
         ({"balance_from": "real", "data_root": "d"}, "balance_from real varies training images in mode balance"),
         ({"balance_from": "real", "mode": "balance", "catalog": "c"}, "balance_from real varies training images"),
@@ -86,6 +92,11 @@ def test_a_bad_setting_is_one_line(settings: dict[str, Any], message: str) -> No
         GenerateConfig(**{"checkpoint": "c", **settings})
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_strength_is_for_images_that_start_from_others() -> None:
+    for settings in ({"mode": "image2image", "init_images": "i"}, {"mode": "balance", "balance_from": "real"}):
+        assert GenerateConfig(**{"checkpoint": "c", "data_root": "d", "strength": 0.3, **settings}).strength == 0.3
 
 
 def test_a_plan_needs_none_of_what_a_mode_needs() -> None:
