@@ -500,7 +500,7 @@ def _real_sides(
     whole, split = Listed("test", f"all of {real}", real, catalog, classes_of(catalog)), np.array(catalog["split"])
     train, test = (replace(whole, name=k, source=f"{k} split of {real}").where(split == k) for k in ("train", "test"))
     if empty := [side.name for side in (train, test) if not len(side.rows)]:
-        raise DataError(f"real: {real} has no image in its {empty[0]} split; give more lesions, or set --data.test_fraction")
+        raise DataError(f"real: {real} has no image in its {empty[0]} split; add lesions, or set --data.test_fraction")
     return train, test, whole, _files(*catalogs.values(), catalog)
 
 
