@@ -520,6 +520,7 @@ def test_balance_fills_every_class_up_and_merges(
     filled = config(mode="balance", data_root=str(tmp_path / "data"), classes="NV", to="7")
     planned = run.generate(replace(filled, plan_only=True))
     assert not planned.exists()
+    assert not run.generate(replace(filled, plan_only=True, balance_from="flips")).exists()
     assert "no class lacks images for --to 7" in capsys.readouterr().out.splitlines()[-1]
     full = run.generate(filled)
     assert (drawn, manifest(full)) == ([], []), "the largest class lacks none"
