@@ -1,7 +1,7 @@
 """The folder of a generation run: labelled images that say what they are, what is done, one manifest, and pictures.
 
     <output>/generation.json      the recipe, what shapes the images; written first, keeps other settings out
-    <output>/plan.parquet         what is to be made
+    <output>/plan.parquet         what the latest command asked for
     <output>/MEL/MEL_000003.png   or shards/<name>.tar, shards/<name>.parquet, one for each group of images
     <output>/parts/<name>.parquet one for each finished group: a row for each image tried, kept or rejected
     <output>/journal.parquet      the parts of runs that have ended, in one

@@ -369,7 +369,7 @@ def _in_views(plan: pa.Table) -> pa.Table:
     for path, seed in zip(plan["reference"].to_pylist(), plan["seed"].to_pylist(), strict=True):
         views.append(1 + (first.setdefault(path, seed) + uses[path]) % 7)
         uses[path] += 1
-    return plan.set_column(plan.schema.get_field_index("view"), PLAN_SCHEMA.field("view"), [views])
+    return plan.set_column(plan.schema.get_field_index("view"), PLAN_SCHEMA.field("view"), pa.array(views, pa.int64()))
 
 
 def training_references(

@@ -93,7 +93,7 @@ def generate(config: GenerateConfig) -> Path:
             if not planned.table.num_rows:
                 print(f"nothing to plan: no class lacks images for --to {config.to}")
                 return root
-            _write_plan(root, planned.table)
+            _write_plan(root, planned.table, only=True)
             print(f"a plan of {planned.table.num_rows:,} images; run it with --plan {root / PLAN_NAME}")
             return root
         with closing(OutputFolder(root, recipe)) as folder:
@@ -251,6 +251,8 @@ class _Run:
             print(f"nothing to make: no class lacks images for --to {self.config.to}; {MANIFEST_NAME} in {folder.root}")
             return ""
         lost = missing.total()
+        earlier = made.total() - (plan.num_rows - lost)
+        new += f"; {earlier:,} others are from earlier runs" if earlier else ""
         print(
             f"{plan.num_rows - lost:,} images ({new}), {MANIFEST_NAME} and contact_sheet.png"
             f"{f', {strips} strips' if strips else ''} in {folder.root}",
@@ -322,17 +324,21 @@ def _connect(cluster: ExitStack, config: GenerateConfig) -> None:
     cluster.enter_context(ray_cluster(verbose=config.verbose, min_cpus=1.0 if joined else actors + workers.WRITER_CPUS))
 
 
-def _write_plan(root: Path, plan: pa.Table) -> None:
-    """plan.parquet, for a person to read. One that was edited and not run yet is not thrown away."""
+def _write_plan(root: Path, plan: pa.Table, *, only: bool = False) -> None:
+    """plan.parquet, for a person to read. One that was edited and not run yet is not thrown away.
+
+    only: nothing is run after it; then the plan of what was made here is not replaced by another one either.
+    """
     path = root / PLAN_NAME
     begun = any((root / name).exists() for name in (output.PARTS, output.JOURNAL_NAME))
-    edited = False
-    if path.exists() and not begun:
+    another = False
+    if path.exists() and (only or not begun):
         with suppress(ConfigError):
-            edited = not read_plan(path).equals(plan)
-    if edited:
+            another = not read_plan(path).equals(plan)
+    if another:
+        why = "images here were made by it" if begun else "was it edited?"
         raise ConfigError(
-            f"output: {path} is not the plan of these settings (was it edited?); run it with --plan {path}, delete it, "
+            f"output: {path} is not the plan of these settings ({why}); run it with --plan {path}, delete it, "
             "or name another --output"
         )
     output.write_rows(path, plan)

@@ -166,12 +166,15 @@ def test_signed_and_unsigned_images_do_not_share_a_folder(drawn: list[str], tmp_
         run.generate(config(num_samples=1, output=str(root)))
 
 
-def test_asking_for_more_adds_to_what_is_there(drawn: list[str]) -> None:
+def test_asking_for_more_adds_to_what_is_there(drawn: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     root = run.generate(config())
     drawn.clear()
     assert run.generate(config(num_samples=4, classes="MEL")) == root
     assert drawn == ["MEL_000003"]
     assert len(manifest(root)) == 7
+    assert capsys.readouterr().out.splitlines()[-1].startswith("4 images (1 new, ")
+    run.generate(config(num_samples=2))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("4 images (0 new; 3 others ")
 
 
 def test_other_settings_go_elsewhere_or_are_refused(drawn: list[str], tmp_path: Path) -> None:
@@ -328,6 +331,15 @@ def test_an_edited_plan_is_not_overwritten(drawn: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"was it edited.*run it with --plan"):
         run.generate(config())
     assert pq.read_table(root / "plan.parquet").num_rows == 2
+
+
+def test_a_plan_alone_does_not_replace_that_of_a_run(drawn: list[str], tmp_path: Path) -> None:
+    root = run.generate(config(output=str(tmp_path / "mine")))
+    for other in ({"num_samples": 2}, {"seed": 1}):
+        with pytest.raises(ConfigError, match=r"^output: [^\n]+ is not the plan of these settings [^\n]+ --output$"):
+            run.generate(config(output=str(root), plan_only=True, **other))
+    assert pq.read_table(root / "plan.parquet").num_rows == 6
+    assert run.generate(config(output=str(root), plan_only=True)) == root
 
 
 @pytest.fixture
@@ -509,6 +521,7 @@ def test_balance_fills_every_class_up_and_merges(
     filled = config(mode="balance", data_root=str(tmp_path / "data"), classes="NV", to="7")
     planned = run.generate(replace(filled, plan_only=True))
     assert not planned.exists()
+    assert not run.generate(replace(filled, plan_only=True, balance_from="flips")).exists()
     assert "no class lacks images for --to 7" in capsys.readouterr().out.splitlines()[-1]
     full = run.generate(filled)
     assert (drawn, manifest(full)) == ([], []), "the largest class lacks none"
