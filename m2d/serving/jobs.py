@@ -418,7 +418,10 @@ def _json(record: _Record) -> str:
 
 def _config_of(settings: dict[str, Any]) -> GenerateConfig:
     """The inverse of `asdict`."""
-    return GenerateConfig(**(settings | {"gates": GateConfig(**settings["gates"])}))
+    own: dict[str, Any] = {"gates": GateConfig(**settings["gates"])}
+    if settings["mode"] != "image2image":  # earlier jobs kept a strength that nothing used
+        own["strength"] = GenerateConfig.strength
+    return GenerateConfig(**(settings | own))
 
 
 def _each(rows: pa.Table, root: Path) -> Iterator[tuple[PlanRow, bytes]]:

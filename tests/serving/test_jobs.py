@@ -337,6 +337,9 @@ async def test_a_damaged_job_is_left_out_and_a_half_written_one_removed(
     async with serving(tmp_path, bench) as jobs:
         damaged, whole = [await jobs.create(order({"MEL": 1}), "ann", None) for _ in range(2)]
     (tmp_path / damaged.id / "job.json").write_text("{")
+    kept = json.loads((tmp_path / whole.id / "job.json").read_text())
+    kept["config"]["strength"] = 0.4  # of no use here: an earlier M2D kept it all the same
+    (tmp_path / whole.id / "job.json").write_text(json.dumps(kept))
     (tmp_path / ("0" * 32) / "references").mkdir(parents=True)
     bench.allow(100)
     with caplog.at_level(logging.ERROR):
