@@ -179,11 +179,13 @@ def _balance_runs(files: ExperimentFiles, sha256: str | None, counts: Mapping[st
         if balance.get("catalog") and (sha256 or "").startswith(balance["catalog"]):
             wanted = counts.values() if split == "all" else [counts.get(split, Counter())]
             before = sum(wanted, Counter())
-        columns: dict[str, Counts | None] = {"real (before)": before, "synthetic": made}
+        kind = "flipped" if balance.get("from") == "flips" else "synthetic"
+        columns: dict[str, Counts | None] = {"real (before)": before, kind: made}
         columns |= {"missing": lacking} if lacking else {}
         columns["together (after)"] = None if before is None else before + made
         run = {
             "folder": folder,
+            "kind": kind,
             "target": _target_text(str(balance.get("to", ""))),
             "split": split,
             "columns": columns,

@@ -231,11 +231,8 @@ class _Run:
         return max(batch, min(self.config.shard_images, in_memory) // batch * batch)
 
     def _report(self, new: str, weak: list[str], missing: Counter[str]) -> str:
-        from m2d.generation.contact_sheet import (
-            counts_and_rejections,
-            what_they_are,
-            write_pictures,
-        )  # matplotlib costs a second
+        # matplotlib costs a second
+        from m2d.generation.contact_sheet import counts_and_rejections, what_they_are, write_pictures
 
         folder, plan, classes = self.folder, self.planned.table, self.checkpoint.info.classes
         rejections = folder.rejections()
@@ -264,9 +261,12 @@ class _Run:
             code: [f"{why} {n}" for (of, why), n in sorted(rejections.items()) if of == code] for code in missing
         }
         each = [f"{code} {missing[code]} ({', '.join(reasons[code])})" for code in missing]
+        other = "look at the gates' settings"
+        if self.config.mode == "image2image" and any(why == "near_copy" for _, why in rejections):
+            other = "vary training images by --mode balance --balance_from real, which spares an image's own lesion"
         return (
             f"{lost:,} of {plan.num_rows:,} images are missing, rejected {self.config.gates.max_attempts} times each: "
-            f"{', '.join(each)}; raise --gates.max_attempts, or look at the gates' settings"
+            f"{', '.join(each)}; raise --gates.max_attempts, or {other}"
         )
 
     def _caption(self, weak: list[str]) -> str:

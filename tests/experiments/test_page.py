@@ -217,6 +217,12 @@ def test_a_run_that_balanced_the_training_split_begins_with_its_images(make_run:
     assert "as many as the largest class has" in page.sections["counts"]
 
 
+def test_flipped_real_images_are_not_called_synthetic(make_run: MakeRun) -> None:
+    run = make_run()
+    run.generation("flips", {"DF": 2}, mode="balance", balance=BALANCE | {"from": "flips"})
+    assert "the flipped ones of generated_images/flips" in run.page().sections["counts"]
+
+
 def test_images_that_were_asked_for_and_are_not_there_are_told(make_run: MakeRun) -> None:
     run = make_run()
     run.generation("fill", {"DF": 30}, asked={"DF": 33}, mode="balance", balance=BALANCE)

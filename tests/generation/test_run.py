@@ -447,6 +447,16 @@ def references(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_input_images_that_training_has_seen_are_better_varied_by_balance(
+    drawn: list[str], references: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "check", lambda images, *_: [gates.Verdict(reason="near_copy")] * len(images))
+    start = {"mode": "image2image", "init_images": str(references / "a"), "feature": "none", "classes": None}
+    settings = config(**start, num_samples=1, gates=replace(GATED, max_attempts=1))
+    with pytest.raises(Incomplete, match=r"--gates\.max_attempts, [^\n]*--balance_from real[^\n]*$"):
+        run.generate(settings)
+
+
 def test_image2image_starts_from_a_folder(
     drawn: list[str], references: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
