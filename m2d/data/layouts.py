@@ -28,6 +28,15 @@ from m2d.files.storage import files_below, one_line, open_storage
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 REPORT = "evaluation.json"  # a folder that holds one is what `evaluate` leaves beside class folders
+REPORT_FILES = {  # the tables and pictures that it may hold
+    *(f"{name}.csv" for name in (
+        "classes", "copies", "downstream", "fidelity", "memorization", "privacy", "site_counts", "sites", "worth",
+    )),
+    *(f"{name}.png" for name in (
+        "confusion", "differences", "generated", "kernel_distance", "kernel_distance_guide", "least_typical",
+        "most_typical", "nearest_pairs", "ratios", "ratios_finetune", "reconstructions", "unseen",
+    )),
+}  # fmt: skip
 FACTS = ("age", "sex", "site", "skin_tone")  # what a catalog keeps of a table beside labels, lesions and splits
 
 _TABLE_SUFFIXES = (".csv", ".tab", ".tsv", ".txt", ".jsonl", "")

@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from m2d.data.decode import ImageRejected, probe_image
-from m2d.data.layouts import IMAGE_SUFFIXES, REPORT
+from m2d.data.layouts import IMAGE_SUFFIXES, REPORT, REPORT_FILES
 from m2d.data.settings import DataConfig
 from m2d.errors import ConfigError, Incomplete, first_line
 from m2d.files.paths import input_path
@@ -159,7 +159,7 @@ def _images_below(place: Path) -> Iterator[Path]:
             continue
         is_about = path.name == "contact_sheet.png" or path.match("strip_*.png")
         is_of_run = is_about and (path.parent / RECORD_NAME).exists()
-        is_of_report = path.suffix == ".png" and (path.parent / REPORT).exists()
+        is_of_report = path.name in REPORT_FILES and (path.parent / REPORT).exists()
         if not (is_of_run or is_of_report):
             yield path
 

@@ -20,12 +20,13 @@ from tiny_sets import feature_set, image_set
 from m2d.classes import BINARY, ISIC7, ISIC8, ClassSet
 from m2d.cli import main, parse
 from m2d.cluster.nodes import device_of_actor
+from m2d.data.layouts import REPORT_FILES
 from m2d.errors import ConfigError, DataError
 from m2d.evaluation import evaluate as evaluate_module
 from m2d.evaluation.classifiers.worth import Word
 from m2d.evaluation.evaluate import evaluate, find_checkpoint
 from m2d.evaluation.images import FeatureSet, ImageSet, reconstructions
-from m2d.evaluation.report.page import FILES, typicality
+from m2d.evaluation.report.page import typicality
 from m2d.models.checkpoint import Checkpoint, checkpoint_sha256
 
 COUNTS = {"DF": 24, "MEL": 40, "NV": 60}
@@ -104,7 +105,7 @@ def test_every_part_is_answered_in_every_file(
     assert float(rows["DF"]["recall_a"]) == found["downstream"][0]["arms"]["a"]["scores"]["recall_DF"]["value"]
     for name in ("fidelity", "memorization", "downstream"):
         assert len((out / f"{name}.csv").read_text(encoding="utf-8").splitlines()) > 2
-    assert {path.name for path in out.iterdir()} <= FILES | {"evaluation.json", "evaluation.html"}
+    assert {path.name for path in out.iterdir()} <= REPORT_FILES | {"evaluation.json", "evaluation.html"}
     for path in out.glob("*.png"):
         assert min(Image.open(path).size) > 100
     shown = " ".join(capsys.readouterr().out.split())

@@ -336,14 +336,17 @@ def test_what_is_not_in_order_is_named_and_is_exit_code_3(
     assert "says nothing of itself" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("beside", "images"), [("evaluation.json", 2), ("notes.json", 3)])
+@pytest.mark.parametrize(
+    ("beside", "name", "images"),
+    [("evaluation.json", "confusion.png", 2), ("evaluation.json", "DF_1.png", 3), ("notes.json", "confusion.png", 3)],
+)
 def test_the_pictures_of_an_evaluation_are_passed_over_and_others_in_a_folder_of_that_name_are_not(
-    folder: Callable[[str], Path], beside: str, images: int, capsys: pytest.CaptureFixture[str]
+    folder: Callable[[str], Path], beside: str, name: str, images: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = folder("folder")
     (place / "evaluation").mkdir()
     (place / "evaluation" / beside).write_text("{}")
-    Image.fromarray(PIXELS).save(place / "evaluation" / "confusion.png")
+    Image.fromarray(PIXELS).save(place / "evaluation" / name)
     capsys.readouterr()
     with suppress(SystemExit):
         main("verify", [str(place)])

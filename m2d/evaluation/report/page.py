@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m2d.classes import ISIC7, ClassSet
-from m2d.data.layouts import REPORT
+from m2d.data.layouts import REPORT, REPORT_FILES
 from m2d.errors import DataError
 from m2d.evaluation.classifiers.compare import DownstreamResult
 from m2d.evaluation.classifiers.probe import ConsistencyResult
@@ -37,15 +37,6 @@ Row = dict[str, str | int | float | None]
 OVERALL = "all"
 SHOWN = 10  # images of a class on a sheet
 TYPICAL_OF = 5  # neighbours
-FILES = {  # all that a report may hold beside REPORT and the page
-    *(f"{name}.csv" for name in (
-        "classes", "copies", "downstream", "fidelity", "memorization", "privacy", "site_counts", "sites", "worth",
-    )),
-    *(f"{name}.png" for name in (
-        "confusion", "differences", "generated", "kernel_distance", "kernel_distance_guide", "least_typical",
-        "most_typical", "nearest_pairs", "ratios", "ratios_finetune", "reconstructions", "unseen",
-    )),
-}  # fmt: skip
 _ON_TERMINAL = {
     "class": "class", "train_images": "train", "test_images": "unseen", "generated_images": "made",
     "kernel_distance_generated": "kernel distance", "recall_b": "real, weighted", "recall_c": "oversampled",
@@ -106,7 +97,7 @@ def write_report(
         output.mkdir(parents=True, exist_ok=True)
         if (output / REPORT).exists():
             say(f"the earlier report in {output} is replaced")
-            for name in FILES:
+            for name in REPORT_FILES:
                 (output / name).unlink(missing_ok=True)
         of_set = {} if classes == ISIC7 else {"class_set": classes.as_dict()}
         document = json.dumps(asdict(result) | of_set, indent=1, allow_nan=False)
